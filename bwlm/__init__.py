@@ -1,0 +1,3 @@
+"""bwlm: which way should a language model read?"""
+
+__version__ = "0.1.0"

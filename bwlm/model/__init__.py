@@ -1,0 +1,1 @@
+"""The model and its optimizer: torch alone, no Ray, no MLflow, no direction."""

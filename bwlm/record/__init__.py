@@ -1,0 +1,1 @@
+"""What a run leaves behind: the experiment folder, its checkpoints, MLflow."""

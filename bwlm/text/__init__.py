@@ -1,0 +1,1 @@
+"""From text to directed batches: source, tokenizer, packed rows, direction, stream."""

@@ -1,0 +1,1 @@
+"""One training loop and the phases that feed it."""
