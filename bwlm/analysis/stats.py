@@ -1,0 +1,462 @@
+"""How far apart two directions are, and whether the seeds agree that they are.
+
+Input is a table of losses, a row per run and document (or per window of a document), with the columns
+
+    run, direction, seed, size, document, nll (nats, summed over text tokens), tokens, bytes
+
+and output is one `Gap` per size and pair of directions: the gap b - a in nats per token, bits per byte and percent, two
+intervals, a noise floor and a verdict in words. Runs are paired by seed and losses by document.
+
+The verdict rests on the seeds alone, by a paired t-test: documents are many, so an interval over documents is narrow
+even where the next seed would turn the sign. It therefore speaks about further seeds on *this* text; the crossed
+bootstrap beside it lets the text vary too. Not covered here: which runs may be compared (the report audits their
+fingerprints) and the choice of a learning rate.
+
+Suffixes of arrays: S paired seeds, D documents, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.stats import t as student_t
+
+from bwlm.errors import UserError, nearest
+
+Size = int | str
+Interval = tuple[float, float]
+FloatArray = npt.NDArray[np.float64]
+Verdict = Literal["different", "no difference seen", "too few seeds to tell"]
+
+DIFFERENT: Final = "different"
+NO_DIFFERENCE: Final = "no difference seen"
+TOO_FEW_SEEDS: Final = "too few seeds to tell"
+
+COLUMNS: Final = ("run", "direction", "seed", "size", "document", "nll", "tokens", "bytes")
+DIRECTION_ORDER: Final = ("forward", "backward", "bidirectional", "permuted")
+FEWEST_SEEDS: Final = 3  # paired seeds below which no verdict is given
+CONFIDENCE: Final = 0.95  # of every interval
+
+_CELL: Final = ["size", "direction", "seed"]
+_ROUNDING: Final = 1e-12  # nats per token; gaps and spreads up to this size are floating-point dust
+_CHUNK: Final = 1_000_000  # documents drawn at a time by the bootstrap: about 30 MB at once
+
+
+@dataclass(frozen=True, eq=False)
+class Gap:
+    """The gap b - a at one size; positive where a has the lower loss. Scalars are plain Python numbers.
+
+    `gap` leaves the last three fields unfilled, since a verdict depends on the whole family of comparisons: `judge` and
+    `gaps` fill them.
+    """
+
+    size: Size
+    a: str
+    b: str
+    seeds: list[int]  # in both directions, ascending
+    dropped_seeds: dict[str, list[int]]  # direction -> its seeds that the other direction lacks
+    per_seed: FloatArray  # nats per token, in the order of `seeds`
+    gap_nats: float  # nats per token, the mean of `per_seed`
+    gap_bpb: float  # bits per byte
+    gap_percent: float  # of a's mean loss
+    bootstrap: Interval  # nats per token; over documents alone where there is one seed
+    seed_interval: Interval | None  # nats per token; None with one seed
+    noise_floor: float | None  # nats per token, over `seeds`; None with one seed
+    p: float | None  # paired t, two-sided, not adjusted; None with one seed
+    p_adjusted: float | None = None  # Holm over the family; None with too few seeds
+    verdict: Verdict | None = None
+    reason: str = ""
+
+
+def gap(losses: pd.DataFrame, a: str, b: str, size: Size, resamples: int = 10_000, seed: int = 0) -> Gap:
+    """Measure the gap between directions a and b at one size, without a verdict (which needs the family: see `gaps`).
+
+    Per seed s, over all documents d:   g_s = sum_d (nll_b[s,d] - nll_a[s,d]) / sum_d tokens[d]
+    The gap is the mean of g_s over the paired seeds. For bits per byte the sum is divided by ln 2 and by the bytes; the
+    percentage is the gap over the mean of a's losses in nats per token.
+
+    A seed that only one direction has is left out and listed in `dropped_seeds`.
+    """
+    return _measure(_runs(losses), a, b, _plain_size(size), resamples, seed)
+
+
+def gaps(losses: pd.DataFrame, resamples: int = 10_000, seed: int = 0, alpha: float = 0.05) -> list[Gap]:
+    """Measure every size x pair of directions and judge them as one family.
+
+    Sizes come in ascending order (numbers before names). In a pair, a stands before b in the order forward, backward,
+    bidirectional, permuted, then any others by name. Each gap bootstraps from the same `seed`, so its interval does not
+    depend on what else is in the table.
+    """
+    runs = _runs(losses)
+    found = [
+        _measure(runs, a, b, size, resamples, seed)
+        for size in sorted(runs, key=lambda size: (isinstance(size, str), size))
+        for a, b in combinations(sorted(runs[size], key=_direction_rank), 2)
+    ]
+    if not found:
+        raise UserError(
+            f"nothing to compare: no size has runs of two directions (directions found: "
+            f"{_listed({direction for cells in runs.values() for direction in cells})}); add runs of a second direction"
+        )
+    return judge(found, alpha)
+
+
+def judge(family: Sequence[Gap], alpha: float = 0.05) -> list[Gap]:
+    """Fill p_adjusted, verdict and reason of gaps that are read together.
+
+    `different` if and only if the paired t-test's p, Holm-adjusted over the family, is below alpha. A gap with fewer
+    than three paired seeds gets `too few seeds to tell` whatever its p; as it is never tested, it does not count in the
+    family either, and so makes no other verdict stricter.
+    """
+    tested = [g.p for g in family if g.p is not None and len(g.seeds) >= FEWEST_SEEDS]
+    adjusted = iter(holm(tested))
+    return [
+        _with_verdict(g, next(adjusted), len(tested), alpha)
+        if len(g.seeds) >= FEWEST_SEEDS
+        else replace(
+            g,
+            verdict=TOO_FEW_SEEDS,
+            reason=f"{_counted(len(g.seeds), 'paired seed')}, a verdict needs {FEWEST_SEEDS}{_dropped_words(g)}",
+        )
+        for g in family
+    ]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values for being read together, in the order given (Holm 1979, Scand. J. Statist. 6:65-70).
+
+    With p_(1) <= .. <= p_(m):   adjusted_(i) = max over j <= i of min(1, (m - j + 1) p_(j))
+    Rejecting where adjusted < alpha keeps the chance of any false rejection below alpha, whatever the dependence.
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    if not ((p >= 0) & (p <= 1)).all():  # false for NaN too
+        raise ValueError(f"p-values must lie in 0..1, got {list(p_values)}")
+    order = np.argsort(p, kind="stable")
+    steps = np.arange(len(p), 0, -1)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps * p[order]))
+    return [float(value) for value in adjusted]
+
+
+def paired_t(differences: FloatArray) -> tuple[float, Interval] | None:
+    """Two-sided p and 95 % interval of the paired t-test (Student 1908, Biometrika 6:1-25); None with under two.
+
+    Over n differences with mean m and standard deviation s (n - 1 in its denominator):
+    t = m / (s / sqrt n),   p = 2 P(T_{n-1} > |t|),   interval m -+ t_{0.975, n-1} s / sqrt n
+
+    Differences without spread have no t: p is 1 where all of them are zero and 0 where they share another value. Both
+    are judged up to rounding (1e-12 nats per token), so that the order of a sum cannot make a difference.
+    """
+    n = len(differences)
+    if n < 2:
+        return None
+    mean = float(differences.mean())
+    error = float(differences.std(ddof=1)) / n**0.5
+    half_width = float(student_t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
+    interval = (mean - half_width, mean + half_width)
+    if np.abs(differences).max() <= _ROUNDING:
+        return 1.0, interval
+    if error <= _ROUNDING:
+        return 0.0, interval
+    return 2.0 * float(student_t.sf(abs(mean) / error, n - 1)), interval
+
+
+def noise_floor(losses_by_direction: Iterable[FloatArray]) -> float | None:
+    """How far two seeds of one direction lie apart: RMS over all pairs of seeds, directions pooled (nats per token).
+
+    The same statistic as the gap, taken between runs that differ in the seed only. For two directions with the same
+    number of seeds it equals sqrt(var_a + var_b): what the gap between one run of each, of different seeds, would show
+    by chance. None with one seed.
+    """
+    apart = [one - other for loss_s in losses_by_direction for one, other in combinations(loss_s, 2)]
+    return float(np.sqrt(np.mean(np.square(apart)))) if apart else None
+
+
+def crossed_bootstrap(difference_sd: FloatArray, tokens_d: FloatArray, resamples: int, seed: int) -> FloatArray:
+    """Gaps (nats per token) of tables drawn with replacement, in both seeds and documents, from the table given.
+
+    The pigeonhole bootstrap of Owen (2007, Ann. Appl. Stat. 1:386-411) for crossed random effects: seeds and documents
+    are drawn apart from each other, and one draw of documents, counted in weights w, serves all drawn seeds:
+    mean over drawn seeds s of  sum_d w_d difference[s,d] / sum_d w_d tokens[d]
+    Drawing documents anew for each seed would average away what the documents share, and make the interval too narrow.
+
+    It tends to overstate the variance a little where both factors have many levels, but few seeds are drawn from too
+    few: the spread over S seeds shrinks by sqrt((S - 1) / S). Hence the verdict takes the t-test.
+    """
+    rng = np.random.default_rng(seed)
+    seeds, documents = difference_sd.shape
+    drawn_seeds_rs = rng.integers(seeds, size=(resamples, seeds))
+    summands = np.column_stack([difference_sd.T, tokens_d])  # the seeds' differences, then the tokens
+    gap_rs = np.empty((resamples, seeds))
+    chunk = max(1, _CHUNK // documents)
+    for start in range(0, resamples, chunk):
+        rows = min(chunk, resamples - start)
+        drawn = rng.integers(documents, size=(rows, documents)) + documents * np.arange(rows)[:, None]
+        weight_rd = np.bincount(drawn.ravel(), minlength=rows * documents).reshape(rows, documents)
+        sums = weight_rd.astype(np.float64) @ summands
+        gap_rs[start : start + rows] = sums[:, :-1] / sums[:, -1:]
+    return np.asarray(np.take_along_axis(gap_rs, drawn_seeds_rs, axis=1).mean(axis=1))
+
+
+# From a table of losses to the runs in it
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One run's losses by document, sorted by document id."""
+
+    name: str
+    documents: list[str]
+    nll_d: FloatArray
+    tokens_d: FloatArray
+    bytes_d: FloatArray
+
+
+_Runs = dict[Size, dict[str, dict[int, _Run]]]  # by size, direction, seed
+
+
+def _runs(losses: pd.DataFrame) -> _Runs:
+    """Check the table and sum the windows of each document."""
+    rows = _checked(losses)
+    _refuse_two_runs_in_a_cell(rows)
+    summed = rows.groupby([*_CELL, "run", "document"], sort=False)[["nll", "tokens", "bytes"]].sum()
+    summed = summed.reset_index().sort_values("document", ignore_index=True)
+    _refuse_empty_documents(summed)
+    column = {str(name): summed[name].to_numpy() for name in summed.columns}
+    runs: _Runs = {}
+    for of_run in summed.groupby(_CELL, sort=False).indices.values():
+        size, direction, seed, name = (column[key][of_run[0]] for key in (*_CELL, "run"))
+        run = _Run(name, list(column["document"][of_run]), *(column[key][of_run] for key in ("nll", "tokens", "bytes")))
+        if run.nll_d.sum() <= 0:
+            raise UserError(f"nll of run '{name}' does not sum to a positive loss: it must be -log p, in nats")
+        runs.setdefault(_plain_size(size), {}).setdefault(direction, {})[int(seed)] = run
+    return runs
+
+
+def _checked(losses: pd.DataFrame) -> pd.DataFrame:
+    """The table with plain types: names and document ids as text, numbers finite and in double precision."""
+    missing = [name for name in COLUMNS if name not in losses.columns]
+    if missing:
+        raise UserError(
+            f"the losses lack column '{missing[0]}'{nearest(missing[0], map(str, losses.columns))}; "
+            f"needed: {', '.join(COLUMNS)}"
+        )
+    if losses.empty:
+        raise UserError("the losses hold no rows: give a row for each run and document")
+    for name in ("run", "direction", "seed", "size", "document"):
+        blank = losses[name].isna().to_numpy()
+        if blank.any():
+            raise UserError(f"the losses' row {int(blank.argmax()) + 1} has no {name}: fill it in or leave the row out")
+    return pd.DataFrame(
+        {
+            "run": losses["run"].astype(str).to_numpy(),
+            "direction": losses["direction"].astype(str).to_numpy(),
+            "seed": _whole_seeds(losses),
+            "size": [_plain_size(size) for size in losses["size"]],
+            "document": losses["document"].astype(str).to_numpy(),
+        }
+        | {name: _finite(losses, name) for name in ("nll", "tokens", "bytes")}
+    )
+
+
+def _finite(losses: pd.DataFrame, name: str) -> FloatArray:
+    values = pd.to_numeric(losses[name], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    wrong = ~np.isfinite(values)
+    if wrong.any():
+        row = losses.iloc[int(wrong.argmax())]
+        raise UserError(
+            f"{name} of document '{row['document']}' in run '{row['run']}' is {row[name]}, not a finite number: "
+            "evaluate that run again or leave it out"
+        )
+    return values
+
+
+def _whole_seeds(losses: pd.DataFrame) -> npt.NDArray[np.int64]:
+    seeds = pd.to_numeric(losses["seed"], errors="coerce")
+    values = seeds.to_numpy(dtype=np.float64, na_value=np.nan)
+    wrong = ~np.isfinite(values) | (values != np.rint(values))
+    if wrong.any():
+        row = losses.iloc[int(wrong.argmax())]
+        raise UserError(f"seed of run '{row['run']}' is {row['seed']}: seeds must be whole numbers")
+    return seeds.to_numpy(dtype=np.int64)
+
+
+def _plain_size(size: object) -> Size:
+    if isinstance(size, int | float | np.integer | np.floating) and float(size).is_integer():
+        return int(size)
+    return str(size)
+
+
+def _refuse_two_runs_in_a_cell(rows: pd.DataFrame) -> None:
+    cells = rows[[*_CELL, "run"]].drop_duplicates()
+    clashes = cells[cells.duplicated(_CELL, keep=False)]
+    if not clashes.empty:
+        first = clashes.iloc[0]
+        same = (clashes[_CELL] == first[_CELL]).all(axis=1)
+        raise UserError(
+            f"direction {first['direction']}, seed {first['seed']}, size {first['size']} has several runs: "
+            f"{_listed(clashes['run'][same])}; keep one of them"
+        )
+
+
+def _refuse_empty_documents(summed: pd.DataFrame) -> None:
+    for name in ("tokens", "bytes"):
+        empty = summed[summed[name] <= 0]
+        if not empty.empty:
+            first = empty.sort_values(["run", "document"]).iloc[0]
+            raise UserError(
+                f"document '{first['document']}' in run '{first['run']}' has {first[name]:g} {name} in all: "
+                "leave out documents without text"
+            )
+
+
+# From the runs to one gap
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two directions over the same seeds and documents."""
+
+    seeds: list[int]
+    dropped: dict[str, list[int]]
+    nll_a_sd: FloatArray
+    nll_b_sd: FloatArray
+    tokens_d: FloatArray
+    bytes_d: FloatArray
+
+
+def _measure(runs: _Runs, a: str, b: str, size: Size, resamples: int, seed: int) -> Gap:
+    if resamples < 1:
+        raise UserError(f"resamples is {resamples}: the bootstrap needs at least 1, and 10000 to be smooth")
+    pair = _paired(runs, a, b, size)
+    difference_sd = pair.nll_b_sd - pair.nll_a_sd
+    tokens = pair.tokens_d.sum()
+    per_seed = difference_sd.sum(axis=1) / tokens
+    loss_a_s, loss_b_s = pair.nll_a_sd.sum(axis=1) / tokens, pair.nll_b_sd.sum(axis=1) / tokens
+    low, high = np.quantile(
+        crossed_bootstrap(difference_sd, pair.tokens_d, resamples, seed), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    )
+    p, seed_interval = paired_t(per_seed) or (None, None)
+    return Gap(
+        size=size,
+        a=a,
+        b=b,
+        seeds=pair.seeds,
+        dropped_seeds=pair.dropped,
+        per_seed=per_seed,
+        gap_nats=float(per_seed.mean()),
+        gap_bpb=float(difference_sd.sum(axis=1).mean() / np.log(2) / pair.bytes_d.sum()),
+        gap_percent=float(100 * per_seed.mean() / loss_a_s.mean()),
+        bootstrap=(float(low), float(high)),
+        seed_interval=seed_interval,
+        noise_floor=noise_floor([loss_a_s, loss_b_s]),
+        p=p,
+    )
+
+
+def _paired(runs: _Runs, a: str, b: str, size: Size) -> _Pair:
+    """Pair the runs of two directions by seed and their losses by document."""
+    runs_a, runs_b = _runs_of(runs, a, size), _runs_of(runs, b, size)
+    if a == b:
+        raise UserError(f"cannot compare direction '{a}' with itself: name two directions")
+    seeds = sorted(runs_a.keys() & runs_b.keys())
+    if not seeds:
+        raise UserError(
+            f"{a} (seeds {_listed(runs_a)}) and {b} (seeds {_listed(runs_b)}) share no seed at size {size}: "
+            "runs are paired by seed, so train both with the same seeds"
+        )
+    dropped = {
+        direction: sorted(own.keys() - set(seeds))
+        for direction, own in ((a, runs_a), (b, runs_b))
+        if own.keys() - set(seeds)
+    }
+    first = runs_a[seeds[0]]
+    for seed in seeds:
+        _refuse_other_text(first, runs_a[seed])
+        _refuse_other_text(first, runs_b[seed])
+    return _Pair(
+        seeds=seeds,
+        dropped=dropped,
+        nll_a_sd=np.stack([runs_a[seed].nll_d for seed in seeds]),
+        nll_b_sd=np.stack([runs_b[seed].nll_d for seed in seeds]),
+        tokens_d=first.tokens_d,
+        bytes_d=first.bytes_d,
+    )
+
+
+def _runs_of(runs: _Runs, direction: str, size: Size) -> dict[int, _Run]:
+    if size not in runs:
+        raise UserError(f"the losses have no size {size!r}; their sizes: {_listed(runs)}")
+    if direction not in runs[size]:
+        known = runs[size]
+        raise UserError(
+            f"the losses have no direction '{direction}' at size {size}{nearest(direction, known)}; "
+            f"their directions: {_listed(known)}"
+        )
+    return runs[size][direction]
+
+
+def _refuse_other_text(one: _Run, other: _Run) -> None:
+    """Both runs must cover the same documents, with the same tokens and bytes."""
+    if (
+        one.documents == other.documents
+        and np.array_equal(one.tokens_d, other.tokens_d)
+        and np.array_equal(one.bytes_d, other.bytes_d)
+    ):
+        return
+    covered, covered_by_other = _coverage(one), _coverage(other)
+    lacks = "lacks it"
+    document = min(d for d in covered.keys() | covered_by_other.keys() if covered.get(d) != covered_by_other.get(d))
+    raise UserError(
+        f"document '{document}' differs: run '{one.name}' {covered.get(document, lacks)}, "
+        f"run '{other.name}' {covered_by_other.get(document, lacks)}; evaluate both on the same windows"
+    )
+
+
+def _coverage(run: _Run) -> dict[str, str]:
+    """What a run covers of each document, in words."""
+    return {
+        document: f"has {tokens:.15g} tokens and {size:.15g} bytes of it"
+        for document, tokens, size in zip(run.documents, run.tokens_d, run.bytes_d, strict=True)
+    }
+
+
+# Words
+
+
+def _with_verdict(g: Gap, p_adjusted: float, family: int, alpha: float) -> Gap:
+    flat = ", no spread between the seeds" if float(np.std(g.per_seed)) <= _ROUNDING else ""
+    return replace(
+        g,
+        p_adjusted=p_adjusted,
+        verdict=DIFFERENT if p_adjusted < alpha else NO_DIFFERENCE,
+        reason=f"paired t over {len(g.seeds)} seeds, p = {p_adjusted:.3g} (Holm over {family}){flat}"
+        + _dropped_words(g),
+    )
+
+
+def _dropped_words(g: Gap) -> str:
+    return "".join(
+        f"; dropped {'seed' if len(seeds) == 1 else 'seeds'} {_listed(seeds)} (only in {direction})"
+        for direction, seeds in g.dropped_seeds.items()
+    )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _listed(items: Iterable[object]) -> str:
+    """Distinct items in a fixed order: 2, 10, a, b."""
+    return ", ".join(map(str, sorted(set(items), key=lambda item: (isinstance(item, str), item))))
+
+
+def _direction_rank(direction: str) -> tuple[int, str]:
+    known = direction in DIRECTION_ORDER
+    return (DIRECTION_ORDER.index(direction) if known else len(DIRECTION_ORDER), direction)

@@ -1,0 +1,157 @@
+"""Tables of what runs left behind: cells with their figures, learning curves, the loss of every document."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from bwlm.record.journal import read_journal
+from bwlm.record.lineage import ExperimentFolder
+
+HALVES = ("tuning", "test")
+"""Even validation windows choose the learning rate, odd ones compare the directions."""
+
+_CELL_AXES = ("direction", "lr", "seed")
+
+
+@dataclass(frozen=True)
+class CellRow:
+    """One experiment, as lists and scripts see it."""
+
+    id: str
+    phase: str
+    direction: str
+    depth: int
+    lr: float
+    seed: int
+    parent: str | None
+    state: str
+    reason: str
+    step: int
+    metrics: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_cell(folder: ExperimentFolder) -> CellRow:
+    experiment, status = folder.config().experiment, folder.status()
+    return CellRow(
+        id=folder.id,
+        phase=experiment.phase,
+        direction=experiment.direction,
+        depth=experiment.depth,
+        lr=experiment.lr,
+        seed=experiment.seed,
+        parent=folder.parent(),
+        state=status.state,
+        reason=status.reason,
+        step=status.step,
+        metrics=status.metrics,
+    )
+
+
+def load_cells(storage: Path, ids: list[str]) -> list[CellRow]:
+    return [load_cell(ExperimentFolder(storage, name)) for name in ids]
+
+
+def load_curves(folder: ExperimentFolder) -> pd.DataFrame:
+    """One row a step: step and every metric that was logged."""
+    return pd.DataFrame([{"step": entry.step, **entry.metrics} for entry in read_journal(folder.path)])
+
+
+def load_losses(folder: ExperimentFolder, reading: str, phase: str = "base") -> pd.DataFrame:
+    """One row a segment of the validation windows: window, document, tokens, bytes, nll (nats), end_nll."""
+    table: pd.DataFrame = pq.read_table(folder.evaluation(phase, reading) / "validation.parquet").to_pandas()
+    return table
+
+
+def own_losses(folder: ExperimentFolder) -> pd.DataFrame:
+    """Losses in the direction's own reading; a bidirectional model's are the mean of its two."""
+    direction = folder.config().experiment.direction
+    if direction != "bidirectional":
+        return load_losses(folder, direction)
+    forward, backward = load_losses(folder, "forward"), load_losses(folder, "backward")
+    return forward.assign(
+        nll=(forward["nll"] + backward["nll"]) / 2, end_nll=(forward["end_nll"] + backward["end_nll"]) / 2
+    )
+
+
+def sizes(folders: list[ExperimentFolder]) -> dict[str, str]:
+    """A label for what cells must agree in to be compared: all that varies but direction, learning rate and seed."""
+    identities = {folder.id: folder.config().identity for folder in folders}
+    names = sorted({name for fields in identities.values() for name in fields} - {*_CELL_AXES, "depth"})
+    varying = [name for name in names if len({str(fields.get(name)) for fields in identities.values()}) > 1]
+    return {
+        run: " ".join([f"d{fields['depth']}", *(f"{name}={fields.get(name)}" for name in varying)])
+        for run, fields in identities.items()
+    }
+
+
+def load_gap_table(folders: list[ExperimentFolder]) -> pd.DataFrame:
+    """The input of `stats`: run, direction, seed, size, lr, half, document, nll, tokens, bytes; a row a document."""
+    labels = sizes(folders)
+    parts = []
+    for folder in folders:
+        experiment = folder.config().experiment
+        losses = own_losses(folder)
+        losses["half"] = [HALVES[window % 2] for window in losses["window"]]
+        summed = losses.groupby(["half", "document"], as_index=False)[["nll", "tokens", "bytes"]].sum()
+        parts.append(
+            summed.assign(
+                run=folder.id,
+                direction=experiment.direction,
+                seed=experiment.seed,
+                size=labels[folder.id],
+                lr=experiment.lr,
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class BestRate:
+    """The learning rate at which a direction is compared."""
+
+    size: str
+    direction: str
+    lr: float
+    candidates: int
+    """Learning rates that were tried."""
+    seeds: int
+    bpb: float
+    """Mean over those seeds, tuning half."""
+
+
+def best_learning_rates(table: pd.DataFrame) -> list[BestRate]:
+    """For each size and direction the learning rate with the lowest mean over seeds on the tuning half.
+
+    Only seeds that every learning rate of that size and direction was trained with count, where there are any.
+    """
+    tuning = table[table["half"] == "tuning"]
+    sums = tuning.groupby(["size", "direction", "lr", "seed"], as_index=False)[["nll", "bytes"]].sum()
+    sums["bpb"] = sums["nll"] / (math.log(2) * sums["bytes"])
+    found = []
+    for (size, direction), group in sums.groupby(["size", "direction"]):
+        rates = group["lr"].nunique()
+        tried = group.groupby("seed")["lr"].nunique()
+        shared = group[group["seed"].isin(tried.index[tried == rates])]
+        counted = shared if len(shared) else group
+        means = counted.groupby("lr")["bpb"].mean()
+        lr = float(means.index[means.argmin()])
+        seeds = int((counted["lr"] == lr).sum())
+        found.append(BestRate(str(size), str(direction), lr, rates, seeds, float(means.min())))
+    return found
+
+
+def best_on_test(table: pd.DataFrame, best: list[BestRate]) -> pd.DataFrame:
+    """The test half of the cells at their direction's best learning rate."""
+    rates = {(rate.size, rate.direction): rate.lr for rate in best}
+    keys = zip(table["size"], table["direction"], strict=True)
+    wanted = pd.Series([rates[size, direction] for size, direction in keys], index=table.index)
+    return table[table["lr"].eq(wanted) & table["half"].eq("test")].drop(columns="half")

@@ -1,0 +1,409 @@
+"""The one command line: `bwlm grid|train|eval|runs|tokenizer|data`, thin over the rooms that do the work."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from bwlm.errors import BwlmError, UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from bwlm.grid.launch import GridResult
+    from bwlm.text.prepare import Prepared
+
+app = typer.Typer(
+    help="Which way should a language model read? Train, compare and talk to forward, backward and bidirectional GPTs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+grid_app = typer.Typer(help="Plan, run and watch a grid of cells.", no_args_is_help=True)
+runs_app = typer.Typer(help="What was trained.", no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Train or look at a tokenizer.", no_args_is_help=True)
+data_app = typer.Typer(help="Prepare text, or look at it as a model will.", no_args_is_help=True)
+for name, sub in (("grid", grid_app), ("runs", runs_app), ("tokenizer", tokenizer_app), ("data", data_app)):
+    app.add_typer(sub, name=name)
+
+GridFile = Annotated[Path, typer.Argument(metavar="GRID.yaml", help="The grid file.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, dotted: --set budget.steps=100. Repeatable."),
+]
+Storage = Annotated[
+    str | None, typer.Option(help="Folder of experiments; default: BWLM_STORAGE, else runs/.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
+
+
+def main() -> NoReturn:
+    """Entry point: a person's mistake is one line and exit code 2, a failed run 1, an interrupt 130."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for chatty in ("mlflow", "alembic", "ray"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a cell that fails is told in its own line
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
+    except BwlmError as error:
+        _say(f"bwlm: {error}")
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("bwlm: interrupted; the same command goes on where it was")
+        sys.exit(130)
+    except typer.TyperException as error:
+        _say(f"bwlm: {error.format_message()}")
+        sys.exit(2)
+    sys.exit(0)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2, allow_nan=False))
+
+
+def _print(*renderables: Any) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200
+    for renderable in renderables:
+        console.print(renderable, soft_wrap=isinstance(renderable, str))
+
+
+def _table(header: list[str], rows: list[list[str]], title: str | None = None) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=title, title_justify="left", title_style="bold")
+    for column in header:
+        table.add_column(
+            column,
+            justify="left"
+            if column in ("id", "cell", "direction", "state", "size", "pair", "verdict", "reason")
+            else "right",
+        )
+    for row in rows:
+        table.add_row(*[cell.replace("**", "") for cell in row])
+    return table
+
+
+# ---- grid ----
+
+
+def _load(grid: Path, settings: list[str] | None, storage: str | None) -> tuple[Any, Path]:
+    from bwlm.grid.spec import load_grid
+    from bwlm.paths import storage_root
+
+    plan = load_grid(grid, settings or [])
+    return plan, storage_root(storage or plan.grid.launch.storage)
+
+
+@grid_app.command("plan")
+def grid_plan(grid: GridFile, set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
+    """Print every cell with its parameters, tokens, FLOPs and what is already done.
+
+    Example: `bwlm grid plan grids/demo.yaml --set budget.steps=100`
+    """
+    plan, root = _load(grid, set_, storage)
+    if as_json:
+        return _print_json(_status_document(plan, root))
+    cells = _status_document(plan, root)["cells"]
+    rows = [[c["id"], *(_si(c[k]) for k in ("params", "tokens", "flops")), c["state"], c["reason"]] for c in cells]
+    _print(
+        _table(["cell", "params", "tokens", "FLOPs", "state", "reason"], rows, f"{plan.grid.name}: {len(cells)} cells")
+    )
+    total = sum(c["flops"] for c in cells)
+    left = sum(c["flops"] for c in cells if c["state"] not in ("finished", "failed"))
+    _print(f"{_si(total)} FLOPs in all, {_si(left)} to do; storage {root}")
+    return None
+
+
+@grid_app.command("status")
+def grid_status(grid: GridFile, set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
+    """How far a grid is: the state, step and figures of every cell.
+
+    Example: `bwlm grid status grids/demo.yaml --json`
+    """
+    from bwlm.analysis.report import CELL_HEADER, cell_columns
+    from bwlm.analysis.tables import load_cell
+    from bwlm.grid.launch import find_cells
+
+    plan, root = _load(grid, set_, storage)
+    if as_json:
+        return _print_json(_status_document(plan, root))
+    planned = find_cells(plan, root)
+    known = [load_cell(p.folder) for p in planned if p.folder.exists()]
+    _print(_table(["id", *CELL_HEADER[4:]], [[c.id, *cell_columns(c)[4:]] for c in known], plan.grid.name))
+    _print(f"{sum(c.state == 'finished' for c in known)} of {len(planned)} cells finished")
+    return None
+
+
+@grid_app.command("run")
+def grid_run(grid: GridFile, set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
+    """Train every cell that is not finished, then compare the directions. The same command resumes.
+
+    Example: `bwlm grid run grids/demo.yaml`
+    """
+    from bwlm.grid.launch import run_grid
+
+    plan, root = _load(grid, set_, storage)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        _say(f"storage: {root}")
+    result = run_grid(plan, root, _say)
+    if as_json:
+        _print_json(_status_document(plan, root))
+    else:
+        _show_result(plan, root, result, grid)
+    if not result.complete:
+        raise typer.Exit(1)
+
+
+@grid_app.command("schema")
+def grid_schema() -> None:
+    """Print the JSON Schema of a grid file.
+
+    Example: `bwlm grid schema > grid.schema.json`
+    """
+    from bwlm.grid.spec import Grid
+
+    _print_json(Grid.model_json_schema())
+
+
+def _status_document(plan: Any, root: Path) -> dict[str, Any]:
+    from bwlm.grid.launch import find_cells
+
+    cells = [
+        {
+            "id": p.cell.id, "params": p.cell.parameters, "tokens": p.cell.tokens, "flops": p.cell.flops,
+            "state": p.status.state, "reason": p.status.reason, "step": p.status.step, "steps": p.cell.steps,
+            "metrics": p.status.metrics,
+        }
+        for p in find_cells(plan, root)
+    ]  # fmt: skip
+    return {"grid": plan.grid.name, "cells": cells}
+
+
+def _si(value: float) -> str:
+    """1234567 -> 1.23M"""
+    for bound, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= bound:
+            return f"{value / bound:.3g}{suffix}"
+    return f"{value:g}"
+
+
+def _show_result(plan: Any, root: Path, result: GridResult, grid: Path) -> None:
+    from bwlm.analysis.report import (
+        BEST_HEADER,
+        CELL_HEADER,
+        GAP_HEADER,
+        best_columns,
+        cell_columns,
+        find,
+        gap_columns,
+    )
+    from bwlm.record.lineage import ExperimentFolder
+    from bwlm.record.tracking import ui_command
+
+    findings = find([ExperimentFolder(root, cell.id) for cell in result.cells])
+    _print(_table(CELL_HEADER, [cell_columns(cell) for cell in result.cells], f"{plan.grid.name}: cells"))
+    _print(
+        _table(
+            BEST_HEADER,
+            [best_columns(rate) for rate in findings.best],
+            "Best learning rate (chosen on the tuning half)",
+        )
+    )
+    if findings.gaps:
+        _print(_table(GAP_HEADER, [gap_columns(gap) for gap in findings.gaps], "Verdict (on the test half)"))
+    for line in findings.skipped:
+        _print(f"no result: {line}")
+    _print(
+        f"report     {result.report}",
+        f"MLflow     {ui_command(result.tracking_uri, Path(sys.executable).parent)}",
+        f"Ray        {_dashboard_hint(result, grid)}",
+    )
+
+
+def _dashboard_hint(result: GridResult, grid: Path) -> str:
+    if os.environ.get("RAY_ADDRESS"):
+        return f"http://{result.dashboard}" if result.dashboard else os.environ["RAY_ADDRESS"]
+    ray = Path(sys.executable).parent / "ray"
+    submit = f"{ray} job submit --working-dir . -- python jobs/run_grid.py {grid}"
+    return f"{ray} start --head && {submit}   # then the dashboard is at http://127.0.0.1:8265"
+
+
+# ---- runs ----
+
+
+@runs_app.command("list")
+def runs_list(storage: Storage = None, as_json: Json = False) -> None:
+    """Every experiment with its state, step and figures.
+
+    Example: `bwlm runs list --json`
+    """
+    from bwlm.analysis.report import CELL_HEADER, cell_columns
+    from bwlm.analysis.tables import load_cell
+    from bwlm.paths import storage_root
+    from bwlm.record.lineage import list_experiments
+
+    root = storage_root(storage)
+    cells = [load_cell(folder) for folder in list_experiments(root)]
+    if as_json:
+        return _print_json([cell.to_json() for cell in cells])
+    _print(
+        _table(
+            ["id", "state", "step", *CELL_HEADER[5:]],
+            [[c.id, c.state, str(c.step), *cell_columns(c)[5:]] for c in cells],
+        )
+    )
+    _print(f"{len(cells)} experiments in {root}")
+    return None
+
+
+# ---- data and tokenizer ----
+
+
+def _prepared(settings: list[str] | None, storage: str | None) -> Prepared:
+    """The corpus that the settings ask for; Ray starts only if it was never prepared."""
+    from bwlm.config import Recipe, override, parse_yaml, validate
+    from bwlm.paths import check_writable, storage_root
+    from bwlm.text.prepare import prepare
+
+    document = override(parse_yaml("", "--set"), settings or [])
+    recipe = validate(Recipe, document.content, document)
+    root = storage_root(storage)
+    check_writable(root)
+
+    def pack(*arguments: Any) -> Any:
+        from bwlm.grid.session import cluster
+        from bwlm.text.stream import pack_corpus
+
+        with cluster(recipe.resources, None, 1):
+            return pack_corpus(*arguments)
+
+    return prepare(recipe, root, pack, _say)
+
+
+@data_app.command("prepare")
+def data_prepare(set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
+    """Tokenize and pack a corpus, so that the first grid on it starts at once.
+
+    Example: `bwlm data prepare --set data.source=corpus/ --set model.sequence_length=512`
+    """
+    prepared = _prepared(set_, storage)
+    width = prepared.manifest.sequence_length
+    splits = {}
+    for name in ("train", "validation"):
+        split = getattr(prepared.manifest, name)
+        counts = {k: split.total(k) for k in ("documents", "empty_documents", "rows", "segments", "tokens", "bytes")}
+        splits[name] = {"shards": len(split.shards), **counts, "padding_share": split.padding_share(width)}
+    content = {"folder": str(prepared.folder), "digest": prepared.manifest.digest, "sequence_length": width, **splits}
+    if as_json:
+        return _print_json(content)
+    rows = [[key, *(_figure(splits[name][key]) for name in splits)] for key in splits["train"]]
+    _print(_table(["", *splits], rows, f"{prepared.folder}"))
+    return None
+
+
+def _figure(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2%}"
+
+
+@data_app.command("inspect")
+def data_inspect(
+    direction: Annotated[str | None, typer.Option(help="Only this direction; default: all.")] = None,
+    rows: Annotated[int, typer.Option(min=1, max=10_000, help="How many rows of the plan.")] = 2,
+    set_: Set = None,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
+    """Show the first rows that a run with seed 0 reads, decoded in each direction.
+
+    Example: `bwlm data inspect --direction backward --rows 1`
+    """
+    from bwlm.config import DIRECTIONS
+    from bwlm.text.direction import check_direction
+    from bwlm.text.inspect import inspect_rows
+
+    wanted = [check_direction(direction)] if direction else list(DIRECTIONS)
+    if as_json and direction is None:
+        raise UserError("--json: say which --direction")
+    prepared = _prepared(set_, storage)
+    shown = {name: inspect_rows(prepared, name, rows) for name in wanted}
+    if as_json:
+        return _print_json(shown[wanted[0]])
+    for index in range(rows):
+        for name in wanted:
+            row = shown[name]["rows"][index]
+            text = prepared.tokenizer.decode(row["ids"])
+            _print(f"[bold]row {index}, {name}[/bold]")
+            print(text.replace("\n", "⏎"))
+    return None
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    output: Annotated[Path | None, typer.Option(help="Also write it to this folder.", show_default=False)] = None,
+    set_: Set = None,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
+    """Train the tokenizer that a grid with these settings would use.
+
+    Example: `bwlm tokenizer train --set data.source=corpus/ --set tokenizer.vocab_size=8192`
+    """
+    _tokenizer(set_, storage, as_json, output)
+
+
+@tokenizer_app.command("show")
+def tokenizer_show(set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
+    """Vocabulary, bytes per token on the validation text, and digest.
+
+    Example: `bwlm tokenizer show --set tokenizer.path=my-tokenizer`
+    """
+    _tokenizer(set_, storage, as_json, None)
+
+
+def _tokenizer(settings: list[str] | None, storage: str | None, as_json: bool, output: Path | None) -> None:
+    from bwlm.config import Recipe, override, parse_yaml, validate
+    from bwlm.paths import check_writable, storage_root
+    from bwlm.text.corpus import check_shards, find_corpus
+    from bwlm.text.prepare import bytes_per_token, get_tokenizer
+
+    document = override(parse_yaml("", "--set"), settings or [])
+    recipe = validate(Recipe, document.content, document)
+    root = storage_root(storage)
+    check_writable(root)
+    corpus = find_corpus(recipe.data, root / "cache", _say)
+    check_shards(corpus)
+    folder, tokenizer = get_tokenizer(recipe, corpus, root / "cache", _say)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(output)
+        folder = output
+    content = {
+        "folder": str(folder),
+        "vocab_size": tokenizer.vocab_size,
+        "bytes_per_token": bytes_per_token(tokenizer, corpus),
+        "digest": tokenizer.digest,
+    }
+    if as_json:
+        return _print_json(content)
+    for key, value in content.items():
+        _print(f"{key:16} {value}")
+    return None

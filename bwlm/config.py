@@ -1,0 +1,300 @@
+"""Every setting, validated before anything runs.
+
+`Recipe` holds the sections that a grid file and an experiment share. `Experiment` is one resolved run. The grid file's
+own fields live in `bwlm.grid.spec`. Files are read by `load_yaml`, which knows the line of every field, so that an
+error can name file, line, field and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bwlm.errors import UserError, nearest
+
+DirectionName = Literal["forward", "backward", "bidirectional", "permuted"]
+Phase = Literal["base", "mid", "sft", "rl"]
+DIRECTIONS: tuple[str, ...] = get_args(DirectionName)
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataSettings(Settings):
+    source: str = Field(
+        "builtin:pydocs", description="parquet folder, glob, file, URI, or builtin:pydocs", min_length=1
+    )
+    text_column: str = Field("text", min_length=1)
+    validation: str | None = Field(None, description="validation parquet; default: the last shard of the source")
+
+
+class TokenizerSettings(Settings):
+    vocab_size: int = Field(4096, ge=300, le=2**20, description="merges, bytes and special tokens together")
+    path: str | None = Field(None, description="folder of a trained tokenizer, instead of training one on the data")
+
+
+class ModelSettings(Settings):
+    sequence_length: int = Field(2048, ge=8, le=2**17)
+    head_dim: int = Field(64, ge=8, multiple_of=2)
+    kv_heads: int | None = Field(None, ge=1, description="key/value heads; default: as many as query heads")
+    document_mask: bool = Field(False, description="attention stays inside a segment")
+
+
+class OptimSettings(Settings):
+    kind: Literal["muon", "adamw"] = "muon"
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(40, ge=0, description="at most a tenth of the run")
+    warmdown_ratio: float = Field(0.65, ge=0, le=0.9)
+    final_lr_frac: float = Field(0.05, ge=0, le=1)
+    grad_clip: float = Field(1.0, ge=0, description="global norm; 0: none")
+
+
+_HORIZONS = ("steps", "tokens", "flops", "tokens_per_parameter")
+
+
+class BudgetSettings(Settings):
+    steps: int | None = Field(None, ge=1)
+    tokens: int | None = Field(None, ge=1)
+    flops: float | None = Field(None, gt=0)
+    tokens_per_parameter: float | None = Field(None, gt=0, description="parameters: matrices and output head")
+    batch_tokens: int = Field(2**19, ge=8, description="tokens of one optimizer step over all workers")
+
+    @model_validator(mode="after")
+    def _one_horizon(self) -> BudgetSettings:
+        given = [name for name in _HORIZONS if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"needs exactly one of {', '.join(_HORIZONS)} (found {found})")
+        return self
+
+
+class EvaluationSettings(Settings):
+    every: int = Field(250, ge=0, description="steps between validations; 0: only at the end")
+    tokens: int = Field(2**18, ge=1, description="validation windows are taken up to this many tokens")
+
+
+class CheckpointSettings(Settings):
+    every: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(2, ge=1, description="how many of the newest stay")
+
+
+class ComputeSettings(Settings):
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device_batch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: up to 16K tokens")
+
+
+class ResourceSettings(Settings):
+    workers: int = Field(1, ge=1)
+    cpus_per_worker: int = Field(1, ge=1)
+    gpus_per_worker: int = Field(0, ge=0)
+
+
+class Recipe(Settings):
+    """What a grid file states once for all its cells."""
+
+    phase: Phase = "base"
+    data: DataSettings = DataSettings()
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    model: ModelSettings = ModelSettings()
+    optim: OptimSettings = OptimSettings()
+    budget: BudgetSettings = BudgetSettings(tokens_per_parameter=20.0)
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    compute: ComputeSettings = ComputeSettings()
+    resources: ResourceSettings = ResourceSettings()
+
+
+Depth = Annotated[int, Field(ge=1, le=256)]
+LearningRate = Annotated[float, Field(gt=0, le=1000)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Experiment(Recipe):
+    """One run, fully resolved."""
+
+    direction: DirectionName
+    depth: Depth
+    lr: LearningRate = 1.0
+    seed: Seed = 0
+
+
+# ---- reading files ----
+
+
+@dataclass(frozen=True)
+class Document:
+    """A YAML mapping with the line that each dotted field stands on."""
+
+    name: str
+    content: dict[str, Any]
+    lines: Mapping[str, int]
+
+    def where(self, field: str) -> str:
+        """`file:line: field`, with the line of the nearest enclosing field that the file holds."""
+        known = field
+        while known and known not in self.lines:
+            known = known.rpartition(".")[0]
+        line = f":{self.lines[known]}" if known else ""
+        return f"{self.name}{line}: {field}" if field else f"{self.name}{line}"
+
+
+_INT = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_WORDS: dict[str, Any] = {
+    "true": True,
+    "false": False,
+    "null": None,
+    "~": None,
+    "": None,
+    ".nan": float("nan"),
+    ".inf": float("inf"),
+    "-.inf": float("-inf"),
+}
+
+
+def _scalar(node: yaml.ScalarNode) -> Any:
+    """YAML 1.2's core schema: 6e-4 is a float, 010 is ten, yes is a word."""
+    text = node.value
+    if node.style is not None:
+        return text
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    if _INT.fullmatch(text):
+        return int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    return text
+
+
+def _build(node: yaml.Node, path: str, name: str, lines: dict[str, int]) -> Any:
+    lines[path] = node.start_mark.line + 1
+    if isinstance(node, yaml.ScalarNode):
+        return _scalar(node)
+    if isinstance(node, yaml.SequenceNode):
+        return [
+            _build(child, f"{path}.{index}" if path else str(index), name, lines)
+            for index, child in enumerate(node.value)
+        ]
+    assert isinstance(node, yaml.MappingNode)
+    content: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.value == "<<":
+            raise UserError(f"{name}:{line}: keys must be plain words")
+        key = key_node.value
+        field = f"{path}.{key}" if path else key
+        if key in content:
+            raise UserError(f"{name}:{line}: {field}: given twice (first on line {lines[field]}); keep one")
+        content[key] = _build(value_node, field, name, lines)
+        lines[field] = line
+    return content
+
+
+def parse_yaml(text: str, name: str) -> Document:
+    """Raises `UserError` naming file and line on bad syntax, duplicate keys or a file that is not a mapping."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{name}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+    lines: dict[str, int] = {}
+    content = {} if node is None else _build(node, "", name, lines)
+    if not isinstance(content, dict):
+        raise UserError(f"{name}: must hold fields (name: value), not a {type(content).__name__}")
+    return Document(name, content, lines)
+
+
+def load_yaml(path: Path) -> Document:
+    """Reads a YAML file; raises `UserError` naming it if it is missing, unreadable or not UTF-8."""
+    try:
+        return parse_yaml(path.read_text("utf-8"), str(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """`a.b=c` as (`a.b`, value), the value read as YAML would read it."""
+    field, equals, text = setting.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z0-9_.]+", field):
+        raise UserError(f"--set {setting}: write it as field=value, for instance --set model.sequence_length=256")
+    return field, parse_yaml(f"value: {text}" if text.strip() else "value:", f"--set {field}").content["value"]
+
+
+def assign(content: dict[str, Any], field: str, value: Any) -> None:
+    """Sets a dotted field in nested dictionaries."""
+    *parents, last = field.split(".")
+    for parent in parents:
+        below = content.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise UserError(f"{field}: '{parent}' holds no fields of its own")
+        content = below
+    content[last] = value
+
+
+def override(document: Document, settings: list[str]) -> Document:
+    """The document with `--set` settings laid over it; a horizon given there replaces the file's."""
+    import copy
+
+    content = copy.deepcopy(document.content)
+    for setting in settings:
+        field, value = parse_setting(setting)
+        section, _, name = field.rpartition(".")
+        if section == "budget" and name in _HORIZONS and isinstance(content.get("budget"), dict):
+            content["budget"] = {k: v for k, v in content["budget"].items() if k not in _HORIZONS}
+        assign(content, field, value)
+    lines = {
+        field: line for field, line in document.lines.items() if not any(field == s.partition("=")[0] for s in settings)
+    }
+    return Document(document.name, content, lines)
+
+
+# ---- validating ----
+
+T = TypeVar("T", bound=Settings)
+
+
+def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted field of a settings class, sections included."""
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Settings):
+            yield from field_names(info.annotation, f"{prefix}{name}.")
+
+
+def validate(model: type[T], content: Mapping[str, Any], document: Document) -> T:
+    """Raises `UserError`: one line with file, line, field, what is wrong and the nearest valid name."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise UserError(explain(error, model, document)) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel], document: Document) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    where = document.where(field)
+    if first["type"] == "extra_forbidden":
+        section, _, name = field.rpartition(".")
+        siblings = [f.rpartition(".")[2] for f in field_names(model) if f.rpartition(".")[0] == section]
+        return f"{where}: unknown field{nearest(name, siblings) or ' (known: ' + ', '.join(siblings) + ')'}"
+    if first["type"] == "missing":
+        return f"{where}: missing; add it"
+    if first["type"] == "literal_error":
+        choices = first["ctx"]["expected"]
+        guess = nearest(str(first["input"]), re.findall(r"'([^']*)'", choices))
+        return f"{where}: {first['input']!r} is not one of {choices}{guess}"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(first["input"], dict) else f" (found {first['input']!r})"
+    return f"{where}: {message[0].lower()}{message[1:]}{shown}"

@@ -1,0 +1,124 @@
+"""What text costs a model: the loss of whole windows, segment by segment, in one reading.
+
+bits per byte = sum of -log2 p over text tokens / UTF-8 bytes of the same text. BOS, markers and padding are conditioned
+on, never scored. `bpb_with_end` also scores the boundary after whole documents, over those documents alone: there it is
+the full joint likelihood in either direction.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from bwlm.model.gpt import GPT
+from bwlm.paths import write_json
+from bwlm.text.direction import IGNORED, READINGS, Ids, Ints, Rows, SpecialIds, lay_out
+from bwlm.text.packing import PackedRows
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SegmentLosses:
+    """One entry a segment of the evaluated windows; nll in nats, summed over the segment's text tokens."""
+
+    window: Ints
+    segment: Ints
+    document: Ints
+    tokens: Ints
+    bytes: Ints
+    nll: Floats
+    end_nll: Floats
+    """Nats of the boundary after the segment; NaN where none is scored."""
+
+    def summary(self) -> dict[str, float]:
+        """`loss` in nats per token, `bpb`, `bpb_with_end` where a whole document was scored."""
+        nll = self.nll.sum()
+        figures = {"loss": nll / self.tokens.sum(), "bpb": nll / (math.log(2) * self.bytes.sum())}
+        ended = ~np.isnan(self.end_nll)
+        if ended.any():
+            joint = self.nll[ended].sum() + self.end_nll[ended].sum()
+            figures["bpb_with_end"] = joint / (math.log(2) * self.bytes[ended].sum())
+        return {name: float(value) for name, value in figures.items()}
+
+    def save(self, folder: Path) -> None:
+        """`validation.parquet` with every segment, `validation.json` with the summary."""
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".validation.parquet.tmp"
+        pq.write_table(pa.table(vars(self)), temporary)
+        temporary.replace(folder / "validation.parquet")
+        counts = {
+            "windows": len(np.unique(self.window)),
+            "tokens": int(self.tokens.sum()),
+            "bytes": int(self.bytes.sum()),
+        }
+        write_json(folder / "validation.json", self.summary() | counts)
+
+
+@dataclass(frozen=True)
+class LossEvaluation:
+    """Evaluates a model on the first windows of a split, spread over the ranks of a process group."""
+
+    rows: PackedRows
+    special: SpecialIds
+    token_bytes: Ints
+    tokens: int
+    """Windows are taken up to this many tokens (at least one window)."""
+    batch_rows: int
+    device: torch.device
+    masked: bool
+    """Attention stays inside a segment."""
+
+    @property
+    def windows(self) -> int:
+        return max(1, min(len(self.rows), self.tokens // self.rows.width))
+
+    def measure(self, model: GPT, reading: str, marked: bool) -> SegmentLosses:
+        """The same windows in the order of the split, whatever the number of ranks."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        mine = np.arange(self.windows)[rank::world]
+        parts = [
+            self._batch(model, mine[start : start + self.batch_rows], reading, marked)
+            for start in range(0, len(mine), self.batch_rows)
+        ]
+        if world > 1:
+            gathered: list[list[SegmentLosses] | None] = [None] * world
+            dist.all_gather_object(gathered, parts)
+            parts = [part for ranks in gathered for part in ranks or []]
+        order = np.argsort(np.concatenate([part.segment for part in parts]), kind="stable")
+        return SegmentLosses(*(np.concatenate([getattr(p, name) for p in parts])[order] for name in vars(parts[0])))
+
+    @torch.no_grad()
+    def _batch(self, model: GPT, windows: Ints, reading: str, marked: bool) -> SegmentLosses:
+        rows = self.rows.take(windows)
+        chosen = np.full(len(rows.lengths), READINGS.index(reading))
+        directed = lay_out(rows, chosen, marked, self.special, self.rows.width)
+        segments = self._tensor(directed.segments) if self.masked else None
+        inputs, targets = self._tensor(directed.ids[:, :-1]), self._tensor(directed.targets)
+        nll = model.loss(inputs, targets, segments, reduction="none")
+        flat = nll.double().cpu().numpy().reshape(-1)
+        return SegmentLosses(
+            window=windows[rows.row],
+            segment=rows.segment,
+            document=rows.document,
+            tokens=rows.lengths,
+            bytes=_per_segment(self.token_bytes[rows.tokens].astype(np.float64), rows).astype(np.int64),
+            nll=_per_segment(flat[directed.text], rows),
+            end_nll=np.where(directed.ends == IGNORED, np.nan, flat[directed.ends]),
+        )
+
+    def _tensor(self, ids: Ids) -> torch.Tensor:
+        return torch.from_numpy(ids).long().to(self.device)
+
+
+def _per_segment(values: Floats, rows: Rows) -> Floats:
+    owner = np.repeat(np.arange(len(rows.lengths)), rows.lengths)
+    return np.bincount(owner, weights=values, minlength=len(rows.lengths)).astype(np.float64)

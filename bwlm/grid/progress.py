@@ -1,0 +1,104 @@
+"""A live picture of a running grid on stderr: which cells run, how many wait, how long it will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from bwlm.grid.spec import Cell
+from bwlm.record.lineage import Status
+
+
+def duration(seconds: float) -> str:
+    """3:07, or 1:02:03 from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class GridProgress:
+    """A table that redraws itself in a terminal; elsewhere one line whenever a cell ends."""
+
+    def __init__(self, cells: tuple[Cell, ...], states: Mapping[str, Status], storage: Path) -> None:
+        self._cells = {cell.id: cell for cell in cells}
+        self._storage = storage
+        self._ended = {name: status for name, status in states.items() if status.state in ("finished", "failed")}
+        self._running: dict[str, dict[str, Any]] = {}
+        self._console = Console(stderr=True)
+        self._began = time.monotonic()
+        self._done_before = self._flops_done()
+        self._live = Live(console=self._console, get_renderable=self._picture, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> GridProgress:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def began(self, cell: str) -> None:
+        self._ended.pop(cell, None)
+        self._running[cell] = {"step": 0}
+
+    def moved(self, cell: str, result: dict[str, Any]) -> None:
+        self._running[cell] = self._running.get(cell, {}) | result
+
+    def ended(self, cell: str, status: Status) -> None:
+        self._running.pop(cell, None)
+        self._ended[cell] = status
+        if not self._console.is_terminal:
+            bpb = f", val_bpb {status.metrics['val_bpb']:.4f}" if "val_bpb" in status.metrics else ""
+            reason = f" ({status.reason})" if status.reason else ""
+            left = self._seconds_left()
+            clock = f", about {duration(left)} left" if left else ""
+            done = f"{len(self._ended)}/{len(self._cells)}"
+            self._console.print(f"{done} {cell}: {status.state}{reason}{bpb}{clock}", highlight=False, soft_wrap=True)
+
+    def _flops_done(self) -> float:
+        running = dict(self._running)
+        shares = dict.fromkeys(self._ended, 1.0)
+        shares |= {name: float(result["step"]) / self._cells[name].steps for name, result in running.items()}
+        return sum(self._cells[name].flops * share for name, share in shares.items())
+
+    def _seconds_left(self) -> float | None:
+        total = sum(cell.flops for cell in self._cells.values())
+        done = self._flops_done()
+        fresh = done - self._done_before
+        return (time.monotonic() - self._began) * (total - done) / fresh if fresh > 0 else None
+
+    def _picture(self) -> Group:
+        running = dict(self._running)
+        failed = sum(status.state == "failed" for status in self._ended.values())
+        waiting = len(self._cells) - len(self._ended) - len(running)
+        left = self._seconds_left()
+        head = Text.assemble(
+            (f"{len(self._ended) - failed} done", "green"),
+            (f" · {failed} failed" if failed else "", "red"),
+            f" · {len(running)} running · {waiting} waiting · {duration(time.monotonic() - self._began)} gone",
+            f" · about {duration(left)} left" if left is not None else "",
+        )
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for name in ("cell", "step", "", "loss", "val bpb", "tokens/s"):
+            table.add_column(name, justify="left" if name == "cell" else "right", no_wrap=True)
+        for name, result in running.items():
+            table.add_row(*self._row(name, result))
+        return Group(head, table)
+
+    def _row(self, name: str, result: dict[str, Any]) -> tuple[Any, ...]:
+        steps = self._cells[name].steps
+        bar = ProgressBar(total=steps, completed=result["step"], width=20)
+        shown = [
+            format(result[key], style) if key in result else "–"
+            for key, style in (("train_loss_smooth", ".3f"), ("val_bpb", ".4f"), ("tokens_per_second", ",.0f"))
+        ]
+        return (name, f"{result['step']}/{steps}", bar, *shown)

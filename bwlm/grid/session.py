@@ -1,0 +1,198 @@
+"""Where cells run: the Ray cluster, what it has room for, and the session that a training loop talks to."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+
+import ray
+
+from bwlm.config import ResourceSettings
+from bwlm.errors import UserError
+
+_SPARE_CPUS = 1.0
+"""Logical CPUs left for Ray Data's tasks: without one, a cell waits for its first batch for ever."""
+
+_TRIAL_CPUS = 0.1
+"""What the trial that drives several workers asks for itself."""
+
+
+def cpus_of_cell(resources: ResourceSettings) -> float:
+    """Logical CPUs that one cell holds while it runs."""
+    return resources.workers * resources.cpus_per_worker + (_TRIAL_CPUS if resources.workers > 1 else 0)
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many cells run at once, and on what."""
+
+    concurrency: int
+    dashboard: str | None
+    cluster: str
+    """`this machine` or the address of a cluster."""
+
+
+@contextlib.contextmanager
+def cluster(resources: ResourceSettings, concurrency: int | None, cells: int) -> Iterator[Room]:
+    """Connects to the cluster at RAY_ADDRESS, or starts a private one on this machine for the time of the block.
+
+    Raises `UserError` if the cluster can never place a cell, or not as many at once as `concurrency` asks for.
+    """
+    if ray.is_initialized():
+        yield _room_on_cluster(resources, concurrency, cells)
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, logging_level="warning", log_to_driver=False)
+            yield _room_on_cluster(resources, concurrency, cells)
+        else:
+            chosen = _concurrency(resources, concurrency, cells, os.cpu_count() or 1, _local_gpus(), "this machine")
+            # Ray Data's tasks and the trial drivers need logical CPUs of their own, or nothing would ever start
+            logical = math.ceil(chosen * (cpus_of_cell(resources) + _TRIAL_CPUS) + _SPARE_CPUS)
+            context = ray.init(
+                address="local", num_cpus=logical, include_dashboard=True, logging_level="warning", log_to_driver=False
+            )
+            yield Room(chosen, context.dashboard_url, "this machine")
+    finally:
+        ray.shutdown()
+
+
+def _local_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _room_on_cluster(resources: ResourceSettings, concurrency: int | None, cells: int) -> Room:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = sum(node.get("CPU", 0) for node in nodes) - _SPARE_CPUS
+    gpus = sum(node.get("GPU", 0) for node in nodes)
+    places = sum(_places(node, resources) for node in nodes)
+    where = "the cluster"
+    if places < resources.workers:
+        raise UserError(
+            f"resources.workers: {resources.workers} workers of {resources.cpus_per_worker} CPUs and "
+            f"{resources.gpus_per_worker} GPUs asked for, but {where} has room for {int(places)}: "
+            "lower resources or add nodes"
+        )
+    address = ray.get_runtime_context().gcs_address
+    chosen = _concurrency(resources, concurrency, cells, cpus, gpus, where)
+    return Room(chosen, ray.worker.get_dashboard_url(), address)
+
+
+def _places(node: dict[str, float], resources: ResourceSettings) -> float:
+    places = node.get("CPU", 0) // resources.cpus_per_worker
+    return min(places, node.get("GPU", 0) // resources.gpus_per_worker) if resources.gpus_per_worker else places
+
+
+def _concurrency(
+    resources: ResourceSettings, wanted: int | None, cells: int, cpus: float, gpus: float, where: str
+) -> int:
+    fits = int(cpus // cpus_of_cell(resources))
+    need = f"{resources.workers} x {resources.cpus_per_worker} CPUs"
+    if resources.gpus_per_worker:
+        fits = min(fits, int(gpus // (resources.workers * resources.gpus_per_worker)))
+        need += f" and {resources.gpus_per_worker} GPUs"
+    if fits < 1:
+        raise UserError(
+            f"resources.workers: a cell needs {need}, but {where} has {cpus:g} CPUs and {gpus:g} GPUs to give: "
+            "lower resources.workers or resources.cpus_per_worker, or take a larger cluster"
+        )
+    if wanted is not None and wanted > fits:
+        raise UserError(f"launch.concurrency: {wanted} cells at once, but {where} has room for {fits}: lower it")
+    return max(1, min(wanted or fits, cells))
+
+
+class RaySession:
+    """The loop's view of a Ray Train worker; a cell of one worker reports to Tune, one of several to Train."""
+
+    def __init__(self, steps: int, workers: int) -> None:
+        import ray.train
+        import torch
+
+        # in local mode the trial itself is the worker, and Train has no context to ask
+        context = ray.train.get_context() if workers > 1 else None
+        self.rank = context.get_world_rank() if context else 0
+        self.world = context.get_world_size() if context else 1
+        local = context.get_local_rank() if context else 0
+        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        self._steps = steps
+        self._every = max(1, steps // 50)
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        """A report costs milliseconds, so only some steps and every validation are reported: the same on all ranks."""
+        if step % self._every and step != self._steps and "val_bpb" not in metrics:
+            return
+        import ray.train
+        import ray.tune
+
+        send: Any = ray.tune.report if self.world == 1 else ray.train.report
+        send({"step": step, **metrics})
+
+
+def trial_resources(resources: ResourceSettings) -> dict[str, float]:
+    """What Tune reserves for a trial: the cell itself, or only its driver where Train places the workers."""
+    if resources.workers > 1:
+        return {"CPU": _TRIAL_CPUS}
+    return {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+
+
+def train_cell(config: dict[str, Any]) -> None:
+    """Tune's trainable: one cell through Ray Train, whatever its number of workers.
+
+    One worker runs in Train's local mode inside this (reused) actor, which saves the seconds that starting a worker
+    group takes; several workers get a TorchTrainer of their own.
+    """
+    import ray.train
+    import ray.train.torch
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    workers = config["workers"]
+    scaling = ray.train.ScalingConfig(
+        num_workers=0 if workers == 1 else workers,
+        use_gpu=config["gpus_per_worker"] > 0,
+        resources_per_worker={"CPU": config["cpus_per_worker"], "GPU": config["gpus_per_worker"]}
+        if workers > 1
+        else None,
+    )
+    run = ray.train.RunConfig(
+        name=config["cell"],
+        storage_path=config["scratch"],
+        failure_config=ray.train.FailureConfig(max_failures=config["retries"]),
+        callbacks=[TuneReportCallback()] if workers > 1 else None,
+    )
+    trainer = ray.train.torch.TorchTrainer(
+        train_worker, train_loop_config=config, scaling_config=scaling, run_config=run
+    )
+    trainer.fit()
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What every worker of a cell runs."""
+    import torch
+    import torch.distributed as dist
+
+    from bwlm.record.lineage import ExperimentFolder
+    from bwlm.text.stream import stream_batches
+    from bwlm.train.base import run_base
+
+    torch.set_num_threads(config["cpus_per_worker"])
+    folder = ExperimentFolder(Path(config["storage"]), config["cell"])
+    session = RaySession(folder.config().steps, config["workers"])
+    with folder.lease() if session.rank == 0 else contextlib.nullcontext():
+        if session.world > 1:
+            dist.barrier()
+        run_base(folder, session, stream_batches)

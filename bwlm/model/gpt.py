@@ -1,0 +1,228 @@
+"""The GPT: nanochat's architecture of 2025, which transformers ships as `NanoChatForCausalLM`.
+
+RoPE and then QK-norm, a norm after the embedding, RMSNorm without weights, ReLU squared, no biases, an untied head,
+logits capped at 15. It predicts position t + 1 from positions up to t and knows nothing of what order the ids are in.
+
+Not here: sizes and costs (`shape.py`), optimizers (`optim.py`), decoding.
+
+Axes: B batch, T time, C width, H heads, K kv heads, D head dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from bwlm.model.shape import GPTConfig, ParameterCounts, count_parameters, flops_per_token
+
+__all__ = ["GPT", "GPTConfig", "ParameterCounts", "count_parameters", "cross_entropy", "flops_per_token"]
+
+NORM_EPS = 1.1920929e-07  # float32's, in every compute dtype
+ROPE_BASE = 10_000
+LOGIT_CAP = 15.0
+IGNORED = -1
+
+Reduction = Literal["sum", "none"]
+Rope = tuple[Tensor, Tensor]  # cos, sin: [T, D/2]
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last axis, without weights (Zhang & Sennrich, arXiv:1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def rope_tables(sequence_length: int, head_dim: int) -> Rope:
+    """cos and sin [T, D/2], float32: pair i at position t has angle t * base^(-2i/D) (Su et al., arXiv:2104.09864)."""
+    frequencies = ROPE_BASE ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(sequence_length, dtype=torch.float32), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turn the pairs (i, i + D/2) of x [B, H, T, D] by minus their angle: nanochat's sign, the opposite of Llama's."""
+    cos, sin = rope
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+def segment_mask(segments: Tensor) -> Tensor:
+    """[B, T] segment ids to [B, 1, T, T]: True where a query (row) may look at a key: not later, same segment."""
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    return same.tril()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: Reduction = "sum") -> Tensor:
+    """Cross-entropy in nats, float32, of logits [B, T, V] at targets [B, T]; a target of -1 costs 0.
+
+    'sum' gives a scalar, 'none' [B, T]. No mean: ranks and micro-batches with unequal numbers of targets add up only
+    as sums.
+    """
+    if reduction not in ("sum", "none"):
+        raise ValueError(f"reduction must be 'sum' or 'none', not {reduction!r}")
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+    return loss.view_as(targets) if reduction == "none" else loss
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, kept in float32 and multiplied in the dtype of its input, as in nanochat.
+
+    This is autocast without its cache and its lists: the optimizer sees float32, the matmul what the activations are.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, torch.nan)  # until init_weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors [V, C] in float32."""
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, torch.nan)  # until init_weights
+
+
+class Attention(nn.Module):
+    """Causal self-attention; with fewer kv heads than heads, groups of heads share one (GQA, arXiv:2305.13245)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.grouped = config.kv_heads < config.heads
+        self.query = Linear(config.width, config.heads * config.head_dim)
+        self.key = Linear(config.width, config.kv_heads * config.head_dim)
+        self.value = Linear(config.width, config.kv_heads * config.head_dim)
+        self.output = Linear(config.heads * config.head_dim, config.width)
+
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+        """x [B, T, C] to [B, T, C]; mask [B, 1, T, T] is True where attending is allowed, None is plain causal."""
+        q, k, v = self.heads(x, rope)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        out: Tensor = self.output(y.transpose(1, 2).flatten(2))
+        return out
+
+    def heads(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """What attends: x [B, T, C] to q [B, H, T, D] and k, v [B, K, T, D]; q and k turned first, then normed."""
+        q, k, v = (self._split(linear(x)) for linear in (self.query, self.key, self.value))
+        return norm(rotate(q, rope)), norm(rotate(k, rope)), v
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """Up to 4C, ReLU squared (So et al., Primer, arXiv:2109.08668), down to C."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up = Linear(config.width, 4 * config.width)
+        self.down = Linear(4 * config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(F.relu(self.up(x)).square())
+        return out
+
+
+class Block(nn.Module):
+    """One layer of the residual stream: x [B, T, C] to [B, T, C]."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+        x = x + self.attention(norm(x), rope, mask)
+        out: Tensor = x + self.mlp(norm(x))
+        return out
+
+
+class GPT(nn.Module):
+    """The whole model. Weights are float32; activations run in `compute_dtype`; logits come out in float32.
+
+    A new model holds NaN, so that one that was neither initialised nor loaded cannot pass for a model.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        if compute_dtype not in (torch.float32, torch.bfloat16):
+            # float16 would underflow without a gradient scaler, which the training step has not
+            raise ValueError(f"compute_dtype must be torch.float32 or torch.bfloat16, not {compute_dtype}")
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.embedding = Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.lm_head = Linear(config.width, config.vocab_size)
+        cos, sin = rope_tables(config.sequence_length, config.head_dim)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] for the id after each of ids [B, T] (int64).
+
+        With segments [B, T], an integer per position, attention stays among equal integers. Positions count from the
+        row's beginning in any case: RoPE lets attention see differences of positions only, and those are the same.
+        Raises ValueError where the shapes do not fit.
+        """
+        self._check(ids, segments)
+        time = ids.size(1)
+        rope = self.cos[:time].to(self.compute_dtype), self.sin[:time].to(self.compute_dtype)
+        mask = None if segments is None else segment_mask(segments)
+        x = norm(self.embedding(ids).to(self.compute_dtype))
+        for block in self.blocks:
+            x = block(x, rope, mask)
+        logits: Tensor = self.lm_head(norm(x)).float()
+        return LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
+
+    def loss(
+        self, ids: Tensor, targets: Tensor, segments: Tensor | None = None, reduction: Reduction = "sum"
+    ) -> Tensor:
+        """Cross-entropy in nats of targets [B, T] given ids [B, T]; see `cross_entropy`."""
+        return cross_entropy(self.forward(ids, segments), targets, reduction)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """nanochat's initialisation (its `GPT.init_weights`, of 2026), the same on every device for one seed.
+
+        Embedding N(0, 0.8), head N(0, 0.001), query, key and value uniform with standard deviation 1/sqrt(C), `up`
+        0.4 times that, and zeros into the residual stream, so that each block begins as the identity.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        _fill_normal(self.embedding.weight, 0.8, generator)
+        bound = (3 / self.config.width) ** 0.5  # a uniform of this bound has variance 1/C, and no outliers
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for linear in (block.attention.query, block.attention.key, block.attention.value):
+                _fill_uniform(linear.weight, bound, generator)
+            _fill_uniform(block.mlp.up.weight, 0.4 * bound, generator)
+            nn.init.zeros_(block.attention.output.weight)
+            nn.init.zeros_(block.mlp.down.weight)
+        _fill_normal(self.lm_head.weight, 0.001, generator)
+
+    def _check(self, ids: Tensor, segments: Tensor | None) -> None:
+        if ids.ndim != 2:
+            raise ValueError(f"ids must be [B, T], not of shape {tuple(ids.shape)}")
+        if ids.size(1) > self.config.sequence_length:
+            raise ValueError(f"{ids.size(1)} ids in a row, but sequence_length is {self.config.sequence_length}")
+        if segments is not None and segments.shape != ids.shape:
+            raise ValueError(f"segments have shape {tuple(segments.shape)}, ids {tuple(ids.shape)}")
+
+
+def _fill_normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
+    # drawn on the CPU and copied: generators of other devices give other numbers for the same seed
+    weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
+
+
+def _fill_uniform(weight: Tensor, bound: float, generator: torch.Generator) -> None:
+    weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))

@@ -1,0 +1,184 @@
+"""The optimizer: Muon for the matrices inside the blocks, AdamW for embedding and head; and their schedules.
+
+Rates are nanochat's of October 2025, tuned for width 768, the version whose architecture `gpt.py` has. State goes in
+and out as named tensors, so that a checkpoint needs no pickle.
+
+Not here: gradient clipping and accumulation, which belong to the step that makes the gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bwlm.model.gpt import GPT
+
+Kind = Literal["muon", "adamw"]
+
+TUNED_WIDTH = 768
+MUON_RATE = 0.02
+EMBEDDING_RATE = 0.2
+UNEMBEDDING_RATE = 0.004
+ADAMW_MATRIX_RATE = 6e-4
+
+DEFAULT_WARMUP = 40
+MOMENTUM_WARMUP = 300  # steps
+
+
+class Optimizer:
+    """torch optimizers that step together, and their state under flat names.
+
+    `set_schedule` is to be called before each `step`: rates and momentum are functions of the step, not state.
+    """
+
+    def __init__(self, parts: dict[str, torch.optim.Optimizer], names: dict[Tensor, str]) -> None:
+        """`parts` by the prefix of their state's names; `names` of all parameters. Parameter groups have a 'name'."""
+        self.parts = parts
+        self._names = names
+        for part in parts.values():
+            for group in part.param_groups:
+                group["initial_lr"] = group["lr"]
+                for parameter in group["params"]:
+                    part.state[parameter] = _initial_state(part, parameter)
+
+    def step(self) -> None:
+        for part in self.parts.values():
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts.values():
+            part.zero_grad(set_to_none=True)
+
+    def set_schedule(self, multiplier: float, momentum: float) -> None:
+        """Scale every group's rate by `multiplier`, and set Muon's momentum (AdamW's betas stay)."""
+        for group in self._groups():
+            group["lr"] = group["initial_lr"] * multiplier
+            if "momentum" in group:
+                group["momentum"] = momentum
+
+    def learning_rates(self) -> dict[str, float]:
+        """The rates of the next step: 'matrix', 'embedding', 'unembedding'."""
+        return {group["name"]: float(group["lr"]) for group in self._groups()}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The state as `part/parameter/key`, complete from the start; live tensors, which the next step changes."""
+        return {
+            f"{prefix}/{self._names[parameter]}/{key}": value
+            for prefix, part in self.parts.items()
+            for parameter, state in part.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state_tensors` gave. Raises ValueError, and changes nothing, unless all of it fits."""
+        own = self.state_tensors()
+        missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        if missing or unexpected:
+            raise ValueError(f"optimizer state: {_some('missing', missing)}; {_some('unexpected', unexpected)}")
+        for name, value in own.items():
+            given = tensors[name]
+            if (given.shape, given.dtype) != (value.shape, value.dtype):
+                raise ValueError(
+                    f"optimizer state {name!r} is {given.dtype} {tuple(given.shape)}, "
+                    f"not {value.dtype} {tuple(value.shape)}"
+                )
+        for name, value in own.items():
+            value.copy_(tensors[name])
+
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        for part in self.parts.values():
+            yield from part.param_groups
+
+
+def build_optimizers(model: GPT, lr: float = 1.0, weight_decay: float = 0.0, kind: Kind = "muon") -> Optimizer:
+    """The optimizer of `model`; `lr` multiplies every group's rate, `weight_decay` acts on the blocks' matrices only.
+
+    'muon' is nanochat's. 'adamw' has AdamW for all, the matrices at GPT-3's rate and betas for its model of width 768
+    (Brown et al., arXiv:2005.14165, table 2.1; nanoGPT's too), falling as 1 / width as muP asks of matrices under Adam
+    (Yang et al., arXiv:2203.03466, table 3). Embedding and head are the same in both. The model must be on its device
+    already. Raises ValueError.
+    """
+    if not 0 < lr < math.inf or not 0 <= weight_decay < math.inf:
+        raise ValueError(f"lr must be above 0 and weight_decay not below, not {lr} and {weight_decay}")
+    matrices = [weight for block in model.blocks for weight in block.parameters()]
+    relative_width = model.config.width / TUNED_WIDTH
+    adamw_groups = [
+        _group("embedding", list(model.embedding.parameters()), lr * EMBEDDING_RATE * relative_width**-0.5),
+        _group("unembedding", list(model.lm_head.parameters()), lr * UNEMBEDDING_RATE * relative_width**-0.5),
+    ]
+    parts: dict[str, torch.optim.Optimizer] = {}
+    if kind == "muon":
+        # 'original' scales a matrix's update by sqrt(max(1, rows / columns)), as nanochat's Muon does
+        parts["muon"] = torch.optim.Muon(
+            [_group("matrix", matrices, lr * MUON_RATE)],
+            momentum=0.95,
+            nesterov=True,
+            ns_steps=5,
+            weight_decay=weight_decay,
+            adjust_lr_fn="original",
+        )
+    elif kind == "adamw":
+        matrix_group = _group("matrix", matrices, lr * ADAMW_MATRIX_RATE / relative_width)
+        adamw_groups.insert(0, matrix_group | {"betas": (0.9, 0.95), "weight_decay": weight_decay})
+    else:
+        raise ValueError(f"kind must be 'muon' or 'adamw', not {kind!r}")
+    parts["adamw"] = torch.optim.AdamW(adamw_groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+    return Optimizer(parts, {parameter: name for name, parameter in model.named_parameters()})
+
+
+def schedule(
+    step: int,
+    steps: int,
+    warmup_steps: int | None = None,
+    warmdown_ratio: float = 0.65,
+    final_fraction: float = 0.05,
+) -> float:
+    """Multiplier of the learning rate at `step` of 0 .. steps - 1: linear up, constant, linear down.
+
+    nanochat's `get_lr_multiplier`: it begins at 1 / warmup_steps and would reach `final_fraction` at `steps`, one after
+    the last. `warmup_steps` None is 40, but at most a tenth of the steps. Raises ValueError.
+    """
+    if warmup_steps is None:
+        warmup_steps = min(DEFAULT_WARMUP, steps // 10)
+    warmdown_steps = round(warmdown_ratio * steps)
+    if not 0 <= step <= steps:
+        raise ValueError(f"step {step} is outside 0..{steps}")
+    if not (0 <= warmdown_ratio <= 1 and 0 <= final_fraction <= 1):
+        raise ValueError(f"warmdown_ratio {warmdown_ratio} and final_fraction {final_fraction} must be in 0..1")
+    if warmup_steps < 0 or warmup_steps + warmdown_steps > steps:
+        raise ValueError(f"{warmup_steps} steps up and {warmdown_steps} down do not fit into {steps}")
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if step <= steps - warmdown_steps:
+        return 1.0
+    remaining = (steps - step) / warmdown_steps
+    return remaining + (1 - remaining) * final_fraction
+
+
+def muon_momentum(step: int) -> float:
+    """Muon's momentum at `step`: 0.85 to 0.95 over the first 300 steps, then 0.95 (nanochat, October 2025)."""
+    fraction = min(step / MOMENTUM_WARMUP, 1.0)
+    return (1 - fraction) * 0.85 + fraction * 0.95
+
+
+def _group(name: str, parameters: list[nn.Parameter], lr: float) -> dict[str, Any]:
+    return {"name": name, "params": parameters, "lr": lr}
+
+
+def _initial_state(part: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """What torch would make at the first step: made now, so that a checkpoint's names do not depend on the step."""
+    if isinstance(part, torch.optim.Muon):
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
+def _some(what: str, names: list[str]) -> str:
+    return f"{len(names)} {what}" + (f", the first {names[0]!r}" if names else "")

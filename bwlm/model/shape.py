@@ -1,0 +1,90 @@
+"""The shape of a model, and what it costs: arithmetic on integers, so that a grid is planned without torch.
+
+Not here: what the model computes (`gpt.py`), what a step or a run costs in all (tokens are the caller's).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WIDTH_PER_DEPTH = 64  # nanochat's one dial: depth sets the width
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of a GPT. Raises ValueError where no model has them."""
+
+    vocab_size: int
+    depth: int
+    width: int
+    heads: int
+    kv_heads: int
+    sequence_length: int
+
+    def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head dimension {self.head_dim} (width / heads) must be even: RoPE turns pairs")
+
+    @classmethod
+    def from_depth(
+        cls, depth: int, vocab_size: int, sequence_length: int, head_dim: int = 64, kv_heads: int | None = None
+    ) -> GPTConfig:
+        """nanochat's family: width 64 x depth, rounded up to whole heads; as many kv heads as heads unless told."""
+        if head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, not {head_dim}")
+        heads = -(-WIDTH_PER_DEPTH * depth // head_dim)
+        return cls(
+            vocab_size=vocab_size,
+            depth=depth,
+            width=heads * head_dim,
+            heads=heads,
+            kv_heads=heads if kv_heads is None else kv_heads,
+            sequence_length=sequence_length,
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters by what they do; `matrices` are those inside the blocks."""
+
+    embedding: int
+    lm_head: int
+    matrices: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.lm_head + self.matrices
+
+
+def count_parameters(config: GPTConfig) -> ParameterCounts:
+    """Count without allocating: a block has query, output (C x C), key, value (C x KD) and the MLP (2 x 4C x C)."""
+    width = config.width
+    attention = 2 * width * width + 2 * width * config.kv_heads * config.head_dim
+    mlp = 2 * 4 * width * width
+    return ParameterCounts(
+        embedding=config.vocab_size * width,
+        lm_head=config.vocab_size * width,
+        matrices=config.depth * (attention + mlp),
+    )
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    """FLOPs to train on one token, forward and backward, in rows of `sequence_length` tokens.
+
+    6 N + 12 L H D T, N the parameters that multiply (the embedding is a lookup): PaLM, arXiv:2204.02311, appendix B;
+    nanochat's `estimate_flops`. The causal half of the attention is not taken off, so MFU compares with theirs.
+    """
+    counts = count_parameters(config)
+    attention = 12 * config.depth * config.heads * config.head_dim * config.sequence_length
+    return 6 * (counts.matrices + counts.lm_head) + attention

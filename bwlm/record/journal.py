@@ -1,0 +1,76 @@
+"""The metrics of a run as they happen: `metrics.jsonl`, one line a step, appended and never rewritten while it runs.
+
+It is the source of truth: charts and `runs list` read it, and MLflow is fed from it, so that no tracking server can
+hold up or lose a run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bwlm.paths import write_atomic
+
+NAME = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Entry:
+    step: int
+    """Optimizer steps done when it was measured."""
+    time: int
+    """Milliseconds since the epoch."""
+    metrics: dict[str, float]
+
+    def line(self) -> bytes:
+        return (json.dumps({"step": self.step, "time": self.time, "metrics": self.metrics}) + "\n").encode()
+
+
+class Journal:
+    """Appends entries; opened at a step, it forgets what a run that was cut off had logged beyond that step."""
+
+    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+        self._path = folder / NAME
+        kept = [entry for entry in read_journal(folder) if entry.step <= resume_step]
+        write_atomic(self._path, b"".join(entry.line() for entry in kept))
+        self._file = self._path.open("ab", buffering=0)
+
+    def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One write per line, so that a killed process leaves whole lines and at most one torn last one."""
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self._file.write(Entry(step, time.time_ns() // 1_000_000, finite).line())
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_journal(folder: Path, offset: int = 0) -> Iterator[Entry]:
+    """Entries from a byte offset on; a torn last line is passed over."""
+    try:
+        with (folder / NAME).open("rb") as file:
+            file.seek(offset)
+            for line in file:
+                if line.endswith(b"\n"):
+                    yield Entry(**json.loads(line))
+    except FileNotFoundError:
+        return
+
+
+def last_entry(folder: Path) -> Entry | None:
+    """The newest entry, without reading the whole file."""
+    try:
+        with (folder / NAME).open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 65536))
+            lines = [line for line in file.read().split(b"\n")[:-1] if line]
+    except FileNotFoundError:
+        return None
+    return Entry(**json.loads(lines[-1])) if lines else None

@@ -1,0 +1,168 @@
+"""The experiment folder: what a run is, whose child it is, how far it came, and who may write to it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from bwlm.config import Experiment
+from bwlm.errors import UserError
+from bwlm.paths import check_id, read_json, write_json
+from bwlm.record.fingerprint import fingerprint
+from bwlm.record.journal import last_entry
+
+State = Literal["waiting", "running", "finished", "stopped", "failed"]
+_PACKAGES = ("bwlm", "torch", "ray", "mlflow", "tiktoken", "numpy", "pyarrow")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Content of config.json: everything that a worker needs to train, and a reader to know what was trained."""
+
+    id: str
+    experiment: Experiment
+    identity: dict[str, Any]
+    steps: int
+    precision: str
+    corpus: str
+    """Folder of the packed corpus."""
+    tokenizer: str
+    """Folder of the tokenizer."""
+    grid: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.identity)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Content of status.json: how a run ended, or that it has not."""
+
+    state: State = "waiting"
+    reason: str = ""
+    step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class ExperimentFolder:
+    """`<storage>/<experiment id>/`."""
+
+    def __init__(self, storage: Path, experiment_id: str) -> None:
+        self.id = check_id(experiment_id, "experiment id")
+        self.path = storage / experiment_id
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def exists(self) -> bool:
+        return (self.path / "config.json").exists()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def evaluation(self, phase: str, reading: str) -> Path:
+        return self.path / "evaluations" / phase / reading
+
+    def create(self, config: RunConfig) -> None:
+        """Makes the folder of a base run; config.json last, since it says that the experiment exists."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "parent_link.json", {"parent": None, "checkpoint": None, "phase": None, "chain": []})
+        self.write_status(Status())
+        versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+        content = asdict(config) | {"experiment": config.experiment.model_dump(), "versions": versions}
+        write_json(self.path / "config.json", content | {"fingerprint": config.fingerprint, "created": time.time()})
+
+    def config(self) -> RunConfig:
+        content = read_json(self.path / "config.json")
+        known = {name: content[name] for name in RunConfig.__dataclass_fields__}
+        return RunConfig(**known | {"experiment": Experiment.model_validate(content["experiment"])})
+
+    def parent(self) -> str | None:
+        parent = read_json(self.path / "parent_link.json")["parent"]
+        return str(parent) if parent is not None else None
+
+    def write_status(self, status: Status) -> None:
+        write_json(self.path / "status.json", asdict(status))
+
+    def status(self) -> Status:
+        """A run that holds no lease and did not end is `waiting`, or `stopped` if it had begun."""
+        status = Status(**read_json(self.path / "status.json"))
+        if status.state in ("finished", "failed") or (status.state == "stopped" and status.reason):
+            return status
+        entry = last_entry(self.path)
+        step, metrics = (entry.step, entry.metrics) if entry else (0, {})
+        if self.lease_holder() is not None:
+            return Status("running", "", step, metrics)
+        if entry is None:
+            return Status()
+        return Status("stopped", "", step, metrics)
+
+    # -- the lease: one writer at a time, freed by the kernel when its process dies --
+
+    @property
+    def _lease(self) -> Path:
+        return self.path / "lease.json"
+
+    @contextmanager
+    def lease(self, wait: float = 0.5) -> Iterator[None]:
+        """Holds the run for this process; waits while another one trains it."""
+        with self._lease.open("a+") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(wait)
+            file.truncate(0)
+            file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
+            file.flush()
+            try:
+                yield
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+    def lease_holder(self) -> str | None:
+        """`host:pid` of the process that trains this run now, or None."""
+        try:
+            with self._lease.open("r") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    holder = json.loads(file.read() or "{}")
+                    return f"{holder.get('host', '?')}:{holder.get('pid', '?')}"
+                fcntl.flock(file, fcntl.LOCK_UN)
+        except FileNotFoundError:
+            pass
+        return None
+
+
+def list_experiments(storage: Path) -> list[ExperimentFolder]:
+    """Every experiment below a storage root, by id."""
+    if not storage.is_dir():
+        return []
+    return [ExperimentFolder(storage, path.parent.name) for path in sorted(storage.glob("*/config.json"))]
+
+
+def open_experiment(storage: Path, experiment_id: str) -> ExperimentFolder:
+    """Raises `UserError` naming the nearest ids if there is no such experiment."""
+    from bwlm.errors import nearest
+
+    folder = ExperimentFolder(storage, experiment_id)
+    if not folder.exists():
+        known = [other.id for other in list_experiments(storage)]
+        raise UserError(
+            f"{experiment_id}: no such experiment in {storage}{nearest(experiment_id, known)}; see: bwlm runs list"
+        )
+    return folder

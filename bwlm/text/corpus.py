@@ -1,0 +1,180 @@
+"""Where text comes from: parquet shards behind a path, a glob, a URI or `builtin:pydocs`.
+
+By nanochat's convention the last shard is validation, unless `data.validation` names other files.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bwlm.config import DataSettings
+from bwlm.errors import UserError, nearest
+
+BUILTIN = "builtin:pydocs"
+_ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A parquet file; size and stamp tell when it changed."""
+
+    uri: str
+    size: int
+    stamp: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    train: tuple[Shard, ...]
+    validation: tuple[Shard, ...]
+    text_column: str
+
+    def listing(self) -> str:
+        """A short hash of which files, at which sizes and times, and which column: names what is made from them."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def find_corpus(data: DataSettings, cache: Path, progress: Callable[[str], None]) -> Corpus:
+    """Resolves `data` to shards, writing the built-in corpus below `cache` if it is asked for and not there yet.
+
+    Raises `UserError` for a source that is missing, empty, or too small to hold a validation shard.
+    """
+    if data.source == BUILTIN:
+        return _builtin(data, cache, progress)
+    if data.source.startswith("builtin:"):
+        raise UserError(f"data.source: {data.source!r} is not a built-in corpus{nearest(data.source, [BUILTIN])}")
+    shards = _list_shards(data.source, "data.source")
+    if data.validation is not None:
+        return Corpus(tuple(shards), tuple(_list_shards(data.validation, "data.validation")), data.text_column)
+    if len(shards) < 2:
+        raise UserError(
+            f"data.source: {data.source} holds one shard, and the last shard is validation: "
+            "add a second or name one in data.validation"
+        )
+    return Corpus(tuple(shards[:-1]), tuple(shards[-1:]), data.text_column)
+
+
+def _builtin(data: DataSettings, cache: Path, progress: Callable[[str], None]) -> Corpus:
+    from bwlm.text.pydocs import pydocs_key, write_pydocs
+
+    folder = cache / "corpora" / f"pydocs-{pydocs_key()}"
+    if not (folder / "manifest.json").exists():
+        write_pydocs(folder, progress)
+    return find_corpus(
+        DataSettings(source=str(folder), text_column="text", validation=data.validation), cache, progress
+    )
+
+
+def _list_shards(source: str, field: str) -> list[Shard]:
+    shards = _remote(source, field) if "://" in source else _local(source, field)
+    if not shards:
+        raise UserError(f"{field}: no .parquet file in {source}")
+    return shards
+
+
+def _local(source: str, field: str) -> list[Shard]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        paths = sorted(path.glob("*.parquet"))
+    elif glob.has_magic(source):
+        paths = [Path(found) for found in sorted(_glob(str(path))) if found.endswith(".parquet")]
+    elif path.exists():
+        paths = [path]
+    else:
+        raise UserError(f"{field}: {source} does not exist")
+    stats = [(path.absolute(), path.stat()) for path in paths]
+    return [Shard(str(path), stat.st_size, str(stat.st_mtime_ns)) for path, stat in stats]
+
+
+def _glob(pattern: str) -> list[str]:
+    return glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+
+
+def _remote(source: str, field: str) -> list[Shard]:
+    try:
+        filesystem, path = fsspec.core.url_to_fs(source)
+        if glob.has_magic(path):
+            found = filesystem.glob(path)
+        else:
+            found = [path] if path.endswith(".parquet") else filesystem.find(path)
+        paths = sorted(name for name in found if name.endswith(".parquet"))
+        infos = [filesystem.info(name) for name in paths]
+    except ImportError as error:
+        raise UserError(f"{field}: {source}: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"{field}: {source} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{field}: {source} cannot be listed ({error})") from None
+    return [
+        Shard(filesystem.unstrip_protocol(name), int(info.get("size") or 0), str(info.get("ETag") or info.get("mtime")))
+        for name, info in zip(paths, infos, strict=True)
+    ]
+
+
+def _open(uri: str) -> pq.ParquetFile:
+    try:
+        if "://" in uri:
+            return pq.ParquetFile(fsspec.open(uri).open())
+        return pq.ParquetFile(uri, memory_map=True)
+    except FileNotFoundError:
+        raise UserError(f"{uri}: the shard does not exist") from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{uri}: not a readable parquet file; is it cut off? ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0].strip().rstrip(".")
+
+
+def check_shards(corpus: Corpus) -> None:
+    """Reads every shard's footer; raises `UserError` naming the shard that is broken or lacks the text column."""
+    for shard in (*corpus.train, *corpus.validation):
+        with _open(shard.uri) as file:
+            schema = file.schema_arrow
+            if corpus.text_column not in schema.names:
+                raise UserError(
+                    f"{shard.uri}: data.text_column: no column {corpus.text_column!r}"
+                    f"{nearest(corpus.text_column, schema.names)} (it has: {', '.join(schema.names)})"
+                )
+            kind = schema.field(corpus.text_column).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+                raise UserError(f"{shard.uri}: data.text_column: {corpus.text_column!r} holds {kind}, not strings")
+
+
+def read_texts(uri: str, column: str) -> Iterator[list[str]]:
+    """Yields the documents of a shard some at a time, null ones as empty texts.
+
+    Raises `UserError` naming the shard, and the row where it can, for damage and for text that is not UTF-8.
+    """
+    with _open(uri) as file:
+        row = 0
+        try:
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[column]):
+                yield [text or "" for text in _decoded(batch.column(0), uri, column, row)]
+                row += batch.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{uri}: damaged after row {row} ({_first_line(error)})") from None
+
+
+def _decoded(values: pa.Array, uri: str, column: str, first_row: int) -> list[Any]:
+    try:
+        return list(values.to_pylist())
+    except UnicodeDecodeError:
+        for index, value in enumerate(values.cast(pa.large_binary()).to_pylist()):
+            try:
+                (value or b"").decode()
+            except UnicodeDecodeError:
+                raise UserError(
+                    f"{uri}: row {first_row + index}, column {column!r}: not valid UTF-8; re-encode it"
+                ) from None
+        raise

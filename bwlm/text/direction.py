@@ -1,0 +1,212 @@
+"""Direction: a pure transform of token ids, applied to packed rows.
+
+A segment of text tokens t1..tn becomes
+
+    forward        BOS t1 .. tn
+    backward       BOS tn .. t1
+    bidirectional  BOS <|forward|> t1 .. tn   or   BOS <|backward|> tn .. t1, chosen segment by segment
+    permuted       BOS and t1..tn in one fixed order, the same everywhere (a control)
+
+The transform acts inside each segment of a row: no token crosses a segment or a row, so at every step every direction
+reads the same text. Axes: R rows, T inputs of a row, S segments, N text tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bwlm.config import DIRECTIONS
+from bwlm.errors import UserError, nearest
+from bwlm.text.plan import counter_hash, splitmix64
+
+if TYPE_CHECKING:
+    from bwlm.text.tokenizer import Tokenizer
+
+Ints = NDArray[np.int64]
+Ids = NDArray[np.int32]
+
+READINGS = ("forward", "backward", "permuted")
+FORWARD, BACKWARD, PERMUTED = range(3)
+
+HEAD_SLOTS = 2
+"""Slots that packing reserves before a segment's text: BOS and, in the widest direction, a marker."""
+
+IGNORED = -1
+"""Target id of a position that is not trained or scored."""
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    bos: int
+    pad: int
+    forward: int
+    backward: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> SpecialIds:
+        return cls(tokenizer.bos, tokenizer.pad, tokenizer.forward, tokenizer.backward)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows before direction. Segments of one row stand together, in the order of the row."""
+
+    count: int
+    """R"""
+    tokens: Ints
+    """[N] text tokens in reading order, segment after segment"""
+    lengths: Ints
+    """[S] text tokens of each segment, may be 0"""
+    row: Ints
+    """[S] which of the R rows the segment stands in"""
+    segment: Ints
+    """[S] id of the segment in its corpus"""
+    document: Ints
+    """[S] id of the document it is cut from"""
+    whole: NDArray[np.bool_]
+    """[S] true where the segment is the whole document"""
+    epoch: Ints
+    """[S] epoch in which the row is read"""
+
+
+@dataclass(frozen=True)
+class Directed:
+    """Rows as a model reads them."""
+
+    ids: Ids
+    """[R, T+1]"""
+    targets: Ids
+    """[R, T] next ids, IGNORED where they are markers, padding or a false end"""
+    starts: Ints
+    """[S] slot of each segment's BOS in its row"""
+    text: Ints
+    """[N] flat index into [R, T] of the position that predicts each text token, tokens in reading order"""
+    ends: Ints
+    """[S] flat index into [R, T] of the position that predicts the end of the segment, IGNORED where none is scored"""
+    segments: Ids
+    """[R, T] ordinal in its row of the segment that each input belongs to"""
+
+
+def check_direction(name: str) -> str:
+    if name not in DIRECTIONS:
+        raise UserError(f"direction: {name!r} is not one of {', '.join(DIRECTIONS)}{nearest(name, DIRECTIONS)}")
+    return name
+
+
+def is_marked(direction: str) -> bool:
+    """Whether segments carry a marker after BOS."""
+    return direction == "bidirectional"
+
+
+def own_readings(direction: str) -> tuple[str, ...]:
+    """The readings whose mean is the direction's own figure."""
+    return ("forward", "backward") if direction == "bidirectional" else (direction,)
+
+
+def readings(direction: str, rows: Rows, seed: int) -> Ints:
+    """[S] how each segment is read in training; a bidirectional coin is a hash of (seed, epoch, segment id)."""
+    if direction == "bidirectional":
+        coins = counter_hash(seed, rows.epoch, rows.segment) >> np.uint64(63)
+        return np.where(coins == 0, FORWARD, BACKWARD)
+    return np.full(len(rows.lengths), READINGS.index(direction))
+
+
+@lru_cache(maxsize=8)
+def _ranks(width: int) -> Ints:
+    """[width] where each index stands in the one fixed permutation of 0..width-1."""
+    order = np.argsort(splitmix64(np.arange(width, dtype=np.uint64)), kind="stable")
+    return np.argsort(order, kind="stable")
+
+
+def _within(lengths: Ints) -> Ints:
+    """[N] index of each token inside its segment."""
+    ends = np.cumsum(lengths)
+    return np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
+
+
+def _positions(lengths: Ints, reading: Ints, width: int) -> Ints:
+    """[N] place of each token (in reading order) after BOS and marker."""
+    index = _within(lengths)
+    token_reading = np.repeat(reading, lengths)
+    position = np.where(token_reading == BACKWARD, np.repeat(lengths, lengths) - 1 - index, index)
+    scrambled = np.flatnonzero(token_reading == PERMUTED)
+    if len(scrambled):
+        owner = np.repeat(np.arange(len(lengths)), lengths)[scrambled]
+        order = np.lexsort((_ranks(width)[index[scrambled]], owner))
+        position[scrambled[order]] = _within(np.where(reading == PERMUTED, lengths, 0))
+    return position
+
+
+def arrange(tokens: Ints, reading: str, width: int) -> Ints:
+    """One segment's tokens in the order in which a model reads them; `width` is T."""
+    positions = _positions(np.array([len(tokens)]), np.array([READINGS.index(reading)]), width)
+    arranged = np.empty_like(tokens)
+    arranged[positions] = tokens
+    return arranged
+
+
+def restore(arranged: Ints, reading: str, width: int) -> Ints:
+    """Inverse of `arrange`: back in reading order."""
+    return arranged[_positions(np.array([len(arranged)]), np.array([READINGS.index(reading)]), width)]
+
+
+def lay_out(rows: Rows, reading: Ints, marked: bool, special: SpecialIds, width: int) -> Directed:
+    """Lays rows out for a model that takes `width` = T inputs.
+
+    `reading` is [S]; `marked` puts the marker of each segment's reading after its BOS. BOS is a target only after a
+    segment that is a whole document and has a successor in its row; markers and padding never are.
+    """
+    head = 1 + marked
+    sizes = rows.lengths + head
+    first = np.ones(len(sizes), dtype=bool)
+    first[1:] = rows.row[1:] != rows.row[:-1]
+    before = np.cumsum(sizes) - sizes
+    starts = before - before[first][np.cumsum(first) - 1] if len(sizes) else before
+    assert (starts + rows.lengths + HEAD_SLOTS <= width + 1).all(), "packing left too little room for a segment"
+
+    ids = np.full((rows.count, width + 1), special.pad, dtype=np.int32)
+    scored = np.zeros((rows.count, width + 1), dtype=bool)
+    opening = rows.row * (width + 1) + starts
+    slots = np.repeat(opening + head, rows.lengths) + _positions(rows.lengths, reading, width)
+    ids.flat[opening] = special.bos
+    if marked:
+        ids.flat[opening + 1] = np.where(reading == FORWARD, special.forward, special.backward)
+    ids.flat[slots] = rows.tokens
+    scored.flat[slots] = True
+
+    followed = np.append(~first[1:], False) if len(sizes) else first
+    true_end = followed & rows.whole
+    next_opening = opening + sizes
+    scored.flat[next_opening[true_end]] = True
+
+    opens = np.zeros((rows.count, width + 1), dtype=np.int32)
+    opens.flat[opening] = 1
+    owner_row = np.repeat(rows.row, rows.lengths)
+    return Directed(
+        ids=ids,
+        targets=np.where(scored, ids, IGNORED)[:, 1:],
+        starts=starts,
+        text=slots - owner_row - 1,
+        ends=np.where(true_end, next_opening - rows.row - 1, IGNORED),
+        segments=np.maximum(np.cumsum(opens, axis=1, dtype=np.int32) - 1, 0)[:, :-1],
+    )
+
+
+def read_row(ids: Ids, direction: str, special: SpecialIds, width: int) -> list[Ints]:
+    """The segments of a directed row, each back in reading order: the inverse of `lay_out` from the ids alone."""
+    openings = np.flatnonzero(ids == special.bos)
+    segments = []
+    for start, stop in zip(openings, np.append(openings[1:], len(ids)), strict=True):
+        body = ids[start + 1 : stop].astype(np.int64)
+        body = body[body != special.pad]
+        reading = direction
+        if is_marked(direction):
+            reading = READINGS[[special.forward, special.backward].index(int(body[0]))]
+            body = body[1:]
+        segments.append(restore(body, reading, width))
+    return segments

@@ -1,0 +1,226 @@
+"""Packing: documents of tokens -> rows of T+1 slots, before any direction is known.
+
+Rows are filled completely: a document that does not fit is split at the row's end and goes on in the next row as a new
+segment. Nothing is cropped. Each segment reserves `HEAD_SLOTS` slots, so that its text fits in every direction. A shard
+of text becomes one Arrow file of rows; a manifest lists them with counts and digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+from numpy.typing import NDArray
+
+from bwlm.paths import read_json, write_json
+from bwlm.text.direction import HEAD_SLOTS, Ints, Rows
+
+MANIFEST_VERSION = 1
+_SMALLEST = HEAD_SLOTS + 1
+"""A remainder below this many slots is padding: no segment with text fits in it."""
+
+Piece = tuple[int, int, bool, NDArray[np.uint32]]
+"""(document, offset of the first token in it, whole, tokens)"""
+
+
+def cut(documents: Iterable[tuple[int, NDArray[np.uint32]]], width: int) -> Iterator[list[Piece]]:
+    """Yields the segments of each row of `width` + 1 slots; documents without tokens are passed over."""
+    row: list[Piece] = []
+    free = width + 1
+    for document, tokens in documents:
+        offset = 0
+        while offset < len(tokens):
+            if free < _SMALLEST:
+                yield row
+                row, free = [], width + 1
+            piece = tokens[offset : offset + free - HEAD_SLOTS]
+            row.append((document, offset, len(piece) == len(tokens), piece))
+            offset += len(piece)
+            free -= len(piece) + HEAD_SLOTS
+    if row:
+        yield row
+
+
+@dataclass
+class ShardCounts:
+    """What one shard of text became."""
+
+    file: str
+    rows: int = 0
+    segments: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    documents: int = 0
+    empty_documents: int = 0
+    sha256: str = ""
+    _hash: Any = field(default_factory=hashlib.sha256, repr=False)
+
+    def add(self, row: list[Piece]) -> None:
+        self.rows += 1
+        self.segments += len(row)
+        for document, offset, whole, tokens in row:
+            self.tokens += len(tokens)
+            self._hash.update(f"{document} {offset} {whole} {len(tokens)};".encode())
+            self._hash.update(tokens.astype("<u4").tobytes())
+        self._hash.update(b"\n")
+
+    def finish(self) -> dict[str, Any]:
+        self.sha256 = self._hash.hexdigest()
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+
+def row_schema(vocab_size: int) -> pa.Schema:
+    """Columns of a packed file: one record a row, lists over its segments (and over its text tokens)."""
+    token = pa.uint16() if vocab_size <= 2**16 else pa.uint32()
+    return pa.schema(
+        {
+            "tokens": pa.list_(token),
+            "lengths": pa.list_(pa.int32()),
+            "documents": pa.list_(pa.int64()),
+            "offsets": pa.list_(pa.int64()),
+            "whole": pa.list_(pa.bool_()),
+        }
+    )
+
+
+def write_rows(
+    path: Path, rows: Iterable[list[Piece]], vocab_size: int, counts: ShardCounts, batch: int = 1024
+) -> None:
+    """Writes an Arrow IPC file of packed rows, which readers map into memory, and counts what it holds."""
+    schema = row_schema(vocab_size)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        pending: list[list[Piece]] = []
+        for row in rows:
+            counts.add(row)
+            pending.append(row)
+            if len(pending) == batch:
+                writer.write_batch(_record_batch(pending, schema))
+                pending = []
+        if pending:
+            writer.write_batch(_record_batch(pending, schema))
+
+
+def _record_batch(rows: list[list[Piece]], schema: pa.Schema) -> pa.RecordBatch:
+    pieces = [piece for row in rows for piece in row]
+    per_row = np.array([len(row) for row in rows])
+    row_ends = np.concatenate([[0], np.cumsum(per_row)]).astype(np.int32)
+    lengths = np.array([len(tokens) for _, _, _, tokens in pieces], dtype=np.int32)
+    token_ends = np.concatenate([[0], np.cumsum(lengths)])[row_ends].astype(np.int32)
+    values = {
+        "tokens": np.concatenate([tokens for _, _, _, tokens in pieces]),
+        "lengths": lengths,
+        "documents": np.array([document for document, _, _, _ in pieces], dtype=np.int64),
+        "offsets": np.array([offset for _, offset, _, _ in pieces], dtype=np.int64),
+        "whole": np.array([whole for _, _, whole, _ in pieces], dtype=bool),
+    }
+    columns = []
+    for column in schema:
+        ends = token_ends if column.name == "tokens" else row_ends
+        items = pa.array(values[column.name], type=column.type.value_type)
+        columns.append(pa.ListArray.from_arrays(pa.array(ends), items))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Counts of a split, and its files in order."""
+
+    shards: tuple[dict[str, Any], ...]
+    digest: str
+
+    @classmethod
+    def of(cls, shards: Iterable[dict[str, Any]]) -> Split:
+        ordered = tuple(sorted(shards, key=lambda shard: shard["file"]))
+        return cls(ordered, hashlib.sha256(" ".join(shard["sha256"] for shard in ordered).encode()).hexdigest())
+
+    def total(self, count: str) -> int:
+        return sum(int(shard[count]) for shard in self.shards)
+
+    def padding_share(self, width: int) -> float:
+        """Share of a one-directional row's slots that hold neither BOS nor text."""
+        slots = self.total("rows") * (width + 1)
+        return 1 - (self.total("tokens") + self.total("segments")) / slots if slots else 0.0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A prepared corpus: what lies in its folder."""
+
+    sequence_length: int
+    vocab_size: int
+    tokenizer: str
+    train: Split
+    validation: Split
+
+    @property
+    def digest(self) -> str:
+        """Covers every token, its document and its segment, in order, of both splits, and the tokenizer."""
+        parts = f"{self.tokenizer} {self.sequence_length} {self.train.digest} {self.validation.digest}"
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / "manifest.json", {"version": MANIFEST_VERSION, "digest": self.digest, **asdict(self)})
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        content = read_json(folder / "manifest.json")
+        splits = {
+            name: Split(tuple(content[name]["shards"]), content[name]["digest"]) for name in ("train", "validation")
+        }
+        return cls(content["sequence_length"], content["vocab_size"], content["tokenizer"], **splits)
+
+
+class PackedRows:
+    """Random access to the packed rows of a split, over memory-mapped files."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        manifest = Manifest.read(folder)
+        shards: Split = getattr(manifest, split)
+        self.width = manifest.sequence_length
+        self._ends = np.cumsum([shard["rows"] for shard in shards.shards])
+        self._files = [folder / split / shard["file"] for shard in shards.shards]
+        self._tables: dict[int, pa.Table] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def _table(self, shard: int) -> pa.Table:
+        if shard not in self._tables:
+            self._tables[shard] = pa.ipc.open_file(pa.memory_map(str(self._files[shard]))).read_all()
+        return self._tables[shard]
+
+    def take(self, chosen: Ints, epochs: Ints | None = None) -> Rows:
+        """The rows at the given places of the split; row i of the result is `chosen[i]`."""
+        shard_of = np.searchsorted(self._ends, chosen, side="right")
+        parts = []
+        for shard in np.unique(shard_of):
+            here = np.flatnonzero(shard_of == shard)
+            first = self._ends[shard - 1] if shard else 0
+            parts.append((here, self._table(int(shard)).take(pa.array(chosen[here] - first))))
+        return _collect(parts, chosen, np.zeros_like(chosen) if epochs is None else epochs, self.width)
+
+
+def _collect(parts: list[tuple[Ints, pa.Table]], chosen: Ints, epochs: Ints, width: int) -> Rows:
+    def joined(name: str, dtype: type) -> NDArray[Any]:
+        flat = [np.asarray(table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)) for _, table in parts]
+        return np.concatenate(flat).astype(dtype) if flat else np.zeros(0, dtype=dtype)
+
+    per_row = [np.asarray(pa.compute.list_value_length(table["lengths"])) for _, table in parts]
+    row = np.concatenate([np.repeat(here, count) for (here, _), count in zip(parts, per_row, strict=True)])
+    ordinal = np.concatenate([np.arange(n) for count in per_row for n in count]) if len(row) else row
+    return Rows(
+        count=len(chosen),
+        tokens=joined("tokens", np.int64),
+        lengths=joined("lengths", np.int64),
+        row=row,
+        segment=chosen[row] * (width + 1) + ordinal,
+        document=joined("documents", np.int64),
+        whole=joined("whole", np.bool_),
+        epoch=epochs[row],
+    )

@@ -1,0 +1,104 @@
+"""Prepares a corpus once, however many cells share it: finds the text, gets its tokenizer, packs its rows.
+
+Everything lies below `<storage>/cache`, named by what it was made from, and appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bwlm.config import Recipe
+from bwlm.errors import UserError
+from bwlm.paths import whole_folder
+from bwlm.text.corpus import Corpus, check_shards, find_corpus, read_texts
+from bwlm.text.packing import MANIFEST_VERSION, Manifest
+from bwlm.text.tokenizer import Tokenizer, train_tokenizer
+
+Progress = Callable[[str], None]
+Pack = Callable[[Corpus, Path, int, Path], Manifest]
+
+_TRAINING_CHARACTERS = 2_000_000_000
+"""BPE training reads at most this much text, as nanochat's tok_train.py does."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A corpus ready to be streamed."""
+
+    folder: Path
+    manifest: Manifest
+    tokenizer: Tokenizer
+    tokenizer_folder: Path
+    corpus: Corpus
+
+
+def prepare(recipe: Recipe, storage: Path, pack: Pack, progress: Progress) -> Prepared:
+    """Returns the corpus that `recipe` asks for, from the cache where it was prepared before.
+
+    `pack` does the parallel work (`bwlm.text.stream.pack_corpus`). Raises `UserError` for every fault of the text.
+    """
+    cache = storage / "cache"
+    corpus = find_corpus(recipe.data, cache, progress)
+    check_shards(corpus)
+    tokenizer_folder, tokenizer = get_tokenizer(recipe, corpus, cache, progress)
+    width = recipe.model.sequence_length
+    key = hashlib.sha256(f"{MANIFEST_VERSION} {corpus.listing()} {tokenizer.digest} {width}".encode()).hexdigest()[:16]
+    folder = cache / "packed" / key
+    if not (folder / "manifest.json").exists():
+        progress(f"tokenizing and packing {len(corpus.train) + len(corpus.validation)} shards")
+        with whole_folder(folder) as temporary:
+            pack(corpus, tokenizer_folder, width, temporary)
+    return Prepared(folder, Manifest.read(folder), tokenizer, tokenizer_folder, corpus)
+
+
+def get_tokenizer(recipe: Recipe, corpus: Corpus, cache: Path, progress: Progress) -> tuple[Path, Tokenizer]:
+    """The tokenizer at `tokenizer.path`, else the one trained on this corpus (trained now if it never was)."""
+    wanted = recipe.tokenizer.vocab_size
+    if recipe.tokenizer.path is not None:
+        folder = Path(recipe.tokenizer.path).expanduser().absolute()
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer.vocab_size != wanted:
+            raise UserError(
+                f"tokenizer.vocab_size: {wanted}, but {folder} has {tokenizer.vocab_size}: "
+                f"set tokenizer.vocab_size={tokenizer.vocab_size}"
+            )
+        return folder, tokenizer
+    folder = cache / "tokenizers" / f"{corpus.listing()}-{wanted}"
+    if not folder.exists():
+        progress(f"training a tokenizer of {wanted} tokens")
+        trained = train_tokenizer(_training_texts(corpus), wanted)
+        if trained.vocab_size != wanted:
+            raise UserError(
+                f"tokenizer.vocab_size: the text yields only {trained.vocab_size} tokens, not {wanted}: "
+                f"set tokenizer.vocab_size={trained.vocab_size} or give more text"
+            )
+        with whole_folder(folder) as temporary:
+            trained.save(temporary)
+    return folder, Tokenizer.load(folder)
+
+
+def _training_texts(corpus: Corpus) -> Iterator[str]:
+    left = _TRAINING_CHARACTERS
+    for shard in corpus.train:
+        for texts in read_texts(shard.uri, corpus.text_column):
+            for text in texts:
+                yield text[:left]
+                left -= len(text)
+                if left <= 0:
+                    return
+
+
+def bytes_per_token(tokenizer: Tokenizer, corpus: Corpus) -> float:
+    """UTF-8 bytes per token of the validation text, which the tokenizer was not made from."""
+    lengths, counted, tokens = tokenizer.token_bytes(), 0, 0
+    for shard in corpus.validation:
+        for texts in read_texts(shard.uri, corpus.text_column):
+            for ids in tokenizer.encode_batch(texts, threads=2):
+                counted += int(lengths[ids].sum())
+                tokens += len(ids)
+    if tokens == 0:
+        raise UserError("data.validation: the validation shards hold no text")
+    return counted / tokens

@@ -1,0 +1,293 @@
+"""The corpus `builtin:pydocs`: English text that every install already holds.
+
+It is CPython's reference topics (`pydoc_data.topics`) and the docstrings of the standard library and of some
+libraries that bwlm depends on, found by `ast`: nothing is imported or run. A document is a topic, or all docstrings of
+one module, each below its qualified name. It does not cover documentation of compiled extensions.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bwlm.errors import UserError
+from bwlm.paths import read_json, whole_folder, write_atomic, write_json
+
+FORMAT_VERSION = 1
+"""Counts up whenever the same sources would give another text."""
+
+STANDARD_LIBRARY = "python"
+PACKAGES = (
+    STANDARD_LIBRARY,
+    "aiohttp",
+    "anyio",
+    "click",
+    "fsspec",
+    "h5py",
+    "jinja2",
+    "networkx",
+    "pyarrow",
+    "pydantic",
+    "ray.data",
+    "ray.serve",
+    "ray.train",
+    "ray.tune",
+    "ray.util",
+    "rich",
+    "urllib3",
+)
+"""Chosen for prose in modules of a few kilobytes; numpy, scipy and pandas have few, long ones full of numbers."""
+
+TRAIN_SHARDS = 4
+VALIDATION_SHARE = 10
+"""One document in so many goes to the last shard."""
+
+SMALLEST_DOCUMENT = 200
+"""Characters."""
+
+MANIFEST = "manifest.json"
+_PASSED_OVER = frozenset(
+    [
+        "tests",
+        "test",
+        "testing",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "site-packages",
+        "dist-packages",
+        "_vendor",
+        "_bundled",
+        "vendor",
+        "vendored",
+        "externals",
+        "thirdparty",
+        "thirdparty_files",
+    ]
+)
+
+Docstring = tuple[str, str]
+"""(qualified name in its module, or "" for the module's own; cleaned text)"""
+
+
+@dataclass(frozen=True)
+class PydocsManifest:
+    """What a written corpus holds, and the versions that its text follows from."""
+
+    format: int
+    versions: dict[str, str]
+    shards: int
+    documents: int
+    characters: int
+    digest: str
+    """SHA-256, in hex, over the texts in the order of the shards."""
+
+    @classmethod
+    def read(cls, folder: Path) -> PydocsManifest:
+        """Raises `UserError` naming the manifest if it is missing or not one of ours."""
+        path = folder / MANIFEST
+        try:
+            return cls(**read_json(path))
+        except TypeError:
+            raise UserError(f"{path}: not the manifest of a built-in corpus: remove the folder") from None
+
+
+def pydocs_key() -> str:
+    """A short hash of all that the corpus follows from: names its folder without building it."""
+    return _key(PACKAGES)
+
+
+def _key(packages: Sequence[str]) -> str:
+    recipe = {"format": FORMAT_VERSION, "packages": packages, "versions": _versions(packages)}
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write_pydocs(folder: Path, progress: Callable[[str], None] | None = None) -> PydocsManifest:
+    """Writes `shard_00000.parquet`.. (a column `text`; the last shard is validation) and `manifest.json`, or nothing.
+
+    A corpus that already lies in `folder` stays. Raises `UserError` if something else does.
+    """
+    return _write(folder, PACKAGES, progress or (lambda _: None))
+
+
+def _write(folder: Path, packages: Sequence[str], progress: Callable[[str], None]) -> PydocsManifest:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return PydocsManifest.read(folder)
+    modules = _find_modules(packages)
+    progress(f"reading the docstrings of {len(modules)} modules")
+    shards = _deal({**_topics(), **_module_documents(_read_docstrings(modules))})
+    manifest = _manifest(shards, packages)
+    progress(f"writing {manifest.documents} documents of {manifest.characters / 1e6:.1f} M characters")
+    with whole_folder(folder) as temporary:
+        for index, texts in enumerate(shards):
+            write_atomic(temporary / f"shard_{index:05d}.parquet", _parquet(texts))
+        write_json(temporary / MANIFEST, asdict(manifest))
+    return manifest
+
+
+def _manifest(shards: list[list[str]], packages: Sequence[str]) -> PydocsManifest:
+    texts = [text for shard in shards for text in shard]
+    digest = hashlib.sha256(b"".join(hashlib.sha256(text.encode()).digest() for text in texts)).hexdigest()
+    return PydocsManifest(
+        format=FORMAT_VERSION,
+        versions=_versions(packages),
+        shards=len(shards),
+        documents=len(texts),
+        characters=sum(map(len, texts)),
+        digest=digest,
+    )
+
+
+def _parquet(texts: list[str]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+# Where the sources lie
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of the distributions, in which those that are not installed are left out."""
+    versions = {}
+    for name in dict.fromkeys(package.split(".")[0] for package in packages):
+        if name == STANDARD_LIBRARY:
+            versions[name] = platform.python_version()
+        elif distribution := _installed(name):
+            versions[name] = distribution.version
+    return versions
+
+
+def _installed(name: str) -> importlib.metadata.Distribution | None:
+    try:
+        return importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _find_modules(packages: Iterable[str]) -> dict[str, str]:
+    """Dotted module name -> source file, sorted by name."""
+    found = {}
+    for package in packages:
+        if package == STANDARD_LIBRARY:
+            root = folder = Path(sysconfig.get_path("stdlib"))
+        elif distribution := _installed(package.split(".")[0]):
+            root = Path(str(distribution.locate_file("")))
+            folder = root.joinpath(*package.split("."))
+        else:
+            continue
+        for path in _sources(folder):
+            found[_module_name(path.relative_to(root))] = str(path)
+    return dict(sorted(found.items()))
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    for where, folders, files in os.walk(folder):
+        folders[:] = sorted(set(folders) - _PASSED_OVER)
+        yield from (Path(where, name) for name in files if name.endswith(".py"))
+
+
+def _module_name(path: Path) -> str:
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+# From sources to docstrings, in child processes
+
+
+def _read_docstrings(modules: dict[str, str]) -> dict[str, list[Docstring]]:
+    """Docstrings of each module, the modules in the order given."""
+    processes = min(8, os.cpu_count() or 1)
+    shares = [list(modules.values())[index::processes] for index in range(processes)]
+    with ThreadPoolExecutor(processes) as pool:
+        read = {path: docstrings for part in pool.map(_read_in_child, shares) for path, docstrings in part.items()}
+    return {name: read[path] for name, path in modules.items() if path in read}
+
+
+def _read_in_child(paths: list[str]) -> dict[str, list[Docstring]]:
+    # A plain interpreter, because a multiprocessing child would first import the caller's own script, guarded or not.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-P", "-m", "bwlm.text.pydocs"]
+    child = subprocess.run(
+        command, input=json.dumps(paths).encode(), stdout=subprocess.PIPE, env=environment, check=True
+    )
+    return {path: [(name, text) for name, text in found] for path, found in json.loads(child.stdout).items()}
+
+
+def _child() -> None:
+    warnings.simplefilter("ignore")
+    json.dump({path: list(docstrings(Path(path).read_bytes())) for path in json.load(sys.stdin)}, sys.stdout)
+
+
+def docstrings(source: bytes) -> Iterator[Docstring]:
+    """Docstrings of a module, its classes and functions, as they come; none if it is not valid Python."""
+    if b'"""' not in source and b"'''" not in source:
+        return
+    try:
+        module = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return
+    yield from _walk(module, "")
+
+
+def _walk(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Iterator[Docstring]:
+    text = ast.get_docstring(node)
+    if text:
+        yield name, text.strip()
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _walk(child, f"{name}.{child.name}" if name else child.name)
+
+
+# From docstrings to documents, and documents to shards
+
+
+def _topics() -> dict[str, str]:
+    from pydoc_data.topics import topics
+
+    return {f"topics.{name}": text.strip() for name, text in topics.items()}
+
+
+def _module_documents(read: dict[str, list[Docstring]]) -> dict[str, str]:
+    """One document a module; of docstrings that are the same, the first stays."""
+    seen: set[str] = set()
+    documents = {}
+    for module, found in read.items():
+        fresh = []
+        for name, text in found:
+            if text not in seen:
+                seen.add(text)
+                fresh.append(f"{name}\n\n{text}" if name else text)
+        documents[module] = "\n\n".join([module, *fresh])
+    return documents
+
+
+def _deal(documents: dict[str, str]) -> list[list[str]]:
+    """Shards of texts, the last one for validation: which, and the order inside, follow from a hash of the name alone."""
+    shards: list[list[str]] = [[] for _ in range(TRAIN_SHARDS + 1)]
+    hashes = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) for name in documents}
+    for name in sorted(documents, key=lambda name: (hashes[name], name)):
+        text = documents[name].encode(errors="ignore").decode()
+        if len(text) >= SMALLEST_DOCUMENT:
+            validation = hashes[name] % VALIDATION_SHARE == 0
+            shards[TRAIN_SHARDS if validation else hashes[name] // VALIDATION_SHARE % TRAIN_SHARDS].append(text)
+    return shards
+
+
+if __name__ == "__main__":
+    _child()

@@ -1,0 +1,119 @@
+"""Ray Data: tokenizes and packs shards in parallel, and streams directed batches to a worker.
+
+The rows of a step are fixed by the plan, so the stream only says where they are computed: equal, row for row, to
+`DirectedPlan.batches` read in-process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+
+from bwlm.errors import UserError
+from bwlm.text.batches import Batch, DirectedPlan, join
+from bwlm.text.corpus import Corpus, read_texts
+from bwlm.text.packing import Manifest, ShardCounts, Split, cut, write_rows
+from bwlm.text.tokenizer import Tokenizer
+
+_BLOCK_TOKENS = 2**19
+"""Tokens of one Ray Data block: large enough to hide a task's cost, small enough to start soon."""
+
+_SHARD_BITS = 32
+"""A document's id is its shard's index, shifted by this, plus its row in the shard."""
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(folder: str) -> Tokenizer:
+    return Tokenizer.load(Path(folder))
+
+
+def pack_shard(item: dict[str, Any]) -> dict[str, Any]:
+    """One shard of text in, one file of packed rows out; returns its counts, or {"error"} for a user's mistake."""
+    tokenizer = _tokenizer(item["tokenizer"])
+    counts = ShardCounts(item["file"])
+    token_bytes = tokenizer.token_bytes()
+
+    def documents() -> Iterator[tuple[int, Any]]:
+        for texts in read_texts(item["uri"], item["column"]):
+            for tokens in tokenizer.encode_batch(texts, threads=1):
+                document = (item["index"] << _SHARD_BITS) + counts.documents
+                counts.documents += 1
+                counts.empty_documents += len(tokens) == 0
+                counts.bytes += int(token_bytes[tokens].sum())
+                yield document, tokens
+
+    target = Path(item["folder"]) / item["split"] / item["file"]
+    try:
+        write_rows(target, cut(documents(), item["width"]), tokenizer.vocab_size, counts)
+    except UserError as error:
+        return {"split": item["split"], "counts": {}, "error": str(error)}
+    return {"split": item["split"], "counts": counts.finish(), "error": ""}
+
+
+def pack_corpus(corpus: Corpus, tokenizer_folder: Path, width: int, folder: Path) -> Manifest:
+    """Tokenizes and packs every shard with Ray Data, writes the manifest; raises the first shard's `UserError`."""
+    items = [
+        {
+            "split": split, "index": index, "uri": shard.uri, "file": f"shard_{index:05d}.arrow", "width": width,
+            "column": corpus.text_column, "tokenizer": str(tokenizer_folder), "folder": str(folder),
+        }
+        for split, shards in (("train", corpus.train), ("validation", corpus.validation))
+        for index, shard in enumerate(shards)
+    ]  # fmt: skip
+    for split in ("train", "validation"):
+        (folder / split).mkdir()
+    quiet()
+    results = ray.data.from_items(items, override_num_blocks=len(items)).map(pack_shard).take_all()
+    for result in results:
+        if result["error"]:
+            raise UserError(result["error"])
+    tokenizer = _tokenizer(str(tokenizer_folder))
+    splits = {name: Split.of(r["counts"] for r in results if r["split"] == name) for name in ("train", "validation")}
+    manifest = Manifest(width, tokenizer.vocab_size, tokenizer.digest, **splits)
+    for name, counted in splits.items():
+        if counted.total("tokens") == 0:
+            empty = counted.total("documents")
+            raise UserError(f"data.source: the {name} shards hold no text ({empty} empty documents)")
+    manifest.write(folder)
+    return manifest
+
+
+def quiet() -> None:
+    """Ray Data draws its own progress bars and logs each execution; a grid of cells needs neither."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def stream_batches(plan: DirectedPlan, first: int, last: int) -> Iterator[Batch]:
+    """Steps first..last-1 of one rank, directed by Ray Data's tasks ahead of the step that needs them."""
+    if first >= last:
+        return
+    rows = plan.plan.rows_per_step // plan.world
+    width = _width(plan)
+    steps_per_block = max(1, _BLOCK_TOKENS // (rows * width))
+    blocks = -(-(last - first) // steps_per_block)
+
+    def expand(block: Batch) -> Batch:
+        parts = []
+        for index in block["id"]:
+            start = first + int(index) * steps_per_block
+            parts += [plan.batch(step) for step in range(start, min(start + steps_per_block, last))]
+        return join(parts)
+
+    quiet()
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(expand, batch_size=None, num_cpus=0.1)
+    for batch in dataset.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=2):
+        yield {name: np.ascontiguousarray(column) for name, column in batch.items()}
+
+
+def _width(plan: DirectedPlan) -> int:
+    return Manifest.read(Path(plan.folder)).sequence_length

@@ -1,0 +1,261 @@
+"""The tokenizer: a byte-level BPE trained with rustbpe and held as a `tiktoken.Encoding`.
+
+One tokenizer, trained on forward text, serves every direction. Whatever text comes in is ordinary text: `<|bos|>`
+written by a user becomes plain bytes, and only `Tokenizer.special` yields the ids of special tokens. On disk a
+tokenizer is `tokenizer.json` (pattern, special tokens, digest) beside `ranks.tiktoken` (one `base64 rank` a line).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from numpy.typing import NDArray
+
+from bwlm.errors import UserError
+from bwlm.paths import read_json, write_atomic, write_json
+
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|pad|>",
+    "<|forward|>",
+    "<|backward|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+)
+"""Their ids follow those of the merges, in this order."""
+
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+"""What no merge crosses: nanochat's pattern (nanochat/tokenizer.py), GPT-4's with numbers cut every two digits."""
+
+PIECE_CHARACTERS = 100_000
+"""Longest text given to the regex engine at once. tiktoken 0.14 and rustbpe 0.1 panic on a million spaces (the stack of
+their backtracking engine overflows); 100,000 characters of any one kind took 2 to 35 ms, and time grows linearly."""
+
+FORMAT_VERSION = 1
+_HEADER = "tokenizer.json"
+_RANKS = "ranks.tiktoken"
+_BYTES = 256
+_BATCH = 64
+
+# Where a space goes before a word the pattern always begins a new token, so a cut there changes no token.
+_LAST_WORD = re.compile(r".+(?= \S)", re.DOTALL)
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cuts a text into pieces of at most `PIECE_CHARACTERS`; one that fits stays whole.
+
+    Cuts fall before the last space that begins a word, else before the last line break, else anywhere. Joined, the
+    pieces give the text back; a lone surrogate, which UTF-8 cannot hold, has become U+FFFD.
+    """
+    text = _without_surrogates(text)
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        end = _cut(text, start, start + PIECE_CHARACTERS)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _cut(text: str, start: int, limit: int) -> int:
+    if word := _LAST_WORD.match(text, start, limit):
+        return word.end()
+    line_break = text.rfind("\n", start + 1, limit)
+    return limit if line_break < 0 else line_break
+
+
+def _without_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+class Tokenizer:
+    """A fixed vocabulary: ranks 0..n-1 of byte strings, then the special tokens.
+
+    Raises `ValueError` if the ranks are not 0..n-1 or lack a single byte, or if a special token is missing or doubled.
+    """
+
+    def __init__(
+        self,
+        ranks: Mapping[bytes, int],
+        specials: Sequence[str] = SPECIAL_TOKENS,
+        pattern: str = SPLIT_PATTERN,
+    ) -> None:
+        tokens = sorted(ranks, key=ranks.__getitem__)
+        if [ranks[token] for token in tokens] != list(range(len(tokens))):
+            raise ValueError("ranks are not 0..n-1")
+        if any(bytes([byte]) not in ranks for byte in range(_BYTES)):
+            raise ValueError("ranks lack a single byte")
+        if len(set(specials)) != len(specials) or not set(SPECIAL_TOKENS) <= set(specials):
+            raise ValueError("a special token is missing or doubled")
+        self._tokens = tokens
+        self._specials = {name: len(tokens) + index for index, name in enumerate(specials)}
+        self._encoding = tiktoken.Encoding(
+            "bwlm", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens=self._specials
+        )
+        self._pattern = pattern
+        self.digest = _digest(_rank_lines(tokens), specials, pattern)
+        """SHA-256, in hex, over the ranks, the special tokens and the pattern."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Bytes, merges and special tokens together."""
+        return len(self._tokens) + len(self._specials)
+
+    @property
+    def bos(self) -> int:
+        return self._specials["<|bos|>"]
+
+    @property
+    def pad(self) -> int:
+        return self._specials["<|pad|>"]
+
+    @property
+    def forward(self) -> int:
+        return self._specials["<|forward|>"]
+
+    @property
+    def backward(self) -> int:
+        return self._specials["<|backward|>"]
+
+    def special(self, name: str) -> int:
+        """The id of a special token by its name, such as `<|user_start|>`."""
+        return self._specials[name]
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """Ids of ordinary text, without any special token; read-only."""
+        return _join([self._encode_piece(piece) for piece in pieces(text)])
+
+    def encode_batch(self, texts: Sequence[str], threads: int) -> list[NDArray[np.uint32]]:
+        """Ids of each text, as `encode` gives them, with the pieces shared among threads."""
+        per_text = [list(pieces(text)) for text in texts]
+        encoded = iter(self._encode_pieces([piece for cut in per_text for piece in cut], threads))
+        return [_join(list(itertools.islice(encoded, len(cut)))) for cut in per_text]
+
+    def _encode_pieces(self, cut: list[str], threads: int) -> list[NDArray[np.uint32]]:
+        if threads == 1:
+            return self._encode_some(cut)
+        # A task for each piece would cost more than it takes to encode a short one.
+        batches = [cut[start : start + _BATCH] for start in range(0, len(cut), _BATCH)]
+        with ThreadPoolExecutor(threads) as pool:
+            return [ids for batch in pool.map(self._encode_some, batches) for ids in batch]
+
+    def _encode_some(self, cut: list[str]) -> list[NDArray[np.uint32]]:
+        return [self._encode_piece(piece) for piece in cut]
+
+    def _encode_piece(self, piece: str) -> NDArray[np.uint32]:
+        return self._encoding.encode_to_numpy(piece, disallowed_special=())
+
+    def decode_bytes(self, ids: Sequence[int] | NDArray[np.integer]) -> bytes:
+        """The bytes that ids stand for; a special token gives its name."""
+        return self._encoding.decode_bytes(np.asarray(ids).tolist())
+
+    def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
+        """The text of ids; bytes that are not UTF-8, such as half a character, become U+FFFD."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def token_bytes(self) -> NDArray[np.int32]:
+        """UTF-8 bytes of each id, 0 for special tokens: what bits per byte divides by."""
+        return np.array([len(token) for token in self._tokens] + [0] * len(self._specials), dtype=np.int32)
+
+    def save(self, folder: Path) -> None:
+        """Writes both files into `folder`; a reader in between finds digests that differ, never a wrong tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / _RANKS, _rank_lines(self._tokens))
+        header = {
+            "format": FORMAT_VERSION,
+            "pattern": self._pattern,
+            "specials": list(self._specials),
+            "digest": self.digest,
+        }
+        write_json(folder / _HEADER, header)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Reads what `save` wrote; raises `UserError` naming what is missing, damaged or of another tokenizer."""
+        pattern, specials, digest = _read_header(folder / _HEADER)
+        ranks = _read_ranks(folder / _RANKS)
+        try:
+            tokenizer = cls(ranks, specials, pattern)
+        except ValueError as error:
+            raise UserError(f"{folder}: not a tokenizer ({error}): train it again") from None
+        if tokenizer.digest != digest:
+            raise UserError(
+                f"{folder / _HEADER}: digest: is not that of this file and {_RANKS}: copy or train them again"
+            )
+        return tokenizer
+
+
+def _join(arrays: list[NDArray[np.uint32]]) -> NDArray[np.uint32]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _rank_lines(tokens: Sequence[bytes]) -> bytes:
+    """tiktoken's own file format."""
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
+
+
+def _digest(rank_lines: bytes, specials: Sequence[str], pattern: str) -> str:
+    header = json.dumps({"pattern": pattern, "specials": list(specials)}, sort_keys=True)
+    return hashlib.sha256(header.encode() + b"\n" + rank_lines).hexdigest()
+
+
+def _read_header(path: Path) -> tuple[str, list[str], str]:
+    header = read_json(path)
+    match header:
+        case {"format": version} if version != FORMAT_VERSION:
+            raise UserError(f"{path}: format: {version!r} is not {FORMAT_VERSION}: train the tokenizer again")
+        case {"format": _, "pattern": str(pattern), "specials": [*specials], "digest": str(digest)}:
+            return pattern, [str(name) for name in specials], digest
+    raise UserError(f"{path}: not a tokenizer's header: train the tokenizer again")
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file: copy or train the tokenizer again") from None
+    return dict(_read_rank(line, f"{path}: line {number}") for number, line in enumerate(lines, start=1))
+
+
+def _read_rank(line: bytes, where: str) -> tuple[bytes, int]:
+    try:
+        token, rank = line.split()
+        return base64.b64decode(token, validate=True), int(rank)
+    except ValueError:
+        raise UserError(f"{where}: not a token in base64 and its rank: copy or train the tokenizer again") from None
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Trains on `texts`; the same texts in the same order give the same digest.
+
+    Text with too few different words gives a smaller vocabulary than asked for. Raises `UserError` for a
+    `vocab_size` that leaves no room for a merge, and when there is no text.
+    """
+    import rustbpe
+
+    smallest = _BYTES + len(SPECIAL_TOKENS) + 1
+    if vocab_size < smallest:
+        raise UserError(f"tokenizer.vocab_size: {vocab_size} is too small: give at least {smallest}")
+    first = next((text for text in texts if text), None)
+    if first is None:
+        raise UserError("data.source: no text to train a tokenizer on: give documents that are not empty")
+    cut = (piece for text in itertools.chain([first], texts) for piece in pieces(text))
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(cut, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+    return Tokenizer({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})

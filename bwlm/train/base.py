@@ -1,0 +1,153 @@
+"""The base phase: next-token prediction on packed documents, in one direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bwlm.errors import RunError
+from bwlm.evaluate.loss import LossEvaluation, SegmentLosses
+from bwlm.model.gpt import GPT
+from bwlm.model.optim import build_optimizers
+from bwlm.model.shape import GPTConfig
+from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
+from bwlm.text.batches import Batch, DirectedPlan, open_rows
+from bwlm.text.direction import SpecialIds, is_marked, own_readings
+from bwlm.text.plan import RowPlan
+from bwlm.text.tokenizer import Tokenizer
+from bwlm.train.loop import Phase, train
+from bwlm.train.session import Session
+
+_MICRO_TOKENS = 2**14
+"""Tokens of one forward pass, unless `compute.device_batch_size` says otherwise."""
+
+Stream = Callable[[DirectedPlan, int, int], Iterator[Batch]]
+"""Yields a rank's batches of steps first..last-1: Ray Data, or the in-process reader of tests."""
+
+
+def build_model(config: RunConfig, device: torch.device) -> GPT:
+    """The initialised model of a run; the seed decides its weights."""
+    experiment = config.experiment
+    shape = GPTConfig.from_depth(
+        experiment.depth,
+        experiment.tokenizer.vocab_size,
+        experiment.model.sequence_length,
+        experiment.model.head_dim,
+        experiment.model.kv_heads,
+    )
+    model = GPT(shape, {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision])
+    model.init_weights(experiment.seed)
+    return model.to(device)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Measures a model of one direction on the validation windows, in both readings and its own."""
+
+    evaluation: LossEvaluation
+    direction: str
+
+    @classmethod
+    def of(cls, config: RunConfig, device: torch.device) -> Validation:
+        tokenizer = Tokenizer.load(Path(config.tokenizer))
+        experiment = config.experiment
+        evaluation = LossEvaluation(
+            rows=open_rows(config.corpus, "validation"),
+            special=SpecialIds.of(tokenizer),
+            token_bytes=tokenizer.token_bytes().astype(np.int64),
+            tokens=experiment.evaluation.tokens,
+            batch_rows=micro_rows(config),
+            device=device,
+            masked=experiment.model.document_mask,
+        )
+        return cls(evaluation, experiment.direction)
+
+    def losses(self, model: GPT) -> dict[str, SegmentLosses]:
+        """By reading: forward, backward and, where it is neither, the direction's own."""
+        wanted = dict.fromkeys(("forward", "backward", *own_readings(self.direction)))
+        model.eval()
+        measured = {name: self.evaluation.measure(model, name, is_marked(self.direction)) for name in wanted}
+        model.train()
+        return measured
+
+    def metrics(self, losses: dict[str, SegmentLosses]) -> dict[str, float]:
+        """`val_bpb` and `val_loss` of the own direction (a bidirectional model: the mean of both), and by reading."""
+        figures = {name: measured.summary() for name, measured in losses.items()}
+        own = [figures[name] for name in own_readings(self.direction)]
+        metrics = {f"val_{key}": sum(f[key] for f in own) / len(own) for key in own[0]}
+        for name in ("forward", "backward"):
+            metrics |= {f"val_{key}_{name}": value for key, value in figures[name].items()}
+        return metrics
+
+
+def micro_rows(config: RunConfig) -> int:
+    settings = config.experiment
+    return settings.compute.device_batch_size or max(1, _MICRO_TOKENS // settings.model.sequence_length)
+
+
+def rows_per_step(config: RunConfig) -> int:
+    return config.experiment.budget.batch_tokens // config.experiment.model.sequence_length
+
+
+def run_base(folder: ExperimentFolder, session: Session, stream: Stream) -> Status:
+    """Trains, evaluates and records one base run; returns how it ended. A run that had finished is left alone.
+
+    What went wrong by the run's own doing (`RunError`) is its state `failed`; everything else is raised.
+    """
+    done = folder.status()
+    if done.state == "finished":
+        return done
+    try:
+        metrics = _train_base(folder, session, stream)
+    except RunError as error:
+        status = Status("failed", str(error), folder.status().step)
+    else:
+        status = Status("finished", "", folder.config().steps, metrics)
+    if session.rank == 0:
+        folder.write_status(status)
+    return status
+
+
+def _train_base(folder: ExperimentFolder, session: Session, stream: Stream) -> dict[str, float]:
+    config = folder.config()
+    experiment = config.experiment
+    model = build_model(config, session.device)
+    validation = Validation.of(config, session.device)
+    rows = RowPlan(len(open_rows(config.corpus, "train")), rows_per_step(config), experiment.seed)
+    special = validation.evaluation.special
+    plan = DirectedPlan(config.corpus, experiment.direction, special, rows, session.rank, session.world)
+
+    def evaluate(model: GPT, step: int) -> dict[str, float]:
+        losses = validation.losses(model)
+        if step == config.steps and session.rank == 0:
+            for reading, measured in losses.items():
+                measured.save(folder.evaluation("base", reading))
+        return validation.metrics(losses)
+
+    phase = Phase(
+        model=model,
+        optimizer=build_optimizers(model, experiment.lr, experiment.optim.weight_decay, experiment.optim.kind),
+        batches=lambda first, last: stream(plan, first, last),
+        evaluate=evaluate,
+        rows_at=lambda step: ", ".join(map(str, rows.at(step)[0])),
+        steps=config.steps,
+        micro_rows=micro_rows(config),
+        masked=experiment.model.document_mask,
+        evaluate_every=experiment.evaluation.every,
+        optim=experiment.optim,
+        checkpoint=experiment.checkpoint,
+        meta={
+            "id": config.id,
+            "phase": "base",
+            "direction": experiment.direction,
+            "depth": experiment.depth,
+            "vocab_size": experiment.tokenizer.vocab_size,
+            "tokenizer": config.identity["tokenizer"],
+            "fingerprint": config.fingerprint,
+        },
+    )
+    return train(phase, folder, session)
