@@ -87,7 +87,7 @@ class CheckpointSettings(Settings):
 
 class ComputeSettings(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    device_batch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: up to 16K tokens")
+    device_batch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: by device")
 
 
 class ResourceSettings(Settings):

@@ -143,7 +143,7 @@ def best_learning_rates(table: pd.DataFrame) -> list[BestRate]:
         shared = group[group["seed"].isin(tried.index[tried == rates])]
         counted = shared if len(shared) else group
         means = counted.groupby("lr")["bpb"].mean()
-        lr = float(means.index[means.argmin()])
+        lr = float(means.sort_values().index[0])
         seeds = int((counted["lr"] == lr).sum())
         found.append(BestRate(str(size), str(direction), lr, rates, seeds, float(means.min())))
     return found

@@ -55,28 +55,13 @@ VALIDATION_SHARE = 10
 """One document in so many goes to the last shard."""
 
 SMALLEST_DOCUMENT = 200
-"""Characters."""
+LARGEST_DOCUMENT = 100_000
+"""Characters. A larger one would be a tenth of the validation text all by itself."""
 
 MANIFEST = "manifest.json"
-_PASSED_OVER = frozenset(
-    [
-        "tests",
-        "test",
-        "testing",
-        "idlelib",
-        "lib2to3",
-        "turtledemo",
-        "site-packages",
-        "dist-packages",
-        "_vendor",
-        "_bundled",
-        "vendor",
-        "vendored",
-        "externals",
-        "thirdparty",
-        "thirdparty_files",
-    ]
-)
+_NOT_OURS = ("_vendor", "_bundled", "vendor", "vendored", "externals", "thirdparty", "thirdparty_files")
+_TESTS = ("tests", "test", "testing", "idlelib", "lib2to3", "turtledemo")
+_PASSED_OVER = frozenset({*_NOT_OURS, *_TESTS, "site-packages", "dist-packages"})
 
 Docstring = tuple[str, str]
 """(qualified name in its module, or "" for the module's own; cleaned text)"""
@@ -123,8 +108,10 @@ def write_pydocs(folder: Path, progress: Callable[[str], None] | None = None) ->
 
 
 def _write(folder: Path, packages: Sequence[str], progress: Callable[[str], None]) -> PydocsManifest:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if (folder / MANIFEST).exists():
         return PydocsManifest.read(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: holds something else than the built-in corpus: remove it or name another folder")
     modules = _find_modules(packages)
     progress(f"reading the docstrings of {len(modules)} modules")
     shards = _deal({**_topics(), **_module_documents(_read_docstrings(modules))})
@@ -157,9 +144,6 @@ def _parquet(texts: list[str]) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), sink, compression="zstd")
     return bytes(sink.getvalue())
-
-
-# Where the sources lie
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
@@ -207,9 +191,6 @@ def _module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-# From sources to docstrings, in child processes
-
-
 def _read_docstrings(modules: dict[str, str]) -> dict[str, list[Docstring]]:
     """Docstrings of each module, the modules in the order given."""
     processes = min(8, os.cpu_count() or 1)
@@ -223,9 +204,8 @@ def _read_in_child(paths: list[str]) -> dict[str, list[Docstring]]:
     # A plain interpreter, because a multiprocessing child would first import the caller's own script, guarded or not.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-P", "-m", "bwlm.text.pydocs"]
-    child = subprocess.run(
-        command, input=json.dumps(paths).encode(), stdout=subprocess.PIPE, env=environment, check=True
-    )
+    question = json.dumps(paths).encode()
+    child = subprocess.run(command, input=question, stdout=subprocess.PIPE, env=environment, check=True)
     return {path: [(name, text) for name, text in found] for path, found in json.loads(child.stdout).items()}
 
 
@@ -254,13 +234,16 @@ def _walk(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionD
             yield from _walk(child, f"{name}.{child.name}" if name else child.name)
 
 
-# From docstrings to documents, and documents to shards
-
-
 def _topics() -> dict[str, str]:
+    """Topics by name; of those that are a section of another (`with` of `compound`), only the longer."""
     from pydoc_data.topics import topics
 
-    return {f"topics.{name}": text.strip() for name, text in topics.items()}
+    kept: dict[str, str] = {}
+    for name, text in sorted(topics.items(), key=lambda topic: (-len(topic[1]), topic[0])):
+        body = text.partition("\n\n")[2].strip()
+        if not any(body in longer for longer in kept.values()):
+            kept[f"topics.{name}"] = text.strip()
+    return kept
 
 
 def _module_documents(read: dict[str, list[Docstring]]) -> dict[str, str]:
@@ -278,12 +261,12 @@ def _module_documents(read: dict[str, list[Docstring]]) -> dict[str, str]:
 
 
 def _deal(documents: dict[str, str]) -> list[list[str]]:
-    """Shards of texts, the last one for validation: which, and the order inside, follow from a hash of the name alone."""
+    """Shards of texts, the last one for validation; which one, and the order in it, follow from a name's hash alone."""
     shards: list[list[str]] = [[] for _ in range(TRAIN_SHARDS + 1)]
     hashes = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) for name in documents}
     for name in sorted(documents, key=lambda name: (hashes[name], name)):
         text = documents[name].encode(errors="ignore").decode()
-        if len(text) >= SMALLEST_DOCUMENT:
+        if SMALLEST_DOCUMENT <= len(text) <= LARGEST_DOCUMENT:
             validation = hashes[name] % VALIDATION_SHARE == 0
             shards[TRAIN_SHARDS if validation else hashes[name] // VALIDATION_SHARE % TRAIN_SHARDS].append(text)
     return shards

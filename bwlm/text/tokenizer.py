@@ -195,9 +195,7 @@ class Tokenizer:
         except ValueError as error:
             raise UserError(f"{folder}: not a tokenizer ({error}): train it again") from None
         if tokenizer.digest != digest:
-            raise UserError(
-                f"{folder / _HEADER}: digest: is not that of this file and {_RANKS}: copy or train them again"
-            )
+            raise UserError(f"{folder / _HEADER}: digest: not that of this file and {_RANKS}: copy or train them again")
         return tokenizer
 
 

@@ -34,29 +34,31 @@ def train() -> Tokenizer:
     return train_tokenizer((topics[name] for name in sorted(topics)[:20]), VOCAB_SIZE)
 
 
-TOKENIZER = train()
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train()
 
 
 @anything
 @given(st.text())
-def test_text_comes_back_and_its_bytes_add_up(text: str) -> None:
-    ids = TOKENIZER.encode(text)
+def test_text_comes_back_and_its_bytes_add_up(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
     assert ids.dtype == np.uint32
-    assert TOKENIZER.decode(ids) == text
-    assert TOKENIZER.token_bytes()[ids].sum() == len(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
 
 
-def test_words_become_single_tokens() -> None:
-    assert len(TOKENIZER.encode("statement")) < len("statement") / 2
-    assert TOKENIZER.vocab_size == VOCAB_SIZE
+def test_words_become_single_tokens(tokenizer: Tokenizer) -> None:
+    assert len(tokenizer.encode("statement")) < len("statement") / 2
+    assert tokenizer.vocab_size == VOCAB_SIZE
 
 
-def test_special_tokens_stand_after_the_merges_and_count_no_bytes() -> None:
-    ids = [TOKENIZER.special(name) for name in SPECIAL_TOKENS]
+def test_special_tokens_stand_after_the_merges_and_count_no_bytes(tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.special(name) for name in SPECIAL_TOKENS]
     assert ids == list(range(VOCAB_SIZE - len(SPECIAL_TOKENS), VOCAB_SIZE))
-    assert ids[:4] == [TOKENIZER.bos, TOKENIZER.pad, TOKENIZER.forward, TOKENIZER.backward]
-    assert TOKENIZER.decode(ids) == "".join(SPECIAL_TOKENS)
-    token_bytes = TOKENIZER.token_bytes()
+    assert ids[:4] == [tokenizer.bos, tokenizer.pad, tokenizer.forward, tokenizer.backward]
+    assert tokenizer.decode(ids) == "".join(SPECIAL_TOKENS)
+    token_bytes = tokenizer.token_bytes()
     assert token_bytes.shape == (VOCAB_SIZE,)
     assert token_bytes.dtype == np.int32
     assert not token_bytes[ids].any()
@@ -65,16 +67,18 @@ def test_special_tokens_stand_after_the_merges_and_count_no_bytes() -> None:
 
 @anything
 @given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "a", " ", "<|", "|>"])).map("".join))
-def test_special_tokens_in_text_stay_text(text: str) -> None:
-    for ids in (TOKENIZER.encode(text), *TOKENIZER.encode_batch([text], threads=2)):
-        assert (ids < TOKENIZER.bos).all()
-        assert TOKENIZER.decode(ids) == text
+def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer, text: str) -> None:
+    for ids in (tokenizer.encode(text), *tokenizer.encode_batch([text], threads=2)):
+        assert (ids < tokenizer.bos).all()
+        assert tokenizer.decode(ids) == text
 
 
-def test_half_a_character_and_a_lone_surrogate_print_as_replacements() -> None:
-    assert TOKENIZER.decode(TOKENIZER.encode("é")[:1]) in ("é", "\ufffd")
-    assert TOKENIZER.decode([0xC3]) == "\ufffd" or TOKENIZER.decode_bytes([0xC3]) != b"\xc3"
-    assert TOKENIZER.decode(TOKENIZER.encode("a\ud800b")) == "a\ufffdb"
+def test_half_a_character_and_a_lone_surrogate_become_replacements() -> None:
+    bare = Tokenizer(bytes_only)
+    assert bare.decode_bytes(bare.encode("é")[:1]) == b"\xc3"
+    assert bare.decode(bare.encode("é")[:1]) == "\ufffd"
+    assert bare.decode(bare.encode("a\ud800b")) == "a\ufffdb"
+    assert train_tokenizer(iter(["a\ud800b"]), 300).vocab_size > 256
 
 
 @anything
@@ -93,11 +97,11 @@ words = st.text(alphabet="abZé1', .\n(", min_size=1, max_size=6).filter(lambda 
 
 @settings(anything, max_examples=300)
 @given(st.lists(words, min_size=2, max_size=30), st.sampled_from([" ", "  ", "\n ", ".\n\n "]))
-def test_cutting_before_a_word_changes_no_token(parts: list[str], space: str) -> None:
+def test_cutting_before_a_word_changes_no_token(tokenizer: Tokenizer, parts: list[str], space: str) -> None:
     text = space.join(parts)
-    uncut = TOKENIZER.encode(text)
+    uncut = tokenizer.encode(text)
     with patch.object(module, "PIECE_CHARACTERS", 16):
-        np.testing.assert_array_equal(TOKENIZER.encode(text), uncut)
+        np.testing.assert_array_equal(tokenizer.encode(text), uncut)
 
 
 def test_without_a_word_the_cut_falls_before_a_line_break() -> None:
@@ -118,29 +122,29 @@ def test_without_a_word_the_cut_falls_before_a_line_break() -> None:
     ],
     ids=["letter", "letters", "spaces", "spaces and x", "wide", "words"],
 )
-def test_long_texts_come_back(text: str) -> None:
-    ids = TOKENIZER.encode(text)
-    assert TOKENIZER.decode(ids) == text
-    np.testing.assert_array_equal(TOKENIZER.encode_batch(["short", text], threads=2)[1], ids)
+def test_long_texts_come_back(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    np.testing.assert_array_equal(tokenizer.encode_batch(["short", text], threads=2)[1], ids)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_batch_equals_its_texts(threads: int) -> None:
+def test_a_batch_equals_its_texts(tokenizer: Tokenizer, threads: int) -> None:
     texts = [*topics.values(), "", "x" * (2 * PIECE_CHARACTERS), "", "end"]
-    batch = TOKENIZER.encode_batch(texts, threads)
+    batch = tokenizer.encode_batch(texts, threads)
     assert len(batch) == len(texts)
     for text, ids in zip(texts, batch, strict=True):
-        np.testing.assert_array_equal(ids, TOKENIZER.encode(text))
-    assert TOKENIZER.encode_batch([], threads) == []
+        np.testing.assert_array_equal(ids, tokenizer.encode(text))
+    assert tokenizer.encode_batch([], threads) == []
 
 
-def test_training_gives_the_same_digest_in_other_processes() -> None:
-    command = "import sys; sys.path.insert(0, 'tests/text'); import test_tokenizer as t; print(t.TOKENIZER.digest)"
+def test_training_gives_the_same_digest_in_other_processes(tokenizer: Tokenizer) -> None:
+    command = "import sys; sys.path.insert(0, 'tests/text'); import test_tokenizer as t; print(t.train().digest)"
     root = Path(__file__).parents[2]
     for seed, threads in (("1", "1"), ("2", "4")):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads}
         child = subprocess.run([sys.executable, "-c", command], cwd=root, env=environment, capture_output=True)
-        assert child.stdout.decode().strip() == TOKENIZER.digest, child.stderr.decode()
+        assert child.stdout.decode().strip() == tokenizer.digest, child.stderr.decode()
 
 
 def test_little_text_gives_a_smaller_vocabulary() -> None:
@@ -188,22 +192,22 @@ def test_a_vocabulary_that_cannot_encode_everything_is_refused() -> None:
             Tokenizer(bytes_only, specials)
 
 
-def test_a_saved_tokenizer_is_the_same_one(tmp_path: Path) -> None:
+def test_a_saved_tokenizer_is_the_same_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder = tmp_path / "made" / "here"
-    TOKENIZER.save(folder)
+    tokenizer.save(folder)
     loaded = Tokenizer.load(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["ranks.tiktoken", "tokenizer.json"]
-    assert json.loads((folder / "tokenizer.json").read_text())["digest"] == loaded.digest == TOKENIZER.digest
-    np.testing.assert_array_equal(loaded.encode(topics["class"]), TOKENIZER.encode(topics["class"]))
-    assert loaded.special("<|assistant_end|>") == TOKENIZER.special("<|assistant_end|>")
+    assert json.loads((folder / "tokenizer.json").read_text())["digest"] == loaded.digest == tokenizer.digest
+    np.testing.assert_array_equal(loaded.encode(topics["class"]), tokenizer.encode(topics["class"]))
+    assert loaded.special("<|assistant_end|>") == tokenizer.special("<|assistant_end|>")
 
 
-def test_ranks_are_tiktokens_own_format(tmp_path: Path) -> None:
+def test_ranks_are_tiktokens_own_format(tokenizer: Tokenizer, tmp_path: Path) -> None:
     from tiktoken.load import load_tiktoken_bpe
 
-    TOKENIZER.save(tmp_path)
+    tokenizer.save(tmp_path)
     ranks = load_tiktoken_bpe(str(tmp_path / "ranks.tiktoken"))
-    assert Tokenizer(ranks).digest == TOKENIZER.digest
+    assert Tokenizer(ranks).digest == tokenizer.digest
 
 
 def edit_header(**fields: object) -> Callable[[Path], None]:
@@ -229,7 +233,6 @@ def edit_ranks(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
         (lambda folder: (folder / "ranks.tiktoken").unlink(), r"ranks\.tiktoken: no such file"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), r"tokenizer\.json: not valid JSON"),
         (lambda folder: (folder / "tokenizer.json").write_text("[]"), r"tokenizer\.json: not a tokenizer's header"),
-        (lambda folder: train_tokenizer(iter(["abc abc"]), 300).save(folder.parent), None),
         (edit_header(format=2), r"tokenizer\.json: format: 2 is not 1"),
         (edit_header(pattern=None), r"tokenizer\.json: not a tokenizer's header"),
         (edit_header(pattern=r"\s+|\S+"), r"tokenizer\.json: digest"),
@@ -244,21 +247,20 @@ def edit_ranks(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
         (edit_ranks(lambda data: b"!!! 0\n" + data), r"ranks\.tiktoken: line 1: not a token"),
     ],
 )
-def test_damage_is_refused_by_name(tmp_path: Path, damage: Callable[[Path], None], message: str | None) -> None:
+def test_damage_is_refused_by_name(
+    tokenizer: Tokenizer, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
     folder = tmp_path / "tokenizer"
-    TOKENIZER.save(folder)
+    tokenizer.save(folder)
     damage(folder)
-    if message is None:
-        assert Tokenizer.load(folder).digest == TOKENIZER.digest
-        return
     with pytest.raises(UserError, match=message) as caught:
         Tokenizer.load(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_files_of_two_tokenizers_do_not_mix(tmp_path: Path) -> None:
-    TOKENIZER.save(tmp_path)
+def test_files_of_two_tokenizers_do_not_mix(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
     header = (tmp_path / "tokenizer.json").read_bytes()
     train_tokenizer(iter(["abc abc"]), 300).save(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(header)
