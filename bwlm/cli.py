@@ -242,9 +242,9 @@ def _show_result(plan: Any, root: Path, result: GridResult, grid: Path) -> None:
 def _dashboard_hint(result: GridResult, grid: Path) -> str:
     if os.environ.get("RAY_ADDRESS"):
         return f"http://{result.dashboard}" if result.dashboard else os.environ["RAY_ADDRESS"]
-    ray = Path(sys.executable).parent / "ray"
-    submit = f"{ray} job submit --working-dir . -- python jobs/run_grid.py {grid}"
-    return f"{ray} start --head && {submit}   # then the dashboard is at http://127.0.0.1:8265"
+    activate = f"export PATH={Path(sys.executable).parent}:$PATH"
+    submit = f"ray job submit --working-dir . -- python jobs/run_grid.py {grid}"
+    return f"{activate}; ray start --head && {submit}   # dashboard at http://127.0.0.1:8265"
 
 
 # ---- runs ----

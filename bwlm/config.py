@@ -7,6 +7,7 @@ error can name file, line, field and the nearest valid name.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -60,11 +61,11 @@ _HORIZONS = ("steps", "tokens", "flops", "tokens_per_parameter")
 
 
 class BudgetSettings(Settings):
-    steps: int | None = Field(None, ge=1)
-    tokens: int | None = Field(None, ge=1)
-    flops: float | None = Field(None, gt=0)
-    tokens_per_parameter: float | None = Field(None, gt=0, description="parameters: matrices and output head")
-    batch_tokens: int = Field(2**19, ge=8, description="tokens of one optimizer step over all workers")
+    steps: int | None = Field(None, ge=1, le=10**9)
+    tokens: int | None = Field(None, ge=1, le=10**15)
+    flops: float | None = Field(None, gt=0, le=1e30)
+    tokens_per_parameter: float | None = Field(None, gt=0, le=1e9, description="parameters: matrices and output head")
+    batch_tokens: int = Field(2**19, ge=8, le=10**12, description="tokens of one optimizer step over all workers")
 
     @model_validator(mode="after")
     def _one_horizon(self) -> BudgetSettings:
@@ -130,21 +131,26 @@ class Experiment(Recipe):
 
 @dataclass(frozen=True)
 class Document:
-    """A YAML mapping with the line that each dotted field stands on."""
+    """A YAML mapping, and where each dotted field was given."""
 
     name: str
     content: dict[str, Any]
-    lines: Mapping[str, int]
+    places: Mapping[str, str]
+    """`file:line`, or `--set field`."""
+
+    def place(self, field: str) -> str:
+        """Where the nearest enclosing field was given."""
+        while field and field not in self.places:
+            field = field.rpartition(".")[0]
+        return self.places.get(field, self.name)
 
     def where(self, field: str) -> str:
-        """`file:line: field`, with the line of the nearest enclosing field that the file holds."""
-        known = field
-        while known and known not in self.lines:
-            known = known.rpartition(".")[0]
-        line = f":{self.lines[known]}" if known else ""
-        return f"{self.name}{line}: {field}" if field else f"{self.name}{line}"
+        """`file:line: field` or `--set field`."""
+        place = self.place(field)
+        return place if place == f"--set {field}" else f"{place}: {field}"
 
 
+_MOST_DIGITS = 1000
 _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _WORDS: dict[str, Any] = {
@@ -166,15 +172,27 @@ def _scalar(node: yaml.ScalarNode) -> Any:
         return text
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
-    if _INT.fullmatch(text):
+    if _INT.fullmatch(text) and len(text) < _MOST_DIGITS:
         return int(text)
     if _FLOAT.fullmatch(text):
         return float(text)
     return text
 
 
+class _Loader(yaml.SafeLoader):
+    """Builds nodes only, and each of them once: an alias can make a small file ask for billions."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            problem = f"aliases (*{event.anchor}) are not read: write the value out"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
+
+
 def _build(node: yaml.Node, path: str, name: str, lines: dict[str, int]) -> Any:
-    lines[path] = node.start_mark.line + 1
+    if path:
+        lines[path] = node.start_mark.line + 1
     if isinstance(node, yaml.ScalarNode):
         return _scalar(node)
     if isinstance(node, yaml.SequenceNode):
@@ -199,17 +217,57 @@ def _build(node: yaml.Node, path: str, name: str, lines: dict[str, int]) -> Any:
 
 def parse_yaml(text: str, name: str) -> Document:
     """Raises `UserError` naming file and line on bad syntax, duplicate keys or a file that is not a mapping."""
+    lines: dict[str, int] = {}
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
+        content = {} if node is None else _build(node, "", name, lines)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{name}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
-    lines: dict[str, int] = {}
-    content = {} if node is None else _build(node, "", name, lines)
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__
+        raise UserError(f"{name}{line}: not valid YAML ({problem})") from None
+    except RecursionError:
+        raise UserError(f"{name}: not valid YAML (nested too deeply)") from None
     if not isinstance(content, dict):
         raise UserError(f"{name}: must hold fields (name: value), not a {type(content).__name__}")
-    return Document(name, content, lines)
+    document = Document(name, content, {field: f"{name}:{line}" for field, line in lines.items()})
+    _spread_dotted(document)
+    return document
+
+
+def _spread_dotted(document: Document) -> None:
+    """Moves `model.head_dim: 32` below `model`, as if it stood there."""
+    dotted = {key: document.content.pop(key) for key in list(document.content) if "." in key}
+    for field, value in dotted.items():
+        if holds(document.content, field):
+            raise UserError(f"{document.where(field)}: given twice, dotted and in its section; keep one")
+        assign(document.content, field, value, document.where(field))
+
+
+def holds(content: Any, field: str) -> bool:
+    """Whether nested dictionaries give a dotted field."""
+    first, _, rest = field.partition(".")
+    return isinstance(content, dict) and first in content and (not rest or holds(content[first], rest))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the words that `parse_yaml` would otherwise read as something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def word(self, text: str) -> yaml.ScalarNode:
+        is_word = text.isprintable() and isinstance(_scalar(yaml.ScalarNode("", text)), str)
+        style = None if is_word else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.word)
+
+
+def dump_yaml(content: Mapping[str, Any]) -> str:
+    """Text that `parse_yaml` reads as `content`."""
+    return str(yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def load_yaml(path: Path) -> Document:
@@ -227,37 +285,39 @@ def load_yaml(path: Path) -> Document:
 def parse_setting(setting: str) -> tuple[str, Any]:
     """`a.b=c` as (`a.b`, value), the value read as YAML would read it."""
     field, equals, text = setting.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z0-9_.]+", field):
+    if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", field):
         raise UserError(f"--set {setting}: write it as field=value, for instance --set model.sequence_length=256")
     return field, parse_yaml(f"value: {text}" if text.strip() else "value:", f"--set {field}").content["value"]
 
 
-def assign(content: dict[str, Any], field: str, value: Any) -> None:
-    """Sets a dotted field in nested dictionaries."""
-    *parents, last = field.split(".")
+def assign(content: dict[str, Any], field: str, value: Any, where: str) -> None:
+    """Sets a dotted field in nested dictionaries. Below `axes` the rest of the field is one name."""
+    parents, last = field.split(".")[:-1], field.rpartition(".")[2]
+    if field.startswith("axes."):
+        parents, last = ["axes"], field.removeprefix("axes.")
     for parent in parents:
         below = content.setdefault(parent, {})
         if not isinstance(below, dict):
-            raise UserError(f"{field}: '{parent}' holds no fields of its own")
+            raise UserError(f"{where}: '{parent}' holds no fields of its own")
         content = below
     content[last] = value
 
 
 def override(document: Document, settings: list[str]) -> Document:
     """The document with `--set` settings laid over it; a horizon given there replaces the file's."""
-    import copy
-
-    content = copy.deepcopy(document.content)
-    for setting in settings:
-        field, value = parse_setting(setting)
-        section, _, name = field.rpartition(".")
-        if section == "budget" and name in _HORIZONS and isinstance(content.get("budget"), dict):
-            content["budget"] = {k: v for k, v in content["budget"].items() if k not in _HORIZONS}
-        assign(content, field, value)
-    lines = {
-        field: line for field, line in document.lines.items() if not any(field == s.partition("=")[0] for s in settings)
-    }
-    return Document(document.name, content, lines)
+    content, places = copy.deepcopy(document.content), dict(document.places)
+    given = [parse_setting(setting) for setting in settings]
+    horizons = {f"budget.{name}" for name in _HORIZONS}
+    if any(field in horizons for field, _ in given) and isinstance(content.get("budget"), dict):
+        content["budget"] = {name: value for name, value in content["budget"].items() if name not in _HORIZONS}
+    for field, value in given:
+        assign(content, field, value, f"--set {field}")
+        places = {known: place for known, place in places.items() if not f"{known}.".startswith(f"{field}.")}
+        above = field
+        while above and above not in places:
+            places[above] = f"--set {field}"
+            above = above.rpartition(".")[0]
+    return Document(document.name, content, places)
 
 
 # ---- validating ----
@@ -282,7 +342,9 @@ def validate(model: type[T], content: Mapping[str, Any], document: Document) -> 
 
 
 def explain(error: ValidationError, model: type[BaseModel], document: Document) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    # a misspelt field is also a missing one: the spelling is what helps
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     field = ".".join(str(part) for part in first["loc"])
     where = document.where(field)
     if first["type"] == "extra_forbidden":

@@ -6,25 +6,29 @@ that somebody may read while we write it goes through `write_atomic`: it appears
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bwlm.errors import UserError
 
-_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_RESERVED = frozenset({".", "..", "cache", "grids", "mlruns", "mlartifacts"})
+LONGEST_ID = 128
+_ID = re.compile(rf"[A-Za-z0-9._-]{{1,{LONGEST_ID}}}")
+_RESERVED = frozenset({".", "..", "cache", "grids", "mlflow.db", "mlruns", "mlartifacts"})
 
 
 def check_id(name: str, field: str = "id") -> str:
     """Returns `name` if it is one safe path segment, else raises `UserError`."""
     if not _ID.fullmatch(name):
-        raise UserError(f"{field}: {name!r} is not a valid id: use 1 to 128 of the characters A-Z a-z 0-9 . _ -")
+        allowed = f"1 to {LONGEST_ID} of the characters A-Z a-z 0-9 . _ -"
+        raise UserError(f"{field}: {name!r} is not a valid id: use {allowed}")
     if name in _RESERVED or name.startswith("."):
         raise UserError(f"{field}: {name!r} is reserved: choose another name")
     return name
@@ -42,12 +46,12 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Makes a file's content durable, or the names inside a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -69,37 +73,44 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
-@contextmanager
+@contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """Yields a temporary sibling of `target` that takes its name when the block ends well, and goes when it does not.
 
-    If somebody else made `target` meanwhile, theirs stays: what we write here is named by its content.
+    If somebody else made `target` meanwhile, theirs stays: what we write here is named by its content. A block that
+    fails leaves none of the parents that were made for it.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    made = [folder for folder in target.parents if not folder.exists()]
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
-    temporary.mkdir()
+    temporary.mkdir(parents=True)
     try:
         yield temporary
-        sync_folder(temporary)
+        for path in temporary.rglob("*"):
+            sync(path)
+        sync(temporary)
         try:
             temporary.rename(target)
         except OSError:
             if not target.exists():
                 raise
-        sync_folder(target.parent)
+        sync(target.parent)
     finally:
-        _remove_tree(temporary)
-        prune_empty(target.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # not empty: somebody needs it
+                folder.rmdir()
 
 
-def _remove_tree(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Holds a lock file while the block runs; waits for another process that holds it. The kernel frees it on death."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def prune_empty(folder: Path) -> None:
-    """Removes a folder of ours that a failed run left empty, and its empty parents named `cache`."""
+    """Removes a folder of ours that a failed run left empty, and up to two parents that it leaves empty in turn."""
     for candidate in (folder, folder.parent, folder.parent.parent):
         try:
             candidate.rmdir()
@@ -112,7 +123,7 @@ def storage_root(storage: str | None) -> Path:
 
     Inside a Ray job the working folder is a temporary copy, so the default there is `~/bwlm-runs`.
     """
-    chosen = storage or os.environ.get("BWLM_STORAGE")
+    chosen = storage or os.environ.get("BWLM_STORAGE") or None
     if chosen is None:
         chosen = "~/bwlm-runs" if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else "runs"
     if "://" in chosen and not chosen.startswith("file://"):
@@ -122,14 +133,13 @@ def storage_root(storage: str | None) -> Path:
 
 def check_writable(root: Path) -> None:
     """Raises `UserError` unless files can be made in `root`; leaves nothing behind."""
-    existing = root
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"storage: {root} is not writable: choose another folder with --storage or BWLM_STORAGE")
-    probe = existing / f".bwlm-{uuid.uuid4().hex[:8]}"
+    advice = "choose another folder with --storage or BWLM_STORAGE"
     try:
+        existing = next(folder for folder in (root, *root.parents) if folder.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"storage: {root} is not writable: {advice}")
+        probe = existing / f".bwlm-{uuid.uuid4().hex[:8]}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"storage: {root} is not writable ({error.strerror}): choose another folder") from None
+        raise UserError(f"storage: {root} is not writable ({error.strerror}): {advice}") from None

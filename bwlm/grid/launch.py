@@ -24,7 +24,7 @@ from bwlm.config import Recipe
 from bwlm.errors import UserError
 from bwlm.grid.progress import GridProgress
 from bwlm.grid.spec import Cell, GridPlan
-from bwlm.paths import check_writable, write_json
+from bwlm.paths import check_writable, exclusive, write_json
 from bwlm.record.fingerprint import differences, identity
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
 from bwlm.record.tracking import Tracking, tracking_uri
@@ -76,26 +76,16 @@ def run_grid(plan: GridPlan, storage: Path, show: Callable[[str], None]) -> Grid
     from bwlm.text.stream import pack_corpus
 
     check_writable(storage)
-    grid = plan.grid
     recipes = _recipes(plan)
-    with session.cluster(grid.resources, grid.launch.concurrency, len(plan.cells)) as room:
+    heaviest = max((cell.experiment.resources for cell in plan.cells), key=session.cpus_of_cell)
+    with session.cluster(heaviest, plan.grid.launch.concurrency, len(plan.cells)) as room:
         show(f"Ray on {room.cluster}, {room.concurrency} cells at once" + _dashboard_line(room.dashboard))
         prepared = {key: prepare(recipe, storage, pack_corpus, show) for key, recipe in recipes.items()}
         configs = {cell.id: _run_config(plan, cell, prepared[_recipe_key(cell.experiment)]) for cell in plan.cells}
         cells = find_cells(plan, storage)
         for planned in cells:
             _check_identity(planned, configs[planned.cell.id], plan)
-        uri = tracking_uri(storage, grid.launch.tracking_uri)
-        storage.mkdir(parents=True, exist_ok=True)
-        tracking = Tracking(uri, storage)
-        folder = grid_folder(storage, grid.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "grid.json", {"name": grid.name, "cells": [cell.id for cell in plan.cells]})
-        parent = tracking.parent_run(folder, grid.name, plan.source)
-        for planned in cells:
-            if not planned.folder.exists():
-                planned.folder.create(configs[planned.cell.id])
-            tracking.child_run(planned.folder, parent, _dataset(prepared[_recipe_key(planned.cell.experiment)]))
+        tracking, parent = _enlist(plan, storage, cells, configs, prepared)
         _train(plan, storage, cells, room, tracking, parent)
         show("writing reports")
         return _conclude(plan, storage, tracking, parent, room.dashboard)
@@ -123,6 +113,27 @@ def _dataset(prepared: Prepared) -> dict[str, str]:
 
 
 # ---- [3] enlist ----
+
+
+def _enlist(
+    plan: GridPlan,
+    storage: Path,
+    cells: list[PlannedCell],
+    configs: dict[str, RunConfig],
+    prepared: dict[str, Prepared],
+) -> tuple[Tracking, str]:
+    """Makes the folders and the MLflow runs that do not exist yet; two launches of one grid make them once."""
+    folder = grid_folder(storage, plan.grid.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder / "lock"):
+        tracking = Tracking(tracking_uri(storage, plan.grid.launch.tracking_uri), storage)
+        write_json(folder / "grid.json", {"name": plan.grid.name, "cells": [cell.id for cell in plan.cells]})
+        parent = tracking.parent_run(folder, plan.grid.name, plan.source)
+        for planned in cells:
+            if not planned.folder.exists():
+                planned.folder.create(configs[planned.cell.id])
+            tracking.child_run(planned.folder, parent, _dataset(prepared[_recipe_key(planned.cell.experiment)]))
+    return tracking, parent
 
 
 def _run_config(plan: GridPlan, cell: Cell, prepared: Prepared) -> RunConfig:
@@ -206,11 +217,12 @@ def _tune(
     from bwlm.grid.scheduling import CellStates, make_scheduler
     from bwlm.grid.session import train_cell, trial_resources
 
-    resources, retries = plan.grid.resources, plan.grid.launch.retries
-    shared = {"storage": str(storage), "scratch": str(scratch), "retries": retries, **resources.model_dump()}
+    retries = plan.grid.launch.retries
+    shared = {"storage": str(storage), "scratch": str(scratch), "retries": retries}
+    resources = {planned.cell.id: planned.cell.experiment.resources for planned in todo}
     strata = {p.cell.id: f"{p.cell.experiment.direction} d{p.cell.experiment.depth}" for p in todo}
     tuner = ray.tune.Tuner(
-        ray.tune.with_resources(train_cell, trial_resources(resources)),
+        ray.tune.with_resources(train_cell, lambda config: trial_resources(resources[config["cell"]])),
         param_space={**shared, "cell": ray.tune.grid_search([planned.cell.id for planned in todo])},
         tune_config=TuneConfig(
             max_concurrent_trials=concurrency,

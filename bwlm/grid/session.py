@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -56,15 +57,19 @@ def cluster(resources: ResourceSettings, concurrency: int | None, cells: int) ->
     Raises `UserError` if the cluster can never place a cell, or not as many at once as `concurrency` asks for.
     """
     if ray.is_initialized():
-        yield _room_on_cluster(resources, concurrency, cells)
+        yield _room_on_cluster(resources, concurrency, cells, None)
         return
+    for noisy in ("ray.data", "ray._private.authentication"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            ray.init(address=address, logging_level="warning", log_to_driver=False)
-            yield _room_on_cluster(resources, concurrency, cells)
+            context = ray.init(address=address, logging_level="warning", log_to_driver=False)
+            yield _room_on_cluster(resources, concurrency, cells, context.dashboard_url)
         else:
-            chosen = _concurrency(resources, concurrency, cells, os.cpu_count() or 1, _local_gpus(), "this machine")
+            # a trial driver sleeps: it needs a logical CPU share to be placed, but no core of this machine
+            cores = (os.cpu_count() or 1) + _TRIAL_CPUS
+            chosen = _concurrency(resources, concurrency, cells, cores, _local_gpus(), "this machine")
             # Ray Data's tasks and the trial drivers need logical CPUs of their own, or nothing would ever start
             logical = math.ceil(chosen * (cpus_of_cell(resources) + _TRIAL_CPUS) + _SPARE_CPUS)
             context = ray.init(
@@ -81,7 +86,7 @@ def _local_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _room_on_cluster(resources: ResourceSettings, concurrency: int | None, cells: int) -> Room:
+def _room_on_cluster(resources: ResourceSettings, concurrency: int | None, cells: int, dashboard: str | None) -> Room:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = sum(node.get("CPU", 0) for node in nodes) - _SPARE_CPUS
     gpus = sum(node.get("GPU", 0) for node in nodes)
@@ -95,7 +100,7 @@ def _room_on_cluster(resources: ResourceSettings, concurrency: int | None, cells
         )
     address = ray.get_runtime_context().gcs_address
     chosen = _concurrency(resources, concurrency, cells, cpus, gpus, where)
-    return Room(chosen, ray.worker.get_dashboard_url(), address)
+    return Room(chosen, dashboard, address)
 
 
 def _places(node: dict[str, float], resources: ResourceSettings) -> float:
@@ -113,7 +118,7 @@ def _concurrency(
         need += f" and {resources.gpus_per_worker} GPUs"
     if fits < 1:
         raise UserError(
-            f"resources.workers: a cell needs {need}, but {where} has {cpus:g} CPUs and {gpus:g} GPUs to give: "
+            f"resources.workers: a cell needs {need}, but {where} has {int(cpus)} CPUs and {int(gpus)} GPUs to give: "
             "lower resources.workers or resources.cpus_per_worker, or take a larger cluster"
         )
     if wanted is not None and wanted > fits:
@@ -148,11 +153,13 @@ class RaySession:
         send({"step": step, **metrics})
 
 
-def trial_resources(resources: ResourceSettings) -> dict[str, float]:
+def trial_resources(resources: ResourceSettings) -> Any:
     """What Tune reserves for a trial: the cell itself, or only its driver where Train places the workers."""
+    from ray.tune import PlacementGroupFactory
+
     if resources.workers > 1:
-        return {"CPU": _TRIAL_CPUS}
-    return {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+        return PlacementGroupFactory([{"CPU": _TRIAL_CPUS}])
+    return PlacementGroupFactory([{"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}])
 
 
 def train_cell(config: dict[str, Any]) -> None:
@@ -165,22 +172,25 @@ def train_cell(config: dict[str, Any]) -> None:
     import ray.train.torch
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    workers = config["workers"]
-    scaling = ray.train.ScalingConfig(
-        num_workers=0 if workers == 1 else workers,
-        use_gpu=config["gpus_per_worker"] > 0,
-        resources_per_worker={"CPU": config["cpus_per_worker"], "GPU": config["gpus_per_worker"]}
-        if workers > 1
-        else None,
-    )
-    run = ray.train.RunConfig(
-        name=config["cell"],
-        storage_path=config["scratch"],
-        failure_config=ray.train.FailureConfig(max_failures=config["retries"]),
-        callbacks=[TuneReportCallback()] if workers > 1 else None,
-    )
+    from bwlm.record.lineage import ExperimentFolder
+
+    resources = ExperimentFolder(Path(config["storage"]), config["cell"]).config().experiment.resources
+    several = resources.workers > 1
+    per_worker = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
     trainer = ray.train.torch.TorchTrainer(
-        train_worker, train_loop_config=config, scaling_config=scaling, run_config=run
+        train_worker,
+        train_loop_config=config,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.workers if several else 0,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=per_worker if several else None,
+        ),
+        run_config=ray.train.RunConfig(
+            name=config["cell"],
+            storage_path=config["scratch"],
+            failure_config=ray.train.FailureConfig(max_failures=config["retries"]),
+            callbacks=[TuneReportCallback()] if several else None,
+        ),
     )
     trainer.fit()
 
@@ -194,9 +204,10 @@ def train_worker(config: dict[str, Any]) -> None:
     from bwlm.text.stream import stream_batches
     from bwlm.train.base import run_base
 
-    torch.set_num_threads(config["cpus_per_worker"])
     folder = ExperimentFolder(Path(config["storage"]), config["cell"])
-    session = RaySession(folder.config().steps, config["workers"])
+    run = folder.config()
+    torch.set_num_threads(run.experiment.resources.cpus_per_worker)
+    session = RaySession(run.steps, run.experiment.resources.workers)
     with folder.lease() if session.rank == 0 else contextlib.nullcontext():
         if session.world > 1:
             dist.barrier()

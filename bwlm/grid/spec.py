@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,14 +23,16 @@ from bwlm.config import (
     Seed,
     Settings,
     assign,
+    dump_yaml,
     field_names,
+    holds,
     load_yaml,
     override,
     validate,
 )
 from bwlm.errors import UserError, nearest
 from bwlm.model.shape import GPTConfig, count_parameters, flops_per_token
-from bwlm.paths import check_id
+from bwlm.paths import LONGEST_ID, check_id
 
 
 class SchedulerSettings(Settings):
@@ -43,7 +46,7 @@ class LaunchSettings(Settings):
         None, ge=1, description="cells at once; default: as many as the cluster has room for"
     )
     retries: int = Field(2, ge=0, description="how often a cell that crashed is taken up again")
-    max_cells: int = Field(1000, ge=1, description="a grid of more cells is refused")
+    max_cells: int = Field(1000, ge=1, le=100_000, description="a grid of more cells is refused")
     storage: str | None = None
     tracking_uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else SQLite below the storage")
 
@@ -96,23 +99,23 @@ class GridPlan:
     grid: Grid
     cells: tuple[Cell, ...]
     source: str
-    """The grid's text as it was resolved, for the record."""
+    """The grid's text, with what `--set` changed, for the record."""
 
 
 def load_grid(path: Path, settings: list[str]) -> GridPlan:
     """Reads, overrides and resolves a grid file. Raises `UserError` for every fault, before anything is made."""
     document = override(load_yaml(path), settings)
-    _check_cap(document)
-    grid = validate(Grid, document.content, document)
+    grid = validate(Grid, *_with_first_values(document))
     check_id(grid.name, document.where("name"))
-    cells = list(_cells(document))
-    if len(cells) > grid.launch.max_cells:
+    blocks = _blocks(document)
+    count = sum(math.prod(len(values) for values in axes.values()) for axes in blocks.values())
+    if count > grid.launch.max_cells:  # counted before any is built: a slip of the pen can ask for billions
         raise UserError(
-            f"{document.where('axes')}: {len(cells)} cells, more than launch.max_cells={grid.launch.max_cells}: "
+            f"{document.where('axes')}: {count} cells, more than launch.max_cells={grid.launch.max_cells}: "
             "remove values or raise the cap"
         )
-    _check_unique(cells, document)
-    return GridPlan(grid, tuple(cells), path.read_text("utf-8"))
+    cells = tuple(_cells(blocks, document))
+    return GridPlan(grid, cells, dump_yaml(document.content) if settings else path.read_text("utf-8"))
 
 
 def shape_of(experiment: Experiment) -> GPTConfig:
@@ -142,67 +145,73 @@ def resolve_steps(experiment: Experiment) -> int:
 # ---- axes ----
 
 
-def _check_cap(document: Document) -> None:
-    """Counts the cells before any is built: a slip of the pen can ask for billions."""
-    blocks = [document.content.get("axes"), *(document.content.get("also") or [])]
-    if not isinstance(blocks[0], dict) or not blocks[0]:
-        raise UserError(
-            f"{document.where('axes')}: needs at least one axis, for instance direction: [forward, backward]"
-        )
-    cells = 0
-    for block in blocks:
-        product = 1
-        for values in block.values() if isinstance(block, dict) else []:
-            product *= len(values) if isinstance(values, list) else 1
-        cells += product
-    if cells > 1_000_000:
-        raise UserError(f"{document.where('axes')}: {cells} cells are beyond any cluster: remove values")
+def _with_first_values(document: Document) -> tuple[dict[str, Any], Document]:
+    """The grid's content with its dotted axes at their first values: a section may be whole only with them."""
+    content, places = copy.deepcopy(document.content), dict(document.places)
+    axes = content.get("axes")
+    for name, values in axes.items() if isinstance(axes, dict) else []:
+        if "." in name and isinstance(values, list) and values and not holds(content, name):
+            places[name] = document.place(f"axes.{name}")
+            assign(content, name, values[0], places[name])
+    return content, Document(document.name, content, places)
 
 
-def _check_axes(axes: Any, where: str, document: Document) -> None:
+def _blocks(document: Document) -> dict[str, dict[str, list[Any]]]:
+    """The products that make the grid, by the field that states them: `axes`, `also.0`, `also.1`, .."""
+    blocks = {"axes": document.content["axes"]}
+    blocks |= {f"also.{index}": axes for index, axes in enumerate(document.content.get("also", []))}
+    for where, axes in blocks.items():
+        _check_axes(axes, where, document)
+    return blocks
+
+
+def _check_axes(axes: dict[str, list[Any]], where: str, document: Document) -> None:
     known = [name for name in field_names(Experiment) if name not in Experiment.model_fields or name in _IN_ID]
-    if not isinstance(axes, dict):
-        raise UserError(f"{document.where(where)}: must be a mapping from field to a list of values")
+    if not axes:
+        raise UserError(
+            f"{document.where(where)}: needs at least one axis, for instance direction: [forward, backward]"
+        )
     for name, values in axes.items():
         field = f"{where}.{name}"
         if name not in known:
-            raise UserError(f"{document.where(field)}: not a setting of an experiment{nearest(name, known)}")
-        if not isinstance(values, list) or not values:
+            raise UserError(f"{document.where(field)}: not a setting that cells can differ in{nearest(name, known)}")
+        if holds(document.content, name):
+            raise UserError(
+                f"{document.where(name)}: fixed here and an axis in {where}: keep one (--set {where}.{name}=[..])"
+            )
+        if not values:
             raise UserError(f"{document.where(field)}: needs a list of values, for instance [1, 2]")
         repeated = [value for index, value in enumerate(values) if value in values[:index]]
         if repeated:
             raise UserError(f"{document.where(field)}: {repeated[0]!r} stands there twice; keep one")
 
 
-def _cells(document: Document) -> Iterator[Cell]:
-    content = document.content
-    fixed = {name: value for name, value in content.items() if name not in _GRID_ONLY}
-    blocks = [("axes", content["axes"])]
-    blocks += [(f"also.{index}", block) for index, block in enumerate(content.get("also") or [])]
-    for where, axes in blocks:
-        _check_axes(axes, where, document)
-        for name in axes:
-            if name in fixed:
-                raise UserError(
-                    f"{document.where(name)}: fixed here and an axis in {where}: keep one (--set {where}.{name}=[..])"
-                )
+def _cells(blocks: dict[str, dict[str, list[Any]]], document: Document) -> Iterator[Cell]:
+    """Raises `UserError` if a cell is not valid, or if two have the same id."""
+    fixed = {name: value for name, value in document.content.items() if name not in _GRID_ONLY}
+    seen: set[str] = set()
+    for where, axes in blocks.items():
         for values in itertools.product(*axes.values()):
-            yield _cell(content["name"], fixed, dict(zip(axes, values, strict=True)), where, document)
+            cell = _cell(fixed, dict(zip(axes, values, strict=True)), where, document)
+            if cell.id in seen:
+                raise UserError(f"{document.where(where)}: cell {cell.id} is asked for twice; remove one")
+            seen.add(cell.id)
+            yield cell
 
 
-def _cell(grid: str, fixed: dict[str, Any], chosen: dict[str, Any], where: str, document: Document) -> Cell:
-    content = copy.deepcopy(fixed)
+def _cell(fixed: dict[str, Any], chosen: dict[str, Any], where: str, document: Document) -> Cell:
+    content, places = copy.deepcopy(fixed), dict(document.places)
     for name, value in chosen.items():
-        assign(content, name, value)
-    lines = dict(document.lines) | {name: document.lines.get(f"{where}.{name}", 0) for name in chosen}
-    shown = Document(document.name, content, {name: line for name, line in lines.items() if line})
+        places[name] = document.place(f"{where}.{name}")
+        assign(content, name, value, places[name])
+    shown = Document(document.place(where), content, places)
     experiment = validate(Experiment, content, shown)
     try:
         shape_of(experiment)
     except ValueError as error:
-        raise UserError(f"{shown.where('model')}: {error}") from None
+        raise UserError(f"{shown.where('model')}: {error}: change head_dim or kv_heads") from None
     _check_batch(experiment, shown)
-    return Cell(_cell_id(grid, experiment, chosen), experiment, resolve_steps(experiment))
+    return Cell(_cell_id(experiment, chosen, document), experiment, resolve_steps(experiment))
 
 
 def _check_batch(experiment: Experiment, document: Document) -> None:
@@ -221,15 +230,14 @@ def _check_batch(experiment: Experiment, document: Document) -> None:
         )
 
 
-def _cell_id(grid: str, experiment: Experiment, chosen: dict[str, Any]) -> str:
-    parts = [grid, experiment.direction, f"d{experiment.depth}", f"lr{experiment.lr:g}", f"s{experiment.seed}"]
+def _cell_id(experiment: Experiment, chosen: dict[str, Any], document: Document) -> str:
+    rate = f"{experiment.lr:g}" if float(f"{experiment.lr:g}") == experiment.lr else repr(experiment.lr)
+    parts = [document.content["name"], experiment.direction, f"d{experiment.depth}", f"lr{rate}", f"s{experiment.seed}"]
     parts += [f"{name.rpartition('.')[2]}{value}" for name, value in chosen.items() if name not in _IN_ID]
-    return check_id(re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts)), "cell id")
-
-
-def _check_unique(cells: list[Cell], document: Document) -> None:
-    seen: set[str] = set()
-    for cell in cells:
-        if cell.id in seen:
-            raise UserError(f"{document.where('also')}: cell {cell.id} is asked for twice; remove one")
-        seen.add(cell.id)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts))
+    if len(name) > LONGEST_ID:
+        raise UserError(
+            f"{document.where('name')}: cell id {name!r} is longer than {LONGEST_ID} characters: "
+            "give the grid a shorter name"
+        )
+    return check_id(name, "cell id")

@@ -98,17 +98,16 @@ def build_optimizers(model: GPT, lr: float = 1.0, weight_decay: float = 0.0, kin
     """The optimizer of `model`; `lr` multiplies every group's rate, `weight_decay` acts on the blocks' matrices only.
 
     'muon' is nanochat's. 'adamw' has AdamW for all, the matrices at GPT-3's rate and betas for its model of width 768
-    (Brown et al., arXiv:2005.14165, table 2.1; nanoGPT's too), falling as 1 / width as muP asks of matrices under Adam
-    (Yang et al., arXiv:2203.03466, table 3). Embedding and head are the same in both. The model must be on its device
-    already. Raises ValueError.
+    (Brown et al., arXiv:2005.14165, table 2.1 and appendix B; nanoGPT's too), scaled with width as nanochat scales its
+    AdamW rates. Embedding and head are the same in both. The model must be on its device already. Raises ValueError.
     """
     if not 0 < lr < math.inf or not 0 <= weight_decay < math.inf:
         raise ValueError(f"lr must be above 0 and weight_decay not below, not {lr} and {weight_decay}")
     matrices = [weight for block in model.blocks for weight in block.parameters()]
-    relative_width = model.config.width / TUNED_WIDTH
+    for_width = lr * (model.config.width / TUNED_WIDTH) ** -0.5
     adamw_groups = [
-        _group("embedding", list(model.embedding.parameters()), lr * EMBEDDING_RATE * relative_width**-0.5),
-        _group("unembedding", list(model.lm_head.parameters()), lr * UNEMBEDDING_RATE * relative_width**-0.5),
+        _group("embedding", list(model.embedding.parameters()), for_width * EMBEDDING_RATE),
+        _group("unembedding", list(model.lm_head.parameters()), for_width * UNEMBEDDING_RATE),
     ]
     parts: dict[str, torch.optim.Optimizer] = {}
     if kind == "muon":
@@ -122,7 +121,7 @@ def build_optimizers(model: GPT, lr: float = 1.0, weight_decay: float = 0.0, kin
             adjust_lr_fn="original",
         )
     elif kind == "adamw":
-        matrix_group = _group("matrix", matrices, lr * ADAMW_MATRIX_RATE / relative_width)
+        matrix_group = _group("matrix", matrices, for_width * ADAMW_MATRIX_RATE)
         adamw_groups.insert(0, matrix_group | {"betas": (0.9, 0.95), "weight_decay": weight_decay})
     else:
         raise ValueError(f"kind must be 'muon' or 'adamw', not {kind!r}")

@@ -1,6 +1,6 @@
 """Where text comes from: parquet shards behind a path, a glob, a URI or `builtin:pydocs`.
 
-By nanochat's convention the last shard is validation, unless `data.validation` names other files.
+By nanochat's convention the last shard is validation, unless `data.validation` names files; those are not trained on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from bwlm.errors import UserError, nearest
 
 BUILTIN = "builtin:pydocs"
 _ROWS_AT_ONCE = 256
+_GIVE = "give a folder, glob, file or URI of parquet shards"
+_MEND = "write the shard again or take it out of data.source"
+_STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created")
+"""What file systems call that which changes with a file."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,13 @@ def find_corpus(data: DataSettings, cache: Path, progress: Callable[[str], None]
         raise UserError(f"data.source: {data.source!r} is not a built-in corpus{nearest(data.source, [BUILTIN])}")
     shards = _list_shards(data.source, "data.source")
     if data.validation is not None:
-        return Corpus(tuple(shards), tuple(_list_shards(data.validation, "data.validation")), data.text_column)
+        held_out = _list_shards(data.validation, "data.validation")
+        train = [shard for shard in shards if shard not in set(held_out)]
+        if not train:
+            raise UserError(
+                f"data.validation: {data.validation} leaves no shard of data.source to train on: name fewer"
+            )
+        return Corpus(tuple(train), tuple(held_out), data.text_column)
     if len(shards) < 2:
         raise UserError(
             f"data.source: {data.source} holds one shard, and the last shard is validation: "
@@ -78,7 +88,7 @@ def _builtin(data: DataSettings, cache: Path, progress: Callable[[str], None]) -
 def _list_shards(source: str, field: str) -> list[Shard]:
     shards = _remote(source, field) if "://" in source else _local(source, field)
     if not shards:
-        raise UserError(f"{field}: no .parquet file in {source}")
+        raise UserError(f"{field}: no .parquet file in {source}: {_GIVE}")
     return shards
 
 
@@ -86,12 +96,12 @@ def _local(source: str, field: str) -> list[Shard]:
     path = Path(source).expanduser()
     if path.is_dir():
         paths = sorted(path.glob("*.parquet"))
-    elif glob.has_magic(source):
-        paths = [Path(found) for found in sorted(_glob(str(path))) if found.endswith(".parquet")]
     elif path.exists():
         paths = [path]
+    elif glob.has_magic(source):
+        paths = [Path(found) for found in sorted(_glob(str(path))) if found.endswith(".parquet")]
     else:
-        raise UserError(f"{field}: {source} does not exist")
+        raise UserError(f"{field}: {source} does not exist: {_GIVE}")
     stats = [(path.absolute(), path.stat()) for path in paths]
     return [Shard(str(path), stat.st_size, str(stat.st_mtime_ns)) for path, stat in stats]
 
@@ -103,37 +113,49 @@ def _glob(pattern: str) -> list[str]:
 def _remote(source: str, field: str) -> list[Shard]:
     try:
         filesystem, path = fsspec.core.url_to_fs(source)
-        if glob.has_magic(path):
-            found = filesystem.glob(path)
-        else:
-            found = [path] if path.endswith(".parquet") else filesystem.find(path)
-        paths = sorted(name for name in found if name.endswith(".parquet"))
+        single = path.endswith(".parquet") and not glob.has_magic(path)
+        pattern = path if single or glob.has_magic(path) else f"{path.rstrip('/')}/*.parquet"
+        paths = [path] if single else sorted(name for name in filesystem.glob(pattern) if name.endswith(".parquet"))
         infos = [filesystem.info(name) for name in paths]
+    except FileNotFoundError:
+        raise UserError(f"{field}: {source} does not exist: {_GIVE}") from None
     except ImportError as error:
         raise UserError(f"{field}: {source}: {error}") from None
-    except FileNotFoundError:
-        raise UserError(f"{field}: {source} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{field}: {source} cannot be listed ({error})") from None
+    except Exception as error:  # every file system has errors of its own, and they share no base
+        raise UserError(f"{field}: {source} cannot be listed ({_first_line(error)}): check the address") from None
     return [
-        Shard(filesystem.unstrip_protocol(name), int(info.get("size") or 0), str(info.get("ETag") or info.get("mtime")))
+        Shard(filesystem.unstrip_protocol(name), int(info.get("size") or 0), _stamp(info))
         for name, info in zip(paths, infos, strict=True)
     ]
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    return next((str(info[name]) for name in _STAMPS if info.get(name) is not None), "")
 
 
 def _open(uri: str) -> pq.ParquetFile:
     try:
         if "://" in uri:
-            return pq.ParquetFile(fsspec.open(uri).open())
-        return pq.ParquetFile(uri, memory_map=True)
+            return _open_remote(uri)
+        return pq.ParquetFile(uri, memory_map=True, page_checksum_verification=True)
     except FileNotFoundError:
-        raise UserError(f"{uri}: the shard does not exist") from None
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{uri}: not a readable parquet file; is it cut off? ({_first_line(error)})") from None
+        raise UserError(f"{uri}: the shard does not exist: {_MEND}") from None
+    except Exception as error:
+        raise UserError(f"{uri}: not a readable parquet file; is it cut off? ({_first_line(error)}): {_MEND}") from None
+
+
+def _open_remote(uri: str) -> pq.ParquetFile:
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    try:
+        return pq.ParquetFile(filesystem.open(path), page_checksum_verification=True)
+    except pa.ArrowException:
+        raise
+    except ValueError:  # an HTTP server that gives no ranges, so the shard is read whole
+        return pq.ParquetFile(pa.BufferReader(filesystem.cat_file(path)), page_checksum_verification=True)
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0].strip().rstrip(".")
+    return (str(error) or type(error).__name__).split("\n")[0].strip().rstrip(".")
 
 
 def check_shards(corpus: Corpus) -> None:
@@ -144,11 +166,13 @@ def check_shards(corpus: Corpus) -> None:
             if corpus.text_column not in schema.names:
                 raise UserError(
                     f"{shard.uri}: data.text_column: no column {corpus.text_column!r}"
-                    f"{nearest(corpus.text_column, schema.names)} (it has: {', '.join(schema.names)})"
+                    f"{nearest(corpus.text_column, schema.names)}: name one of {', '.join(schema.names)}"
                 )
             kind = schema.field(corpus.text_column).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-                raise UserError(f"{shard.uri}: data.text_column: {corpus.text_column!r} holds {kind}, not strings")
+                raise UserError(
+                    f"{shard.uri}: data.text_column: {corpus.text_column!r} holds {kind}: name a column of strings"
+                )
 
 
 def read_texts(uri: str, column: str) -> Iterator[list[str]]:
@@ -162,8 +186,10 @@ def read_texts(uri: str, column: str) -> Iterator[list[str]]:
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[column]):
                 yield [text or "" for text in _decoded(batch.column(0), uri, column, row)]
                 row += batch.num_rows
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{uri}: damaged after row {row} ({_first_line(error)})") from None
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{uri}: damaged after row {row} ({_first_line(error)}): {_MEND}") from None
 
 
 def _decoded(values: pa.Array, uri: str, column: str, first_row: int) -> list[Any]:

@@ -8,6 +8,7 @@ of text becomes one Arrow file of rows; a manifest lists them with counts and di
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 from numpy.typing import NDArray
 
-from bwlm.paths import read_json, write_json
+from bwlm.paths import read_json, sync_folder, write_json
 from bwlm.text.direction import HEAD_SLOTS, Ints, Rows
 
 MANIFEST_VERSION = 1
+BATCH_ROWS = 1024
+"""Rows of each record batch of a packed file, so that a row is found without reading others."""
+
 _SMALLEST = HEAD_SLOTS + 1
 """A remainder below this many slots is padding: no segment with text fits in it."""
 
@@ -89,9 +92,7 @@ def row_schema(vocab_size: int) -> pa.Schema:
     )
 
 
-def write_rows(
-    path: Path, rows: Iterable[list[Piece]], vocab_size: int, counts: ShardCounts, batch: int = 1024
-) -> None:
+def write_rows(path: Path, rows: Iterable[list[Piece]], vocab_size: int, counts: ShardCounts) -> None:
     """Writes an Arrow IPC file of packed rows, which readers map into memory, and counts what it holds."""
     schema = row_schema(vocab_size)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -99,11 +100,14 @@ def write_rows(
         for row in rows:
             counts.add(row)
             pending.append(row)
-            if len(pending) == batch:
+            if len(pending) == BATCH_ROWS:
                 writer.write_batch(_record_batch(pending, schema))
                 pending = []
         if pending:
             writer.write_batch(_record_batch(pending, schema))
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
+    sync_folder(path.parent)
 
 
 def _record_batch(rows: list[list[Piece]], schema: pa.Schema) -> pa.RecordBatch:
@@ -177,7 +181,7 @@ class Manifest:
 
 
 class PackedRows:
-    """Random access to the packed rows of a split, over memory-mapped files."""
+    """Random access to the packed rows of a split, over memory-mapped files: a row costs the same in any shard."""
 
     def __init__(self, folder: Path, split: str) -> None:
         manifest = Manifest.read(folder)
@@ -185,42 +189,38 @@ class PackedRows:
         self.width = manifest.sequence_length
         self._ends = np.cumsum([shard["rows"] for shard in shards.shards])
         self._files = [folder / split / shard["file"] for shard in shards.shards]
-        self._tables: dict[int, pa.Table] = {}
+        self._batches: dict[tuple[int, int], pa.RecordBatch] = {}
+        self._readers: dict[int, pa.RecordBatchFileReader] = {}
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def _table(self, shard: int) -> pa.Table:
-        if shard not in self._tables:
-            self._tables[shard] = pa.ipc.open_file(pa.memory_map(str(self._files[shard]))).read_all()
-        return self._tables[shard]
+    def _row(self, place: int) -> pa.RecordBatch:
+        shard = int(np.searchsorted(self._ends, place, side="right"))
+        batch, index = divmod(place - int(self._ends[shard - 1] if shard else 0), BATCH_ROWS)
+        if (shard, batch) not in self._batches:
+            if shard not in self._readers:
+                self._readers[shard] = pa.ipc.open_file(pa.memory_map(str(self._files[shard])))
+            self._batches[shard, batch] = self._readers[shard].get_batch(batch)
+        return self._batches[shard, batch].slice(index, 1)
 
     def take(self, chosen: Ints, epochs: Ints | None = None) -> Rows:
         """The rows at the given places of the split; row i of the result is `chosen[i]`."""
-        shard_of = np.searchsorted(self._ends, chosen, side="right")
-        parts = []
-        for shard in np.unique(shard_of):
-            here = np.flatnonzero(shard_of == shard)
-            first = self._ends[shard - 1] if shard else 0
-            parts.append((here, self._table(int(shard)).take(pa.array(chosen[here] - first))))
-        return _collect(parts, chosen, np.zeros_like(chosen) if epochs is None else epochs, self.width)
+        records = [self._row(place) for place in chosen.tolist()]
 
+        def joined(name: str, dtype: type) -> NDArray[Any]:
+            flat = [record.column(name).flatten().to_numpy(zero_copy_only=False) for record in records]
+            return np.concatenate(flat).astype(dtype)
 
-def _collect(parts: list[tuple[Ints, pa.Table]], chosen: Ints, epochs: Ints, width: int) -> Rows:
-    def joined(name: str, dtype: type) -> NDArray[Any]:
-        flat = [np.asarray(table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)) for _, table in parts]
-        return np.concatenate(flat).astype(dtype) if flat else np.zeros(0, dtype=dtype)
-
-    per_row = [np.asarray(pa.compute.list_value_length(table["lengths"])) for _, table in parts]
-    row = np.concatenate([np.repeat(here, count) for (here, _), count in zip(parts, per_row, strict=True)])
-    ordinal = np.concatenate([np.arange(n) for count in per_row for n in count]) if len(row) else row
-    return Rows(
-        count=len(chosen),
-        tokens=joined("tokens", np.int64),
-        lengths=joined("lengths", np.int64),
-        row=row,
-        segment=chosen[row] * (width + 1) + ordinal,
-        document=joined("documents", np.int64),
-        whole=joined("whole", np.bool_),
-        epoch=epochs[row],
-    )
+        per_row = [len(record.column("lengths")[0]) for record in records]
+        row = np.repeat(np.arange(len(records)), per_row)
+        return Rows(
+            count=len(records),
+            tokens=joined("tokens", np.int64),
+            lengths=joined("lengths", np.int64),
+            row=row,
+            segment=chosen[row] * (self.width + 1) + np.concatenate([np.arange(count) for count in per_row]),
+            document=joined("documents", np.int64),
+            whole=joined("whole", np.bool_),
+            epoch=np.zeros_like(row) if epochs is None else epochs[row],
+        )

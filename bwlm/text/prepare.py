@@ -6,13 +6,14 @@ Everything lies below `<storage>/cache`, named by what it was made from, and app
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from bwlm.config import Recipe
 from bwlm.errors import UserError
-from bwlm.paths import whole_folder
+from bwlm.paths import prune_empty, whole_folder
 from bwlm.text.corpus import Corpus, check_shards, find_corpus, read_texts
 from bwlm.text.packing import MANIFEST_VERSION, Manifest
 from bwlm.text.tokenizer import Tokenizer, train_tokenizer
@@ -43,14 +44,22 @@ def prepare(recipe: Recipe, storage: Path, pack: Pack, progress: Progress) -> Pr
     cache = storage / "cache"
     corpus = find_corpus(recipe.data, cache, progress)
     check_shards(corpus)
+    known = set((cache / "tokenizers").glob("*"))
     tokenizer_folder, tokenizer = get_tokenizer(recipe, corpus, cache, progress)
     width = recipe.model.sequence_length
     key = hashlib.sha256(f"{MANIFEST_VERSION} {corpus.listing()} {tokenizer.digest} {width}".encode()).hexdigest()[:16]
     folder = cache / "packed" / key
     if not (folder / "manifest.json").exists():
         progress(f"tokenizing and packing {len(corpus.train) + len(corpus.validation)} shards")
-        with whole_folder(folder) as temporary:
-            pack(corpus, tokenizer_folder, width, temporary)
+        try:
+            with whole_folder(folder) as temporary:
+                pack(corpus, tokenizer_folder, width, temporary)
+        except UserError:
+            # mended text is another corpus: a tokenizer made from this one just now would never be used
+            if tokenizer_folder.parent == cache / "tokenizers" and tokenizer_folder not in known:
+                shutil.rmtree(tokenizer_folder)
+                prune_empty(tokenizer_folder.parent)
+            raise
     return Prepared(folder, Manifest.read(folder), tokenizer, tokenizer_folder, corpus)
 
 

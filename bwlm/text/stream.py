@@ -6,7 +6,8 @@ The rows of a step are fixed by the plan, so the stream only says where they are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from bwlm.text.batches import Batch, DirectedPlan, join
 from bwlm.text.corpus import Corpus, read_texts
 from bwlm.text.packing import Manifest, ShardCounts, Split, cut, write_rows
 from bwlm.text.tokenizer import Tokenizer
+
+Items = list[dict[str, Any]]
 
 _BLOCK_TOKENS = 2**19
 """Tokens of one Ray Data block: large enough to hide a task's cost, small enough to start soon."""
@@ -52,12 +55,27 @@ def pack_shard(item: dict[str, Any]) -> dict[str, Any]:
     try:
         write_rows(target, cut(documents(), item["width"]), tokenizer.vocab_size, counts)
     except UserError as error:
-        return {"split": item["split"], "counts": {}, "error": str(error)}
-    return {"split": item["split"], "counts": counts.finish(), "error": ""}
+        return {"split": item["split"], "file": item["file"], "counts": {}, "error": str(error)}
+    return {"split": item["split"], "file": item["file"], "counts": counts.finish(), "error": ""}
 
 
-def pack_corpus(corpus: Corpus, tokenizer_folder: Path, width: int, folder: Path) -> Manifest:
-    """Tokenizes and packs every shard with Ray Data, writes the manifest; raises the first shard's `UserError`."""
+def _with_ray(items: Items) -> Items:
+    quiet()
+    return list(ray.data.from_items(items, override_num_blocks=len(items)).map(pack_shard).take_all())
+
+
+def pack_here(items: Items) -> Items:
+    """Every shard in this process, one after the other."""
+    return [pack_shard(item) for item in items]
+
+
+def pack_corpus(
+    corpus: Corpus, tokenizer_folder: Path, width: int, folder: Path, pack: Callable[[Items], Items] = _with_ray
+) -> Manifest:
+    """Tokenizes and packs every shard (by default with Ray Data), writes the manifest.
+
+    Raises the first shard's `UserError`, and one for a split without text.
+    """
     items = [
         {
             "split": split, "index": index, "uri": shard.uri, "file": f"shard_{index:05d}.arrow", "width": width,
@@ -68,9 +86,8 @@ def pack_corpus(corpus: Corpus, tokenizer_folder: Path, width: int, folder: Path
     ]  # fmt: skip
     for split in ("train", "validation"):
         (folder / split).mkdir()
-    quiet()
-    results = ray.data.from_items(items, override_num_blocks=len(items)).map(pack_shard).take_all()
-    for result in results:
+    results = pack(items)
+    for result in sorted(results, key=lambda result: (result["split"], result["file"])):
         if result["error"]:
             raise UserError(result["error"])
     tokenizer = _tokenizer(str(tokenizer_folder))
@@ -78,14 +95,19 @@ def pack_corpus(corpus: Corpus, tokenizer_folder: Path, width: int, folder: Path
     manifest = Manifest(width, tokenizer.vocab_size, tokenizer.digest, **splits)
     for name, counted in splits.items():
         if counted.total("tokens") == 0:
+            field = "data.source" if name == "train" else "data.validation"
             empty = counted.total("documents")
-            raise UserError(f"data.source: the {name} shards hold no text ({empty} empty documents)")
+            raise UserError(
+                f"{field}: the {name} shards hold no text ({empty} empty documents): "
+                f"give {name} shards with documents that are not empty"
+            )
     manifest.write(folder)
     return manifest
 
 
 def quiet() -> None:
     """Ray Data draws its own progress bars and logs each execution; a grid of cells needs neither."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

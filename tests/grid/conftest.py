@@ -1,0 +1,54 @@
+"""Grid files on the tests' corpus, and what a finished grid left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+BWLM = Path(sys.executable).parent / "bwlm"
+GridFile = Callable[..., Path]
+
+
+@pytest.fixture
+def grid_file(corpus: Path, tmp_path: Path) -> GridFile:
+    """Writes a grid of tiny cells with settings over the defaults; returns its path."""
+
+    def write(name: str = "g", **settings: Any) -> Path:
+        content: dict[str, Any] = {
+            "name": name,
+            "data": {"source": str(corpus)},
+            "tokenizer": {"vocab_size": 400},
+            "axes": {"direction": ["forward", "backward"], "depth": [1], "lr": [1.0], "seed": [0]},
+            "model": {"sequence_length": 64, "head_dim": 32},
+            "budget": {"steps": 12, "batch_tokens": 512},
+            "evaluation": {"every": 6, "tokens": 2048},
+            "checkpoint": {"every": 4},
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content | settings, sort_keys=False))
+        return path
+
+    return write
+
+
+def private_environment(storage: Path) -> dict[str, str]:
+    """For a command that starts its own Ray: no cluster of ours, storage of its own."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    return kept | {"BWLM_STORAGE": str(storage), "OMP_NUM_THREADS": "1"}
+
+
+def runs(storage: Path) -> list[dict[str, Any]]:
+    """`bwlm runs list --json`, in a process of its own as a script would call it."""
+    shown = subprocess.run(
+        [BWLM, "runs", "list", "--json", "--storage", storage], capture_output=True, text=True, check=True
+    )
+    found: list[dict[str, Any]] = json.loads(shown.stdout)
+    return found

@@ -1,0 +1,226 @@
+"""Grids on a real Ray cluster, with real Train, Tune, Data and MLflow."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bwlm.analysis.tables import load_cells
+from bwlm.errors import UserError
+from bwlm.grid.launch import GridResult, _run_config, run_grid
+from bwlm.grid.spec import GridPlan, load_grid
+from bwlm.paths import read_json
+from bwlm.record.checkpoint import save_checkpoint
+from bwlm.record.journal import last_entry, read_journal
+from bwlm.record.lineage import ExperimentFolder
+from bwlm.text.prepare import Prepared
+from bwlm.train.base import build_model
+
+GridFile = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def run(path: Path, storage: Path, *settings: str) -> GridResult:
+    return run_grid(load_grid(path, list(settings)), storage, lambda _: None)
+
+
+def losses(storage: Path, cell: str) -> list[float]:
+    return [entry.metrics["train_loss"] for entry in read_journal(storage / cell)]
+
+
+def mlflow_children(storage: Path) -> dict[str, list[str]]:
+    """Parent run -> its children's states."""
+    query = (
+        "select t.value, r.status from tags t join runs r on r.run_uuid = t.run_uuid where t.key = 'mlflow.parentRunId'"
+    )
+    with sqlite3.connect(storage / "mlflow.db") as store:
+        rows = store.execute(query).fetchall()
+    return {parent: [state for other, state in rows if other == parent] for parent, _ in rows}
+
+
+def files(storage: Path) -> dict[Path, int]:
+    kept = (path for path in storage.rglob("*") if path.is_file() and "mlflow" not in path.name)
+    return {path: path.stat().st_mtime_ns for path in kept if path.suffix in (".jsonl", ".safetensors", ".arrow")}
+
+
+def test_a_grid_trains_compares_reports_and_runs_once(grid_file: GridFile, tmp_path: Path) -> None:
+    path = grid_file(
+        axes={"direction": ["forward", "backward", "bidirectional"], "depth": [1], "lr": [1.0], "seed": [0, 1, 2]}
+    )
+    storage = tmp_path / "storage"
+    result = run(path, storage)
+    assert result.complete
+    assert [cell.state for cell in result.cells] == ["finished"] * 9
+    assert all(cell.step == 12 and cell.metrics["val_bpb"] > 0 for cell in result.cells)
+
+    report = result.report.read_text()
+    assert "no difference seen" in report or "different" in report
+    assert "forward against backward" in report
+    for chart in ("curves.svg", "curves.html", "gaps.svg", "gaps.html"):
+        assert (result.report.parent / chart).stat().st_size > 1000
+    for name in ("config.json", "parent_link.json", "status.json", "RESEARCH_REPORT.md", "curves.svg"):
+        assert (storage / result.cells[0].id / name).exists()
+    assert read_json(storage / result.cells[0].id / "parent_link.json")["parent"] is None
+
+    (children,) = mlflow_children(storage).values()
+    assert children == ["FINISHED"] * 9
+
+    # all cells share one tokenizer and one packed corpus
+    assert len(list((storage / "cache" / "packed").iterdir())) == 1
+    assert len(list((storage / "cache" / "tokenizers").iterdir())) == 1
+
+    before = files(storage)
+    again = run(path, storage)
+    assert again.cells == result.cells
+    assert files(storage) == before
+    assert len(next(iter(mlflow_children(storage).values()))) == 9
+
+    with pytest.raises(UserError, match=r"steps: 12 -> 13.*another name"):
+        run(path, storage, "budget.steps=13")
+    assert files(storage) == before
+
+
+def test_directions_read_the_same_rows_and_differ(grid_file: GridFile, tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    run(grid_file(), storage)
+    one, other = losses(storage, "g_forward_d1_lr1_s0"), losses(storage, "g_backward_d1_lr1_s0")
+    assert one[0] == pytest.approx(other[0], abs=0.05)  # same weights, same text: both begin at chance
+    assert one != other
+
+
+def test_two_workers_train_as_one(grid_file: GridFile, tmp_path: Path) -> None:
+    path = grid_file(axes={"direction": ["forward"], "resources.workers": [1, 2]}, depth=1, evaluation={"tokens": 4096})
+    storage = tmp_path / "storage"
+    result = run(path, storage)
+    assert [cell.state for cell in result.cells] == ["finished"] * 2
+    one, two = (losses(storage, f"g_forward_d1_lr1_s0_workers{n}") for n in (1, 2))
+    assert len(two) == 12
+    assert two[0] == pytest.approx(one[0], rel=1e-5)
+    assert two == pytest.approx(one, rel=2e-3)
+    bpb = [cell.metrics["val_bpb"] for cell in result.cells]
+    assert bpb[1] == pytest.approx(bpb[0], rel=2e-3)
+
+
+def test_a_worker_that_is_killed_is_taken_up_again_with_the_same_losses(grid_file: GridFile, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "axes": {"direction": ["forward"], "depth": [1]},
+        "budget": {"steps": 150, "batch_tokens": 512},
+        "checkpoint": {"every": 10},
+    }
+    cell = "g_forward_d1_lr1_s0"
+    calm, storage = tmp_path / "calm", tmp_path / "storage"
+    run(grid_file(**settings), calm)
+    killed: list[int] = []
+
+    def kill() -> None:
+        folder = ExperimentFolder(storage, cell)
+        while not killed:
+            entry = last_entry(folder.path)
+            holder = folder.lease_holder() if folder.exists() else None
+            if entry and entry.step >= 25 and holder:
+                killed.append(int(holder.split(":")[1]))
+                os.kill(killed[0], signal.SIGKILL)
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    result = run(grid_file(**settings), storage)
+    killer.join(timeout=1)
+    assert killed, "the run ended before it could be killed"
+    assert [cell.state for cell in result.cells] == ["finished"]
+    assert losses(storage, cell) == losses(calm, cell)
+    assert result.cells[0].metrics["val_bpb"] == load_cells(calm, [cell])[0].metrics["val_bpb"]
+
+
+def prepared_config(plan: GridPlan, prepared: Prepared, index: int) -> Any:
+    return _run_config(plan, plan.cells[index], prepared)
+
+
+def test_a_cell_that_diverges_fails_alone(
+    grid_file: GridFile, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, storage = grid_file(), tmp_path / "storage"
+    plan = load_grid(path, [])
+    monkeypatch.setattr("bwlm.grid.launch.prepare", lambda *_: prepared)
+    # a checkpoint of step 4 whose head is not a number any more
+    folder = ExperimentFolder(storage, plan.cells[0].id)
+    config = _run_config(plan, plan.cells[0], prepared)
+    folder.create(config)
+    model = build_model(config, torch.device("cpu"))
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    from bwlm.model.optim import build_optimizers
+    from bwlm.train.loop import Progress
+
+    meta = {"progress": vars(Progress(step=4))}
+    save_checkpoint(folder.checkpoints, 4, model.state_dict(), build_optimizers(model).state_tensors(), meta, keep=2)
+    result = run_grid(plan, storage, lambda _: None)
+    assert not result.complete
+    failed, finished = result.cells
+    assert (failed.state, finished.state) == ("failed", "finished")
+    assert "loss nan" in failed.reason
+    assert "step 5, on rows" in failed.reason
+    assert failed.reason in result.report.read_text()
+
+
+def test_asha_stops_cells_within_a_direction_only(grid_file: GridFile, tmp_path: Path) -> None:
+    path = grid_file(
+        axes={"direction": ["forward", "backward"], "depth": [1], "lr": [1.0, 0.001, 0.0005, 0.0001], "seed": [0]},
+        budget={"steps": 30, "batch_tokens": 512},
+        evaluation={"every": 5, "tokens": 1024},
+        scheduler={"kind": "asha", "grace_steps": 5},
+        launch={"concurrency": 2},
+    )
+    storage = tmp_path / "storage"
+    result = run(path, storage)
+    assert result.complete
+    for direction in ("forward", "backward"):
+        cells = [cell for cell in result.cells if cell.direction == direction]
+        assert {cell.state for cell in cells} == {"finished", "stopped"}
+        assert next(cell for cell in cells if cell.lr == 1.0).state == "finished"
+        assert all("scheduler" in cell.reason and cell.step < 30 for cell in cells if cell.state == "stopped")
+    before = files(storage)
+    assert run(path, storage).cells == result.cells
+    assert files(storage) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"resources": {"workers": 16}, "budget": {"steps": 2, "batch_tokens": 1024}},
+            r"resources\.workers.*16 workers",
+        ),
+        ({"resources": {"cpus_per_worker": 64}}, r"resources\.workers.*room for 0"),
+        ({"resources": {"gpus_per_worker": 1}}, r"resources\.workers.*1 GPUs"),
+        ({"launch": {"concurrency": 50}}, r"launch\.concurrency: 50.*lower it"),
+    ],
+)
+def test_a_grid_that_can_never_be_placed_is_refused(
+    grid_file: GridFile, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    axes = {"direction": ["forward"], "depth": [1], "seed": list(range(100))}
+    with pytest.raises(UserError, match=message):
+        run(grid_file(axes=axes, **settings), tmp_path / "storage")
+    assert not (tmp_path / "storage").exists()
+
+
+def test_two_launches_of_one_grid_share_the_work(grid_file: GridFile, tmp_path: Path) -> None:
+    path, storage = grid_file(budget={"steps": 40, "batch_tokens": 512}), tmp_path / "storage"
+    results: list[GridResult] = []
+    other = threading.Thread(target=lambda: results.append(run(path, storage)))
+    other.start()
+    results.append(run(path, storage))
+    other.join()
+    assert results[0].cells == results[1].cells
+    for cell in results[0].cells:
+        assert [entry.step for entry in read_journal(storage / cell.id)] == list(range(1, 41))
+    assert [len(children) for children in mlflow_children(storage).values()] == [2]

@@ -1,0 +1,196 @@
+"""The loop and the base phase, alone in this process, with the in-process reader of the same plan."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bwlm.config import Experiment
+from bwlm.record.checkpoint import checkpoint_steps, load_checkpoint, load_newest, save_checkpoint
+from bwlm.record.fingerprint import identity
+from bwlm.record.journal import read_journal
+from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
+from bwlm.text.batches import Batch, DirectedPlan
+from bwlm.text.prepare import Prepared
+from bwlm.train.base import build_model, run_base
+from bwlm.train.session import AloneSession
+
+STEPS = 12
+NewRun = Callable[..., ExperimentFolder]
+
+
+def in_process(plan: DirectedPlan, first: int, last: int) -> Iterator[Batch]:
+    return plan.batches(first, last)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in bwlm may catch it."""
+
+
+def killed_at(step: int) -> Any:
+    def stream(plan: DirectedPlan, first: int, last: int) -> Iterator[Batch]:
+        for number in range(first, last):
+            if number == step:
+                raise Killed
+            yield plan.batch(number)
+
+    return stream
+
+
+@pytest.fixture
+def new_run(prepared: Prepared, tmp_path: Path) -> NewRun:
+    """Makes an experiment folder, `storage/name`, with settings over a tiny default."""
+
+    def make(name: str = "run", **settings: Any) -> ExperimentFolder:
+        content: dict[str, Any] = {
+            "direction": "forward",
+            "depth": 1,
+            "lr": 1.0,
+            "seed": 0,
+            "tokenizer": {"vocab_size": prepared.tokenizer.vocab_size},
+            "model": {"sequence_length": prepared.manifest.sequence_length, "head_dim": 32},
+            "budget": {"steps": STEPS, "batch_tokens": 512},
+            "evaluation": {"every": 5, "tokens": 1024},
+            "checkpoint": {"every": 4, "keep": 3},
+        }
+        for field, value in settings.items():
+            section, _, inner = field.partition("__")
+            content[section] = content[section] | {inner: value} if inner else value
+        experiment = Experiment.model_validate(content)
+        digests = {"data": prepared.manifest.digest, "tokenizer": prepared.tokenizer.digest}
+        folder = ExperimentFolder(tmp_path, name)
+        folder.create(
+            RunConfig(
+                id=name,
+                experiment=experiment,
+                identity=identity(experiment, **digests, precision="float32", steps=STEPS),
+                steps=STEPS,
+                precision="float32",
+                corpus=str(prepared.folder),
+                tokenizer=str(prepared.tokenizer_folder),
+            )
+        )
+        return folder
+
+    return make
+
+
+def losses(folder: ExperimentFolder) -> list[float]:
+    return [entry.metrics["train_loss"] for entry in read_journal(folder.path)]
+
+
+def weights_digest(folder: ExperimentFolder) -> str:
+    checkpoint = load_newest(folder.checkpoints)
+    assert checkpoint is not None
+    assert checkpoint.step == STEPS
+    digest = hashlib.sha256()
+    for tensors in (checkpoint.model, checkpoint.optimizer):
+        for name in sorted(tensors):
+            digest.update(name.encode() + tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "bidirectional", "permuted"])
+def test_a_run_learns_and_leaves_its_records(new_run: NewRun, direction: str) -> None:
+    folder = new_run(direction=direction, lr=4.0)
+    status = run_base(folder, AloneSession(), in_process)
+    assert status.state == "finished"
+    assert folder.status() == status
+    assert losses(folder)[-1] < losses(folder)[0] - 0.3
+    entries = list(read_journal(folder.path))
+    assert [entry.step for entry in entries] == list(range(1, STEPS + 1))
+    assert [entry.step for entry in entries if "val_bpb" in entry.metrics] == [5, 10, 12]
+    assert checkpoint_steps(folder.checkpoints) == [4, 8, 12]
+    meta = load_checkpoint(folder.checkpoints, 12).meta
+    assert meta["direction"] == direction
+    assert meta["fingerprint"] == folder.config().fingerprint
+    for reading in {"forward", "backward", *([] if direction == "bidirectional" else [direction])}:
+        assert (folder.evaluation("base", reading) / "validation.parquet").exists()
+
+
+def test_own_figure_is_the_own_reading_and_the_mean_for_bidirectional(new_run: NewRun) -> None:
+    backward = run_base(new_run("b", direction="backward"), AloneSession(), in_process).metrics
+    assert backward["val_bpb"] == backward["val_bpb_backward"] != backward["val_bpb_forward"]
+    both = run_base(new_run("bi", direction="bidirectional"), AloneSession(), in_process).metrics
+    assert both["val_bpb"] == pytest.approx((both["val_bpb_forward"] + both["val_bpb_backward"]) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("kill", [2, 4, 7, 11])
+def test_resume_after_a_kill_is_exact(new_run: NewRun, kill: int) -> None:
+    calm = new_run("calm")
+    run_base(calm, AloneSession(), in_process)
+    cut = new_run("cut")
+    with pytest.raises(Killed):
+        run_base(cut, AloneSession(), killed_at(kill))
+    assert run_base(cut, AloneSession(), in_process).state == "finished"
+    assert losses(cut) == losses(calm)
+    assert [entry.step for entry in read_journal(cut.path)] == list(range(1, STEPS + 1))
+    assert weights_digest(cut) == weights_digest(calm)
+    timed = ("tokens_per_second",)
+    one, other = cut.status().metrics, calm.status().metrics
+    assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+
+
+def test_a_finished_run_is_left_alone(new_run: NewRun) -> None:
+    folder = new_run()
+    run_base(folder, AloneSession(), in_process)
+    before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*") if path.is_file()}
+    assert run_base(folder, AloneSession(), killed_at(0)).state == "finished"
+    assert before == {path: path.stat().st_mtime_ns for path in folder.path.rglob("*") if path.is_file()}
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_end_costs_nothing(new_run: NewRun) -> None:
+    folder = new_run()
+    finished = run_base(folder, AloneSession(), in_process)
+    folder.write_status(Status())
+    again = run_base(folder, AloneSession(), killed_at(0))
+    assert again.metrics["val_bpb"] == finished.metrics["val_bpb"]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_the_batch_does_not_depend_on_the_device_batch_size(new_run: NewRun, rows: int) -> None:
+    whole = new_run("whole", compute={"device_batch_size": 8})
+    run_base(whole, AloneSession(), in_process)
+    parts = new_run("parts", compute={"device_batch_size": rows})
+    run_base(parts, AloneSession(), in_process)
+    assert losses(parts) == pytest.approx(losses(whole), rel=2e-4)
+    assert losses(parts)[0] == pytest.approx(losses(whole)[0], rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows(new_run: NewRun) -> None:
+    folder = new_run()
+    with pytest.raises(Killed):
+        run_base(folder, AloneSession(), killed_at(6))
+    healthy = load_checkpoint(folder.checkpoints, 4)
+    poisoned = healthy.model | {"lm_head.weight": torch.full_like(healthy.model["lm_head.weight"], math.nan)}
+    save_checkpoint(folder.checkpoints, 4, poisoned, healthy.optimizer, healthy.meta, keep=3)
+    status = run_base(folder, AloneSession(), in_process)
+    assert status.state == "failed"
+    assert "loss nan" in status.reason
+    assert "step 5" in status.reason
+    assert "rows " in status.reason
+    assert folder.status().state == "failed"
+
+
+def test_every_direction_starts_from_the_same_weights_and_seeds_differ(new_run: NewRun) -> None:
+    def first_weight(name: str, **settings: Any) -> torch.Tensor:
+        model = build_model(new_run(name, **settings).config(), torch.device("cpu"))
+        return model.state_dict()["embedding.weight"]
+
+    forward = first_weight("f")
+    assert torch.equal(forward, first_weight("b", direction="backward"))
+    assert not torch.equal(forward, first_weight("s", seed=1))
+
+
+def test_document_mask_changes_what_a_model_sees(new_run: NewRun) -> None:
+    crossing, inside = new_run("crossing"), new_run("inside", model__document_mask=True)
+    run_base(crossing, AloneSession(), in_process)
+    run_base(inside, AloneSession(), in_process)
+    assert losses(crossing)[0] == pytest.approx(losses(inside)[0], rel=1e-3)
+    assert losses(crossing)[3:] != losses(inside)[3:]
