@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from bwlm.errors import BwlmError, UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from bwlm.config import Recipe
     from bwlm.grid.launch import GridResult
     from bwlm.text.prepare import Prepared
 
@@ -44,6 +46,9 @@ Storage = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 
 
+_INTERRUPTED = 130
+
+
 def main() -> NoReturn:
     """Entry point: a person's mistake is one line and exit code 2, a failed run 1, an interrupt 130."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -52,19 +57,16 @@ def main() -> NoReturn:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a cell that fails is told in its own line
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     try:
-        app(standalone_mode=False)
-    except typer.Exit as ended:
-        sys.exit(ended.exit_code)
+        code = app(standalone_mode=False)  # typer returns the code of an Exit, and turns Ctrl-C into 130
     except BwlmError as error:
         _say(f"bwlm: {error}")
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _say("bwlm: interrupted; the same command goes on where it was")
-        sys.exit(130)
     except typer.TyperException as error:
         _say(f"bwlm: {error.format_message()}")
         sys.exit(2)
-    sys.exit(0)
+    if code == _INTERRUPTED:
+        _say("bwlm: interrupted; the same command goes on where it was")
+    sys.exit(code or 0)
 
 
 def _say(message: str) -> None:
@@ -164,7 +166,8 @@ def grid_run(grid: GridFile, set_: Set = None, storage: Storage = None, as_json:
     plan, root = _load(grid, set_, storage)
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         _say(f"storage: {root}")
-    result = run_grid(plan, root, _say)
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints; stdout is for the result alone
+        result = run_grid(plan, root, _say)
     if as_json:
         _print_json(_status_document(plan, root))
     else:
@@ -278,16 +281,21 @@ def runs_list(storage: Storage = None, as_json: Json = False) -> None:
 # ---- data and tokenizer ----
 
 
-def _prepared(settings: list[str] | None, storage: str | None) -> Prepared:
-    """The corpus that the settings ask for; Ray starts only if it was never prepared."""
+def _recipe(settings: list[str] | None, storage: str | None) -> tuple[Recipe, Path]:
     from bwlm.config import Recipe, override, parse_yaml, validate
     from bwlm.paths import check_writable, storage_root
-    from bwlm.text.prepare import prepare
 
     document = override(parse_yaml("", "--set"), settings or [])
-    recipe = validate(Recipe, document.content, document)
     root = storage_root(storage)
     check_writable(root)
+    return validate(Recipe, document.content, document), root
+
+
+def _prepared(settings: list[str] | None, storage: str | None) -> Prepared:
+    """The corpus that the settings ask for; Ray starts only if it was never prepared."""
+    from bwlm.text.prepare import prepare
+
+    recipe, root = _recipe(settings, storage)
 
     def pack(*arguments: Any) -> Any:
         from bwlm.grid.session import cluster
@@ -380,18 +388,10 @@ def tokenizer_show(set_: Set = None, storage: Storage = None, as_json: Json = Fa
 
 
 def _tokenizer(settings: list[str] | None, storage: str | None, as_json: bool, output: Path | None) -> None:
-    from bwlm.config import Recipe, override, parse_yaml, validate
-    from bwlm.paths import check_writable, storage_root
-    from bwlm.text.corpus import check_shards, find_corpus
     from bwlm.text.prepare import bytes_per_token, get_tokenizer
 
-    document = override(parse_yaml("", "--set"), settings or [])
-    recipe = validate(Recipe, document.content, document)
-    root = storage_root(storage)
-    check_writable(root)
-    corpus = find_corpus(recipe.data, root / "cache", _say)
-    check_shards(corpus)
-    folder, tokenizer = get_tokenizer(recipe, corpus, root / "cache", _say)
+    recipe, root = _recipe(settings, storage)
+    corpus, folder, tokenizer = get_tokenizer(recipe, root / "cache", _say)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         tokenizer.save(output)

@@ -29,9 +29,14 @@ def check_id(name: str, field: str = "id") -> str:
     if not _ID.fullmatch(name):
         allowed = f"1 to {LONGEST_ID} of the characters A-Z a-z 0-9 . _ -"
         raise UserError(f"{field}: {name!r} is not a valid id: use {allowed}")
-    if name in _RESERVED or name.startswith("."):
+    if not is_id(name):
         raise UserError(f"{field}: {name!r} is reserved: choose another name")
     return name
+
+
+def is_id(name: str) -> bool:
+    """Whether `name` is one safe path segment that bwlm does not use itself."""
+    return bool(_ID.fullmatch(name)) and name not in _RESERVED and not name.startswith(".")
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -23,33 +23,42 @@ from bwlm.text.tokenizer import Tokenizer
 VOCAB_SIZE = 400
 SEQUENCE_LENGTH = 64
 
-_WORDS = (
-    "the of and a to in it was that he she they with as for had her his on at by which not from but this were are "
-    "river stone window letter morning captain garden answer shadow winter village honest silver quiet remember carry "
-    "naïve café Überfahrt Ελλάδα москва 東京 🙂 don't 1984 x=3.14"
-).split()
+_WORDS = """
+    the of and a to in it was that he she they with as for had her his on at by which not from but this were are
+    river stone window letter morning captain garden answer shadow winter village honest silver quiet remember carry
+    naïve café Überfahrt Ελλάδα москва 東京 🙂 don't 1984 x=3.14
+"""
 
 
 def english(rng: random.Random, words: int) -> str:
     """Sentences of a few to twenty words, frequent ones first, as in a language."""
-    chosen = [_WORDS[min(int(rng.expovariate(0.08)), len(_WORDS) - 1)] for _ in range(words)]
+    known = _WORDS.split()
+    chosen = [known[min(int(rng.expovariate(0.08)), len(known) - 1)] for _ in range(words)]
     for start in range(0, words, rng.randint(5, 20)):
         chosen[start] = chosen[start].capitalize()
         chosen[start - 1] += "."
     return " ".join(chosen)
 
 
-def write_shards(folder: Path, shards: list[list[Any]], column: str = "text", **options: Any) -> Path:
-    """A folder of `shard_00000.parquet`.. with one column; returns the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, texts in enumerate(shards):
-        table = pa.table({"id": pa.array(range(len(texts)), pa.int64()), column: pa.array(texts, pa.string())})
-        pq.write_table(table, folder / f"shard_{index:05d}.parquet", **options)
-    return folder
+WriteShards = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_shards() -> WriteShards:
+    """Writes lists of texts to `shard_00000.parquet`.. in a folder, and returns the folder."""
+
+    def write(folder: Path, *shards: list[str | None], column: str = "text", **options: Any) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, texts in enumerate(shards):
+            columns = {"number": pa.array(range(len(texts)), pa.int64()), column: pa.array(texts, pa.string())}
+            pq.write_table(pa.table(columns), folder / f"shard_{index:05d}.parquet", **options)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def corpus(write_shards: WriteShards, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four shards, 300 documents: empty ones, single words, and some of many rows. Read only."""
     rng = random.Random(0)
     lengths = (
@@ -57,7 +66,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     rng.shuffle(lengths)
     texts = [english(rng, length) if length else "" for length in lengths]
-    return write_shards(tmp_path_factory.mktemp("text") / "corpus", [texts[start::4] for start in range(4)])
+    return write_shards(tmp_path_factory.mktemp("text") / "corpus", *(texts[start::4] for start in range(4)))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -10,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,9 +17,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bwlm import paths
 from bwlm.errors import UserError
-from bwlm.paths import check_id, check_writable, read_json, storage_root, whole_folder, write_atomic, write_json
+from bwlm.paths import (
+    check_id,
+    check_writable,
+    exclusive,
+    read_json,
+    storage_root,
+    whole_folder,
+    write_atomic,
+    write_json,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -263,8 +271,29 @@ def test_a_storage_that_cannot_be_written_is_refused(place: str, tmp_path: Path)
     assert names(tmp_path) == ["file"]
 
 
-def test_the_module_knows_no_heavy_library() -> None:
-    code = "import sys, bwlm.paths, bwlm.config, bwlm.grid.spec, json; print(json.dumps(sorted(sys.modules)))"
-    loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
-    assert not {"torch", "ray", "mlflow", "numpy", "pandas", "pyarrow", "altair"} & set(loaded)
-    assert paths.__name__ in loaded
+# ---- locks ----
+
+_HOLDER = """
+import sys, time
+from pathlib import Path
+from bwlm.paths import exclusive
+with exclusive(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_is_exclusive_and_freed_by_death(tmp_path: Path) -> None:
+    lock, waited = tmp_path / "lock", threading.Event()
+
+    def wait() -> None:
+        with exclusive(lock):
+            waited.set()
+
+    with subprocess.Popen([sys.executable, "-c", _HOLDER, str(lock)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        threading.Thread(target=wait, daemon=True).start()
+        assert not waited.wait(0.3)
+        holder.send_signal(signal.SIGKILL)
+        assert waited.wait(5)

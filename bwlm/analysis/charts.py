@@ -11,70 +11,92 @@ import pandas as pd
 PALETTE = {"forward": "#2a6fbb", "backward": "#c8553d", "bidirectional": "#5b8c5a", "permuted": "#8a7f98"}
 """One colour a direction, the same in every chart."""
 
+VERDICTS = {"different": "#d17a00", "no difference seen": "#4b5563", "too few seeds to tell": "#b4b9c2"}
+
+_COLUMNS = 3
+_SHORT_NUMBER = "format(datum.value, '~s')"  # 0, 500k, 1.5M; an axis' own format would say 0M
+
 
 def direction_color(directions: list[str]) -> alt.Color:
     shown = [name for name in PALETTE if name in directions]
     scale = alt.Scale(domain=shown, range=[PALETTE[name] for name in shown])
-    return alt.Color("direction:N", scale=scale, title="direction")
+    return alt.Color("direction:N", scale=scale, title="direction", legend=alt.Legend(symbolOpacity=1))
 
 
-def learning_curves(curves: pd.DataFrame, title: str) -> alt.LayerChart | alt.FacetChart:
-    """Smoothed training loss (lines) and validation loss (points) over tokens; a column for each size.
+def learning_curves(curves: pd.DataFrame, title: str) -> alt.TopLevelMixin:
+    """Smoothed training loss (lines) and validation loss (points) over tokens; a panel for each size.
 
     `curves` has a row a logged step: run, direction, size, lr, tokens, train_loss_smooth and, where it was measured,
-    val_loss. Thin lines are single runs.
+    val_loss. Thin lines are single runs; where there are several learning rates each has its dashes.
     """
-    directions = list(curves["direction"].unique())
+    if curves.empty:
+        return _nothing("no step has been logged yet", title)
+    sizes, rates = list(curves["size"].unique()), sorted(curves["lr"].unique())
     base = alt.Chart(curves).encode(
-        x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(format="~s", tickCount=4)),
-        color=direction_color(directions),
+        x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(labelExpr=_SHORT_NUMBER, tickCount=4)),
+        color=direction_color(list(curves["direction"].unique())),
     )
-    lines = base.mark_line(strokeWidth=1, opacity=0.55).encode(
-        y=alt.Y("train_loss_smooth:Q", title="loss (nats per token)", scale=alt.Scale(zero=False)), detail="run:N"
-    )
-    points = base.transform_filter("isValid(datum.val_loss)").mark_point(filled=True, size=36, opacity=0.9)
+    loss = alt.Y("train_loss_smooth:Q", title="loss (nats per token)", scale=alt.Scale(zero=False))
+    lines = base.mark_line(strokeWidth=1, opacity=0.7).encode(y=loss, detail="run:N")
+    if len(rates) > 1:
+        lines = lines.encode(strokeDash=alt.StrokeDash("lr:N", sort=rates, title="learning rate"))
+    points = base.transform_filter("isValid(datum.val_loss)").mark_point(filled=True, size=22, opacity=0.9)
     layered = alt.layer(lines, points.encode(y="val_loss:Q")).properties(width=300, height=240)
-    return _styled(layered.facet(column=alt.Column("size:N", title=None)).properties(title=title))
+    panel = alt.Facet("size:N", title=None, sort=sizes, header=alt.Header(labelFontSize=12, labelLimit=300))
+    # sizes have budgets of their own, and share the loss axis
+    panels = layered.facet(panel, columns=min(_COLUMNS, len(sizes))).resolve_scale(x="independent")
+    return _styled(panels.properties(title=title))
 
 
-def gap_chart(gaps: pd.DataFrame, title: str) -> alt.LayerChart:
+def gap_chart(gaps: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     """Each pair's gap with its interval over seeds, beside the noise floor as a grey band; zero is `no gap`.
 
-    `gaps`: pair, gap, low, high (nats per token; low and high missing with one seed), floor, verdict.
+    `gaps`: pair, gap, low, high (nats per token; low and high missing with one seed), floor_low, floor, verdict.
     """
-    base = alt.Chart(gaps).encode(y=alt.Y("pair:N", title=None, sort=None, axis=alt.Axis(labelLimit=320)))
-    floor = base.mark_bar(color="#d9d9d9", height=18).encode(
-        x=alt.X("floor_low:Q", title="gap in nats per token (second minus first)"), x2="floor:Q"
+    if gaps.empty:
+        return _nothing("no pair could be compared", title)
+    present = [name for name in VERDICTS if name in set(gaps["verdict"])]
+    color = alt.Color(
+        "verdict:N", scale=alt.Scale(domain=present, range=[VERDICTS[name] for name in present]), title="verdict"
     )
+    x = alt.X(
+        "gap:Q",
+        title="gap in nats per token (right of zero the first direction has the lower loss)",
+        scale=alt.Scale(zero=True, padding=16),
+        axis=alt.Axis(tickCount=6, labelFlush=False),
+    )
+    base = alt.Chart(gaps).encode(y=alt.Y("pair:N", title=None, sort=None, axis=alt.Axis(labelLimit=1000)))
+    floor = base.mark_bar(color="#e3e3e3", height=18).encode(x=alt.X("floor_low:Q"), x2="floor:Q")
     zero = alt.Chart(pd.DataFrame({"zero": [0.0]})).mark_rule(color="#888").encode(x="zero:Q")
-    interval = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
-    point = base.mark_point(filled=True, size=80, opacity=1).encode(
-        x="gap:Q",
-        color=alt.Color(
-            "verdict:N",
-            scale=alt.Scale(
-                domain=["different", "no difference seen", "too few seeds to tell"],
-                range=["#c8553d", "#2a6fbb", "#8a7f98"],
-            ),
-        ),
-    )
-    return _styled(alt.layer(floor, zero, interval, point).properties(width=460, title=title))
+    interval = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2.5)
+    point = base.mark_point(filled=True, size=90, opacity=1).encode(x=x, color=color)
+    layered = alt.layer(floor, zero, interval.encode(x="low:Q", x2="high:Q", color=color), point)
+    notes = alt.TitleParams(title, subtitle="points: gaps; bars: 95 % over seeds; grey: noise floor between seeds")
+    return _styled(layered.properties(width=460, height=alt.Step(26), title=notes))
 
 
 def save_chart(chart: Any, folder: Path, name: str) -> list[Path]:
-    """Writes `name`.svg and `name`.html; returns both paths."""
+    """Writes `name`.svg and `name`.html, which needs no network; returns both paths."""
     paths = [folder / f"{name}.svg", folder / f"{name}.html"]
     for path in paths:
         temporary = path.with_name(f".tmp-{path.name}")
-        chart.save(str(temporary), **({"inline": True} if path.suffix == ".html" else {}))
-        temporary.replace(path)
+        try:
+            chart.save(str(temporary), **({"inline": True} if path.suffix == ".html" else {}))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     return paths
+
+
+def _nothing(words: str, title: str) -> alt.TopLevelMixin:
+    chart = alt.Chart(pd.DataFrame({"words": [words]})).mark_text(fontSize=13, color="#777").encode(text="words:N")
+    return _styled(chart.properties(width=300, height=80, title=title))
 
 
 def _styled(chart: Any) -> Any:
     return (
         chart.configure_view(stroke=None)
         .configure_axis(grid=True, gridColor="#eee", labelFontSize=11, titleFontSize=12, titleFontWeight="normal")
-        .configure_title(fontSize=14, anchor="start")
+        .configure_title(fontSize=14, anchor="start", offset=12, subtitleColor="#666")
         .configure_legend(titleFontWeight="normal", labelFontSize=11)
     )

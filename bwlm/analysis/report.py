@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from bwlm.analysis.charts import gap_chart, learning_curves, save_chart
-from bwlm.analysis.stats import Gap, gaps
+from bwlm.analysis.stats import DIRECTION_ORDER, Gap, gap, gaps, judge
 from bwlm.analysis.tables import (
     BestRate,
     CellRow,
@@ -37,8 +38,14 @@ class Findings:
 
     best: list[BestRate]
     gaps: list[Gap]
-    skipped: list[str]
-    """Cells without a result, with the reason."""
+    without_result: list[str]
+    """Cells that have none, with the reason."""
+    not_compared: list[str]
+    """Pairs that could not be, with the reason."""
+
+    @property
+    def skipped(self) -> list[str]:
+        return [*self.without_result, *self.not_compared]
 
 
 def find(folders: list[ExperimentFolder]) -> Findings:
@@ -49,20 +56,41 @@ def find(folders: list[ExperimentFolder]) -> Findings:
         f"{c.id}: {c.state}{f' ({c.reason})' if c.reason else ''}" for c in cells.values() if c.state != "finished"
     ]
     if not finished:
-        return Findings([], [], skipped)
+        return Findings([], [], skipped, [])
     table = load_gap_table(finished)
     best = best_learning_rates(table)
-    test = best_on_test(table, best)
+    compared, problems = _compare(best_on_test(table, best))
+    return Findings(best, compared, skipped, problems)
+
+
+def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
+    """The gap of every pair that can be measured, judged as one family, and why there is none of the others."""
+    if test.empty:
+        return [], ["one validation window leaves none to compare on: raise evaluation.tokens"]
     try:
-        compared = gaps(test) if test["direction"].nunique() > 1 else []
-    except UserError as error:  # cells that failed can leave a pair without a common seed
-        return Findings(best, [], [*skipped, f"no comparison: {error}"])
-    return Findings(best, compared, skipped)
+        return gaps(test), []
+    except UserError:  # cells that failed can leave a pair without a common seed: the others still speak
+        pass
+    found, problems = [], []
+    for size, rows in test.groupby("size"):
+        present = [name for name in DIRECTION_ORDER if name in set(rows["direction"])]
+        if len(present) < 2:
+            problems.append(f"{size}: only {present[0]} has finished cells, and a gap needs two directions")
+        for a, b in combinations(present, 2):
+            try:
+                found.append(gap(test, a, b, str(size)))
+            except UserError as error:
+                problems.append(f"{size}: {error}")
+    return judge(found), problems
 
 
 def markdown_table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *([str(value) for value in row] for row in rows)]
+    lines = [header, ["---"] * len(header), *([_plain(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plain(value: Any) -> str:
+    return " ".join(str(value).replace("|", "\\|").split())
 
 
 CELL_HEADER = ["direction", "depth", "lr", "seed", "state", "loss", "bpb", "bpb forward", "bpb backward", "tokens/s"]
@@ -96,20 +124,20 @@ GAP_HEADER = [
 ]
 
 
-def gap_columns(gap: Gap) -> list[str]:
+def gap_columns(found: Gap) -> list[str]:
     def interval(pair: tuple[float, float] | None) -> str:
         return f"{pair[0]:+.4f} .. {pair[1]:+.4f}" if pair else "–"
 
     return [
-        str(gap.size),
-        f"{gap.a} → {gap.b}",
-        str(len(gap.seeds)),
-        f"{gap.gap_nats:+.4f}",
-        f"{gap.gap_percent:+.2f}",
-        interval(gap.seed_interval),
-        interval(gap.bootstrap),
-        f"{gap.noise_floor:.4f}" if gap.noise_floor is not None else "–",
-        f"**{gap.verdict}**",
+        str(found.size),
+        f"{found.a} → {found.b}",
+        str(len(found.seeds)),
+        f"{found.gap_nats:+.4f}",
+        f"{found.gap_percent:+.2f}",
+        interval(found.seed_interval),
+        interval(found.bootstrap),
+        f"{found.noise_floor:.4f}" if found.noise_floor is not None else "–",
+        f"**{found.verdict}**",
     ]
 
 
@@ -148,21 +176,27 @@ def write_experiment_report(folder: ExperimentFolder) -> list[Path]:
 def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings) -> str:
     cells = [load_cell(folder) for folder in folders]
     parts = [f"# {name}: which way should a language model read?"]
+    parts += ["## Verdict"]
     if findings.gaps:
-        lines = [f"- {gap.size}: {gap.a} against {gap.b}: **{gap.verdict}** ({gap.reason})" for gap in findings.gaps]
-        parts += ["## Verdict", "\n".join(lines)]
-        parts += [markdown_table(GAP_HEADER, [gap_columns(gap) for gap in findings.gaps]), _READING]
+        lines = [
+            f"- {found.size}: {found.a} against {found.b}: **{found.verdict}** ({found.reason})"
+            for found in findings.gaps
+        ]
+        parts += ["\n".join(lines)]
+        parts += [markdown_table(GAP_HEADER, [gap_columns(found) for found in findings.gaps]), _READING]
         parts += ["![gaps](gaps.svg) ([in the browser](gaps.html))"]
-    parts += [
-        "## Best learning rate",
-        markdown_table(BEST_HEADER, [best_columns(rate) for rate in findings.best]),
-        _CHOICE,
-    ]
+    if not findings.best:
+        parts += ["None: no cell has finished yet."]
+    if findings.not_compared:
+        parts += ["Not compared:", "\n".join(f"- {line}" for line in findings.not_compared)]
+    if findings.best:
+        best = markdown_table(BEST_HEADER, [best_columns(rate) for rate in findings.best])
+        parts += ["## Best learning rate", best, _CHOICE]
     parts += ["## Learning curves", "![learning curves](curves.svg) ([in the browser](curves.html))"]
     parts += ["Lines are smoothed training losses of single runs, points their validation losses (own reading)."]
     parts += ["## Cells", markdown_table(["id", *CELL_HEADER], [[c.id, *cell_columns(c)] for c in cells])]
-    if findings.skipped:
-        parts += ["Cells without a result:", "\n".join(f"- {line}" for line in findings.skipped)]
+    if findings.without_result:
+        parts += ["Cells without a result:", "\n".join(f"- {line}" for line in findings.without_result)]
     return "\n\n".join([*parts, _CONTROLS]) + "\n"
 
 
@@ -200,9 +234,9 @@ def _curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
 
 def _gap_frame(found: list[Gap]) -> pd.DataFrame:
     rows = []
-    for gap in found:
-        low, high = gap.seed_interval or (math.nan, math.nan)
-        floor = gap.noise_floor or 0.0
-        pair = f"{gap.size}: {gap.a} → {gap.b}"
-        rows.append((pair, gap.gap_nats, low, high, -floor, floor, gap.verdict))
+    for one in found:
+        low, high = one.seed_interval or (math.nan, math.nan)
+        floor = one.noise_floor or 0.0
+        pair = f"{one.size}: {one.a} → {one.b}"
+        rows.append((pair, one.gap_nats, low, high, -floor, floor, one.verdict))
     return pd.DataFrame(rows, columns=["pair", "gap", "low", "high", "floor_low", "floor", "verdict"])

@@ -10,12 +10,14 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 
+from bwlm.errors import UserError
 from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder
 
 HALVES = ("tuning", "test")
 """Even validation windows choose the learning rate, odd ones compare the directions."""
 
+_TEXT = ["window", "segment", "document", "tokens", "bytes"]
 _CELL_AXES = ("direction", "lr", "seed")
 
 
@@ -77,16 +79,26 @@ def own_losses(folder: ExperimentFolder) -> pd.DataFrame:
     if direction != "bidirectional":
         return load_losses(folder, direction)
     forward, backward = load_losses(folder, "forward"), load_losses(folder, "backward")
+    if not forward[_TEXT].equals(backward[_TEXT]):
+        raise UserError(f"{folder.id}: its two readings were measured on other windows: evaluate it again")
     return forward.assign(
         nll=(forward["nll"] + backward["nll"]) / 2, end_nll=(forward["end_nll"] + backward["end_nll"]) / 2
     )
 
 
 def sizes(folders: list[ExperimentFolder]) -> dict[str, str]:
-    """A label for what cells must agree in to be compared: all that varies but direction, learning rate and seed."""
+    """A label for what cells must agree in to be compared: all that varies but direction, learning rate and seed.
+
+    The depth is always in it, so what follows from the depth is left out.
+    """
     identities = {folder.id: folder.config().identity for folder in folders}
     names = sorted({name for fields in identities.values() for name in fields} - {*_CELL_AXES, "depth"})
-    varying = [name for name in names if len({str(fields.get(name)) for fields in identities.values()}) > 1]
+    depths = {fields["depth"] for fields in identities.values()}
+
+    def varies(name: str, depth: int) -> bool:
+        return len({str(fields.get(name)) for fields in identities.values() if fields["depth"] == depth}) > 1
+
+    varying = [name for name in names if any(varies(name, depth) for depth in depths)]
     return {
         run: " ".join([f"d{fields['depth']}", *(f"{name}={fields.get(name)}" for name in varying)])
         for run, fields in identities.items()
@@ -143,7 +155,7 @@ def best_learning_rates(table: pd.DataFrame) -> list[BestRate]:
         shared = group[group["seed"].isin(tried.index[tried == rates])]
         counted = shared if len(shared) else group
         means = counted.groupby("lr")["bpb"].mean()
-        lr = float(means.sort_values().index[0])
+        lr = float(means.index[int(means.to_numpy().argmin())])  # of equal ones the lowest
         seeds = int((counted["lr"] == lr).sum())
         found.append(BestRate(str(size), str(direction), lr, rates, seeds, float(means.min())))
     return found

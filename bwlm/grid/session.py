@@ -129,16 +129,20 @@ def _concurrency(
 class RaySession:
     """The loop's view of a Ray Train worker; a cell of one worker reports to Tune, one of several to Train."""
 
-    def __init__(self, steps: int, workers: int) -> None:
+    def __init__(self, steps: int, resources: ResourceSettings) -> None:
         import ray.train
+        import ray.train.torch
         import torch
 
+        several = resources.workers > 1
         # in local mode the trial itself is the worker, and Train has no context to ask
-        context = ray.train.get_context() if workers > 1 else None
+        context = ray.train.get_context() if several else None
         self.rank = context.get_world_rank() if context else 0
         self.world = context.get_world_size() if context else 1
-        local = context.get_local_rank() if context else 0
-        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        if resources.gpus_per_worker:
+            self.device = ray.train.torch.get_device() if several else torch.device("cuda", 0)
+        else:
+            self.device = torch.device("cpu")
         self._steps = steps
         self._every = max(1, steps // 50)
 
@@ -207,7 +211,7 @@ def train_worker(config: dict[str, Any]) -> None:
     folder = ExperimentFolder(Path(config["storage"]), config["cell"])
     run = folder.config()
     torch.set_num_threads(run.experiment.resources.cpus_per_worker)
-    session = RaySession(run.steps, run.experiment.resources.workers)
+    session = RaySession(run.steps, run.experiment.resources)
     with folder.lease() if session.rank == 0 else contextlib.nullcontext():
         if session.world > 1:
             dist.barrier()

@@ -1,25 +1,32 @@
 """Checkpoints: safetensors and JSON, written whole, verified by hash. Nothing of a checkpoint is ever unpickled.
 
-step_000400/  model.safetensors  optimizer.safetensors  meta.json (what it is, and the SHA-256 of each file)
+step_000400/  model.safetensors  optimizer.safetensors  meta.json (what it is, the SHA-256 of each file, a checksum)
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from bwlm.errors import RunError
+from bwlm.errors import RunError, UserError
 from bwlm.paths import read_json, whole_folder, write_json
 
 log = logging.getLogger(__name__)
+_OURS = re.compile(r"step_[0-9]{6,}|\.step_[0-9]{6,}\.[0-9a-f]{8}\.tmp")
+"""Folders of checkpoints, and what a save that was killed leaves."""
+
 Tensors = dict[str, torch.Tensor]
+FILES = ("model.safetensors", "optimizer.safetensors")
 
 
 @dataclass(frozen=True)
@@ -33,18 +40,23 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, step: int, model: Tensors, optimizer: Tensors, meta: dict[str, Any], keep: int
 ) -> None:
-    """Saves a step; afterwards only the newest `keep` checkpoints stay."""
+    """Saves a step. Afterwards only the newest `keep` checkpoints up to this step stay.
+
+    Later steps are of a run that was cut off and taken up before them: this run does not know them.
+    """
     target = step_folder(folder, step)
     if target.exists():
         shutil.rmtree(target)
     with whole_folder(target) as temporary:
-        files = {"model.safetensors": model, "optimizer.safetensors": optimizer}
-        for name, tensors in files.items():
+        for name, tensors in zip(FILES, (model, optimizer), strict=True):
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary / name)
-        hashes = {name: _sha256(temporary / name) for name in files}
-        write_json(temporary / "meta.json", meta | {"step": step, "sha256": hashes})
-    for old in checkpoint_steps(folder)[:-keep]:
-        shutil.rmtree(step_folder(folder, old))
+        content = meta | {"step": step, "sha256": {name: _sha256(temporary / name) for name in FILES}}
+        write_json(temporary / "meta.json", content | {"checksum": _checksum(content)})
+    newest = [known for known in checkpoint_steps(folder) if known <= step][-keep:]
+    kept = [step_folder(folder, known) for known in newest]
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name) and path not in kept:
+            shutil.rmtree(path)
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -53,17 +65,16 @@ def step_folder(folder: Path, step: int) -> Path:
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints, in order."""
-    return sorted(int(path.parent.name.removeprefix("step_")) for path in folder.glob("step_*/meta.json"))
+    found = [path.parent.name for path in folder.glob("step_*/meta.json")]
+    return sorted(int(name.removeprefix("step_")) for name in found if _OURS.fullmatch(name))
 
 
 def load_checkpoint(folder: Path, step: int) -> Checkpoint:
-    """Raises `RunError` naming the file whose hash is not what meta.json says."""
+    """Raises `RunError` naming the file that is not what was saved."""
     path = step_folder(folder, step)
-    meta = read_json(path / "meta.json")
-    for name, expected in meta["sha256"].items():
-        if not (path / name).exists() or _sha256(path / name) != expected:
-            raise RunError(f"{path / name}: damaged (its SHA-256 is not the one in meta.json)")
-    return Checkpoint(step, load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), meta)
+    meta = _load_meta(path / "meta.json")
+    model, optimizer = (_load_tensors(path / name, meta["sha256"].get(name)) for name in FILES)
+    return Checkpoint(step, model, optimizer, meta)
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
@@ -74,6 +85,30 @@ def load_newest(folder: Path) -> Checkpoint | None:
         except RunError as error:
             log.warning("%s; trying the checkpoint before it", error)
     return None
+
+
+def _load_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = read_json(path)
+    except UserError as error:
+        raise RunError(str(error)) from None
+    if not isinstance(meta, dict) or meta.pop("checksum", None) != _checksum(meta):
+        raise RunError(f"{path}: damaged (its checksum is not that of its content)")
+    return meta
+
+
+def _load_tensors(path: Path, expected: str | None) -> Tensors:
+    try:
+        if _sha256(path) != expected:
+            raise RunError(f"{path}: damaged (its SHA-256 is not the one in meta.json)")
+        tensors: Tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: cannot be read ({error})") from None
+    return tensors
+
+
+def _checksum(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -6,15 +6,18 @@ how fast, so they are not in it.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
-from functools import lru_cache
+from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from bwlm.config import Experiment
 
+_PACKAGE = Path(__file__).parent.parent
 TRAINING_ROOMS = ("model", "text", "train", "evaluate")
 _NOT_IDENTITY: Any = {
     "data": True,
@@ -26,23 +29,45 @@ _NOT_IDENTITY: Any = {
 }
 
 
-@lru_cache(maxsize=1)
-def code_digest() -> str:
-    """Over the source that training imports, and torch's version."""
-    package = Path(__file__).parent.parent
+@cache
+def code_digest(phase: str, package: Path = _PACKAGE) -> str:
+    """Over the source that training a phase imports, and torch's version."""
     digest = hashlib.sha256(version("torch").split("+")[0].encode())
-    for room in TRAINING_ROOMS:
-        for path in sorted((package / room).rglob("*.py")):
-            digest.update(f"{path.relative_to(package)} {path.stat().st_size}\n".encode())
-            digest.update(path.read_bytes())
+    for path in training_sources(phase, package):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package)} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:16]
+
+
+def training_sources(phase: str, package: Path = _PACKAGE) -> list[Path]:
+    """The files of the training rooms that a phase or its stream imports, directly or through others."""
+    found: set[Path] = set()
+    pending = [package / "train" / f"{phase}.py", package / "text" / "stream.py"]
+    while pending:
+        path = pending.pop()
+        if path.exists() and path not in found:
+            found.add(path)
+            pending += [package / f"{name.replace('.', '/')}.py" for name in _imports(path)]
+    return sorted(found)
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Modules of the training rooms that a file imports, anywhere in it; `bwlm.` left out."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            package, _, module = name.partition(".")
+            if package == "bwlm" and module.split(".")[0] in TRAINING_ROOMS:
+                yield module
 
 
 def identity(experiment: Experiment, *, data: str, tokenizer: str, precision: str, steps: int) -> dict[str, Any]:
     """Flat fields that decide a run's result. `data` and `tokenizer` are digests of content, not paths."""
     settings = experiment.model_dump(exclude=_NOT_IDENTITY)
     fields = {
-        "code": code_digest(),
+        "code": code_digest(experiment.phase),
         "data": data,
         "tokenizer": tokenizer,
         "precision": precision,

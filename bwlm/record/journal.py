@@ -53,13 +53,13 @@ class Journal:
 
 
 def read_journal(folder: Path, offset: int = 0) -> Iterator[Entry]:
-    """Entries from a byte offset on; a torn last line is passed over."""
+    """Entries from a byte offset on; a torn last line is passed over, and so is one that the disk damaged."""
     try:
         with (folder / NAME).open("rb") as file:
             file.seek(offset)
             for line in file:
-                if line.endswith(b"\n"):
-                    yield Entry(**json.loads(line))
+                if entry := _parse(line):
+                    yield entry
     except FileNotFoundError:
         return
 
@@ -68,9 +68,25 @@ def last_entry(folder: Path) -> Entry | None:
     """The newest entry, without reading the whole file."""
     try:
         with (folder / NAME).open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 65536))
-            lines = [line for line in file.read().split(b"\n")[:-1] if line]
+            end, size = file.seek(0, os.SEEK_END), 65536
+            while True:
+                start = max(0, end - size)
+                file.seek(start)
+                lines = file.read().splitlines(keepends=True)
+                for line in reversed(lines[1:] if start else lines):  # the first may have begun before
+                    if entry := _parse(line):
+                        return entry
+                if start == 0:
+                    return None
+                size *= 4
     except FileNotFoundError:
         return None
-    return Entry(**json.loads(lines[-1])) if lines else None
+
+
+def _parse(line: bytes) -> Entry | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        return Entry(**json.loads(line))
+    except (ValueError, TypeError):
+        return None

@@ -15,9 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from bwlm.config import Experiment
-from bwlm.errors import UserError
-from bwlm.paths import check_id, read_json, write_json
+from bwlm.errors import UserError, nearest
+from bwlm.paths import check_id, is_id, read_json, write_json
 from bwlm.record.fingerprint import fingerprint
 from bwlm.record.journal import last_entry
 
@@ -85,9 +87,17 @@ class ExperimentFolder:
         write_json(self.path / "config.json", content | {"fingerprint": config.fingerprint, "created": time.time()})
 
     def config(self) -> RunConfig:
-        content = read_json(self.path / "config.json")
-        known = {name: content[name] for name in RunConfig.__dataclass_fields__}
-        return RunConfig(**known | {"experiment": Experiment.model_validate(content["experiment"])})
+        """Raises `UserError` naming the file if it is not an experiment's, or one of another version of bwlm."""
+        path = self.path / "config.json"
+        content = read_json(path)
+        try:
+            known = {name: content[name] for name in RunConfig.__dataclass_fields__}
+            return RunConfig(**known | {"experiment": Experiment.model_validate(content["experiment"])})
+        except (KeyError, TypeError):
+            raise UserError(f"{path}: not the config of an experiment; move it out of the storage") from None
+        except ValidationError as error:
+            field = ".".join(str(part) for part in error.errors()[0]["loc"])
+            raise UserError(f"{path}: not an experiment of this version of bwlm ({field})") from None
 
     def parent(self) -> str | None:
         parent = read_json(self.path / "parent_link.json")["parent"]
@@ -117,7 +127,7 @@ class ExperimentFolder:
 
     @contextmanager
     def lease(self, wait: float = 0.5) -> Iterator[None]:
-        """Holds the run for this process; waits while another one trains it."""
+        """Holds the run for this process; waits while another one trains it. A failed run has no end again."""
         with self._lease.open("a+") as file:
             while True:
                 try:
@@ -125,6 +135,8 @@ class ExperimentFolder:
                     break
                 except BlockingIOError:
                     time.sleep(wait)
+            if self.exists() and Status(**read_json(self.path / "status.json")).state == "failed":
+                self.write_status(Status())  # it is tried again, so it has not ended
             file.truncate(0)
             file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
             file.flush()
@@ -152,13 +164,15 @@ def list_experiments(storage: Path) -> list[ExperimentFolder]:
     """Every experiment below a storage root, by id."""
     if not storage.is_dir():
         return []
-    return [ExperimentFolder(storage, path.parent.name) for path in sorted(storage.glob("*/config.json"))]
+    found = [path.parent for path in sorted(storage.glob("*/config.json"))]
+    # others' folders have a config.json too; ours have a status beside it, and a safe name
+    return [
+        ExperimentFolder(storage, path.name) for path in found if is_id(path.name) and (path / "status.json").exists()
+    ]
 
 
 def open_experiment(storage: Path, experiment_id: str) -> ExperimentFolder:
     """Raises `UserError` naming the nearest ids if there is no such experiment."""
-    from bwlm.errors import nearest
-
     folder = ExperimentFolder(storage, experiment_id)
     if not folder.exists():
         known = [other.id for other in list_experiments(storage)]

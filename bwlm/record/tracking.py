@@ -1,27 +1,31 @@
 """MLflow: a parent run per grid, a child run per cell, fed from the journals by one process.
 
 Training never waits for a tracking server: it writes its journal, and `Tracking.deliver` carries new entries over when
-it can. An entry is delivered once: what was sent is remembered by step in `mlflow.json`, and MLflow itself drops a
-metric sent again with the same time stamp.
+it can. An entry is delivered once: `mlflow.json` remembers by step what was sent, and what was sent without an answer,
+so that the store is asked before anything is sent again.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Mapping
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from bwlm.errors import UserError
 from bwlm.paths import read_json, write_json
-from bwlm.record.journal import Entry, read_journal
+from bwlm.record.journal import Entry, last_entry, read_journal
 from bwlm.record.lineage import ExperimentFolder, State, Status
 
 log = logging.getLogger(__name__)
 
 EXPERIMENT = "bwlm"
 _METRICS_PER_CALL = 1000  # MLflow's own limit
+_LONGEST_DIGEST = 36  # of a dataset, in MLflow's database
 _STATES: dict[State, str] = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
@@ -34,7 +38,7 @@ def ui_command(uri: str, bin_folder: Path) -> str:
     """What a person types, or opens, to see the runs."""
     if uri.startswith(("http://", "https://")):
         return uri
-    return f"{bin_folder / 'mlflow'} ui --backend-store-uri {uri}"
+    return shlex.join([str(bin_folder / "mlflow"), "ui", "--backend-store-uri", uri])
 
 
 class Tracking:
@@ -49,30 +53,33 @@ class Tracking:
 
         self.uri = uri
         self._failures: tuple[type[Exception], ...] = (MlflowException, OSError)
-        self._client = MlflowClient(uri)
         try:
+            self._client = MlflowClient(uri)
             found = self._client.get_experiment_by_name(EXPERIMENT)
-            local = uri.startswith("sqlite:")
-            artifacts = (storage / "mlartifacts").as_uri() if local else None
+            artifacts = (storage / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
             self._experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT, artifacts)
-        except self._failures as error:
-            raise UserError(f"tracking: {uri} does not answer ({str(error).splitlines()[0]})") from None
+        except Exception as error:  # a store's driver has errors of its own, and they share no base
+            raise UserError(self._no_answer(error)) from None
 
     def parent_run(self, grid_folder: Path, name: str, text: str) -> str:
         """The run of a grid: the one of earlier launches, or a new one with the grid file as its artifact."""
         known = self._known_run(grid_folder)
         if known is None:
-            known = self._create(name, {"bwlm.grid": name})
-            self._client.log_text(known, text, "grid.yaml")
-            self._remember(grid_folder, known, -1)
-        self._client.update_run(known, status="RUNNING")
-        return known
+            run = self._create(name, {"bwlm.grid": name})
+            self._client.log_text(run, text, "grid.yaml")
+            self._remember(grid_folder, run, -1)
+            return run
+        run = str(known.info.run_id)
+        self._client.update_run(run, status="RUNNING")
+        return run
 
     def child_run(self, folder: ExperimentFolder, parent: str, dataset: Mapping[str, str]) -> str:
         """The run of a cell below its grid's, with its parameters, tags, data and config."""
         known = self._known_run(folder.path)
         if known is not None:
-            return known
+            if known.data.tags.get("mlflow.parentRunId") != parent:
+                self._client.set_tag(known.info.run_id, "mlflow.parentRunId", parent)
+            return str(known.info.run_id)
         config = folder.config()
         tags = {
             "mlflow.parentRunId": parent,
@@ -86,7 +93,8 @@ class Tracking:
 
         params = [Param(name, str(value)) for name, value in sorted(config.identity.items())]
         self._client.log_batch(run, params=params, tags=[RunTag("bwlm.state", "waiting")])
-        entity = Dataset(dataset["name"], dataset["digest"][:36], "local", dataset["source"])
+        source = json.dumps({"uri": dataset["source"]})
+        entity = Dataset(dataset["name"], dataset["digest"][:_LONGEST_DIGEST], "local", source)
         self._client.log_inputs(run, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
         self._client.log_artifact(run, str(folder.path / "config.json"))
         self._remember(folder.path, run, 0)
@@ -94,44 +102,42 @@ class Tracking:
 
     def deliver(self, folder: ExperimentFolder) -> int:
         """Carries the journal's new entries over; returns how many metrics. Nothing is lost if the server is away."""
-        from mlflow.entities import Metric
-
-        state = read_json(folder.path / "mlflow.json")
-        new = [entry for entry in read_journal(folder.path) if entry.step > state["delivered_step"]]
-        points = [Metric(name, value, e.time, e.step) for e in new for name, value in e.metrics.items()]
-        for start in range(0, len(points), _METRICS_PER_CALL):
-            self._client.log_batch(state["run_id"], metrics=points[start : start + _METRICS_PER_CALL])
-        if new:
-            self._remember(folder.path, state["run_id"], new[-1].step)
-        return len(points)
+        run, delivered = self._settle(folder.path)
+        new = [entry for entry in read_journal(folder.path) if entry.step > delivered and entry.metrics]
+        count = 0
+        for entries in _batches(new):
+            points = _points(entries)
+            step, name = entries[-1].step, next(iter(entries[-1].metrics))
+            self._remember(folder.path, run, delivered, {"step": step, "metric": name})
+            self._client.log_batch(run, metrics=points)
+            self._remember(folder.path, run, step)
+            delivered = step
+            count += len(points)
+        return count
 
     def try_deliver(self, folder: ExperimentFolder) -> bool:
         """`deliver`, but a server that is away is a warning: the next call sends what this one could not."""
-        try:
-            self.deliver(folder)
-        except self._failures as error:
-            log.warning(
-                "MLflow at %s does not answer (%s); metrics wait in %s", self.uri, type(error).__name__, folder.path
-            )
-            return False
-        return True
+        return self._attempt(lambda: self.deliver(folder), folder.path)
 
-    def close_child(self, folder: ExperimentFolder, status: Status, artifacts: list[Path]) -> None:
-        """Delivers the rest, attaches artifacts and sets the run's final state."""
-        from mlflow.entities import Metric
+    def close_child(self, folder: ExperimentFolder, status: Status, artifacts: list[Path]) -> bool:
+        """Delivers the rest, attaches artifacts and sets the run's final state; a warning if the server is away."""
+        return self._attempt(lambda: self._close_child(folder, status, artifacts), folder.path)
 
+    def _close_child(self, folder: ExperimentFolder, status: Status, artifacts: list[Path]) -> None:
         self.deliver(folder)
         run = read_json(folder.path / "mlflow.json")["run_id"]
-        last: list[Entry] = list(read_journal(folder.path))[-1:]
-        final = [Metric(f"final_{n}", v, e.time, e.step) for e in last for n, v in status.metrics.items()]
-        self._client.log_batch(run, metrics=final)
+        if last := last_entry(folder.path):
+            # with the entry's time stamp, so that MLflow drops them where they were sent before
+            final = Entry(last.step, last.time, {f"final_{name}": value for name, value in status.metrics.items()})
+            self._client.log_batch(run, metrics=_points([final]))
         self._client.set_tag(run, "bwlm.state", status.state)
-        if status.reason:
-            self._client.set_tag(run, "bwlm.reason", status.reason)
+        self._client.set_tag(run, "bwlm.reason", status.reason)
         self._close(run, artifacts, _STATES.get(status.state, "KILLED"))
 
-    def close_parent(self, run: str, artifacts: list[Path], complete: bool) -> None:
-        self._close(run, artifacts, "FINISHED" if complete else "KILLED")
+    def close_parent(self, run: str, artifacts: list[Path], complete: bool) -> bool:
+        """Attaches the report and sets the grid's final state; a warning if the server is away."""
+        state = "FINISHED" if complete else "KILLED"
+        return self._attempt(lambda: self._close(run, artifacts, state), artifacts[0].parent)
 
     def monitor_system(self, run: str) -> Any:
         """CPU, memory, disk, network and GPU of this machine as system metrics of a run; the caller calls `finish`."""
@@ -149,19 +155,61 @@ class Tracking:
             self._client.log_artifact(run, str(path))
         self._client.set_terminated(run, state)
 
-    def _known_run(self, folder: Path) -> str | None:
-        """A run remembered for this store that still exists in it."""
-        path = folder / "mlflow.json"
-        if not path.exists():
-            return None
-        state = read_json(path)
-        if state["uri"] != self.uri:
+    def _attempt(self, action: Callable[[], object], folder: Path) -> bool:
+        try:
+            action()
+        except self._failures as error:
+            log.warning("%s; the record waits in %s", self._no_answer(error), folder)
+            return False
+        return True
+
+    def _no_answer(self, error: Exception) -> str:
+        shown = re.sub(r"://([^:/@]*):[^/@]*@", r"://\1:***@", self.uri)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"tracking: {shown} does not answer ({reason})"
+
+    def _known_run(self, folder: Path) -> Any:
+        """The run that an earlier launch made for this folder, unless this store does not have it (any more)."""
+        from mlflow.exceptions import MlflowException
+
+        if not (folder / "mlflow.json").exists():
             return None
         try:
-            self._client.get_run(state["run_id"])
-        except self._failures:
+            run = self._client.get_run(read_json(folder / "mlflow.json")["run_id"])
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise UserError(self._no_answer(error)) from None
             return None
-        return str(state["run_id"])
+        return run if run.info.lifecycle_stage == "active" else None
 
-    def _remember(self, folder: Path, run: str, step: int) -> None:
-        write_json(folder / "mlflow.json", {"uri": self.uri, "run_id": run, "delivered_step": step})
+    def _settle(self, folder: Path) -> tuple[str, int]:
+        """The run and the last step that it has; what was sent without an answer may have arrived or not."""
+        state = read_json(folder / "mlflow.json")
+        run, delivered, pending = str(state["run_id"]), int(state["delivered_step"]), state["pending"]
+        if pending is not None:
+            arrived = self._client.get_metric_history(run, pending["metric"])
+            if any(point.step == pending["step"] for point in arrived):
+                delivered = pending["step"]
+            self._remember(folder, run, delivered)
+        return run, delivered
+
+    def _remember(self, folder: Path, run: str, step: int, pending: dict[str, Any] | None = None) -> None:
+        write_json(folder / "mlflow.json", {"run_id": run, "delivered_step": step, "pending": pending})
+
+
+def _batches(entries: list[Entry]) -> Iterator[list[Entry]]:
+    """Whole entries, as many as one call takes."""
+    batch: list[Entry] = []
+    for entry in entries:
+        if batch and sum(len(e.metrics) for e in batch) + len(entry.metrics) > _METRICS_PER_CALL:
+            yield batch
+            batch = []
+        batch.append(entry)
+    if batch:
+        yield batch
+
+
+def _points(entries: list[Entry]) -> list[Any]:
+    from mlflow.entities import Metric
+
+    return [Metric(name, value, e.time, e.step) for e in entries for name, value in e.metrics.items()]

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bwlm.paths import read_json, sync_folder, write_json
+from bwlm.paths import read_json, sync, write_json
 from bwlm.text.direction import HEAD_SLOTS, Ints, Rows
 
 MANIFEST_VERSION = 1
@@ -107,7 +107,7 @@ def write_rows(path: Path, rows: Iterable[list[Piece]], vocab_size: int, counts:
             writer.write_batch(_record_batch(pending, schema))
     with path.open("rb") as written:
         os.fsync(written.fileno())
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def _record_batch(rows: list[list[Piece]], schema: pa.Schema) -> pa.RecordBatch:

@@ -40,6 +40,7 @@ def permute(index: NDArray[np.int64], size: int, *key: int) -> NDArray[np.int64]
     (Black and Rogaway, CT-RSA 2002, "Ciphers with arbitrary finite domains").
     """
     assert size >= 1
+    assert ((index >= 0) & (index < size)).all(), "an index outside of the range would walk for ever"
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     keys = [counter_hash(*key, round_) for round_ in range(_FEISTEL_ROUNDS)]

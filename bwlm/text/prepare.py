@@ -42,10 +42,8 @@ def prepare(recipe: Recipe, storage: Path, pack: Pack, progress: Progress) -> Pr
     `pack` does the parallel work (`bwlm.text.stream.pack_corpus`). Raises `UserError` for every fault of the text.
     """
     cache = storage / "cache"
-    corpus = find_corpus(recipe.data, cache, progress)
-    check_shards(corpus)
     known = set((cache / "tokenizers").glob("*"))
-    tokenizer_folder, tokenizer = get_tokenizer(recipe, corpus, cache, progress)
+    corpus, tokenizer_folder, tokenizer = get_tokenizer(recipe, cache, progress)
     width = recipe.model.sequence_length
     key = hashlib.sha256(f"{MANIFEST_VERSION} {corpus.listing()} {tokenizer.digest} {width}".encode()).hexdigest()[:16]
     folder = cache / "packed" / key
@@ -63,18 +61,29 @@ def prepare(recipe: Recipe, storage: Path, pack: Pack, progress: Progress) -> Pr
     return Prepared(folder, Manifest.read(folder), tokenizer, tokenizer_folder, corpus)
 
 
-def get_tokenizer(recipe: Recipe, corpus: Corpus, cache: Path, progress: Progress) -> tuple[Path, Tokenizer]:
-    """The tokenizer at `tokenizer.path`, else the one trained on this corpus (trained now if it never was)."""
-    wanted = recipe.tokenizer.vocab_size
-    if recipe.tokenizer.path is not None:
-        folder = Path(recipe.tokenizer.path).expanduser().absolute()
-        tokenizer = Tokenizer.load(folder)
-        if tokenizer.vocab_size != wanted:
-            raise UserError(
-                f"tokenizer.vocab_size: {wanted}, but {folder} has {tokenizer.vocab_size}: "
-                f"set tokenizer.vocab_size={tokenizer.vocab_size}"
-            )
-        return folder, tokenizer
+def get_tokenizer(recipe: Recipe, cache: Path, progress: Progress) -> tuple[Corpus, Path, Tokenizer]:
+    """The corpus, and the tokenizer at `tokenizer.path`, else the one trained on this corpus (now, if it never was)."""
+    given = _given_tokenizer(recipe)
+    corpus = find_corpus(recipe.data, cache, progress)
+    check_shards(corpus)
+    folder, tokenizer = given or _trained_tokenizer(recipe.tokenizer.vocab_size, corpus, cache, progress)
+    return corpus, folder, tokenizer
+
+
+def _given_tokenizer(recipe: Recipe) -> tuple[Path, Tokenizer] | None:
+    if recipe.tokenizer.path is None:
+        return None
+    wanted, folder = recipe.tokenizer.vocab_size, Path(recipe.tokenizer.path).expanduser().absolute()
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size != wanted:
+        raise UserError(
+            f"tokenizer.vocab_size: {wanted}, but {folder} has {tokenizer.vocab_size}: "
+            f"set tokenizer.vocab_size={tokenizer.vocab_size}"
+        )
+    return folder, tokenizer
+
+
+def _trained_tokenizer(wanted: int, corpus: Corpus, cache: Path, progress: Progress) -> tuple[Path, Tokenizer]:
     folder = cache / "tokenizers" / f"{corpus.listing()}-{wanted}"
     if not folder.exists():
         progress(f"training a tokenizer of {wanted} tokens")

@@ -197,7 +197,7 @@ def _read_docstrings(modules: dict[str, str]) -> dict[str, list[Docstring]]:
     shares = [list(modules.values())[index::processes] for index in range(processes)]
     with ThreadPoolExecutor(processes) as pool:
         read = {path: docstrings for part in pool.map(_read_in_child, shares) for path, docstrings in part.items()}
-    return {name: read[path] for name, path in modules.items() if path in read}
+    return {name: read[path] for name, path in modules.items()}
 
 
 def _read_in_child(paths: list[str]) -> dict[str, list[Docstring]]:
@@ -220,7 +220,7 @@ def docstrings(source: bytes) -> Iterator[Docstring]:
         return
     try:
         module = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
     yield from _walk(module, "")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -15,15 +16,18 @@ import pytest
 import torch
 
 from bwlm.analysis.tables import load_cells
+from bwlm.cli import main
 from bwlm.errors import UserError
 from bwlm.grid.launch import GridResult, _run_config, run_grid
-from bwlm.grid.spec import GridPlan, load_grid
+from bwlm.grid.spec import load_grid
+from bwlm.model.optim import build_optimizers
 from bwlm.paths import read_json
 from bwlm.record.checkpoint import save_checkpoint
 from bwlm.record.journal import last_entry, read_journal
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.prepare import Prepared
 from bwlm.train.base import build_model
+from bwlm.train.loop import Progress
 
 GridFile = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -141,12 +145,12 @@ def test_a_worker_that_is_killed_is_taken_up_again_with_the_same_losses(grid_fil
     assert result.cells[0].metrics["val_bpb"] == load_cells(calm, [cell])[0].metrics["val_bpb"]
 
 
-def prepared_config(plan: GridPlan, prepared: Prepared, index: int) -> Any:
-    return _run_config(plan, plan.cells[index], prepared)
-
-
 def test_a_cell_that_diverges_fails_alone(
-    grid_file: GridFile, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    grid_file: GridFile,
+    prepared: Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path, storage = grid_file(), tmp_path / "storage"
     plan = load_grid(path, [])
@@ -157,9 +161,6 @@ def test_a_cell_that_diverges_fails_alone(
     folder.create(config)
     model = build_model(config, torch.device("cpu"))
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
-    from bwlm.model.optim import build_optimizers
-    from bwlm.train.loop import Progress
-
     meta = {"progress": vars(Progress(step=4))}
     save_checkpoint(folder.checkpoints, 4, model.state_dict(), build_optimizers(model).state_tensors(), meta, keep=2)
     result = run_grid(plan, storage, lambda _: None)
@@ -169,6 +170,16 @@ def test_a_cell_that_diverges_fails_alone(
     assert "loss nan" in failed.reason
     assert "step 5, on rows" in failed.reason
     assert failed.reason in result.report.read_text()
+
+    # the command says so too: the failed cell is tried again, the finished one is not, and the exit code is 1
+    before = files(storage / finished.id)
+    monkeypatch.setattr("sys.argv", ["bwlm", "grid", "run", str(path), "--storage", str(storage), "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    shown = json.loads(capsys.readouterr().out)
+    assert [cell["state"] for cell in shown["cells"]] == ["failed", "finished"]
+    assert files(storage / finished.id) == before
 
 
 def test_asha_stops_cells_within_a_direction_only(grid_file: GridFile, tmp_path: Path) -> None:

@@ -109,6 +109,12 @@ def test_an_axis_of_paths_makes_safe_ids(grid_file: Path) -> None:
     ]
 
 
+def test_resources_can_be_an_axis_and_each_cell_is_checked_against_its_own(grid_file: Path) -> None:
+    text = BARS.replace("seed: [0]", "resources.workers: [1, 2]")
+    assert [cell.experiment.resources.workers for cell in plan_of(grid_file, text).cells[:2]] == [1, 2]
+    assert "shared by resources.workers=3: take a multiple of 192" in refusal(grid_file, text.replace("2]\nm", "3]\nm"))
+
+
 def test_a_horizon_can_be_an_axis(grid_file: Path) -> None:
     text = BARS.replace("  seed: [0]", "  budget.steps: [5, 10]").replace("{steps: 5, ", "{")
     plan = plan_of(grid_file, text)
@@ -217,7 +223,6 @@ ONE_CELL = "name: g\naxes: {direction: [forward], depth: [1]}\n"
         (ONE_CELL + "launch: {retry: 3}", "g.yaml:3: launch.retry: unknown field (did you mean 'retries'?)"),
         (BARS.replace("seed: [0]", "sed: [1]"), f"g.yaml:6: axes.sed: {NO_AXIS} (did you mean 'seed'?)"),
         (BARS.replace("seed: [0]", "optim.knd: [muon]"), "g.yaml:6: optim.knd: unknown field (did you mean 'kind'?)"),
-        (BARS.replace("seed: [0]", "resources.workers: [1, 2]"), f"axes.resources.workers: {NO_AXIS}"),
         (BARS.replace("seed: [0]", "launch.retries: [1, 2]"), f"axes.launch.retries: {NO_AXIS}"),
         (BARS.replace("seed: [0]", "optim: [{}]"), f"axes.optim: {NO_AXIS}"),
         ("name: g\nname: h\naxes: {depth: [1]}", "g.yaml:2: name: given twice (first on line 1); keep one"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,7 +47,7 @@ def test_a_permutation_takes_every_value_once(size: int, seed: int, epoch: int) 
 @law
 @given(st.integers(2**20, 2**60), seeds)
 def test_a_permutation_of_a_huge_range_is_computed_where_it_is_asked_for(size: int, seed: int) -> None:
-    asked = np.unique(np.linspace(0, size - 1, 500).astype(np.int64))
+    asked = np.array([size * part // 500 for part in range(500)])
     found = permute(asked, size, seed, 0)
     assert len(np.unique(found)) == len(asked)
     assert (found >= 0).all()
@@ -99,8 +100,16 @@ def test_seeds_and_epochs_have_orders_of_their_own() -> None:
     assert len(orders) == 50
 
 
+def test_an_index_outside_of_the_range_is_refused() -> None:
+    for index in (-1, 16, 2**62):
+        with pytest.raises(AssertionError):
+            permute(np.array([0, index]), 16, 0)
+
+
 def test_the_order_stays_what_it_was() -> None:
-    """Fingerprints of finished runs name seed and code, so a new order would make old rows unknowable."""
-    assert RowPlan(10, 10, 0).at(0)[0].tolist() == [0]
-    assert RowPlan(10, 4, 7).at(5)[0].tolist() == [0]
+    # a run that resumes after an update of ours must go on with the rows that it has not read
+    assert RowPlan(10, 10, 0).at(0)[0].tolist() == [8, 7, 6, 3, 5, 4, 9, 1, 0, 2]
+    rows, epochs = RowPlan(1000, 6, 3).at(200)
+    assert rows.tolist() == [382, 592, 93, 341, 926, 189]
+    assert epochs.tolist() == [1] * 6
     assert RowPlan(10, 4, 7).at(2)[1].tolist() == [0, 0, 1, 1]

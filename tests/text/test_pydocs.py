@@ -18,6 +18,9 @@ from bwlm.text import pydocs
 from bwlm.text.pydocs import LARGEST_DOCUMENT, PydocsManifest, docstrings, pydocs_key, write_pydocs
 
 PACKAGES = ("click", "fsspec", "no_such_distribution")
+LONG = b"'''x'''\n" + b"1+" * 10**5 + b"1"
+DEEP = b"'''x'''\n" + b"-" * 10**5 + b"1"
+"""What the parser answers with RecursionError and with MemoryError."""
 SHARDS = [f"shard_{index:05d}.parquet" for index in range(5)]
 
 
@@ -139,8 +142,8 @@ class Outer:
 
 @pytest.mark.parametrize(
     "source",
-    [b"def f(:\n '''x'''", b"'''\xff'''", b"x = '''\0'''", b"# no docstring\n'x'", b"'''x'''\n" + b"(" * 5000],
-    ids=["syntax", "encoding", "null", "none", "deep"],
+    [b"def f(:\n '''x'''", b"'''\xff'''", b"x = '''\0'''", b"# no docstring\n'x'", LONG, DEEP],
+    ids=["syntax", "encoding", "null", "none", "long", "deep"],
 )
 def test_what_cannot_be_parsed_has_no_docstrings(source: bytes) -> None:
     assert list(docstrings(source)) == []
@@ -164,6 +167,7 @@ def test_key_follows_packages_and_versions(monkeypatch: pytest.MonkeyPatch) -> N
     key = pydocs_key()
     assert key == pydocs_key()
     assert key != pydocs._key(PACKAGES)
+    assert pydocs._key(["ray.data"]) != pydocs._key(["ray.tune"])
     monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
     assert key != pydocs_key()
 
@@ -196,7 +200,7 @@ def test_a_foreign_manifest_is_refused_by_name(tmp_path: Path) -> None:
             write_pydocs(tmp_path)
 
 
-def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
+def test_a_script_without_a_main_guard_runs_once_and_gives_the_same_text(corpus: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "from pathlib import Path\nfrom bwlm.text import pydocs\nprint('here', flush=True)\n"
@@ -211,7 +215,25 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
     assert child.stderr == ""
     here, reading, writing, digest = child.stdout.splitlines()
     assert (here, reading.split()[0], writing.split()[0]) == ("here", "reading", "writing")
-    assert digest == PydocsManifest.read(tmp_path / "out").digest
+    assert digest == PydocsManifest.read(corpus).digest
+
+
+def test_reading_children_import_from_where_the_caller_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bwlm").mkdir()
+    (tmp_path / "bwlm" / "__init__.py").write_text("raise SystemExit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(subprocess.CalledProcessError, match="exit status 3"):
+        pydocs._read_docstrings({})
+
+
+def test_reading_children_keep_quiet_about_other_peoples_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "odd.py"
+    source.write_text('"""Odd."""\n"\\d"\n')
+    monkeypatch.setenv("PYTHONWARNINGS", "always")
+    assert pydocs._read_docstrings({"odd": str(source)}) == {"odd": [("", "Odd.")]}
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.slow

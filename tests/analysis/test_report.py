@@ -1,0 +1,261 @@
+"""The report of a grid: what it says of finished, failed and unfinished cells, and charts that can be opened."""
+
+from __future__ import annotations
+
+import html.parser
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bwlm.analysis.charts import gap_chart, learning_curves, save_chart
+from bwlm.analysis.report import REPORT, find, markdown_table, write_experiment_report, write_grid_report
+from bwlm.paths import read_json
+from bwlm.record.lineage import ExperimentFolder, Status
+from tests.analysis.storage import finish, make_cell
+
+WINDOWS = 24
+
+
+def losses(mean: float, seed: int) -> list[float]:
+    """nll of each window: what the text costs, what the seed adds, and how the model does on the whole."""
+    text = np.random.default_rng(7).uniform(20, 40, WINDOWS)
+    noise = np.random.default_rng(100 + seed).normal(0, 0.02, WINDOWS)
+    return list(text + noise + mean)
+
+
+def cell(storage: Path, direction: str, seed: int, mean: float, lr: float = 1.0, depth: int = 1) -> ExperimentFolder:
+    readings = ["forward", "backward"] if direction == "bidirectional" else [direction]
+    folder = make_cell(storage, direction, seed=seed, lr=lr, depth=depth)
+    return finish(folder, {reading: losses(mean, seed) for reading in readings})
+
+
+def ids(folders: Sequence[ExperimentFolder]) -> list[str]:
+    return [folder.id for folder in folders]
+
+
+def mixed_grid(storage: Path) -> list[ExperimentFolder]:
+    """Backward is worse at depth 1 with four seeds; depth 2 has one seed; a cell failed, a cell waits."""
+    means = {"forward": 0.0, "backward": 1.0, "bidirectional": 0.5}
+    cells = [cell(storage, d, s, mean + 0.1 * (s % 2) * mean) for d, mean in means.items() for s in range(4)]
+    cells += [cell(storage, d, 0, 5.0, lr=2.0) for d in means]
+    cells += [cell(storage, "forward", 0, 0.0, depth=2), cell(storage, "backward", 0, 1.0, depth=2)]
+    failed = make_cell(storage, "forward", seed=9)
+    failed.write_status(Status("failed", "loss nan at step 3, on rows 1, 2", 2))
+    return [*cells, failed, make_cell(storage, "permuted")]
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> list[ExperimentFolder]:
+    return mixed_grid(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def written(grid: list[ExperimentFolder]) -> tuple[str, list[Path]]:
+    return write(grid[0].path.parent, grid)
+
+
+def write(storage: Path, folders: Sequence[ExperimentFolder]) -> tuple[str, list[Path]]:
+    out = storage / "grids" / "g"
+    out.mkdir(parents=True)
+    files = write_grid_report(out, "g", storage, ids(folders))
+    return files[0].read_text(), files
+
+
+class _Page(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [str(value) for name, value in attrs if name in ("src", "href") and tag in ("script", "link")]
+
+
+def check_chart(path: Path) -> ET.Element | None:
+    """An SVG that parses and shows something, or a page that needs no network."""
+    content = path.read_text()
+    if path.suffix == ".svg":
+        root = ET.fromstring(content)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert float(root.attrib["width"]) > 50
+        return root
+    page = _Page()
+    page.feed(content)
+    assert "vegaEmbed" in content
+    assert page.sources == []
+    return None
+
+
+# ---- the report ----
+
+
+def test_the_report_gives_verdicts_in_words(written: tuple[str, list[Path]]) -> None:
+    text, files = written
+    assert files[0].name == REPORT
+    assert re.search(r"- d1: forward against backward: \*\*different\*\* \(paired t over 4 seeds, p = ", text)
+    assert re.search(r"- d1: forward against bidirectional: \*\*different\*\*", text)
+    assert "- d2: forward against backward: **too few seeds to tell** (1 paired seed, a verdict needs 3)" in text
+    # (1.0 + 1.1 + 1.0 + 1.1) / 4 nats a window of 10 tokens
+    row = next(line for line in text.splitlines() if line.startswith("| d1 | forward → backward"))
+    assert "| 4 | +0.1050 |" in row
+    assert {file.name for file in files} == {REPORT, "curves.svg", "curves.html", "gaps.svg", "gaps.html"}
+    assert all(f"({file.name})" in text for file in files[1:])
+
+
+def test_no_difference_is_said_where_the_seeds_disagree(tmp_path: Path) -> None:
+    means = {"forward": [0.0, 0.6, 0.2], "backward": [0.5, 0.1, 0.4]}
+    cells = [cell(tmp_path, d, s, mean) for d, by_seed in means.items() for s, mean in enumerate(by_seed)]
+    text, _ = write(tmp_path, cells)
+    assert "d1: forward against backward: **no difference seen**" in text
+    assert "**different**" not in text
+
+
+def test_the_best_rate_and_not_another_is_compared(
+    grid: list[ExperimentFolder], written: tuple[str, list[Path]]
+) -> None:
+    text, _ = written
+    rows = [line for line in text.splitlines() if line.startswith("| d1 | forward | 1 | 2 |")]
+    assert len(rows) == 1  # lr 1 of two that were tried, not the 2 that is 5 nats worse
+    assert find(grid).best[0].lr == 1.0
+
+
+def test_cells_without_a_result_are_listed_with_the_reason(
+    grid: list[ExperimentFolder], written: tuple[str, list[Path]]
+) -> None:
+    text, _ = written
+    assert "- g_forward_d1_lr1_s9: failed (loss nan at step 3, on rows 1, 2)" in text
+    assert "- g_permuted_d1_lr1_s0: waiting" in text
+    assert text.count("| g_") == len(grid)  # the table of cells has them all
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_grid_without_a_finished_cell_has_a_report_too(started: bool, tmp_path: Path) -> None:
+    folder = make_cell(tmp_path, "forward")
+    if started:
+        finish(folder, {})
+    folder.write_status(Status("failed", "out of memory", 3))
+    text, files = write(tmp_path, [folder, make_cell(tmp_path, "backward")])
+    assert "None: no cell has finished yet." in text
+    assert "failed (out of memory)" in text
+    assert "## Best learning rate" not in text
+    for file in files[1:]:
+        check_chart(file)
+
+
+def test_one_direction_alone_is_told_so(tmp_path: Path) -> None:
+    text, files = write(tmp_path, [cell(tmp_path, "forward", s, 0.0) for s in range(3)])
+    assert "Not compared:\n\n- d1: only forward has finished cells, and a gap needs two directions" in text
+    assert "gaps.svg" not in {file.name for file in files}
+
+
+def test_one_window_leaves_nothing_to_compare_on(tmp_path: Path) -> None:
+    cells = [finish(make_cell(tmp_path, d), {d: [20.0]}) for d in ("forward", "backward")]
+    text, _ = write(tmp_path, cells)
+    assert "one validation window leaves none to compare on: raise evaluation.tokens" in text
+
+
+def test_a_pair_without_a_common_seed_does_not_silence_the_others(tmp_path: Path) -> None:
+    cells = [cell(tmp_path, d, s, m) for d, m in (("forward", 0.0), ("backward", 1.0)) for s in range(3)]
+    cells.append(cell(tmp_path, "bidirectional", 7, 0.5))
+    text, _ = write(tmp_path, cells)
+    assert "- d1: forward against backward: **different**" in text
+    assert "- d1: forward (seeds 0, 1, 2) and bidirectional (seeds 7) share no seed at size d1" in text
+    assert "- d1: backward (seeds 0, 1, 2) and bidirectional (seeds 7) share no seed at size d1" in text
+
+
+def test_writing_it_again_changes_nothing(grid: list[ExperimentFolder], written: tuple[str, list[Path]]) -> None:
+    text, files = written
+    again = write_grid_report(files[0].parent, "g", grid[0].path.parent, ids(grid))
+    assert again == files
+    assert files[0].read_text() == text
+    assert sorted(path.name for path in files[0].parent.iterdir()) == sorted(path.name for path in files)
+
+
+def test_the_report_of_one_experiment(grid: list[ExperimentFolder]) -> None:
+    files = write_experiment_report(grid[0])
+    text = files[0].read_text()
+    assert text.startswith(f"# {grid[0].id}\n\nA forward model of depth 1, finished at step 20 of 20.")
+    assert read_json(grid[0].path / "config.json")["fingerprint"] in text
+    assert "| lr | 1.0 |" in text
+    assert {file.name for file in files} == {REPORT, "curves.svg", "curves.html"}
+
+
+def test_a_cell_of_a_table_cannot_break_it() -> None:
+    assert markdown_table(["a"], [["x | y\nz"]]).splitlines() == ["| a |", "| --- |", "| x \\| y z |"]
+
+
+# ---- charts ----
+
+
+def test_charts_can_be_opened(written: tuple[str, list[Path]]) -> None:
+    _, files = written
+    roots = {file.name: check_chart(file) for file in files[1:]}
+    curves = roots["curves.svg"]
+    assert curves is not None
+    shown = "".join(curves.itertext())
+    for words in (
+        "training tokens",
+        "loss (nats per token)",
+        "forward",
+        "backward",
+        "bidirectional",
+        "d1",
+        "d2",
+        "learning rate",
+    ):
+        assert words in shown
+    assert "permuted" not in shown  # it has no curve, so it needs no colour
+    gap_texts = roots["gaps.svg"]
+    assert gap_texts is not None
+    assert "d1: forward → backward" in "".join(gap_texts.itertext())
+
+
+def test_directions_keep_their_colours(tmp_path: Path) -> None:
+    """The same direction has the same colour in every chart, whichever others are there."""
+
+    def strokes(directions: list[str]) -> str:
+        curves = pd.DataFrame(
+            [
+                {
+                    "run": d,
+                    "direction": d,
+                    "size": "d1",
+                    "lr": 1.0,
+                    "tokens": t,
+                    "train_loss_smooth": 5 - t,
+                    "val_loss": None,
+                }
+                for d in directions
+                for t in (1, 2)
+            ]
+        )
+        return save_chart(learning_curves(curves, "c"), tmp_path, "c")[0].read_text().lower()
+
+    assert "#c8553d" in strokes(["backward"])
+    assert "#2a6fbb" not in strokes(["backward"])
+    assert {"#c8553d", "#2a6fbb"} <= set(re.findall(r"#[0-9a-f]{6}", strokes(["backward", "forward"])))
+
+
+def test_a_gap_of_one_seed_has_a_point_without_an_interval(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        [("d1: forward → backward", 0.1, np.nan, np.nan, 0.0, 0.0, "too few seeds to tell")],
+        columns=["pair", "gap", "low", "high", "floor_low", "floor", "verdict"],
+    )
+    svg = save_chart(gap_chart(frame, "gaps"), tmp_path, "gaps")[0]
+    check_chart(svg)
+    assert "NaN" not in svg.read_text()
+
+
+def test_a_failed_chart_leaves_no_part(tmp_path: Path) -> None:
+    class Broken:
+        def save(self, path: str, **_: object) -> None:
+            Path(path).write_text("half")
+            raise RuntimeError("no room")
+
+    with pytest.raises(RuntimeError):
+        save_chart(Broken(), tmp_path, "c")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,188 @@
+"""Tables of what runs left behind, worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from bwlm.analysis.tables import (
+    BestRate,
+    best_learning_rates,
+    best_on_test,
+    load_cell,
+    load_cells,
+    load_curves,
+    load_gap_table,
+    own_losses,
+    sizes,
+)
+from bwlm.errors import UserError
+from bwlm.record.lineage import Status
+from tests.analysis.storage import finish, make_cell
+
+LN2 = math.log(2)
+
+
+def rows(direction: str, lr: float, seed: int, tuning: float, test: float, size: str = "d1") -> list[dict[str, object]]:
+    """Two documents a half, of 10 and 30 bytes; nll is given in bits per byte."""
+    return [
+        {"size": size, "direction": direction, "lr": lr, "seed": seed, "half": half, "run": f"{direction}{lr}{seed}",
+         "document": document, "nll": bits * count * LN2, "bytes": count, "tokens": count / 4}
+        for half, bits in (("tuning", tuning), ("test", test))
+        for document, count in (("a", 10), ("b", 30))
+    ]  # fmt: skip
+
+
+def table(*cells: list[dict[str, object]]) -> pd.DataFrame:
+    return pd.DataFrame([row for cell in cells for row in cell])
+
+
+# ---- the choice of a learning rate ----
+
+
+def test_the_best_rate_is_chosen_by_the_mean_over_seeds_on_the_tuning_half() -> None:
+    found = best_learning_rates(
+        table(
+            rows("forward", 0.5, 0, tuning=2.0, test=1.0),
+            rows("forward", 0.5, 1, tuning=1.6, test=1.0),  # mean 1.8
+            rows("forward", 1.0, 0, tuning=1.8, test=9.0),
+            rows("forward", 1.0, 1, tuning=1.7, test=9.0),  # mean 1.75, though each is beaten by 1.6
+        )
+    )
+    assert found == [BestRate("d1", "forward", 1.0, 2, 2, pytest.approx(1.75))]  # type: ignore[arg-type]
+
+
+def test_a_documents_bytes_weigh() -> None:
+    """Bits per byte of all text together, not the mean over documents."""
+    losses = table(rows("forward", 1.0, 0, tuning=2.0, test=2.0))
+    losses.loc[(losses["half"] == "tuning") & (losses["document"] == "a"), "nll"] = 10 * 6.0 * LN2
+    assert best_learning_rates(losses)[0].bpb == pytest.approx((10 * 6.0 + 30 * 2.0) / 40)
+
+
+def test_only_seeds_that_every_rate_has_count() -> None:
+    """A seed can be a lucky one: a rate that has it must not win by it."""
+    found = best_learning_rates(
+        table(
+            rows("forward", 0.5, 0, tuning=2.0, test=0),
+            rows("forward", 1.0, 0, tuning=2.1, test=0),
+            rows("forward", 1.0, 1, tuning=0.1, test=0),  # mean 1.1 if it counted
+        )
+    )
+    assert found == [BestRate("d1", "forward", 0.5, 2, 1, 2.0)]
+
+
+def test_where_no_seed_is_shared_all_count() -> None:
+    found = best_learning_rates(
+        table(rows("forward", 0.5, 0, tuning=2.0, test=0), rows("forward", 1.0, 1, tuning=1.9, test=0))
+    )
+    assert found == [BestRate("d1", "forward", 1.0, 2, 1, 1.9)]
+
+
+def test_of_equal_rates_the_lower_is_taken() -> None:
+    cells = [rows("forward", lr, 0, tuning=2.0, test=0) for lr in (2.0, 0.5, 1.0)]
+    assert best_learning_rates(table(*cells))[0].lr == 0.5
+
+
+def test_each_size_and_direction_chooses_for_itself() -> None:
+    found = best_learning_rates(
+        table(
+            rows("backward", 0.5, 0, 1.0, 0), rows("backward", 1.0, 0, 2.0, 0),
+            rows("forward", 0.5, 0, 2.0, 0), rows("forward", 1.0, 0, 1.0, 0),
+            rows("forward", 0.5, 0, 1.0, 0, size="d2"), rows("forward", 1.0, 0, 2.0, 0, size="d2"),
+        )
+    )  # fmt: skip
+    assert [(b.size, b.direction, b.lr) for b in found] == [
+        ("d1", "backward", 0.5), ("d1", "forward", 1.0), ("d2", "forward", 0.5)
+    ]  # fmt: skip
+
+
+def test_best_is_compared_on_the_other_half() -> None:
+    losses = table(
+        rows("forward", 0.5, 0, tuning=1.0, test=5.0),
+        rows("forward", 1.0, 0, tuning=2.0, test=1.0),
+        rows("backward", 1.0, 0, tuning=1.0, test=3.0),
+    )
+    compared = best_on_test(losses, best_learning_rates(losses))
+    assert "half" not in compared
+    assert compared.groupby(["direction", "lr"])["nll"].sum().to_dict() == pytest.approx(
+        {("forward", 0.5): 5.0 * 40 * LN2, ("backward", 1.0): 3.0 * 40 * LN2}
+    )
+    assert len(compared) == 4
+
+
+# ---- sizes ----
+
+
+def test_sizes_name_what_varies_beside_direction_rate_and_seed(tmp_path: Path) -> None:
+    plain = [make_cell(tmp_path, d, seed=s, lr=r) for d in ("forward", "backward") for s in (0, 1) for r in (1.0, 2.0)]
+    assert set(sizes(plain).values()) == {"d1"}
+
+
+def test_what_follows_from_the_depth_does_not_clutter_its_name(tmp_path: Path) -> None:
+    """Under tokens_per_parameter the steps differ by depth, and by nothing else."""
+    cells = [make_cell(tmp_path, d, depth=n) for d in ("forward", "backward") for n in (1, 2)]
+    assert sizes(cells) == {cell.id: f"d{cell.config().experiment.depth}" for cell in cells}
+
+
+def test_runs_that_differ_in_something_else_are_of_another_size(tmp_path: Path) -> None:
+    cells = [make_cell(tmp_path, d, kind=k) for d in ("forward", "backward") for k in ("muon", "adamw")]
+    assert {cell.id.rpartition("kind")[2]: sizes(cells)[cell.id] for cell in cells} == {
+        "muon": "d1 kind=muon",
+        "adamw": "d1 kind=adamw",
+    }
+
+
+# ---- reading ----
+
+
+def test_a_cell_as_lists_and_scripts_see_it(tmp_path: Path) -> None:
+    folder = make_cell(tmp_path, "backward", seed=3, lr=0.5, depth=2)
+    folder.write_status(Status("failed", "loss nan", 4, {"val_bpb": 1.5}))
+    assert load_cell(folder).to_json() == {
+        "id": "g_backward_d2_lr0.5_s3", "phase": "base", "direction": "backward", "depth": 2, "lr": 0.5, "seed": 3,
+        "parent": None, "state": "failed", "reason": "loss nan", "step": 4, "metrics": {"val_bpb": 1.5},
+    }  # fmt: skip
+    assert load_cells(tmp_path, [folder.id]) == [load_cell(folder)]
+
+
+def test_curves(tmp_path: Path) -> None:
+    folder = make_cell(tmp_path, "forward")
+    assert load_curves(folder).empty
+    curves = load_curves(finish(folder, {"forward": [1.0, 1.0]}))
+    assert list(curves["step"]) == list(range(1, 21))
+    assert list(curves[curves["val_loss"].notna()]["step"]) == [10, 20]
+
+
+def test_own_losses_of_a_bidirectional_model_are_the_mean_of_its_two(tmp_path: Path) -> None:
+    both = {"forward": [10.0, 20.0, 30.0], "backward": [20.0, 30.0, 40.0]}
+    folder = finish(make_cell(tmp_path, "bidirectional"), both)
+    assert list(own_losses(folder)["nll"]) == [15.0, 25.0, 35.0]
+    assert list(own_losses(folder)["tokens"]) == [10, 10, 10]
+    assert own_losses(folder)["end_nll"].tolist()[1] == 1.0
+    assert list(own_losses(finish(make_cell(tmp_path, "backward"), both))["nll"]) == both["backward"]
+    permuted = both | {"permuted": [1.0, 2.0, 3.0]}
+    assert list(own_losses(finish(make_cell(tmp_path, "permuted"), permuted))["nll"]) == [1.0, 2.0, 3.0]
+
+
+def test_a_bidirectional_model_whose_readings_saw_other_windows_is_refused(tmp_path: Path) -> None:
+    folder = finish(make_cell(tmp_path, "bidirectional"), {"forward": [1.0, 2.0, 3.0], "backward": [1.0, 2.0]})
+    with pytest.raises(UserError, match="g_bidirectional_d1_lr1_s0: its two readings were measured on other windows"):
+        own_losses(folder)
+
+
+def test_the_gap_table_has_a_row_for_each_document_and_half(tmp_path: Path) -> None:
+    first = finish(make_cell(tmp_path, "forward"), {"forward": [1.0, 2.0, 4.0, 8.0]})
+    second = finish(make_cell(tmp_path, "backward", seed=2, lr=0.5), {"backward": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]})
+    gap_table = load_gap_table([first, second])
+    assert {"run", "direction", "seed", "size", "lr", "half", "document", "nll", "tokens", "bytes"} <= set(gap_table)
+    mine = gap_table[gap_table["run"] == first.id].set_index(["half", "document"])["nll"].to_dict()
+    # windows 0 and 1 are of document 0, 2 and 3 of document 1; even ones tune, odd ones test
+    assert mine == {("tuning", 0): 1.0, ("tuning", 1): 4.0, ("test", 0): 2.0, ("test", 1): 8.0}
+    other = gap_table[gap_table["run"] == second.id]
+    assert set(other["direction"]) == {"backward"}
+    assert set(other["seed"]) == {2}
+    assert set(other["lr"]) == {0.5}
+    assert other["nll"].sum() == 63.0

@@ -1,0 +1,97 @@
+"""The driver is interrupted and killed for real; the same command goes on, and nothing is trained twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bwlm.analysis.tables import load_cells
+from bwlm.grid.launch import run_grid
+from bwlm.grid.spec import load_grid
+from bwlm.record.journal import last_entry, read_journal
+from tests.grid.conftest import BWLM, private_environment, runs
+
+GridFile = Callable[..., Path]
+CELLS = ["g_forward_d1_lr1_s0", "g_backward_d1_lr1_s0"]
+STEPS = 400
+
+
+def started(path: Path, storage: Path) -> subprocess.Popen[bytes]:
+    """`bwlm grid run` as the leader of a process group of its own, with a Ray of its own."""
+    log = (storage.parent / "driver.log").open("ab")
+    command = [BWLM, "grid", "run", path]
+    return subprocess.Popen(command, env=private_environment(storage), stdout=log, stderr=log, start_new_session=True)
+
+
+def wait_for_step(process: subprocess.Popen[bytes], storage: Path, step: int) -> None:
+    """Until every cell is beyond a step, read as any script would."""
+    while process.poll() is None:
+        entries = [last_entry(storage / cell) for cell in CELLS]
+        if all(entry is not None and entry.step >= step for entry in entries):
+            return
+        time.sleep(0.05)
+    pytest.fail(f"the grid ended before it could be stopped: {(storage.parent / 'driver.log').read_text()[-2000:]}")
+
+
+def wait_until_free(storage: Path) -> None:
+    """Ray's workers notice a little later that their driver is gone."""
+    while any(run["state"] == "running" for run in runs(storage)):
+        time.sleep(0.2)
+
+
+def reap(processes: list[psutil.Process]) -> None:
+    """Ray's dashboard and agents outlive a driver that was killed."""
+    for process in processes:
+        if process.is_running():
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_interrupt_and_kill_leave_a_grid_that_goes_on(grid_file: GridFile, tmp_path: Path) -> None:
+    settings = {"budget": {"steps": STEPS, "batch_tokens": 512}, "evaluation": {"every": 0, "tokens": 1024}}
+    path = grid_file(**settings, checkpoint={"every": 20})
+    calm, storage = tmp_path / "calm", tmp_path / "storage"
+    run_grid(load_grid(path, []), calm, lambda _: None)
+
+    first = started(path, storage)
+    wait_for_step(first, storage, 30)
+    below = psutil.Process(first.pid).children(recursive=True)
+    os.kill(first.pid, signal.SIGINT)
+    assert first.wait(timeout=60) == 130
+    assert "interrupted; the same command goes on" in (tmp_path / "driver.log").read_text()
+    reap(below)
+    wait_until_free(storage)
+    assert {run["state"] for run in runs(storage)} == {"stopped"}
+
+    second = started(path, storage)
+    wait_for_step(second, storage, 120)
+    assert {run["state"] for run in runs(storage)} <= {"running", "finished"}
+    below = psutil.Process(second.pid).children(recursive=True)
+    os.killpg(second.pid, signal.SIGKILL)
+    second.wait()
+    reap(below)
+    wait_until_free(storage)
+
+    result = run_grid(load_grid(path, []), storage, lambda _: None)
+    assert [cell.state for cell in result.cells] == ["finished"] * 2
+    for cell, expected in zip(result.cells, load_cells(calm, CELLS), strict=True):
+        journal = list(read_journal(storage / cell.id))
+        assert [entry.step for entry in journal] == list(range(1, STEPS + 1))
+        assert [e.metrics["train_loss"] for e in journal] == [
+            e.metrics["train_loss"] for e in read_journal(calm / cell.id)
+        ]
+        assert cell.metrics["val_bpb"] == expected.metrics["val_bpb"]
+    with sqlite3.connect(storage / "mlflow.db") as store:
+        assert store.execute("select count(*) from tags where key = 'mlflow.parentRunId'").fetchone() == (2,)
+        repeated = "select count(*) from metrics where key = 'train_loss' group by run_uuid, step having count(*) > 1"
+        assert store.execute(repeated).fetchall() == []
+        assert store.execute("select count(*) from metrics where key = 'train_loss'").fetchone() == (2 * STEPS,)

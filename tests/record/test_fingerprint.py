@@ -1,0 +1,199 @@
+"""Identity: everything that changes a run's result is in it, and nothing that says where or how fast it runs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from bwlm.config import Experiment
+from bwlm.record import fingerprint as module
+from bwlm.record.fingerprint import code_digest, differences, fingerprint, identity, training_sources
+
+PACKAGE = Path(module.__file__).parent.parent
+
+BASE = Experiment(direction="forward", depth=2)
+GIVEN: dict[str, Any] = {"data": "d1", "tokenizer": "t1", "precision": "float32", "steps": 100}
+
+# Every field of an experiment, with a value that is not the default's. A new field must be put into one of these.
+CHANGES_THE_RESULT: dict[str, Any] = {
+    "phase": "mid",
+    "direction": "backward",
+    "depth": 3,
+    "lr": 0.5,
+    "seed": 1,
+    "tokenizer.vocab_size": 512,
+    "model.sequence_length": 64,
+    "model.head_dim": 32,
+    "model.kv_heads": 1,
+    "model.document_mask": True,
+    "optim.kind": "adamw",
+    "optim.weight_decay": 0.1,
+    "optim.warmup_steps": 3,
+    "optim.warmdown_ratio": 0.2,
+    "optim.final_lr_frac": 0.0,
+    "optim.grad_clip": 0.0,
+    "budget.batch_tokens": 4096,
+    "evaluation.every": 7,
+    "evaluation.tokens": 99,
+}
+SAYS_WHERE_OR_HOW_FAST: dict[str, Any] = {
+    "data.source": "elsewhere",  # its digest is what counts
+    "data.text_column": "content",
+    "data.validation": "held-out",
+    "tokenizer.path": "elsewhere",
+    "budget.steps": 5,  # the resolved steps are what counts
+    "budget.tokens": 5,
+    "budget.flops": 5.0,
+    "budget.tokens_per_parameter": 5.0,
+    "checkpoint.every": 3,
+    "checkpoint.keep": 9,
+    "compute.precision": "float32",  # the resolved precision is what counts
+    "compute.device_batch_size": 3,
+    "resources.workers": 4,
+    "resources.cpus_per_worker": 2,
+    "resources.gpus_per_worker": 1,
+}
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> set[str]:
+    found = set()
+    for name, info in model.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found |= leaves(inner, f"{prefix}{name}.")
+        else:
+            found.add(prefix + name)
+    return found
+
+
+def changed(field: str, value: Any) -> Experiment:
+    content = BASE.model_dump()
+    section, _, name = field.rpartition(".")
+    part = content[section] if section else content
+    if section == "budget" and name != "batch_tokens":
+        part["tokens_per_parameter"] = None
+    assert part[name] != value, "not a change"
+    part[name] = value
+    return Experiment.model_validate(content)
+
+
+def print_of(experiment: Experiment, **given: Any) -> str:
+    return fingerprint(identity(experiment, **GIVEN | given))
+
+
+def test_every_field_has_been_decided() -> None:
+    assert leaves(Experiment) == CHANGES_THE_RESULT.keys() | SAYS_WHERE_OR_HOW_FAST.keys()
+    assert not CHANGES_THE_RESULT.keys() & SAYS_WHERE_OR_HOW_FAST.keys()
+
+
+@pytest.mark.parametrize(("field", "value"), CHANGES_THE_RESULT.items())
+def test_what_changes_the_result_changes_the_fingerprint(field: str, value: Any) -> None:
+    other = changed(field, value)
+    assert print_of(other) != print_of(BASE)
+    told = differences(identity(BASE, **GIVEN), identity(other, **GIVEN))
+    assert f"{value}" in " ".join(told)
+
+
+@pytest.mark.parametrize(("field", "value"), SAYS_WHERE_OR_HOW_FAST.items())
+def test_what_says_where_or_how_fast_does_not(field: str, value: Any) -> None:
+    assert print_of(changed(field, value)) == print_of(BASE)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_resolved_things_change_it(name: str) -> None:
+    assert print_of(BASE, **{name: 101 if name == "steps" else "other"}) != print_of(BASE)
+
+
+def test_it_is_the_same_in_every_process() -> None:
+    fields = {"b": 1, "a": [1.5, None, True], "c": "é"}
+    # the start of: printf '{"a": [1.5, null, true], "b": 1, "c": "\\u00e9"}' | sha256sum
+    assert fingerprint(fields) == fingerprint(dict(reversed(fields.items()))) == "16d13ff115ab4cc4"
+    assert print_of(BASE) == print_of(Experiment.model_validate_json(BASE.model_dump_json()))
+
+
+def test_it_refuses_what_it_cannot_tell_apart() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        fingerprint({"a": float("nan")})
+    with pytest.raises(TypeError):
+        fingerprint({"a": object()})
+
+
+def test_differences_name_field_old_and_new() -> None:
+    old, new = {"lr": 0.5, "depth": 2, "gone": 1}, {"lr": 1.0, "depth": 2, "added": None}
+    assert differences(old, new) == ["gone: 1 -> None", "lr: 0.5 -> 1.0"]
+    assert differences(old, dict(old)) == []
+
+
+# ---- the code ----
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of bwlm that can be changed."""
+    shutil.copytree(PACKAGE, tmp_path / "bwlm", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "bwlm"
+
+
+TRAINS = [
+    "model/gpt.py",
+    "model/optim.py",
+    "model/shape.py",
+    "text/direction.py",
+    "text/packing.py",
+    "text/plan.py",
+    "text/batches.py",
+    "text/stream.py",
+    "text/tokenizer.py",
+    "train/base.py",
+    "train/loop.py",
+    "evaluate/loss.py",
+]
+DOES_NOT = [
+    "cli.py",
+    "grid/launch.py",
+    "grid/spec.py",
+    "analysis/report.py",
+    "record/tracking.py",
+    "text/inspect.py",
+    "text/prepare.py",
+    "config.py",
+    "errors.py",
+]
+
+
+@pytest.mark.parametrize("name", TRAINS)
+def test_a_change_to_what_training_imports_changes_the_digest(name: str, package: Path) -> None:
+    before = code_digest("base", package)
+    assert before == code_digest("base")
+    (package / name).write_text((package / name).read_text() + "\n# changed\n")
+    code_digest.cache_clear()
+    assert code_digest("base", package) != before
+
+
+@pytest.mark.parametrize("name", DOES_NOT)
+def test_a_change_elsewhere_does_not(name: str, package: Path) -> None:
+    before = code_digest("base", package)
+    (package / name).write_text((package / name).read_text() + "\n# changed\n")
+    code_digest.cache_clear()
+    assert code_digest("base", package) == before
+
+
+def test_a_new_file_counts_once_training_imports_it(package: Path) -> None:
+    before = code_digest("base", package)
+    (package / "evaluate" / "choices.py").write_text("CHOICES = 4\n")
+    code_digest.cache_clear()
+    assert code_digest("base", package) == before
+    loss = package / "evaluate" / "loss.py"
+    loss.write_text(loss.read_text() + "\n\ndef late() -> None:\n    from bwlm.evaluate import choices  # noqa\n")
+    assert package / "evaluate" / "choices.py" in training_sources("base", package)
+
+
+def test_a_phase_that_is_another_file_is_another_digest(package: Path) -> None:
+    (package / "train" / "mid.py").write_text("from bwlm.train.base import build_model\n")
+    code_digest.cache_clear()
+    assert {package / "train" / "mid.py", package / "train" / "base.py"} <= set(training_sources("mid", package))
+    assert package / "train" / "mid.py" not in training_sources("base", package)

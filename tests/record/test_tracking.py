@@ -1,0 +1,419 @@
+"""MLflow: nested runs, made once, and every metric delivered exactly once, on SQLite and on a real server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.data import get_source
+from mlflow.exceptions import MlflowException
+
+from bwlm.config import Experiment
+from bwlm.errors import UserError
+from bwlm.paths import read_json
+from bwlm.record.journal import Journal
+from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
+from bwlm.record.tracking import EXPERIMENT, Tracking, tracking_uri, ui_command
+
+DATASET = {"name": "corpus", "digest": "0123456789abcdef" * 4, "source": "/data/corpus/shard_00000.parquet"}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
+    """A database in a folder whose name needs quoting in a URI."""
+    root = tmp_path_factory.mktemp("a store, 100% #1")
+    return Tracking(tracking_uri(root, None), root)
+
+
+@pytest.fixture
+def client(store: Tracking) -> MlflowClient:
+    return MlflowClient(store.uri)
+
+
+def make(storage: Path, name: str = "g_backward_d2_lr0.5_s3") -> ExperimentFolder:
+    folder = ExperimentFolder(storage, name)
+    experiment = Experiment(direction="backward", depth=2, lr=0.5, seed=3)
+    identity = {"direction": "backward", "lr": 0.5, "model.kv_heads": None, "data": "d" * 64}
+    folder.create(RunConfig(name, experiment, identity, 10, "float32", "/corpus", "/tokenizer", "g"))
+    return folder
+
+
+def grid_folder(storage: Path) -> Path:
+    folder = storage / "grids" / "g"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def enlist(tracking: Tracking, folder: ExperimentFolder) -> tuple[str, str]:
+    parent = tracking.parent_run(grid_folder(folder.path.parent), "g", "name: g\n")
+    return parent, tracking.child_run(folder, parent, DATASET)
+
+
+def log_steps(folder: ExperimentFolder, first: int, last: int, resume: int | None = None) -> None:
+    journal = Journal(folder.path, first - 1 if resume is None else resume)
+    for step in range(first, last + 1):
+        journal.append(step, {"loss": 1 / step, "tokens": step * 100})
+    journal.close()
+
+
+def delivered(client: MlflowClient, run: str, metric: str = "loss") -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run, metric)]
+
+
+def expected(last: int) -> list[tuple[int, float]]:
+    return [(step, 1 / step) for step in range(1, last + 1)]
+
+
+# ---- runs ----
+
+
+def test_a_cell_is_a_run_below_its_grids(store: Tracking, client: MlflowClient, tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    parent, child = enlist(store, folder)
+    run = client.get_run(child)
+    assert run.info.run_name == folder.id
+    assert {
+        "mlflow.parentRunId": parent,
+        "bwlm.experiment_id": folder.id,
+        "bwlm.parent_experiment": "",
+        "bwlm.fingerprint": folder.config().fingerprint,
+        "bwlm.grid": "g",
+    }.items() <= run.data.tags.items()
+    assert run.data.params == {"direction": "backward", "lr": "0.5", "model.kv_heads": "None", "data": "d" * 64}
+    [used] = run.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("corpus", DATASET["digest"][:36])
+    assert get_source(used).uri == DATASET["source"]
+    assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "training")]
+    assert [item.path for item in client.list_artifacts(child)] == ["config.json"]
+    grid = client.get_run(parent)
+    assert grid.info.run_name == "g"
+    assert [item.path for item in client.list_artifacts(parent)] == ["grid.yaml"]
+    assert Path(client.download_artifacts(parent, "grid.yaml", str(tmp_path))).read_text() == "name: g\n"
+
+
+def test_a_second_launch_finds_the_same_runs(store: Tracking, client: MlflowClient, tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    first = enlist(store, folder)
+    store.close_parent(first[0], [folder.path / "config.json"], complete=False)
+    again = Tracking(store.uri, tmp_path)
+    assert enlist(again, folder) == first
+    assert client.get_run(first[0]).info.status == "RUNNING"
+    [experiment] = [e for e in client.search_experiments() if e.name == EXPERIMENT]
+    found = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{first[0]}'")
+    assert [run.info.run_id for run in found] == [first[1]]
+
+
+def test_a_run_that_was_deleted_is_made_anew(store: Tracking, client: MlflowClient, tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    parent, child = enlist(store, folder)
+    log_steps(folder, 1, 2)
+    store.deliver(folder)
+    client.delete_run(parent)
+    new_parent, same = enlist(store, folder)
+    assert new_parent != parent
+    assert same == child
+    assert client.get_run(child).data.tags["mlflow.parentRunId"] == new_parent
+    client.delete_run(child)
+    _, new_child = enlist(store, folder)
+    assert new_child != child
+    store.deliver(folder)
+    assert delivered(client, new_child) == expected(2)
+
+
+def test_a_store_that_stumbles_makes_no_second_run(
+    store: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path)
+    parent, child = enlist(store, folder)
+
+    def stumble(*_: object) -> None:
+        raise MlflowException("the database is locked")
+
+    monkeypatch.setattr(store._client, "get_run", stumble)
+    with pytest.raises(UserError, match="does not answer"):
+        store.child_run(folder, parent, DATASET)
+    monkeypatch.undo()
+    assert store.child_run(folder, parent, DATASET) == child
+
+
+def test_the_end_of_a_run(store: Tracking, client: MlflowClient, tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    parent, child = enlist(store, folder)
+    log_steps(folder, 1, 4)
+    report = tmp_path / "RESEARCH_REPORT.md"
+    report.write_text("# report")
+    for _ in range(2):  # a relaunch closes finished cells again
+        assert store.close_child(folder, Status("finished", "", 4, {"val_bpb": 1.5}), [report])
+        assert store.close_parent(parent, [report], complete=True)
+    run = client.get_run(child)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["bwlm.state"] == "finished"
+    assert delivered(client, child) == expected(4)
+    assert delivered(client, child, "final_val_bpb") == [(4, 1.5)]
+    assert {item.path for item in client.list_artifacts(child)} == {"config.json", "RESEARCH_REPORT.md"}
+    assert client.get_run(parent).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(("state", "shown"), [("failed", "FAILED"), ("stopped", "KILLED"), ("running", "KILLED")])
+def test_other_ends(state: Any, shown: str, store: Tracking, client: MlflowClient, tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    _, child = enlist(store, folder)
+    store.close_child(folder, Status(state, "loss nan at step 3", 2), [])
+    run = client.get_run(child)
+    assert run.info.status == shown
+    assert run.data.tags["bwlm.state"] == state
+    assert run.data.tags["bwlm.reason"] == "loss nan at step 3"
+
+
+# ---- delivery ----
+
+
+def test_metrics_arrive_once_by_step(store: Tracking, client: MlflowClient, tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    _, child = enlist(store, folder)
+    assert store.deliver(folder) == 0
+    log_steps(folder, 1, 3)
+    assert store.deliver(folder) == 6
+    assert store.deliver(folder) == 0
+    log_steps(folder, 4, 5)
+    assert Tracking(store.uri, tmp_path).deliver(folder) == 4
+    assert delivered(client, child) == expected(5)
+    assert delivered(client, child, "tokens")[-1] == (5, 500)
+
+
+def test_more_than_one_call_takes(store: Tracking, client: MlflowClient, tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    _, child = enlist(store, folder)
+    log_steps(folder, 1, 1203)
+    assert store.deliver(folder) == 2406
+    assert delivered(client, child) == expected(1203)
+
+
+def test_steps_that_are_trained_again_are_not_sent_again(store: Tracking, client: MlflowClient, tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    _, child = enlist(store, folder)
+    log_steps(folder, 1, 6)
+    store.deliver(folder)
+    log_steps(folder, 4, 5, resume=3)  # killed, taken up at 3; 4 and 5 have new time stamps
+    assert store.deliver(folder) == 0
+    log_steps(folder, 6, 8)
+    store.deliver(folder)
+    assert delivered(client, child) == expected(8)
+
+
+Break = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def lost_on_the_way_in(log_batch: Callable[..., None]) -> Callable[..., None]:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("connection reset")
+
+    return fail
+
+
+def lost_on_the_way_back(log_batch: Callable[..., None]) -> Callable[..., None]:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        log_batch(*args, **kwargs)
+        raise OSError("connection reset")
+
+    return fail
+
+
+@pytest.mark.parametrize("broken", [lost_on_the_way_in, lost_on_the_way_back])
+@pytest.mark.parametrize("calls_before", [0, 1])
+def test_a_call_that_fails_is_made_up_for_once(
+    broken: Break,
+    calls_before: int,
+    store: Tracking,
+    client: MlflowClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Even where the run is killed before the next call, and trains the same steps at another time."""
+    folder = make(tmp_path)
+    _, child = enlist(store, folder)
+    log_steps(folder, 1, 600)  # two calls
+    log_batch, calls = store._client.log_batch, iter(range(9))
+
+    def flaky(*args: Any, **kwargs: Any) -> None:
+        (log_batch if next(calls) < calls_before else broken(log_batch))(*args, **kwargs)
+
+    monkeypatch.setattr(store._client, "log_batch", flaky)
+    with caplog.at_level(logging.WARNING):
+        assert not store.try_deliver(folder)
+    assert "does not answer (connection reset)" in caplog.text
+    monkeypatch.undo()
+    time.sleep(0.002)
+    log_steps(folder, 101, 610, resume=100)
+    assert store.try_deliver(folder)
+    assert delivered(client, child) == expected(610)
+
+
+def test_a_launcher_killed_before_it_could_note_the_answer(
+    store: Tracking, client: MlflowClient, tmp_path: Path
+) -> None:
+    folder = make(tmp_path)
+    _, child = enlist(store, folder)
+    log_steps(folder, 1, 3)
+    before = folder.path / "before.json"
+
+    class Killed(BaseException):
+        pass
+
+    log_batch = store._client.log_batch
+
+    def answer_and_die(*args: Any, **kwargs: Any) -> None:
+        log_batch(*args, **kwargs)
+        shutil.copy(folder.path / "mlflow.json", before)
+        raise Killed
+
+    store._client.log_batch = answer_and_die
+    with pytest.raises(Killed):
+        store.deliver(folder)
+    store._client.log_batch = log_batch
+    log_steps(folder, 2, 5, resume=1)
+    store.deliver(folder)
+    assert delivered(client, child) == expected(5)
+
+
+def test_an_end_while_the_server_is_away_is_a_warning(
+    store: Tracking, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report must be written all the same; the next launch brings MLflow up to date."""
+    folder = make(tmp_path)
+    parent, child = enlist(store, folder)
+    log_steps(folder, 1, 2)
+    monkeypatch.setattr(store, "_client", lost_client())
+    status = Status("finished", "", 2, {"val_bpb": 1.5})
+    assert not store.close_child(folder, status, [])
+    assert not store.close_parent(parent, [folder.path / "config.json"], complete=True)
+    monkeypatch.undo()
+    assert store.close_child(folder, status, [])
+    assert delivered(client, child) == expected(2)
+    assert client.get_run(child).info.status == "FINISHED"
+
+
+def lost_client() -> Any:
+    class Lost:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lost_on_the_way_in(lambda: None)
+
+    return Lost()
+
+
+# ---- where ----
+
+
+def test_where_the_store_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri(Path("/runs"), None) == "sqlite:////runs/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there")
+    assert tracking_uri(Path("/runs"), None) == "http://there"
+    assert tracking_uri(Path("/runs"), "http://chosen") == "http://chosen"
+
+
+def test_the_command_that_shows_the_runs_can_be_pasted() -> None:
+    assert ui_command("http://there:5000", Path("/venv/bin")) == "http://there:5000"
+    assert ui_command("sqlite:////runs/mlflow.db", Path("/venv/bin")) == (
+        "/venv/bin/mlflow ui --backend-store-uri sqlite:////runs/mlflow.db"
+    )
+    assert "'sqlite:////my runs/mlflow.db'" in ui_command("sqlite:////my runs/mlflow.db", Path("/venv/bin"))
+
+
+def test_artifacts_of_a_database_lie_beside_it(store: Tracking) -> None:
+    root = Path(store.uri.removeprefix("sqlite:///")).parent
+    assert {path.name for path in root.iterdir()} == {"mlflow.db", "mlartifacts"}
+
+
+@pytest.mark.parametrize(
+    "uri", ["sqlite:////proc/absent/mlflow.db", "nonsense://x", "postgresql://me:secret@127.0.0.1:1/db", "some/folder"]
+)
+def test_a_store_that_cannot_be_reached_is_told_in_one_line(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^tracking: .* does not answer \(.+\)$") as caught:
+        Tracking(uri, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+# ---- a real server ----
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def server(root: Path, port: int) -> Iterator[str]:
+    """`mlflow server`, killed without mercy at the end of the block."""
+    command = [
+        str(Path(sys.executable).parent / "mlflow"), "server", "--workers", "1", "--host", "127.0.0.1",
+        "--port", str(port), "--backend-store-uri", f"sqlite:///{root / 'server.db'}",
+        "--artifacts-destination", str(root / "artifacts"),
+    ]  # fmt: skip
+    with (root / "server.log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert process.poll() is None, (root / "server.log").read_text()
+            assert time.monotonic() < deadline, "the server did not come up"
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                    break
+            except OSError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_server_that_goes_away_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    port, folder = free_port(), make(tmp_path / "runs")
+    with server(tmp_path, port) as uri:
+        tracking = Tracking(uri, tmp_path / "runs")
+        parent, child = enlist(tracking, folder)
+        log_steps(folder, 1, 3)
+        assert tracking.deliver(folder) == 6
+    log_steps(folder, 4, 6)
+    began = time.monotonic()
+    assert not tracking.try_deliver(folder)
+    assert time.monotonic() - began < 30
+    with pytest.raises(UserError, match="does not answer") as caught:
+        Tracking(uri, tmp_path / "runs")
+    assert "\n" not in str(caught.value)
+    log_steps(folder, 5, 7, resume=4)  # and the run itself was killed and taken up meanwhile
+    with server(tmp_path, port) as uri:
+        assert tracking.try_deliver(folder)
+        assert tracking.deliver(folder) == 0
+        client = MlflowClient(uri)
+        assert delivered(client, child) == expected(7)
+        again = Tracking(uri, tmp_path / "runs")
+        assert enlist(again, folder) == (parent, child)
+        assert again.close_child(folder, Status("finished", "", 7, {"val_bpb": 1.5}), [folder.path / "config.json"])
+        run = client.get_run(child)
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == parent
+        assert run.data.params["lr"] == "0.5"
+        assert run.inputs.dataset_inputs[0].dataset.digest == DATASET["digest"][:36]
+        assert [item.path for item in client.list_artifacts(child)] == ["config.json"]
+        everything = client.search_runs([run.info.experiment_id])
+        assert sorted(r.info.run_id for r in everything) == sorted((parent, child))
+    assert read_json(folder.path / "mlflow.json")["delivered_step"] == 7

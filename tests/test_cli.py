@@ -1,0 +1,357 @@
+"""The command line: what its cheap commands print, and that a mistake is one line, exit code 2 and nothing made."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jsonschema
+import pytest
+import yaml
+
+from bwlm import cli
+from bwlm.config import Experiment
+from bwlm.record.journal import Journal
+from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
+
+BWLM = Path(sys.executable).parent / "bwlm"
+GRIDS = sorted((Path(__file__).parents[1] / "grids").glob("*.yaml"))
+
+GOOD = """\
+name: bars
+axes: {direction: [forward, backward], depth: [1, 2], lr: [0.5], seed: [0]}
+model: {sequence_length: 64}
+tokenizer: {vocab_size: 300}
+budget: {steps: 5, batch_tokens: 256}
+"""
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Shell:
+    """Runs `bwlm ARGS` in this process, as a person would, in a folder of its own."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self._monkeypatch, self._capsys = folder, monkeypatch, capsys
+        self.storage = folder / "runs"
+
+    def __call__(self, *arguments: str) -> Answer:
+        self._monkeypatch.setattr(sys, "argv", ["bwlm", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert isinstance(ended.value.code, int)
+        return Answer(ended.value.code, *self._capsys.readouterr())
+
+    def json(self, *arguments: str) -> Any:
+        answer = self(*arguments, "--json")
+        assert answer.code == 0, answer.err
+        return json.loads(answer.out)
+
+    def file(self, text: str) -> str:
+        (self.folder / "g.yaml").write_text(text)
+        return "g.yaml"
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Shell]:
+    monkeypatch.chdir(tmp_path)
+    for name in ("BWLM_STORAGE", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.delenv(name, raising=False)
+    levels = {name: logging.getLogger(name).level for name in ("mlflow", "alembic", "ray", "ray.tune")}
+    yield Shell(tmp_path, monkeypatch, capsys)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def make_run(storage: Path, name: str, state: Status | None = None, steps: int = 0) -> ExperimentFolder:
+    folder = ExperimentFolder(storage, name)
+    direction, depth = name.split("_")[1:3]
+    experiment = Experiment.model_validate(
+        {"direction": direction, "depth": int(depth.removeprefix("d")), "lr": 0.5, "seed": 0}
+    )
+    folder.create(RunConfig(name, experiment, {"lr": 0.5}, 5, "float32", "/corpus", "/tokenizer", "bars"))
+    journal = Journal(folder.path)
+    for step in range(1, steps + 1):
+        journal.append(step, {"train_loss": 3.0, "tokens_per_second": 100.0})
+    journal.close()
+    if state is not None:
+        folder.write_status(state)
+    return folder
+
+
+# ---- help ----
+
+COMMANDS = [
+    ("grid", "plan"), ("grid", "run"), ("grid", "status"), ("grid", "schema"), ("runs", "list"),
+    ("tokenizer", "train"), ("tokenizer", "show"), ("data", "prepare"), ("data", "inspect"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help_with_an_example(command: tuple[str, ...], shell: Shell) -> None:
+    answer = shell(*command, "--help")
+    assert answer.code == 0
+    assert f"Example: bwlm {' '.join(command)}" in " ".join(re.sub(r"[│╭╮╰╯─]", " ", answer.out).split())
+
+
+def test_the_list_of_commands_above_is_whole() -> None:
+    found = [(group.name, command.name or command.callback.__name__) for group in cli.app.registered_groups
+             for command in group.typer_instance.registered_commands]  # fmt: skip
+    assert sorted(found) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", [(), ("grid",), ("runs",)])
+def test_no_command_shows_the_commands(command: tuple[str, ...], shell: Shell) -> None:
+    answer = shell(*command)
+    assert "Commands" in answer.out + answer.err
+    assert answer.code in (0, 2)
+
+
+# ---- plan and status ----
+
+
+def test_a_plan_as_json(shell: Shell) -> None:
+    document = shell.json("grid", "plan", shell.file(GOOD))
+    assert document.keys() == {"grid", "cells"}
+    assert document["grid"] == "bars"
+    assert [cell["id"] for cell in document["cells"]] == [
+        f"bars_{direction}_d{depth}_lr0.5_s0" for direction in ("forward", "backward") for depth in (1, 2)
+    ]
+    # depth 1: 49152 in the block, 300 x 64 twice; FLOPs a token 6 x (49152 + 19200) + 12 x 64 x 64
+    first = document["cells"][0]
+    assert {name: first[name] for name in ("params", "tokens", "flops", "state", "reason")} == {
+        "params": 87552, "tokens": 1280, "flops": 1280 * 459264, "state": "waiting", "reason": "",
+    }  # fmt: skip
+    assert not shell.storage.exists()
+
+
+def test_plan_and_status_show_what_is_done(shell: Shell) -> None:
+    grid = shell.file(GOOD)
+    make_run(shell.storage, "bars_forward_d1_lr0.5_s0", Status("finished", "", 5, {"val_bpb": 1.5}))
+    make_run(shell.storage, "bars_forward_d2_lr0.5_s0", Status("failed", "loss nan at step 3", 2))
+    make_run(shell.storage, "bars_backward_d1_lr0.5_s0", steps=3)
+    for command in ("plan", "status"):
+        cells = shell.json("grid", command, grid)["cells"]
+        assert [(c["state"], c["reason"]) for c in cells] == [
+            ("finished", ""), ("failed", "loss nan at step 3"), ("stopped", ""), ("waiting", "")
+        ]  # fmt: skip
+        assert cells[0]["metrics"] == {"val_bpb": 1.5}
+        assert cells[2]["step"] == 3
+    answer = shell("grid", "plan", grid)
+    assert "loss nan at step 3" in answer.out
+    assert answer.err == ""
+    status = shell("grid", "status", grid)
+    assert "1 of 4 cells finished" in status.out
+
+
+def test_a_plan_for_people(shell: Shell) -> None:
+    answer = shell("grid", "plan", shell.file(GOOD), "--set", "axes.seed=[0,1]", "--storage", "elsewhere")
+    assert answer.code == 0
+    assert "bars: 8 cells" in answer.out
+    assert "87.6k" in answer.out
+    assert f"storage {shell.folder / 'elsewhere'}" in answer.out
+
+
+def test_storage_comes_from_option_environment_or_file(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = shell.file(GOOD + "launch: {storage: from-file}\n")
+    assert f"storage {shell.folder / 'from-file'}" in shell("grid", "plan", grid).out
+    assert f"storage {shell.folder / 'option'}" in shell("grid", "plan", grid, "--storage", "option").out
+    monkeypatch.setenv("BWLM_STORAGE", str(shell.folder / "env"))
+    assert f"storage {shell.folder / 'env'}" in shell("grid", "plan", shell.file(GOOD)).out
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.name)
+def test_every_shipped_grid_plans(path: Path, shell: Shell) -> None:
+    document = shell.json("grid", "plan", str(path))
+    assert document["grid"] == path.stem
+    assert all(cell["state"] == "waiting" and cell["flops"] > 0 for cell in document["cells"])
+
+
+def test_the_schema_knows_the_shipped_grids(shell: Shell) -> None:
+    answer = shell("grid", "schema")
+    schema = json.loads(answer.out)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for path in GRIDS:
+        jsonschema.validate(yaml.safe_load(path.read_text()), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"name": "g", "axes": {}, "modle": {}}, schema)
+
+
+# ---- runs ----
+
+
+def test_runs_as_json(shell: Shell) -> None:
+    assert shell.json("runs", "list") == []
+    assert not shell.storage.exists()
+    metrics = {"val_bpb": 1.5, "val_bpb_forward": 1.4, "val_bpb_backward": 1.6, "tokens_per_second": 100.0}
+    make_run(shell.storage, "bars_backward_d2", Status("finished", "", 5, metrics))
+    make_run(shell.storage, "bars_forward_d1", steps=3)
+    finished, stopped = shell.json("runs", "list")
+    expected = {
+        "id": "bars_backward_d2", "phase": "base", "direction": "backward", "depth": 2, "lr": 0.5, "seed": 0,
+        "parent": None, "state": "finished", "step": 5, "metrics": metrics,
+    }  # fmt: skip
+    assert expected.items() <= finished.items()
+    assert (stopped["id"], stopped["state"], stopped["step"]) == ("bars_forward_d1", "stopped", 3)
+
+
+def test_a_running_cells_step_grows(shell: Shell) -> None:
+    folder = make_run(shell.storage, "bars_forward_d1", steps=1)
+    with folder.lease():
+        for step in (2, 3):
+            journal = Journal(folder.path, step - 1)
+            journal.append(step, {"train_loss": 1.0})
+            journal.close()
+            [run] = shell.json("runs", "list")
+            assert (run["state"], run["step"]) == ("running", step)
+
+
+def test_runs_for_people(shell: Shell) -> None:
+    make_run(shell.storage, "bars_forward_d1", Status("finished", "", 5, {"val_bpb": 1.25}))
+    answer = shell("runs", "list")
+    assert "bars_forward_d1" in answer.out
+    assert "1.2500" in answer.out
+    assert f"1 experiments in {shell.storage}" in answer.out
+
+
+# ---- mistakes ----
+
+_BILLIONS = [f"--set=axes.{name}={[*range(1, 1500)]}" for name in ("seed", "evaluation.every", "checkpoint.keep")]
+_AGAIN = "also: [{direction: [forward], depth: [1], lr: [0.5]}]\n"
+
+MISTAKES = {
+    "a field misspelt at the top": (GOOD.replace("model:", "modle:"), [], "g.yaml:3: modle: unknown field (did you"),
+    "a field misspelt in a section": (GOOD.replace("steps", "stepz"), [], "g.yaml:5: budget.stepz: unknown field (did"),
+    "an axis misspelt": (GOOD.replace("depth", "dept"), [], "g.yaml:2: axes.dept: "),
+    "a setting misspelt": (GOOD, ["--set", "model.hed_dim=32"], "--set model.hed_dim: unknown field (did"),
+    "a duplicate key": (GOOD + "name: bars\n", [], "g.yaml:6: name: given twice (first on line 1)"),
+    "a learning rate that is a word": (GOOD.replace("[0.5]", "[nan]"), [], "g.yaml:2: lr: "),
+    "a learning rate that is no number": (GOOD.replace("[0.5]", "[.nan]"), [], "g.yaml:2: lr: "),
+    "a depth that is a truth": (GOOD.replace("[1, 2]", "[true]"), [], "g.yaml:2: depth: "),
+    "an unknown direction": (GOOD.replace("backward", "bakward"), [], "(did you mean 'backward'?)"),
+    "an axis without values": (GOOD.replace("seed: [0]", "seed: []"), [], "g.yaml:2: axes.seed: needs a list of values"),
+    "a value twice": (GOOD.replace("[1, 2]", "[2, 2]"), [], "g.yaml:2: axes.depth: 2 stands there twice"),
+    "more cells than the cap": (GOOD, ["--set", "launch.max_cells=3"], "4 cells, more than launch.max_cells=3"),
+    "billions of cells": (GOOD, _BILLIONS, "more than launch.max_cells=1000"),
+    "a name that climbs": (GOOD.replace("name: bars", "name: ../x"), [], "g.yaml:1: name: '../x' is not a valid id"),
+    "a batch of broken rows": (GOOD.replace("256", "100"), [], "g.yaml:5: budget.batch_tokens: 100 is not a multiple"),
+    "a batch that workers cannot share": (GOOD, ["--set", "resources.workers=3"], "take a multiple of 192"),
+    "two horizons": (GOOD.replace("steps: 5", "steps: 5, tokens: 9"), [], "g.yaml:5: budget: needs exactly one of"),
+    "heads that do not divide": (GOOD, ["--set", "model.kv_heads=3"], "heads 1 is not a multiple of kv_heads 3"),
+    "fixed and an axis": (GOOD + "seed: 3\n", [], "g.yaml:6: seed: fixed here and an axis in axes: keep one"),
+    "a cell asked for twice": (GOOD + _AGAIN, [], "also.0: cell bars_forward_d1_lr0.5_s0 is asked for twice"),
+    "a setting without a value": (GOOD, ["--set", "seed"], "--set seed: write it as field=value"),
+    "bad syntax": (GOOD + "x: [1\n", [], "g.yaml:"),
+    "no text": ("", [], "g.yaml: name: missing; add it"),
+    "an object store": (GOOD, ["--storage", "s3://bucket/runs"], "storage: 's3://bucket/runs' is not a folder"),
+}  # fmt: skip
+
+
+def check_mistake(answer: Answer, message: str) -> None:
+    assert answer.code == 2
+    assert answer.out == ""
+    assert answer.err.startswith("bwlm: ")
+    assert answer.err.endswith("\n")
+    assert answer.err.count("\n") == 1
+    assert message in answer.err
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_nothing_is_made(mistake: str, command: str, shell: Shell) -> None:
+    text, options, message = MISTAKES[mistake]
+    check_mistake(shell("grid", command, shell.file(text), *options), message)
+    assert [path.name for path in shell.folder.iterdir()] == ["g.yaml"]
+
+
+def test_mistakes_never_wait_for_heavy_libraries(tmp_path: Path) -> None:
+    """Not one of them needs Ray, MLflow or torch to be told."""
+    script = """
+import contextlib, io, json, sys
+from bwlm.cli import main
+for text, options in json.load(sys.stdin):
+    open("g.yaml", "w").write(text)
+    sys.argv = ["bwlm", "grid", "run", "g.yaml", *options]
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+        main()
+print(json.dumps([name for name in ("ray", "mlflow", "torch") if name in sys.modules]))
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps([(text, options) for text, options, _ in MISTAKES.values()]),
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert json.loads(told.stdout) == []
+
+
+def test_files_that_cannot_be_read(shell: Shell) -> None:
+    (shell.folder / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    check_mistake(shell("grid", "plan", "latin.yaml"), "latin.yaml: not UTF-8 text")
+    check_mistake(shell("grid", "plan", "absent.yaml"), "absent.yaml: no such file")
+    check_mistake(shell("grid", "plan", "."), ".: cannot be read (Is a directory)")
+
+
+@pytest.mark.parametrize("storage", ["/proc/bwlm-runs", "g.yaml/runs", "g.yaml"])
+def test_a_storage_that_cannot_be_written_is_told_before_anything_runs(storage: str, shell: Shell) -> None:
+    grid = shell.file(GOOD)
+    check_mistake(shell("grid", "run", grid, "--storage", storage), "is not writable")
+    check_mistake(shell("data", "prepare", "--storage", storage), "is not writable")
+    assert [path.name for path in shell.folder.iterdir()] == ["g.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["grid", "pln"], "pln"),
+        (["grid", "plan"], "GRID.yaml"),
+        (["grid", "plan", "g.yaml", "--sett", "a=1"], "--sett"),
+        (["nonsense"], "nonsense"),
+        (["runs", "list", "extra"], "extra"),
+        (["data", "inspect", "--rows", "0"], "rows"),
+        (["data", "inspect", "--rows", "many"], "--rows"),
+        (["data", "inspect", "--direction", "bakward"], "did you mean 'backward'?"),
+        (["data", "inspect", "--json"], "--direction"),
+        (["data", "prepare", "--set", "data.sorce=x"], "did you mean 'source'?"),
+        (["tokenizer", "show", "--set", "tokenizer.vocab_size=5"], "--set tokenizer.vocab_size: "),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_is_one_line(arguments: list[str], words: str, shell: Shell) -> None:
+    shell.file(GOOD)
+    check_mistake(shell(*arguments), words)
+    assert [path.name for path in shell.folder.iterdir()] == ["g.yaml"]
+
+
+# ---- the installed command ----
+
+
+def run_installed(folder: Path, *arguments: str) -> Answer:
+    ended = subprocess.run([BWLM, *arguments], capture_output=True, text=True, cwd=folder, check=False)
+    return Answer(ended.returncode, ended.stdout, ended.stderr)
+
+
+def test_the_installed_command_plans_and_refuses(tmp_path: Path) -> None:
+    (tmp_path / "g.yaml").write_text(GOOD)
+    answer = run_installed(tmp_path, "grid", "plan", "g.yaml", "--json")
+    assert answer.code == 0
+    assert answer.err == ""
+    assert len(json.loads(answer.out)["cells"]) == 4
+    check_mistake(run_installed(tmp_path, "grid", "plan", "g.yaml", "--set", "sed=1"), "did you mean 'seed'?")
+    assert [path.name for path in tmp_path.iterdir()] == ["g.yaml"]
+
+
+def test_the_job_script_is_the_same_command(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "jobs" / "run_grid.py"
+    ended = subprocess.run(
+        [sys.executable, script, "absent.yaml"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    check_mistake(Answer(ended.returncode, ended.stdout, ended.stderr), "absent.yaml: no such file")

@@ -1,0 +1,110 @@
+"""`bwlm data` and `bwlm tokenizer`, as a person and as a script call them, on the tests' corpus."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bwlm.cli import main
+from bwlm.text.prepare import Prepared
+from bwlm.text.tokenizer import Tokenizer
+
+Bwlm = Callable[..., tuple[int, str, str]]
+SMALL = ["--set", "tokenizer.vocab_size=400", "--set", "model.sequence_length=64"]
+
+
+@pytest.fixture
+def bwlm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, prepared: Prepared
+) -> Bwlm:
+    """Runs the command line in this process; storage is below tmp_path. Returns exit code, stdout and stderr."""
+    monkeypatch.setenv("BWLM_STORAGE", str(tmp_path / "storage"))
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["bwlm", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capsys.readouterr()
+        return int(ended.value.code or 0), shown.out, shown.err
+
+    return run
+
+
+def source(corpus: Path) -> list[str]:
+    return [*SMALL, "--set", f"data.source={corpus}"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_prepare_then_inspect_every_direction(bwlm: Bwlm, corpus: Path, prepared: Prepared) -> None:
+    code, out, _ = bwlm("data", "prepare", "--json", *source(corpus))
+    assert code == 0
+    counted = json.loads(out)
+    assert counted["digest"] == prepared.manifest.digest
+    assert counted["train"]["shards"] == 3
+    assert counted["train"]["empty_documents"] > 0
+    assert 0 < counted["train"]["padding_share"] < 0.1
+
+    shown: dict[str, Any] = {}
+    for direction in ("forward", "backward", "bidirectional", "permuted"):
+        code, out, _ = bwlm("data", "inspect", "--json", "--direction", direction, "--rows", "8", *source(corpus))
+        assert code == 0
+        shown[direction] = json.loads(out)
+    texts = [[row["text"] for row in document["rows"]] for document in shown.values()]
+    assert texts[0]
+    assert all(other == texts[0] for other in texts)
+    for document in shown.values():
+        for row in document["rows"]:
+            assert row["segments"][0] == 0
+            assert all(row["ids"][start] == document["bos"] for start in row["segments"])
+            assert len(row["ids"]) == len(row["targets"]) == 64
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_inspect_shows_a_person_the_reversal(bwlm: Bwlm, corpus: Path) -> None:
+    code, out, _ = bwlm("data", "inspect", "--rows", "1", *source(corpus))
+    assert code == 0
+    for direction in ("forward", "backward", "bidirectional", "permuted"):
+        assert f"row 0, {direction}" in out
+    assert out.count("<|bos|>") >= 4
+    assert "<|forward|>" in out or "<|backward|>" in out
+
+
+def test_tokenizer_train_show_and_use(bwlm: Bwlm, corpus: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    code, out, _ = bwlm("tokenizer", "train", "--json", "--output", str(own), *source(corpus))
+    assert code == 0
+    trained = json.loads(out)
+    assert trained["vocab_size"] == 400
+    assert 1 < trained["bytes_per_token"] < 10
+    assert Tokenizer.load(own).digest == trained["digest"]
+    code, out, _ = bwlm("tokenizer", "show", "--json", *source(corpus), "--set", f"tokenizer.path={own}")
+    assert code == 0
+    assert json.loads(out)["digest"] == trained["digest"]
+    code, out, _ = bwlm("tokenizer", "show", *source(corpus))
+    assert trained["digest"] in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data", "inspect", "--direction", "backwards"], "did you mean 'backward'"),
+        (["data", "inspect", "--rows", "0"], "rows"),
+        (["data", "inspect", "--json"], "--direction"),
+        (["data", "prepare", "--set", "data.source=/no/such/folder"], "data.source: /no/such/folder does not exist"),
+        (["data", "prepare", "--set", "model.sequence_lenght=64"], "did you mean 'sequence_length'"),
+        (["tokenizer", "train", "--set", "tokenizer.vocab_size=10"], "tokenizer.vocab_size"),
+        (["tokenizer", "show", "--set", "tokenizer.path=/no/such"], "/no/such"),
+        (["data", "inspekt"], "inspekt"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(bwlm: Bwlm, tmp_path: Path, words: list[str], message: str) -> None:
+    code, out, err = bwlm(*words)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "storage").exists()

@@ -1,0 +1,74 @@
+"""The README keeps its word: commands run, the grid is valid, the file list is complete, links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bwlm.grid.spec import load_grid
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+ELSEWHERE = {
+    "make demo": "the demo grid is planned in tests/grid/test_spec.py, and a whole grid runs in tests/grid/test_run.py",
+    "make test": "this",
+    "ray job submit": "tests/grid/test_job.py",
+}
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line for path in DOCUMENTS for block in blocks(path, "bash") for line in block.splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if line.strip()]
+
+
+def test_every_command_runs(ray_cluster: str, tmp_path: Path) -> None:
+    """In the order of the page, as a new user would, in a folder that holds nothing but the grids."""
+    (tmp_path / "grids").symlink_to(ROOT / "grids")
+    environment = {k: v for k, v in os.environ.items() if k not in ("BWLM_STORAGE", "MLFLOW_TRACKING_URI")}
+    environment |= {"RAY_ADDRESS": ray_cluster, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    ran = 0
+    for command in commands():
+        if any(command.startswith(known) for known in ELSEWHERE):
+            continue
+        words = shlex.split(command)
+        assert words[0] == "bwlm", f"{command}: run it here, or say in ELSEWHERE which test does"
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        assert "Traceback" not in done.stderr
+        ran += 1
+    assert ran >= 5
+    assert (tmp_path / "runs" / "grids" / "tiny" / "RESEARCH_REPORT.md").exists()
+
+
+def test_the_grid_of_the_readme_is_valid(corpus: Path, tmp_path: Path) -> None:
+    (text,) = blocks(ROOT / "README.md", "yaml")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("corpus/", str(corpus)))
+    assert len(load_grid(path, []).cells) == 2 * 2 * 3 * 5
+
+
+def test_every_file_has_its_line() -> None:
+    text = (ROOT / "README.md").read_text()
+    for path in (ROOT / "bwlm").rglob("*.py"):
+        if path.name != "__init__.py":
+            assert f"  {path.relative_to(ROOT / 'bwlm')} " in text, f"{path} is missing from the README's list"
+    listed = re.findall(r"^  ([\w/]+\.py) ", text, flags=re.MULTILINE)
+    assert all((ROOT / "bwlm" / name).exists() for name in listed)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        if "://" not in target:
+            assert (path.parent / target).exists(), f"{path.name}: {target}"

@@ -1,0 +1,201 @@
+"""Preparing a corpus: once for all cells, anew when the text changes, and whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bwlm.config import Recipe
+from bwlm.errors import UserError
+from bwlm.text.corpus import Corpus
+from bwlm.text.packing import Manifest
+from bwlm.text.prepare import Pack, Prepared, bytes_per_token, get_tokenizer, prepare
+from bwlm.text.tokenizer import Tokenizer
+
+RecipeFor = Callable[..., Recipe]
+
+
+class Packer:
+    """Packs in this process and counts how often it is asked to."""
+
+    def __init__(self, pack: Pack) -> None:
+        self.calls, self._pack = 0, pack
+
+    def __call__(self, corpus: Corpus, tokenizer_folder: Path, width: int, folder: Path) -> Manifest:
+        self.calls += 1
+        return self._pack(corpus, tokenizer_folder, width, folder)
+
+
+@pytest.fixture
+def packer(pack_in_process: Pack) -> Packer:
+    return Packer(pack_in_process)
+
+
+@pytest.fixture
+def source(corpus: Path, tmp_path: Path) -> Path:
+    """A copy of the corpus that a test may change."""
+    return Path(shutil.copytree(corpus, tmp_path / "source"))
+
+
+def with_(recipe: Recipe, section: str, **fields: Any) -> Recipe:
+    content = recipe.model_dump()
+    content[section] |= fields
+    return Recipe.model_validate(content)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def test_what_was_prepared_is_found_again(source: Path, recipe_for: RecipeFor, packer: Packer, tmp_path: Path) -> None:
+    said: list[str] = []
+    first = prepare(recipe_for(source), tmp_path / "storage", packer, said.append)
+    assert packer.calls == 1
+    assert said == ["training a tokenizer of 400 tokens", "tokenizing and packing 4 shards"]
+    again = prepare(recipe_for(source), tmp_path / "storage", packer, said.append)
+    assert packer.calls == 1
+    assert len(said) == 2
+    assert again.folder == first.folder
+    assert again.manifest == first.manifest
+    assert again.tokenizer.digest == first.tokenizer.digest
+    assert sorted(path.name for path in (tmp_path / "storage" / "cache").iterdir()) == ["packed", "tokenizers"]
+
+
+def test_the_same_text_elsewhere_gives_the_same_digest(
+    source: Path, prepared: Prepared, recipe_for: RecipeFor, packer: Packer, tmp_path: Path
+) -> None:
+    assert prepare(recipe_for(source), tmp_path / "storage", packer, quiet).manifest.digest == prepared.manifest.digest
+
+
+def test_a_changed_source_is_prepared_anew(source: Path, recipe_for: RecipeFor, packer: Packer, tmp_path: Path) -> None:
+    shard = source / "shard_00001.parquet"
+    folders = [prepare(recipe_for(source), tmp_path / "storage", packer, quiet).folder]
+    os.utime(shard, ns=(0, 0))
+    folders.append(prepare(recipe_for(source), tmp_path / "storage", packer, quiet).folder)
+    shutil.copy(source / "shard_00000.parquet", shard)
+    os.utime(shard, ns=(0, 0))
+    folders.append(prepare(recipe_for(source), tmp_path / "storage", packer, quiet).folder)
+    (source / "shard_00002.parquet").unlink()
+    folders.append(prepare(recipe_for(source), tmp_path / "storage", packer, quiet).folder)
+    assert packer.calls == 4
+    assert len(set(folders)) == 4
+
+
+def test_each_length_and_vocabulary_has_rows_of_its_own(
+    source: Path, recipe_for: RecipeFor, packer: Packer, tmp_path: Path
+) -> None:
+    recipe = recipe_for(source)
+    others = [with_(recipe, "model", sequence_length=32), with_(recipe, "tokenizer", vocab_size=380)]
+    done = [prepare(each, tmp_path / "storage", packer, quiet) for each in (recipe, *others)]
+    assert packer.calls == 3
+    assert [(d.manifest.sequence_length, d.manifest.vocab_size) for d in done] == [(64, 400), (32, 400), (64, 380)]
+    assert done[0].tokenizer_folder == done[1].tokenizer_folder != done[2].tokenizer_folder
+    # what training does not depend on takes from the same cache
+    same = with_(recipe, "budget", tokens_per_parameter=1.0)
+    assert prepare(same, tmp_path / "storage", packer, quiet).folder == done[0].folder
+    assert packer.calls == 3
+
+
+def test_the_tokenizer_is_made_from_the_training_text_alone(
+    source: Path, recipe_for: RecipeFor, packer: Packer, tmp_path: Path
+) -> None:
+    before = prepare(recipe_for(source), tmp_path / "storage", packer, quiet).tokenizer
+    shutil.copy(source / "shard_00000.parquet", source / "shard_00003.parquet")
+    after = prepare(recipe_for(source), tmp_path / "storage", packer, quiet).tokenizer
+    assert after.digest == before.digest
+
+
+def test_a_tokenizer_at_a_path_is_taken(
+    source: Path, prepared: Prepared, recipe_for: RecipeFor, packer: Packer, tmp_path: Path
+) -> None:
+    recipe = with_(recipe_for(source), "tokenizer", path=str(prepared.tokenizer_folder))
+    found = prepare(recipe, tmp_path / "storage", packer, quiet)
+    assert found.tokenizer_folder == prepared.tokenizer_folder
+    assert found.manifest.tokenizer == prepared.tokenizer.digest
+    assert not (tmp_path / "storage" / "cache" / "tokenizers").exists()
+
+
+def test_a_tokenizer_of_another_size_is_refused(
+    source: Path, prepared: Prepared, recipe_for: RecipeFor, packer: Packer, tmp_path: Path
+) -> None:
+    recipe = with_(recipe_for(source), "tokenizer", path=str(prepared.tokenizer_folder), vocab_size=500)
+    fix = rf"^tokenizer\.vocab_size: 500, but {prepared.tokenizer_folder} has 400: set tokenizer\.vocab_size=400$"
+    with pytest.raises(UserError, match=fix):
+        prepare(recipe, tmp_path / "storage", packer, quiet)
+    assert packer.calls == 0
+    assert not (tmp_path / "storage").exists()
+
+
+def test_a_tokenizer_that_is_not_there_is_refused_by_name(
+    source: Path, recipe_for: RecipeFor, packer: Packer, tmp_path: Path
+) -> None:
+    recipe = with_(recipe_for(source), "tokenizer", path=str(tmp_path / "none"))
+    with pytest.raises(UserError, match=rf"{tmp_path}/none/tokenizer\.json: no such file"):
+        prepare(recipe, tmp_path / "storage", packer, quiet)
+    assert not (tmp_path / "storage").exists()
+
+
+def test_a_vocabulary_too_large_for_the_text_is_refused_with_the_size_that_fits(
+    source: Path, recipe_for: RecipeFor, packer: Packer, tmp_path: Path
+) -> None:
+    recipe = with_(recipe_for(source), "tokenizer", vocab_size=60_000)
+    with pytest.raises(
+        UserError, match=r"^tokenizer\.vocab_size: the text yields only \d+ tokens, not 60000: set "
+    ) as told:
+        prepare(recipe, tmp_path / "storage", packer, quiet)
+    assert not (tmp_path / "storage").exists()
+    fits = int(str(told.value).split("tokenizer.vocab_size=")[1].split()[0])
+    smaller = with_(recipe, "tokenizer", vocab_size=fits)
+    assert prepare(smaller, tmp_path / "storage", packer, quiet).tokenizer.vocab_size == fits
+
+
+def test_a_failure_while_packing_leaves_no_rows(
+    source: Path, recipe_for: RecipeFor, packer: Packer, tmp_path: Path
+) -> None:
+    def fail_after(*arguments: Any) -> Manifest:
+        packer(*arguments)
+        assert (arguments[-1] / "train" / "shard_00000.arrow").exists()
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        prepare(recipe_for(source), tmp_path / "storage", fail_after, quiet)
+    # the tokenizer is whole, and the next try takes it
+    assert [path.name for path in (tmp_path / "storage" / "cache").iterdir()] == ["tokenizers"]
+    said: list[str] = []
+    assert prepare(recipe_for(source), tmp_path / "storage", packer, said.append).manifest.train.total("rows")
+    assert said == ["tokenizing and packing 4 shards"]
+
+
+def test_text_refused_while_packing_leaves_what_was_there_before(
+    source: Path, recipe_for: RecipeFor, packer: Packer, tmp_path: Path
+) -> None:
+    def refuse(*_: Any) -> Manifest:
+        raise UserError("shard_00003.parquet: damaged")
+
+    with pytest.raises(UserError):
+        prepare(recipe_for(source), tmp_path / "storage", refuse, quiet)
+    assert not (tmp_path / "storage").exists()
+    prepare(recipe_for(source), tmp_path / "storage", packer, quiet)
+    with pytest.raises(UserError):
+        prepare(with_(recipe_for(source), "model", sequence_length=32), tmp_path / "storage", refuse, quiet)
+    assert len(list((tmp_path / "storage" / "cache" / "tokenizers").iterdir())) == 1
+    assert len(list((tmp_path / "storage" / "cache" / "packed").iterdir())) == 1
+
+
+def test_bytes_per_token_of_the_validation_text(prepared: Prepared, recipe_for: RecipeFor, corpus: Path) -> None:
+    counted = prepared.manifest.validation
+    expected = counted.total("bytes") / counted.total("tokens")
+    assert bytes_per_token(prepared.tokenizer, prepared.corpus) == expected
+    assert 1 < expected < 6
+    with pytest.raises(UserError, match=r"data\.validation: the validation shards hold no text"):
+        bytes_per_token(prepared.tokenizer, Corpus(prepared.corpus.train, (), "text"))
+
+
+def test_a_tokenizer_alone(prepared: Prepared, recipe_for: RecipeFor, corpus: Path, tmp_path: Path) -> None:
+    _, folder, tokenizer = get_tokenizer(recipe_for(corpus), tmp_path / "cache", quiet)
+    assert tokenizer.digest == prepared.tokenizer.digest == Tokenizer.load(folder).digest

@@ -1,0 +1,94 @@
+"""Ray Data computes the same rows as this process, from any step on, and packs the same shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bwlm.errors import UserError
+from bwlm.text import stream
+from bwlm.text.batches import Batch, DirectedPlan, open_rows
+from bwlm.text.corpus import Corpus, Shard
+from bwlm.text.direction import SpecialIds
+from bwlm.text.packing import Manifest
+from bwlm.text.plan import RowPlan
+from bwlm.text.prepare import Prepared
+from bwlm.text.stream import pack_corpus, pack_here, stream_batches
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def plan_of(prepared: Prepared, direction: str, rank: int = 0, world: int = 1) -> DirectedPlan:
+    folder = str(prepared.folder)
+    rows = RowPlan(len(open_rows(folder, "train")), 8, 3)
+    return DirectedPlan(folder, direction, SpecialIds.of(prepared.tokenizer), rows, rank, world)
+
+
+def assert_equal(streamed: list[Batch], read: list[Batch]) -> None:
+    assert len(streamed) == len(read)
+    for one, other in zip(streamed, read, strict=True):
+        assert list(one) == list(other)
+        for name in one:
+            assert one[name].dtype == np.int32
+            assert one[name].flags.c_contiguous
+            assert np.array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize(
+    ("direction", "rank", "world", "first", "last"),
+    [
+        ("bidirectional", 0, 1, 0, 11),
+        ("bidirectional", 1, 2, 5, 12),
+        ("backward", 0, 2, 0, 4),
+        ("forward", 0, 1, 9, 10),
+    ],
+)
+def test_streamed_rows_are_those_read_in_process(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, direction: str, rank: int, world: int, first: int, last: int
+) -> None:
+    # blocks of two steps of one worker, so there are several, and a last one that is not full
+    monkeypatch.setattr(stream, "_BLOCK_TOKENS", 2 * 8 // world * 64)
+    plan = plan_of(prepared, direction, rank, world)
+    assert_equal(list(stream_batches(plan, first, last)), list(plan.batches(first, last)))
+
+
+def test_one_block_for_all(prepared: Prepared) -> None:
+    plan = plan_of(prepared, "permuted")
+    assert_equal(list(stream_batches(plan, 3, 6)), list(plan.batches(3, 6)))
+
+
+def test_no_steps_no_batches(prepared: Prepared) -> None:
+    assert list(stream_batches(plan_of(prepared, "forward"), 5, 5)) == []
+
+
+def test_ray_packs_the_same_shards_in_order(prepared: Prepared, tmp_path: Path) -> None:
+    packed = pack_corpus(prepared.corpus, prepared.tokenizer_folder, 64, tmp_path)
+    assert packed == prepared.manifest == Manifest.read(tmp_path)
+    assert [shard["file"] for shard in packed.train.shards] == [f"shard_{index:05d}.arrow" for index in range(3)]
+    for path in sorted(prepared.folder.rglob("*.arrow")):
+        assert (tmp_path / path.relative_to(prepared.folder)).read_bytes() == path.read_bytes()
+
+
+def test_shards_are_listed_in_order_whichever_is_done_first(prepared: Prepared, tmp_path: Path) -> None:
+    packed = pack_corpus(
+        prepared.corpus, prepared.tokenizer_folder, 64, tmp_path, pack=lambda items: pack_here(items)[::-1]
+    )
+    assert packed == prepared.manifest
+
+
+@pytest.mark.parametrize("with_ray", [True, False])
+def test_the_first_shard_at_fault_is_told(prepared: Prepared, tmp_path: Path, with_ray: bool) -> None:
+    first, second, third = prepared.corpus.train
+    bad = [tmp_path / "bad_1.parquet", tmp_path / "bad_2.parquet"]
+    for path in bad:
+        path.write_bytes(Path(first.uri).read_bytes()[:-100])
+    shards = [Shard(str(path), 0, "") for path in bad]
+    corpus = Corpus((first, shards[0], second, shards[1], third), prepared.corpus.validation, "text")
+    (tmp_path / "rows").mkdir()
+    how: dict[str, Any] = {} if with_ray else {"pack": lambda items: pack_here(items)[::-1]}
+    with pytest.raises(UserError, match=rf"^{bad[0]}: not a readable parquet file"):
+        pack_corpus(corpus, prepared.tokenizer_folder, 64, tmp_path / "rows", **how)
+    assert not (tmp_path / "rows" / "manifest.json").exists()
