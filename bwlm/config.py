@@ -37,7 +37,7 @@ class DataSettings(Settings):
 
 
 class TokenizerSettings(Settings):
-    vocab_size: int = Field(4096, ge=300, le=2**20, description="merges, bytes and special tokens together")
+    vocab_size: int = Field(4096, ge=265, le=2**20, description="merges, bytes and special tokens together")
     path: str | None = Field(None, description="folder of a trained tokenizer, instead of training one on the data")
 
 

@@ -114,15 +114,6 @@ def exclusive(path: Path) -> Iterator[None]:
         yield
 
 
-def prune_empty(folder: Path) -> None:
-    """Removes a folder of ours that a failed run left empty, and up to two parents that it leaves empty in turn."""
-    for candidate in (folder, folder.parent, folder.parent.parent):
-        try:
-            candidate.rmdir()
-        except OSError:
-            return
-
-
 def storage_root(storage: str | None) -> Path:
     """The folder that holds experiments: the argument, `BWLM_STORAGE`, else `runs/` here.
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jsonschema
 import pytest
+import typer
 import yaml
 
 from bwlm import cli
@@ -91,23 +92,22 @@ def make_run(storage: Path, name: str, state: Status | None = None, steps: int =
 
 # ---- help ----
 
-COMMANDS = [
-    ("grid", "plan"), ("grid", "run"), ("grid", "status"), ("grid", "schema"), ("runs", "list"),
-    ("tokenizer", "train"), ("tokenizer", "show"), ("data", "prepare"), ("data", "inspect"),
-]  # fmt: skip
+
+def commands(app: typer.Typer, *above: str) -> Iterator[tuple[str, ...]]:
+    for command in app.registered_commands:
+        assert command.callback is not None
+        yield (*above, command.name or command.callback.__name__)
+    for group in app.registered_groups:
+        assert group.name is not None
+        assert group.typer_instance is not None
+        yield from commands(group.typer_instance, *above, group.name)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", commands(cli.app), ids=" ".join)
 def test_every_command_has_help_with_an_example(command: tuple[str, ...], shell: Shell) -> None:
     answer = shell(*command, "--help")
     assert answer.code == 0
     assert f"Example: bwlm {' '.join(command)}" in " ".join(re.sub(r"[│╭╮╰╯─]", " ", answer.out).split())
-
-
-def test_the_list_of_commands_above_is_whole() -> None:
-    found = [(group.name, command.name or command.callback.__name__) for group in cli.app.registered_groups
-             for command in group.typer_instance.registered_commands]  # fmt: skip
-    assert sorted(found) == sorted(COMMANDS)
 
 
 @pytest.mark.parametrize("command", [(), ("grid",), ("runs",)])
@@ -239,7 +239,7 @@ MISTAKES = {
     "a learning rate that is no number": (GOOD.replace("[0.5]", "[.nan]"), [], "g.yaml:2: lr: "),
     "a depth that is a truth": (GOOD.replace("[1, 2]", "[true]"), [], "g.yaml:2: depth: "),
     "an unknown direction": (GOOD.replace("backward", "bakward"), [], "(did you mean 'backward'?)"),
-    "an axis without values": (GOOD.replace("seed: [0]", "seed: []"), [], "g.yaml:2: axes.seed: needs a list of values"),
+    "an axis without values": (GOOD.replace("seed: [0]", "seed: []"), [], "g.yaml:2: axes.seed: needs a list"),
     "a value twice": (GOOD.replace("[1, 2]", "[2, 2]"), [], "g.yaml:2: axes.depth: 2 stands there twice"),
     "more cells than the cap": (GOOD, ["--set", "launch.max_cells=3"], "4 cells, more than launch.max_cells=3"),
     "billions of cells": (GOOD, _BILLIONS, "more than launch.max_cells=1000"),

@@ -178,7 +178,8 @@ def check_shards(corpus: Corpus) -> None:
 def read_texts(uri: str, column: str) -> Iterator[list[str]]:
     """Yields the documents of a shard some at a time, null ones as empty texts.
 
-    Raises `UserError` naming the shard, and the row where it can, for damage and for text that is not UTF-8.
+    Raises `UserError` naming the shard, and the row where it can, for damage and for text that is not UTF-8. A bit that
+    flipped inside a value is noticed only in files with page checksums, which writers of parquet leave out by default.
     """
     with _open(uri) as file:
         row = 0

@@ -8,7 +8,6 @@ of text becomes one Arrow file of rows; a manifest lists them with counts and di
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -105,8 +104,7 @@ def write_rows(path: Path, rows: Iterable[list[Piece]], vocab_size: int, counts:
                 pending = []
         if pending:
             writer.write_batch(_record_batch(pending, schema))
-    with path.open("rb") as written:
-        os.fsync(written.fileno())
+    sync(path)
     sync(path.parent)
 
 

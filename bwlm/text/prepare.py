@@ -5,6 +5,7 @@ Everything lies below `<storage>/cache`, named by what it was made from, and app
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,10 +14,10 @@ from pathlib import Path
 
 from bwlm.config import Recipe
 from bwlm.errors import UserError
-from bwlm.paths import prune_empty, whole_folder
+from bwlm.paths import whole_folder
 from bwlm.text.corpus import Corpus, check_shards, find_corpus, read_texts
 from bwlm.text.packing import MANIFEST_VERSION, Manifest
-from bwlm.text.tokenizer import Tokenizer, train_tokenizer
+from bwlm.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, train_tokenizer
 
 Progress = Callable[[str], None]
 Pack = Callable[[Corpus, Path, int, Path], Manifest]
@@ -42,7 +43,7 @@ def prepare(recipe: Recipe, storage: Path, pack: Pack, progress: Progress) -> Pr
     `pack` does the parallel work (`bwlm.text.stream.pack_corpus`). Raises `UserError` for every fault of the text.
     """
     cache = storage / "cache"
-    known = set((cache / "tokenizers").glob("*"))
+    before = {path for path in (storage, cache, *cache.glob("*"), *cache.glob("tokenizers/*")) if path.exists()}
     corpus, tokenizer_folder, tokenizer = get_tokenizer(recipe, cache, progress)
     width = recipe.model.sequence_length
     key = hashlib.sha256(f"{MANIFEST_VERSION} {corpus.listing()} {tokenizer.digest} {width}".encode()).hexdigest()[:16]
@@ -54,11 +55,18 @@ def prepare(recipe: Recipe, storage: Path, pack: Pack, progress: Progress) -> Pr
                 pack(corpus, tokenizer_folder, width, temporary)
         except UserError:
             # mended text is another corpus: a tokenizer made from this one just now would never be used
-            if tokenizer_folder.parent == cache / "tokenizers" and tokenizer_folder not in known:
+            if tokenizer_folder.is_relative_to(cache) and tokenizer_folder not in before:
                 shutil.rmtree(tokenizer_folder)
-                prune_empty(tokenizer_folder.parent)
+                _remove_empty([cache / "tokenizers", cache, storage], before)
             raise
     return Prepared(folder, Manifest.read(folder), tokenizer, tokenizer_folder, corpus)
+
+
+def _remove_empty(folders: list[Path], before: set[Path]) -> None:
+    for folder in folders:
+        if folder not in before:
+            with contextlib.suppress(OSError):  # not empty: somebody needs it
+                folder.rmdir()
 
 
 def get_tokenizer(recipe: Recipe, cache: Path, progress: Progress) -> tuple[Corpus, Path, Tokenizer]:
@@ -84,7 +92,8 @@ def _given_tokenizer(recipe: Recipe) -> tuple[Path, Tokenizer] | None:
 
 
 def _trained_tokenizer(wanted: int, corpus: Corpus, cache: Path, progress: Progress) -> tuple[Path, Tokenizer]:
-    folder = cache / "tokenizers" / f"{corpus.listing()}-{wanted}"
+    rules = hashlib.sha256(repr((SPLIT_PATTERN, SPECIAL_TOKENS)).encode()).hexdigest()[:8]
+    folder = cache / "tokenizers" / f"{corpus.listing()}-{rules}-{wanted}"
     if not folder.exists():
         progress(f"training a tokenizer of {wanted} tokens")
         trained = train_tokenizer(_training_texts(corpus), wanted)

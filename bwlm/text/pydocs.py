@@ -25,7 +25,7 @@ from pathlib import Path
 from bwlm.errors import UserError
 from bwlm.paths import read_json, whole_folder, write_atomic, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Counts up whenever the same sources would give another text."""
 
 STANDARD_LIBRARY = "python"
@@ -142,7 +142,7 @@ def _parquet(texts: list[str]) -> bytes:
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), sink, compression="zstd")
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), sink, compression="zstd", write_page_checksum=True)
     return bytes(sink.getvalue())
 
 

@@ -101,6 +101,13 @@ def test_extra_axes_are_in_the_id(grid_file: Path) -> None:
     assert plan.cells[3].experiment.optim.weight_decay == 1e-05
 
 
+def test_rates_that_are_close_have_ids_of_their_own(grid_file: Path) -> None:
+    text = BARS.replace("[0.5, 1.0]", "[0.1, 0.10000001, 6e-4, 100]")
+    assert [name.split("_")[3] for name in ids(plan_of(grid_file, text))[:4]] == [
+        "lr0.1", "lr0.10000001", "lr0.0006", "lr100"
+    ]  # fmt: skip
+
+
 def test_an_axis_of_paths_makes_safe_ids(grid_file: Path) -> None:
     text = BARS.replace("  seed: [0]", "  data.source: [../x/a.parquet, 's3://b/c']")
     assert ids(plan_of(grid_file, text))[:2] == [

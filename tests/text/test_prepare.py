@@ -187,7 +187,7 @@ def test_text_refused_while_packing_leaves_what_was_there_before(
     assert len(list((tmp_path / "storage" / "cache" / "packed").iterdir())) == 1
 
 
-def test_bytes_per_token_of_the_validation_text(prepared: Prepared, recipe_for: RecipeFor, corpus: Path) -> None:
+def test_bytes_per_token_of_the_validation_text(prepared: Prepared) -> None:
     counted = prepared.manifest.validation
     expected = counted.total("bytes") / counted.total("tokens")
     assert bytes_per_token(prepared.tokenizer, prepared.corpus) == expected
@@ -197,5 +197,6 @@ def test_bytes_per_token_of_the_validation_text(prepared: Prepared, recipe_for: 
 
 
 def test_a_tokenizer_alone(prepared: Prepared, recipe_for: RecipeFor, corpus: Path, tmp_path: Path) -> None:
-    _, folder, tokenizer = get_tokenizer(recipe_for(corpus), tmp_path / "cache", quiet)
+    found, folder, tokenizer = get_tokenizer(recipe_for(corpus), tmp_path / "cache", quiet)
+    assert found == prepared.corpus
     assert tokenizer.digest == prepared.tokenizer.digest == Tokenizer.load(folder).digest
