@@ -32,6 +32,10 @@ _POINTS = 200
 """A curve keeps about this many of its steps in a chart."""
 
 
+_WINDOWS = 25
+"""A curve's training loss is averaged over this share of its steps."""
+
+
 @dataclass(frozen=True)
 class Findings:
     """What a grid's finished cells say."""
@@ -220,6 +224,8 @@ def _curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
             continue
         if "val_loss" not in curve:
             curve["val_loss"] = math.nan
+        window = max(1, len(curve) // _WINDOWS)  # centred: an average of the past would lag behind a falling loss
+        curve["train_loss_smooth"] = curve["train_loss"].rolling(window, center=True, min_periods=1).mean()
         stride = max(1, len(curve) // _POINTS)
         kept = curve[(curve.index % stride == 0) | curve["val_loss"].notna() | (curve.index == len(curve) - 1)]
         experiment = folder.config().experiment

@@ -72,8 +72,8 @@ def last_entry(folder: Path) -> Entry | None:
             while True:
                 start = max(0, end - size)
                 file.seek(start)
-                lines = file.read().splitlines(keepends=True)
-                for line in reversed(lines[1:] if start else lines):  # the first may have begun before
+                lines = file.read().split(b"\n")
+                for line in reversed(lines):
                     if entry := _parse(line):
                         return entry
                 if start == 0:
@@ -84,8 +84,7 @@ def last_entry(folder: Path) -> Entry | None:
 
 
 def _parse(line: bytes) -> Entry | None:
-    if not line.endswith(b"\n"):
-        return None
+    """None for a line that was torn or damaged: a part of a JSON object is not one."""
     try:
         return Entry(**json.loads(line))
     except (ValueError, TypeError):

@@ -63,7 +63,7 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
-    smooth_loss: float = 0.0
+    average: float = 0.0
     seconds: float = 0.0
     timed_tokens: int = 0
     validation: dict[str, float] | None = None
@@ -75,8 +75,12 @@ class Progress:
     def measured(self, step: int, loss: float, tokens: int) -> None:
         self.step = step
         self.tokens += tokens
-        decay = _SMOOTHING if step > 1 else 0.0
-        self.smooth_loss = decay * self.smooth_loss + (1 - decay) * loss
+        self.average = _SMOOTHING * self.average + (1 - _SMOOTHING) * loss
+
+    @property
+    def smooth_loss(self) -> float:
+        """An exponential average without the bias of its start (Kingma and Ba 2015, section 3)."""
+        return self.average / (1 - _SMOOTHING**self.step) if self.step else 0.0
 
 
 class _Loss(nn.Module):

@@ -144,6 +144,7 @@ def test_a_grid_without_a_finished_cell_has_a_report_too(started: bool, tmp_path
     assert "## Best learning rate" not in text
     for file in files[1:]:
         check_chart(file)
+    assert ("no step has been logged yet" in files[1].read_text()) is not started
 
 
 def test_one_direction_alone_is_told_so(tmp_path: Path) -> None:

@@ -172,6 +172,20 @@ def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_000001", "step_000001.mine", "step_000003"]
 
 
+def test_a_save_that_fails_leaves_nothing_and_the_older_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def fail(content: Tensors, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bwlm.record.checkpoint.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["step_000001"]
+    assert load_checkpoint(tmp_path, 1).model["a"].equal(tensors(1)["a"])
+
+
 def test_a_step_saved_again_replaces_the_damaged_one(tmp_path: Path) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2)

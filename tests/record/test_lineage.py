@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -111,6 +112,7 @@ def test_folders_of_others_do_not_disturb_a_listing(tmp_path: Path) -> None:
     for name in ("exported", "my model (copy)", ".hidden", "cache"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text('{"model_type": "nanochat"}')
+    shutil.copytree(tmp_path / "mine", tmp_path / "mine (copy)")
     assert [folder.id for folder in list_experiments(tmp_path)] == ["mine"]
 
 

@@ -194,6 +194,22 @@ def test_metrics_arrive_once_by_step(store: Tracking, client: MlflowClient, tmp_
     assert delivered(client, child, "tokens")[-1] == (5, 500)
 
 
+def test_the_store_is_asked_only_where_an_answer_was_lost(
+    store: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The history of a long run is long."""
+    folder = make(tmp_path)
+    enlist(store, folder)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(store._client, "get_metric_history", refuse)
+    for step in (1, 2, 3):
+        log_steps(folder, step, step)
+        assert store.deliver(folder) == 2
+
+
 def test_more_than_one_call_takes(store: Tracking, client: MlflowClient, tmp_path: Path) -> None:
     folder = make(tmp_path)
     _, child = enlist(store, folder)
