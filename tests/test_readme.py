@@ -58,6 +58,13 @@ def test_the_grid_of_the_readme_is_valid(corpus: Path, tmp_path: Path) -> None:
     assert len(load_grid(path, []).cells) == 2 * 2 * 3 * 5
 
 
+def test_the_grid_of_the_reference_is_valid(tmp_path: Path) -> None:
+    (text,) = blocks(ROOT / "docs" / "grids.md", "yaml")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    assert len(load_grid(path, []).cells) == 2 * 2 * 2 * 3 + 3
+
+
 def test_every_file_has_its_line() -> None:
     text = (ROOT / "README.md").read_text()
     for path in (ROOT / "bwlm").rglob("*.py"):

@@ -190,8 +190,9 @@ def _after(phase: Phase, folder: ExperimentFolder, session: Session, progress: P
     due = is_last or (phase.evaluate_every and progress.step % phase.evaluate_every == 0)
     metrics: dict[str, float] = {}
     if due:
-        metrics = phase.evaluate(phase.model, progress.step)
-        progress.validation = metrics
+        began = time.perf_counter()
+        progress.validation = phase.evaluate(phase.model, progress.step)
+        metrics = progress.validation | {"validation_seconds": time.perf_counter() - began}
     if is_last or (phase.checkpoint.every and progress.step % phase.checkpoint.every == 0):
         if session.rank == 0:
             _save(phase, folder, progress)
