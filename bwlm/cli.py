@@ -161,9 +161,9 @@ def grid_run(grid: GridFile, set_: Set = None, storage: Storage = None, as_json:
 
     Example: `bwlm grid run grids/demo.yaml`
     """
-    from bwlm.grid.launch import run_grid
-
     plan, root = _load(grid, set_, storage)
+    from bwlm.grid.launch import run_grid  # pandas, altair and Ray take seconds: a mistake is told before
+
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         _say(f"storage: {root}")
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints; stdout is for the result alone

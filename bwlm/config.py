@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from bwlm.errors import UserError, nearest
 
 DirectionName = Literal["forward", "backward", "bidirectional", "permuted"]
-Phase = Literal["base", "mid", "sft", "rl"]
+Phase = Literal["base"]
 DIRECTIONS: tuple[str, ...] = get_args(DirectionName)
 
 

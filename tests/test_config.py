@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -84,6 +84,7 @@ def test_nan_and_infinity_are_read_so_that_validation_can_refuse_them() -> None:
     assert value_of("-.inf") == -math.inf
 
 
+@settings(deadline=None)
 @given(st.one_of(st.floats(allow_nan=False), st.integers(-(10**400), 10**400)))
 def test_numbers_survive_being_written_and_read(number: float) -> None:
     text = {math.inf: ".inf", -math.inf: "-.inf"}.get(number, repr(number))
@@ -99,6 +100,7 @@ _VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.from_regex(r"[a-z_][a-z0-9_]{0,8}", fullmatch=True), _VALUES, max_size=4))
 def test_what_is_dumped_is_read_back(content: dict[str, object]) -> None:
     assert parse_yaml(dump_yaml(content), "dumped").content == content
@@ -204,8 +206,8 @@ def test_a_setting_of_bad_yaml_is_told_as_such() -> None:
     assert "\n" not in str(caught.value)
 
 
-def overridden(text: str, *settings: str) -> Document:
-    return override(parse_yaml(text, "g.yaml"), list(settings))
+def overridden(text: str, *changes: str) -> Document:
+    return override(parse_yaml(text, "g.yaml"), list(changes))
 
 
 def test_settings_lie_over_the_file() -> None:
@@ -253,8 +255,8 @@ def test_dotted_fields_in_a_file() -> None:
 # ---- validation ----
 
 
-def refusal(text: str, *settings: str) -> str:
-    document = overridden(text, *settings)
+def refusal(text: str, *changes: str) -> str:
+    document = overridden(text, *changes)
     with pytest.raises(UserError) as caught:
         validate(Recipe, document.content, document)
     message = str(caught.value)

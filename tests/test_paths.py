@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bwlm.errors import UserError
@@ -37,6 +37,7 @@ def names(folder: Path) -> list[str]:
 # ---- ids ----
 
 
+@settings(deadline=None)
 @given(st.text(max_size=140) | st.text("abcXYZ019._-/\\ \n", max_size=140))
 def test_whatever_is_accepted_is_one_safe_segment(name: str) -> None:
     try:

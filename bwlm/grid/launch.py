@@ -72,10 +72,10 @@ def find_cells(plan: GridPlan, storage: Path) -> list[PlannedCell]:
 
 def run_grid(plan: GridPlan, storage: Path, show: Callable[[str], None]) -> GridResult:
     """Runs every cell that is not done. Raises `UserError` before anything is made where it can never work."""
+    check_writable(storage)
     from bwlm.grid import session  # sets Ray's environment, hence before ray
     from bwlm.text.stream import pack_corpus
 
-    check_writable(storage)
     recipes = _recipes(plan)
     heaviest = max((cell.experiment.resources for cell in plan.cells), key=session.cpus_of_cell)
     with session.cluster(heaviest, plan.grid.launch.concurrency, len(plan.cells)) as room:

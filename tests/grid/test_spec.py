@@ -38,14 +38,14 @@ def grid_file(tmp_path: Path) -> Path:
     return path
 
 
-def plan_of(path: Path, text: str, *settings: str) -> GridPlan:
+def plan_of(path: Path, text: str, *changes: str) -> GridPlan:
     path.write_text(text)
-    return load_grid(path, list(settings))
+    return load_grid(path, list(changes))
 
 
-def refusal(path: Path, text: str, *settings: str) -> str:
+def refusal(path: Path, text: str, *changes: str) -> str:
     with pytest.raises(UserError) as caught:
-        plan_of(path, text, *settings)
+        plan_of(path, text, *changes)
     message = str(caught.value)
     assert "\n" not in message
     return message.replace(str(path), "g.yaml")

@@ -125,7 +125,7 @@ ENTRIES = st.lists(
 )
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(entries=ENTRIES, torn=st.booleans())
 def test_the_last_entry_is_the_last_of_all(entries: list[Entry], torn: bool, tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(b"".join(entry.line() for entry in entries) + (TORN if torn else b""))
