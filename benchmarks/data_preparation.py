@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as storage, cluster(ResourceSettings(), None, 2):
+    with tempfile.TemporaryDirectory() as storage, cluster([ResourceSettings()], None, 2):
         recipe = Recipe(data=DataSettings(source=arguments.source))
         corpus, tokenizer_folder, tokenizer = get_tokenizer(recipe, Path(storage), lambda _: None)
         with_ray(corpus, tokenizer_folder, arguments.width)  # starts the workers

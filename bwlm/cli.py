@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from bwlm.config import Recipe
-    from bwlm.grid.launch import GridResult
+    from bwlm.grid.launch import GridResult, PlannedCell
     from bwlm.text.prepare import Prepared
 
 app = typer.Typer(
@@ -193,12 +193,19 @@ def _status_document(plan: Any, root: Path) -> dict[str, Any]:
     cells = [
         {
             "id": p.cell.id, "params": p.cell.parameters, "tokens": p.cell.tokens, "flops": p.cell.flops,
-            "state": p.status.state, "reason": p.status.reason, "step": p.status.step, "steps": p.cell.steps,
+            "state": p.status.state, "reason": _reason(p), "step": p.status.step, "steps": p.cell.steps,
             "metrics": p.status.metrics,
         }
         for p in find_cells(plan, root)
     ]  # fmt: skip
     return {"grid": plan.grid.name, "cells": cells}
+
+
+def _reason(planned: PlannedCell) -> str:
+    """Why a cell ended as it did, or that `run` would refuse it."""
+    if planned.changed:
+        return f"exists with other settings ({'; '.join(planned.changed)})"
+    return planned.status.reason
 
 
 def _si(value: float) -> str:
@@ -217,6 +224,7 @@ def _show_result(plan: Any, root: Path, result: GridResult, grid: Path) -> None:
         best_columns,
         cell_columns,
         find,
+        gap_caption,
         gap_columns,
     )
     from bwlm.record.lineage import ExperimentFolder
@@ -232,7 +240,7 @@ def _show_result(plan: Any, root: Path, result: GridResult, grid: Path) -> None:
         )
     )
     if findings.gaps:
-        _print(_table(GAP_HEADER, [gap_columns(gap) for gap in findings.gaps], "Verdict (on the test half)"))
+        _print(_table(GAP_HEADER, [gap_columns(gap) for gap in findings.gaps], gap_caption(findings)))
     for line in findings.skipped:
         _print(f"no result: {line}")
     _print(
@@ -301,7 +309,7 @@ def _prepared(settings: list[str] | None, storage: str | None) -> Prepared:
         from bwlm.grid.session import cluster
         from bwlm.text.stream import pack_corpus
 
-        with cluster(recipe.resources, None, 1):
+        with cluster([recipe.resources], None, 1):
             return pack_corpus(*arguments)
 
     return prepare(recipe, root, pack, _say)

@@ -17,7 +17,8 @@ import typer
 import yaml
 
 from bwlm import cli
-from bwlm.config import Experiment
+from bwlm.config import Experiment, parse_yaml
+from bwlm.record.fingerprint import identity
 from bwlm.record.journal import Journal
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
 
@@ -77,10 +78,11 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def make_run(storage: Path, name: str, state: Status | None = None, steps: int = 0) -> ExperimentFolder:
     folder = ExperimentFolder(storage, name)
     direction, depth = name.split("_")[1:3]
-    experiment = Experiment.model_validate(
-        {"direction": direction, "depth": int(depth.removeprefix("d")), "lr": 0.5, "seed": 0}
-    )
-    folder.create(RunConfig(name, experiment, {"lr": 0.5}, 5, "float32", "/corpus", "/tokenizer", "bars"))
+    settings = {key: value for key, value in parse_yaml(GOOD, "").content.items() if key not in ("name", "axes")}
+    cell = {"direction": direction, "depth": int(depth.removeprefix("d")), "lr": 0.5, "seed": 0}
+    experiment = Experiment.model_validate(settings | cell)
+    fields = identity(experiment, data="d", tokenizer="t", precision="float32", steps=5)
+    folder.create(RunConfig(name, experiment, fields, 5, "float32", "/corpus", "/tokenizer", "bars"))
     journal = Journal(folder.path)
     for step in range(1, steps + 1):
         journal.append(step, {"train_loss": 3.0, "tokens_per_second": 100.0})
@@ -147,6 +149,8 @@ def test_plan_and_status_show_what_is_done(shell: Shell) -> None:
         ]  # fmt: skip
         assert cells[0]["metrics"] == {"val_bpb": 1.5}
         assert cells[2]["step"] == 3
+    edited = shell.json("grid", "plan", grid, "--set", "budget.steps=6")["cells"]
+    assert [c["reason"] for c in edited] == ["exists with other settings (steps: 5 -> 6)"] * 3 + [""]
     answer = shell("grid", "plan", grid)
     assert "loss nan at step 3" in answer.out
     assert answer.err == ""

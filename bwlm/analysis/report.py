@@ -12,16 +12,18 @@ from typing import Any
 import pandas as pd
 
 from bwlm.analysis.charts import gap_chart, learning_curves, save_chart
-from bwlm.analysis.stats import DIRECTION_ORDER, Gap, gap, gaps, judge
+from bwlm.analysis.stats import DIRECTION_ORDER, FEWEST_DOCUMENTS, Gap, counted, gap, judge
 from bwlm.analysis.tables import (
     BestRate,
     CellRow,
+    TriedRate,
     best_learning_rates,
     best_on_test,
     load_cell,
     load_curves,
     load_gap_table,
     sizes,
+    tried_rates,
 )
 from bwlm.errors import UserError
 from bwlm.paths import write_atomic
@@ -46,10 +48,14 @@ class Findings:
     """Cells that have none, with the reason."""
     not_compared: list[str]
     """Pairs that could not be, with the reason."""
+    excluded: list[str]
+    """Learning rates that could not be chosen, with the reason, and directions that are left with none."""
+    windows: list[int]
+    """Of the compared half, for each gap."""
 
     @property
     def skipped(self) -> list[str]:
-        return [*self.without_result, *self.not_compared]
+        return [*self.without_result, *self.excluded, *self.not_compared]
 
 
 def find(folders: list[ExperimentFolder]) -> Findings:
@@ -60,29 +66,47 @@ def find(folders: list[ExperimentFolder]) -> Findings:
         f"{c.id}: {c.state}{f' ({c.reason})' if c.reason else ''}" for c in cells.values() if c.state != "finished"
     ]
     if not finished:
-        return Findings([], [], skipped, [])
-    table = load_gap_table(finished)
-    best = best_learning_rates(table)
-    compared, problems = _compare(best_on_test(table, best))
-    return Findings(best, compared, skipped, problems)
+        return Findings([], [], skipped, [], [], [])
+    labels = sizes(folders)
+    table = load_gap_table(finished, labels)
+    tried = tried_rates(folders, labels, {folder.id for folder in finished})
+    best = best_learning_rates(table, tried)
+    test = best_on_test(table, best)
+    compared, problems = _compare(test) if best else ([], [])
+    windows = [_windows(test, found) for found in compared]
+    return Findings(best, compared, skipped, problems, _excluded(tried), windows)
+
+
+def _windows(test: pd.DataFrame, found: Gap) -> int:
+    """Those of one run stand for all of the pair, which were compared because they are of the same text."""
+    one = test["size"].eq(found.size) & test["direction"].eq(found.a) & test["seed"].eq(found.seeds[0])
+    return int(test.loc[one, "windows"].iloc[0])
+
+
+def _excluded(tried: list[TriedRate]) -> list[str]:
+    rates = [
+        f"excluded: {r.direction} {r.size} lr {r.lr:g}: "
+        f"{r.cells - r.finished} of {counted(r.cells, 'cell')} did not finish"
+        for r in tried
+        if not r.qualifies
+    ]
+    able = {(rate.size, rate.direction) for rate in tried if rate.qualifies}
+    unable = sorted({(rate.size, rate.direction) for rate in tried} - able)
+    return rates + [f"{size}: {direction} has no best learning rate: none is left" for size, direction in unable]
 
 
 def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
     """The gap of every pair that can be measured, judged as one family, and why there is none of the others."""
     if test.empty:
         return [], ["one validation window leaves none to compare on: raise evaluation.tokens"]
-    try:
-        return gaps(test), []
-    except UserError:  # cells that failed can leave a pair without a common seed: the others still speak
-        pass
     found, problems = [], []
     for size, rows in test.groupby("size"):
         present = [name for name in DIRECTION_ORDER if name in set(rows["direction"])]
         if len(present) < 2:
-            problems.append(f"{size}: only {present[0]} has finished cells, and a gap needs two directions")
+            problems.append(f"{size}: only {present[0]} has a best learning rate, and a gap needs two directions")
         for a, b in combinations(present, 2):
-            try:
-                found.append(gap(test, a, b, str(size)))
+            try:  # with the pair's rows alone: what is wrong with another must not silence this one
+                found.append(gap(rows[rows["direction"].isin([a, b])], a, b, str(size)))
             except UserError as error:
                 problems.append(f"{size}: {error}")
     return judge(found), problems
@@ -139,10 +163,32 @@ def gap_columns(found: Gap) -> list[str]:
         f"{found.gap_nats:+.4f}",
         f"{found.gap_percent:+.2f}",
         interval(found.seed_interval),
-        interval(found.bootstrap),
+        interval(found.bootstrap if _resampled(found) else None),
         f"{found.noise_floor:.4f}" if found.noise_floor is not None else "–",
         f"**{found.verdict}**",
     ]
+
+
+def _resampled(found: Gap) -> bool:
+    """Whether its bootstrap interval means anything."""
+    return found.documents >= FEWEST_DOCUMENTS
+
+
+def _gap_line(found: Gap, windows: int) -> str:
+    few = "" if _resampled(found) else f" ({counted(found.documents, 'document')}: too few to resample)"
+    text = _text_words(found, windows)
+    return f"- {found.size}: {found.a} against {found.b}: **{found.verdict}** ({found.reason}), on {text}{few}"
+
+
+def _text_words(found: Gap, windows: int) -> str:
+    return f"{counted(found.documents, 'document')} in {counted(windows, 'window')}"
+
+
+def gap_caption(findings: Findings) -> str:
+    """What the verdict table stands on, in a line: the documents and windows of each size."""
+    pairs = zip(findings.gaps, findings.windows, strict=True)
+    lines = dict.fromkeys(f"{found.size} on {_text_words(found, windows)}" for found, windows in pairs)
+    return f"Verdict (on the test half: {', '.join(lines)})"
 
 
 def write_grid_report(folder: Path, name: str, storage: Path, ids: list[str]) -> list[Path]:
@@ -182,20 +228,21 @@ def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings) -
     parts = [f"# {name}: which way should a language model read?"]
     parts += ["## Verdict"]
     if findings.gaps:
-        lines = [
-            f"- {found.size}: {found.a} against {found.b}: **{found.verdict}** ({found.reason})"
-            for found in findings.gaps
-        ]
-        parts += ["\n".join(lines)]
-        parts += [markdown_table(GAP_HEADER, [gap_columns(found) for found in findings.gaps]), _READING]
+        parts += ["\n".join(map(_gap_line, findings.gaps, findings.windows))]
+        parts += [markdown_table(GAP_HEADER, [gap_columns(found) for found in findings.gaps])]
+        parts += [f"{gap_caption(findings)}. {_READING}"]
         parts += ["![gaps](gaps.svg) ([in the browser](gaps.html))"]
     if not findings.best:
-        parts += ["None: no cell has finished yet."]
+        reason = "no learning rate finished at every seed" if findings.excluded else "no cell has finished yet"
+        parts += [f"None: {reason}."]
     if findings.not_compared:
         parts += ["Not compared:", "\n".join(f"- {line}" for line in findings.not_compared)]
+    if findings.best or findings.excluded:
+        parts += ["## Best learning rate"]
     if findings.best:
-        best = markdown_table(BEST_HEADER, [best_columns(rate) for rate in findings.best])
-        parts += ["## Best learning rate", best, _CHOICE]
+        parts += [markdown_table(BEST_HEADER, [best_columns(rate) for rate in findings.best]), _CHOICE]
+    if findings.excluded:
+        parts += ["\n".join(f"- {line}" for line in findings.excluded), _EXCLUSION]
     parts += ["## Learning curves", "![learning curves](curves.svg) ([in the browser](curves.html))"]
     parts += ["Lines are smoothed training losses of single runs, points their validation losses (own reading)."]
     parts += ["## Cells", markdown_table(["id", *CELL_HEADER], [[c.id, *cell_columns(c)] for c in cells])]
@@ -210,7 +257,10 @@ readings, at equal total tokens. `different` is said only if the paired t-test o
 of this report, gives p < 0.05. The noise floor is the same statistic between seeds of one direction."""
 
 _CHOICE = """Chosen for each direction by the mean over seeds on the tuning half (even validation windows); the verdict
-is measured on the other half."""
+is measured on the other half. The halves are made of windows, not of documents: a long document can have windows in
+both, so the two halves are then not independent texts."""
+
+_EXCLUSION = """A learning rate can be chosen only if all its cells finished, at every seed that was planned for it."""
 
 _CONTROLS = """Controls (an exactly reversible corpus, a one-way corpus) were not run with this grid."""
 

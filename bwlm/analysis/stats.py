@@ -41,6 +41,7 @@ TOO_FEW_SEEDS: Final = "too few seeds to tell"
 COLUMNS: Final = ("run", "direction", "seed", "size", "document", "nll", "tokens", "bytes")
 DIRECTION_ORDER: Final = ("forward", "backward", "bidirectional", "permuted")
 FEWEST_SEEDS: Final = 3  # paired seeds below which no verdict is given
+FEWEST_DOCUMENTS: Final = 10  # below it `Gap.bootstrap` is not to be shown: drawn from one, it has no width at all
 CONFIDENCE: Final = 0.95  # of every interval
 
 _CELL: Final = ["size", "direction", "seed"]
@@ -61,6 +62,7 @@ class Gap:
     b: str
     seeds: list[int]  # in both directions, ascending
     dropped_seeds: dict[str, list[int]]  # direction -> its seeds that the other direction lacks
+    documents: int  # that both directions were measured on
     per_seed: FloatArray  # nats per token, in the order of `seeds`
     gap_nats: float  # nats per token, the mean of `per_seed`
     gap_bpb: float  # bits per byte
@@ -122,7 +124,7 @@ def judge(family: Sequence[Gap], alpha: float = 0.05) -> list[Gap]:
         else replace(
             g,
             verdict=TOO_FEW_SEEDS,
-            reason=f"{_counted(len(g.seeds), 'paired seed')}, a verdict needs {FEWEST_SEEDS}{_dropped_words(g)}",
+            reason=f"{counted(len(g.seeds), 'paired seed')}, a verdict needs {FEWEST_SEEDS}{_dropped_words(g)}",
         )
         for g in family
     ]
@@ -349,6 +351,7 @@ def _measure(runs: _Runs, a: str, b: str, size: Size, resamples: int, seed: int)
         b=b,
         seeds=pair.seeds,
         dropped_seeds=pair.dropped,
+        documents=len(pair.tokens_d),
         per_seed=per_seed,
         gap_nats=float(per_seed.mean()),
         gap_bpb=float(difference_sd.sum(axis=1).mean() / np.log(2) / pair.bytes_d.sum()),
@@ -448,7 +451,7 @@ def _dropped_words(g: Gap) -> str:
     )
 
 
-def _counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ HALVES = ("tuning", "test")
 
 _TEXT = ["window", "segment", "document", "tokens", "bytes"]
 _CELL_AXES = ("direction", "lr", "seed")
+_DIGESTS = ("tokenizer", "data", "code")
+"""Fields of an identity that are 64 hex digits, a possible cause before its effect."""
+_SHORT = 8
+"""So many digits of a digest are shown."""
 
 
 @dataclass(frozen=True)
@@ -89,30 +95,40 @@ def own_losses(folder: ExperimentFolder) -> pd.DataFrame:
 def sizes(folders: list[ExperimentFolder]) -> dict[str, str]:
     """A label for what cells must agree in to be compared: all that varies but direction, learning rate and seed.
 
-    The depth is always in it, so what follows from the depth is left out.
+    The depth is always in it, so what follows from the depth is left out; so is a digest that follows from the rest.
     """
     identities = {folder.id: folder.config().identity for folder in folders}
-    names = sorted({name for fields in identities.values() for name in fields} - {*_CELL_AXES, "depth"})
+    known = {name for fields in identities.values() for name in fields}
+    names = sorted(known - {*_CELL_AXES, *_DIGESTS, "depth"})
     depths = {fields["depth"] for fields in identities.values()}
 
     def varies(name: str, depth: int) -> bool:
         return len({str(fields.get(name)) for fields in identities.values() if fields["depth"] == depth}) > 1
 
     varying = [name for name in names if any(varies(name, depth) for depth in depths)]
-    return {
+    labels = {
         run: " ".join([f"d{fields['depth']}", *(f"{name}={fields.get(name)}" for name in varying)])
         for run, fields in identities.items()
     }
+    for name in _DIGESTS:
+        digests = {run: str(fields.get(name)) for run, fields in identities.items()}
+        if len(set(zip(labels.values(), digests.values(), strict=True))) > len(set(labels.values())):
+            labels = {run: f"{label} {name}={digests[run][:_SHORT]}" for run, label in labels.items()}
+    return labels
 
 
-def load_gap_table(folders: list[ExperimentFolder]) -> pd.DataFrame:
-    """The input of `stats`: run, direction, seed, size, lr, half, document, nll, tokens, bytes; a row a document."""
-    labels = sizes(folders)
+def load_gap_table(folders: list[ExperimentFolder], labels: dict[str, str]) -> pd.DataFrame:
+    """The input of `stats`: run, direction, seed, size, lr, half, document, nll, tokens, bytes; a row a document.
+
+    `windows` beside them is how many the run's half has. Sizes are taken from `labels`, those of the whole grid.
+    """
     parts = []
     for folder in folders:
         experiment = folder.config().experiment
         losses = own_losses(folder)
         losses["half"] = [HALVES[window % 2] for window in losses["window"]]
+        losses["nll"] = losses["nll"].fillna(math.inf)  # a sum would skip it, and a diverged run look good
+        windows = losses.groupby("half")["window"].nunique()
         summed = losses.groupby(["half", "document"], as_index=False)[["nll", "tokens", "bytes"]].sum()
         parts.append(
             summed.assign(
@@ -121,9 +137,36 @@ def load_gap_table(folders: list[ExperimentFolder]) -> pd.DataFrame:
                 seed=experiment.seed,
                 size=labels[folder.id],
                 lr=experiment.lr,
+                windows=summed["half"].map(windows),
             )
         )
     return pd.concat(parts, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class TriedRate:
+    """A learning rate that the grid planned for a direction at a size."""
+
+    size: str
+    direction: str
+    lr: float
+    cells: int
+    finished: int
+
+    @property
+    def qualifies(self) -> bool:
+        """Had it diverged at one seed, the seeds that survived would say nothing of it."""
+        return self.finished == self.cells
+
+
+def tried_rates(folders: list[ExperimentFolder], labels: dict[str, str], finished: set[str]) -> list[TriedRate]:
+    """Every learning rate of the grid with how many of its cells, one a seed, are among the `finished`."""
+    keys = {}
+    for folder in folders:
+        experiment = folder.config().experiment
+        keys[folder.id] = (labels[folder.id], experiment.direction, experiment.lr)
+    done = Counter(key for run, key in keys.items() if run in finished)
+    return [TriedRate(*key, cells, done[key]) for key, cells in sorted(Counter(keys.values()).items())]
 
 
 @dataclass(frozen=True)
@@ -134,36 +177,44 @@ class BestRate:
     direction: str
     lr: float
     candidates: int
-    """Learning rates that were tried."""
+    """Learning rates that were tried, those that do not qualify among them."""
     seeds: int
     bpb: float
     """Mean over those seeds, tuning half."""
 
 
-def best_learning_rates(table: pd.DataFrame) -> list[BestRate]:
-    """For each size and direction the learning rate with the lowest mean over seeds on the tuning half.
+def best_learning_rates(table: pd.DataFrame, tried: Sequence[TriedRate]) -> list[BestRate]:
+    """For each size and direction the qualifying learning rate with the lowest mean over seeds on the tuning half.
 
-    Only seeds that every learning rate of that size and direction was trained with count, where there are any.
+    Only seeds that every qualifying rate of that size and direction was trained with count, where there are any. A
+    direction of which no rate qualifies has no best one.
     """
-    tuning = table[table["half"] == "tuning"]
+    candidates = Counter((rate.size, rate.direction) for rate in tried)
+    qualifying = {(rate.size, rate.direction, rate.lr) for rate in tried if rate.qualifies}
+    tuning = table[_among(table, qualifying) & table["half"].eq("tuning")]
     sums = tuning.groupby(["size", "direction", "lr", "seed"], as_index=False)[["nll", "bytes"]].sum()
     sums["bpb"] = sums["nll"] / (math.log(2) * sums["bytes"])
     found = []
     for (size, direction), group in sums.groupby(["size", "direction"]):
         rates = group["lr"].nunique()
-        tried = group.groupby("seed")["lr"].nunique()
-        shared = group[group["seed"].isin(tried.index[tried == rates])]
+        of_seed = group.groupby("seed")["lr"].nunique()
+        shared = group[group["seed"].isin(of_seed.index[of_seed == rates])]
         counted = shared if len(shared) else group
         means = counted.groupby("lr")["bpb"].mean()
         lr = float(means.index[int(means.to_numpy().argmin())])  # of equal ones the lowest
         seeds = int((counted["lr"] == lr).sum())
-        found.append(BestRate(str(size), str(direction), lr, rates, seeds, float(means.min())))
+        best = BestRate(str(size), str(direction), lr, candidates[str(size), str(direction)], seeds, float(means.min()))
+        found.append(best)
     return found
 
 
 def best_on_test(table: pd.DataFrame, best: list[BestRate]) -> pd.DataFrame:
     """The test half of the cells at their direction's best learning rate."""
-    rates = {(rate.size, rate.direction): rate.lr for rate in best}
-    keys = zip(table["size"], table["direction"], strict=True)
-    wanted = pd.Series([rates[size, direction] for size, direction in keys], index=table.index)
-    return table[table["lr"].eq(wanted) & table["half"].eq("test")].drop(columns="half")
+    wanted = {(rate.size, rate.direction, rate.lr) for rate in best}
+    return table[_among(table, wanted) & table["half"].eq("test")].drop(columns="half")
+
+
+def _among(table: pd.DataFrame, wanted: set[tuple[str, str, float]]) -> pd.Series[bool]:
+    """Which rows are of the wanted sizes, directions and learning rates."""
+    keys = zip(table["size"], table["direction"], table["lr"], strict=True)
+    return pd.Series([key in wanted for key in keys], index=table.index, dtype=bool)

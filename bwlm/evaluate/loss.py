@@ -22,6 +22,7 @@ from bwlm.model.gpt import GPT
 from bwlm.paths import write_json
 from bwlm.text.direction import IGNORED, READINGS, Ids, Ints, Rows, SpecialIds, lay_out
 from bwlm.text.packing import PackedRows
+from bwlm.text.plan import permute
 
 Floats = NDArray[np.float64]
 
@@ -49,6 +50,11 @@ class SegmentLosses:
             figures["bpb_with_end"] = joint / (math.log(2) * self.bytes[ended].sum())
         return {name: float(value) for name, value in figures.items()}
 
+    def even_windows(self) -> SegmentLosses:
+        """The tuning half: what may be looked at to choose settings."""
+        even = self.window % 2 == 0
+        return SegmentLosses(*(column[even] for column in vars(self).values())) if even.any() else self
+
     def save(self, folder: Path) -> None:
         """`validation.parquet` with every segment, `validation.json` with the summary."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +71,7 @@ class SegmentLosses:
 
 @dataclass(frozen=True)
 class LossEvaluation:
-    """Evaluates a model on the first windows of a split, spread over the ranks of a process group."""
+    """Evaluates a model on some windows of a split, spread over the ranks of a process group."""
 
     rows: PackedRows
     special: SpecialIds
@@ -78,13 +84,15 @@ class LossEvaluation:
     """Attention stays inside a segment."""
 
     @property
-    def windows(self) -> int:
-        return max(1, min(len(self.rows), self.tokens // self.rows.width))
+    def windows(self) -> Ints:
+        """Which windows: a fixed draw, since neighbours share documents and a verdict stands on documents."""
+        count = max(1, min(len(self.rows), self.tokens // self.rows.width))
+        return np.sort(permute(np.arange(count), len(self.rows), 0))
 
     def measure(self, model: GPT, reading: str, marked: bool) -> SegmentLosses:
         """The same windows in the order of the split, whatever the number of ranks."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        mine = np.arange(self.windows)[rank::world]
+        mine = self.windows[rank::world]
         parts = [
             self._batch(model, mine[start : start + self.batch_rows], reading, marked)
             for start in range(0, len(mine), self.batch_rows)

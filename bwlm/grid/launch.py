@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from bwlm.analysis.report import write_experiment_report, write_grid_report
 from bwlm.analysis.tables import CellRow, load_cells
 from bwlm.config import Recipe
 from bwlm.errors import UserError
 from bwlm.grid.progress import GridProgress
-from bwlm.grid.spec import Cell, GridPlan
+from bwlm.grid.spec import Cell, GridPlan, rivals
 from bwlm.paths import check_writable, exclusive, write_json
 from bwlm.record.fingerprint import differences, identity
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
@@ -54,10 +55,12 @@ class PlannedCell:
     cell: Cell
     folder: ExperimentFolder
     status: Status
+    changed: list[str]
+    """Settings in which the run that is there differs; its text may differ besides, once that is prepared."""
 
     @property
     def is_done(self) -> bool:
-        return self.status.state == "finished" or (self.status.state == "stopped" and bool(self.status.reason))
+        return self.status.ended and self.status.state != "failed"
 
 
 def grid_folder(storage: Path, name: str) -> Path:
@@ -66,8 +69,22 @@ def grid_folder(storage: Path, name: str) -> Path:
 
 def find_cells(plan: GridPlan, storage: Path) -> list[PlannedCell]:
     """What is already there, without preparing or starting anything."""
-    folders = [(cell, ExperimentFolder(storage, cell.id)) for cell in plan.cells]
-    return [PlannedCell(cell, folder, folder.status() if folder.exists() else Status()) for cell, folder in folders]
+    return [_find_cell(cell, ExperimentFolder(storage, cell.id)) for cell in plan.cells]
+
+
+def _find_cell(cell: Cell, folder: ExperimentFolder) -> PlannedCell:
+    if not folder.exists():
+        return PlannedCell(cell, folder, Status(), [])
+    known = folder.config().identity
+    precision = cell.experiment.compute.precision
+    planned = identity(
+        cell.experiment,
+        data=known["data"],
+        tokenizer=known["tokenizer"],
+        precision=known["precision"] if precision == "auto" else precision,
+        steps=cell.steps,
+    )
+    return PlannedCell(cell, folder, folder.status(), differences(known, planned))
 
 
 def run_grid(plan: GridPlan, storage: Path, show: Callable[[str], None]) -> GridResult:
@@ -77,18 +94,30 @@ def run_grid(plan: GridPlan, storage: Path, show: Callable[[str], None]) -> Grid
     from bwlm.text.stream import pack_corpus
 
     recipes = _recipes(plan)
-    heaviest = max((cell.experiment.resources for cell in plan.cells), key=session.cpus_of_cell)
-    with session.cluster(heaviest, plan.grid.launch.concurrency, len(plan.cells)) as room:
+    uri = tracking_uri(storage, plan.grid.launch.tracking_uri)
+    _check_tracking(uri)
+    needs = {cell.experiment.resources for cell in plan.cells}
+    with session.cluster(needs, plan.grid.launch.concurrency, len(plan.cells)) as room:
         show(f"Ray on {room.cluster}, {room.concurrency} cells at once" + _dashboard_line(room.dashboard))
         prepared = {key: prepare(recipe, storage, pack_corpus, show) for key, recipe in recipes.items()}
         configs = {cell.id: _run_config(plan, cell, prepared[_recipe_key(cell.experiment)]) for cell in plan.cells}
-        cells = find_cells(plan, storage)
-        for planned in cells:
-            _check_identity(planned, configs[planned.cell.id], plan)
-        tracking, parent = _enlist(plan, storage, cells, configs, prepared)
+        cells, tracking, parent = _enlist(plan, storage, uri, configs, prepared)
         _train(plan, storage, cells, room, tracking, parent)
         show("writing reports")
-        return _conclude(plan, storage, tracking, parent, room.dashboard)
+        with exclusive(grid_folder(storage, plan.grid.name) / "lock"):  # another launch may end at the same moment
+            return _conclude(plan, storage, tracking, parent, room.dashboard)
+
+
+def _check_tracking(uri: str) -> None:
+    """A server that does not answer is told before anything is prepared."""
+    from bwlm.grid.session import check_answers
+
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https") and parts.hostname:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        check_answers(
+            parts.hostname, port, f"tracking: {parts.hostname}:{port}", "start the server, or unset MLFLOW_TRACKING_URI"
+        )
 
 
 def _dashboard_line(dashboard: str | None) -> str:
@@ -118,22 +147,28 @@ def _dataset(prepared: Prepared) -> dict[str, str]:
 def _enlist(
     plan: GridPlan,
     storage: Path,
-    cells: list[PlannedCell],
+    uri: str,
     configs: dict[str, RunConfig],
     prepared: dict[str, Prepared],
-) -> tuple[Tracking, str]:
-    """Makes the folders and the MLflow runs that do not exist yet; two launches of one grid make them once."""
+) -> tuple[list[PlannedCell], Tracking, str]:
+    """Makes the folders and the MLflow runs that do not exist yet; two launches of one grid make them once.
+
+    Raises `UserError` where a cell exists with other settings.
+    """
     folder = grid_folder(storage, plan.grid.name)
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder / "lock"):
-        tracking = Tracking(tracking_uri(storage, plan.grid.launch.tracking_uri), storage)
+        cells = find_cells(plan, storage)
+        for planned in cells:
+            _check_identity(planned, configs[planned.cell.id], plan)
+        tracking = Tracking(uri, storage)
         write_json(folder / "grid.json", {"name": plan.grid.name, "cells": [cell.id for cell in plan.cells]})
         parent = tracking.parent_run(folder, plan.grid.name, plan.source)
         for planned in cells:
             if not planned.folder.exists():
                 planned.folder.create(configs[planned.cell.id])
             tracking.child_run(planned.folder, parent, _dataset(prepared[_recipe_key(planned.cell.experiment)]))
-    return tracking, parent
+    return cells, tracking, parent
 
 
 def _run_config(plan: GridPlan, cell: Cell, prepared: Prepared) -> RunConfig:
@@ -198,6 +233,9 @@ def _train(plan: GridPlan, storage: Path, cells: list[PlannedCell], room: Any, t
             _delivery(tracking, todo),
         ):
             _tune(plan, storage, todo, room.concurrency, scratch, progress)
+    except KeyboardInterrupt:
+        tracking.interrupted([planned.folder for planned in todo], parent)
+        raise
     finally:
         monitor.finish()
         shutil.rmtree(scratch, ignore_errors=True)
@@ -220,7 +258,7 @@ def _tune(
     retries = plan.grid.launch.retries
     shared = {"storage": str(storage), "scratch": str(scratch), "retries": retries}
     resources = {planned.cell.id: planned.cell.experiment.resources for planned in todo}
-    strata = {p.cell.id: f"{p.cell.experiment.direction} d{p.cell.experiment.depth}" for p in todo}
+    strata = {planned.cell.id: rivals(planned.cell.experiment) for planned in todo}
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(train_cell, lambda config: trial_resources(resources[config["cell"]])),
         param_space={**shared, "cell": ray.tune.grid_search([planned.cell.id for planned in todo])},

@@ -30,7 +30,7 @@ class GridProgress:
     def __init__(self, cells: tuple[Cell, ...], states: Mapping[str, Status], storage: Path) -> None:
         self._cells = {cell.id: cell for cell in cells}
         self._storage = storage
-        self._ended = {name: status for name, status in states.items() if status.state in ("finished", "failed")}
+        self._ended = {name: status for name, status in states.items() if status.ended}
         self._running: dict[str, dict[str, Any]] = {}
         self._console = Console(stderr=True)
         self._began = time.monotonic()

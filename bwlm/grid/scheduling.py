@@ -15,7 +15,7 @@ from bwlm.record.lineage import ExperimentFolder, Status
 
 
 class DirectionwiseASHA(FIFOScheduler):  # type: ignore[misc]
-    """ASHA (Li et al. 2020) with rungs of its own for each direction and depth.
+    """ASHA (Li et al. 2020) among cells that differ in the learning rate alone, on the tuning half of the windows.
 
     One set of rungs for all would stop the direction that reads worse, and leave nothing to compare.
     """
@@ -26,7 +26,7 @@ class DirectionwiseASHA(FIFOScheduler):  # type: ignore[misc]
         self._rungs = {
             stratum: ASHAScheduler(
                 time_attr="step",
-                metric="val_bpb",
+                metric="val_bpb_tuning",
                 mode="min",
                 max_t=max_steps,
                 grace_period=min(settings.grace_steps, max_steps),
@@ -79,18 +79,20 @@ class CellStates(ray.tune.Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = ExperimentFolder(self._storage, trial.config["cell"])
-        status = folder.status()
-        if status.state not in ("finished", "failed"):
-            status = Status("stopped", f"by the scheduler at step {status.step}", status.step, status.metrics)
-            folder.write_status(status)
-        self._progress.ended(folder.id, status)
+        at = folder.status()
+        self._close(folder, at, Status("stopped", f"by the scheduler at step {at.step}", at.step, at.metrics))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = ExperimentFolder(self._storage, trial.config["cell"])
-        error = trial.get_error()
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        before = folder.status()
+        at, error = folder.status(), trial.get_error()
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         write_atomic(folder.path / "error.txt", f"{error}\n".encode())
-        status = Status("failed", f"crashed, see error.txt: {lines[-1].strip()}", before.step, before.metrics)
-        folder.write_status(status)
-        self._progress.ended(folder.id, status)
+        if folder.lease_holder() is not None:  # another launch trains it already
+            return
+        self._close(folder, at, Status("failed", f"crashed, see error.txt: {last}", at.step, at.metrics))
+
+    def _close(self, folder: ExperimentFolder, at: Status, ending: Status) -> None:
+        """Notes an end that the worker did not note itself."""
+        if not at.ended:
+            folder.write_status(ending)
+        self._progress.ended(folder.id, at if at.ended else ending)

@@ -6,7 +6,8 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,27 +52,28 @@ class Room:
 
 
 @contextlib.contextmanager
-def cluster(resources: ResourceSettings, concurrency: int | None, cells: int) -> Iterator[Room]:
+def cluster(needs: Collection[ResourceSettings], concurrency: int | None, cells: int) -> Iterator[Room]:
     """Connects to the cluster at RAY_ADDRESS, or starts a private one on this machine for the time of the block.
 
-    Raises `UserError` if the cluster can never place a cell, or not as many at once as `concurrency` asks for.
+    `needs` are the resources of the cells, each kind once. Raises `UserError` if the cluster can never place one of
+    them, or not as many at once as `concurrency` asks for: Ray itself would wait for ever without a word.
     """
     if ray.is_initialized():
-        yield _room_on_cluster(resources, concurrency, cells, None)
+        yield _room_on_cluster(needs, concurrency, cells, None)
         return
     for noisy in ("ray.data", "ray._private.authentication"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            context = ray.init(address=address, logging_level="warning", log_to_driver=False)
-            yield _room_on_cluster(resources, concurrency, cells, context.dashboard_url)
+            context = _connect(address)
+            yield _room_on_cluster(needs, concurrency, cells, context.dashboard_url)
         else:
             # a trial driver sleeps: it needs a logical CPU share to be placed, but no core of this machine
             cores = (os.cpu_count() or 1) + _TRIAL_CPUS
-            chosen = _concurrency(resources, concurrency, cells, cores, _local_gpus(), "this machine")
+            chosen = _concurrency(needs, concurrency, cells, cores, _local_gpus(), "this machine")
             # Ray Data's tasks and the trial drivers need logical CPUs of their own, or nothing would ever start
-            logical = math.ceil(chosen * (cpus_of_cell(resources) + _TRIAL_CPUS) + _SPARE_CPUS)
+            logical = math.ceil(chosen * (max(map(cpus_of_cell, needs)) + _TRIAL_CPUS) + _SPARE_CPUS)
             context = ray.init(
                 address="local", num_cpus=logical, include_dashboard=True, logging_level="warning", log_to_driver=False
             )
@@ -80,37 +82,70 @@ def cluster(resources: ResourceSettings, concurrency: int | None, cells: int) ->
         ray.shutdown()
 
 
+def _connect(address: str) -> Any:
+    """Joins a cluster, or says in one line why that cannot work: Ray would try for minutes."""
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"RAY_ADDRESS: {address} takes jobs only: use `ray job submit`, or RAY_ADDRESS=auto on the cluster"
+        )
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        check_answers(host, int(port), f"RAY_ADDRESS: {address}", "start the cluster, or unset RAY_ADDRESS")
+    try:
+        return ray.init(address=address, logging_level="warning", log_to_driver=False)
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"RAY_ADDRESS: {address}: {str(error).splitlines()[0]}") from None
+
+
+def check_answers(host: str, port: int, what: str, mend: str) -> None:
+    """Raises `UserError` within seconds if nothing listens at an address."""
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError as error:
+        raise UserError(f"{what} does not answer ({error.strerror or error}): {mend}") from None
+
+
 def _local_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
 
 
-def _room_on_cluster(resources: ResourceSettings, concurrency: int | None, cells: int, dashboard: str | None) -> Room:
+def _room_on_cluster(
+    needs: Collection[ResourceSettings], concurrency: int | None, cells: int, dashboard: str | None
+) -> Room:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = sum(node.get("CPU", 0) for node in nodes) - _SPARE_CPUS
     gpus = sum(node.get("GPU", 0) for node in nodes)
-    places = sum(_places(node, resources) for node in nodes)
-    where = "the cluster"
-    if places < resources.workers:
-        raise UserError(
-            f"resources.workers: {resources.workers} workers of {resources.cpus_per_worker} CPUs and "
-            f"{resources.gpus_per_worker} GPUs asked for, but {where} has room for {int(places)}: "
-            "lower resources or add nodes"
-        )
-    address = ray.get_runtime_context().gcs_address
-    chosen = _concurrency(resources, concurrency, cells, cpus, gpus, where)
-    return Room(chosen, dashboard, address)
+    for resources in needs:
+        places = sum(_places(node, resources) for node in nodes)
+        if places < resources.workers:
+            raise UserError(
+                f"resources.workers: {resources.workers} workers of {resources.cpus_per_worker} CPUs and "
+                f"{resources.gpus_per_worker} GPUs asked for, but the cluster has room for {int(places)}: "
+                "lower resources or add nodes"
+            )
+    chosen = _concurrency(needs, concurrency, cells, cpus, gpus, "the cluster")
+    return Room(chosen, dashboard, ray.get_runtime_context().gcs_address)
 
 
 def _places(node: dict[str, float], resources: ResourceSettings) -> float:
+    """Workers that fit on one node."""
     places = node.get("CPU", 0) // resources.cpus_per_worker
     return min(places, node.get("GPU", 0) // resources.gpus_per_worker) if resources.gpus_per_worker else places
 
 
 def _concurrency(
-    resources: ResourceSettings, wanted: int | None, cells: int, cpus: float, gpus: float, where: str
+    needs: Collection[ResourceSettings], wanted: int | None, cells: int, cpus: float, gpus: float, where: str
 ) -> int:
+    """Cells at once: as many of the largest kind as fit, so that none of them ever waits for room."""
+    fits = min(_fitting(resources, cpus, gpus, where) for resources in needs)
+    if wanted is not None and wanted > fits:
+        raise UserError(f"launch.concurrency: {wanted} cells at once, but {where} has room for {fits}: lower it")
+    return max(1, min(wanted or fits, cells))
+
+
+def _fitting(resources: ResourceSettings, cpus: float, gpus: float, where: str) -> int:
     fits = int(cpus // cpus_of_cell(resources))
     need = f"{resources.workers} x {resources.cpus_per_worker} CPUs"
     if resources.gpus_per_worker:
@@ -121,9 +156,7 @@ def _concurrency(
             f"resources.workers: a cell needs {need}, but {where} has {int(cpus)} CPUs and {int(gpus)} GPUs to give: "
             "lower resources.workers or resources.cpus_per_worker, or take a larger cluster"
         )
-    if wanted is not None and wanted > fits:
-        raise UserError(f"launch.concurrency: {wanted} cells at once, but {where} has room for {fits}: lower it")
-    return max(1, min(wanted or fits, cells))
+    return fits
 
 
 class RaySession:
@@ -178,8 +211,11 @@ def train_cell(config: dict[str, Any]) -> None:
 
     from bwlm.record.lineage import ExperimentFolder
 
-    resources = ExperimentFolder(Path(config["storage"]), config["cell"]).config().experiment.resources
+    folder = ExperimentFolder(Path(config["storage"]), config["cell"])
+    resources = folder.config().experiment.resources
     several = resources.workers > 1
+    if several:
+        folder.wait_until_free()  # here, since a worker that waits lets the others run into their barrier's limit
     per_worker = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
@@ -192,7 +228,7 @@ def train_cell(config: dict[str, Any]) -> None:
         run_config=ray.train.RunConfig(
             name=config["cell"],
             storage_path=config["scratch"],
-            failure_config=ray.train.FailureConfig(max_failures=config["retries"]),
+            failure_config=ray.train.FailureConfig(max_failures=0),  # Tune counts the retries
             callbacks=[TuneReportCallback()] if several else None,
         ),
     )

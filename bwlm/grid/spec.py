@@ -115,6 +115,8 @@ def load_grid(path: Path, settings: list[str]) -> GridPlan:
             "remove values or raise the cap"
         )
     cells = tuple(_cells(blocks, document))
+    if grid.scheduler.kind == "asha":
+        _check_asha(cells, document)
     return GridPlan(grid, cells, dump_yaml(document.content) if settings else path.read_text("utf-8"))
 
 
@@ -140,6 +142,23 @@ def resolve_steps(experiment: Experiment) -> int:
         assert budget.tokens_per_parameter is not None
         tokens = budget.tokens_per_parameter * (counts.matrices + counts.lm_head)
     return max(1, round(tokens / budget.batch_tokens))
+
+
+def rivals(experiment: Experiment) -> str:
+    """Names the cells that compete under ASHA: those that differ in the learning rate alone."""
+    return experiment.model_dump_json(exclude={"lr"})
+
+
+def _check_asha(cells: tuple[Cell, ...], document: Document) -> None:
+    """ASHA chooses learning rates by what it sees on the way; among seeds it would keep the lucky ones."""
+    where = document.where("scheduler.kind")
+    if any(cell.experiment.evaluation.every == 0 for cell in cells):
+        raise UserError(f"{where}: asha decides at validations: set evaluation.every")
+    if len({cell.experiment.seed for cell in cells}) > 1:
+        raise UserError(
+            f"{where}: asha with several seeds would stop the unlucky ones and spoil the pairs: "
+            "choose the learning rates with one seed, then run the seeds of the best with fifo"
+        )
 
 
 # ---- axes ----

@@ -56,6 +56,11 @@ class Status:
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def ended(self) -> bool:
+        """Whether somebody wrote down its end; a run that was merely interrupted goes on."""
+        return self.state in ("finished", "failed") or (self.state == "stopped" and bool(self.reason))
+
 
 class ExperimentFolder:
     """`<storage>/<experiment id>/`."""
@@ -109,7 +114,7 @@ class ExperimentFolder:
     def status(self) -> Status:
         """A run that holds no lease and did not end is `waiting`, or `stopped` if it had begun."""
         status = Status(**read_json(self.path / "status.json"))
-        if status.state in ("finished", "failed") or (status.state == "stopped" and status.reason):
+        if status.ended:
             return status
         entry = last_entry(self.path)
         step, metrics = (entry.step, entry.metrics) if entry else (0, {})
@@ -127,16 +132,21 @@ class ExperimentFolder:
 
     @contextmanager
     def lease(self, wait: float = 0.5) -> Iterator[None]:
-        """Holds the run for this process; waits while another one trains it. A failed run has no end again."""
+        """Holds the run for this process; waits while another one trains it.
+
+        A failed run that is free is tried again, so it has no end any more; how a run ended that was waited for stands.
+        """
         with self._lease.open("a+") as file:
+            waited = False
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
+                    waited = True
                     time.sleep(wait)
-            if self.exists() and Status(**read_json(self.path / "status.json")).state == "failed":
-                self.write_status(Status())  # it is tried again, so it has not ended
+            if not waited and self.exists() and Status(**read_json(self.path / "status.json")).state == "failed":
+                self.write_status(Status())
             file.truncate(0)
             file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
             file.flush()
@@ -144,6 +154,11 @@ class ExperimentFolder:
                 yield
             finally:
                 fcntl.flock(file, fcntl.LOCK_UN)
+
+    def wait_until_free(self, wait: float = 0.5) -> None:
+        """Returns once no process holds the lease."""
+        while self.lease_holder() is not None:
+            time.sleep(wait)
 
     def lease_holder(self) -> str | None:
         """`host:pid` of the process that trains this run now, or None."""

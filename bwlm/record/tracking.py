@@ -2,7 +2,8 @@
 
 Training never waits for a tracking server: it writes its journal, and `Tracking.deliver` carries new entries over when
 it can. An entry is delivered once: `mlflow.json` remembers by step what was sent, and what was sent without an answer,
-so that the store is asked before anything is sent again.
+so that the store is asked before anything is sent again. A run is made once in the same way: its mark is noted before
+it is made, and a launch that finds a mark without a run asks the store for the run that bears it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ import logging
 import os
 import re
 import shlex
+import textwrap
+import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +31,24 @@ log = logging.getLogger(__name__)
 EXPERIMENT = "bwlm"
 _METRICS_PER_CALL = 1000  # MLflow's own limit
 _LONGEST_DIGEST = 36  # of a dataset, in MLflow's database
+_LONGEST_REASON = 110
+_MARK = "bwlm.mark"
 _STATES: dict[State, str] = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
 def tracking_uri(storage: Path, chosen: str | None) -> str:
     """The grid's setting, else the environment's as for any MLflow client, else SQLite below the storage."""
-    return chosen or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / 'mlflow.db'}"
+    return chosen or os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(storage / "mlflow.db")
+
+
+def _sqlite_uri(path: Path) -> str:
+    from sqlalchemy.engine import URL, make_url
+
+    plain = f"sqlite:///{path}"
+    # as it is where that is read back the same: MLflow makes an empty folder of the name that the escaped URI shows
+    if make_url(plain).database == str(path):
+        return plain
+    return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
 
 
 def ui_command(uri: str, bin_folder: Path) -> str:
@@ -48,10 +65,13 @@ class Tracking:
         for name, value in (("MAX_RETRIES", "2"), ("TIMEOUT", "10")):
             os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
         logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # a warning per retry; we say it once
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
         self.uri = uri
+        self._storage = storage
+        self._away = False  # an end could not be delivered: the others are not tried, each would wait as long
         self._failures: tuple[type[Exception], ...] = (MlflowException, OSError)
         try:
             self._client = MlflowClient(uri)
@@ -59,59 +79,72 @@ class Tracking:
             artifacts = (storage / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
             self._experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT, artifacts)
         except Exception as error:  # a store's driver has errors of its own, and they share no base
-            raise UserError(self._no_answer(error)) from None
+            raise self._user_error(error) from None
 
     def parent_run(self, grid_folder: Path, name: str, text: str) -> str:
         """The run of a grid: the one of earlier launches, or a new one with the grid file as its artifact."""
         known = self._known_run(grid_folder)
-        if known is None:
-            run = self._create(name, {"bwlm.grid": name})
-            self._client.log_text(run, text, "grid.yaml")
-            self._remember(grid_folder, run, -1)
-            return run
-        run = str(known.info.run_id)
-        self._client.update_run(run, status="RUNNING")
-        return run
+        with self._answering():
+            if known is not None:
+                self._client.update_run(known.info.run_id, status="RUNNING")
+        run = known or self._make_run(grid_folder, name, {"bwlm.grid": name, "bwlm.storage": str(self._storage)})
+        if not _is_enlisted(grid_folder):
+            with self._answering():
+                self._client.log_text(run.info.run_id, text, "grid.yaml")
+            _note(grid_folder, enlisted=True)
+        return str(run.info.run_id)
 
     def child_run(self, folder: ExperimentFolder, parent: str, dataset: Mapping[str, str]) -> str:
         """The run of a cell below its grid's, with its parameters, tags, data and config."""
         known = self._known_run(folder.path)
-        if known is not None:
-            if known.data.tags.get("mlflow.parentRunId") != parent:
+        with self._answering():
+            if known is not None and known.data.tags.get("mlflow.parentRunId") != parent:
                 self._client.set_tag(known.info.run_id, "mlflow.parentRunId", parent)
-            return str(known.info.run_id)
+        run = known or self._make_run(folder.path, folder.id, self._child_tags(folder, parent))
+        if not _is_enlisted(folder.path):
+            self._describe(run, folder, dataset)
+            _note(folder.path, enlisted=True)
+        return str(run.info.run_id)
+
+    def _child_tags(self, folder: ExperimentFolder, parent: str) -> dict[str, str]:
         config = folder.config()
-        tags = {
+        return {
             "mlflow.parentRunId": parent,
             "bwlm.experiment_id": config.id,
             "bwlm.parent_experiment": folder.parent() or "",
             "bwlm.fingerprint": config.fingerprint,
             "bwlm.grid": config.grid or "",
         }
-        run = self._create(config.id, tags)
+
+    def _describe(self, run: Any, folder: ExperimentFolder, dataset: Mapping[str, str]) -> None:
+        """What a new run needs before its first metrics. A launch that was cut off here leaves it to the next one."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
-        params = [Param(name, str(value)) for name, value in sorted(config.identity.items())]
-        self._client.log_batch(run, params=params, tags=[RunTag("bwlm.state", "waiting")])
+        run_id = run.info.run_id
+        params = [Param(name, str(value)) for name, value in sorted(folder.config().identity.items())]
         source = json.dumps({"uri": dataset["source"]})
         entity = Dataset(dataset["name"], dataset["digest"][:_LONGEST_DIGEST], "local", source)
-        self._client.log_inputs(run, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
-        self._client.log_artifact(run, str(folder.path / "config.json"))
-        self._remember(folder.path, run, 0)
-        return run
+        with self._answering():
+            self._client.update_run(run_id, status="SCHEDULED")
+            self._client.log_batch(run_id, params=params, tags=[RunTag("bwlm.state", "waiting")])
+            if not (run.inputs and run.inputs.dataset_inputs):
+                self._client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
+            self._client.log_artifact(run_id, str(folder.path / "config.json"))
 
     def deliver(self, folder: ExperimentFolder) -> int:
         """Carries the journal's new entries over; returns how many metrics. Nothing is lost if the server is away."""
         run, delivered = self._settle(folder.path)
         new = [entry for entry in read_journal(folder.path) if entry.step > delivered and entry.metrics]
+        if new and _noted(folder.path).get("status") != "RUNNING":
+            self._client.update_run(run, status="RUNNING")
+            _note(folder.path, status="RUNNING", closed=None)
         count = 0
         for entries in _batches(new):
             points = _points(entries)
             step, name = entries[-1].step, next(iter(entries[-1].metrics))
-            self._remember(folder.path, run, delivered, {"step": step, "metric": name})
+            _note(folder.path, pending={"step": step, "metric": name})
             self._client.log_batch(run, metrics=points)
-            self._remember(folder.path, run, step)
-            delivered = step
+            _note(folder.path, delivered_step=step, pending=None)
             count += len(points)
         return count
 
@@ -120,24 +153,49 @@ class Tracking:
         return self._attempt(lambda: self.deliver(folder), folder.path)
 
     def close_child(self, folder: ExperimentFolder, status: Status, artifacts: list[Path]) -> bool:
-        """Delivers the rest, attaches artifacts and sets the run's final state; a warning if the server is away."""
-        return self._attempt(lambda: self._close_child(folder, status, artifacts), folder.path)
+        """Delivers the rest, attaches artifacts and sets the run's final state; a warning if the server is away.
+
+        The first failure is the last attempt: the next launch makes up for all of them.
+        """
+        if _noted(folder.path).get("closed") == asdict(status):
+            return True
+        return self._attempt_end(lambda: self._close_child(folder, status, artifacts))
 
     def _close_child(self, folder: ExperimentFolder, status: Status, artifacts: list[Path]) -> None:
         self.deliver(folder)
-        run = read_json(folder.path / "mlflow.json")["run_id"]
+        run = _noted(folder.path)["run_id"]
         if last := last_entry(folder.path):
             # with the entry's time stamp, so that MLflow drops them where they were sent before
             final = Entry(last.step, last.time, {f"final_{name}": value for name, value in status.metrics.items()})
             self._client.log_batch(run, metrics=_points([final]))
         self._client.set_tag(run, "bwlm.state", status.state)
         self._client.set_tag(run, "bwlm.reason", status.reason)
-        self._close(run, artifacts, _STATES.get(status.state, "KILLED"))
+        shown = _STATES.get(status.state, "KILLED")
+        self._close(run, artifacts, shown)
+        _note(folder.path, status=shown, closed=asdict(status))
 
     def close_parent(self, run: str, artifacts: list[Path], complete: bool) -> bool:
         """Attaches the report and sets the grid's final state; a warning if the server is away."""
         state = "FINISHED" if complete else "KILLED"
-        return self._attempt(lambda: self._close(run, artifacts, state), artifacts[0].parent)
+        return self._attempt_end(lambda: self._close(run, artifacts, state))
+
+    def interrupted(self, folders: list[ExperimentFolder], parent: str) -> None:
+        """Lets no run look as if it went on: what had begun, and the grid, are killed. A warning if that fails."""
+        try:
+            self._attempt_end(lambda: self._kill(folders, parent))
+        except Exception as error:  # a damaged file, a driver's own error: the user has asked for the end
+            log.warning("tracking: not every run is marked as killed (%s)", error)
+
+    def _kill(self, folders: list[ExperimentFolder], parent: str) -> None:
+        self._client.set_terminated(parent, "KILLED")
+        for folder in folders:
+            noted = _noted(folder.path)
+            # an earlier version noted no status, and its runs were RUNNING from the beginning
+            if noted.get("delivered_step", 0) > 0 and noted.get("status", "RUNNING") == "RUNNING":
+                # one that has ended, but whose end is not delivered yet, was not killed
+                shown = _STATES.get(folder.status().state, "KILLED")
+                self._client.set_terminated(noted["run_id"], shown)
+                _note(folder.path, status=shown)
 
     def monitor_system(self, run: str) -> Any:
         """CPU, memory, disk, network and GPU of this machine as system metrics of a run; the caller calls `finish`."""
@@ -147,8 +205,23 @@ class Tracking:
         monitor.start()
         return monitor
 
-    def _create(self, name: str, tags: dict[str, str]) -> str:
-        return str(self._client.create_run(self._experiment, run_name=name, tags=tags).info.run_id)
+    def _make_run(self, folder: Path, name: str, tags: dict[str, str]) -> Any:
+        """A new run, or the one that a launch made here before it was cut off.
+
+        The mark, and not the names, says which: another storage, or one that was emptied, may use the same names.
+        """
+        noted, found = _noted(folder), None
+        mark = noted["mark"] if noted and noted["run_id"] is None else None
+        with self._answering():
+            if mark is not None:
+                found = next(iter(self._client.search_runs([self._experiment], f"tags.`{_MARK}` = '{mark}'")), None)
+        if mark is None:
+            mark = uuid.uuid4().hex
+            write_json(folder / "mlflow.json", {"run_id": None, "mark": mark})
+        with self._answering():
+            run = found or self._client.create_run(self._experiment, run_name=name, tags=tags | {_MARK: mark})
+        _note(folder, run_id=run.info.run_id, delivered_step=0, pending=None, enlisted=False)
+        return run
 
     def _close(self, run: str, artifacts: list[Path], state: str) -> None:
         for path in artifacts:
@@ -163,23 +236,48 @@ class Tracking:
             return False
         return True
 
+    def _attempt_end(self, action: Callable[[], object]) -> bool:
+        if self._away:
+            return False
+        try:
+            action()
+        except self._failures as error:
+            self._away = True
+            wait = f"the metrics wait in {self._storage}, and the same command delivers them"
+            log.warning("%s; %s", self._no_answer(error), wait)
+            return False
+        return True
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Around calls without which a launch cannot begin."""
+        try:
+            yield
+        except self._failures as error:
+            raise self._user_error(error) from None
+
+    def _user_error(self, error: Exception) -> UserError:
+        ours = self.uri.startswith("sqlite:")
+        fix = "check its folder, or set MLFLOW_TRACKING_URI" if ours else "start it, or unset MLFLOW_TRACKING_URI"
+        return UserError(f"{self._no_answer(error)}: {fix}")
+
     def _no_answer(self, error: Exception) -> str:
-        shown = re.sub(r"://([^:/@]*):[^/@]*@", r"://\1:***@", self.uri)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return f"tracking: {shown} does not answer ({reason})"
+        return f"tracking: {_masked(self.uri)} does not answer ({_reason(error)})"
 
     def _known_run(self, folder: Path) -> Any:
         """The run that an earlier launch made for this folder, unless this store does not have it (any more)."""
         from mlflow.exceptions import MlflowException
 
-        if not (folder / "mlflow.json").exists():
+        run_id = _noted(folder).get("run_id")
+        if run_id is None:
             return None
-        try:
-            run = self._client.get_run(read_json(folder / "mlflow.json")["run_id"])
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise UserError(self._no_answer(error)) from None
-            return None
+        with self._answering():
+            try:
+                run = self._client.get_run(run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return None
         return run if run.info.lifecycle_stage == "active" else None
 
     def _settle(self, folder: Path) -> tuple[str, int]:
@@ -190,11 +288,37 @@ class Tracking:
             arrived = self._client.get_metric_history(run, pending["metric"])
             if any(point.step == pending["step"] for point in arrived):
                 delivered = pending["step"]
-            self._remember(folder, run, delivered)
+            _note(folder, delivered_step=delivered, pending=None)
         return run, delivered
 
-    def _remember(self, folder: Path, run: str, step: int, pending: dict[str, Any] | None = None) -> None:
-        write_json(folder / "mlflow.json", {"run_id": run, "delivered_step": step, "pending": pending})
+
+def _noted(folder: Path) -> dict[str, Any]:
+    """Content of mlflow.json: what the store has, as far as we know."""
+    path = folder / "mlflow.json"
+    return dict(read_json(path)) if path.exists() else {}
+
+
+def _note(folder: Path, **changes: Any) -> None:
+    write_json(folder / "mlflow.json", _noted(folder) | changes)
+
+
+def _is_enlisted(folder: Path) -> bool:
+    """Whether the run has all that it gets before training; an earlier version noted a run only when it had."""
+    return bool(_noted(folder).get("enlisted", True))
+
+
+def _masked(text: str) -> str:
+    return re.sub(r"://([^:/@\s]*):[^/@\s]*@", r"://\1:***@", text)
+
+
+def _reason(error: Exception) -> str:
+    """One clause. What urllib3 says is a nest of its objects, with the cause in the innermost."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    nested = re.search(r"HTTPS?Connection|Max retries", text)
+    cause = re.search(r"(?<=\] )[A-Z][\w ]+|timed out|too many \d+ error responses|certificate verify failed", text)
+    if nested:
+        return cause[0] if cause else "no connection"
+    return textwrap.shorten(_masked(text.split(". ")[0]), _LONGEST_REASON, placeholder="...")
 
 
 def _batches(entries: list[Entry]) -> Iterator[list[Entry]]:

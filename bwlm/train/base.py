@@ -79,6 +79,8 @@ class Validation:
         figures = {name: measured.summary() for name, measured in losses.items()}
         own = [figures[name] for name in own_readings(self.direction)]
         metrics = {f"val_{key}": sum(f[key] for f in own) / len(own) for key in own[0]}
+        tuning = [losses[name].even_windows().summary()["bpb"] for name in own_readings(self.direction)]
+        metrics["val_bpb_tuning"] = sum(tuning) / len(tuning)
         for name in ("forward", "backward"):
             metrics |= {f"val_{key}_{name}": value for key, value in figures[name].items()}
         return metrics
@@ -99,7 +101,7 @@ def run_base(folder: ExperimentFolder, session: Session, stream: Stream) -> Stat
     What went wrong by the run's own doing (`RunError`) is its state `failed`; everything else is raised.
     """
     done = folder.status()
-    if done.state == "finished":
+    if done.ended:
         return done
     try:
         metrics = _train_base(folder, session, stream)

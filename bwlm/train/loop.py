@@ -21,7 +21,7 @@ from bwlm.config import CheckpointSettings, OptimSettings
 from bwlm.errors import TrainingDiverged
 from bwlm.model.gpt import GPT
 from bwlm.model.optim import Optimizer, muon_momentum, schedule
-from bwlm.record.checkpoint import Checkpoint, load_newest, save_checkpoint
+from bwlm.record.checkpoint import Checkpoint, load_checkpoint, load_newest, save_checkpoint
 from bwlm.record.journal import Journal
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.batches import Batch
@@ -99,7 +99,7 @@ def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str,
 
     Raises `TrainingDiverged` at the first loss or gradient that is not finite.
     """
-    progress = _resume(phase, load_newest(folder.checkpoints))
+    progress = _resume(phase, _newest(folder, session))
     journal = Journal(folder.path, progress.step) if session.rank == 0 else None
     loss_of: nn.Module = _Loss(phase.model)
     if session.world > 1:
@@ -117,9 +117,10 @@ def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str,
                 progress.timed_tokens += int(metrics["tokens"])
             metrics |= {"train_loss_smooth": progress.smooth_loss, "tokens": progress.tokens, "step_seconds": seconds}
             metrics |= {"tokens_per_second": progress.tokens_per_second}
-            metrics |= _after(phase, folder, session, progress)
+            metrics |= _validate(phase, progress)
             if journal is not None:
                 journal.append(step + 1, metrics)
+            _checkpoint(phase, folder, session, progress, journal)
             session.report(step + 1, metrics)
     finally:
         if journal is not None:
@@ -127,6 +128,18 @@ def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str,
     if progress.validation is None:  # resumed at the very end
         progress.validation = phase.evaluate(phase.model, progress.step)
     return progress.validation | {"train_loss": progress.smooth_loss, "tokens_per_second": progress.tokens_per_second}
+
+
+def _newest(folder: ExperimentFolder, session: Session) -> Checkpoint | None:
+    """The checkpoint that all ranks resume from: rank 0 chooses, since each might see another one as the newest."""
+    if session.world == 1:
+        return load_newest(folder.checkpoints)
+    newest = load_newest(folder.checkpoints) if session.rank == 0 else None
+    chosen = torch.tensor(newest.step if newest else -1, device=session.device)
+    dist.broadcast(chosen, src=0)
+    if session.rank == 0 or chosen < 0:
+        return newest
+    return load_checkpoint(folder.checkpoints, int(chosen))
 
 
 def _resume(phase: Phase, checkpoint: Checkpoint | None) -> Progress:
@@ -184,21 +197,28 @@ def _sum_over_ranks(value: Tensor, session: Session) -> Tensor:
     return value
 
 
-def _after(phase: Phase, folder: ExperimentFolder, session: Session, progress: Progress) -> dict[str, float]:
-    """Validation and checkpoint, where they are due."""
-    is_last = progress.step == phase.steps
-    due = is_last or (phase.evaluate_every and progress.step % phase.evaluate_every == 0)
-    metrics: dict[str, float] = {}
-    if due:
-        began = time.perf_counter()
-        progress.validation = phase.evaluate(phase.model, progress.step)
-        metrics = progress.validation | {"validation_seconds": time.perf_counter() - began}
-    if is_last or (phase.checkpoint.every and progress.step % phase.checkpoint.every == 0):
-        if session.rank == 0:
-            _save(phase, folder, progress)
-        if session.world > 1:
-            dist.barrier()
-    return metrics
+def _validate(phase: Phase, progress: Progress) -> dict[str, float]:
+    """Validation metrics, where they are due."""
+    last = progress.step == phase.steps
+    if not last and (not phase.evaluate_every or progress.step % phase.evaluate_every):
+        return {}
+    began = time.perf_counter()
+    progress.validation = phase.evaluate(phase.model, progress.step)
+    return progress.validation | {"validation_seconds": time.perf_counter() - began}
+
+
+def _checkpoint(
+    phase: Phase, folder: ExperimentFolder, session: Session, progress: Progress, journal: Journal | None
+) -> None:
+    """Saves where it is due, after the journal is safe up to this step: a resumed run does not write it again."""
+    every = phase.checkpoint.every
+    if progress.step != phase.steps and (not every or progress.step % every):
+        return
+    if journal is not None:
+        journal.sync()
+        _save(phase, folder, progress)
+    if session.world > 1:
+        dist.barrier()
 
 
 def _save(phase: Phase, folder: ExperimentFolder, progress: Progress) -> None:

@@ -13,7 +13,15 @@ import pandas as pd
 import pytest
 
 from bwlm.analysis.charts import gap_chart, learning_curves, save_chart
-from bwlm.analysis.report import REPORT, find, markdown_table, write_experiment_report, write_grid_report
+from bwlm.analysis.report import (
+    GAP_HEADER,
+    REPORT,
+    find,
+    gap_columns,
+    markdown_table,
+    write_experiment_report,
+    write_grid_report,
+)
 from bwlm.paths import read_json
 from bwlm.record.lineage import ExperimentFolder, Status
 from tests.analysis.storage import finish, make_cell
@@ -44,7 +52,7 @@ def mixed_grid(storage: Path) -> list[ExperimentFolder]:
     cells = [cell(storage, d, s, mean + 0.1 * (s % 2) * mean) for d, mean in means.items() for s in range(4)]
     cells += [cell(storage, d, 0, 5.0, lr=2.0) for d in means]
     cells += [cell(storage, "forward", 0, 0.0, depth=2), cell(storage, "backward", 0, 1.0, depth=2)]
-    failed = make_cell(storage, "forward", seed=9)
+    failed = make_cell(storage, "forward", seed=9, lr=4.0)
     failed.write_status(Status("failed", "loss nan at step 3, on rows 1, 2", 2))
     return [*cells, failed, make_cell(storage, "permuted")]
 
@@ -118,8 +126,8 @@ def test_the_best_rate_and_not_another_is_compared(
     grid: list[ExperimentFolder], written: tuple[str, list[Path]]
 ) -> None:
     text, _ = written
-    rows = [line for line in text.splitlines() if line.startswith("| d1 | forward | 1 | 2 |")]
-    assert len(rows) == 1  # lr 1 of two that were tried, not the 2 that is 5 nats worse
+    rows = [line for line in text.splitlines() if line.startswith("| d1 | forward | 1 | 3 |")]
+    assert len(rows) == 1  # lr 1 of three that were tried, not the 2 that is 5 nats worse
     assert find(grid).best[0].lr == 1.0
 
 
@@ -127,7 +135,7 @@ def test_cells_without_a_result_are_listed_with_the_reason(
     grid: list[ExperimentFolder], written: tuple[str, list[Path]]
 ) -> None:
     text, _ = written
-    assert "- g_forward_d1_lr1_s9: failed (loss nan at step 3, on rows 1, 2)" in text
+    assert "- g_forward_d1_lr4_s9: failed (loss nan at step 3, on rows 1, 2)" in text
     assert "- g_permuted_d1_lr1_s0: waiting" in text
     assert text.count("| g_") == len(grid)  # the table of cells has them all
 
@@ -149,7 +157,7 @@ def test_a_grid_without_a_finished_cell_has_a_report_too(started: bool, tmp_path
 
 def test_one_direction_alone_is_told_so(tmp_path: Path) -> None:
     text, files = write(tmp_path, [cell(tmp_path, "forward", s, 0.0) for s in range(3)])
-    assert "Not compared:\n\n- d1: only forward has finished cells, and a gap needs two directions" in text
+    assert "Not compared:\n\n- d1: only forward has a best learning rate, and a gap needs two directions" in text
     assert "gaps.svg" not in {file.name for file in files}
 
 
@@ -166,6 +174,85 @@ def test_a_pair_without_a_common_seed_does_not_silence_the_others(tmp_path: Path
     assert "- d1: forward against backward: **different**" in text
     assert "- d1: forward (seeds 0, 1, 2) and bidirectional (seeds 7) share no seed at size d1" in text
     assert "- d1: backward (seeds 0, 1, 2) and bidirectional (seeds 7) share no seed at size d1" in text
+
+
+def diverged(storage: Path, direction: str, seed: int, lr: float) -> ExperimentFolder:
+    folder = make_cell(storage, direction, seed=seed, lr=lr)
+    folder.write_status(Status("failed", "loss nan at step 3", 2))
+    return folder
+
+
+def test_a_rate_that_diverged_at_some_seeds_is_excluded_and_named(tmp_path: Path) -> None:
+    cells = [cell(tmp_path, d, s, m) for d, m in (("forward", 0.0), ("backward", 1.0)) for s in range(3)]
+    cells += [cell(tmp_path, "forward", 0, -5.0, lr=4.0)]  # far the best, where it survived
+    cells += [diverged(tmp_path, "forward", s, 4.0) for s in (1, 2)]
+    found = find(cells)
+    assert [(rate.direction, rate.lr, rate.candidates) for rate in found.best] == [
+        ("backward", 1.0, 1),
+        ("forward", 1.0, 2),
+    ]
+    assert [one.seeds for one in found.gaps] == [[0, 1, 2]]
+    assert "excluded: forward d1 lr 4: 2 of 3 cells did not finish" in found.skipped
+    assert "- excluded: forward d1 lr 4: 2 of 3 cells did not finish\n" in write(tmp_path, cells)[0]
+
+
+def test_a_direction_of_which_no_rate_qualifies_has_no_best_one(tmp_path: Path) -> None:
+    cells = [cell(tmp_path, d, s, 0.0) for d in ("forward", "backward") for s in range(2)]
+    text, _ = write(tmp_path, [*cells, diverged(tmp_path, "backward", 2, 1.0)])
+    assert "- d1: backward has no best learning rate: none is left" in text
+    assert "d1: only forward has a best learning rate, and a gap needs two directions" in text
+    assert "| d1 | backward |" not in text
+
+
+def test_a_grid_of_which_no_rate_qualifies_says_so(tmp_path: Path) -> None:
+    text, _ = write(tmp_path, [cell(tmp_path, "forward", 0, 0.0), diverged(tmp_path, "forward", 1, 1.0)])
+    assert "None: no learning rate finished at every seed." in text
+    assert "one validation window" not in text
+    assert "- excluded: forward d1 lr 1: 1 of 2 cells did not finish" in text
+
+
+def test_a_cell_that_is_there_twice_silences_its_own_pairs_only(tmp_path: Path) -> None:
+    means = {"forward": 0.0, "backward": 1.0, "bidirectional": 0.5}
+    cells = [cell(tmp_path, d, s, m) for d, m in means.items() for s in range(3)]
+    again = make_cell(tmp_path, "bidirectional", steps=20)  # the same cell in a folder of another name
+    cells.append(finish(again, {reading: losses(0.5, 0) for reading in ("forward", "backward")}))
+    found = find(cells)
+    assert [(one.a, one.b) for one in found.gaps] == [("forward", "backward")]
+    assert len(found.not_compared) == 2
+    assert all("bidirectional, seed 0, size d1 has several runs" in line for line in found.not_compared)
+
+
+def test_a_cell_of_other_text_silences_its_own_pairs_only(tmp_path: Path) -> None:
+    cells = [cell(tmp_path, d, s, m) for d, m in (("forward", 0.0), ("backward", 1.0)) for s in range(3)]
+    cells.append(finish(make_cell(tmp_path, "permuted"), {"permuted": losses(0.0, 0) * 2}))
+    found = find(cells)
+    assert found.windows == [12]  # the pair's own, not permuted's 24
+    assert [(one.a, one.b) for one in found.gaps] == [("forward", "backward")]
+    assert all("evaluate both on the same windows" in line for line in found.not_compared)
+    assert len(found.not_compared) == 2
+
+
+def test_the_report_says_on_how_much_text_it_stands(written: tuple[str, list[Path]]) -> None:
+    text, _ = written
+    assert re.search(r"- d1: forward against backward: .*\), on 12 documents in 12 windows\n", text)
+    assert "Verdict (on the test half: d1 on 12 documents in 12 windows, d2 on 12 documents in 12 windows)" in text
+    assert "a long document can have windows in\nboth" in text
+    assert "too few to resample" not in text
+
+
+@pytest.mark.parametrize(("documents", "shown"), [(1, False), (9, False), (10, True)])
+def test_few_documents_are_not_resampled(documents: int, shown: bool, tmp_path: Path) -> None:
+    """Drawn from one document, the interval would have no width, and look certain."""
+    folders = [
+        finish(make_cell(tmp_path, d, seed=s), {d: [20.0 + mean + s] * 2 * documents})
+        for d, mean in (("forward", 0.0), ("backward", 1.0))
+        for s in range(3)
+    ]
+    text, _ = write(tmp_path, folders)
+    row = gap_columns(find(folders).gaps[0])
+    assert (row[GAP_HEADER.index("95 % bootstrap")] != "–") is shown
+    words = f"{documents} document{'s' if documents > 1 else ''}: too few to resample"
+    assert (words in text) is not shown
 
 
 def test_writing_it_again_changes_nothing(grid: list[ExperimentFolder], written: tuple[str, list[Path]]) -> None:

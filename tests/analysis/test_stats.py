@@ -80,6 +80,7 @@ def test_a_gap_worked_out_by_hand() -> None:
     # Per seed (21 - 20) / 10, (24 - 22) / 10, (21 - 18) / 10. A mean of documents' own gaps would be another number:
     # for seed 0 it is (1/4 + 0/6) / 2 = 0.125.
     np.testing.assert_allclose(g.per_seed, [0.1, 0.2, 0.3])
+    assert g.documents == 2
     assert g.gap_nats == pytest.approx(0.2)
     # (1 + 2 + 3) / 3 = 2 nats over 40 bytes, and 1 nat = 1 / 0.693147 bits.
     assert g.gap_bpb == pytest.approx(0.05 / 0.6931471805599453)

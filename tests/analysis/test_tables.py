@@ -10,6 +10,7 @@ import pytest
 
 from bwlm.analysis.tables import (
     BestRate,
+    TriedRate,
     best_learning_rates,
     best_on_test,
     load_cell,
@@ -18,6 +19,7 @@ from bwlm.analysis.tables import (
     load_gap_table,
     own_losses,
     sizes,
+    tried_rates,
 )
 from bwlm.errors import UserError
 from bwlm.record.lineage import Status
@@ -40,11 +42,20 @@ def table(*cells: list[dict[str, object]]) -> pd.DataFrame:
     return pd.DataFrame([row for cell in cells for row in cell])
 
 
+def chosen(losses: pd.DataFrame, *unfinished: TriedRate) -> list[BestRate]:
+    """The choice where every cell of the table finished, and of the rates that are `unfinished` not every one."""
+    counts = losses.groupby(["size", "direction", "lr"])["seed"].nunique()
+    tried = [TriedRate(*key, int(count), int(count)) for key, count in counts.items()]  # type: ignore[misc]
+    replaced = {(rate.size, rate.direction, rate.lr) for rate in unfinished}
+    kept = [rate for rate in tried if (rate.size, rate.direction, rate.lr) not in replaced]
+    return best_learning_rates(losses, [*kept, *unfinished])
+
+
 # ---- the choice of a learning rate ----
 
 
 def test_the_best_rate_is_chosen_by_the_mean_over_seeds_on_the_tuning_half() -> None:
-    found = best_learning_rates(
+    found = chosen(
         table(
             rows("forward", 0.5, 0, tuning=2.0, test=1.0),
             rows("forward", 0.5, 1, tuning=1.6, test=1.0),  # mean 1.8
@@ -59,12 +70,12 @@ def test_a_documents_bytes_weigh() -> None:
     """Bits per byte of all text together, not the mean over documents."""
     losses = table(rows("forward", 1.0, 0, tuning=2.0, test=2.0))
     losses.loc[(losses["half"] == "tuning") & (losses["document"] == "a"), "nll"] = 10 * 6.0 * LN2
-    assert best_learning_rates(losses)[0].bpb == pytest.approx((10 * 6.0 + 30 * 2.0) / 40)
+    assert chosen(losses)[0].bpb == pytest.approx((10 * 6.0 + 30 * 2.0) / 40)
 
 
 def test_only_seeds_that_every_rate_has_count() -> None:
     """A seed can be a lucky one: a rate that has it must not win by it."""
-    found = best_learning_rates(
+    found = chosen(
         table(
             rows("forward", 0.5, 0, tuning=2.0, test=0),
             rows("forward", 1.0, 0, tuning=2.1, test=0),
@@ -75,19 +86,64 @@ def test_only_seeds_that_every_rate_has_count() -> None:
 
 
 def test_where_no_seed_is_shared_all_count() -> None:
-    found = best_learning_rates(
-        table(rows("forward", 0.5, 0, tuning=2.0, test=0), rows("forward", 1.0, 1, tuning=1.9, test=0))
-    )
+    found = chosen(table(rows("forward", 0.5, 0, tuning=2.0, test=0), rows("forward", 1.0, 1, tuning=1.9, test=0)))
     assert found == [BestRate("d1", "forward", 1.0, 2, 1, 1.9)]
+
+
+def test_a_rate_with_an_unfinished_cell_cannot_win() -> None:
+    """It diverged at the seeds that the table lacks; the one that it survived does not speak for it."""
+    losses = table(
+        rows("forward", 1.0, 0, tuning=2.0, test=0),
+        rows("forward", 1.0, 1, tuning=2.2, test=0),
+        rows("forward", 4.0, 0, tuning=1.0, test=0),
+    )
+    found = chosen(losses, TriedRate("d1", "forward", 4.0, cells=2, finished=1))
+    assert found == [BestRate("d1", "forward", 1.0, 2, 2, pytest.approx(2.1))]  # type: ignore[arg-type]
+
+
+def test_a_rate_that_does_not_qualify_takes_no_seed_from_the_others() -> None:
+    losses = table(
+        rows("forward", 0.5, 0, tuning=2.0, test=0),
+        rows("forward", 0.5, 1, tuning=2.0, test=0),
+        rows("forward", 1.0, 0, tuning=1.9, test=0),
+        rows("forward", 1.0, 1, tuning=2.3, test=0),  # best at seed 0 alone, not over both
+        rows("forward", 4.0, 0, tuning=1.0, test=0),
+    )
+    found = chosen(losses, TriedRate("d1", "forward", 4.0, cells=2, finished=1))
+    assert found == [BestRate("d1", "forward", 0.5, 3, 2, 2.0)]
+
+
+def test_where_no_rate_qualifies_there_is_no_best_one() -> None:
+    losses = table(rows("forward", 1.0, 0, tuning=2.0, test=0), rows("backward", 1.0, 0, tuning=2.0, test=0))
+    found = chosen(losses, TriedRate("d1", "forward", 1.0, cells=2, finished=1))
+    assert [rate.direction for rate in found] == ["backward"]
+    assert set(best_on_test(losses, found)["direction"]) == {"backward"}
+
+
+def test_the_rates_that_were_tried_count_cells_in_any_state(tmp_path: Path) -> None:
+    cells = [make_cell(tmp_path, "forward", seed=s, lr=r) for r in (1.0, 4.0) for s in range(3)]
+    cells.append(make_cell(tmp_path, "backward"))
+    finished = {cell.id for cell in cells[:4]}
+    assert tried_rates(cells, sizes(cells), finished) == [
+        TriedRate("d1", "backward", 1.0, 1, 0),
+        TriedRate("d1", "forward", 1.0, 3, 3),
+        TriedRate("d1", "forward", 4.0, 3, 1),
+    ]
+
+
+def test_a_loss_that_is_no_number_cannot_win(tmp_path: Path) -> None:
+    bad = finish(make_cell(tmp_path, "forward", lr=4.0), {"forward": [math.nan] * 4})
+    cells = [bad, finish(make_cell(tmp_path, "forward"), {"forward": [20.0] * 4})]
+    assert [rate.lr for rate in chosen(load_gap_table(cells, sizes(cells)))] == [1.0]
 
 
 def test_of_equal_rates_the_lower_is_taken() -> None:
     cells = [rows("forward", lr, 0, tuning=2.0, test=0) for lr in (2.0, 0.5, 1.0)]
-    assert best_learning_rates(table(*cells))[0].lr == 0.5
+    assert chosen(table(*cells))[0].lr == 0.5
 
 
 def test_each_size_and_direction_chooses_for_itself() -> None:
-    found = best_learning_rates(
+    found = chosen(
         table(
             rows("backward", 0.5, 0, 1.0, 0), rows("backward", 1.0, 0, 2.0, 0),
             rows("forward", 0.5, 0, 2.0, 0), rows("forward", 1.0, 0, 1.0, 0),
@@ -105,7 +161,7 @@ def test_best_is_compared_on_the_other_half() -> None:
         rows("forward", 1.0, 0, tuning=2.0, test=1.0),
         rows("backward", 1.0, 0, tuning=1.0, test=3.0),
     )
-    compared = best_on_test(losses, best_learning_rates(losses))
+    compared = best_on_test(losses, chosen(losses))
     assert "half" not in compared
     assert compared.groupby(["direction", "lr"])["nll"].sum().to_dict() == pytest.approx(
         {("forward", 0.5): 5.0 * 40 * LN2, ("backward", 1.0): 3.0 * 40 * LN2}
@@ -133,6 +189,29 @@ def test_runs_that_differ_in_something_else_are_of_another_size(tmp_path: Path) 
         "muon": "d1 kind=muon",
         "adamw": "d1 kind=adamw",
     }
+
+
+def test_a_digest_that_a_setting_explains_is_not_in_the_label(tmp_path: Path) -> None:
+    cells = [
+        make_cell(tmp_path, "forward", seed=i, length=n, data=str(i) * 20, tokenizer="ab"[i] * 20)
+        for i, n in enumerate((256, 512))
+    ]
+    assert list(sizes(cells).values()) == ["d1 length=256", "d1 length=512"]
+
+
+def test_a_digest_that_nothing_explains_is_shortened(tmp_path: Path) -> None:
+    digests = ["0123456789" + "f" * 54, "a" * 64]
+    cells = [make_cell(tmp_path, "forward", seed=i, data=digest) for i, digest in enumerate(digests)]
+    assert list(sizes(cells).values()) == ["d1 data=01234567", "d1 data=aaaaaaaa"]
+    # the length explains some of the difference, not all of it
+    cells.append(make_cell(tmp_path, "forward", seed=2, data="b" * 64, length=512))
+    assert sizes(cells)[cells[2].id] == "d1 length=512 data=bbbbbbbb"
+    assert len(set(sizes(cells).values())) == 3
+
+
+def test_a_tokenizer_explains_its_data(tmp_path: Path) -> None:
+    cells = [make_cell(tmp_path, "forward", seed=i, data=c * 20, tokenizer=c * 20) for i, c in enumerate("ab")]
+    assert list(sizes(cells).values()) == ["d1 tokenizer=aaaaaaaa", "d1 tokenizer=bbbbbbbb"]
 
 
 # ---- reading ----
@@ -176,12 +255,13 @@ def test_a_bidirectional_model_whose_readings_saw_other_windows_is_refused(tmp_p
 def test_the_gap_table_has_a_row_for_each_document_and_half(tmp_path: Path) -> None:
     first = finish(make_cell(tmp_path, "forward"), {"forward": [1.0, 2.0, 4.0, 8.0]})
     second = finish(make_cell(tmp_path, "backward", seed=2, lr=0.5), {"backward": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]})
-    gap_table = load_gap_table([first, second])
+    gap_table = load_gap_table([first, second], sizes([first, second]))
     assert {"run", "direction", "seed", "size", "lr", "half", "document", "nll", "tokens", "bytes"} <= set(gap_table)
     mine = gap_table[gap_table["run"] == first.id].set_index(["half", "document"])["nll"].to_dict()
     # windows 0 and 1 are of document 0, 2 and 3 of document 1; even ones tune, odd ones test
     assert mine == {("tuning", 0): 1.0, ("tuning", 1): 4.0, ("test", 0): 2.0, ("test", 1): 8.0}
     other = gap_table[gap_table["run"] == second.id]
+    assert set(other["windows"]) == {3}  # of six, three a half
     assert set(other["direction"]) == {"backward"}
     assert set(other["seed"]) == {2}
     assert set(other["lr"]) == {0.5}

@@ -97,9 +97,19 @@ def test_one_bit_a_byte_is_one() -> None:
 
 
 def test_windows_are_taken_up_to_the_tokens_asked_for(by_hand: PackedRows) -> None:
-    windows = {tokens: evaluation(by_hand, tokens=tokens).windows for tokens in (1, 11, 21, 22, 10**9)}
+    windows = {tokens: len(evaluation(by_hand, tokens=tokens).windows) for tokens in (1, 11, 21, 22, 10**9)}
     assert windows == {1: 1, 11: 1, 21: 1, 22: 2, 10**9: 2}
-    assert evaluation(by_hand, tokens=11).measure(table(), "forward", False).window.tolist() == [0, 0, 0]
+
+
+def test_the_windows_are_a_fixed_draw_over_the_whole_split(real: LossEvaluation) -> None:
+    """Neighbouring windows share documents, so the first ones alone would stand on few."""
+    chosen = real.windows
+    assert len(chosen) == len(set(chosen.tolist())) == 30
+    assert (np.diff(chosen) > 0).all()
+    assert chosen.tolist() == replace(real).windows.tolist()
+    spread = real.rows.take(chosen)
+    first = real.rows.take(np.arange(30))
+    assert len(np.unique(spread.document)) > len(np.unique(first.document))
 
 
 def test_segments_reach_the_model_only_when_attention_stays_inside_them(by_hand: PackedRows) -> None:
@@ -158,7 +168,7 @@ def test_sums_are_those_of_each_window_laid_out_directly(
     real: LossEvaluation, model: GPT, reading: str, masked: bool
 ) -> None:
     found = replace(real, masked=masked).measure(model, reading, False)
-    for window in (0, 3, 29):
+    for window in real.windows[[0, 3, 29]]:
         rows = real.rows.take(np.array([window]))
         ids, owner = [], []
         for index, tokens in enumerate(np.split(rows.tokens, np.cumsum(rows.lengths)[:-1])):

@@ -18,7 +18,7 @@ import torch
 from bwlm.analysis.tables import load_cells
 from bwlm.cli import main
 from bwlm.errors import UserError
-from bwlm.grid.launch import GridResult, _run_config, run_grid
+from bwlm.grid.launch import GridResult, _run_config, find_cells, run_grid
 from bwlm.grid.spec import load_grid
 from bwlm.model.optim import build_optimizers
 from bwlm.paths import read_json
@@ -88,6 +88,9 @@ def test_a_grid_trains_compares_reports_and_runs_once(grid_file: GridFile, tmp_p
     assert files(storage) == before
     assert len(next(iter(mlflow_children(storage).values()))) == 9
 
+    edited = find_cells(load_grid(path, ["budget.steps=13"]), storage)
+    assert all("steps: 12 -> 13" in cell.changed for cell in edited)
+    assert not any(cell.changed for cell in find_cells(load_grid(path, []), storage))
     with pytest.raises(UserError, match=r"steps: 12 -> 13.*another name"):
         run(path, storage, "budget.steps=13")
     assert files(storage) == before
@@ -114,11 +117,15 @@ def test_two_workers_train_as_one(grid_file: GridFile, tmp_path: Path) -> None:
     assert bpb[1] == pytest.approx(bpb[0], rel=2e-3)
 
 
-def test_a_worker_that_is_killed_is_taken_up_again_with_the_same_losses(grid_file: GridFile, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_is_killed_is_taken_up_again_with_the_same_losses(
+    grid_file: GridFile, tmp_path: Path, workers: int
+) -> None:
     settings: dict[str, Any] = {
         "axes": {"direction": ["forward"], "depth": [1]},
         "budget": {"steps": 150, "batch_tokens": 512},
         "checkpoint": {"every": 10},
+        "resources": {"workers": workers},
     }
     cell = "g_forward_d1_lr1_s0"
     calm, storage = tmp_path / "calm", tmp_path / "storage"
@@ -173,6 +180,7 @@ def test_a_cell_that_diverges_fails_alone(
 
     # the command says so too: the failed cell is tried again, the finished one is not, and the exit code is 1
     before = files(storage / finished.id)
+    capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["bwlm", "grid", "run", str(path), "--storage", str(storage), "--json"])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -212,13 +220,14 @@ def test_asha_stops_cells_within_a_direction_only(grid_file: GridFile, tmp_path:
         ),
         ({"resources": {"cpus_per_worker": 64}}, r"resources\.workers.*room for 0"),
         ({"resources": {"gpus_per_worker": 1}}, r"resources\.workers.*1 GPUs"),
+        ({"axes": {"resources.gpus_per_worker": [0, 1]}}, r"resources\.workers.*1 GPUs"),
         ({"launch": {"concurrency": 50}}, r"launch\.concurrency: 50.*lower it"),
     ],
 )
 def test_a_grid_that_can_never_be_placed_is_refused(
     grid_file: GridFile, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    axes = {"direction": ["forward"], "depth": [1], "seed": list(range(100))}
+    axes = {"direction": ["forward"], "depth": [1], "seed": list(range(100))} | settings.pop("axes", {})
     with pytest.raises(UserError, match=message):
         run(grid_file(axes=axes, **settings), tmp_path / "storage")
     assert not (tmp_path / "storage").exists()

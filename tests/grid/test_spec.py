@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bwlm.config import Experiment
 from bwlm.errors import UserError
-from bwlm.grid.spec import GridPlan, load_grid, resolve_steps
+from bwlm.grid.spec import GridPlan, load_grid, resolve_steps, rivals
 
 GRIDS = sorted((Path(__file__).parents[2] / "grids").glob("*.yaml"))
 
@@ -329,3 +329,29 @@ def test_the_demo_compares_what_it_promises() -> None:
     rates = {e.lr for e in cells}
     directions = {e.direction for e in cells}
     assert any(all(seeds[d, depth, lr] >= 3 for d in directions for lr in rates) for depth in {e.depth for e in cells})
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("scheduler: {kind: asha}\nevaluation: {every: 0}\n", "set evaluation.every"),
+        ("scheduler: {kind: asha}\n", "choose the learning rates with one seed"),
+    ],
+)
+def test_asha_where_it_would_do_nothing_or_harm(tmp_path: Path, extra: str, message: str) -> None:
+    path = tmp_path / "g.yaml"
+    seeds = "[0]" if "every" in extra else "[0, 1]"
+    path.write_text(
+        f"name: g\naxes: {{direction: [forward], depth: [1], seed: {seeds}}}\nbudget: {{steps: 2}}\n{extra}"
+    )
+    with pytest.raises(UserError, match=message):
+        load_grid(path, [])
+
+
+def test_rivals_under_asha_differ_in_the_learning_rate_alone(tmp_path: Path) -> None:
+    path = tmp_path / "g.yaml"
+    path.write_text(
+        "name: g\naxes: {direction: [forward, backward], depth: [1, 2], lr: [1.0, 2.0]}\nbudget: {steps: 2}\n"
+    )
+    groups = Counter(rivals(cell.experiment) for cell in load_grid(path, []).cells)
+    assert list(groups.values()) == [2] * 4

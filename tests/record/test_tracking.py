@@ -32,10 +32,15 @@ DATASET = {"name": "corpus", "digest": "0123456789abcdef" * 4, "source": "/data/
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
-    """A database in a folder whose name needs quoting in a URI."""
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """In a folder whose name needs quoting in a URI. Made once, because that takes a second."""
     root = tmp_path_factory.mktemp("a store, 100% #1")
-    return Tracking(tracking_uri(root, None), root)
+    return Tracking(tracking_uri(root, None), root).uri
+
+
+@pytest.fixture
+def store(database: str, tmp_path: Path) -> Tracking:
+    return Tracking(database, tmp_path)
 
 
 @pytest.fixture
@@ -178,6 +183,146 @@ def test_other_ends(state: Any, shown: str, store: Tracking, client: MlflowClien
     assert run.data.tags["bwlm.reason"] == "loss nan at step 3"
 
 
+class Cut(BaseException):
+    """As Ctrl-C, or the end of the machine."""
+
+
+# calls of a first launch, and the how manieth; the grid's run is made before the cell's
+ENLISTING = [
+    ("create_run", 0), ("log_text", 0), ("create_run", 1),
+    ("update_run", 0), ("log_batch", 0), ("log_inputs", 0), ("log_artifact", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "at"), ENLISTING)
+@pytest.mark.parametrize("arrives", [False, True])
+def test_a_launch_cut_off_while_it_enlists_leaves_no_second_run(
+    call: str,
+    at: int,
+    arrives: bool,
+    store: Tracking,
+    client: MlflowClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = make(tmp_path)
+    real = getattr(store._client, call)
+    made = iter(range(9))
+
+    def cut(*args: Any, **kwargs: Any) -> Any:
+        last = next(made) == at
+        answer = real(*args, **kwargs) if arrives or not last else None
+        if last:
+            raise Cut
+        return answer
+
+    monkeypatch.setattr(store._client, call, cut)
+    with pytest.raises(Cut):
+        enlist(store, folder)
+    monkeypatch.undo()
+    parent, child = enlist(store, folder)
+    [experiment] = [e for e in client.search_experiments() if e.name == EXPERIMENT]
+    grids = client.search_runs([experiment.experiment_id], f"tags.`bwlm.storage` = '{tmp_path}'")
+    cells = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert [run.info.run_id for run in grids] == [parent]
+    assert [run.info.run_id for run in cells] == [child]
+    run = client.get_run(child)
+    assert run.info.status == "SCHEDULED"
+    assert run.data.params["lr"] == "0.5"
+    assert len(run.inputs.dataset_inputs) == 1
+    assert [item.path for item in client.list_artifacts(child)] == ["config.json"]
+    assert [item.path for item in client.list_artifacts(parent)] == ["grid.yaml"]
+
+
+def test_a_storage_that_was_emptied_gets_new_runs(store: Tracking, tmp_path: Path) -> None:
+    """Its cells may have other parameters, and their metrics begin anew."""
+    folder = make(tmp_path)
+    first = enlist(store, folder)
+    shutil.rmtree(folder.path)
+    shutil.rmtree(grid_folder(tmp_path))
+    assert not set(enlist(store, make(tmp_path))) & set(first)
+
+
+def test_a_second_launch_asks_once_for_each_cell(
+    store: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path)
+    parent, child = enlist(store, folder)
+    get_run, calls = store._client.get_run, []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            calls.append(name)
+            return get_run
+
+    monkeypatch.setattr(store, "_client", Counting())
+    assert store.child_run(folder, parent, DATASET) == child
+    assert calls == ["get_run"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_store_that_is_away_at_the_beginning_is_the_users_to_start(
+    begun: bool, store: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path)
+    parent = enlist(store, folder)[0] if begun else "none"
+    monkeypatch.setattr(store, "_client", lost_client())
+    monkeypatch.setattr(store, "uri", "http://me:secret@there:5000")
+    expected = "tracking: http://me:***@there:5000 does not answer (connection reset): start it, or unset MLFLOW_"
+    for action in (
+        lambda: store.parent_run(grid_folder(tmp_path), "g", "name: g\n"),
+        lambda: store.child_run(folder, parent, DATASET),
+    ):
+        with pytest.raises(UserError) as caught:
+            action()
+        assert str(caught.value).startswith(expected)
+
+
+# ---- interruption ----
+
+
+def test_a_run_waits_until_its_first_metrics(store: Tracking, client: MlflowClient, tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    _, child = enlist(store, folder)
+    assert store.deliver(folder) == 0
+    assert client.get_run(child).info.status == "SCHEDULED"
+    log_steps(folder, 1, 1)
+    store.deliver(folder)
+    assert client.get_run(child).info.status == "RUNNING"
+
+
+def test_an_interrupted_grid_does_not_look_as_if_it_ran(store: Tracking, client: MlflowClient, tmp_path: Path) -> None:
+    waiting, begun, closed, ended = (make(tmp_path, name) for name in ("waiting", "begun", "closed", "ended"))
+    runs = {folder.id: enlist(store, folder)[1] for folder in (waiting, begun, closed, ended)}
+    parent, _ = enlist(store, waiting)
+    for folder in (begun, closed, ended):
+        log_steps(folder, 1, 2)
+        store.deliver(folder)
+    store.close_child(closed, Status("failed", "loss nan", 2), [])
+    ended.write_status(Status("finished", "", 2))  # but the launch was cut off before it closed the run
+    store.interrupted([waiting, begun, closed, ended], parent)
+    shown = {name: client.get_run(run).info.status for name, run in runs.items()}
+    assert shown == {"waiting": "SCHEDULED", "begun": "KILLED", "closed": "FAILED", "ended": "FINISHED"}
+    assert client.get_run(parent).info.status == "KILLED"
+    log_steps(begun, 3, 3)
+    enlist(store, begun)
+    store.deliver(begun)
+    assert {client.get_run(run).info.status for run in (parent, runs["begun"])} == {"RUNNING"}
+
+
+def test_an_interruption_never_raises(
+    store: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make(tmp_path)
+    parent, _ = enlist(store, folder)
+    (folder.path / "mlflow.json").write_text("{")
+    store.interrupted([folder], parent)
+    assert "not valid JSON" in caplog.text
+    monkeypatch.setattr(store, "_client", lost_client())
+    store.interrupted([folder], parent)
+    assert "does not answer (connection reset)" in caplog.text
+
+
 # ---- delivery ----
 
 
@@ -317,9 +462,45 @@ def test_an_end_while_the_server_is_away_is_a_warning(
     status = Status("finished", "", 2, {"val_bpb": 1.5})
     assert not store.close_child(folder, status, [])
     assert not store.close_parent(parent, [folder.path / "config.json"], complete=True)
-    monkeypatch.undo()
-    assert store.close_child(folder, status, [])
+    assert Tracking(store.uri, tmp_path).close_child(folder, status, [])
     assert delivered(client, child) == expected(2)
+    assert client.get_run(child).info.status == "FINISHED"
+
+
+def test_an_end_is_tried_once_while_the_server_is_away(
+    store: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each attempt waits for seconds; a hundred cells would wait for minutes, and fill the screen."""
+    folders = [make(tmp_path, f"cell_{number}") for number in range(3)]
+    parent, _ = [enlist(store, folder) for folder in folders][-1]
+    client, calls = lost_client(), []
+    monkeypatch.setattr(store, "_client", client)
+    monkeypatch.setattr(store, "deliver", lambda folder: calls.append(folder) or client.log_batch())
+    for folder in folders:
+        assert not store.close_child(folder, Status("finished", "", 2), [])
+    assert not store.close_parent(parent, [], complete=True)
+    assert calls == folders[:1]
+    [record] = caplog.records
+    assert "does not answer (connection reset)" in record.message
+    assert f"the metrics wait in {tmp_path}, and the same command delivers them" in record.message
+
+
+def test_an_end_that_was_delivered_is_not_delivered_again(
+    store: Tracking, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path)
+    _, child = enlist(store, folder)
+    log_steps(folder, 1, 2)
+    status = Status("stopped", "interrupted", 2, {"val_bpb": 1.5})
+    assert store.close_child(folder, status, [])
+    again = Tracking(store.uri, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(again, "_client", lost_client())
+        assert again.close_child(folder, status, [])
+    log_steps(folder, 3, 4)  # taken up
+    assert again.deliver(folder) == 4
+    assert client.get_run(child).info.status == "RUNNING"
+    assert again.close_child(folder, Status("finished", "", 4, {"val_bpb": 1.4}), [])
     assert client.get_run(child).info.status == "FINISHED"
 
 
@@ -342,6 +523,19 @@ def test_where_the_store_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tracking_uri(Path("/runs"), "http://chosen") == "http://chosen"
 
 
+@pytest.mark.parametrize("name", ["a?b", "a%20b", "a b", "a#b", "é"])
+def test_a_database_lies_in_its_storage_whatever_the_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    storage = tmp_path / name
+    folder = make(storage)
+    store = Tracking(tracking_uri(storage, None), storage)
+    _, child = enlist(store, folder)
+    assert (storage / "mlflow.db").is_file()
+    assert (storage / "mlartifacts" / child / "artifacts" / "config.json").is_file()
+
+
 def test_the_command_that_shows_the_runs_can_be_pasted() -> None:
     assert ui_command("http://there:5000", Path("/venv/bin")) == "http://there:5000"
     assert ui_command("sqlite:////runs/mlflow.db", Path("/venv/bin")) == (
@@ -350,7 +544,8 @@ def test_the_command_that_shows_the_runs_can_be_pasted() -> None:
     assert "'sqlite:////my runs/mlflow.db'" in ui_command("sqlite:////my runs/mlflow.db", Path("/venv/bin"))
 
 
-def test_artifacts_of_a_database_lie_beside_it(store: Tracking) -> None:
+def test_artifacts_of_a_database_lie_beside_it(store: Tracking, tmp_path: Path) -> None:
+    enlist(store, make(tmp_path))
     root = Path(store.uri.removeprefix("sqlite:///")).parent
     assert {path.name for path in root.iterdir()} == {"mlflow.db", "mlartifacts"}
 
@@ -359,10 +554,53 @@ def test_artifacts_of_a_database_lie_beside_it(store: Tracking) -> None:
     "uri", ["sqlite:////proc/absent/mlflow.db", "nonsense://x", "postgresql://me:secret@127.0.0.1:1/db", "some/folder"]
 )
 def test_a_store_that_cannot_be_reached_is_told_in_one_line(uri: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^tracking: .* does not answer \(.+\)$") as caught:
+    with pytest.raises(UserError, match=r"^tracking: .* does not answer \(.{,120}\): \w+") as caught:
         Tracking(uri, tmp_path)
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_is_not_there_is_told_in_a_clause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    with pytest.raises(UserError) as caught:
+        Tracking("http://me:secret@127.0.0.1:1", tmp_path)
+    assert str(caught.value) == (
+        "tracking: http://me:***@127.0.0.1:1 does not answer (Connection refused): "
+        "start it, or unset MLFLOW_TRACKING_URI"
+    )
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (
+            "API request to http://me:secret@there failed with exception HTTPConnectionPool(host='there', port=80): "
+            "Max retries exceeded with url: /api (Caused by ConnectTimeoutError(<HTTPConnection(host='there')>, "
+            "'Connection to there timed out. (connect timeout=10)'))",
+            "timed out",
+        ),
+        (
+            "HTTPConnectionPool(host='there', port=80): Max retries exceeded with url: /api "
+            "(Caused by ResponseError('too many 503 error responses'))",
+            "too many 503 error responses",
+        ),
+        ("HTTPConnectionPool(host='there', port=80): Max retries exceeded with url: /api", "no connection"),
+        ("API request to http://me:secret@there failed. Sorry", "API request to http://me:***@there failed"),
+    ],
+)
+def test_the_reason_is_a_clause(
+    said: str, reason: str, store: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MlflowException(said)
+
+    monkeypatch.setattr(store._client, "create_run", fail)
+    with pytest.raises(UserError) as caught:
+        store.parent_run(grid_folder(tmp_path), "g", "name: g\n")
+    assert f"does not answer ({reason})" in str(caught.value)
 
 
 # ---- a real server ----

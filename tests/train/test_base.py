@@ -18,6 +18,7 @@ from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
 from bwlm.text.batches import Batch, DirectedPlan
 from bwlm.text.prepare import Prepared
+from bwlm.train import loop
 from bwlm.train.base import build_model, run_base
 from bwlm.train.session import AloneSession
 
@@ -117,6 +118,7 @@ def test_a_run_learns_and_leaves_its_records(new_run: NewRun, direction: str) ->
 def test_own_figure_is_the_own_reading_and_the_mean_for_bidirectional(new_run: NewRun) -> None:
     backward = run_base(new_run("b", direction="backward"), AloneSession(), in_process).metrics
     assert backward["val_bpb"] == backward["val_bpb_backward"] != backward["val_bpb_forward"]
+    assert backward["val_bpb_tuning"] != backward["val_bpb"]
     both = run_base(new_run("bi", direction="bidirectional"), AloneSession(), in_process).metrics
     assert both["val_bpb"] == pytest.approx((both["val_bpb_forward"] + both["val_bpb_backward"]) / 2, rel=1e-12)
 
@@ -135,6 +137,34 @@ def test_resume_after_a_kill_is_exact(new_run: NewRun, kill: int) -> None:
     timed = ("tokens_per_second",)
     one, other = cut.status().metrics, calm.status().metrics
     assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+
+
+@pytest.mark.parametrize("kill", [8, STEPS])
+def test_a_kill_straight_after_a_checkpoint_loses_no_entry(
+    new_run: NewRun, kill: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = new_run()
+    save = loop._save
+
+    def save_and_die(phase: loop.Phase, where: ExperimentFolder, progress: loop.Progress) -> None:
+        save(phase, where, progress)
+        if progress.step == kill:
+            raise Killed
+
+    monkeypatch.setattr(loop, "_save", save_and_die)
+    with pytest.raises(Killed):
+        run_base(folder, AloneSession(), in_process)
+    monkeypatch.setattr(loop, "_save", save)
+    assert run_base(folder, AloneSession(), in_process).state == "finished"
+    entries = list(read_journal(folder.path))
+    assert [entry.step for entry in entries] == list(range(1, STEPS + 1))
+    assert "val_bpb" in entries[-1].metrics
+
+
+def test_what_the_scheduler_stopped_stays_stopped(new_run: NewRun) -> None:
+    folder = new_run()
+    folder.write_status(Status("stopped", "by the scheduler at step 4", 4))
+    assert run_base(folder, AloneSession(), killed_at(0)).state == "stopped"
 
 
 def test_a_finished_run_is_left_alone(new_run: NewRun) -> None:

@@ -1,0 +1,39 @@
+"""Addresses that cannot work are told in a line and within seconds."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from bwlm.config import ResourceSettings
+from bwlm.errors import UserError
+from bwlm.grid.launch import _check_tracking
+from bwlm.grid.session import _connect, cpus_of_cell
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_cluster_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"RAY_ADDRESS: 127.0.0.1:\d+ does not answer .*unset RAY_ADDRESS"):
+        _connect(f"127.0.0.1:{closed_port()}")
+
+
+def test_the_address_for_jobs_is_not_the_cluster() -> None:
+    with pytest.raises(UserError, match="takes jobs only: use `ray job submit`"):
+        _connect("http://127.0.0.1:8265")
+
+
+def test_a_tracking_server_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"tracking: 127.0.0.1:\d+ does not answer .*unset MLFLOW_TRACKING_URI"):
+        _check_tracking(f"http://user:secret@127.0.0.1:{closed_port()}")
+    _check_tracking("sqlite:////tmp/x.db")
+
+
+def test_what_a_cell_holds() -> None:
+    assert cpus_of_cell(ResourceSettings(workers=1, cpus_per_worker=2)) == 2
+    assert cpus_of_cell(ResourceSettings(workers=3, cpus_per_worker=2)) == pytest.approx(6.1)
