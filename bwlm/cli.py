@@ -246,16 +246,17 @@ def _show_result(plan: Any, root: Path, result: GridResult, grid: Path) -> None:
     _print(
         f"report     {result.report}",
         f"MLflow     {ui_command(result.tracking_uri, Path(sys.executable).parent)}",
-        f"Ray        {_dashboard_hint(result, grid)}",
+        f"dashboard  {_dashboard_hint(result, grid)}",
     )
 
 
 def _dashboard_hint(result: GridResult, grid: Path) -> str:
     if os.environ.get("RAY_ADDRESS"):
         return f"http://{result.dashboard}" if result.dashboard else os.environ["RAY_ADDRESS"]
+    where = f"http://{result.dashboard} while it ran; " if result.dashboard else ""
     activate = f"export PATH={Path(sys.executable).parent}:$PATH"
     submit = f"ray job submit --working-dir . -- python jobs/run_grid.py {grid}"
-    return f"{activate}; ray start --head && {submit}   # dashboard at http://127.0.0.1:8265"
+    return f"{where}one that stays, at http://127.0.0.1:8265: {activate}; ray start --head && {submit}"
 
 
 # ---- runs ----

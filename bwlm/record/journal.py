@@ -52,11 +52,10 @@ class Journal:
         self._file.close()
 
 
-def read_journal(folder: Path, offset: int = 0) -> Iterator[Entry]:
-    """Entries from a byte offset on; a torn last line is passed over, and so is one that the disk damaged."""
+def read_journal(folder: Path) -> Iterator[Entry]:
+    """Entries in their order; a torn last line is passed over, and so is one that the disk damaged."""
     try:
         with (folder / NAME).open("rb") as file:
-            file.seek(offset)
             for line in file:
                 if entry := _parse(line):
                     yield entry

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from bwlm.analysis.tables import load_cells
 from bwlm.cli import main
@@ -28,6 +29,7 @@ from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.prepare import Prepared
 from bwlm.train.base import build_model
 from bwlm.train.loop import Progress
+from tests.mlflow_server import free_port, server
 
 GridFile = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -244,3 +246,27 @@ def test_two_launches_of_one_grid_share_the_work(grid_file: GridFile, tmp_path: 
     for cell in results[0].cells:
         assert [entry.step for entry in read_journal(storage / cell.id)] == list(range(1, 41))
     assert [len(children) for children in mlflow_children(storage).values()] == [2]
+
+
+def test_a_grid_tracks_to_a_server(grid_file: GridFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = tmp_path / "storage"
+    with server(tmp_path, free_port()) as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        result = run(grid_file(), storage)
+        assert result.complete
+        assert result.tracking_uri == uri
+        client = MlflowClient(uri)
+        experiment = client.get_experiment_by_name("bwlm")
+        runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+        parent = runs.pop("g")
+        assert runs.keys() == {cell.id for cell in result.cells}
+        assert "RESEARCH_REPORT.md" in {item.path for item in client.list_artifacts(parent.info.run_id)}
+        for cell in result.cells:
+            child = runs[cell.id]
+            assert child.info.status == "FINISHED"
+            assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+            assert child.data.params["direction"] == cell.direction
+            assert child.inputs.dataset_inputs[0].dataset.digest
+            logged = client.get_metric_history(child.info.run_id, "train_loss")
+            assert [(point.step, point.value) for point in logged] == list(enumerate(losses(storage, cell.id), 1))
+    assert not (storage / "mlflow.db").exists()

@@ -99,13 +99,6 @@ def test_a_damaged_line_costs_that_line_only(damage: bytes, tmp_path: Path) -> N
     assert last_entry(tmp_path) == write_on
 
 
-def test_reading_goes_on_from_an_offset(tmp_path: Path) -> None:
-    write(tmp_path, 1, 3)
-    offset = (tmp_path / NAME).stat().st_size
-    write(tmp_path, 4, 5, resume=3)
-    assert [entry.step for entry in read_journal(tmp_path, offset)] == [4, 5]
-
-
 def test_no_journal_holds_nothing(tmp_path: Path) -> None:
     assert list(read_journal(tmp_path)) == []
     assert last_entry(tmp_path) is None

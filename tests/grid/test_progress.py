@@ -1,0 +1,58 @@
+"""What a person sees while a grid runs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bwlm.grid.progress import GridProgress, duration
+from bwlm.grid.spec import Cell, load_grid
+from bwlm.record.lineage import Status
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def cells() -> tuple[Cell, ...]:
+    return load_grid(ROOT / "grids" / "demo.yaml", []).cells
+
+
+def seen(progress: GridProgress, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), force_terminal=False, width=width)
+    console.print(progress._picture())
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_picture_counts_cells_and_shows_the_running_ones(cells: tuple[Cell, ...]) -> None:
+    before = {cell.id: Status("finished") for cell in cells[:3]} | {cells[3].id: Status("stopped", "by the scheduler")}
+    progress = GridProgress(cells, before, Path())
+    progress.began(cells[4].id)
+    progress.moved(cells[4].id, {"step": 20, "train_loss_smooth": 4.5, "val_bpb": 2.3, "tokens_per_second": 23456.7})
+    progress.began(cells[5].id)
+    progress.ended(cells[6].id, Status("failed", "loss nan"))
+    shown = seen(progress)
+    assert "4 done · 1 failed · 2 running · 17 waiting" in shown
+    assert f"{cells[4].id}  20/40" in shown
+    assert "4.500   2.3000    23,457" in shown
+    assert f"{cells[5].id}   0/40" in shown
+    assert "left" in shown
+    assert all(len(line.rstrip()) <= 80 for line in seen(progress, width=80).splitlines())
+
+
+def test_elsewhere_a_line_for_each_cell_that_ends(cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with GridProgress(cells, {}, Path()) as progress:
+        progress.began(cells[0].id)
+        progress.ended(cells[0].id, Status("finished", "", 40, {"val_bpb": 2.25}))
+        progress.ended(cells[1].id, Status("failed", "crashed, see error.txt: oh"))
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0].startswith(f"1/24 {cells[0].id}: finished, val_bpb 2.2500, about ")
+    assert shown[1].startswith(f"2/24 {cells[1].id}: failed (crashed, see error.txt: oh)")
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (187, "3:07"), (3723, "1:02:03"), (59.6, "1:00")])
+def test_duration(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
