@@ -125,7 +125,7 @@ def test_a_worker_that_is_killed_is_taken_up_again_with_the_same_losses(
 ) -> None:
     settings: dict[str, Any] = {
         "axes": {"direction": ["forward"], "depth": [1]},
-        "budget": {"steps": 150, "batch_tokens": 512},
+        "budget": {"steps": 300, "batch_tokens": 512},
         "checkpoint": {"every": 10},
         "resources": {"workers": workers},
     }
