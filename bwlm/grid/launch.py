@@ -220,21 +220,21 @@ def _check_identity(planned: PlannedCell, config: RunConfig, plan: GridPlan) -> 
 
 
 def _train(plan: GridPlan, storage: Path, cells: list[PlannedCell], room: Any, tracking: Tracking, parent: str) -> None:
-    todo = [planned for planned in cells if not planned.is_done]
-    if not todo:
+    unfinished = [planned for planned in cells if not planned.is_done]
+    if not unfinished:
         return
     # the longest first: what is left at the end is short, so workers do not idle
-    todo.sort(key=lambda planned: -planned.cell.flops)
+    unfinished.sort(key=lambda planned: -planned.cell.flops)
     scratch = Path(tempfile.mkdtemp(prefix="bwlm-tune-"))
     monitor = tracking.monitor_system(parent)
     try:
         with (
             GridProgress(plan.cells, {p.cell.id: p.status for p in cells}, storage) as progress,
-            _delivery(tracking, todo),
+            _delivery(tracking, unfinished),
         ):
-            _tune(plan, storage, todo, room.concurrency, scratch, progress)
+            _tune(plan, storage, unfinished, room.concurrency, scratch, progress)
     except KeyboardInterrupt:
-        tracking.interrupted([planned.folder for planned in todo], parent)
+        tracking.interrupted([planned.folder for planned in unfinished], parent)
         raise
     finally:
         monitor.finish()
@@ -244,7 +244,7 @@ def _train(plan: GridPlan, storage: Path, cells: list[PlannedCell], room: Any, t
 def _tune(
     plan: GridPlan,
     storage: Path,
-    todo: list[PlannedCell],
+    unfinished: list[PlannedCell],
     concurrency: int,
     scratch: Path,
     progress: GridProgress,
@@ -255,22 +255,21 @@ def _tune(
     from bwlm.grid.scheduling import CellStates, make_scheduler
     from bwlm.grid.session import train_cell, trial_resources
 
-    retries = plan.grid.launch.retries
-    shared = {"storage": str(storage), "scratch": str(scratch), "retries": retries}
-    resources = {planned.cell.id: planned.cell.experiment.resources for planned in todo}
-    strata = {planned.cell.id: rivals(planned.cell.experiment) for planned in todo}
+    shared = {"storage": str(storage), "scratch": str(scratch)}
+    resources = {planned.cell.id: planned.cell.experiment.resources for planned in unfinished}
+    strata = {planned.cell.id: rivals(planned.cell.experiment) for planned in unfinished}
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(train_cell, lambda config: trial_resources(resources[config["cell"]])),
-        param_space={**shared, "cell": ray.tune.grid_search([planned.cell.id for planned in todo])},
+        param_space={**shared, "cell": ray.tune.grid_search([planned.cell.id for planned in unfinished])},
         tune_config=TuneConfig(
             max_concurrent_trials=concurrency,
             reuse_actors=True,
-            scheduler=make_scheduler(plan.grid.scheduler, max(p.cell.steps for p in todo), strata),
+            scheduler=make_scheduler(plan.grid.scheduler, max(p.cell.steps for p in unfinished), strata),
         ),
         run_config=ray.tune.RunConfig(
             name=plan.grid.name,
             storage_path=str(scratch),
-            failure_config=ray.tune.FailureConfig(max_failures=retries),
+            failure_config=ray.tune.FailureConfig(max_failures=plan.grid.launch.retries),
             callbacks=[CellStates(storage, progress)],
             verbose=0,
         ),

@@ -23,7 +23,7 @@ from bwlm.train.loop import Phase, train
 from bwlm.train.session import Session
 
 _MICRO_TOKENS = {"cpu": 2**11, "cuda": 2**15}
-"""Tokens of one forward pass, unless `compute.device_batch_size` says otherwise: on a CPU what its caches hold."""
+"""Tokens of one forward pass, unless `compute.device_batch_size` says otherwise; it bounds memory."""
 
 Stream = Callable[[DirectedPlan, int, int], Iterator[Batch]]
 """Yields a rank's batches of steps first..last-1: Ray Data, or the in-process reader of tests."""
