@@ -30,6 +30,10 @@ class TrainingDiverged(RunError):
     """The loss stopped being finite: names the step and the rows."""
 
 
+class Interrupted(BwlmError):
+    """The run was asked to end: it saved a checkpoint, and goes on from there when it is launched again."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint like ` (did you mean 'seed'?)`, or nothing where no known name is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

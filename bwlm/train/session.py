@@ -16,6 +16,9 @@ class Session(Protocol):
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """Tells the scheduler; every rank calls it at the same steps. The scheduler may end the run here."""
 
+    def stopping(self) -> bool:
+        """Whether this process was asked to end (SIGTERM). Ranks may differ: the loop ends all of them together."""
+
 
 @dataclass
 class AloneSession:
@@ -27,3 +30,6 @@ class AloneSession:
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         return
+
+    def stopping(self) -> bool:
+        return False
