@@ -1,4 +1,4 @@
-"""The one command line: `bwlm grid|train|eval|runs|tokenizer|data`, thin over the rooms that do the work."""
+"""The one command line: `bwlm grid|train|eval|export|runs|tokenizer|data`, thin over the rooms that do the work."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 from bwlm.errors import BwlmError, UserError
+from bwlm.train.termination import TERMINATED
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from bwlm.config import Recipe
-    from bwlm.grid.launch import GridResult, PlannedCell
+    from bwlm.grid.cells import PlannedCell
+    from bwlm.grid.launch import LaunchResult
+    from bwlm.grid.spec import Plan
     from bwlm.text.prepare import Prepared
 
 app = typer.Typer(
@@ -50,12 +54,13 @@ _INTERRUPTED = 130
 
 
 def main() -> NoReturn:
-    """Entry point: a person's mistake is one line and exit code 2, a failed run 1, an interrupt 130."""
+    """Entry point: a person's mistake is one line and exit code 2, a failed run 1, an interrupt 130, SIGTERM 143."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for chatty in ("mlflow", "alembic", "ray"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a cell that fails is told in its own line
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         code = app(standalone_mode=False)  # typer returns the code of an Exit, and turns Ctrl-C into 130
     except BwlmError as error:
@@ -64,9 +69,20 @@ def main() -> NoReturn:
     except typer.TyperException as error:
         _say(f"bwlm: {error.format_message()}")
         sys.exit(2)
+    except SystemExit as end:
+        if end.code == TERMINATED:
+            _say("bwlm: asked to end; the same command goes on where it was")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if code == _INTERRUPTED:
         _say("bwlm: interrupted; the same command goes on where it was")
     sys.exit(code or 0)
+
+
+def _end(signum: int, frame: object) -> NoReturn:
+    """SIGTERM ends a command as Ctrl-C does, where nothing waits for its cells to save."""
+    raise SystemExit(TERMINATED)
 
 
 def _say(message: str) -> None:
@@ -107,12 +123,12 @@ def _table(header: list[str], rows: list[list[str]], title: str | None = None) -
 # ---- grid ----
 
 
-def _load(grid: Path, settings: list[str] | None, storage: str | None) -> tuple[Any, Path]:
+def _load(grid: Path, settings: list[str] | None, storage: str | None) -> tuple[Plan, Path]:
     from bwlm.grid.spec import load_grid
     from bwlm.paths import storage_root
 
     plan = load_grid(grid, settings or [])
-    return plan, storage_root(storage or plan.grid.launch.storage)
+    return plan, storage_root(storage or plan.launch.storage)
 
 
 @grid_app.command("plan")
@@ -126,9 +142,7 @@ def grid_plan(grid: GridFile, set_: Set = None, storage: Storage = None, as_json
         return _print_json(_status_document(plan, root))
     cells = _status_document(plan, root)["cells"]
     rows = [[c["id"], *(_si(c[k]) for k in ("params", "tokens", "flops")), c["state"], c["reason"]] for c in cells]
-    _print(
-        _table(["cell", "params", "tokens", "FLOPs", "state", "reason"], rows, f"{plan.grid.name}: {len(cells)} cells")
-    )
+    _print(_table(["cell", "params", "tokens", "FLOPs", "state", "reason"], rows, f"{plan.name}: {len(cells)} cells"))
     total = sum(c["flops"] for c in cells)
     left = sum(c["flops"] for c in cells if c["state"] not in ("finished", "failed"))
     _print(f"{_si(total)} FLOPs in all, {_si(left)} to do; storage {root}")
@@ -143,14 +157,14 @@ def grid_status(grid: GridFile, set_: Set = None, storage: Storage = None, as_js
     """
     from bwlm.analysis.report import CELL_HEADER, cell_columns
     from bwlm.analysis.tables import load_cell
-    from bwlm.grid.launch import find_cells
+    from bwlm.grid.cells import find_cells
 
     plan, root = _load(grid, set_, storage)
     if as_json:
         return _print_json(_status_document(plan, root))
     planned = find_cells(plan, root)
     known = [load_cell(p.folder) for p in planned if p.folder.exists()]
-    _print(_table(["id", *CELL_HEADER[4:]], [[c.id, *cell_columns(c)[4:]] for c in known], plan.grid.name))
+    _print(_table(["id", *CELL_HEADER[4:]], [[c.id, *cell_columns(c)[4:]] for c in known], plan.name))
     _print(f"{sum(c.state == 'finished' for c in known)} of {len(planned)} cells finished")
     return None
 
@@ -162,12 +176,7 @@ def grid_run(grid: GridFile, set_: Set = None, storage: Storage = None, as_json:
     Example: `bwlm grid run grids/demo.yaml`
     """
     plan, root = _load(grid, set_, storage)
-    from bwlm.grid.launch import run_grid  # pandas, altair and Ray take seconds: a mistake is told before
-
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        _say(f"storage: {root}")
-    with contextlib.redirect_stdout(sys.stderr):  # Ray prints; stdout is for the result alone
-        result = run_grid(plan, root, _say)
+    result = _run(plan, root)
     if as_json:
         _print_json(_status_document(plan, root))
     else:
@@ -187,8 +196,17 @@ def grid_schema() -> None:
     _print_json(Grid.model_json_schema())
 
 
-def _status_document(plan: Any, root: Path) -> dict[str, Any]:
-    from bwlm.grid.launch import find_cells
+def _run(plan: Plan, root: Path) -> LaunchResult:
+    from bwlm.grid.launch import run_plan  # pandas, altair and Ray take seconds: a mistake is told before
+
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        _say(f"storage: {root}")
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints; stdout is for the result alone
+        return run_plan(plan, root, _say)
+
+
+def _status_document(plan: Plan, root: Path) -> dict[str, Any]:
+    from bwlm.grid.cells import find_cells
 
     cells = [
         {
@@ -198,7 +216,7 @@ def _status_document(plan: Any, root: Path) -> dict[str, Any]:
         }
         for p in find_cells(plan, root)
     ]  # fmt: skip
-    return {"grid": plan.grid.name, "cells": cells}
+    return {"grid": plan.name, "cells": cells}
 
 
 def _reason(planned: PlannedCell) -> str:
@@ -216,7 +234,7 @@ def _si(value: float) -> str:
     return f"{value:g}"
 
 
-def _show_result(plan: Any, root: Path, result: GridResult, grid: Path) -> None:
+def _show_result(plan: Plan, root: Path, result: LaunchResult, grid: Path) -> None:
     from bwlm.analysis.report import (
         BEST_HEADER,
         CELL_HEADER,
@@ -228,10 +246,9 @@ def _show_result(plan: Any, root: Path, result: GridResult, grid: Path) -> None:
         gap_columns,
     )
     from bwlm.record.lineage import ExperimentFolder
-    from bwlm.record.tracking import ui_command
 
     findings = find([ExperimentFolder(root, cell.id) for cell in result.cells])
-    _print(_table(CELL_HEADER, [cell_columns(cell) for cell in result.cells], f"{plan.grid.name}: cells"))
+    _print(_table(CELL_HEADER, [cell_columns(cell) for cell in result.cells], f"{plan.name}: cells"))
     _print(
         _table(
             BEST_HEADER,
@@ -243,20 +260,62 @@ def _show_result(plan: Any, root: Path, result: GridResult, grid: Path) -> None:
         _print(_table(GAP_HEADER, [gap_columns(gap) for gap in findings.gaps], gap_caption(findings)))
     for line in findings.skipped:
         _print(f"no result: {line}")
-    _print(
-        f"report     {result.report}",
-        f"MLflow     {ui_command(result.tracking_uri, Path(sys.executable).parent)}",
-        f"dashboard  {_dashboard_hint(result, grid)}",
-    )
+    _print_places(result)
+    _print(f"dashboard  {_dashboard_hint(result, grid)}")
 
 
-def _dashboard_hint(result: GridResult, grid: Path) -> str:
+def _print_places(result: LaunchResult) -> None:
+    from bwlm.record.tracking import ui_command
+
+    _print(f"report     {result.report}", f"MLflow     {ui_command(result.tracking_uri, Path(sys.executable).parent)}")
+
+
+def _dashboard_hint(result: LaunchResult, grid: Path) -> str:
     if os.environ.get("RAY_ADDRESS"):
         return f"http://{result.dashboard}" if result.dashboard else os.environ["RAY_ADDRESS"]
     where = f"http://{result.dashboard} while it ran; " if result.dashboard else ""
     activate = f"export PATH={Path(sys.executable).parent}:$PATH"
     submit = f"ray job submit --working-dir . -- python jobs/run_grid.py {grid}"
     return f"{where}one that stays, at http://127.0.0.1:8265: {activate}; ray start --head && {submit}"
+
+
+# ---- train ----
+
+
+@app.command("train")
+def train(
+    direction: Annotated[str, typer.Option(help="forward, backward, bidirectional or permuted.", show_default=False)],
+    depth: Annotated[int, typer.Option(help="Layers; the width follows from it.", show_default=False)],
+    phase: Annotated[str, typer.Option(help="base: next-token prediction on documents.")] = "base",
+    lr: Annotated[float, typer.Option(help="Multiplies the learning rates of all parameter groups.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the weights and the order of the rows.")] = 0,
+    id_: Annotated[
+        str | None, typer.Option("--id", help="Default: PHASE_DATE_DIRECTION_dDEPTH.", show_default=False)
+    ] = None,
+    set_: Set = None,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
+    """Train one experiment, as a grid trains a cell. The same command resumes; on another day with `--id`.
+
+    Example: `bwlm train --direction backward --depth 4 --set budget.steps=200 --set budget.batch_tokens=16384`
+    """
+    from bwlm.grid.spec import plan_experiment
+    from bwlm.paths import storage_root
+
+    flags = {"phase": phase, "direction": direction, "depth": depth, "lr": lr, "seed": seed}
+    plan, root = plan_experiment(flags, set_ or [], id_), storage_root(storage)
+    result = _run(plan, root)
+    [cell] = result.cells
+    if as_json:
+        _print_json(cell.to_json())
+    else:
+        from bwlm.analysis.report import CELL_HEADER, cell_columns
+
+        _print(_table(CELL_HEADER, [cell_columns(cell)], cell.id), *([cell.reason] if cell.reason else []))
+        _print_places(result)
+    if not result.complete:
+        raise typer.Exit(1)
 
 
 # ---- runs ----
@@ -285,6 +344,34 @@ def runs_list(storage: Storage = None, as_json: Json = False) -> None:
     )
     _print(f"{len(cells)} experiments in {root}")
     return None
+
+
+# ---- models ----
+
+
+@app.command("export")
+def export(
+    experiment: Annotated[str, typer.Argument(metavar="ID", help="An experiment; see `bwlm runs list`.")],
+    target: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.", show_default=False)],
+    format_: Annotated[Literal["hf"], typer.Option("--format", help="hf: what transformers loads.")] = "hf",
+    step: Annotated[int | None, typer.Option(help="Of which step; default: the newest.", show_default=False)] = None,
+    storage: Storage = None,
+) -> None:
+    """Write a trained model, its tokenizer and a model card as a folder for other programs.
+
+    Example: `bwlm export demo_forward_d1_lr4_s0 --format hf demo-forward`
+    """
+    from bwlm.evaluate.export import check_target, export_hf
+    from bwlm.evaluate.load import load_model
+    from bwlm.paths import storage_root
+
+    check_target(target)  # loading takes longer than this mistake
+    loaded = load_model(storage_root(storage), experiment, step)
+    export_hf(loaded, target)
+    direction = loaded.config.experiment.direction
+    print(f"{experiment}, step {loaded.step}, reads {direction}: how to feed it stands in {target / 'README.md'}")
+    print(f'model = transformers.AutoModelForCausalLM.from_pretrained("{target}")')
+    print(f'tokenizer = transformers.AutoTokenizer.from_pretrained("{target}")')
 
 
 # ---- data and tokenizer ----

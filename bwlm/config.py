@@ -84,10 +84,17 @@ class EvaluationSettings(Settings):
 class CheckpointSettings(Settings):
     every: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="how many of the newest stay")
+    keep_best: bool = Field(False, description="the best on the tuning half of the validation windows stays too")
+    keep_every: int = Field(0, ge=0, description="multiples of this step stay too; 0: none")
 
 
 class ComputeSettings(Settings):
+    """How fast, not what: each is chosen for the hardware and the length of the run unless it is set here."""
+
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: Literal["auto", "sdpa", "blocked"] = "auto"
+    fused_loss: bool | None = Field(None, description="head and loss in one, without all logits; default: yes")
+    compile: bool | None = Field(None, description="torch.compile; default: where it saves more than it costs")
     device_batch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: by device")
 
 

@@ -18,6 +18,7 @@ import yaml
 
 from bwlm import cli
 from bwlm.config import Experiment, parse_yaml
+from bwlm.model.compute import Compute
 from bwlm.record.fingerprint import identity
 from bwlm.record.journal import Journal
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
@@ -82,7 +83,11 @@ def make_run(storage: Path, name: str, state: Status | None = None, steps: int =
     cell = {"direction": direction, "depth": int(depth.removeprefix("d")), "lr": 0.5, "seed": 0}
     experiment = Experiment.model_validate(settings | cell)
     fields = identity(experiment, data="d", tokenizer="t", precision="float32", steps=5)
-    folder.create(RunConfig(name, experiment, fields, 5, "float32", "/corpus", "/tokenizer", "bars"))
+    folder.create(
+        RunConfig(
+            name, experiment, fields, 5, Compute("float32", "sdpa", 0, False, 8, 1), "/corpus", "/tokenizer", "bars"
+        )
+    )
     journal = Journal(folder.path)
     for step in range(1, steps + 1):
         journal.append(step, {"train_loss": 3.0, "tokens_per_second": 100.0})

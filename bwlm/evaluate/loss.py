@@ -111,7 +111,7 @@ class LossEvaluation:
         directed = lay_out(rows, chosen, marked, self.special, self.rows.width)
         segments = self._tensor(directed.segments) if self.masked else None
         inputs, targets = self._tensor(directed.ids[:, :-1]), self._tensor(directed.targets)
-        nll = model.loss(inputs, targets, segments, reduction="none")
+        _, nll = model.loss(inputs, targets, segments)
         flat = nll.double().cpu().numpy().reshape(-1)
         return SegmentLosses(
             window=windows[rows.row],

@@ -1,10 +1,9 @@
-"""A live picture of a running grid on stderr: which cells run, how many wait, how long it will take."""
+"""A live picture of a launch on stderr: which cells run, how many wait, how long it will take."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -24,20 +23,23 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class GridProgress:
-    """A table that redraws itself in a terminal; elsewhere one line whenever a cell ends."""
+_LINE_SECONDS = 30.0
+"""A single experiment tells how far it is about so often, also between validations."""
 
-    def __init__(self, cells: tuple[Cell, ...], states: Mapping[str, Status], storage: Path) -> None:
+
+class Progress:
+    """A table that redraws itself in a terminal; elsewhere lines: whenever a cell ends, of a single one also before."""
+
+    def __init__(self, cells: tuple[Cell, ...], states: Mapping[str, Status]) -> None:
         self._cells = {cell.id: cell for cell in cells}
-        self._storage = storage
         self._ended = {name: status for name, status in states.items() if status.ended}
         self._running: dict[str, dict[str, Any]] = {}
         self._console = Console(stderr=True)
-        self._began = time.monotonic()
+        self._began = self._told = time.monotonic()
         self._done_before = self._flops_done()
         self._live = Live(console=self._console, get_renderable=self._picture, refresh_per_second=2, transient=True)
 
-    def __enter__(self) -> GridProgress:
+    def __enter__(self) -> Progress:
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -46,23 +48,36 @@ class GridProgress:
         if self._console.is_terminal:
             self._live.stop()
 
-    def began(self, cell: str) -> None:
+    def began(self, cell: str, step: int) -> None:
+        """`step` is where an earlier launch left it."""
         self._ended.pop(cell, None)
-        self._running[cell] = {"step": 0}
+        if cell not in self._running:
+            self._running[cell] = {"step": step}
+            self._done_before += self._cells[cell].flops * step / self._cells[cell].steps
 
     def moved(self, cell: str, result: dict[str, Any]) -> None:
         self._running[cell] = self._running.get(cell, {}) | result
+        if len(self._cells) == 1 and ("val_bpb" in result or time.monotonic() - self._told > _LINE_SECONDS):
+            self._line(_step_words(result, self._cells[cell].steps))
+
+    def broke_off(self, cell: str, step: int) -> None:
+        """Its worker died or was asked to end: another takes it up from its last checkpoint."""
+        self._line(f"{cell}: broke off at step {step}, goes on")
 
     def ended(self, cell: str, status: Status) -> None:
         self._running.pop(cell, None)
         self._ended[cell] = status
-        if not self._console.is_terminal:
-            bpb = f", val_bpb {status.metrics['val_bpb']:.4f}" if "val_bpb" in status.metrics else ""
-            reason = f" ({status.reason})" if status.reason else ""
-            left = self._seconds_left()
-            clock = f", about {duration(left)} left" if left else ""
-            done = f"{len(self._ended)}/{len(self._cells)}"
-            self._console.print(f"{done} {cell}: {status.state}{reason}{bpb}{clock}", highlight=False, soft_wrap=True)
+        bpb = f", val_bpb {status.metrics['val_bpb']:.4f}" if "val_bpb" in status.metrics else ""
+        reason = f" ({status.reason})" if status.reason else ""
+        self._line(f"{len(self._ended)}/{len(self._cells)} {cell}: {status.state}{reason}{bpb}")
+
+    def _line(self, text: str) -> None:
+        if self._console.is_terminal:
+            return
+        self._told = time.monotonic()
+        left = self._seconds_left()
+        clock = f", about {duration(left)} left" if left else ""
+        self._console.print(text + clock, highlight=False, soft_wrap=True)
 
     def _flops_done(self) -> float:
         running = dict(self._running)
@@ -102,3 +117,10 @@ class GridProgress:
             for key, style in (("train_loss_smooth", ".3f"), ("val_bpb", ".4f"), ("tokens_per_second", ",.0f"))
         ]
         return (name, f"{result['step']}/{steps}", bar, *shown)
+
+
+def _step_words(result: Mapping[str, Any], steps: int) -> str:
+    """step 120/400, loss 3.412, val_bpb 2.3100, 23,456 tokens/s"""
+    named = {"train_loss_smooth": "loss {:.3f}", "val_bpb": "val_bpb {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
+    figures = [words.format(result[key]) for key, words in named.items() if key in result]
+    return ", ".join([f"step {result['step']:,}/{steps:,}", *figures])

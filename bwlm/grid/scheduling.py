@@ -1,27 +1,77 @@
-"""What Tune is told: which cells may be stopped early, and what to note of a cell when it ends."""
+"""What Tune is told: which cells may be stopped early, what to note of a cell when it ends, and when all must end."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import ray.tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-from bwlm.grid.progress import GridProgress
+from bwlm.grid.progress import Progress
+from bwlm.grid.session import ask_to_end
 from bwlm.grid.spec import SchedulerSettings
 from bwlm.paths import write_atomic
 from bwlm.record.lineage import ExperimentFolder, Status
+from bwlm.train.termination import TERMINATED, Termination
+
+_GRACE_SECONDS = 20.0
+"""How long a launch that was asked to end waits for its cells: longer than a step and a checkpoint should take."""
 
 
-class DirectionwiseASHA(FIFOScheduler):  # type: ignore[misc]
+class CellScheduler(FIFOScheduler):  # type: ignore[misc]
+    """First in, first out. Once this process is asked to end, the cells that run are asked too, and no other begins."""
+
+    def __init__(self, storage: Path, termination: Termination) -> None:
+        super().__init__()
+        self._storage = storage
+        self._termination = termination
+        self._told: set[str] = set()
+        self._deadline: float | None = None
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """Tune asks in each of its rounds, many times a second.
+
+        Raises `SystemExit` past the grace time: what hangs loses no more than the steps since its last checkpoint.
+        """
+        if not self._termination.asked:
+            return super().choose_trial_to_run(tune_controller)
+        if self._deadline is None:
+            self._deadline = time.monotonic() + _GRACE_SECONDS
+        for trial in list(tune_controller.get_live_trials()):
+            if trial.status == Trial.RUNNING:
+                self._tell(trial.config["cell"])
+            else:
+                tune_controller.stop_trial(trial)
+        if time.monotonic() > self._deadline:
+            raise SystemExit(TERMINATED)
+        return None
+
+    def _tell(self, cell: str) -> None:
+        holder = ExperimentFolder(self._storage, cell).lease_holder()
+        if holder is not None and holder not in self._told:
+            ask_to_end(holder)
+            self._told.add(holder)
+
+
+class DirectionwiseASHA(CellScheduler):
     """ASHA (Li et al. 2020) among cells that differ in the learning rate alone, on the tuning half of the windows.
 
     One set of rungs for all would stop the direction that reads worse, and leave nothing to compare.
     """
 
-    def __init__(self, settings: SchedulerSettings, max_steps: int, strata: dict[str, str]) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        max_steps: int,
+        strata: dict[str, str],
+        storage: Path,
+        termination: Termination,
+    ) -> None:
+        """`strata` names, for each cell, the group within which it competes."""
+        super().__init__(storage, termination)
         self._strata = strata
         self._rungs = {
             stratum: ASHAScheduler(
@@ -52,24 +102,24 @@ class DirectionwiseASHA(FIFOScheduler):  # type: ignore[misc]
         self._of(trial).on_trial_remove(tune_controller, trial)
 
 
-def make_scheduler(settings: SchedulerSettings, max_steps: int, strata: dict[str, str]) -> TrialScheduler:
-    """`strata` names, for each cell, the group within which it competes."""
-    return FIFOScheduler() if settings.kind == "fifo" else DirectionwiseASHA(settings, max_steps, strata)
-
-
 class CellStates(ray.tune.Callback):  # type: ignore[misc]
     """Shows how far the cells are, and notes those that their own worker could not note: stopped early, or crashed."""
 
-    def __init__(self, storage: Path, progress: GridProgress) -> None:
+    def __init__(self, storage: Path, progress: Progress, termination: Termination) -> None:
         self._storage = storage
         self._progress = progress
+        self._termination = termination
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks into a state that we never restore, and a live display cannot be pickled
-        return {"_storage": self._storage}
+        return {}
+
+    def _folder(self, trial: Any) -> ExperimentFolder:
+        return ExperimentFolder(self._storage, trial.config["cell"])
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._progress.began(trial.config["cell"])
+        folder = self._folder(trial)
+        self._progress.began(folder.id, folder.status().step)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -77,13 +127,18 @@ class CellStates(ray.tune.Callback):  # type: ignore[misc]
         if "step" in result:
             self._progress.moved(trial.config["cell"], result)
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        folder = self._folder(trial)
+        self._progress.broke_off(folder.id, folder.status().step)
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        folder = ExperimentFolder(self._storage, trial.config["cell"])
+        folder = self._folder(trial)
         at = folder.status()
-        self._close(folder, at, Status("stopped", f"by the scheduler at step {at.step}", at.step, at.metrics))
+        if at.ended or not self._termination.asked:
+            self._close(folder, at, Status("stopped", f"by the scheduler at step {at.step}", at.step, at.metrics))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        folder = ExperimentFolder(self._storage, trial.config["cell"])
+        folder = self._folder(trial)
         at, error = folder.status(), trial.get_error()
         last = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         write_atomic(folder.path / "error.txt", f"{error}\n".encode())

@@ -6,9 +6,12 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,16 @@ os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "100000000000")
 os.environ.setdefault("MALLOC_TOP_PAD_", "268435456")
 
+import psutil
 import ray
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from bwlm.config import ResourceSettings
+from bwlm.config import Experiment, ResourceSettings
 from bwlm.errors import UserError
+from bwlm.model.compute import Compute, DeviceType, Hardware, Wanted, choose_compute, look_at_hardware
+from bwlm.model.shape import GPTConfig
+from bwlm.train.termination import Termination
 
 _SPARE_CPUS = 1.0
 """Logical CPUs left for Ray Data's tasks: without one, a cell waits for its first batch for ever."""
@@ -74,9 +83,7 @@ def cluster(needs: Collection[ResourceSettings], concurrency: int | None, cells:
             chosen = _concurrency(needs, concurrency, cells, cores, _local_gpus(), "this machine")
             # Ray Data's tasks and the trial drivers need logical CPUs of their own, or nothing would ever start
             logical = math.ceil(chosen * (max(map(cpus_of_cell, needs)) + _TRIAL_CPUS) + _SPARE_CPUS)
-            context = ray.init(
-                address="local", num_cpus=logical, include_dashboard=True, logging_level="warning", log_to_driver=False
-            )
+            context = _init(address="local", num_cpus=logical, include_dashboard=True)
             yield Room(chosen, context.dashboard_url, "this machine")
     finally:
         ray.shutdown()
@@ -92,9 +99,18 @@ def _connect(address: str) -> Any:
     if port.isdigit():
         check_answers(host, int(port), f"RAY_ADDRESS: {address}", "start the cluster, or unset RAY_ADDRESS")
     try:
-        return ray.init(address=address, logging_level="warning", log_to_driver=False)
+        return _init(address=address)
     except (ConnectionError, ValueError) as error:
         raise UserError(f"RAY_ADDRESS: {address}: {str(error).splitlines()[0]}") from None
+
+
+def _init(**options: Any) -> Any:
+    """`ray.init`, which replaces the handler of SIGTERM: a command's own one stays."""
+    ours = signal.getsignal(signal.SIGTERM)
+    context = ray.init(**options, logging_level="warning", log_to_driver=False)
+    if callable(ours) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ours)
+    return context
 
 
 def check_answers(host: str, port: int, what: str, mend: str) -> None:
@@ -159,6 +175,56 @@ def _fitting(resources: ResourceSettings, cpus: float, gpus: float, where: str) 
     return fits
 
 
+def plan_compute(experiment: Experiment, shape: GPTConfig, steps: int) -> Compute:
+    """How a run will compute on its workers; what its settings leave open is chosen for the hardware."""
+    asked, resources = experiment.compute, experiment.resources
+    wanted = Wanted(
+        None if asked.precision == "auto" else asked.precision,
+        None if asked.attention == "auto" else asked.attention,
+        asked.fused_loss,
+        asked.compile,
+        asked.device_batch_size,
+    )
+    hardware, peak = _worker_hardware("cuda" if resources.gpus_per_worker else "cpu", resources.cpus_per_worker)
+    rows = experiment.budget.batch_tokens // shape.sequence_length // resources.workers
+    return choose_compute(wanted, hardware, peak, shape, rows, steps)
+
+
+@cache
+def _worker_hardware(device: DeviceType, threads: int) -> tuple[Hardware, float]:
+    """What a worker finds, and its peak in FLOP/s: on this machine, or on a node of the cluster that has it."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return look_at_hardware(device, threads)
+    look = ray.remote(look_at_hardware).options(num_cpus=threads, num_gpus=1 if device == "cuda" else 0)
+    found: tuple[Hardware, float] = ray.get(look.remote(device, threads))
+    return found
+
+
+@cache
+def process_termination() -> Termination:
+    """Of this worker process: one that was asked to end takes no further cell."""
+    return Termination()
+
+
+def ask_to_end(holder: str) -> None:
+    """Sends SIGTERM to the worker `host:pid`, on whatever node of the cluster it is."""
+    host, _, pid = holder.rpartition(":")
+    if host == socket.gethostname():
+        _terminate(pid)
+        return
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeManagerHostname"] == host:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ray.remote(_terminate).options(num_cpus=0, scheduling_strategy=there).remote(pid)
+
+
+def _terminate(pid: str) -> None:
+    with contextlib.suppress(psutil.Error, ValueError):  # a holder that has not yet written down who it is
+        process = psutil.Process(int(pid))
+        if process.name().startswith("ray::"):  # a number that was given away again is not ours to end
+            process.terminate()
+
+
 class RaySession:
     """The loop's view of a Ray Train worker; a cell of one worker reports to Tune, one of several to Train."""
 
@@ -189,6 +255,9 @@ class RaySession:
         send: Any = ray.tune.report if self.world == 1 else ray.train.report
         send({"step": step, **metrics})
 
+    def stopping(self) -> bool:
+        return process_termination().asked
+
 
 def trial_resources(resources: ResourceSettings) -> Any:
     """What Tune reserves for a trial: the cell itself, or only its driver where Train places the workers."""
@@ -203,21 +272,32 @@ def train_cell(config: dict[str, Any]) -> None:
     """Tune's trainable: one cell through Ray Train, whatever its number of workers.
 
     One worker runs in Train's local mode inside this (reused) actor, which saves the seconds that starting a worker
-    group takes; several workers get a TorchTrainer of their own.
+    group takes; several workers get a TorchTrainer of their own. Raises a preemption if the cell comes back without an
+    end, and at once in a process that was asked to end before.
     """
-    import ray.train
-    import ray.train.torch
-    from ray.tune.integration.ray_train import TuneReportCallback
-
     from bwlm.record.lineage import ExperimentFolder
 
     folder = ExperimentFolder(Path(config["storage"]), config["cell"])
     resources = folder.config().experiment.resources
+    with process_termination() as termination:
+        if resources.workers > 1:
+            # here, since a worker that waits lets the others run into their barrier's limit
+            folder.wait_until_free()
+        if not termination.asked:
+            _trainer(config, resources).fit()
+        if not folder.status().ended:
+            # Tune counts this as no failure, discards the process and takes the cell up again
+            raise RayActorError(error_msg=f"{folder.id}: its worker was asked to end", preempted=True)
+
+
+def _trainer(config: dict[str, Any], resources: ResourceSettings) -> Any:
+    import ray.train
+    import ray.train.torch
+    from ray.tune.integration.ray_train import TuneReportCallback
+
     several = resources.workers > 1
-    if several:
-        folder.wait_until_free()  # here, since a worker that waits lets the others run into their barrier's limit
     per_worker = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
-    trainer = ray.train.torch.TorchTrainer(
+    return ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config=config,
         scaling_config=ray.train.ScalingConfig(
@@ -232,7 +312,6 @@ def train_cell(config: dict[str, Any]) -> None:
             callbacks=[TuneReportCallback()] if several else None,
         ),
     )
-    trainer.fit()
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -248,7 +327,7 @@ def train_worker(config: dict[str, Any]) -> None:
     run = folder.config()
     torch.set_num_threads(run.experiment.resources.cpus_per_worker)
     session = RaySession(run.steps, run.experiment.resources)
-    with folder.lease() if session.rank == 0 else contextlib.nullcontext():
+    with process_termination(), folder.lease() if session.rank == 0 else contextlib.nullcontext():
         if session.world > 1:
             dist.barrier()
         run_base(folder, session, stream_batches)

@@ -1,4 +1,4 @@
-"""The grid file: axes, fixed settings and how to run them, resolved to cells before anything runs."""
+"""What is to be trained: a grid file or the settings of one experiment, resolved to cells before anything runs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import copy
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ from bwlm.config import (
 from bwlm.errors import UserError, nearest
 from bwlm.model.shape import GPTConfig, count_parameters, flops_per_token
 from bwlm.paths import LONGEST_ID, check_id
+from bwlm.record.lineage import shape_of
 
 
 class SchedulerSettings(Settings):
@@ -95,14 +97,23 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class GridPlan:
-    grid: Grid
+class Plan:
+    """The cells of a grid, or a single experiment, and how they are run."""
+
+    name: str
+    """Of the grid, or the experiment's id."""
     cells: tuple[Cell, ...]
-    source: str
-    """The grid's text, with what `--set` changed, for the record."""
+    launch: LaunchSettings
+    scheduler: SchedulerSettings
+    grid_text: str | None
+    """The grid file with what `--set` changed, for the record; None for a single experiment."""
+
+    @property
+    def is_grid(self) -> bool:
+        return self.grid_text is not None
 
 
-def load_grid(path: Path, settings: list[str]) -> GridPlan:
+def load_grid(path: Path, settings: list[str]) -> Plan:
     """Reads, overrides and resolves a grid file. Raises `UserError` for every fault, before anything is made."""
     document = override(load_yaml(path), settings)
     grid = validate(Grid, *_with_first_values(document))
@@ -117,15 +128,18 @@ def load_grid(path: Path, settings: list[str]) -> GridPlan:
     cells = tuple(_cells(blocks, document))
     if grid.scheduler.kind == "asha":
         _check_asha(cells, document)
-    return GridPlan(grid, cells, dump_yaml(document.content) if settings else path.read_text("utf-8"))
+    text = dump_yaml(document.content) if settings else path.read_text("utf-8")
+    return Plan(grid.name, cells, grid.launch, grid.scheduler, text)
 
 
-def shape_of(experiment: Experiment) -> GPTConfig:
-    """Raises ValueError where head_dim, kv_heads and depth do not fit together."""
-    model = experiment.model
-    return GPTConfig.from_depth(
-        experiment.depth, experiment.tokenizer.vocab_size, model.sequence_length, model.head_dim, model.kv_heads
-    )
+def plan_experiment(flags: Mapping[str, Any], settings: list[str], chosen_id: str | None) -> Plan:
+    """One experiment from the command line; `settings` go over `flags`. Raises `UserError` naming the flag or field."""
+    document = override(Document("--set", dict(flags), {name: f"--{name}" for name in flags}), settings)
+    experiment = _experiment(document.content, document)
+    usual = f"{experiment.phase}_{date.today():%Y%m%d}_{experiment.direction}_d{experiment.depth}"
+    run = check_id(chosen_id or usual, "--id")
+    cell = Cell(run, experiment, resolve_steps(experiment))
+    return Plan(run, (cell,), LaunchSettings(), SchedulerSettings(), None)
 
 
 def resolve_steps(experiment: Experiment) -> int:
@@ -223,14 +237,19 @@ def _cell(fixed: dict[str, Any], chosen: dict[str, Any], where: str, document: D
     for name, value in chosen.items():
         places[name] = document.place(f"{where}.{name}")
         assign(content, name, value, places[name])
-    shown = Document(document.place(where), content, places)
-    experiment = validate(Experiment, content, shown)
+    experiment = _experiment(content, Document(document.place(where), content, places))
+    return Cell(_cell_id(experiment, chosen, document), experiment, resolve_steps(experiment))
+
+
+def _experiment(content: Mapping[str, Any], document: Document) -> Experiment:
+    """Raises `UserError` where a field is not valid, or fields do not fit together."""
+    experiment = validate(Experiment, content, document)
     try:
         shape_of(experiment)
     except ValueError as error:
-        raise UserError(f"{shown.where('model')}: {error}: change head_dim or kv_heads") from None
-    _check_batch(experiment, shown)
-    return Cell(_cell_id(experiment, chosen, document), experiment, resolve_steps(experiment))
+        raise UserError(f"{document.where('model')}: {error}: change head_dim or kv_heads") from None
+    _check_batch(experiment, document)
+    return experiment
 
 
 def _check_batch(experiment: Experiment, document: Document) -> None:

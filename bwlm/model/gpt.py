@@ -3,30 +3,26 @@
 RoPE and then QK-norm, a norm after the embedding, RMSNorm without weights, ReLU squared, no biases, an untied head,
 logits capped at 15. It predicts position t + 1 from positions up to t and knows nothing of what order the ids are in.
 
-Not here: sizes and costs (`shape.py`), optimizers (`optim.py`), decoding.
+Not here: sizes and costs (`shape.py`), the kernels of attention and loss (`attention.py`, `loss.py`) and which of them
+pays (`compute.py`), optimizers (`optim.py`), decoding (`generate.py`).
 
 Axes: B batch, T time, C width, H heads, K kv heads, D head dimension, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from bwlm.model.shape import GPTConfig, ParameterCounts, count_parameters, flops_per_token
-
-__all__ = ["GPT", "GPTConfig", "ParameterCounts", "count_parameters", "cross_entropy", "flops_per_token"]
+from bwlm.model.attention import AttentionKernel, attend
+from bwlm.model.loss import ChunkGradient, cap, chunk_gradient, fused_loss, plain_loss
+from bwlm.model.shape import GPTConfig
 
 NORM_EPS = 1.1920929e-07  # float32's, in every compute dtype
 ROPE_BASE = 10_000
-LOGIT_CAP = 15.0
-IGNORED = -1
 
-Reduction = Literal["sum", "none"]
 Rope = tuple[Tensor, Tensor]  # cos, sin: [T, D/2]
 
 
@@ -47,24 +43,6 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     cos, sin = rope
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
-
-
-def segment_mask(segments: Tensor) -> Tensor:
-    """[B, T] segment ids to [B, 1, T, T]: True where a query (row) may look at a key: not later, same segment."""
-    same = segments[:, None, :, None] == segments[:, None, None, :]
-    return same.tril()
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, reduction: Reduction = "sum") -> Tensor:
-    """Cross-entropy in nats, float32, of logits [B, T, V] at targets [B, T]; a target of -1 costs 0.
-
-    'sum' gives a scalar, 'none' [B, T]. No mean: ranks and micro-batches with unequal numbers of targets add up only
-    as sums.
-    """
-    if reduction not in ("sum", "none"):
-        raise ValueError(f"reduction must be 'sum' or 'none', not {reduction!r}")
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
-    return loss.view_as(targets) if reduction == "none" else loss
 
 
 class Linear(nn.Linear):
@@ -93,19 +71,18 @@ class Embedding(nn.Embedding):
 class Attention(nn.Module):
     """Causal self-attention; with fewer kv heads than heads, groups of heads share one (GQA, arXiv:2305.13245)."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, kernel: AttentionKernel) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.grouped = config.kv_heads < config.heads
+        self.kernel = kernel
         self.query = Linear(config.width, config.heads * config.head_dim)
         self.key = Linear(config.width, config.kv_heads * config.head_dim)
         self.value = Linear(config.width, config.kv_heads * config.head_dim)
         self.output = Linear(config.heads * config.head_dim, config.width)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
-        """x [B, T, C] to [B, T, C]; mask [B, 1, T, T] is True where attending is allowed, None is plain causal."""
-        q, k, v = self.heads(x, rope)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+    def forward(self, x: Tensor, rope: Rope, segments: Tensor | None) -> Tensor:
+        """x [B, T, C] to [B, T, C]; with segments [B, T], attention stays inside them."""
+        y = attend(*self.heads(x, rope), segments, self.kernel)
         out: Tensor = self.output(y.transpose(1, 2).flatten(2))
         return out
 
@@ -134,13 +111,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer of the residual stream: x [B, T, C] to [B, T, C]."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, kernel: AttentionKernel) -> None:
         super().__init__()
-        self.attention = Attention(config)
+        self.attention = Attention(config, kernel)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
-        x = x + self.attention(norm(x), rope, mask)
+    def forward(self, x: Tensor, rope: Rope, segments: Tensor | None) -> Tensor:
+        x = x + self.attention(norm(x), rope, segments)
         out: Tensor = x + self.mlp(norm(x))
         return out
 
@@ -148,21 +125,30 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model. Weights are float32; activations run in `compute_dtype`; logits come out in float32.
 
-    A new model holds NaN, so that one that was neither initialised nor loaded cannot pass for a model.
+    A new model holds NaN, so that one that was neither initialised nor loaded cannot pass for a model. `attention` and
+    `loss_chunk` (tokens whose logits exist at once in a loss; 0: all) say how it computes, not what.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        compute_dtype: torch.dtype = torch.float32,
+        attention: AttentionKernel = "sdpa",
+        loss_chunk: int = 0,
+    ) -> None:
         super().__init__()
         if compute_dtype not in (torch.float32, torch.bfloat16):
             # float16 would underflow without a gradient scaler, which the training step has not
             raise ValueError(f"compute_dtype must be torch.float32 or torch.bfloat16, not {compute_dtype}")
         self.config = config
         self.compute_dtype = compute_dtype
+        self.loss_chunk = loss_chunk
+        self._chunk_gradient: ChunkGradient = chunk_gradient
         self.embedding = Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.depth))
         self.lm_head = Linear(config.width, config.vocab_size)
         cos, sin = rope_tables(config.sequence_length, config.head_dim)
         self.register_buffer("cos", cos, persistent=False)
@@ -175,21 +161,38 @@ class GPT(nn.Module):
         row's beginning in any case: RoPE lets attention see differences of positions only, and those are the same.
         Raises ValueError where the shapes do not fit.
         """
+        return cap(self.lm_head(self._hidden(ids, segments)))
+
+    def loss(self, ids: Tensor, targets: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy in nats of targets [B, T] given ids [B, T]: the sum, and each token's [B, T] without gradient.
+
+        A target of -1 costs 0. Raises ValueError as `forward` does.
+        """
+        x, flat = self._hidden(ids, segments).flatten(0, 1), targets.flatten()
+        if self.loss_chunk:
+            total, each = fused_loss(x, self.lm_head.weight, flat, self.loss_chunk, self._chunk_gradient)
+        else:
+            total, each = plain_loss(x, self.lm_head.weight, flat)
+        return total, each.view_as(targets)
+
+    def compile_training(self) -> None:
+        """Compiles blocks and loss for training; in evaluation mode the model stays as it is.
+
+        The blocks share one compiled program, so that the time it takes does not grow with depth.
+        """
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        self._chunk_gradient = torch.compile(chunk_gradient, dynamic=False)
+
+    def _hidden(self, ids: Tensor, segments: Tensor | None) -> Tensor:
+        """What the head reads: [B, T, C], normed."""
         self._check(ids, segments)
         time = ids.size(1)
         rope = self.cos[:time].to(self.compute_dtype), self.sin[:time].to(self.compute_dtype)
-        mask = None if segments is None else segment_mask(segments)
         x = norm(self.embedding(ids).to(self.compute_dtype))
         for block in self.blocks:
-            x = block(x, rope, mask)
-        logits: Tensor = self.lm_head(norm(x)).float()
-        return LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
-
-    def loss(
-        self, ids: Tensor, targets: Tensor, segments: Tensor | None = None, reduction: Reduction = "sum"
-    ) -> Tensor:
-        """Cross-entropy in nats of targets [B, T] given ids [B, T]; see `cross_entropy`."""
-        return cross_entropy(self.forward(ids, segments), targets, reduction)
+            x = block(x, rope, segments) if self.training else block.forward(x, rope, segments)
+        return norm(x)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -1,7 +1,8 @@
 """The optimizer: Muon for the matrices inside the blocks, AdamW for embedding and head; and their schedules.
 
-Rates are nanochat's of October 2025, tuned for width 768, the version whose architecture `gpt.py` has. State goes in
-and out as named tensors, so that a checkpoint needs no pickle.
+Rates are nanochat's of October 2025, tuned for width 768, the version whose architecture `gpt.py` has. With several
+ranks, each orthogonalizes its share of the matrices and hands them to the others. State goes in and out as named
+tensors of all ranks together, so that a checkpoint needs no pickle and fits any number of ranks.
 
 Not here: gradient clipping and accumulation, which belong to the step that makes the gradients.
 """
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bwlm.model.gpt import GPT
@@ -30,33 +32,42 @@ MOMENTUM_WARMUP = 300  # steps
 
 
 class Optimizer:
-    """torch optimizers that step together, and their state under flat names.
+    """torch optimizers that step together on one rank, and their state under flat names.
 
-    `set_schedule` is to be called before each `step`: rates and momentum are functions of the step, not state.
+    `set_schedule` is to be called before each `step`: rates, momentum and decay are functions of the step, not state.
     """
 
-    def __init__(self, parts: dict[str, torch.optim.Optimizer], names: dict[Tensor, str]) -> None:
-        """`parts` by the prefix of their state's names; `names` of all parameters. Parameter groups have a 'name'."""
+    def __init__(
+        self, parts: dict[str, torch.optim.Optimizer], names: dict[Tensor, str], owners: dict[Tensor, int]
+    ) -> None:
+        """`parts` by the prefix of their state's names; `names` of all parameters. Parameter groups have a 'name'.
+
+        `owners`: the rank that alone updates a matrix, and has it in its 'muon' part; what is not in it, all update.
+        """
         self.parts = parts
         self._names = names
+        self._owners = owners
         for part in parts.values():
             for group in part.param_groups:
-                group["initial_lr"] = group["lr"]
+                group["initial_lr"], group["initial_decay"] = group["lr"], group["weight_decay"]
                 for parameter in group["params"]:
                     part.state[parameter] = _initial_state(part, parameter)
 
     def step(self) -> None:
+        """Updates what this rank owns and takes over what the others updated; a collective with several ranks."""
         for part in self.parts.values():
             part.step()
+        _share([parameter.detach() for parameter in self._owners], list(self._owners.values()))
 
     def zero_grad(self) -> None:
-        for part in self.parts.values():
-            part.zero_grad(set_to_none=True)
+        for parameter in self._names:
+            parameter.grad = None
 
-    def set_schedule(self, multiplier: float, momentum: float) -> None:
-        """Scale every group's rate by `multiplier`, and set Muon's momentum (AdamW's betas stay)."""
+    def set_schedule(self, multiplier: float, momentum: float, decay: float = 1.0) -> None:
+        """Scales every group's rate and weight decay, and sets Muon's momentum (AdamW's betas stay)."""
         for group in self._groups():
             group["lr"] = group["initial_lr"] * multiplier
+            group["weight_decay"] = group["initial_decay"] * decay
             if "momentum" in group:
                 group["momentum"] = momentum
 
@@ -65,18 +76,23 @@ class Optimizer:
         return {group["name"]: float(group["lr"]) for group in self._groups()}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The state as `part/parameter/key`, complete from the start; live tensors, which the next step changes."""
-        return {
-            f"{prefix}/{self._names[parameter]}/{key}": value
-            for prefix, part in self.parts.items()
-            for parameter, state in part.state.items()
-            for key, value in state.items()
-        }
+        """The whole state as `part/parameter/key`, complete from the start; a collective with several ranks.
+
+        What this rank owns are live tensors, which the next step changes.
+        """
+        own = self._own_state()
+        momenta = {name: own.get(name, torch.empty_like(matrix)) for name, matrix in self._shared_state().items()}
+        _share(list(momenta.values()), list(self._owners.values()))
+        return own | momenta
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state_tensors` gave. Raises ValueError, and changes nothing, unless all of it fits."""
-        own = self.state_tensors()
-        missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        """Takes over what `state_tensors` gave on any number of ranks.
+
+        Raises ValueError, and changes nothing, unless all that this rank needs is there and fits.
+        """
+        own = self._own_state()
+        missing = sorted(own.keys() - tensors.keys())
+        unexpected = sorted(tensors.keys() - own.keys() - self._shared_state().keys())
         if missing or unexpected:
             raise ValueError(f"optimizer state: {_some('missing', missing)}; {_some('unexpected', unexpected)}")
         for name, value in own.items():
@@ -89,13 +105,29 @@ class Optimizer:
         for name, value in own.items():
             value.copy_(tensors[name])
 
+    def _own_state(self) -> dict[str, Tensor]:
+        return {
+            f"{prefix}/{self._names[parameter]}/{key}": value
+            for prefix, part in self.parts.items()
+            for parameter, state in part.state.items()
+            for key, value in state.items()
+        }
+
+    def _shared_state(self) -> dict[str, Tensor]:
+        """The matrix that each state belongs to which one rank alone has."""
+        return {f"muon/{self._names[matrix]}/momentum_buffer": matrix for matrix in self._owners}
+
     def _groups(self) -> Iterator[dict[str, Any]]:
         for part in self.parts.values():
             yield from part.param_groups
 
 
-def build_optimizers(model: GPT, lr: float = 1.0, weight_decay: float = 0.0, kind: Kind = "muon") -> Optimizer:
+def build_optimizers(
+    model: GPT, lr: float = 1.0, weight_decay: float = 0.0, kind: Kind = "muon", rank: int = 0, world: int = 1
+) -> Optimizer:
     """The optimizer of `model`; `lr` multiplies every group's rate, `weight_decay` acts on the blocks' matrices only.
+
+    Of `world` ranks, each builds it and gives its own `rank`; Muon's work is shared among them.
 
     'muon' is nanochat's. 'adamw' has AdamW for all, the matrices at GPT-3's rate and betas for its model of width 768
     (Brown et al., arXiv:2005.14165, table 2.1 and appendix B; nanoGPT's too), scaled with width as nanochat scales its
@@ -110,23 +142,20 @@ def build_optimizers(model: GPT, lr: float = 1.0, weight_decay: float = 0.0, kin
         _group("unembedding", list(model.lm_head.parameters()), for_width * UNEMBEDDING_RATE),
     ]
     parts: dict[str, torch.optim.Optimizer] = {}
+    owners: dict[Tensor, int] = {}
     if kind == "muon":
-        # 'original' scales a matrix's update by sqrt(max(1, rows / columns)), as nanochat's Muon does
-        parts["muon"] = torch.optim.Muon(
-            [_group("matrix", matrices, lr * MUON_RATE)],
-            momentum=0.95,
-            nesterov=True,
-            ns_steps=5,
-            weight_decay=weight_decay,
-            adjust_lr_fn="original",
-        )
+        owners = _spread(matrices, world) if world > 1 else {}
+        mine = [matrix for matrix in matrices if owners.get(matrix, rank) == rank]
+        if mine:  # a shallow model on many ranks leaves some of them without
+            parts["muon"] = _muon(_group("matrix", mine, lr * MUON_RATE), weight_decay)
     elif kind == "adamw":
         matrix_group = _group("matrix", matrices, for_width * ADAMW_MATRIX_RATE)
         adamw_groups.insert(0, matrix_group | {"betas": (0.9, 0.95), "weight_decay": weight_decay})
     else:
         raise ValueError(f"kind must be 'muon' or 'adamw', not {kind!r}")
     parts["adamw"] = torch.optim.AdamW(adamw_groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
-    return Optimizer(parts, {parameter: name for name, parameter in model.named_parameters()})
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return Optimizer(parts, names, owners)
 
 
 def schedule(
@@ -162,6 +191,47 @@ def muon_momentum(step: int) -> float:
     """Muon's momentum at `step`: 0.85 to 0.95 over the first 300 steps, then 0.95 (nanochat, October 2025)."""
     fraction = min(step / MOMENTUM_WARMUP, 1.0)
     return (1 - fraction) * 0.85 + fraction * 0.95
+
+
+def weight_decay_schedule(step: int, steps: int) -> float:
+    """Multiplier of the weight decay: a cosine from 1 to 0 over the run (nanochat's `get_weight_decay`, 2026)."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _muon(group: dict[str, Any], weight_decay: float) -> torch.optim.Muon:
+    # 'original' scales a matrix's update by sqrt(max(1, rows / columns)), as nanochat's Muon does
+    return torch.optim.Muon(
+        [group], momentum=0.95, nesterov=True, ns_steps=5, weight_decay=weight_decay, adjust_lr_fn="original"
+    )
+
+
+def _spread(matrices: list[nn.Parameter], world: int) -> dict[Tensor, int]:
+    """Who updates which matrix: the costliest first, each to the rank with the least to do (Graham's LPT rule)."""
+    load = [0] * world
+    owners: dict[Tensor, int] = {}
+    for matrix in sorted(matrices, key=_orthogonalization_cost, reverse=True):
+        owner = load.index(min(load))
+        load[owner] += _orthogonalization_cost(matrix)
+        owners[matrix] = owner
+    return owners
+
+
+def _orthogonalization_cost(matrix: Tensor) -> int:
+    """Multiplications of one Newton-Schulz step on m x n, m <= n: two products of m m n and one of m m m."""
+    m, n = sorted(matrix.shape)
+    return m * m * (2 * n + m)
+
+
+def _share(tensors: list[Tensor], owners: list[int]) -> None:
+    """Every rank's `tensors` take the values that their owners hold: one broadcast for each owner."""
+    for owner in sorted(set(owners)):
+        mine = [tensor for tensor, whose in zip(tensors, owners, strict=True) if whose == owner]
+        flat = torch.cat([tensor.flatten() for tensor in mine])
+        dist.broadcast(flat, src=owner)
+        if dist.get_rank() != owner:
+            sizes = [tensor.numel() for tensor in mine]
+            for tensor, values in zip(mine, torch.split(flat, sizes), strict=True):
+                tensor.copy_(values.view_as(tensor))
 
 
 def _group(name: str, parameters: list[nn.Parameter], lr: float) -> dict[str, Any]:

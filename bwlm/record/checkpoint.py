@@ -1,6 +1,11 @@
 """Checkpoints: safetensors and JSON, written whole, verified by hash. Nothing of a checkpoint is ever unpickled.
 
-step_000400/  model.safetensors  optimizer.safetensors  meta.json (what it is, the SHA-256 of each file, a checksum)
+step_000400/  model.safetensors  optimizer.safetensors  rng.safetensors
+              meta.json (what it is, the loop's progress, the SHA-256 of each file, a checksum of itself)
+
+meta.json is the commit mark: it is written last and deleted first, and a folder without it is not a checkpoint. The
+folder takes its name whole, and only then do older ones go. One process writes to a folder of checkpoints, any number
+may read. Not here: saving while training goes on, which is `saver.py`.
 """
 
 from __future__ import annotations
@@ -8,8 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,87 +26,258 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bwlm.errors import RunError, UserError
-from bwlm.paths import read_json, whole_folder, write_json
+from bwlm.paths import read_json, sync, whole_folder, write_json
 
 log = logging.getLogger(__name__)
-_OURS = re.compile(r"step_[0-9]{6,}|\.step_[0-9]{6,}\.[0-9a-f]{8}\.tmp")
-"""Folders of checkpoints, and what a save that was killed leaves."""
 
 Tensors = dict[str, torch.Tensor]
-FILES = ("model.safetensors", "optimizer.safetensors")
+MODEL, OPTIMIZER, RNG, META = "model.safetensors", "optimizer.safetensors", "rng.safetensors", "meta.json"
+FILES = (MODEL, OPTIMIZER, RNG)
+
+_COMMITTED = re.compile(r"step_([0-9]{6,})|\.step_([0-9]{6,})\.replaced")
+_OURS = re.compile(_COMMITTED.pattern + r"|\.step_[0-9]{6,}\.[0-9a-f]{8}\.tmp")
+"""Folders of checkpoints, and what a save that was killed leaves."""
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Snapshot:
+    """Everything that a run needs to go on from a step; tensors in host memory that nobody changes any more."""
+
     step: int
     model: Tensors
     optimizer: Tensors
+    rng: Tensors
+    """States of the random generators as bytes, `rank0/cpu`, `rank0/cuda`, `rank1/cpu`, .."""
     meta: dict[str, Any]
+    """JSON: what the checkpoint is, and `progress`, the loop's own state"""
+    metric: float | None = None
+    """Validation figure of this very step, lower is better; None where there was no validation"""
 
 
-def save_checkpoint(
-    folder: Path, step: int, model: Tensors, optimizer: Tensors, meta: dict[str, Any], keep: int
-) -> None:
-    """Saves a step. Afterwards only the newest `keep` checkpoints up to this step stay.
+Checkpoint = Snapshot
 
-    Later steps are of a run that was cut off and taken up before them: this run does not know them.
+
+def copy_to_host(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Contiguous copies on the CPU, also of tensors that lie there; the only part of a save that holds up training."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+
+
+# ---- which checkpoints stay ----
+
+
+@dataclass(frozen=True)
+class KeepPolicy:
+    """What stays of a run's checkpoints: the union of three rules."""
+
+    last: int = 2
+    """The newest"""
+    best: bool = False
+    """The one with the lowest metric"""
+    every: int = 0
+    """Those whose step is a multiple of this; 0: none"""
+
+    def __post_init__(self) -> None:
+        if self.last < 1 or self.every < 0:
+            raise ValueError(f"last must be at least 1 and every not negative, not {self.last} and {self.every}")
+
+
+def kept(metrics: Mapping[int, float | None], policy: KeepPolicy) -> set[int]:
+    """Steps that stay, of checkpoints given by step and metric. Of equally good ones the earliest is the best."""
+    stay = set(sorted(metrics)[-policy.last :])
+    if policy.every:
+        stay |= {step for step in metrics if step % policy.every == 0}
+    if policy.best:
+        measured = [(figure, step) for step, figure in metrics.items() if figure is not None]
+        stay |= {step for _, step in sorted(measured)[:1]}
+    return stay
+
+
+# ---- writing ----
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot, keep: KeepPolicy) -> None:
+    """Makes a checkpoint durable, and deletes what `keep` does not name.
+
+    Later steps go as well: they are of a run that was cut off and taken up before them. Raises `RunError` naming the
+    file that cannot be written: then all earlier checkpoints stand, and nothing of this one.
     """
-    target = step_folder(folder, step)
+    _delete_all_but(_whole(folder).values(), folder)  # what a killed save left may hold the space that this one needs
+    target = folder / f"step_{snapshot.step:06d}"
+    files = dict(zip(FILES, (snapshot.model, snapshot.optimizer, snapshot.rng), strict=True))
+    hashes: dict[str, str] = {}
+    writing = target
+    try:
+        with whole_folder(target) as temporary:
+            for name, tensors in files.items():
+                writing = target / name
+                save_file(tensors, temporary / name)
+                # safetensors makes files for their owner only, but a shared storage has readers
+                (temporary / name).chmod(temporary.stat().st_mode & 0o666)
+                hashes[name] = _sha256(temporary / name)
+            writing = target / META
+            _write_meta(temporary / META, snapshot, hashes)
+            writing = target
+            _set_aside(target)
+    except (OSError, SafetensorError) as error:
+        raise RunError(_advice(writing, error, folder)) from None
+    _prune(folder, snapshot.step, keep)
+
+
+def _prune(folder: Path, newest: int, keep: KeepPolicy) -> None:
+    """Deletes what `keep` does not name. A damaged meta.json is no ground to delete: the disk may read it tomorrow."""
+    known = {step: path for step, path in _whole(folder).items() if step <= newest}
+    metrics: dict[int, float | None] = {}
+    unread = set()
+    for step, path in known.items():
+        try:
+            metrics[step] = _load_meta(path, step).get("metric")
+        except RunError as error:
+            log.warning("%s; it does not count among the checkpoints that are kept", error)
+            unread.add(step)
+    _delete_all_but([known[step] for step in kept(metrics, keep) | unread], folder)
+
+
+def _write_meta(path: Path, snapshot: Snapshot, hashes: dict[str, str]) -> None:
+    figure = snapshot.metric if snapshot.metric is not None and math.isfinite(snapshot.metric) else None
+    content = snapshot.meta | {"step": snapshot.step, "metric": figure, "sha256": hashes}
+    content.pop("checksum", None)
+    write_json(path, content | {"checksum": _checksum(content)})
+
+
+def _set_aside(target: Path) -> None:
+    """Makes room for a step that is saved again; until then the old one counts, under its other name."""
     if target.exists():
-        shutil.rmtree(target)
-    with whole_folder(target) as temporary:
-        for name, tensors in zip(FILES, (model, optimizer), strict=True):
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary / name)
-        content = meta | {"step": step, "sha256": {name: _sha256(temporary / name) for name in FILES}}
-        write_json(temporary / "meta.json", content | {"checksum": _checksum(content)})
-    newest = [known for known in checkpoint_steps(folder) if known <= step][-keep:]
-    kept = [step_folder(folder, known) for known in newest]
+        target.rename(target.with_name(f".{target.name}.replaced"))
+
+
+def _advice(path: Path, error: Exception, folder: Path) -> str:
+    steps = checkpoint_steps(folder)
+    begin = f"from step {steps[-1]}" if steps else "from its beginning"
+    reason = getattr(error, "strerror", None) or error
+    mend = f"free space in {folder} or make it writable"
+    return f"{path}: cannot be written ({reason}): {mend}; launched again, the run goes on {begin}"
+
+
+def _delete_all_but(stay: Iterable[Path], folder: Path) -> None:
+    """Deletes checkpoints, and what is left of saves; one that cannot be deleted is told, and tried again later."""
+    if not folder.exists():
+        return
+    staying = set(stay)
     for path in folder.iterdir():
-        if _OURS.fullmatch(path.name) and path not in kept:
-            shutil.rmtree(path)
+        if _OURS.fullmatch(path.name) and path not in staying and not path.is_symlink():
+            try:
+                (path / META).unlink(missing_ok=True)
+                sync(path)  # or a power cut might bring the mark back and not what it stands for
+                shutil.rmtree(path)
+            except OSError as error:
+                log.warning("%s: cannot be deleted (%s)", path, error.strerror)
 
 
-def step_folder(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:06d}"
+# ---- reading ----
+
+
+def _whole(folder: Path) -> dict[int, Path]:
+    """Where each complete checkpoint lies, by step in order."""
+    found: dict[int, Path] = {}
+    for path in sorted(folder.glob(f"*/{META}")):  # what was set aside sorts first, so the one that replaced it wins
+        if match := _COMMITTED.fullmatch(path.parent.name):
+            found[int(match[1] or match[2])] = path.parent
+    return dict(sorted(found.items()))
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints, in order."""
-    found = [path.parent.name for path in folder.glob("step_*/meta.json")]
-    return sorted(int(name.removeprefix("step_")) for name in found if _OURS.fullmatch(name))
+    return list(_whole(folder))
 
 
-def load_checkpoint(folder: Path, step: int) -> Checkpoint:
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the files of a step lie, or would lie."""
+    return _whole(folder).get(step, folder / f"step_{step:06d}")
+
+
+def read_meta(folder: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint says of itself, without its tensors. Raises `RunError` naming meta.json if it is damaged."""
+    return _load_meta(step_folder(folder, step), step)
+
+
+def check_fits(path: Path, meta: Mapping[str, Any], expected: Mapping[str, object]) -> None:
+    """Raises `UserError` with the fields in which the checkpoint at `path` is not what it is to be used for."""
+    other = [
+        f"{name} is {meta.get(name)!r}, and {value!r} is needed"
+        for name, value in expected.items()
+        if meta.get(name) != value
+    ]
+    if other:
+        raise UserError(f"{path}: another model's checkpoint ({'; '.join(other)}): move it out of this experiment")
+
+
+def refuse_foreign(folder: Path, expected: Mapping[str, object]) -> None:
+    """Raises `UserError` if any checkpoint here is another model's.
+
+    Reads no tensors, so that it can be called before memory is taken.
+    """
+    for step, path in _whole(folder).items():
+        try:
+            meta = _load_meta(path, step)
+        except RunError:
+            continue  # damaged: told when it is loaded
+        check_fits(path, meta, expected)
+
+
+def load_checkpoint(folder: Path, step: int) -> Snapshot:
     """Raises `RunError` naming the file that is not what was saved."""
     path = step_folder(folder, step)
-    meta = _load_meta(path / "meta.json")
-    model, optimizer = (_load_tensors(path / name, meta["sha256"].get(name)) for name in FILES)
-    return Checkpoint(step, model, optimizer, meta)
+    meta = _load_meta(path, step)
+    model, optimizer, rng = (_load_tensors(path / name, meta) for name in FILES)
+    return Snapshot(step, model, optimizer, rng, meta, meta.get("metric"))
 
 
-def load_newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; says so loudly when it must take an older one."""
-    for step in reversed(checkpoint_steps(folder)):
+def load_weights(folder: Path, step: int) -> tuple[Tensors, dict[str, Any]]:
+    """The model's tensors and meta.json; the other files are not looked at. Raises as `load_checkpoint`."""
+    path = step_folder(folder, step)
+    meta = _load_meta(path, step)
+    return _load_tensors(path / MODEL, meta), meta
+
+
+def load_newest(folder: Path, expected: Mapping[str, object] | None = None) -> Snapshot | None:
+    """The newest checkpoint that is whole; says so loudly when it must take an older one, or none.
+
+    Raises `UserError` if any of them is another model's (`check_fits`): that is a mistake, not damage, and to pass over
+    it would train on something else than was asked for.
+    """
+    refuse_foreign(folder, expected or {})
+    steps = checkpoint_steps(folder)
+    for step in reversed(steps):
         try:
             return load_checkpoint(folder, step)
         except RunError as error:
             log.warning("%s; trying the checkpoint before it", error)
+    if steps:
+        log.warning("%s: no checkpoint is whole: the run begins anew", folder)
     return None
 
 
-def _load_meta(path: Path) -> dict[str, Any]:
+def _load_meta(path: Path, step: int) -> dict[str, Any]:
+    meta_path = path / META
     try:
-        meta = read_json(path)
+        meta = read_json(meta_path)
     except UserError as error:
         raise RunError(str(error)) from None
+    except (OSError, RecursionError) as error:
+        raise RunError(f"{meta_path}: cannot be read ({error})") from None
     if not isinstance(meta, dict) or meta.pop("checksum", None) != _checksum(meta):
-        raise RunError(f"{path}: damaged (its checksum is not that of its content)")
+        raise RunError(f"{meta_path}: damaged (its checksum is not that of its content)")
+    if meta.get("step") != step or not isinstance(meta.get("sha256"), dict):
+        raise RunError(f"{meta_path}: not the meta.json of a checkpoint of step {step}")
     return meta
 
 
-def _load_tensors(path: Path, expected: str | None) -> Tensors:
+def _load_tensors(path: Path, meta: Mapping[str, Any]) -> Tensors:
     try:
-        if _sha256(path) != expected:
+        if _sha256(path) != meta["sha256"].get(path.name):
             raise RunError(f"{path}: damaged (its SHA-256 is not the one in meta.json)")
         tensors: Tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -114,3 +292,13 @@ def _checksum(meta: dict[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- until the loop saves through `saver.py` ----
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: Tensors, optimizer: Tensors, meta: dict[str, Any], keep: int
+) -> None:
+    snapshot = Snapshot(step, copy_to_host(model), copy_to_host(optimizer), {}, meta)
+    write_checkpoint(folder, snapshot, KeepPolicy(keep))

@@ -19,12 +19,22 @@ from pydantic import ValidationError
 
 from bwlm.config import Experiment
 from bwlm.errors import UserError, nearest
+from bwlm.model.compute import Compute
+from bwlm.model.shape import GPTConfig
 from bwlm.paths import check_id, is_id, read_json, write_json
 from bwlm.record.fingerprint import fingerprint
 from bwlm.record.journal import last_entry
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
 _PACKAGES = ("bwlm", "torch", "ray", "mlflow", "tiktoken", "numpy", "pyarrow")
+
+
+def shape_of(experiment: Experiment) -> GPTConfig:
+    """Raises ValueError where head_dim, kv_heads and depth do not fit together."""
+    model = experiment.model
+    return GPTConfig.from_depth(
+        experiment.depth, experiment.tokenizer.vocab_size, model.sequence_length, model.head_dim, model.kv_heads
+    )
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class RunConfig:
     experiment: Experiment
     identity: dict[str, Any]
     steps: int
-    precision: str
+    compute: Compute
     corpus: str
     """Folder of the packed corpus."""
     tokenizer: str
@@ -45,6 +55,10 @@ class RunConfig:
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.identity)
+
+    @property
+    def shape(self) -> GPTConfig:
+        return shape_of(self.experiment)
 
 
 @dataclass(frozen=True)
@@ -97,7 +111,8 @@ class ExperimentFolder:
         content = read_json(path)
         try:
             known = {name: content[name] for name in RunConfig.__dataclass_fields__}
-            return RunConfig(**known | {"experiment": Experiment.model_validate(content["experiment"])})
+            experiment = Experiment.model_validate(content["experiment"])
+            return RunConfig(**known | {"experiment": experiment, "compute": Compute(**content["compute"])})
         except (KeyError, TypeError):
             raise UserError(f"{path}: not the config of an experiment; move it out of the storage") from None
         except ValidationError as error:

@@ -94,11 +94,11 @@ class Tracking:
             _note(grid_folder, enlisted=True)
         return str(run.info.run_id)
 
-    def child_run(self, folder: ExperimentFolder, parent: str, dataset: Mapping[str, str]) -> str:
-        """The run of a cell below its grid's, with its parameters, tags, data and config."""
+    def child_run(self, folder: ExperimentFolder, parent: str | None, dataset: Mapping[str, str]) -> str:
+        """The run of an experiment, with its parameters, tags, data and config; below its grid's if it is a cell."""
         known = self._known_run(folder.path)
         with self._answering():
-            if known is not None and known.data.tags.get("mlflow.parentRunId") != parent:
+            if known is not None and parent is not None and known.data.tags.get("mlflow.parentRunId") != parent:
                 self._client.set_tag(known.info.run_id, "mlflow.parentRunId", parent)
         run = known or self._make_run(folder.path, folder.id, self._child_tags(folder, parent))
         if not _is_enlisted(folder.path):
@@ -106,10 +106,10 @@ class Tracking:
             _note(folder.path, enlisted=True)
         return str(run.info.run_id)
 
-    def _child_tags(self, folder: ExperimentFolder, parent: str) -> dict[str, str]:
+    def _child_tags(self, folder: ExperimentFolder, parent: str | None) -> dict[str, str]:
         config = folder.config()
-        return {
-            "mlflow.parentRunId": parent,
+        above = {} if parent is None else {"mlflow.parentRunId": parent}
+        return above | {
             "bwlm.experiment_id": config.id,
             "bwlm.parent_experiment": folder.parent() or "",
             "bwlm.fingerprint": config.fingerprint,

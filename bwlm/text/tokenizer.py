@@ -103,39 +103,41 @@ class Tokenizer:
             raise ValueError("ranks lack a single byte")
         if len(set(specials)) != len(specials) or not set(SPECIAL_TOKENS) <= set(specials):
             raise ValueError("a special token is missing or doubled")
-        self._tokens = tokens
-        self._specials = {name: len(tokens) + index for index, name in enumerate(specials)}
+        self.tokens: Sequence[bytes] = tokens
+        """What each id stands for, the special ones left out."""
+        self.specials: Mapping[str, int] = {name: len(tokens) + index for index, name in enumerate(specials)}
+        """Special tokens by name, in the order of their ids."""
         self._encoding = tiktoken.Encoding(
-            "bwlm", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens=self._specials
+            "bwlm", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens=dict(self.specials)
         )
-        self._pattern = pattern
+        self.pattern = pattern
         self.digest = _digest(_rank_lines(tokens), specials, pattern)
         """SHA-256, in hex, over the ranks, the special tokens and the pattern."""
 
     @property
     def vocab_size(self) -> int:
         """Bytes, merges and special tokens together."""
-        return len(self._tokens) + len(self._specials)
+        return len(self.tokens) + len(self.specials)
 
     @property
     def bos(self) -> int:
-        return self._specials["<|bos|>"]
+        return self.specials["<|bos|>"]
 
     @property
     def pad(self) -> int:
-        return self._specials["<|pad|>"]
+        return self.specials["<|pad|>"]
 
     @property
     def forward(self) -> int:
-        return self._specials["<|forward|>"]
+        return self.specials["<|forward|>"]
 
     @property
     def backward(self) -> int:
-        return self._specials["<|backward|>"]
+        return self.specials["<|backward|>"]
 
     def special(self, name: str) -> int:
         """The id of a special token by its name, such as `<|user_start|>`."""
-        return self._specials[name]
+        return self.specials[name]
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         """Ids of ordinary text, without any special token; read-only."""
@@ -171,16 +173,16 @@ class Tokenizer:
 
     def token_bytes(self) -> NDArray[np.int32]:
         """UTF-8 bytes of each id, 0 for special tokens: what bits per byte divides by."""
-        return np.array([len(token) for token in self._tokens] + [0] * len(self._specials), dtype=np.int32)
+        return np.array([len(token) for token in self.tokens] + [0] * len(self.specials), dtype=np.int32)
 
     def save(self, folder: Path) -> None:
         """Writes both files into `folder`; a reader in between finds digests that differ, never a wrong tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / _RANKS, _rank_lines(self._tokens))
+        write_atomic(folder / _RANKS, _rank_lines(self.tokens))
         header = {
             "format": FORMAT_VERSION,
-            "pattern": self._pattern,
-            "specials": list(self._specials),
+            "pattern": self.pattern,
+            "specials": list(self.specials),
             "digest": self.digest,
         }
         write_json(folder / _HEADER, header)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from bwlm.errors import RunError
+from bwlm.errors import Interrupted, RunError
 from bwlm.evaluate.loss import LossEvaluation, SegmentLosses
 from bwlm.model.gpt import GPT
 from bwlm.model.optim import build_optimizers
-from bwlm.model.shape import GPTConfig
+from bwlm.record.checkpoint import refuse_foreign
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
 from bwlm.text.batches import Batch, DirectedPlan, open_rows
 from bwlm.text.direction import SpecialIds, is_marked, own_readings
@@ -22,25 +23,17 @@ from bwlm.text.tokenizer import Tokenizer
 from bwlm.train.loop import Phase, train
 from bwlm.train.session import Session
 
-_MICRO_TOKENS = {"cpu": 2**11, "cuda": 2**15}
-"""Tokens of one forward pass, unless `compute.device_batch_size` says otherwise; it bounds memory."""
-
 Stream = Callable[[DirectedPlan, int, int], Iterator[Batch]]
 """Yields a rank's batches of steps first..last-1: Ray Data, or the in-process reader of tests."""
 
 
 def build_model(config: RunConfig, device: torch.device) -> GPT:
     """The initialised model of a run; the seed decides its weights."""
-    experiment = config.experiment
-    shape = GPTConfig.from_depth(
-        experiment.depth,
-        experiment.tokenizer.vocab_size,
-        experiment.model.sequence_length,
-        experiment.model.head_dim,
-        experiment.model.kv_heads,
-    )
-    model = GPT(shape, {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision])
-    model.init_weights(experiment.seed)
+    compute = config.compute
+    model = GPT(config.shape, getattr(torch, compute.precision), compute.attention, compute.loss_chunk)
+    model.init_weights(config.experiment.seed)
+    if compute.compile:
+        model.compile_training()
     return model.to(device)
 
 
@@ -60,7 +53,7 @@ class Validation:
             special=SpecialIds.of(tokenizer),
             token_bytes=tokenizer.token_bytes().astype(np.int64),
             tokens=experiment.evaluation.tokens,
-            batch_rows=micro_rows(config, device),
+            batch_rows=config.compute.micro_rows,
             device=device,
             masked=experiment.model.document_mask,
         )
@@ -86,9 +79,32 @@ class Validation:
         return metrics
 
 
-def micro_rows(config: RunConfig, device: torch.device) -> int:
-    settings = config.experiment
-    return settings.compute.device_batch_size or max(1, _MICRO_TOKENS[device.type] // settings.model.sequence_length)
+def checkpoint_meta(config: RunConfig) -> dict[str, object]:
+    """What a reader of a checkpoint must know before it takes memory for it."""
+    experiment = config.experiment
+    return {
+        "id": config.id,
+        "phase": experiment.phase,
+        "direction": experiment.direction,
+        "depth": experiment.depth,
+        "vocab_size": experiment.tokenizer.vocab_size,
+        "tokenizer": config.identity["tokenizer"],
+        "fingerprint": config.fingerprint,
+    }
+
+
+def loss_by_direction(direction: str, special: SpecialIds, batch: Batch, losses: Tensor) -> dict[str, Tensor]:
+    """[sum in nats, targets] of a batch by the reading of its segments; losses [R, T]."""
+    targets = torch.from_numpy(batch["targets"] >= 0).to(losses.device)
+    if not is_marked(direction):
+        return {direction: torch.stack([losses.sum(), targets.sum()])}
+    # each segment opens with BOS and its marker, so the last marker before a place tells its reading
+    is_forward, is_backward = (batch["inputs"] == marker for marker in (special.forward, special.backward))
+    place = np.where(is_forward | is_backward, np.arange(batch["inputs"].shape[1]), 0)
+    last = np.maximum.accumulate(place, axis=1)
+    forward = torch.from_numpy(np.take_along_axis(is_forward, last, axis=1)).to(losses.device)
+    masks = {"forward": targets & forward, "backward": targets & ~forward}
+    return {name: torch.stack([losses[mask].sum(), mask.sum()]) for name, mask in masks.items()}
 
 
 def rows_per_step(config: RunConfig) -> int:
@@ -98,13 +114,16 @@ def rows_per_step(config: RunConfig) -> int:
 def run_base(folder: ExperimentFolder, session: Session, stream: Stream) -> Status:
     """Trains, evaluates and records one base run; returns how it ended. A run that had finished is left alone.
 
-    What went wrong by the run's own doing (`RunError`) is its state `failed`; everything else is raised.
+    What went wrong by the run's own doing (`RunError`) is its state `failed`; everything else is raised. A run that was
+    asked to end is `stopped`, without a reason: it has not ended.
     """
     done = folder.status()
     if done.ended:
         return done
     try:
         metrics = _train_base(folder, session, stream)
+    except Interrupted:
+        return Status("stopped", "", folder.status().step)
     except RunError as error:
         status = Status("failed", str(error), folder.status().step)
     else:
@@ -116,7 +135,9 @@ def run_base(folder: ExperimentFolder, session: Session, stream: Stream) -> Stat
 
 def _train_base(folder: ExperimentFolder, session: Session, stream: Stream) -> dict[str, float]:
     config = folder.config()
-    experiment = config.experiment
+    experiment, optim = config.experiment, config.experiment.optim
+    meta = checkpoint_meta(config)
+    refuse_foreign(folder.checkpoints, {name: value for name, value in meta.items() if name != "id"})
     model = build_model(config, session.device)
     validation = Validation.of(config, session.device)
     rows = RowPlan(len(open_rows(config.corpus, "train")), rows_per_step(config), experiment.seed)
@@ -132,24 +153,18 @@ def _train_base(folder: ExperimentFolder, session: Session, stream: Stream) -> d
 
     phase = Phase(
         model=model,
-        optimizer=build_optimizers(model, experiment.lr, experiment.optim.weight_decay, experiment.optim.kind),
+        optimizer=build_optimizers(model, experiment.lr, optim.weight_decay, optim.kind, session.rank, session.world),
         batches=lambda first, last: stream(plan, first, last),
+        split_loss=lambda batch, losses: loss_by_direction(experiment.direction, special, batch, losses),
         evaluate=evaluate,
         rows_at=lambda step: ", ".join(map(str, rows.at(step)[0])),
         steps=config.steps,
-        micro_rows=micro_rows(config, session.device),
+        seed=experiment.seed,
+        compute=config.compute,
         masked=experiment.model.document_mask,
         evaluate_every=experiment.evaluation.every,
-        optim=experiment.optim,
+        optim=optim,
         checkpoint=experiment.checkpoint,
-        meta={
-            "id": config.id,
-            "phase": "base",
-            "direction": experiment.direction,
-            "depth": experiment.depth,
-            "vocab_size": experiment.tokenizer.vocab_size,
-            "tokenizer": config.identity["tokenizer"],
-            "fingerprint": config.fingerprint,
-        },
+        meta=meta,
     )
     return train(phase, folder, session)

@@ -36,11 +36,11 @@ class Table:
 
     asked: list[tuple[Tensor, Tensor, Tensor | None]]
 
-    def loss(self, ids: Tensor, targets: Tensor, segments: Tensor | None, reduction: str) -> Tensor:
-        assert reduction == "none"
+    def loss(self, ids: Tensor, targets: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
         assert not torch.is_grad_enabled()
         self.asked.append((ids, targets, segments))
-        return torch.where(targets == IGNORED, 0.0, COSTS[targets.clamp(min=0)])
+        each = torch.where(targets == IGNORED, 0.0, COSTS[targets.clamp(min=0)])
+        return each.sum(), each
 
 
 def table() -> Any:
@@ -218,8 +218,9 @@ def test_ranks_together_measure_what_one_measures(
     costs = torch.linspace(0.1, 5.0, 400)
 
     class PerToken:
-        def loss(self, ids: Tensor, targets: Tensor, *_: Any, **__: Any) -> Tensor:
-            return torch.where(targets == IGNORED, 0.0, costs[targets.clamp(min=0)])
+        def loss(self, ids: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+            each = torch.where(targets == IGNORED, 0.0, costs[targets.clamp(min=0)])
+            return each.sum(), each
 
     model: Any = PerToken()
     alone = replace(real, tokens=64 * 5).measure(model, "forward", False)

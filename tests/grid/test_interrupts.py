@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from bwlm.analysis.tables import load_cells
-from bwlm.grid.launch import run_grid
+from bwlm.grid.launch import run_plan
 from bwlm.grid.spec import load_grid
 from bwlm.record.journal import last_entry, read_journal
 from tests.grid.conftest import BWLM, private_environment, runs
@@ -60,7 +60,7 @@ def test_interrupt_and_kill_leave_a_grid_that_goes_on(grid_file: GridFile, tmp_p
     settings = {"budget": {"steps": STEPS, "batch_tokens": 512}, "evaluation": {"every": 0, "tokens": 1024}}
     path = grid_file(**settings, checkpoint={"every": 20})
     calm, storage = tmp_path / "calm", tmp_path / "storage"
-    run_grid(load_grid(path, []), calm, lambda _: None)
+    run_plan(load_grid(path, []), calm, lambda _: None)
 
     first = started(path, storage)
     wait_for_step(first, storage, 30)
@@ -82,7 +82,7 @@ def test_interrupt_and_kill_leave_a_grid_that_goes_on(grid_file: GridFile, tmp_p
     reap(below)
     wait_until_free(storage)
 
-    result = run_grid(load_grid(path, []), storage, lambda _: None)
+    result = run_plan(load_grid(path, []), storage, lambda _: None)
     assert [cell.state for cell in result.cells] == ["finished"] * 2
     for cell, expected in zip(result.cells, load_cells(calm, CELLS), strict=True):
         journal = list(read_journal(storage / cell.id))

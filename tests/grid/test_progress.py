@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bwlm.grid.progress import GridProgress, duration
+from bwlm.grid.progress import Progress, duration
 from bwlm.grid.spec import Cell, load_grid
 from bwlm.record.lineage import Status
 
@@ -20,7 +20,7 @@ def cells() -> tuple[Cell, ...]:
     return load_grid(ROOT / "grids" / "demo.yaml", []).cells
 
 
-def seen(progress: GridProgress, width: int = 120) -> str:
+def seen(progress: Progress, width: int = 120) -> str:
     console = Console(file=io.StringIO(), force_terminal=False, width=width)
     console.print(progress._picture())
     assert isinstance(console.file, io.StringIO)
@@ -29,10 +29,10 @@ def seen(progress: GridProgress, width: int = 120) -> str:
 
 def test_the_picture_counts_cells_and_shows_the_running_ones(cells: tuple[Cell, ...]) -> None:
     before = {cell.id: Status("finished") for cell in cells[:3]} | {cells[3].id: Status("stopped", "by the scheduler")}
-    progress = GridProgress(cells, before, Path())
-    progress.began(cells[4].id)
+    progress = Progress(cells, before)
+    progress.began(cells[4].id, 0)
     progress.moved(cells[4].id, {"step": 20, "train_loss_smooth": 4.5, "val_bpb": 2.3, "tokens_per_second": 23456.7})
-    progress.began(cells[5].id)
+    progress.began(cells[5].id, 0)
     progress.ended(cells[6].id, Status("failed", "loss nan"))
     shown = seen(progress)
     assert "4 done · 1 failed · 2 running · 17 waiting" in shown
@@ -44,8 +44,8 @@ def test_the_picture_counts_cells_and_shows_the_running_ones(cells: tuple[Cell, 
 
 
 def test_elsewhere_a_line_for_each_cell_that_ends(cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    with GridProgress(cells, {}, Path()) as progress:
-        progress.began(cells[0].id)
+    with Progress(cells, {}) as progress:
+        progress.began(cells[0].id, 0)
         progress.ended(cells[0].id, Status("finished", "", 40, {"val_bpb": 2.25}))
         progress.ended(cells[1].id, Status("failed", "crashed, see error.txt: oh"))
     shown = capsys.readouterr().err.splitlines()

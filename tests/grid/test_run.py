@@ -19,24 +19,25 @@ from mlflow import MlflowClient
 from bwlm.analysis.tables import load_cells
 from bwlm.cli import main
 from bwlm.errors import UserError
-from bwlm.grid.launch import GridResult, _run_config, find_cells, run_grid
+from bwlm.grid.cells import find_cells, run_config
+from bwlm.grid.launch import LaunchResult, run_plan
 from bwlm.grid.spec import load_grid
 from bwlm.model.optim import build_optimizers
 from bwlm.paths import read_json
-from bwlm.record.checkpoint import save_checkpoint
+from bwlm.record.checkpoint import KeepPolicy, Snapshot, copy_to_host, write_checkpoint
 from bwlm.record.journal import last_entry, read_journal
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.prepare import Prepared
-from bwlm.train.base import build_model
-from bwlm.train.loop import Progress
+from bwlm.train.base import build_model, checkpoint_meta
+from bwlm.train.meter import Progress
 from tests.mlflow_server import free_port, server
 
 GridFile = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def run(path: Path, storage: Path, *settings: str) -> GridResult:
-    return run_grid(load_grid(path, list(settings)), storage, lambda _: None)
+def run(path: Path, storage: Path, *settings: str) -> LaunchResult:
+    return run_plan(load_grid(path, list(settings)), storage, lambda _: None)
 
 
 def losses(storage: Path, cell: str) -> list[float]:
@@ -166,13 +167,14 @@ def test_a_cell_that_diverges_fails_alone(
     monkeypatch.setattr("bwlm.grid.launch.prepare", lambda *_: prepared)
     # a checkpoint of step 4 whose head is not a number any more
     folder = ExperimentFolder(storage, plan.cells[0].id)
-    config = _run_config(plan, plan.cells[0], prepared)
+    config = run_config(plan, plan.cells[0], prepared)
     folder.create(config)
     model = build_model(config, torch.device("cpu"))
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
-    meta = {"progress": vars(Progress(step=4))}
-    save_checkpoint(folder.checkpoints, 4, model.state_dict(), build_optimizers(model).state_tensors(), meta, keep=2)
-    result = run_grid(plan, storage, lambda _: None)
+    states = copy_to_host(model.state_dict()), copy_to_host(build_optimizers(model).state_tensors())
+    meta = checkpoint_meta(config) | {"progress": vars(Progress(step=4))}
+    write_checkpoint(folder.checkpoints, Snapshot(4, *states, {}, meta), KeepPolicy(2))
+    result = run_plan(plan, storage, lambda _: None)
     assert not result.complete
     failed, finished = result.cells
     assert (failed.state, finished.state) == ("failed", "finished")
@@ -237,7 +239,7 @@ def test_a_grid_that_can_never_be_placed_is_refused(
 
 def test_two_launches_of_one_grid_share_the_work(grid_file: GridFile, tmp_path: Path) -> None:
     path, storage = grid_file(budget={"steps": 40, "batch_tokens": 512}), tmp_path / "storage"
-    results: list[GridResult] = []
+    results: list[LaunchResult] = []
     other = threading.Thread(target=lambda: results.append(run(path, storage)))
     other.start()
     results.append(run(path, storage))

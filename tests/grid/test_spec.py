@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bwlm.config import Experiment
 from bwlm.errors import UserError
-from bwlm.grid.spec import GridPlan, load_grid, resolve_steps, rivals
+from bwlm.grid.spec import Plan, load_grid, resolve_steps, rivals
 
 GRIDS = sorted((Path(__file__).parents[2] / "grids").glob("*.yaml"))
 
@@ -38,7 +38,7 @@ def grid_file(tmp_path: Path) -> Path:
     return path
 
 
-def plan_of(path: Path, text: str, *changes: str) -> GridPlan:
+def plan_of(path: Path, text: str, *changes: str) -> Plan:
     path.write_text(text)
     return load_grid(path, list(changes))
 
@@ -51,7 +51,7 @@ def refusal(path: Path, text: str, *changes: str) -> str:
     return message.replace(str(path), "g.yaml")
 
 
-def ids(plan: GridPlan) -> list[str]:
+def ids(plan: Plan) -> list[str]:
     return [cell.id for cell in plan.cells]
 
 
@@ -315,7 +315,7 @@ def test_a_cell_over_the_cap_that_also_adds_is_counted(grid_file: Path) -> None:
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.name)
 def test_every_shipped_grid_plans(path: Path) -> None:
     plan = load_grid(path, [])
-    assert plan.grid.name == path.stem
+    assert plan.name == path.stem
     assert plan.cells
     assert all(cell.steps >= 1 and cell.flops > 0 for cell in plan.cells)
 

@@ -14,14 +14,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from bwlm.model.gpt import GPT, Attention, GPTConfig, count_parameters, cross_entropy
+from bwlm.model.attention import AttentionKernel
+from bwlm.model.gpt import GPT, Attention
+from bwlm.model.shape import GPTConfig, count_parameters
 
 B, T, V = 2, 24, 50
 CONFIG = GPTConfig(vocab_size=V, depth=2, width=32, heads=4, kv_heads=2, sequence_length=T)
 
 
-def lively(config: GPTConfig = CONFIG, compute_dtype: torch.dtype = torch.float32) -> GPT:
-    model = GPT(config, compute_dtype)
+def lively(
+    config: GPTConfig = CONFIG,
+    compute_dtype: torch.dtype = torch.float32,
+    attention: AttentionKernel = "sdpa",
+    loss_chunk: int = 0,
+) -> GPT:
+    model = GPT(config, compute_dtype, attention, loss_chunk)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -50,8 +57,9 @@ def changed_positions(model: GPT, position: int, segments: Tensor | None) -> Ten
 
 @pytest.mark.parametrize("segments", [None, halves()], ids=["plain", "segments"])
 @pytest.mark.parametrize("position", [0, 5, 12, 20, T - 1])
-def test_the_past_does_not_see_the_future(position: int, segments: Tensor | None) -> None:
-    changed = changed_positions(lively(), position, segments)
+@pytest.mark.parametrize("attention", ["sdpa", "blocked"])
+def test_the_past_does_not_see_the_future(attention: AttentionKernel, position: int, segments: Tensor | None) -> None:
+    changed = changed_positions(lively(attention=attention), position, segments)
     assert not changed[:, :position].any()
     assert changed[:, position].all()
 
@@ -60,9 +68,10 @@ def test_without_segments_a_change_reaches_the_whole_rest_of_the_row() -> None:
     assert changed_positions(lively(), 5, None)[:, 5:].all()
 
 
-def test_segments_do_not_see_each_other() -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "blocked"])
+def test_segments_do_not_see_each_other(attention: AttentionKernel) -> None:
     segments = halves()
-    changed = changed_positions(lively(), 5, segments)
+    changed = changed_positions(lively(attention=attention), 5, segments)
     assert changed[:, 5:][segments[:, 5:] == 0].all()
     assert not changed[segments == 1].any()
 
@@ -171,7 +180,7 @@ def test_a_model_without_weights_cannot_pass_for_one() -> None:
 def test_a_new_model_knows_nothing() -> None:
     model, ids = GPT(CONFIG), some_ids()
     model.init_weights(0)
-    loss = model.loss(ids, some_ids(3)) / ids.numel()
+    loss = model.loss(ids, some_ids(3))[0] / ids.numel()
     assert float(loss.detach()) == pytest.approx(math.log(V), abs=0.01)
 
 
@@ -193,8 +202,7 @@ def test_losses_of_tokens_add_up_and_ignored_targets_cost_nothing() -> None:
     model, ids, targets = lively(), some_ids(), some_ids(3)
     targets[0, 4:9] = -1
     with torch.no_grad():
-        each = model.loss(ids, targets, reduction="none")
-        total = model.loss(ids, targets, reduction="sum")
+        total, each = model.loss(ids, targets)
         log_probabilities = model(ids).log_softmax(-1)
     assert each.shape == (B, T)
     assert each.dtype == total.dtype == torch.float32
@@ -206,14 +214,17 @@ def test_losses_of_tokens_add_up_and_ignored_targets_cost_nothing() -> None:
 def test_loss_looks_at_segments() -> None:
     model, ids, targets = lively(), some_ids(), some_ids(3)
     with torch.no_grad():
-        confined = model.loss(ids, targets, halves(), "none")
-        torch.testing.assert_close(confined, cross_entropy(model(ids, halves()), targets, "none"))
-        assert not torch.equal(confined, model.loss(ids, targets, None, "none"))
+        _, confined = model.loss(ids, targets, halves())
+        expected = torch.nn.functional.cross_entropy(model(ids, halves()).mT, targets, reduction="none")
+        torch.testing.assert_close(confined, expected)
+        assert not torch.equal(confined, model.loss(ids, targets)[1])
 
 
 @pytest.mark.parametrize("segments", [None, halves()], ids=["plain", "segments"])
-def test_bfloat16_is_close_to_float32(segments: Tensor | None) -> None:
-    model, coarse, ids = lively(), lively(compute_dtype=torch.bfloat16), some_ids()
+@pytest.mark.parametrize(("attention", "loss_chunk"), [("sdpa", 0), ("blocked", 10)])
+def test_bfloat16_is_close_to_float32(attention: AttentionKernel, loss_chunk: int, segments: Tensor | None) -> None:
+    model, ids = lively(), some_ids()
+    coarse = lively(compute_dtype=torch.bfloat16, attention=attention, loss_chunk=loss_chunk)
     seen: list[torch.dtype] = []
     coarse.blocks[1].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     with torch.no_grad():
@@ -221,9 +232,27 @@ def test_bfloat16_is_close_to_float32(segments: Tensor | None) -> None:
     assert seen == [torch.bfloat16]
     assert rounded.dtype == torch.float32
     assert float((exact - rounded).abs().mean()) < 0.01 * float(exact.std())
-    coarse.loss(ids, ids, segments).backward()  # type: ignore[no-untyped-call]
+    coarse.loss(ids, ids, segments)[0].backward()  # type: ignore[no-untyped-call]
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in coarse.parameters() if p.grad is not None)
     assert all(p.grad is not None for p in coarse.parameters())
+
+
+def gradients(model: GPT, segments: Tensor | None) -> dict[str, Tensor]:
+    targets = some_ids(3)
+    targets[0, 4:9] = -1
+    model.loss(some_ids(), targets, segments)[0].backward()  # type: ignore[no-untyped-call]
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("segments", [None, halves()], ids=["plain", "segments"])
+@pytest.mark.parametrize("loss_chunk", [0, 1, 7, 10**6])
+@pytest.mark.parametrize("attention", ["sdpa", "blocked"])
+def test_kernels_change_no_gradient(attention: AttentionKernel, loss_chunk: int, segments: Tensor | None) -> None:
+    plain = gradients(lively(), segments)
+    other = gradients(lively(attention=attention, loss_chunk=loss_chunk), segments)
+    assert plain.keys() == other.keys() == dict(lively().named_parameters()).keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(other[name], gradient, rtol=2e-4, atol=2e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def test_misuse_is_refused() -> None:
@@ -234,8 +263,6 @@ def test_misuse_is_refused() -> None:
         model(some_ids(shape=(T,)))
     with pytest.raises(ValueError, match="segments have shape"):
         model(some_ids(), halves()[:1])
-    with pytest.raises(ValueError, match="reduction"):
-        model.loss(some_ids(), some_ids(), reduction="mean")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="compute_dtype"):
         GPT(CONFIG, torch.float16)
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bwlm.model.gpt import GPT, GPTConfig
+from bwlm.model.gpt import GPT
 from bwlm.model.optim import Kind, Optimizer, build_optimizers, muon_momentum, schedule
+from bwlm.model.shape import GPTConfig
 
 CONFIG = GPTConfig(vocab_size=64, depth=2, width=32, heads=2, kv_heads=1, sequence_length=16)
 KINDS: list[Kind] = ["muon", "adamw"]
@@ -37,7 +38,7 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
 
 def train_step(model: GPT, optimizer: Optimizer, seed: int, step: int = 0) -> float:
     ids, targets = batch(seed)
-    loss = model.loss(ids, targets) / targets.numel()
+    loss = model.loss(ids, targets)[0] / targets.numel()
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.set_schedule(schedule(step, 100), muon_momentum(step))
     optimizer.step()
@@ -160,7 +161,7 @@ def test_matrices_move_as_muon_is_published(name: str, scale: float) -> None:
     expected, momentum_buffer = weight.detach().clone(), torch.zeros_like(weight)
     for step, momentum in enumerate((0.5, 0.9)):
         ids, targets = batch(step)
-        model.loss(ids, targets).backward()  # type: ignore[no-untyped-call]
+        model.loss(ids, targets)[0].backward()  # type: ignore[no-untyped-call]
         assert weight.grad is not None
         momentum_buffer = momentum * momentum_buffer + (1 - momentum) * weight.grad
         update = orthogonalised((1 - momentum) * weight.grad + momentum * momentum_buffer)

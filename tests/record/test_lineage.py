@@ -19,6 +19,7 @@ import pytest
 
 from bwlm.config import Experiment
 from bwlm.errors import UserError
+from bwlm.model.compute import Compute
 from bwlm.paths import read_json, write_json
 from bwlm.record.fingerprint import fingerprint
 from bwlm.record.journal import Journal
@@ -31,7 +32,7 @@ def config_of(name: str) -> RunConfig:
         experiment=Experiment(direction="backward", depth=2, lr=0.5, seed=3),
         identity={"direction": "backward", "lr": 0.5, "kv_heads": None, "masked": False},
         steps=10,
-        precision="float32",
+        compute=Compute("float32", "sdpa", 0, False, 8, 1, {"compile": "off, as set"}),
         corpus="/corpus",
         tokenizer="/tokenizer",
         grid="g",

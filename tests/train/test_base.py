@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ import pytest
 import torch
 
 from bwlm.config import Experiment
-from bwlm.record.checkpoint import checkpoint_steps, load_checkpoint, load_newest, save_checkpoint
+from bwlm.model.compute import Compute
+from bwlm.record.checkpoint import (
+    KeepPolicy,
+    Snapshot,
+    checkpoint_steps,
+    load_checkpoint,
+    load_newest,
+    write_checkpoint,
+)
 from bwlm.record.fingerprint import identity
 from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
@@ -44,6 +53,12 @@ def killed_at(step: int) -> Any:
     return stream
 
 
+def compute_of(experiment: Experiment) -> Compute:
+    asked = experiment.compute
+    rows = asked.device_batch_size or 8
+    return Compute("float32", "sdpa", 0 if asked.fused_loss is False else 64, bool(asked.compile), rows, 1)
+
+
 @pytest.fixture
 def new_run(prepared: Prepared, tmp_path: Path) -> NewRun:
     """Makes an experiment folder, `storage/name`, with settings over a tiny default."""
@@ -72,7 +87,7 @@ def new_run(prepared: Prepared, tmp_path: Path) -> NewRun:
                 experiment=experiment,
                 identity=identity(experiment, **digests, precision="float32", steps=STEPS),
                 steps=STEPS,
-                precision="float32",
+                compute=compute_of(experiment),
                 corpus=str(prepared.folder),
                 tokenizer=str(prepared.tokenizer_folder),
             )
@@ -144,17 +159,17 @@ def test_a_kill_straight_after_a_checkpoint_loses_no_entry(
     new_run: NewRun, kill: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = new_run()
-    save = loop._save
+    save = loop.Records.save
 
-    def save_and_die(phase: loop.Phase, where: ExperimentFolder, progress: loop.Progress) -> None:
-        save(phase, where, progress)
-        if progress.step == kill:
+    def save_and_die(records: loop.Records, take: Callable[[], Snapshot]) -> None:
+        save(records, take)
+        if take().step == kill:
             raise Killed
 
-    monkeypatch.setattr(loop, "_save", save_and_die)
+    monkeypatch.setattr(loop.Records, "save", save_and_die)
     with pytest.raises(Killed):
         run_base(folder, AloneSession(), in_process)
-    monkeypatch.setattr(loop, "_save", save)
+    monkeypatch.setattr(loop.Records, "save", save)
     assert run_base(folder, AloneSession(), in_process).state == "finished"
     entries = list(read_journal(folder.path))
     assert [entry.step for entry in entries] == list(range(1, STEPS + 1))
@@ -199,7 +214,7 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(new_run: NewRun) -> None:
         run_base(folder, AloneSession(), killed_at(6))
     healthy = load_checkpoint(folder.checkpoints, 4)
     poisoned = healthy.model | {"lm_head.weight": torch.full_like(healthy.model["lm_head.weight"], math.nan)}
-    save_checkpoint(folder.checkpoints, 4, poisoned, healthy.optimizer, healthy.meta, keep=3)
+    write_checkpoint(folder.checkpoints, replace(healthy, model=poisoned), KeepPolicy(3))
     status = run_base(folder, AloneSession(), in_process)
     assert status.state == "failed"
     assert "loss nan" in status.reason

@@ -1,0 +1,102 @@
+"""A trained model by its experiment's id, with its tokenizer and what it was trained as.
+
+Not here: the state of training, which only a run that goes on needs (`record/checkpoint.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bwlm.errors import RunError, UserError
+from bwlm.model.gpt import GPT
+from bwlm.model.shape import GPTConfig
+from bwlm.record.checkpoint import Tensors, checkpoint_steps, load_weights, read_meta
+from bwlm.record.lineage import ExperimentFolder, RunConfig, open_experiment
+from bwlm.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    model: GPT
+    """In eval mode; weights are float32."""
+    tokenizer: Tokenizer
+    config: RunConfig
+    meta: dict[str, Any]
+    """The checkpoint's: phase, direction, progress, ..."""
+    step: int
+
+
+def load_model(
+    storage: Path,
+    experiment_id: str,
+    step: int | None = None,
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype = torch.float32,
+) -> LoadedModel:
+    """The model of an experiment below `storage`: its newest whole checkpoint, or the one of `step`.
+
+    Raises `UserError` where there is no such experiment or checkpoint, where the checkpoint is damaged, and where the
+    tokenizer is not the one that the model was trained with.
+    """
+    folder = open_experiment(storage, experiment_id)
+    config = folder.config()
+    candidates = _candidates(folder, step)
+    tokenizer = Tokenizer.load(Path(config.tokenizer))
+    found, weights, meta = _read(folder, candidates, tokenizer)
+    model = GPT(_shape(config), compute_dtype)
+    model.load_state_dict(weights)
+    return LoadedModel(model.to(device).eval(), tokenizer, config, meta, found)
+
+
+def _shape(config: RunConfig) -> GPTConfig:
+    experiment, model = config.experiment, config.experiment.model
+    return GPTConfig.from_depth(
+        experiment.depth, experiment.tokenizer.vocab_size, model.sequence_length, model.head_dim, model.kv_heads
+    )
+
+
+def _candidates(folder: ExperimentFolder, step: int | None) -> list[int]:
+    """Steps to try, in order."""
+    known = checkpoint_steps(folder.checkpoints)
+    if not known:
+        raise UserError(f"{folder.id}: has no checkpoint in {folder.checkpoints} yet: train it further")
+    if step is None:
+        return known[::-1]
+    if step not in known:
+        raise UserError(f"{folder.id}: has no checkpoint of step {step}: choose from {', '.join(map(str, known))}")
+    return [step]
+
+
+def _read(folder: ExperimentFolder, candidates: list[int], tokenizer: Tokenizer) -> tuple[int, Tensors, dict[str, Any]]:
+    """The first of the candidates that is whole."""
+    damaged: list[RunError] = []
+    for step in candidates:
+        try:
+            _check_tokenizer(folder, tokenizer, read_meta(folder.checkpoints, step))
+            weights, meta = load_weights(folder.checkpoints, step)
+        except RunError as error:
+            damaged.append(error)
+            continue
+        for error in damaged:
+            log.warning("%s; took the checkpoint of step %d instead", error, step)
+        return step, weights, meta
+    raise UserError(f"{damaged[0]}: choose another step, or train {folder.id} again")
+
+
+def _check_tokenizer(folder: ExperimentFolder, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
+    """Raises `UserError`: a model with another tokenizer would not fail, but read and write other text."""
+    wanted, found = meta.get("tokenizer"), tokenizer.digest
+    if wanted == found:
+        wanted, found = meta.get("vocab_size"), tokenizer.vocab_size
+    if wanted != found:
+        raise UserError(
+            f"{folder.config().tokenizer}: not the tokenizer that {folder.id} was trained with "
+            f"({found} instead of {wanted}): put that one back"
+        )

@@ -1,0 +1,90 @@
+"""Cells and their folders: what is already there, and what a new one is made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bwlm.config import Recipe
+from bwlm.errors import UserError
+from bwlm.grid.spec import Cell, Plan
+from bwlm.record.fingerprint import differences, identity
+from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
+from bwlm.text.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell, its folder, and what was found there."""
+
+    cell: Cell
+    folder: ExperimentFolder
+    status: Status
+    changed: list[str]
+    """Settings in which the run that is there differs; its text may differ besides, once that is prepared."""
+
+    @property
+    def is_done(self) -> bool:
+        return self.status.ended and self.status.state != "failed"
+
+
+def find_cells(plan: Plan, storage: Path) -> list[PlannedCell]:
+    """What is already there, without preparing or starting anything."""
+    return [_find_cell(cell, ExperimentFolder(storage, cell.id)) for cell in plan.cells]
+
+
+def _find_cell(cell: Cell, folder: ExperimentFolder) -> PlannedCell:
+    if not folder.exists():
+        return PlannedCell(cell, folder, Status(), [])
+    known = folder.config().identity
+    precision = cell.experiment.compute.precision
+    planned = identity(
+        cell.experiment,
+        data=known["data"],
+        tokenizer=known["tokenizer"],
+        precision=known["precision"] if precision == "auto" else precision,
+        steps=cell.steps,
+    )
+    return PlannedCell(cell, folder, folder.status(), differences(known, planned))
+
+
+def check_same(planned: PlannedCell, changed: list[str], plan: Plan) -> None:
+    """Raises `UserError` if the cell's folder holds a run with other settings."""
+    if not changed:
+        return
+    remove = f"remove {planned.folder.path}"
+    if plan.is_grid:
+        raise UserError(
+            f"{plan.name}: cell {planned.cell.id} exists with other settings ({'; '.join(changed)}): "
+            f"give the grid another name, or {remove}"
+        )
+    raise UserError(f"{plan.name}: exists with other settings ({'; '.join(changed)}): take another --id, or {remove}")
+
+
+def text_key(recipe: Recipe) -> str:
+    """Cells that agree in these share a prepared corpus."""
+    return recipe.model_dump_json(include={"data": True, "tokenizer": True, "model": {"sequence_length"}})
+
+
+def run_config(plan: Plan, cell: Cell, prepared: Prepared) -> RunConfig:
+    """What a new run of the cell is made from."""
+    from bwlm.grid.session import plan_compute  # Ray takes seconds, and to look at cells takes none of it
+
+    compute = plan_compute(cell.experiment, cell.shape, cell.steps)
+    fields = identity(
+        cell.experiment,
+        data=prepared.manifest.digest,
+        tokenizer=prepared.tokenizer.digest,
+        precision=compute.precision,
+        steps=cell.steps,
+    )
+    return RunConfig(
+        id=cell.id,
+        experiment=cell.experiment,
+        identity=fields,
+        steps=cell.steps,
+        compute=compute,
+        corpus=str(prepared.folder),
+        tokenizer=str(prepared.tokenizer_folder),
+        grid=plan.name if plan.is_grid else None,
+    )

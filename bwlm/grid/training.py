@@ -1,0 +1,119 @@
+"""Trains cells with Ray Tune until each has ended, or until the launch is asked to.
+
+Tune's own state lies in a scratch folder and is never restored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ray.tune
+from ray.tune.tune_config import TuneConfig
+
+from bwlm.grid.cells import PlannedCell
+from bwlm.grid.progress import Progress
+from bwlm.grid.scheduling import CellScheduler, CellStates, DirectionwiseASHA
+from bwlm.grid.session import train_cell, trial_resources
+from bwlm.grid.spec import Plan, rivals
+from bwlm.record.lineage import ExperimentFolder
+from bwlm.record.tracking import Tracking
+from bwlm.train.termination import TERMINATED, Termination
+
+_DELIVERY_SECONDS = 3.0
+
+
+def train_cells(
+    plan: Plan, cells: list[PlannedCell], concurrency: int, storage: Path, tracking: Tracking, run: str
+) -> None:
+    """Trains what is not done; `run` is the MLflow run that gets this machine's system metrics.
+
+    Raises `SystemExit` with `TERMINATED` if this process is asked to end: once its cells have, or after a grace time.
+    """
+    # the longest first: what is left at the end is short, so workers do not idle
+    unfinished = sorted((planned for planned in cells if not planned.is_done), key=lambda planned: -planned.cell.flops)
+    if not unfinished:
+        return
+    folders = [planned.folder for planned in unfinished]
+    monitor = tracking.monitor_system(run)
+    try:
+        with (
+            Termination() as termination,
+            Progress(plan.cells, {planned.cell.id: planned.status for planned in cells}) as progress,
+            _delivery(tracking, folders),
+        ):
+            _tune(plan, unfinished, concurrency, storage, progress, termination)
+        if termination.asked:
+            _deliver(tracking, folders)
+            raise SystemExit(TERMINATED)
+    except (KeyboardInterrupt, SystemExit):
+        tracking.interrupted(folders, run)
+        raise
+    finally:
+        monitor.finish()
+
+
+def _tune(
+    plan: Plan,
+    cells: list[PlannedCell],
+    concurrency: int,
+    storage: Path,
+    progress: Progress,
+    termination: Termination,
+) -> None:
+    resources = {planned.cell.id: planned.cell.experiment.resources for planned in cells}
+    with tempfile.TemporaryDirectory(prefix="bwlm-tune-", ignore_cleanup_errors=True) as scratch:
+        shared = {"storage": str(storage), "scratch": scratch}
+        tuner = ray.tune.Tuner(
+            ray.tune.with_resources(train_cell, lambda config: trial_resources(resources[config["cell"]])),
+            param_space={**shared, "cell": ray.tune.grid_search(list(resources))},
+            tune_config=TuneConfig(
+                max_concurrent_trials=concurrency,
+                reuse_actors=True,
+                scheduler=_scheduler(plan, cells, storage, termination),
+            ),
+            run_config=ray.tune.RunConfig(
+                name=plan.name,
+                storage_path=scratch,
+                failure_config=ray.tune.FailureConfig(max_failures=plan.launch.retries),
+                callbacks=[CellStates(storage, progress, termination)],
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+
+
+def _scheduler(plan: Plan, cells: list[PlannedCell], storage: Path, termination: Termination) -> CellScheduler:
+    if plan.scheduler.kind == "fifo":
+        return CellScheduler(storage, termination)
+    strata = {planned.cell.id: rivals(planned.cell.experiment) for planned in cells}
+    longest = max(planned.cell.steps for planned in cells)
+    return DirectionwiseASHA(plan.scheduler, longest, strata, storage, termination)
+
+
+@contextlib.contextmanager
+def _delivery(tracking: Tracking, folders: list[ExperimentFolder]) -> Iterator[None]:
+    """Feeds MLflow from the journals, in the background, for the time of the block."""
+    done = threading.Event()
+
+    def deliver() -> None:
+        while not done.wait(_DELIVERY_SECONDS):
+            _deliver(tracking, folders, done.is_set)
+
+    thread = threading.Thread(target=deliver, name="mlflow-delivery", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _deliver(tracking: Tracking, folders: list[ExperimentFolder], enough: Callable[[], bool] = lambda: False) -> None:
+    """Every run's new entries, until those of one cannot be delivered: the next would wait as long."""
+    for folder in folders:
+        if enough() or not tracking.try_deliver(folder):
+            return

@@ -1,0 +1,191 @@
+"""How a run computes on its hardware: chosen once when it is planned, each choice with its reason, each can be forced.
+
+None of it changes what is computed, only how fast and in which rounding; docs/performance.md has the measurements
+behind the constants. Imports torch only where it looks at the machine, so that records are read without it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+from bwlm.model.shape import GPTConfig, flops_per_token
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["float32", "bfloat16"]
+DeviceType = Literal["cpu", "cuda"]
+
+_MICRO_TOKENS = {"cpu": 2**12, "cuda": 2**15}
+"""Tokens of one forward pass; it bounds memory."""
+
+_LOGITS = {"cpu": 2**21, "cuda": 2**26}
+"""Logits that the fused loss holds at once, in float32: what stays in a CPU's cache, or keeps a GPU busy."""
+_FEWEST_TOKENS = 256
+
+_BLOCKED_BYTES = 2**32
+"""Probabilities that 'blocked' attention may keep for the backward pass, over all layers."""
+
+_COMPILE_SECONDS = {"cpu": 30.0, "cuda": 60.0}
+_COMPILE_GAIN = {"cpu": 1.10, "cuda": 1.5}
+_EAGER_SHARE = {"cpu": 0.45, "cuda": 0.25}
+"""Of the peak, as a run that is not compiled reaches it."""
+
+# dense bf16 FLOP/s from NVIDIA's data sheets; the first name that the device's name contains counts
+_GPU_PEAKS = {
+    "B200": 2250e12, "B100": 1800e12, "GH200": 989e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
+    "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+    "A40": 150e12, "A10": 125e12, "A6000": 155e12, "5090": 209e12, "4090": 165e12, "3090": 71e12, "V100": 125e12,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What one worker computes on."""
+
+    device: DeviceType
+    name: str
+    native_bfloat16: bool
+    """Multiplied by the hardware itself, not emulated."""
+    compiler: str
+    """What `torch.compile` would build with; '' if it is missing."""
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user forces; None leaves the choice to `choose_compute`."""
+
+    precision: Precision | None = None
+    attention: Literal["sdpa", "blocked"] | None = None
+    fused_loss: bool | None = None
+    compile: bool | None = None
+    micro_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The choices of a run. They stay with it, so that it resumes as it began."""
+
+    precision: Precision
+    attention: Literal["sdpa", "blocked"]
+    loss_chunk: int
+    """Tokens whose logits exist at once; 0: all of a pass."""
+    compile: bool
+    micro_rows: int
+    """Rows of one forward pass."""
+    threads: int
+    reasons: dict[str, str] = field(default_factory=dict)
+    """A line for a person by choice."""
+
+
+def choose_compute(wanted: Wanted, hardware: Hardware, peak: float, shape: GPTConfig, rows: int, steps: int) -> Compute:
+    """`peak` in FLOP/s of one worker, `rows` of one worker and step."""
+    device, why = hardware.device, dict[str, str]()
+    precision, why["precision"] = _precision(wanted.precision, hardware)
+    micro_rows = wanted.micro_rows or max(1, _MICRO_TOKENS[device] // shape.sequence_length)
+    micro_rows = min(micro_rows, rows)
+    why["device batch"] = f"{micro_rows} of {rows} rows in a pass" + _forced(wanted.micro_rows)
+    attention, why["attention"] = _attention(wanted.attention, device, precision, shape, micro_rows)
+    chunk = max(_FEWEST_TOKENS, _LOGITS[device] // shape.vocab_size) if wanted.fused_loss is not False else 0
+    why["loss"] = f"fused with the head, {chunk} tokens at a time" if chunk else "of all logits of a pass"
+    why["loss"] += _forced(wanted.fused_loss)
+    flops = float(flops_per_token(shape)) * shape.sequence_length * rows * steps
+    compiled, why["compile"] = _compile(wanted.compile, hardware, flops / (peak * _EAGER_SHARE[device]))
+    why["threads"] = f"{hardware.threads} a worker"
+    return Compute(precision, attention, chunk, compiled, micro_rows, hardware.threads, why)
+
+
+def _forced(value: object) -> str:
+    return "" if value is None else ", as set"
+
+
+def _precision(wanted: Precision | None, hardware: Hardware) -> tuple[Precision, str]:
+    if wanted is not None:
+        return wanted, f"{wanted}, as set"
+    if hardware.native_bfloat16:
+        return "bfloat16", f"bfloat16: {hardware.name} multiplies it natively"
+    return "float32", f"float32: {hardware.name} would only emulate bfloat16"
+
+
+def _attention(
+    wanted: Literal["sdpa", "blocked"] | None, device: DeviceType, precision: Precision, shape: GPTConfig, rows: int
+) -> tuple[Literal["sdpa", "blocked"], str]:
+    if wanted is not None:
+        return wanted, f"{wanted}, as set"
+    if device == "cuda":
+        return "sdpa", "sdpa: torch's flash attention"
+    item = 2 if precision == "bfloat16" else 4
+    # a block of an eighth of the row reaches half a block beyond the diagonal
+    kept = shape.depth * rows * shape.heads * shape.sequence_length**2 * 9 // 16 * item
+    if kept > _BLOCKED_BYTES:
+        return "sdpa", f"sdpa: blocked would keep {kept / 1e9:.1f} GB for the backward pass"
+    return "blocked", f"blocked: faster on a CPU, keeps {kept / 1e6:.0f} MB for the backward pass"
+
+
+def _compile(wanted: bool | None, hardware: Hardware, seconds: float) -> tuple[bool, str]:
+    if wanted is not None:
+        return wanted, "on, as set" if wanted else "off, as set"
+    if not hardware.compiler:
+        missing = "a C++ compiler" if hardware.device == "cpu" else "triton"
+        return False, f"off: torch.compile needs {missing}"
+    saved, cost = seconds * (1 - 1 / _COMPILE_GAIN[hardware.device]), _COMPILE_SECONDS[hardware.device]
+    estimate = f"about {saved:.0f} s of {seconds:.0f} s saved, at most {cost:.0f} s spent"
+    return (True, f"on: {estimate}") if saved > 2 * cost else (False, f"off: {estimate}")
+
+
+# ---- looking at the machine ----
+
+
+def look_at_hardware(device: DeviceType, threads: int) -> tuple[Hardware, float]:
+    """The machine of this process, and the bf16 FLOP/s of a worker with so many threads (NaN for an unknown GPU)."""
+    import torch
+
+    if device == "cuda":
+        native = torch.cuda.get_device_capability() >= (8, 0)
+        gpu = Hardware(device, torch.cuda.get_device_name(), native, _find_triton(), threads)
+        return gpu, peak_flops(torch.device(device, 0), "bfloat16")
+    known = torch.cpu.get_capabilities()
+    native = bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    compiler = shutil.which("g++") or shutil.which("clang++") or ""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        peak = measured_matmul(torch.bfloat16 if native else torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    return Hardware(device, "this CPU", native, compiler, threads), peak
+
+
+def _find_triton() -> str:
+    from importlib.util import find_spec
+
+    return "triton" if find_spec("triton") else ""
+
+
+@lru_cache
+def peak_flops(device: torch.device, precision: Precision) -> float:
+    """FLOP/s that MFU is a share of: a GPU's dense bf16 peak from a table (NaN if unknown), a CPU's measured matmul."""
+    import torch
+
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((peak for part, peak in _GPU_PEAKS.items() if part in name), float("nan"))
+    return measured_matmul(getattr(torch, precision))
+
+
+def measured_matmul(dtype: torch.dtype, size: int = 1024, tries: int = 5) -> float:
+    """The best of a few square matmuls on this CPU with the threads that torch has now, in FLOP/s."""
+    import torch
+
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    best = float("inf")
+    for _ in range(tries + 1):  # the first packs its operands and starts the threads
+        began = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best

@@ -1,0 +1,58 @@
+"""Saves checkpoints beside training: a step is held up by the copy to host memory, and by nothing else.
+
+One save runs at a time, so that one copy lies in memory besides the live state, whatever the disk does.
+"""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+from bwlm.errors import RunError
+from bwlm.record.checkpoint import KeepPolicy, Snapshot, write_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointSaver:
+    """Writes snapshots in a thread of its own, whose file writes, hashes and syncs do not hold Python's lock.
+
+    What a save raises comes up at the next `wait`, `save` or `close`. Call `wait` before a copy is made.
+    """
+
+    def __init__(self, folder: Path, keep: KeepPolicy) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Waits for the save before, then starts this one. Raises `RunError` if the one before failed."""
+        self.wait()
+        self._running = self._thread.submit(write_checkpoint, self._folder, snapshot, self._keep)
+
+    def wait(self) -> None:
+        """Returns when everything handed in is on disk. Raises `RunError` if it could not be written."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def close(self) -> None:
+        """Waits and ends the thread; raises as `wait`."""
+        self._thread.shutdown()
+        self.wait()
+
+    def __enter__(self) -> CheckpointSaver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except RunError as failed:
+            if error is None:
+                raise
+            log.error("%s", failed)  # what ended the run comes first

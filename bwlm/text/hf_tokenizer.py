@@ -1,0 +1,80 @@
+"""The tokenizer in the format of Hugging Face's `tokenizers`, so that `AutoTokenizer` gives the ids that ours gives.
+
+tiktoken knows ranks of byte strings, and joins any two neighbours whose bytes are a token; `tokenizers` knows merges of
+pairs. So each token gives a merge for every way to cut it into two tokens, and merges stand in the order of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bwlm.text.tokenizer import Tokenizer
+
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Content of `tokenizer.json`: a byte-level BPE with our split pattern; it puts no BOS before a text."""
+    alphabet = byte_alphabet()
+    names = {token: "".join(alphabet[byte] for byte in token) for token in tokenizer.tokens}
+    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_special(name, index) for name, index in tokenizer.specials.items()],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_bytes]},
+        "post_processor": None,
+        "decoder": to_bytes,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # a word that is a token is that token, whatever its merges, as in tiktoken
+            "vocab": {name: rank for rank, name in enumerate(names.values())},
+            "merges": list(_merges(names)),
+        },
+    }
+
+
+def tokenizer_config(sequence_length: int) -> dict[str, Any]:
+    """Content of `tokenizer_config.json`; text that looks like a special token stays text, as with ours."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|bos|>",
+        "eos_token": "<|bos|>",
+        "pad_token": "<|pad|>",
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": sequence_length,
+    }
+
+
+def byte_alphabet() -> list[str]:
+    """[256] the character that stands for each byte: itself where it is printable (Radford et al. 2019, GPT-2)."""
+    alphabet = {byte: chr(byte) for byte in _PRINTABLE}
+    others = [byte for byte in range(256) if byte not in alphabet]
+    alphabet |= {byte: chr(256 + index) for index, byte in enumerate(others)}
+    return [alphabet[byte] for byte in range(256)]
+
+
+def _merges(names: Mapping[bytes, str]) -> Iterator[list[str]]:
+    """Pairs of names to join, the most urgent first; `names` is in the order of ranks."""
+    for token in names:
+        for cut in range(1, len(token)):
+            left, right = names.get(token[:cut]), names.get(token[cut:])
+            if left is not None and right is not None:
+                yield [left, right]
+
+
+def _special(name: str, index: int) -> dict[str, Any]:
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": index, "content": name, **plain, "special": True}

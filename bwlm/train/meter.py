@@ -1,0 +1,96 @@
+"""What a run measures of itself, step by step: how far it is, how fast, how much it takes, how long it will."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+_UNTIMED_STEPS = 2
+"""Steps after a start that speeds leave out: compilers, caches and allocators warm up in them."""
+
+_SMOOTHING = 0.9
+_LOOK_SECONDS = 1.0
+"""Between looks at memory and disk: on a shared file system a look is slow."""
+
+
+@dataclass
+class Progress:
+    """The loop's own state, kept in checkpoints: with the seed, `step` fixes the position in data and schedules."""
+
+    step: int = 0
+    tokens: int = 0
+    average: float = 0.0
+    seconds: float = 0.0
+    timed_tokens: int = 0
+    validation: dict[str, float] | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.timed_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def smooth_loss(self) -> float:
+        """An exponential average without the bias of its start (Kingma and Ba 2015, section 3)."""
+        return self.average / (1 - _SMOOTHING**self.step) if self.step else 0.0
+
+
+class Meter:
+    """Measures one rank's process; figures of speed and tokens are those of all ranks."""
+
+    def __init__(
+        self, progress: Progress, steps: int, flops_per_token: int, peak: float, device: torch.device, folder: Path
+    ) -> None:
+        """`peak` in FLOP/s of all ranks; `folder` is where the run's records grow."""
+        self._progress = progress
+        self._first = progress.step
+        self._steps = steps
+        self._flops_per_token = flops_per_token
+        self._peak = peak
+        self._device = device
+        self._folder = folder
+        self._looked = 0.0
+        self._timed_from = 0.0
+
+    def stepped(self, loss: float, tokens: int, seconds: float) -> dict[str, float]:
+        """Counts a step of all ranks; `loss` in nats per target. Returns what is measured after it."""
+        progress, now = self._progress, time.monotonic()
+        progress.step += 1
+        progress.tokens += tokens
+        progress.average = _SMOOTHING * progress.average + (1 - _SMOOTHING) * loss
+        timed = progress.step - self._first - _UNTIMED_STEPS
+        if timed > 0:
+            progress.seconds += seconds
+            progress.timed_tokens += tokens
+        else:
+            self._timed_from = now
+        speed = progress.tokens_per_second
+        metrics = {
+            "train_loss_smooth": progress.smooth_loss,
+            "tokens": progress.tokens,
+            "flops": float(progress.tokens * self._flops_per_token),
+            "step_seconds": seconds,
+            "tokens_per_second": speed,
+            "mfu": speed * self._flops_per_token / self._peak,
+        }
+        if timed > 0:
+            metrics["seconds_left"] = (now - self._timed_from) / timed * (self._steps - progress.step)
+        if now - self._looked >= _LOOK_SECONDS:
+            self._looked = now
+            metrics |= self._resources()
+        return metrics
+
+    def _resources(self) -> dict[str, float]:
+        """Bytes: memory of this process (on a GPU the most that tensors took), the run's records, the disk's rest."""
+        on_gpu = self._device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(self._device) if on_gpu else psutil.Process().memory_info().rss
+        records = [path for pattern in ("*.jsonl", "*.h5") for path in self._folder.glob(pattern)]
+        return {
+            "memory_bytes": memory,
+            "research_log_bytes": sum(path.stat().st_size for path in records),
+            "disk_free_bytes": shutil.disk_usage(self._folder).free,
+        }

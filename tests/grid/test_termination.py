@@ -1,0 +1,204 @@
+"""Workers and drivers are asked to end (SIGTERM) for real: they save where they are, and go on as if nothing was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from bwlm.grid import scheduling, session
+from bwlm.grid.launch import run_plan
+from bwlm.grid.spec import load_grid
+from bwlm.record.checkpoint import checkpoint_steps
+from bwlm.record.journal import last_entry, read_journal
+from bwlm.record.lineage import ExperimentFolder
+from tests.grid.conftest import BWLM, GridFile, private_environment, runs
+
+STEPS = 300
+SETTINGS: dict[str, Any] = {
+    "axes": {"direction": ["forward"], "depth": [1]},
+    "budget": {"steps": STEPS, "batch_tokens": 512},
+    "evaluation": {"every": 0, "tokens": 1024},
+    "checkpoint": {"every": 0},  # what is there before the last step was saved because of the signal
+    "launch": {"retries": 0},
+}
+CELL = "g_forward_d1_lr1_s0"
+
+
+def losses(storage: Path, cell: str) -> list[float]:
+    return [entry.metrics["train_loss"] for entry in read_journal(storage / cell)]
+
+
+def holder(storage: Path, cell: str = CELL) -> int | None:
+    """Process of the worker that trains a cell now."""
+    folder = ExperimentFolder(storage, cell)
+    found = folder.lease_holder() if folder.exists() else None
+    pid = found.rpartition(":")[2] if found else ""
+    return int(pid) if pid.isdigit() else None
+
+
+@contextmanager
+def once_at_step(storage: Path, step: int, act: Callable[[int], None]) -> Iterator[list[int]]:
+    """Calls `act` with the cell's process, from a thread, when the cell is beyond a step; gives the step it was at."""
+    acted: list[int] = []
+
+    def watch() -> None:
+        while not acted and not over.is_set():
+            entry, pid = last_entry(storage / CELL), holder(storage)
+            if entry and entry.step >= step and pid:
+                act(pid)
+                acted.append(entry.step)
+            time.sleep(0.01)
+
+    over = threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield acted
+    finally:
+        over.set()
+        watcher.join()
+
+
+def ask_rank_0(pid: int) -> None:
+    os.kill(pid, signal.SIGTERM)
+
+
+def ask_rank_1(pid: int) -> None:
+    """The other worker of the cell whose rank 0 is `pid`: of the same title, below the same raylet."""
+    rank_0 = psutil.Process(pid)
+    raylet = rank_0.parent()
+    assert raylet is not None
+    others = [p for p in raylet.children() if p.name().startswith("ray::RayTrainWork") and p != rank_0]
+    [rank_1] = others
+    rank_1.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(("workers", "ask"), [(1, ask_rank_0), (2, ask_rank_0), (2, ask_rank_1)])
+def test_a_worker_that_is_asked_to_end_saves_and_its_cell_goes_on(
+    grid_file: GridFile, tmp_path: Path, workers: int, ask: Callable[[int], None]
+) -> None:
+    path = grid_file(**SETTINGS, resources={"workers": workers})
+    calm, storage = tmp_path / "calm", tmp_path / "storage"
+    run_plan(load_grid(path, []), calm, lambda _: None)
+    with once_at_step(storage, 25, ask) as asked:
+        result = run_plan(load_grid(path, []), storage, lambda _: None)
+    assert asked, "the run ended before it could be asked"
+    assert [(cell.state, cell.reason) for cell in result.cells] == [("finished", "")]
+    assert losses(storage, CELL) == losses(calm, CELL)
+    # it did not begin anew, but took up what was saved at the signal
+    saved, last = checkpoint_steps(ExperimentFolder(storage, CELL).checkpoints)
+    assert asked[0] <= saved < last == STEPS
+    since = 1000 * json.loads((storage / CELL / "lease.json").read_text())["since"]
+    times = {entry.step: entry.time for entry in read_journal(storage / CELL)}
+    assert times[saved] < since < times[saved + 1]
+
+
+def started(storage: Path, environment: dict[str, str], *arguments: str | Path) -> subprocess.Popen[bytes]:
+    log = (storage.parent / "driver.log").open("ab")
+    return subprocess.Popen([BWLM, *arguments], env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def wait_for_step(process: subprocess.Popen[bytes], storage: Path, cells: list[str], step: int) -> None:
+    while process.poll() is None:
+        entries = [last_entry(storage / cell) for cell in cells]
+        if all(entry is not None and entry.step >= step for entry in entries):
+            return
+        time.sleep(0.05)
+    pytest.fail(f"it ended before it could be asked: {(storage.parent / 'driver.log').read_text()[-2000:]}")
+
+
+def check_saved(storage: Path, cell: str) -> None:
+    """Stopped, with a checkpoint at its last step."""
+    status = ExperimentFolder(storage, cell).status()
+    assert (status.state, status.reason) == ("stopped", "")
+    assert checkpoint_steps(ExperimentFolder(storage, cell).checkpoints) == [status.step]
+
+
+def test_a_grid_whose_driver_is_asked_to_end_saves_every_cell(
+    grid_file: GridFile, tmp_path: Path, ray_cluster: str
+) -> None:
+    axes = {"direction": ["forward", "backward", "bidirectional"], "depth": [1]}
+    budget = {"steps": 2 * STEPS, "batch_tokens": 512}
+    path = grid_file(**SETTINGS | {"axes": axes, "budget": budget, "launch": {"retries": 0, "concurrency": 2}})
+    calm, storage = tmp_path / "calm", tmp_path / "storage"
+    expected = run_plan(load_grid(path, []), calm, lambda _: None)
+    environment = private_environment(storage) | {"RAY_ADDRESS": ray_cluster}
+    driver = started(storage, environment, "grid", "run", path)
+    *running, waiting = [cell.id for cell in expected.cells]
+    wait_for_step(driver, storage, running, 20)
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(timeout=300) == 143
+    assert (tmp_path / "driver.log").read_text().count("bwlm: asked to end; the same command goes on") == 1
+    for cell in running:
+        check_saved(storage, cell)
+    assert ExperimentFolder(storage, waiting).status().state == "waiting"
+
+    result = run_plan(load_grid(path, []), storage, lambda _: None)
+    assert [cell.state for cell in result.cells] == ["finished"] * 3
+    for cell, calm_cell in zip(result.cells, expected.cells, strict=True):
+        assert losses(storage, cell.id) == losses(calm, cell.id)
+        assert cell.metrics["val_bpb"] == calm_cell.metrics["val_bpb"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_driver_does_not_wait_for_a_worker_that_hangs(
+    grid_file: GridFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduling, "_GRACE_SECONDS", 0.5)
+    stuck: list[int] = []
+
+    def hang(pid: int) -> None:
+        os.kill(pid, signal.SIGSTOP)
+        stuck.append(pid)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    storage = tmp_path / "storage"
+    try:
+        with once_at_step(storage, 5, hang), pytest.raises(SystemExit) as ended:
+            run_plan(load_grid(grid_file(**SETTINGS), []), storage, lambda _: None)
+        assert ended.value.code == 143
+    finally:
+        for pid in stuck:
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_of_another_node_is_asked_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    @ray.remote(num_cpus=0)
+    class Worker:
+        def pid(self) -> int:
+            return os.getpid()
+
+    worker = Worker.remote()
+    pid = ray.get(worker.pid.remote())
+    host = ray.nodes()[0]["NodeManagerHostname"]
+    monkeypatch.setattr(session.socket, "gethostname", lambda: "elsewhere")
+    session.ask_to_end(f"{host}:{pid}")
+    psutil.Process(pid).wait(timeout=120)
+    session.ask_to_end(f"{host}:{pid}")  # nobody is there any more
+    session.ask_to_end("nowhere:1")
+    session.ask_to_end(f"{host}:?")
+
+
+def test_no_other_process_is_ended() -> None:
+    bystander = subprocess.Popen(["sleep", "600"])
+    try:
+        session.ask_to_end(f"{session.socket.gethostname()}:{bystander.pid}")
+        with pytest.raises(subprocess.TimeoutExpired):
+            bystander.wait(timeout=0.5)
+    finally:
+        bystander.kill()
+        bystander.wait()
