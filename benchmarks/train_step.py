@@ -6,7 +6,7 @@
 
 Each variant runs in a process of its own, and they take turns in rounds, so that a machine that slows down slows all
 of them. A step is forward, backward, update and reading the loss, on random ids. Needs torch alone: neither Ray nor
-pydantic. DIR is a checkout of karpathy/nanochat; without it the peer is a GPT-2 of equal shape that anybody would write.
+pydantic. DIR is a checkout of karpathy/nanochat; without it the peer is a GPT-2 of the same shape in torch's modules.
 
 FLOPs are 6 N + 12 L H D T a token (`bwlm.model.shape`) for all; the floor is this machine's matmul, measured in turn.
 """
@@ -94,8 +94,8 @@ VARIANTS = {
     "bwlm-float32": Variant("bwlm", compile=True, precision="float32", keep_memory=True),
     "nanochat-default": Variant("nanochat", compile=True),
     "nanochat-eager": Variant("nanochat"),
-    "nanochat-best": Variant("nanochat", compile=True, precision="bfloat16", keep_memory=True, window="L"),
-    "nanochat-best-windows": Variant("nanochat", compile=True, precision="bfloat16", keep_memory=True),
+    "nanochat-best": Variant("nanochat", compile=True, precision="bfloat16", keep_memory=True),
+    "nanochat-best-no-windows": Variant("nanochat", compile=True, precision="bfloat16", keep_memory=True, window="L"),
     "minimal-default": Variant("minimal"),
     "minimal-best": Variant("minimal", compile=True, precision="bfloat16", keep_memory=True),
 }
@@ -314,7 +314,8 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['variant']:24} {row['tokens_per_second']:9,.0f} {row['best']:9,.0f} {row['floor_share']:6.0%} "
-            f"{float(row['peak_bytes']) / 1e9:8.2f} {row['first_ready_seconds']:13.0f} / {row['later_ready_seconds']:.0f}"
+            f"{float(row['peak_bytes']) / 1e9:8.2f} "
+            f"{row['first_ready_seconds']:13.0f} / {row['later_ready_seconds']:.0f}"
         )
     for key in ("default", "best"):
         if f"ratio_to_peer_{key}" in summary:

@@ -44,6 +44,7 @@ class CellScheduler(FIFOScheduler):  # type: ignore[misc]
             if trial.status == Trial.RUNNING:
                 self._tell(trial.config["cell"])
             else:
+                trial.init_local_path()  # Tune looks for the folder of every trial at the end
                 tune_controller.stop_trial(trial)
         if time.monotonic() > self._deadline:
             raise SystemExit(TERMINATED)

@@ -6,6 +6,7 @@ behind the constants. Imports torch only where it looks at the machine, so that 
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -133,6 +134,8 @@ def _compile(wanted: bool | None, hardware: Hardware, seconds: float) -> tuple[b
     if not hardware.compiler:
         missing = "a C++ compiler" if hardware.device == "cpu" else "triton"
         return False, f"off: torch.compile needs {missing}"
+    if math.isnan(seconds):
+        return True, f"on: the speed of {hardware.name} is unknown, and it seldom costs more than it saves"
     saved, cost = seconds * (1 - 1 / _COMPILE_GAIN[hardware.device]), _COMPILE_SECONDS[hardware.device]
     estimate = f"about {saved:.0f} s of {seconds:.0f} s saved, at most {cost:.0f} s spent"
     return (True, f"on: {estimate}") if saved > 2 * cost else (False, f"off: {estimate}")

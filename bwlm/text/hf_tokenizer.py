@@ -53,7 +53,6 @@ def tokenizer_config(sequence_length: int) -> dict[str, Any]:
         "pad_token": "<|pad|>",
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": sequence_length,
     }
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bwlm.errors import Interrupted, RunError
+from bwlm.errors import Interrupted, RunError, UserError
 from bwlm.evaluate.loss import LossEvaluation, SegmentLosses
 from bwlm.model.gpt import GPT
 from bwlm.model.optim import build_optimizers
@@ -114,7 +114,7 @@ def rows_per_step(config: RunConfig) -> int:
 def run_base(folder: ExperimentFolder, session: Session, stream: Stream) -> Status:
     """Trains, evaluates and records one base run; returns how it ended. A run that had finished is left alone.
 
-    What went wrong by the run's own doing (`RunError`) is its state `failed`; everything else is raised. A run that was
+    What went wrong by the run's own doing, or lies wrong in its folder, is its state `failed`; all else is raised. A run that was
     asked to end is `stopped`, without a reason: it has not ended.
     """
     done = folder.status()
@@ -124,7 +124,7 @@ def run_base(folder: ExperimentFolder, session: Session, stream: Stream) -> Stat
         metrics = _train_base(folder, session, stream)
     except Interrupted:
         return Status("stopped", "", folder.status().step)
-    except RunError as error:
+    except (RunError, UserError) as error:
         status = Status("failed", str(error), folder.status().step)
     else:
         status = Status("finished", "", folder.config().steps, metrics)

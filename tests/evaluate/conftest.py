@@ -34,7 +34,7 @@ def make_run(prepared: Prepared) -> MakeRun:
             "tokenizer": {"vocab_size": prepared.tokenizer.vocab_size},
             "model": shape | settings.pop("model", {}),
             "budget": {"steps": STEPS, "batch_tokens": 512},
-            "evaluation": {"every": 0, "tokens": 1024},
+            "evaluation": {"every": 10, "tokens": 1024},
             "checkpoint": {"every": STEPS // 2, "keep": 2},
         }
         experiment = Experiment.model_validate(content | settings)

@@ -272,7 +272,6 @@ def test_an_empty_folder_is_filled_and_a_link_to_one_followed(bwlm: Bwlm, tmp_pa
         (["forward", "new", "--step", "7"], f"has no checkpoint of step 7: choose from {STEPS // 2}, {STEPS}"),
         (["forward", "full"], "full: exists: give a new folder"),
         (["forward", "file"], "file: exists: give a new folder"),
-        (["forward", "."], "the working folder"),
         (["forward", "file/below"], "file/below: cannot be "),
         (["forward", "/proc/new"], "/proc/new: cannot be written"),
         (["forward"], "DIR"),
@@ -288,6 +287,12 @@ def test_a_mistake_is_one_line_and_nothing_is_made(bwlm: Bwlm, tmp_path: Path, w
         "full",
         "full/kept",
     ]
+
+
+def test_the_working_folder_is_not_replaced(bwlm: Bwlm, tmp_path: Path) -> None:
+    """Even empty: whoever stands in it would be left in a folder that has no name any more."""
+    check_refused(bwlm("export", "forward", "."), "give a new folder, or an empty one that is not the working folder")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_without_a_checkpoint_is_refused(

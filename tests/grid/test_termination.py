@@ -23,7 +23,7 @@ from bwlm.grid.spec import load_grid
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.journal import last_entry, read_journal
 from bwlm.record.lineage import ExperimentFolder
-from tests.grid.conftest import BWLM, GridFile, private_environment, runs
+from tests.grid.conftest import BWLM, GridFile, private_environment
 
 STEPS = 300
 SETTINGS: dict[str, Any] = {

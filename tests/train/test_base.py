@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,9 +28,10 @@ from bwlm.record.fingerprint import identity
 from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
 from bwlm.text.batches import Batch, DirectedPlan
+from bwlm.text.direction import SpecialIds
 from bwlm.text.prepare import Prepared
-from bwlm.train import loop
-from bwlm.train.base import build_model, run_base
+from bwlm.train import base, loop
+from bwlm.train.base import build_model, loss_by_direction, run_base
 from bwlm.train.session import AloneSession
 
 STEPS = 12
@@ -239,3 +242,82 @@ def test_document_mask_changes_what_a_model_sees(new_run: NewRun) -> None:
     run_base(inside, AloneSession(), in_process)
     assert losses(crossing)[0] == pytest.approx(losses(inside)[0], rel=1e-3)
     assert losses(crossing)[3:] != losses(inside)[3:]
+
+
+def test_loss_by_direction_adds_up(new_run: NewRun) -> None:
+    folder = new_run(direction="bidirectional")
+    run_base(folder, AloneSession(), in_process)
+    for entry in read_journal(folder.path):
+        low, high = sorted(entry.metrics[f"train_loss_{name}"] for name in ("forward", "backward"))
+        assert low < entry.metrics["train_loss"] < high
+    backward = new_run("b", direction="backward")
+    run_base(backward, AloneSession(), in_process)
+    for entry in read_journal(backward.path):
+        assert entry.metrics["train_loss_backward"] == pytest.approx(entry.metrics["train_loss"], rel=1e-5)
+        assert "train_loss_forward" not in entry.metrics
+
+
+def test_loss_by_direction_by_hand() -> None:
+    """Two segments of one row: <bos> <forward> a b, then <bos> <backward> c; padding at the end."""
+    special = SpecialIds(bos=90, pad=91, forward=92, backward=93)
+    batch = {
+        "inputs": np.array([[90, 92, 1, 2, 90, 93, 3, 91]], dtype=np.int32),
+        "targets": np.array([[-1, 1, 2, 90, -1, 3, -1, -1]], dtype=np.int32),
+    }
+    losses = torch.tensor([[0.0, 1.0, 2.0, 4.0, 0.0, 8.0, 0.0, 0.0]])
+    sums = loss_by_direction("bidirectional", special, batch, losses)
+    assert {name: values.tolist() for name, values in sums.items()} == {"forward": [7, 3], "backward": [8, 1]}
+    assert loss_by_direction("permuted", special, batch, losses)["permuted"].tolist() == [15, 4]
+
+
+class AskedAt(AloneSession):
+    """A session whose process is asked to end while a step is computed."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.left = step
+
+    def stopping(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+@pytest.mark.parametrize("step", [1, 6, STEPS])
+def test_a_run_that_is_asked_to_end_saves_at_that_step_and_goes_on_as_if_nothing_had_been(
+    new_run: NewRun, step: int
+) -> None:
+    calm, cut = new_run("calm"), new_run("cut")
+    run_base(calm, AloneSession(), in_process)
+    status = run_base(cut, AskedAt(step), in_process)
+    assert step in checkpoint_steps(cut.checkpoints)
+    assert (status.state, status.step) == ("finished" if step == STEPS else "stopped", step)
+    assert status.ended == (step == STEPS)
+    assert run_base(cut, AloneSession(), killed_at(0) if step == STEPS else in_process).state == "finished"
+    assert losses(cut) == losses(calm)
+    assert weights_digest(cut) == weights_digest(calm)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("direction", "backward"), ("vocab_size", 9), ("tokenizer", "x"), ("fingerprint", "y")]
+)
+def test_another_models_checkpoint_is_refused_before_a_model_is_made(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch, field: str, value: object
+) -> None:
+    folder = new_run()
+    with pytest.raises(Killed):
+        run_base(folder, AloneSession(), killed_at(6))
+    saved = load_checkpoint(folder.checkpoints, 4)
+    write_checkpoint(folder.checkpoints, replace(saved, meta=saved.meta | {field: value}), KeepPolicy(3))
+    monkeypatch.setattr(base, "build_model", None)
+    status = run_base(folder, AloneSession(), in_process)
+    assert status.state == "failed"
+    assert re.search(f"step_000004: another model's checkpoint .*{field} is", status.reason)
+
+
+def test_the_best_and_every_so_many_checkpoints_stay(new_run: NewRun) -> None:
+    kept = {"every": 2, "keep": 1, "keep_every": 4, "keep_best": True}
+    folder = new_run(checkpoint=kept, evaluation={"every": 2, "tokens": 1024}, lr=4.0)
+    run_base(folder, AloneSession(), in_process)
+    figures = {e.step: e.metrics["val_bpb_tuning"] for e in read_journal(folder.path) if "val_bpb_tuning" in e.metrics}
+    best = min(figures, key=figures.__getitem__)
+    assert checkpoint_steps(folder.checkpoints) == sorted({4, 8, 12, best})
