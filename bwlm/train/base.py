@@ -114,8 +114,8 @@ def rows_per_step(config: RunConfig) -> int:
 def run_base(folder: ExperimentFolder, session: Session, stream: Stream) -> Status:
     """Trains, evaluates and records one base run; returns how it ended. A run that had finished is left alone.
 
-    What went wrong by the run's own doing, or lies wrong in its folder, is its state `failed`; all else is raised. A run that was
-    asked to end is `stopped`, without a reason: it has not ended.
+    What went wrong by the run's own doing, or lies wrong in its folder, is its state `failed`; all else is raised. A
+    run that was asked to end is `stopped`, without a reason: it has not ended.
     """
     done = folder.status()
     if done.ended:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bwlm.config import CheckpointSettings, OptimSettings
-from bwlm.errors import Interrupted, TrainingDiverged
+from bwlm.errors import Interrupted, RunError, TrainingDiverged
 from bwlm.model.compute import Compute, peak_flops
 from bwlm.model.gpt import GPT
 from bwlm.model.optim import Optimizer, muon_momentum, schedule, weight_decay_schedule
@@ -85,6 +85,7 @@ def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str,
             session.report(progress.step, metrics)
             if result.asked_to_stop and progress.step < phase.steps:
                 raise Interrupted(f"asked to end at step {progress.step}")
+        _settle(session, records)
     if progress.validation is None:  # resumed at the very end
         progress.validation = phase.evaluate(phase.model, progress.step)
     return progress.validation | {"train_loss": progress.smooth_loss, "tokens_per_second": progress.tokens_per_second}
@@ -102,11 +103,18 @@ class Records:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._journal.append(step, metrics)
 
-    def save(self, take: Callable[[], Snapshot]) -> None:
-        """Saves what `take` copies, after the journal is safe: a resumed run does not write those lines again."""
+    def settle(self) -> RunError | None:
+        """Waits for the save that is under way; returns what it failed with."""
+        try:
+            self._saver.wait()
+        except RunError as error:
+            return error
+        return None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Starts a save, after the journal is safe: a resumed run does not write those lines again."""
         self._journal.sync()
-        self._saver.wait()  # first, so that two copies never lie in memory
-        self._saver.save(take())
+        self._saver.save(snapshot)
 
     def __enter__(self) -> Records:
         return self
@@ -189,19 +197,23 @@ def _validate(phase: Phase, progress: Progress) -> dict[str, float]:
 
 def _save(phase: Phase, session: Session, progress: Progress, metric: float | None, records: Records | None) -> None:
     """A collective: every rank gives what it alone has, rank 0 copies and writes."""
+    _settle(session, records)  # first, so that two copies never lie in memory
     optimizer, rng = phase.optimizer.state_tensors(), _random_states(session)
-    if records is None:
-        return
-    records.save(
-        lambda: Snapshot(
-            progress.step,
-            copy_to_host(phase.model.state_dict()),
-            copy_to_host(optimizer),
-            rng,
-            phase.meta | {"progress": dict(vars(progress))},
-            metric,
-        )
-    )
+    if records is not None:
+        model, state = copy_to_host(phase.model.state_dict()), copy_to_host(optimizer)
+        meta = phase.meta | {"progress": dict(vars(progress))}
+        records.save(Snapshot(progress.step, model, state, rng, meta, metric))
+
+
+def _settle(session: Session, records: Records | None) -> None:
+    """Waits for rank 0's save. If it failed all ranks raise `RunError`: none may wait for one that has gone."""
+    error = records.settle() if records is not None else None
+    if session.world > 1:
+        failed = torch.tensor(int(error is not None), device=session.device)
+        dist.broadcast(failed, src=0)
+        error = error or (RunError("rank 0 cannot write its checkpoint") if failed else None)
+    if error is not None:
+        raise error
 
 
 def _random_states(session: Session) -> Tensors:

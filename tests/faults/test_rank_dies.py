@@ -103,4 +103,4 @@ def test_where_rank_0_cannot_save_all_ranks_end(call: int, left: list[str], new_
         assert outcome(run, 1, process) in ("failed", "finished")  # who had no more steps did not need rank 0
         assert time.monotonic() - began < LIMIT.total_seconds()
     assert "No space left" in run.status().reason
-    assert names(run.checkpoints) == left
+    assert (names(run.checkpoints) if run.checkpoints.exists() else []) == left

@@ -164,9 +164,9 @@ def test_a_kill_straight_after_a_checkpoint_loses_no_entry(
     folder = new_run()
     save = loop.Records.save
 
-    def save_and_die(records: loop.Records, take: Callable[[], Snapshot]) -> None:
-        save(records, take)
-        if take().step == kill:
+    def save_and_die(records: loop.Records, snapshot: Snapshot) -> None:
+        save(records, snapshot)
+        if snapshot.step == kill:
             raise Killed
 
     monkeypatch.setattr(loop.Records, "save", save_and_die)
