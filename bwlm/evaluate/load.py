@@ -14,7 +14,6 @@ import torch
 
 from bwlm.errors import RunError, UserError
 from bwlm.model.gpt import GPT
-from bwlm.model.shape import GPTConfig
 from bwlm.record.checkpoint import Tensors, checkpoint_steps, load_weights, read_meta
 from bwlm.record.lineage import ExperimentFolder, RunConfig, open_experiment
 from bwlm.text.tokenizer import Tokenizer
@@ -50,16 +49,9 @@ def load_model(
     candidates = _candidates(folder, step)
     tokenizer = Tokenizer.load(Path(config.tokenizer))
     found, weights, meta = _read(folder, candidates, tokenizer)
-    model = GPT(_shape(config), compute_dtype)
+    model = GPT(config.shape, compute_dtype)
     model.load_state_dict(weights)
     return LoadedModel(model.to(device).eval(), tokenizer, config, meta, found)
-
-
-def _shape(config: RunConfig) -> GPTConfig:
-    experiment, model = config.experiment, config.experiment.model
-    return GPTConfig.from_depth(
-        experiment.depth, experiment.tokenizer.vocab_size, model.sequence_length, model.head_dim, model.kv_heads
-    )
 
 
 def _candidates(folder: ExperimentFolder, step: int | None) -> list[int]:
@@ -76,27 +68,25 @@ def _candidates(folder: ExperimentFolder, step: int | None) -> list[int]:
 
 def _read(folder: ExperimentFolder, candidates: list[int], tokenizer: Tokenizer) -> tuple[int, Tensors, dict[str, Any]]:
     """The first of the candidates that is whole."""
-    damaged: list[RunError] = []
+    damage: list[str] = []
     for step in candidates:
         try:
             _check_tokenizer(folder, tokenizer, read_meta(folder.checkpoints, step))
             weights, meta = load_weights(folder.checkpoints, step)
         except RunError as error:
-            damaged.append(error)
+            damage.append(str(error))
             continue
-        for error in damaged:
-            log.warning("%s; took the checkpoint of step %d instead", error, step)
+        for told in damage:
+            log.warning("%s; took the checkpoint of step %d instead", told, step)
         return step, weights, meta
-    raise UserError(f"{damaged[0]}: choose another step, or train {folder.id} again")
+    raise UserError(f"{damage[0]}: choose another step, or train {folder.id} again")
 
 
 def _check_tokenizer(folder: ExperimentFolder, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
     """Raises `UserError`: a model with another tokenizer would not fail, but read and write other text."""
-    wanted, found = meta.get("tokenizer"), tokenizer.digest
-    if wanted == found:
-        wanted, found = meta.get("vocab_size"), tokenizer.vocab_size
-    if wanted != found:
-        raise UserError(
-            f"{folder.config().tokenizer}: not the tokenizer that {folder.id} was trained with "
-            f"({found} instead of {wanted}): put that one back"
-        )
+    for name, found in (("tokenizer", tokenizer.digest), ("vocab_size", tokenizer.vocab_size)):
+        if meta.get(name) != found:
+            raise UserError(
+                f"{folder.config().tokenizer}: not the tokenizer that {folder.id} was trained with "
+                f"({found} instead of {meta.get(name)}): put that one back"
+            )

@@ -11,8 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bwlm.config import Experiment
+from bwlm.model.compute import Compute
 from bwlm.record.journal import Journal
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
+
+COMPUTE = Compute("float32", "sdpa", 0, False, 8, 1)
 
 STEPS = 20
 
@@ -26,7 +29,7 @@ def make_cell(
     fields = {"direction": direction, "depth": depth, "lr": lr, "seed": seed, "steps": STEPS * depth, **identity}
     experiment = Experiment.model_validate({"direction": direction, "depth": depth, "lr": lr, "seed": seed})
     folder = ExperimentFolder(storage, name)
-    folder.create(RunConfig(name, experiment, fields, STEPS * depth, "float32", "/corpus", "/tokenizer", "g"))
+    folder.create(RunConfig(name, experiment, fields, STEPS * depth, COMPUTE, "/corpus", "/tokenizer", "g"))
     return folder
 
 

@@ -54,7 +54,8 @@ def is_of(loaded: Snapshot, saved: Snapshot) -> bool:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """All that lies there, hidden or not; nothing where there is no folder."""
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
 def flip(path: Path, place: float) -> None:

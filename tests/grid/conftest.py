@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -43,6 +44,14 @@ def private_environment(storage: Path) -> dict[str, str]:
     """For a command that starts its own Ray: no cluster of ours, storage of its own."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
     return kept | {"BWLM_STORAGE": str(storage), "OMP_NUM_THREADS": "1"}
+
+
+def reap(processes: list[psutil.Process]) -> None:
+    """Ray's dashboard and agents outlive a driver that was killed."""
+    for process in processes:
+        if process.is_running():
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
 
 
 def runs(storage: Path) -> list[dict[str, Any]]:

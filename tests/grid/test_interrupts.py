@@ -17,7 +17,7 @@ from bwlm.analysis.tables import load_cells
 from bwlm.grid.launch import run_plan
 from bwlm.grid.spec import load_grid
 from bwlm.record.journal import last_entry, read_journal
-from tests.grid.conftest import BWLM, private_environment, runs
+from tests.grid.conftest import BWLM, private_environment, reap, runs
 
 GridFile = Callable[..., Path]
 CELLS = ["g_forward_d1_lr1_s0", "g_backward_d1_lr1_s0"]
@@ -45,14 +45,6 @@ def wait_until_free(storage: Path) -> None:
     """Ray's workers notice a little later that their driver is gone."""
     while any(run["state"] == "running" for run in runs(storage)):
         time.sleep(0.2)
-
-
-def reap(processes: list[psutil.Process]) -> None:
-    """Ray's dashboard and agents outlive a driver that was killed."""
-    for process in processes:
-        if process.is_running():
-            process.kill()
-    psutil.wait_procs(processes, timeout=10)
 
 
 @pytest.mark.usefixtures("ray_cluster")

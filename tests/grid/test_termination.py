@@ -86,7 +86,7 @@ def ask_rank_1(pid: int) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize(("workers", "ask"), [(1, ask_rank_0), (2, ask_rank_0), (2, ask_rank_1)])
+@pytest.mark.parametrize(("workers", "ask"), [(1, ask_rank_0), (2, ask_rank_1)])
 def test_a_worker_that_is_asked_to_end_saves_and_its_cell_goes_on(
     grid_file: GridFile, tmp_path: Path, workers: int, ask: Callable[[int], None]
 ) -> None:

@@ -55,6 +55,11 @@ SAYS_WHERE_OR_HOW_FAST: dict[str, Any] = {
     "resources.workers": 4,
     "resources.cpus_per_worker": 2,
     "resources.gpus_per_worker": 1,
+    "compute.attention": "sdpa",
+    "compute.fused_loss": False,
+    "compute.compile": True,
+    "checkpoint.keep_best": True,
+    "checkpoint.keep_every": 7,
 }
 
 

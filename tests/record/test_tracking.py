@@ -16,11 +16,14 @@ from mlflow.exceptions import MlflowException
 
 from bwlm.config import Experiment
 from bwlm.errors import UserError
+from bwlm.model.compute import Compute
 from bwlm.paths import read_json
 from bwlm.record.journal import Journal
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
 from bwlm.record.tracking import EXPERIMENT, Tracking, tracking_uri, ui_command
 from tests.mlflow_server import free_port, server
+
+COMPUTE = Compute("float32", "sdpa", 0, False, 8, 1)
 
 DATASET = {"name": "corpus", "digest": "0123456789abcdef" * 4, "source": "/data/corpus/shard_00000.parquet"}
 
@@ -46,7 +49,7 @@ def make(storage: Path, name: str = "g_backward_d2_lr0.5_s3") -> ExperimentFolde
     folder = ExperimentFolder(storage, name)
     experiment = Experiment(direction="backward", depth=2, lr=0.5, seed=3)
     identity = {"direction": "backward", "lr": 0.5, "model.kv_heads": None, "data": "d" * 64}
-    folder.create(RunConfig(name, experiment, identity, 10, "float32", "/corpus", "/tokenizer", "g"))
+    folder.create(RunConfig(name, experiment, identity, 10, COMPUTE, "/corpus", "/tokenizer", "g"))
     return folder
 
 

@@ -1,0 +1,130 @@
+"""`bwlm train`: one experiment with real Ray, Tune and MLflow, the same numbers as a grid's cell, and it goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from bwlm.cli import main
+from bwlm.grid.launch import run_plan
+from bwlm.grid.spec import load_grid
+from bwlm.record.checkpoint import checkpoint_steps
+from bwlm.record.journal import last_entry, read_journal
+from bwlm.record.lineage import ExperimentFolder
+from tests.grid.conftest import BWLM, GridFile, private_environment, reap, runs
+
+# of the grid that `grid_file` writes
+SETTINGS = {
+    "tokenizer.vocab_size": 400, "model.sequence_length": 64, "model.head_dim": 32, "budget.steps": 12,
+    "budget.batch_tokens": 512, "evaluation.every": 6, "evaluation.tokens": 2048, "checkpoint.every": 4,
+}  # fmt: skip
+
+Train = Callable[..., tuple[int, str, str]]
+
+
+def arguments(corpus: Path, storage: Path, run: str, **settings: Any) -> list[str]:
+    given = SETTINGS | {"data.source": corpus} | {name.replace("__", "."): value for name, value in settings.items()}
+    flags = ["--direction", "backward", "--depth", "1", "--id", run, "--storage", str(storage)]
+    return ["train", "--phase", "base", *flags, *(word for k, v in given.items() for word in ("--set", f"{k}={v}"))]
+
+
+@pytest.fixture
+def train(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Train:
+    """The command in this process, with the settings of `grid_file`; gives its exit code, stdout and stderr."""
+
+    def run(name: str, *more: str, **settings: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["bwlm", *arguments(corpus, tmp_path / "storage", name, **settings), *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+def losses(folder: Path) -> list[float]:
+    return [entry.metrics["train_loss"] for entry in read_journal(folder)]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_experiment_is_a_cell_without_a_grid(train: Train, grid_file: GridFile, tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    code, out, err = train("x")
+    assert code == 0
+    # what is chosen is told before training, how far it is at each validation, and the figures at the end
+    told = [line.strip() for line in err.splitlines()]
+    begin = next(index for index, line in enumerate(told) if line.startswith("x: backward, depth 1, "))
+    first = next(index for index, line in enumerate(told) if line.startswith("step 6/12, loss "))
+    for choice in ("precision", "attention", "compile"):
+        assert any(line.startswith(f"{choice}: ") for line in told[begin:first])
+    assert ", val_bpb " in told[first]
+    assert " tokens/s" in told[first]
+    assert "finished" in out
+    assert f"report     {storage / 'x' / 'RESEARCH_REPORT.md'}" in out
+    assert f"sqlite:///{storage / 'mlflow.db'}" in out
+    assert (storage / "x" / "RESEARCH_REPORT.md").read_text().startswith("# x\n")
+    assert not (storage / "grids").exists()
+
+    # the same numbers as a grid's cell
+    path = grid_file(axes={"direction": ["backward"], "depth": [1], "lr": [1.0], "seed": [0]})
+    [cell] = run_plan(load_grid(path, []), tmp_path / "grid", lambda _: None).cells
+    assert losses(storage / "x") == losses(tmp_path / "grid" / cell.id)
+    [listed] = runs(storage)
+    assert {**listed, "id": cell.id} == {**cell.to_json(), "metrics": listed["metrics"]}
+    assert listed["metrics"]["val_bpb"] == cell.metrics["val_bpb"]
+
+    client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
+    [run] = client.search_runs([client.get_experiment_by_name("bwlm").experiment_id])
+    assert (run.info.run_name, run.info.status) == ("x", "FINISHED")
+    assert "mlflow.parentRunId" not in run.data.tags
+    assert run.data.params["direction"] == "backward"
+    assert len(client.get_metric_history(run.info.run_id, "train_loss")) == 12
+
+    # again: nothing is trained, the figures are shown; with other settings it is refused
+    before = (storage / "x" / "metrics.jsonl").stat().st_mtime_ns
+    code, out, _ = train("x", "--json")
+    assert code == 0
+    assert json.loads(out) == listed
+    code, out, err = train("x", budget__steps=13)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("bwlm: x: exists with other settings (steps: 12 -> 13): take another --id, or remove ")
+    assert (storage / "x" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_asked_to_end_it_goes_on_with_the_same_command(corpus: Path, tmp_path: Path) -> None:
+    """With a Ray of its own, as on a laptop."""
+    calm, storage = tmp_path / "calm", tmp_path / "storage"
+    settings = {"budget__steps": 300, "evaluation__every": 0, "checkpoint__every": 0}
+    log = (tmp_path / "driver.log").open("ab")
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        command = [BWLM, *arguments(corpus, folder, "x", **settings)]
+        return subprocess.Popen(command, env=private_environment(folder), stdout=log, stderr=log)
+
+    assert start(calm).wait(timeout=500) == 0
+    driver = start(storage)
+    while (entry := last_entry(storage / "x")) is None or entry.step < 20:
+        assert driver.poll() is None, (tmp_path / "driver.log").read_text()[-2000:]
+    below = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(timeout=300) == 143
+    reap(below)
+    folder = ExperimentFolder(storage, "x")
+    assert checkpoint_steps(folder.checkpoints) == [folder.status().step]
+    assert [run["state"] for run in runs(storage)] == ["stopped"]
+    assert "bwlm: asked to end; the same command goes on where it was\n" in (tmp_path / "driver.log").read_text()
+
+    assert start(storage).wait(timeout=500) == 0
+    assert losses(storage / "x") == losses(calm / "x")
+    client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
+    [run] = client.search_runs([client.get_experiment_by_name("bwlm").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert len(client.get_metric_history(run.info.run_id, "train_loss")) == 300
