@@ -14,6 +14,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from bwlm.config import Recipe
 from bwlm.text.prepare import Pack, Prepared, prepare
@@ -38,6 +39,15 @@ def english(rng: random.Random, words: int) -> str:
         chosen[start] = chosen[start].capitalize()
         chosen[start - 1] += "."
     return " ".join(chosen)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Small matrices wait longer for a second core than it saves, and sums that are compared need one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 WriteShards = Callable[..., Path]

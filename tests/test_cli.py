@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ import yaml
 
 from bwlm import cli
 from bwlm.config import Experiment, parse_yaml
+from bwlm.grid.spec import plan_experiment
 from bwlm.model.compute import Compute
 from bwlm.record.fingerprint import identity
 from bwlm.record.journal import Journal
@@ -332,12 +335,48 @@ def test_a_storage_that_cannot_be_written_is_told_before_anything_runs(storage: 
         (["data", "inspect", "--json"], "--direction"),
         (["data", "prepare", "--set", "data.sorce=x"], "did you mean 'source'?"),
         (["tokenizer", "show", "--set", "tokenizer.vocab_size=5"], "--set tokenizer.vocab_size: "),
+        (["train", "--depth", "1"], "--direction"),
+        (["train", "--direction", "bakward", "--depth", "1"], "(did you mean 'backward'?)"),
+        (["train", "--direction", "backward", "--depth", "0"], "--depth: "),
+        (["train", "--direction", "backward", "--depth", "many"], "--depth"),
+        (["train", "--direction", "backward", "--depth", "1", "--lr", "-1"], "--lr: "),
+        (["train", "--direction", "backward", "--depth", "1", "--seed", "-1"], "--seed: "),
+        (["train", "--direction", "backward", "--depth", "1", "--id", "../x"], "--id: '../x' is not a valid id"),
+        (["train", "--direction", "backward", "--depth", "1", "--phase", "base,mid"], "--phase: "),
+        (["train", "--direction", "backward", "--depth", "1", "--set", "sed=3"], "(did you mean 'seed'?)"),
+        (["train", "--direction", "backward", "--depth", "1", "--set", "launch.retries=3"], "--set launch.retries: "),
+        (["train", "--direction", "backward", "--depth", "1", "--set", "budget.batch_tokens=100"], "needs exactly one of"),
+        (["train", "--direction", "backward", "--depth", "1", "--set", "model.kv_heads=3"], "change head_dim or kv"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_is_one_line(arguments: list[str], words: str, shell: Shell) -> None:
     shell.file(GOOD)
     check_mistake(shell(*arguments), words)
     assert [path.name for path in shell.folder.iterdir()] == ["g.yaml"]
+
+
+# ---- train ----
+
+
+def test_an_experiment_is_named_and_set_by_its_command() -> None:
+    flags = {"phase": "base", "direction": "backward", "depth": 2, "lr": 0.5, "seed": 3}
+    plan = plan_experiment(flags, ["seed=4", "budget.steps=7", "budget.batch_tokens=4096"], None)
+    [cell] = plan.cells
+    assert re.fullmatch(r"base_\d{8}_backward_d2", cell.id)
+    assert (plan.name, plan.is_grid, cell.steps) == (cell.id, False, 7)
+    assert (cell.experiment.lr, cell.experiment.seed) == (0.5, 4)
+    assert plan_experiment(flags, [], "mine").cells[0].id == "mine"
+
+
+def test_sigterm_ends_a_command_that_trains_nothing(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("bwlm.grid.launch.run_plan", ask)
+    before = signal.getsignal(signal.SIGTERM)
+    answer = shell("grid", "run", shell.file(GOOD))
+    assert answer == (143, "", "bwlm: asked to end; the same command goes on where it was\n")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 # ---- the installed command ----

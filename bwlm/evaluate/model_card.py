@@ -143,6 +143,7 @@ def _facts(loaded: LoadedModel) -> dict[str, str]:
         "vocabulary": f"{shape.vocab_size:,}",
         "sequence length": f"{shape.sequence_length:,}",
         "trained on": f"{progress['tokens']:,} tokens in {loaded.step:,} of {config.steps:,} steps",
+        "precision": f"{config.identity['precision']} in training, float32 in this folder",
         "learning rate multiplier": f"{config.experiment.lr:g}",
         "seed": f"{config.experiment.seed}",
         "data": f"`{config.identity['data']}`",

@@ -198,7 +198,7 @@ def test_the_card_tells_what_was_trained(exported: Callable[[str], Exported], di
         f"| direction | {direction} |", f"| parameters | {parameters:,} |", f"{STEPS * 512:,} tokens",
         loaded.config.identity["data"], loaded.tokenizer.digest, loaded.config.fingerprint,
         f"| validation, bits per byte | {loaded.meta['progress']['validation']['val_bpb']:.4f} |",
-        "split_special_tokens=False",
+        "split_special_tokens=False", "| precision | float32 in training,",
     ]  # fmt: skip
     assert [fact for fact in facts if fact not in text] == []
     assert "{" not in re.sub(r"```.*?```", "", text, flags=re.DOTALL), "a field of the template stayed"
@@ -317,6 +317,20 @@ def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
+
+
+def test_an_empty_folder_that_cannot_be_replaced_is_told(
+    storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mounted").mkdir()
+
+    def busy(*_: Any) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(UserError, match=r"mounted: cannot be replaced .*: give a folder inside it"):
+        export_hf(load_model(storage, "forward"), tmp_path / "mounted")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mounted"]
 
 
 @pytest.mark.parametrize("broken", ["model_card", "tokenizer_json", "save_file"])

@@ -26,7 +26,7 @@ from bwlm.record import checkpoint
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.train.base import run_base
 from bwlm.train.session import AloneSession
-from tests.train.test_base import in_process
+from tests.train.runs import in_process
 
 WORLD = 2
 LIMIT = timedelta(seconds=60)

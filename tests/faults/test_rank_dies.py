@@ -16,7 +16,7 @@ from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder
 from tests.faults.checkpoints import names, same_bits
 from tests.faults.ranks import LIMIT
-from tests.train.test_base import STEPS, NewRun, losses
+from tests.train.runs import STEPS, NewRun, losses
 
 REPOSITORY = Path(__file__).parents[2]
 LONG = 90.0

@@ -16,6 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bwlm.record.checkpoint import checkpoint_steps
+from bwlm.record.journal import last_entry
+from bwlm.record.lineage import ExperimentFolder
+
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 
@@ -84,13 +88,18 @@ def head() -> Iterator[dict[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(environment: dict[str, str], storage: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def submit(
+    environment: dict[str, str], storage: Path, *arguments: str, options: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     """From a copy of the checkout without caches, as a user's clone is."""
     job = ["python", "jobs/run_grid.py", *arguments, "--storage", str(storage)]
+    return ray_job(environment, "submit", *options, "--working-dir", ".", "--", *job)
+
+
+def ray_job(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [BIN / "ray", "job", "submit", "--working-dir", ".", "--", *job],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+        [BIN / "ray", "job", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
 
 
 def test_a_submitted_grid_runs_and_reports(head: dict[str, str], corpus: Path, tmp_path: Path) -> None:
@@ -108,3 +117,22 @@ def test_a_submitted_grid_runs_and_reports(head: dict[str, str], corpus: Path, t
     assert wrong.returncode != 0
     assert "did you mean 'sequence_length'?" in wrong.stdout
     assert "Traceback" not in wrong.stdout
+
+
+def test_a_stopped_job_saves_its_cells(head: dict[str, str], corpus: Path, tmp_path: Path) -> None:
+    settings = [f"data.source={corpus}", "tokenizer.vocab_size=400", "axes.direction=[forward]", "budget.steps=100000"]
+    patient = '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "300"}}'
+    options = ("--no-wait", "--submission-id", "stopped", "--runtime-env-json", patient)
+    arguments = [word for setting in [*settings, "checkpoint.every=0"] for word in ("--set", setting)]
+    submitted = submit(head, tmp_path / "storage", "grids/tiny.yaml", *arguments, options=options)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    folder = ExperimentFolder(tmp_path / "storage", "tiny_forward_d1_lr1_s0")
+    deadline = time.monotonic() + 400
+    while (entry := last_entry(folder.path)) is None or entry.step < 5:
+        assert time.monotonic() < deadline, ray_job(head, "logs", "stopped").stdout[-3000:]
+        time.sleep(0.1)
+    ray_job(head, "stop", "stopped")
+    assert "bwlm: asked to end; the same command goes on" in ray_job(head, "logs", "stopped").stdout
+    status = folder.status()
+    assert (status.state, status.reason) == ("stopped", "")
+    assert checkpoint_steps(folder.checkpoints) == [status.step]

@@ -53,6 +53,40 @@ def test_elsewhere_a_line_for_each_cell_that_ends(cells: tuple[Cell, ...], capsy
     assert shown[1].startswith(f"2/24 {cells[1].id}: failed (crashed, see error.txt: oh)")
 
 
+def test_a_cell_that_is_taken_up_again_is_told(cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(cells, {}) as progress:
+        progress.began(cells[0].id, 0)
+        progress.moved(cells[0].id, {"step": 20, "val_bpb": 2.5})
+        progress.broke_off(cells[0].id, 20)
+        progress.began(cells[0].id, 20)
+    [line] = capsys.readouterr().err.splitlines()  # of a grid, validations are not told
+    assert line.startswith(f"{cells[0].id}: broke off at step 20, goes on, about ")
+
+
+def test_a_single_experiment_tells_its_validations(cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(cells[:1], {}) as progress:
+        progress.began(cells[0].id, 10)
+        progress.moved(cells[0].id, {"step": 15, "train_loss_smooth": 4.5})
+        measured = {"train_loss_smooth": 4.5, "val_bpb": 2.3, "tokens_per_second": 23456.7}
+        progress.moved(cells[0].id, {"step": 20, **measured})
+        progress.ended(cells[0].id, Status("finished", "", 40, {"val_bpb": 2.25}))
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("step 20/40, loss 4.500, val_bpb 2.3000, 23,457 tokens/s, about ")
+    assert last == f"1/1 {cells[0].id}: finished, val_bpb 2.2500"
+
+
+def test_what_an_earlier_launch_did_is_not_counted_as_speed(
+    cells: tuple[Cell, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    progress = Progress(cells[:1], {})
+    progress.began(cells[0].id, 20)
+    now[0] = 60.0
+    progress.moved(cells[0].id, {"step": 30})  # ten of its forty steps in a minute, ten are left
+    assert progress._seconds_left() == pytest.approx(60.0)
+
+
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (187, "3:07"), (3723, "1:02:03"), (59.6, "1:00")])
 def test_duration(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from bwlm.model.gpt import GPT
-from bwlm.model.optim import Kind, Optimizer, build_optimizers, muon_momentum, schedule
+from bwlm.model.optim import (
+    Kind,
+    Optimizer,
+    _orthogonalization_cost,
+    build_optimizers,
+    muon_momentum,
+    schedule,
+    weight_decay_schedule,
+)
 from bwlm.model.shape import GPTConfig
 
 CONFIG = GPTConfig(vocab_size=64, depth=2, width=32, heads=2, kv_heads=1, sequence_length=16)
@@ -239,3 +247,46 @@ def test_impossible_schedules_are_refused(arguments: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("step", "momentum"), [(0, 0.85), (150, 0.90), (300, 0.95), (10_000, 0.95)])
 def test_muons_momentum_by_hand(step: int, momentum: float) -> None:
     assert muon_momentum(step) == pytest.approx(momentum)
+
+
+def test_each_matrix_has_one_owner_and_the_work_is_even() -> None:
+    model = new_model(config=GPTConfig(vocab_size=64, depth=6, width=32, heads=2, kv_heads=2, sequence_length=16))
+    matrices = {name for name, _ in model.named_parameters() if name.startswith("blocks.")}
+    for world in (2, 3, 4):
+        owned = [
+            {
+                name.split("/")[1]
+                for name in build_optimizers(model, rank=rank, world=world)._own_state()
+                if "muon" in name
+            }
+            for rank in range(world)
+        ]
+        assert sum(map(len, owned)) == len(matrices)
+        assert set().union(*owned) == matrices
+        costs = [sum(_orthogonalization_cost(dict(model.named_parameters())[name]) for name in some) for some in owned]
+        assert max(costs) <= 1.3 * sum(costs) / world
+
+
+def test_more_ranks_than_matrices_leave_some_without() -> None:
+    model = new_model(config=GPTConfig(vocab_size=64, depth=1, width=32, heads=2, kv_heads=2, sequence_length=16))
+    idle = build_optimizers(model, rank=7, world=8)
+    assert "muon" not in idle.parts
+    assert "muon" in build_optimizers(model, rank=0, world=8).parts
+
+
+def test_state_of_all_ranks_loads_on_each() -> None:
+    """A rank takes what it owns, and nothing less than all of it."""
+    state = build_optimizers(new_model()).state_tensors()
+    for rank in range(2):
+        sharded = build_optimizers(new_model(), rank=rank, world=2)
+        marked = {name: torch.full_like(value, 3.0) for name, value in state.items()}
+        sharded.load_state_tensors(marked)
+        assert all((value == 3.0).all() for value in sharded._own_state().values())
+        own = next(name for name in sharded._own_state() if name.startswith("muon/"))
+        with pytest.raises(ValueError, match="1 missing"):
+            sharded.load_state_tensors({name: value for name, value in state.items() if name != own})
+
+
+@pytest.mark.parametrize(("step", "multiplier"), [(0, 1.0), (50, 0.5), (100, 0.0), (25, 0.853553)])
+def test_weight_decay_falls_as_a_cosine(step: int, multiplier: float) -> None:
+    assert weight_decay_schedule(step, 100) == pytest.approx(multiplier, abs=1e-6)

@@ -1,16 +1,3 @@
-"""One thread: matrices this small wait longer for a second core than it saves, most of all on a busy machine."""
+from tests.train.runs import new_run
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["new_run"]

@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from bwlm.config import Experiment
-from bwlm.model.compute import Compute
 from bwlm.record.checkpoint import (
     KeepPolicy,
     Snapshot,
     checkpoint_steps,
     load_checkpoint,
-    load_newest,
     write_checkpoint,
 )
-from bwlm.record.fingerprint import identity
 from bwlm.record.journal import read_journal
-from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
+from bwlm.record.lineage import Status
 from bwlm.text.batches import Batch, DirectedPlan
 from bwlm.text.direction import SpecialIds
-from bwlm.text.prepare import Prepared
 from bwlm.train import base, loop
 from bwlm.train.base import build_model, loss_by_direction, run_base
 from bwlm.train.session import AloneSession
-
-STEPS = 12
-NewRun = Callable[..., ExperimentFolder]
-
-
-def in_process(plan: DirectedPlan, first: int, last: int) -> Iterator[Batch]:
-    return plan.batches(first, last)
+from tests.train.runs import STEPS, NewRun, in_process, losses, weights_digest
 
 
 class Killed(BaseException):
@@ -54,65 +41,6 @@ def killed_at(step: int) -> Any:
             yield plan.batch(number)
 
     return stream
-
-
-def compute_of(experiment: Experiment) -> Compute:
-    asked = experiment.compute
-    rows = asked.device_batch_size or 8
-    return Compute("float32", "sdpa", 0 if asked.fused_loss is False else 64, bool(asked.compile), rows, 1)
-
-
-@pytest.fixture
-def new_run(prepared: Prepared, tmp_path: Path) -> NewRun:
-    """Makes an experiment folder, `storage/name`, with settings over a tiny default."""
-
-    def make(name: str = "run", **settings: Any) -> ExperimentFolder:
-        content: dict[str, Any] = {
-            "direction": "forward",
-            "depth": 1,
-            "lr": 1.0,
-            "seed": 0,
-            "tokenizer": {"vocab_size": prepared.tokenizer.vocab_size},
-            "model": {"sequence_length": prepared.manifest.sequence_length, "head_dim": 32},
-            "budget": {"steps": STEPS, "batch_tokens": 512},
-            "evaluation": {"every": 5, "tokens": 1024},
-            "checkpoint": {"every": 4, "keep": 3},
-        }
-        for field, value in settings.items():
-            section, _, inner = field.partition("__")
-            content[section] = content[section] | {inner: value} if inner else value
-        experiment = Experiment.model_validate(content)
-        digests = {"data": prepared.manifest.digest, "tokenizer": prepared.tokenizer.digest}
-        folder = ExperimentFolder(tmp_path, name)
-        folder.create(
-            RunConfig(
-                id=name,
-                experiment=experiment,
-                identity=identity(experiment, **digests, precision="float32", steps=STEPS),
-                steps=STEPS,
-                compute=compute_of(experiment),
-                corpus=str(prepared.folder),
-                tokenizer=str(prepared.tokenizer_folder),
-            )
-        )
-        return folder
-
-    return make
-
-
-def losses(folder: ExperimentFolder) -> list[float]:
-    return [entry.metrics["train_loss"] for entry in read_journal(folder.path)]
-
-
-def weights_digest(folder: ExperimentFolder) -> str:
-    checkpoint = load_newest(folder.checkpoints)
-    assert checkpoint is not None
-    assert checkpoint.step == STEPS
-    digest = hashlib.sha256()
-    for tensors in (checkpoint.model, checkpoint.optimizer):
-        for name in sorted(tensors):
-            digest.update(name.encode() + tensors[name].numpy().tobytes())
-    return digest.hexdigest()
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "bidirectional", "permuted"])
