@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bwlm.config import Experiment
 from bwlm.model.compute import Compute
@@ -63,10 +62,7 @@ def make_run(prepared: Prepared) -> MakeRun:
 def storage(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run of each direction, named after it; the forward one shares key/value heads (GQA)."""
     root = tmp_path_factory.mktemp("trained")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrices this small wait longer for a second core than it saves
     make_run(root, "forward", depth=2, model={"kv_heads": 2})
     for direction in ("backward", "bidirectional", "permuted"):
         make_run(root, direction, direction=direction)
-    torch.set_num_threads(threads)
     return root
