@@ -100,7 +100,7 @@ class ComputeSettings(Settings):
 
 class ResourceSettings(Settings):
     workers: int = Field(1, ge=1)
-    cpus_per_worker: int = Field(1, ge=1)
+    cpus_per_worker: int = Field(1, ge=1, description="threads of a worker; default: this machine's cores, shared")
     gpus_per_worker: int = Field(0, ge=0)
 
 

@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "100000000000")
 os.environ.setdefault("MALLOC_TOP_PAD_", "268435456")
+# torch.compile's own default lies in /tmp; this one is shared by all cells and outlives a reboot
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "bwlm" / "inductor"))
 
 import psutil
 import ray
@@ -187,7 +189,15 @@ def plan_compute(experiment: Experiment, shape: GPTConfig, steps: int) -> Comput
     )
     hardware, peak = _worker_hardware("cuda" if resources.gpus_per_worker else "cpu", resources.cpus_per_worker)
     rows = experiment.budget.batch_tokens // shape.sequence_length // resources.workers
-    return choose_compute(wanted, hardware, peak, shape, rows, steps)
+    chosen = choose_compute(wanted, hardware, peak, shape, rows, steps)
+    return replace(chosen, reasons=chosen.reasons | {"allocator": _allocator()})
+
+
+def _allocator() -> str:
+    kept = (
+        "freed memory stays in the process" if os.environ["MALLOC_MMAP_MAX_"] == "0" else "as the environment sets it"
+    )
+    return f"{kept} (MALLOC_TRIM_THRESHOLD_={os.environ['MALLOC_TRIM_THRESHOLD_']})"
 
 
 @cache

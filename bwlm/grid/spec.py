@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -125,7 +126,7 @@ def load_grid(path: Path, settings: list[str]) -> Plan:
             f"{document.where('axes')}: {count} cells, more than launch.max_cells={grid.launch.max_cells}: "
             "remove values or raise the cap"
         )
-    cells = tuple(_cells(blocks, document))
+    cells = _share_cores(tuple(_cells(blocks, document)), document)
     if grid.scheduler.kind == "asha":
         _check_asha(cells, document)
     text = dump_yaml(document.content) if settings else path.read_text("utf-8")
@@ -139,7 +140,7 @@ def plan_experiment(flags: Mapping[str, Any], settings: list[str], chosen_id: st
     usual = f"{experiment.phase}_{date.today():%Y%m%d}_{experiment.direction}_d{experiment.depth}"
     run = check_id(chosen_id or usual, "--id")
     cell = Cell(run, experiment, resolve_steps(experiment))
-    return Plan(run, (cell,), LaunchSettings(), SchedulerSettings(), None)
+    return Plan(run, _share_cores((cell,), document), LaunchSettings(), SchedulerSettings(), None)
 
 
 def resolve_steps(experiment: Experiment) -> int:
@@ -156,6 +157,26 @@ def resolve_steps(experiment: Experiment) -> int:
         assert budget.tokens_per_parameter is not None
         tokens = budget.tokens_per_parameter * (counts.matrices + counts.lm_head)
     return max(1, round(tokens / budget.batch_tokens))
+
+
+def _share_cores(cells: tuple[Cell, ...], document: Document) -> tuple[Cell, ...]:
+    """Threads of a worker, unless they are given: this machine's cores, once as many cells run as can side by side.
+
+    A cell alone takes all of them; where cells are many each takes one, which is faster than to share the work of each.
+    """
+    on_cluster, field = bool(os.environ.get("RAY_ADDRESS")), "resources.cpus_per_worker"
+    if on_cluster or holds(document.content, field) or field in document.content.get("axes", {}):
+        return cells
+    cores = os.cpu_count() or 1
+    return tuple(_with_threads(cell, cores // min(len(cells), cores)) for cell in cells)
+
+
+def _with_threads(cell: Cell, cores: int) -> Cell:
+    resources = cell.experiment.resources
+    if resources.gpus_per_worker:
+        return cell
+    shared = resources.model_copy(update={"cpus_per_worker": max(1, cores // resources.workers)})
+    return replace(cell, experiment=cell.experiment.model_copy(update={"resources": shared}))
 
 
 def rivals(experiment: Experiment) -> str:

@@ -54,9 +54,6 @@ class Snapshot:
     """Validation figure of this very step, lower is better; None where there was no validation"""
 
 
-Checkpoint = Snapshot
-
-
 def copy_to_host(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """Contiguous copies on the CPU, also of tensors that lie there; the only part of a save that holds up training."""
     return {
@@ -292,13 +289,3 @@ def _checksum(meta: dict[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---- until the loop saves through `saver.py` ----
-
-
-def save_checkpoint(
-    folder: Path, step: int, model: Tensors, optimizer: Tensors, meta: dict[str, Any], keep: int
-) -> None:
-    snapshot = Snapshot(step, copy_to_host(model), copy_to_host(optimizer), {}, meta)
-    write_checkpoint(folder, snapshot, KeepPolicy(keep))

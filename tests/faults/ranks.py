@@ -1,17 +1,21 @@
-"""Trains one run in two processes, and ends one of them in the middle of a save.
+"""Trains runs in two processes each, to one of which something happens in the middle of a save.
 
-    python -m tests.faults.ranks STORAGE ID FAULT CALL
+    python -m tests.faults.ranks
 
-Rank 0 writes the checkpoints. Before it writes its CALL-th file, the FAULT happens: rank 0 or 1 is killed, or (`disk`)
-the disk is full. Each rank that ends says how in ID/rank0.txt or rank1.txt, and then waits until standard input is
-closed, as a worker of a cluster outlives what it ran.
+Reads lines of JSON, [storage, id, fault, call], and answers each with an empty line when both ranks are gone. Rank 0
+writes the checkpoints; before it writes its call-th file, the fault happens: rank 0 or 1 is killed, or (`disk`) the
+disk is full. Each rank that ends says how in ID/rank0.txt or rank1.txt, and then waits for the file ID/go, as a worker
+of a cluster outlives what it ran. The processes are forks of this one, which has imported torch already.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from itertools import count
@@ -53,7 +57,6 @@ def fault(name: str, other: int) -> None:
 
 
 def train(rank: int, folder: ExperimentFolder, store: Path) -> None:
-    torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=LIMIT)
     try:
@@ -61,11 +64,12 @@ def train(rank: int, folder: ExperimentFolder, store: Path) -> None:
     except Exception as error:  # the other rank is gone
         outcome = f"raised {error}"
     write_atomic(folder.path / f"rank{rank}.txt", outcome.encode())
-    sys.stdin.read()
+    while not (folder.path / "go").exists():
+        time.sleep(0.01)
 
 
-def main(folder: ExperimentFolder, name: str, deadly: int) -> None:
-    store = folder.path.parent / f"store-{os.getpid()}"
+def run(folder: ExperimentFolder, name: str, deadly: int) -> None:
+    store = Path(tempfile.mkdtemp(dir=folder.path.parent)) / "store"
     ranks: list[int] = []
     for rank in (1, 0):
         child = os.fork()
@@ -82,4 +86,8 @@ def main(folder: ExperimentFolder, name: str, deadly: int) -> None:
 
 
 if __name__ == "__main__":
-    main(ExperimentFolder(Path(sys.argv[1]), sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        storage, experiment_id, *fault_and_call = json.loads(line)
+        run(ExperimentFolder(Path(storage), experiment_id), *fault_and_call)
+        print(flush=True)

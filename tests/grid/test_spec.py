@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from itertools import product
@@ -207,11 +208,10 @@ def test_whole_axes_can_be_set(grid_file: Path) -> None:
 
 
 def test_the_plan_keeps_the_text_that_makes_it_again(grid_file: Path) -> None:
-    assert load_grid(grid_file, []).source == BARS
+    assert load_grid(grid_file, []).grid_text == BARS
     changed = load_grid(grid_file, ["axes.seed=[0,1]", "budget.flops=1e12", "name=010x"])
-    again = plan_of(grid_file, changed.source)
-    assert again.cells == changed.cells
-    assert again.grid == changed.grid
+    assert changed.grid_text is not None
+    assert plan_of(grid_file, changed.grid_text) == changed
 
 
 # ---- what a person gets told ----
@@ -355,3 +355,22 @@ def test_rivals_under_asha_differ_in_the_learning_rate_alone(tmp_path: Path) -> 
     )
     groups = Counter(rivals(cell.experiment) for cell in load_grid(path, []).cells)
     assert list(groups.values()) == [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("cores", "cells", "workers", "threads"),
+    [(8, 1, 1, 8), (8, 2, 1, 4), (8, 3, 1, 2), (8, 9, 1, 1), (8, 1, 2, 4), (2, 1, 4, 1), (1, 1, 1, 1)],
+)
+def test_cells_share_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, cells: int, workers: int, threads: int
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    path = tmp_path / "g.yaml"
+    axes = f"{{direction: [forward], depth: [1], seed: {list(range(cells))}}}"
+    path.write_text(f"name: g\naxes: {axes}\nbudget: {{steps: 1}}\nresources: {{workers: {workers}}}\n")
+    assert {cell.experiment.resources.cpus_per_worker for cell in load_grid(path, []).cells} == {threads}
+    (given,) = {c.experiment.resources.cpus_per_worker for c in load_grid(path, ["resources.cpus_per_worker=3"]).cells}
+    assert given == 3
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert load_grid(path, []).cells[0].experiment.resources.cpus_per_worker == 1

@@ -166,16 +166,16 @@ def test_a_step_saved_again_replaces_the_one_before(tmp_path: Path) -> None:
 
 
 def test_only_what_is_ours_is_deleted(tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    save(elsewhere, 1)
-    folder = tmp_path / "checkpoints"
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "checkpoints"
+    for step in (1, 2):
+        save(elsewhere, step)
     save(folder, 1)
-    (folder / "step_000000").symlink_to(elsewhere / "step_000001")
+    (folder / "step_000002").symlink_to(elsewhere / "step_000002")
     shutil.copytree(folder / "step_000001", folder / "step_000001.mine")
     (folder / "notes.txt").write_text("mine")
-    save(folder, 2, last=1)
-    assert names(folder) == ["notes.txt", "step_000000", "step_000001.mine", "step_000002"]
-    assert is_of(load_checkpoint(elsewhere, 1), snapshot(1))
+    save(folder, 3, last=1)
+    assert names(folder) == ["notes.txt", "step_000001.mine", "step_000002", "step_000003"]
+    assert is_of(load_checkpoint(elsewhere, 2), snapshot(2))
 
 
 def test_one_that_cannot_be_deleted_is_told_and_costs_nothing(
