@@ -345,7 +345,7 @@ def test_a_storage_that_cannot_be_written_is_told_before_anything_runs(storage: 
         (["train", "--direction", "backward", "--depth", "1", "--phase", "base,mid"], "--phase: "),
         (["train", "--direction", "backward", "--depth", "1", "--set", "sed=3"], "(did you mean 'seed'?)"),
         (["train", "--direction", "backward", "--depth", "1", "--set", "launch.retries=3"], "--set launch.retries: "),
-        (["train", "--direction", "backward", "--depth", "1", "--set", "budget.batch_tokens=9"], "needs exactly one of"),
+        (["train", "--direction", "backward", "--depth", "1", "--set", "budget.batch_tokens=9"], "exactly one of"),
         (["train", "--direction", "backward", "--depth", "1", "--set", "model.kv_heads=3"], "change head_dim or kv"),
     ],
 )  # fmt: skip

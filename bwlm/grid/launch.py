@@ -61,7 +61,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None]) -> LaunchRe
         with exclusive(home / "lock"):  # two launches of one plan make its folders and runs once
             cells, tracking, run = _enlist(plan, storage, uri, configs, prepared)
         if not plan.is_grid:
-            _introduce(plan, configs[plan.name], show)
+            _introduce(cells[0], show)
         train_cells(plan, cells, room.concurrency, storage, tracking, run)
         show("writing the report")
         with exclusive(home / "lock"):  # another launch may end at the same moment
@@ -131,14 +131,15 @@ def _dataset(prepared: Prepared) -> dict[str, str]:
     return {"name": Path(first).parent.name or "text", "digest": prepared.manifest.digest, "source": first}
 
 
-def _introduce(plan: Plan, config: RunConfig, show: Callable[[str], None]) -> None:
+def _introduce(planned: PlannedCell, show: Callable[[str], None]) -> None:
     """What a single experiment is about to do, and how."""
-    (cell,) = plan.cells
+    cell, step = planned.cell, planned.status.step
     show(
         f"{cell.id}: {cell.experiment.direction}, depth {cell.experiment.depth}, {cell.parameters:,} parameters, "
         f"{cell.steps:,} steps of {cell.experiment.budget.batch_tokens:,} tokens"
+        + (f", {planned.status.state} at step {step:,}" if step else "")
     )
-    for line in _compute_lines(config):
+    for line in _compute_lines(planned.folder.config()):
         show(line)
 
 

@@ -295,9 +295,10 @@ def train_cell(config: dict[str, Any]) -> None:
             folder.wait_until_free()
         if not termination.asked:
             _trainer(config, resources).fit()
-        if not folder.status().ended:
-            # Tune counts this as no failure, discards the process and takes the cell up again
-            raise RayActorError(error_msg=f"{folder.id}: its worker was asked to end", preempted=True)
+            if folder.status().ended:
+                return
+    # Tune counts this as no failure, discards the process and takes the cell up again
+    raise RayActorError(error_msg=f"{folder.id}: its worker was asked to end", preempted=True)
 
 
 def _trainer(config: dict[str, Any], resources: ResourceSettings) -> Any:

@@ -6,6 +6,7 @@ hold up or lose a run.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -35,15 +36,20 @@ class Journal:
     """Appends entries; opened at a step, it forgets what a run that was cut off had logged beyond that step."""
 
     def __init__(self, folder: Path, resume_step: int = 0) -> None:
-        self._path = folder / NAME
+        self.path = folder / NAME
         kept = [entry for entry in read_journal(folder) if entry.step <= resume_step]
-        write_atomic(self._path, b"".join(entry.line() for entry in kept))
-        self._file = self._path.open("ab", buffering=0)
+        write_atomic(self.path, b"".join(entry.line() for entry in kept))
+        self._file = self.path.open("ab", buffering=0)
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One write per line, so that a killed process leaves whole lines and at most one torn last one."""
+        """One write per line, so that a killed process leaves whole lines and at most one torn last one.
+
+        Raises `OSError` if it cannot be written whole: a disk that is nearly full takes a part and says so quietly.
+        """
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        self._file.write(Entry(step, time.time_ns() // 1_000_000, finite).line())
+        line = Entry(step, time.time_ns() // 1_000_000, finite).line()
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())

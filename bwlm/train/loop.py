@@ -99,22 +99,35 @@ class Records:
         self._saver = CheckpointSaver(
             folder.checkpoints, KeepPolicy(settings.keep, settings.keep_best, settings.keep_every)
         )
+        self._failure: RunError | None = None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._journal.append(step, metrics)
+        """What cannot be written comes up in `settle`, where all ranks hear of it, before the next checkpoint."""
+        try:
+            self._journal.append(step, metrics)
+        except OSError as error:
+            self._failure = self._failure or self._journal_failure(error)
 
     def settle(self) -> RunError | None:
-        """Waits for the save that is under way; returns what it failed with."""
+        """Waits until everything so far is on disk; returns what could not be written."""
         try:
             self._saver.wait()
+            self._journal.sync()
         except RunError as error:
             return error
-        return None
+        except OSError as error:
+            return self._failure or self._journal_failure(error)
+        return self._failure
 
     def save(self, snapshot: Snapshot) -> None:
-        """Starts a save, after the journal is safe: a resumed run does not write those lines again."""
-        self._journal.sync()
+        """Starts a save. The journal must be settled: a resumed run does not write those lines again."""
         self._saver.save(snapshot)
+
+    def _journal_failure(self, error: OSError) -> RunError:
+        return RunError(
+            f"{self._journal.path}: cannot be written ({error.strerror}): free space or make it writable; "
+            "launched again, the run goes on from its last checkpoint"
+        )
 
     def __enter__(self) -> Records:
         return self
@@ -197,7 +210,7 @@ def _validate(phase: Phase, progress: Progress) -> dict[str, float]:
 
 def _save(phase: Phase, session: Session, progress: Progress, metric: float | None, records: Records | None) -> None:
     """A collective: every rank gives what it alone has, rank 0 copies and writes."""
-    _settle(session, records)  # first, so that two copies never lie in memory
+    _settle(session, records)  # first: two copies must not lie in memory, and the journal goes before its checkpoint
     optimizer, rng = phase.optimizer.state_tensors(), _random_states(session)
     if records is not None:
         model, state = copy_to_host(phase.model.state_dict()), copy_to_host(optimizer)
@@ -206,12 +219,12 @@ def _save(phase: Phase, session: Session, progress: Progress, metric: float | No
 
 
 def _settle(session: Session, records: Records | None) -> None:
-    """Waits for rank 0's save. If it failed all ranks raise `RunError`: none may wait for one that has gone."""
+    """Waits for what rank 0 writes. If that failed all ranks raise `RunError`: none may wait for one that has gone."""
     error = records.settle() if records is not None else None
     if session.world > 1:
         failed = torch.tensor(int(error is not None), device=session.device)
         dist.broadcast(failed, src=0)
-        error = error or (RunError("rank 0 cannot write its checkpoint") if failed else None)
+        error = error or (RunError("rank 0 cannot write its records") if failed else None)
     if error is not None:
         raise error
 

@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from bwlm.train.termination import Termination
+
 
 class Session(Protocol):
     rank: int
@@ -27,9 +29,10 @@ class AloneSession:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    termination: Termination | None = None
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         return
 
     def stopping(self) -> bool:
-        return False
+        return self.termination is not None and self.termination.asked

@@ -19,7 +19,7 @@ from bwlm.record.checkpoint import (
     load_checkpoint,
     write_checkpoint,
 )
-from bwlm.record.journal import read_journal
+from bwlm.record.journal import Journal, read_journal
 from bwlm.record.lineage import Status
 from bwlm.text.batches import Batch, DirectedPlan
 from bwlm.text.direction import SpecialIds
@@ -249,3 +249,26 @@ def test_the_best_and_every_so_many_checkpoints_stay(new_run: NewRun) -> None:
     figures = {e.step: e.metrics["val_bpb_tuning"] for e in read_journal(folder.path) if "val_bpb_tuning" in e.metrics}
     best = min(figures, key=figures.__getitem__)
     assert checkpoint_steps(folder.checkpoints) == sorted({4, 8, 12, best})
+
+
+def test_a_journal_that_cannot_be_written_fails_the_run_before_its_next_checkpoint(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm, folder = new_run("calm"), new_run()
+    run_base(calm, AloneSession(), in_process)
+    write = Journal.append
+
+    def full_from_six(journal: Journal, step: int, metrics: dict[str, float]) -> None:
+        if step >= 6:
+            raise OSError(28, "No space left on device")
+        write(journal, step, metrics)
+
+    monkeypatch.setattr(Journal, "append", full_from_six)
+    status = run_base(folder, AloneSession(), in_process)
+    assert status.state == "failed"
+    assert re.search(r"metrics\.jsonl: cannot be written \(No space left", status.reason)
+    assert checkpoint_steps(folder.checkpoints) == [4]
+    monkeypatch.setattr(Journal, "append", write)
+    folder.write_status(Status())
+    assert run_base(folder, AloneSession(), in_process).state == "finished"
+    assert losses(folder) == losses(calm)
