@@ -20,6 +20,7 @@ ELSEWHERE = {
     "make demo": "the demo grid is planned in tests/grid/test_spec.py, and a whole grid runs in tests/grid/test_run.py",
     "make test": "this",
     "ray job submit": "tests/grid/test_job.py",
+    "python benchmarks/": "tests/test_benchmarks.py",
 }
 
 

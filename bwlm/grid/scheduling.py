@@ -129,8 +129,9 @@ class CellStates(ray.tune.Callback):  # type: ignore[misc]
             self._progress.moved(trial.config["cell"], result)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        folder = self._folder(trial)
-        self._progress.broke_off(folder.id, folder.status().step)
+        if not self._termination.asked:
+            folder = self._folder(trial)
+            self._progress.broke_off(folder.id, folder.status().step)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)

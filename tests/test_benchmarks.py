@@ -1,0 +1,52 @@
+"""Benchmarks run, at sizes at which their figures mean nothing: what they print is what docs and scripts rely on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(name: str, *arguments: str) -> str:
+    kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "BWLM_STORAGE", "MLFLOW_TRACKING_URI")}
+    command = [sys.executable, ROOT / "benchmarks" / name, *arguments]
+    done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_steps_are_compared_with_a_minimal_gpt() -> None:
+    sizes = ("--depth", "1", "--time", "64", "--rows", "2", "--vocab", "300", "--steps", "1", "--rounds", "1")
+    found = json.loads(run("train_step.py", *sizes, "--variants", "bwlm-eager,minimal-default", "--json"))
+    assert [row["variant"] for row in found["rows"]] == ["bwlm-eager", "minimal-default"]
+    assert found["ratio_to_peer_default"] > 0
+    assert 0 < found["floor_share"] < 1
+    assert all(row["peak_bytes"] > 2**20 for row in found["rows"])
+
+
+def test_the_step_is_timed_without_ray_and_pydantic() -> None:
+    code = (
+        "import sys; sys.modules['ray'] = sys.modules['pydantic'] = None; sys.path.insert(0, 'benchmarks');"
+        "import train_step; shape = train_step.Shape(1, 32, 2, 300, 1);"
+        "print(train_step.measure('bwlm-eager', shape, 1, None, False)['tokens_per_second'] > 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.slow
+def test_what_rays_loop_costs_is_printed() -> None:
+    shown = run("loop_overhead.py", "--rounds", "1", "--steps", "12", "--batch-tokens", "512")
+    assert "Ray's loop costs" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["checkpoint.py", "muon.py"])
+def test_others_run(name: str) -> None:
+    assert "ms" in run(name)
