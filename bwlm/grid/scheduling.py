@@ -141,9 +141,9 @@ class CellStates(ray.tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
-        at, error = folder.status(), trial.get_error()
-        last = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        write_atomic(folder.path / "error.txt", f"{error}\n".encode())
+        at, error = folder.status(), Path(trial.error_file).read_text()
+        last = error.strip().splitlines()[-1].strip()
+        write_atomic(folder.path / "error.txt", error.encode())
         if folder.lease_holder() is not None:  # another launch trains it already
             return
         self._close(folder, at, Status("failed", f"crashed, see error.txt: {last}", at.step, at.metrics))

@@ -6,13 +6,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import yaml
+
+from bwlm.record.journal import last_entry
+from bwlm.record.lineage import ExperimentFolder
 
 BWLM = Path(sys.executable).parent / "bwlm"
 GridFile = Callable[..., Path]
@@ -44,6 +50,37 @@ def private_environment(storage: Path) -> dict[str, str]:
     """For a command that starts its own Ray: no cluster of ours, storage of its own."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
     return kept | {"BWLM_STORAGE": str(storage), "OMP_NUM_THREADS": "1"}
+
+
+def holder(folder: ExperimentFolder) -> int | None:
+    """Process of the worker (of rank 0) that trains a cell now."""
+    found = folder.lease_holder() if folder.exists() else None
+    pid = found.rpartition(":")[2] if found else ""
+    return int(pid) if pid.isdigit() else None
+
+
+@contextmanager
+def once_at_step(storage: Path, cell: str, step: int, act: Callable[[int], None]) -> Iterator[list[int]]:
+    """Calls `act` with a cell's process, from a thread, once the cell is beyond a step; gives the step it was at."""
+    folder = ExperimentFolder(storage, cell)
+    acted: list[int] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not acted and not over.is_set():
+            entry, pid = last_entry(folder.path), holder(folder)
+            if entry and entry.step >= step and pid:
+                act(pid)
+                acted.append(entry.step)
+            time.sleep(0.01)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield acted
+    finally:
+        over.set()
+        watcher.join()
 
 
 def reap(processes: list[psutil.Process]) -> None:

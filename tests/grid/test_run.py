@@ -7,7 +7,6 @@ import os
 import signal
 import sqlite3
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from bwlm.grid.spec import load_grid
 from bwlm.model.optim import build_optimizers
 from bwlm.paths import read_json
 from bwlm.record.checkpoint import KeepPolicy, Snapshot, copy_to_host, write_checkpoint
-from bwlm.record.journal import last_entry, read_journal
+from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.prepare import Prepared
 from bwlm.train.base import build_model, checkpoint_meta
@@ -133,26 +132,32 @@ def test_a_worker_that_is_killed_is_taken_up_again_with_the_same_losses(
     cell = "g_forward_d1_lr1_s0"
     calm, storage = tmp_path / "calm", tmp_path / "storage"
     run(grid_file(**settings), calm)
-    killed: list[int] = []
-
-    def kill() -> None:
-        folder = ExperimentFolder(storage, cell)
-        while not killed:
-            entry = last_entry(folder.path)
-            holder = folder.lease_holder() if folder.exists() else None
-            if entry and entry.step >= 25 and holder:
-                killed.append(int(holder.split(":")[1]))
-                os.kill(killed[0], signal.SIGKILL)
-            time.sleep(0.01)
-
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    result = run(grid_file(**settings), storage)
-    killer.join(timeout=1)
+    with once_at_step(storage, cell, 25, kill) as killed:
+        result = run(grid_file(**settings), storage)
     assert killed, "the run ended before it could be killed"
     assert [cell.state for cell in result.cells] == ["finished"]
     assert losses(storage, cell) == losses(calm, cell)
     assert result.cells[0].metrics["val_bpb"] == load_cells(calm, [cell])[0].metrics["val_bpb"]
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_cell_that_dies_too_often_fails_and_says_why(grid_file: GridFile, tmp_path: Path) -> None:
+    path = grid_file(
+        axes={"direction": ["forward"], "depth": [1]},
+        budget={"steps": 300, "batch_tokens": 512},
+        launch={"retries": 0},
+    )
+    with once_at_step(tmp_path / "storage", "g_forward_d1_lr1_s0", 5, kill) as killed:
+        [cell] = run(path, tmp_path / "storage").cells
+    assert killed, "the run ended before it could be killed"
+    assert cell.state == "failed"
+    assert cell.reason.startswith("crashed, see error.txt: ")
+    error = (tmp_path / "storage" / cell.id / "error.txt").read_text()
+    assert "died" in error
+    assert error.strip().endswith(cell.reason.removeprefix("crashed, see error.txt: "))
 
 
 def test_a_cell_that_diverges_fails_alone(

@@ -6,10 +6,8 @@ import json
 import os
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from bwlm.grid.spec import load_grid
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.journal import last_entry, read_journal
 from bwlm.record.lineage import ExperimentFolder
-from tests.grid.conftest import BWLM, GridFile, private_environment
+from tests.grid.conftest import BWLM, GridFile, once_at_step, private_environment
 
 STEPS = 300
 SETTINGS: dict[str, Any] = {
@@ -38,37 +36,6 @@ CELL = "g_forward_d1_lr1_s0"
 
 def losses(storage: Path, cell: str) -> list[float]:
     return [entry.metrics["train_loss"] for entry in read_journal(storage / cell)]
-
-
-def holder(storage: Path, cell: str = CELL) -> int | None:
-    """Process of the worker that trains a cell now."""
-    folder = ExperimentFolder(storage, cell)
-    found = folder.lease_holder() if folder.exists() else None
-    pid = found.rpartition(":")[2] if found else ""
-    return int(pid) if pid.isdigit() else None
-
-
-@contextmanager
-def once_at_step(storage: Path, step: int, act: Callable[[int], None]) -> Iterator[list[int]]:
-    """Calls `act` with the cell's process, from a thread, when the cell is beyond a step; gives the step it was at."""
-    acted: list[int] = []
-
-    def watch() -> None:
-        while not acted and not over.is_set():
-            entry, pid = last_entry(storage / CELL), holder(storage)
-            if entry and entry.step >= step and pid:
-                act(pid)
-                acted.append(entry.step)
-            time.sleep(0.01)
-
-    over = threading.Event()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield acted
-    finally:
-        over.set()
-        watcher.join()
 
 
 def ask_rank_0(pid: int) -> None:
@@ -93,7 +60,7 @@ def test_a_worker_that_is_asked_to_end_saves_and_its_cell_goes_on(
     path = grid_file(**SETTINGS, resources={"workers": workers})
     calm, storage = tmp_path / "calm", tmp_path / "storage"
     run_plan(load_grid(path, []), calm, lambda _: None)
-    with once_at_step(storage, 25, ask) as asked:
+    with once_at_step(storage, CELL, 25, ask) as asked:
         result = run_plan(load_grid(path, []), storage, lambda _: None)
     assert asked, "the run ended before it could be asked"
     assert [(cell.state, cell.reason) for cell in result.cells] == [("finished", "")]
@@ -167,7 +134,7 @@ def test_a_driver_does_not_wait_for_a_worker_that_hangs(
 
     storage = tmp_path / "storage"
     try:
-        with once_at_step(storage, 5, hang), pytest.raises(SystemExit) as ended:
+        with once_at_step(storage, CELL, 5, hang), pytest.raises(SystemExit) as ended:
             run_plan(load_grid(grid_file(**SETTINGS), []), storage, lambda _: None)
         assert ended.value.code == 143
     finally:
