@@ -65,7 +65,12 @@ class BudgetSettings(Settings):
     tokens: int | None = Field(None, ge=1, le=10**15)
     flops: float | None = Field(None, gt=0, le=1e30)
     tokens_per_parameter: float | None = Field(None, gt=0, le=1e9, description="parameters: matrices and output head")
-    batch_tokens: int = Field(2**19, ge=8, le=10**12, description="tokens of one optimizer step over all workers")
+    batch_tokens: int = Field(
+        2**19,
+        ge=8,
+        le=10**12,
+        description="tokens of one optimizer step over all workers; default: nanochat's for the depth",
+    )
 
     @model_validator(mode="after")
     def _one_horizon(self) -> BudgetSettings:

@@ -33,7 +33,7 @@ from bwlm.config import (
     validate,
 )
 from bwlm.errors import UserError, nearest
-from bwlm.model.shape import GPTConfig, count_parameters, flops_per_token
+from bwlm.model.shape import GPTConfig, batch_tokens_for, count_parameters, flops_per_token
 from bwlm.paths import LONGEST_ID, check_id
 from bwlm.record.lineage import shape_of
 
@@ -269,8 +269,18 @@ def _experiment(content: Mapping[str, Any], document: Document) -> Experiment:
         shape_of(experiment)
     except ValueError as error:
         raise UserError(f"{document.where('model')}: {error}: change head_dim or kv_heads") from None
+    if not holds(dict(content), "budget.batch_tokens"):
+        experiment = _with_batch(experiment)
     _check_batch(experiment, document)
     return experiment
+
+
+def _with_batch(experiment: Experiment) -> Experiment:
+    """nanochat's batch for the depth, in whole rows for every worker."""
+    unit = experiment.model.sequence_length * experiment.resources.workers
+    tokens = max(1, round(batch_tokens_for(shape_of(experiment)) / unit)) * unit
+    budget = experiment.budget.model_copy(update={"batch_tokens": tokens})
+    return experiment.model_copy(update={"budget": budget})
 
 
 def _check_batch(experiment: Experiment, document: Document) -> None:

@@ -5,9 +5,11 @@ Not here: what the model computes (`gpt.py`), what a step or a run costs in all 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 WIDTH_PER_DEPTH = 64  # nanochat's one dial: depth sets the width
+_BATCH_DEPTH, _BATCH_TOKENS, _BATCH_POWER = 12, 2**19, 0.383
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,27 @@ def count_parameters(config: GPTConfig) -> ParameterCounts:
     )
 
 
+def batch_tokens_for(config: GPTConfig) -> int:
+    """Tokens of a step for a model of this size: 2^19 at depth 12, else by the 0.383rd power of the tokens it deserves.
+
+    Bergsma et al., Power Lines, arXiv:2505.13738, as nanochat's `base_train.py` of 2026 has it: rounded to a power of two,
+    with tokens in proportion to the parameters that multiply.
+    """
+    reference = GPTConfig.from_depth(_BATCH_DEPTH, config.vocab_size, config.sequence_length, config.head_dim)
+    ratio = _multiplying(config) / _multiplying(reference)
+    return int(2 ** round(math.log2(_BATCH_TOKENS * ratio**_BATCH_POWER)))
+
+
+def _multiplying(config: GPTConfig) -> int:
+    counts = count_parameters(config)
+    return counts.matrices + counts.lm_head
+
+
 def flops_per_token(config: GPTConfig) -> int:
     """FLOPs to train on one token, forward and backward, in rows of `sequence_length` tokens.
 
     6 N + 12 L H D T, N the parameters that multiply (the embedding is a lookup): PaLM, arXiv:2204.02311, appendix B;
     nanochat's `estimate_flops`. The causal half of the attention is not taken off, so MFU compares with theirs.
     """
-    counts = count_parameters(config)
     attention = 12 * config.depth * config.heads * config.head_dim * config.sequence_length
-    return 6 * (counts.matrices + counts.lm_head) + attention
+    return 6 * _multiplying(config) + attention

@@ -29,6 +29,7 @@ from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.prepare import Prepared
 from bwlm.train.base import build_model, checkpoint_meta
 from bwlm.train.meter import Progress
+from tests.grid.conftest import once_at_step
 from tests.mlflow_server import free_port, server
 
 GridFile = Callable[..., Path]

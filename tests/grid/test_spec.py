@@ -374,3 +374,13 @@ def test_cells_share_the_cores(
     assert given == 3
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert load_grid(path, []).cells[0].experiment.resources.cpus_per_worker == 1
+
+
+def test_depth_sets_the_batch_unless_it_is_given(tmp_path: Path) -> None:
+    path = tmp_path / "g.yaml"
+    path.write_text("name: g\naxes: {direction: [forward], depth: [4, 12]}\nbudget: {steps: 1}\n")
+    small, large = (cell.experiment.budget.batch_tokens for cell in load_grid(path, []).cells)
+    assert (small, large) == (2**17, 2**19)
+    whole_rows = ["model.sequence_length=1000", "resources.workers=3", "axes.depth=[4]"]
+    assert load_grid(path, whole_rows).cells[0].experiment.budget.batch_tokens == 132_000
+    assert {c.experiment.budget.batch_tokens for c in load_grid(path, ["budget.batch_tokens=4096"]).cells} == {4096}

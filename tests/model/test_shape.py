@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bwlm.model.shape import GPTConfig, count_parameters, flops_per_token
+from bwlm.model.shape import GPTConfig, batch_tokens_for, count_parameters, flops_per_token
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,11 @@ def test_flops_by_hand(depth: int, flops: int) -> None:
 def test_planning_does_not_import_torch() -> None:
     code = "import sys, bwlm.model.shape; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("depth", "vocab", "tokens"), [(12, 32768, 2**19), (24, 32768, 2**20), (4, 4096, 2**17), (20, 32768, 2**20)]
+)
+def test_the_batch_is_nanochats_for_the_depth(depth: int, vocab: int, tokens: int) -> None:
+    """Depth 24, V 32768: (679.5 M + 50.3 M) / (84.9 M + 25.2 M) = 6.63 times as many tokens, 6.63^0.383 = 2.06."""
+    assert batch_tokens_for(GPTConfig.from_depth(depth, vocab, 2048)) == tokens
