@@ -84,8 +84,8 @@ def count_parameters(config: GPTConfig) -> ParameterCounts:
 def batch_tokens_for(config: GPTConfig) -> int:
     """Tokens of a step for a model of this size: 2^19 at depth 12, else by the 0.383rd power of the tokens it deserves.
 
-    Bergsma et al., Power Lines, arXiv:2505.13738, as in nanochat's `base_train.py` of 2026: rounded to a power of two, with
-    tokens in proportion to the parameters that multiply.
+    Bergsma et al., Power Lines, arXiv:2505.13738, as in nanochat's `base_train.py` of 2026: a power of two, with tokens
+    in proportion to the parameters that multiply.
     """
     reference = GPTConfig.from_depth(_BATCH_DEPTH, config.vocab_size, config.sequence_length, config.head_dim)
     ratio = _multiplying(config) / _multiplying(reference)
