@@ -157,9 +157,9 @@ class Document:
         return self.places.get(field, self.name)
 
     def where(self, field: str) -> str:
-        """`file:line: field` or `--set field`."""
+        """`file:line: field`, `--set field` or `--field`."""
         place = self.place(field)
-        return place if place == f"--set {field}" else f"{place}: {field}"
+        return place if place in (f"--set {field}", f"--{field}") else f"{place}: {field}"
 
 
 _MOST_DIGITS = 1000

@@ -32,7 +32,7 @@ HEAVY = {
     "ray.tune": ["grid"],
     "ray": ["grid", "text.stream"],
     "mlflow": ["record.tracking"],
-    "torch": ["model", "record.checkpoint", "evaluate", "train", "grid.session", "grid.launch"],
+    "torch": ["model", "record.checkpoint", "evaluate", "train", "grid.session"],
     "altair": ["analysis.charts"],
     "tiktoken": ["text.tokenizer"],
     "typer": ["cli"],
