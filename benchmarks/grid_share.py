@@ -1,12 +1,14 @@
-"""The share of a grid's time that went into training steps and validation, from the journals of its cells.
+"""What a grid's time went into, from the journals of its cells: training steps and validation, and between cells.
 
     python benchmarks/grid_share.py STORAGE [GRID]
 
-Counted from the first cell's first step to the last cell's end, over as many lanes as cells ran at once.
+Counted from the first cell's first step to the last cell's end, over as many lanes as cells ran at once. What lies
+between the end of a cell and the first step of the next in its lane is all that it costs to schedule and start one.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 from pathlib import Path
 
@@ -17,6 +19,17 @@ from bwlm.record.journal import Entry, read_journal
 def span(entries: list[Entry]) -> tuple[float, float]:
     """Seconds since the epoch at which a cell's first step began and its last entry was written."""
     return entries[0].time / 1000 - entries[0].metrics["step_seconds"], entries[-1].time / 1000
+
+
+def between_cells(spans: list[tuple[float, float]]) -> list[float]:
+    """Seconds from a cell's end to the first step of the one that took its place."""
+    gaps, free = [], list[float]()
+    for first, last in sorted(spans):
+        if before := [end for end in free if end <= first]:
+            free.remove(max(before))
+            gaps.append(first - max(before))
+        free.append(last)
+    return gaps
 
 
 def main() -> None:
@@ -31,6 +44,8 @@ def main() -> None:
     print(f"{len(cells)} cells in {lanes} lanes over {ended - began:.1f} s:")
     rest = total - steps - validation
     print(f"training steps {steps / total:.0%}, validation {validation / total:.0%}, the rest {rest / total:.0%}")
+    if gaps := between_cells(spans):
+        print(f"from one cell to the next: median {statistics.median(gaps):.2f} s, longest {max(gaps):.2f} s")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """What Ray's loop costs a step: `bwlm train`, against the same steps driven by nothing but a `for`, in turn.
 
-    python benchmarks/loop_overhead.py [--rounds 3] [--steps 200] [--batch-tokens 2048]
+    python benchmarks/loop_overhead.py [--rounds 3] [--steps 200] [--batch-tokens 4096] [--threads N]
 
 The whole loop is Ray Data's stream, the trial's reports, the journal and MLflow's feeding; the bare one has the same
-model, rows and threads, its batches made before the clock starts. Seconds a step are medians of what lies between the
-ends of two steps.
+model, rows and threads, its batches made before the clock starts. It runs twice: beside an idle cluster like the one
+that the whole loop has, which leaves what the loop costs, and alone, which adds what Ray's own processes take from a
+machine whose cores all train. Seconds a step are the mean of the middle 80 %, since a report and a block of data come
+only every so many steps and must count.
 """
 
 from __future__ import annotations
@@ -19,15 +21,20 @@ import tempfile
 import time
 from pathlib import Path
 
+from bwlm.config import ResourceSettings
+from bwlm.grid.session import cluster  # also sets the allocator, for Ray's workers and for the bare loop alike
 from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder
 
 WARM = 5  # steps at the start that are left out
+SETTLE = 5.0  # seconds in which a new cluster starts its processes
 COMMAND = Path(sys.executable).parent / "bwlm"
 
 
 def between(ends: list[float]) -> float:
-    return statistics.median(b - a for a, b in zip(ends[WARM:-2], ends[WARM + 1 : -1], strict=True))
+    seconds = sorted(b - a for a, b in zip(ends[WARM:-2], ends[WARM + 1 : -1], strict=True))
+    tail = len(seconds) // 10
+    return statistics.mean(seconds[tail : len(seconds) - tail])
 
 
 def with_ray(storage: Path, name: str, arguments: argparse.Namespace) -> float:
@@ -39,7 +46,7 @@ def with_ray(storage: Path, name: str, arguments: argparse.Namespace) -> float:
         "evaluation.every": 0,
         "evaluation.tokens": 4096,
         "checkpoint.every": 0,
-        "resources.cpus_per_worker": os.cpu_count(),
+        "resources.cpus_per_worker": arguments.threads,
     }
     command = [COMMAND, "train", "--direction", "forward", "--depth", "4", "--id", name, "--storage", storage]
     for field, value in settings.items():
@@ -77,27 +84,43 @@ def bare(folder: ExperimentFolder) -> float:
     return between(ends)
 
 
+def beside_ray(folder: Path, threads: int) -> float:
+    with cluster([ResourceSettings(cpus_per_worker=threads)], None, 1):
+        time.sleep(SETTLE)
+        return alone(folder)
+
+
+def alone(folder: Path) -> float:
+    command = [sys.executable, __file__, "--bare", folder]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.bare:
         return print(json.dumps(bare(ExperimentFolder(arguments.bare.parent, arguments.bare.name))))
-    import bwlm.grid.session  # noqa: F401 - the allocator's settings, which Ray's workers get and the bare loop inherits
-
     with tempfile.TemporaryDirectory() as storage:
-        ratios = []
+        loop, processes = [], []
         for number in range(arguments.rounds):
             name = f"round{number}"
-            ray = with_ray(Path(storage), name, arguments)
-            command = [sys.executable, __file__, "--bare", Path(storage) / name]
-            alone = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-            ratios.append(ray / alone)
-            print(f"round {number + 1}: {1000 * ray:.1f} ms a step with Ray, {1000 * alone:.1f} ms bare")
-        print(f"Ray's loop costs {statistics.median(ratios) - 1:+.1%} of a step (median of paired rounds)")
+            whole = with_ray(Path(storage), name, arguments)
+            beside = beside_ray(Path(storage) / name, arguments.threads)
+            bare_seconds = alone(Path(storage) / name)
+            loop.append(whole / beside - 1)
+            processes.append(beside / bare_seconds - 1)
+            print(
+                f"round {number + 1}: {1000 * whole:.1f} ms a step with Ray, {1000 * beside:.1f} ms bare beside an "
+                f"idle cluster, {1000 * bare_seconds:.1f} ms bare",
+                flush=True,
+            )
+    print(f"the loop costs {statistics.median(loop):+.1%} of a step (median of paired rounds)")
+    print(f"Ray's idle processes cost {statistics.median(processes):+.1%}")
     return None
 
 

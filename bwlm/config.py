@@ -123,6 +123,22 @@ class Recipe(Settings):
     compute: ComputeSettings = ComputeSettings()
     resources: ResourceSettings = ResourceSettings()
 
+    @model_validator(mode="after")
+    def _checkpoints_to_keep(self) -> Recipe:
+        """A rule that would never find its checkpoint is a mistake."""
+        saved, validated = self.checkpoint.every, self.evaluation.every
+        if self.checkpoint.keep_every and (not saved or self.checkpoint.keep_every % saved):
+            raise ValueError(
+                f"checkpoint.keep_every: must be a multiple of checkpoint.every "
+                f"(found {self.checkpoint.keep_every} and {saved})"
+            )
+        if self.checkpoint.keep_best and (not saved or not validated or saved % validated):
+            raise ValueError(
+                f"checkpoint.keep_best: checkpoints need a validation at their step: make checkpoint.every a multiple "
+                f"of evaluation.every (found {saved} and {validated})"
+            )
+        return self
+
 
 Depth = Annotated[int, Field(ge=1, le=256)]
 LearningRate = Annotated[float, Field(gt=0, le=1000)]
@@ -358,7 +374,7 @@ def explain(error: ValidationError, model: type[BaseModel], document: Document) 
     # a misspelt field is also a missing one: the spelling is what helps
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     field = ".".join(str(part) for part in first["loc"])
-    where = document.where(field)
+    where = document.where(field) if field else document.name  # what concerns two sections names its field itself
     if first["type"] == "extra_forbidden":
         section, _, name = field.rpartition(".")
         siblings = [f.rpartition(".")[2] for f in field_names(model) if f.rpartition(".")[0] == section]

@@ -31,7 +31,7 @@ class TrainingDiverged(RunError):
 
 
 class Interrupted(BwlmError):
-    """The run was asked to end: it saved a checkpoint, and goes on from there when it is launched again."""
+    """A run's process was asked to end: its steps are saved, and go on from there when it is launched again."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

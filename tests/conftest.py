@@ -21,6 +21,8 @@ from bwlm.text.prepare import Pack, Prepared, prepare
 from bwlm.text.stream import pack_corpus, pack_here
 from bwlm.text.tokenizer import Tokenizer
 
+pytest_plugins = ["tests.runs"]
+
 VOCAB_SIZE = 400
 SEQUENCE_LENGTH = 64
 

@@ -18,6 +18,8 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+# one process less to start for a group of workers; no node of a cluster that is this machine is ever drained
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
@@ -35,7 +37,7 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bwlm.config import Experiment, ResourceSettings
-from bwlm.errors import UserError
+from bwlm.errors import Interrupted, UserError
 from bwlm.model.compute import Compute, DeviceType, Hardware, Wanted, choose_compute, look_at_hardware
 from bwlm.model.shape import GPTConfig
 from bwlm.train.termination import Termination
@@ -292,7 +294,7 @@ def train_cell(config: dict[str, Any]) -> None:
     with process_termination() as termination:
         if resources.workers > 1:
             # here, since a worker that waits lets the others run into their barrier's limit
-            folder.wait_until_free()
+            folder.wait_until_free(lambda: termination.asked)
         if not termination.asked:
             _trainer(config, resources).fit()
             if folder.status().ended:
@@ -338,7 +340,10 @@ def train_worker(config: dict[str, Any]) -> None:
     run = folder.config()
     torch.set_num_threads(run.experiment.resources.cpus_per_worker)
     session = RaySession(run.steps, run.experiment.resources)
-    with process_termination(), folder.lease() if session.rank == 0 else contextlib.nullcontext():
+    # a process that waits for the lease leaves when it is asked to end, unless other workers would wait for it in turn
+    give_up = session.stopping if session.world == 1 else lambda: False
+    writer = folder.lease(give_up=give_up) if session.rank == 0 else contextlib.nullcontext()
+    with process_termination(), contextlib.suppress(Interrupted), writer:
         if session.world > 1:
             dist.barrier()
         run_base(folder, session, stream_batches)

@@ -8,7 +8,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from bwlm.config import Experiment
-from bwlm.errors import UserError, nearest
+from bwlm.errors import Interrupted, UserError, nearest
 from bwlm.model.compute import Compute
 from bwlm.model.shape import GPTConfig
 from bwlm.paths import check_id, is_id, read_json, write_json
@@ -146,10 +146,11 @@ class ExperimentFolder:
         return self.path / "lease.json"
 
     @contextmanager
-    def lease(self, wait: float = 0.5) -> Iterator[None]:
+    def lease(self, wait: float = 0.5, give_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Holds the run for this process; waits while another one trains it.
 
-        A failed run that is free is tried again, so it has no end any more; how a run ended that was waited for stands.
+        Raises `Interrupted` if it is told to `give_up` while it waits. A failed run that is free is tried again, so it
+        has no end any more; how a run ended that was waited for stands.
         """
         with self._lease.open("a+") as file:
             waited = False
@@ -159,6 +160,8 @@ class ExperimentFolder:
                     break
                 except BlockingIOError:
                     waited = True
+                    if give_up():
+                        raise Interrupted(f"asked to end while {self.lease_holder()} trained {self.id}") from None
                     time.sleep(wait)
             if not waited and self.exists() and Status(**read_json(self.path / "status.json")).state == "failed":
                 self.write_status(Status())
@@ -170,9 +173,9 @@ class ExperimentFolder:
             finally:
                 fcntl.flock(file, fcntl.LOCK_UN)
 
-    def wait_until_free(self, wait: float = 0.5) -> None:
-        """Returns once no process holds the lease."""
-        while self.lease_holder() is not None:
+    def wait_until_free(self, give_up: Callable[[], bool], wait: float = 0.5) -> None:
+        """Returns once no process holds the lease, or when told to give up."""
+        while self.lease_holder() is not None and not give_up():
             time.sleep(wait)
 
     def lease_holder(self) -> str | None:

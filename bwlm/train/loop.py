@@ -8,6 +8,7 @@ Not here: the step itself (`bwlm/model/step.py`), what is measured (`meter.py`),
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -64,8 +65,8 @@ class Phase:
 def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str, float]:
     """Trains to the phase's last step, from the newest checkpoint if there is one; returns the final metrics.
 
-    Raises `TrainingDiverged` at the first loss or gradient that is not finite, `RunError` if a checkpoint cannot be
-    written, and `Interrupted` once one is saved if any rank was asked to end.
+    Raises `TrainingDiverged` at the first loss, gradient or validation figure that is not finite, `RunError` if a
+    checkpoint cannot be written, and `Interrupted` once one is saved if any rank was asked to end.
     """
     progress = _resume(phase, folder, session)
     step_of = TrainStep(phase.model, phase.optimizer, phase.compute.micro_rows, phase.optim.grad_clip, session.world)
@@ -87,7 +88,7 @@ def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str,
                 raise Interrupted(f"asked to end at step {progress.step}")
         _settle(session, records)
     if progress.validation is None:  # resumed at the very end
-        progress.validation = phase.evaluate(phase.model, progress.step)
+        progress.validation = _evaluate(phase, progress)
     return progress.validation | {"train_loss": progress.smooth_loss, "tokens_per_second": progress.tokens_per_second}
 
 
@@ -204,8 +205,17 @@ def _validate(phase: Phase, progress: Progress) -> dict[str, float]:
     if not _is_due(progress.step, phase.evaluate_every, phase.steps):
         return {}
     began = time.perf_counter()
-    progress.validation = phase.evaluate(phase.model, progress.step)
+    progress.validation = _evaluate(phase, progress)
     return progress.validation | {"validation_seconds": time.perf_counter() - began}
+
+
+def _evaluate(phase: Phase, progress: Progress) -> dict[str, float]:
+    figures = phase.evaluate(phase.model, progress.step)
+    if broken := [name for name, figure in figures.items() if not math.isfinite(figure)]:
+        raise TrainingDiverged(
+            f"{', '.join(broken)} not finite at step {progress.step}, though the training loss was; lower lr"
+        )
+    return figures
 
 
 def _save(phase: Phase, session: Session, progress: Progress, metric: float | None, records: Records | None) -> None:

@@ -22,7 +22,8 @@ from bwlm.evaluate.load import LoadedModel, load_model
 from bwlm.model.generate import generate
 from bwlm.record.checkpoint import step_folder
 from bwlm.text.direction import arrange
-from tests.evaluate.conftest import STEPS, MakeRun
+from tests.evaluate.conftest import STEPS
+from tests.runs import NewRun
 
 DIRECTIONS = ("forward", "backward", "bidirectional", "permuted")
 FILES = {
@@ -295,11 +296,9 @@ def test_the_working_folder_is_not_replaced(bwlm: Bwlm, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_without_a_checkpoint_is_refused(
-    bwlm: Bwlm, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_run(tmp_path / "storage", "young", trained=False)
-    check_refused(bwlm("export", "young", "new", "--storage", "storage"), "young: has no checkpoint")
+def test_a_run_without_a_checkpoint_is_refused(bwlm: Bwlm, new_run: NewRun, tmp_path: Path) -> None:
+    new_run("young")
+    check_refused(bwlm("export", "young", "new", "--storage", "."), "young: has no checkpoint")
     assert not (tmp_path / "new").exists()
 
 

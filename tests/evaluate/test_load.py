@@ -18,7 +18,8 @@ from bwlm.paths import read_json, write_json
 from bwlm.record.checkpoint import KeepPolicy, load_checkpoint, step_folder, write_checkpoint
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.tokenizer import Tokenizer, train_tokenizer
-from tests.evaluate.conftest import STEPS, MakeRun
+from tests.evaluate.conftest import STEPS
+from tests.runs import NewRun
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 EARLY = STEPS // 2
@@ -84,8 +85,8 @@ def test_an_id_is_one_path_segment(storage: Path) -> None:
         load_model(storage / "forward", "../backward")
 
 
-def test_a_run_without_a_checkpoint_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
-    make_run(tmp_path, "young", trained=False)
+def test_a_run_without_a_checkpoint_is_refused(new_run: NewRun, tmp_path: Path) -> None:
+    new_run("young")
     for step in (None, 5):
         with pytest.raises(UserError, match=r"^young: has no checkpoint in .*checkpoints yet"):
             load_model(tmp_path, "young", step)

@@ -30,7 +30,7 @@ from bwlm.record import checkpoint
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.train.base import run_base
 from bwlm.train.session import AloneSession
-from tests.train.runs import in_process
+from tests.runs import in_process
 
 WORLD = 2
 LIMIT = timedelta(seconds=60)

@@ -21,7 +21,7 @@ from bwlm.record.saver import CheckpointSaver
 from bwlm.train.base import run_base
 from bwlm.train.session import AloneSession
 from tests.faults.checkpoints import is_of, names, same_bits, snapshot
-from tests.train.runs import STEPS, NewRun, in_process, losses
+from tests.runs import STEPS, NewRun, in_process, losses
 
 ROOM = 100_000
 """Bytes that still fit"""

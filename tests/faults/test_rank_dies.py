@@ -15,7 +15,7 @@ from bwlm.record.checkpoint import checkpoint_steps, load_checkpoint
 from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder
 from tests.faults.checkpoints import names, same_bits
-from tests.train.runs import STEPS, NewRun, losses
+from tests.runs import STEPS, NewRun, losses
 
 REPOSITORY = Path(__file__).parents[2]
 LONG = 90.0

@@ -1,4 +1,4 @@
-"""Addresses that cannot work are told in a line and within seconds."""
+"""Where cells run: addresses that cannot work are told in a line, and a worker waits no longer than it is asked to."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import pytest
 
 from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
+from bwlm.grid import session
 from bwlm.grid.launch import _check_tracking
-from bwlm.grid.session import _connect, cpus_of_cell
+from bwlm.grid.session import _connect, cpus_of_cell, train_worker
+from tests.runs import NewRun
 
 
 def closed_port() -> int:
@@ -37,3 +39,13 @@ def test_a_tracking_server_that_is_not_there() -> None:
 def test_what_a_cell_holds() -> None:
     assert cpus_of_cell(ResourceSettings(workers=1, cpus_per_worker=2)) == 2
     assert cpus_of_cell(ResourceSettings(workers=3, cpus_per_worker=2)) == pytest.approx(6.1)
+
+
+def test_a_worker_that_waits_for_its_run_leaves_when_it_is_asked_to_end(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = new_run()
+    monkeypatch.setattr(session.RaySession, "stopping", lambda self: True)
+    with folder.lease():
+        train_worker({"storage": str(folder.path.parent), "cell": folder.id})
+    assert folder.status().state == "waiting"

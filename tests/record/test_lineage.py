@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from bwlm.config import Experiment
-from bwlm.errors import UserError
+from bwlm.errors import Interrupted, UserError
 from bwlm.model.compute import Compute
 from bwlm.paths import read_json, write_json
 from bwlm.record.fingerprint import fingerprint
@@ -281,3 +281,11 @@ def test_a_lease_says_since_when(folder: ExperimentFolder) -> None:
         content = json.loads((folder.path / "lease.json").read_text())
     assert content["pid"] == os.getpid()
     assert abs(content["since"] - time.time()) < 60
+
+
+def test_who_waits_for_a_lease_may_give_up(folder: ExperimentFolder) -> None:
+    with holder(folder) as process:
+        read_mark(process, "held")
+        folder.wait_until_free(give_up=lambda: True)
+        with pytest.raises(Interrupted, match=f"while .*:{process.pid} trained"), folder.lease(give_up=lambda: True):
+            pytest.fail("two hold it")

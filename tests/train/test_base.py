@@ -26,7 +26,7 @@ from bwlm.text.direction import SpecialIds
 from bwlm.train import base, loop
 from bwlm.train.base import build_model, loss_by_direction, run_base
 from bwlm.train.session import AloneSession
-from tests.train.runs import STEPS, NewRun, in_process, losses, weights_digest
+from tests.runs import STEPS, NewRun, in_process, losses, weights_digest
 
 
 class Killed(BaseException):
@@ -272,3 +272,16 @@ def test_a_journal_that_cannot_be_written_fails_the_run_before_its_next_checkpoi
     folder.write_status(Status())
     assert run_base(folder, AloneSession(), in_process).state == "finished"
     assert losses(folder) == losses(calm)
+
+
+def test_a_validation_that_is_not_finite_fails_the_run(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, measure = new_run(), base.Validation.metrics
+
+    def broken(*arguments: Any) -> dict[str, float]:
+        return measure(*arguments) | {"val_bpb": math.nan}
+
+    monkeypatch.setattr(base.Validation, "metrics", broken)
+    status = run_base(folder, AloneSession(), in_process)
+    assert status.state == "failed"
+    assert re.search(r"^val_bpb not finite at step 5, .*lower lr", status.reason)
+    assert checkpoint_steps(folder.checkpoints) == [4]

@@ -11,7 +11,7 @@ import pytest
 
 from bwlm.record.checkpoint import checkpoint_steps, load_checkpoint, step_folder
 from bwlm.record.lineage import ExperimentFolder
-from tests.train.runs import STEPS, NewRun, losses, weights_digest
+from tests.runs import STEPS, NewRun, losses, weights_digest
 
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = {"checkpoint": {"every": 2, "keep": 9}, "optim": {"weight_decay": 0.1}}

@@ -32,40 +32,47 @@ def compute_of(experiment: Experiment) -> Compute:
     return Compute("float32", "sdpa", 0 if asked.fused_loss is False else 64, bool(asked.compile), rows, 1)
 
 
+def make_run(prepared: Prepared, storage: Path, name: str, **settings: Any) -> ExperimentFolder:
+    """Makes `storage/name`, waiting, with settings over a tiny default; `section__field` sets one of a section."""
+    content: dict[str, Any] = {
+        "direction": "forward",
+        "depth": 1,
+        "lr": 1.0,
+        "seed": 0,
+        "tokenizer": {"vocab_size": prepared.tokenizer.vocab_size},
+        "model": {"sequence_length": prepared.manifest.sequence_length, "head_dim": 32},
+        "budget": {"steps": STEPS, "batch_tokens": 512},
+        "evaluation": {"every": 5, "tokens": 1024},
+        "checkpoint": {"every": 4, "keep": 3},
+    }
+    for field, value in settings.items():
+        section, _, inner = field.partition("__")
+        content[section] = content[section] | {inner: value} if inner else value
+    experiment = Experiment.model_validate(content)
+    steps = experiment.budget.steps
+    assert steps is not None
+    digests = {"data": prepared.manifest.digest, "tokenizer": prepared.tokenizer.digest}
+    folder = ExperimentFolder(storage, name)
+    folder.create(
+        RunConfig(
+            id=name,
+            experiment=experiment,
+            identity=identity(experiment, **digests, precision="float32", steps=steps),
+            steps=steps,
+            compute=compute_of(experiment),
+            corpus=str(prepared.folder),
+            tokenizer=str(prepared.tokenizer_folder),
+        )
+    )
+    return folder
+
+
 @pytest.fixture
 def new_run(prepared: Prepared, tmp_path: Path) -> NewRun:
-    """Makes an experiment folder, `storage/name`, with settings over a tiny default."""
+    """(name, **settings) -> a run that waits, in this test's own storage."""
 
     def make(name: str = "run", **settings: Any) -> ExperimentFolder:
-        content: dict[str, Any] = {
-            "direction": "forward",
-            "depth": 1,
-            "lr": 1.0,
-            "seed": 0,
-            "tokenizer": {"vocab_size": prepared.tokenizer.vocab_size},
-            "model": {"sequence_length": prepared.manifest.sequence_length, "head_dim": 32},
-            "budget": {"steps": STEPS, "batch_tokens": 512},
-            "evaluation": {"every": 5, "tokens": 1024},
-            "checkpoint": {"every": 4, "keep": 3},
-        }
-        for field, value in settings.items():
-            section, _, inner = field.partition("__")
-            content[section] = content[section] | {inner: value} if inner else value
-        experiment = Experiment.model_validate(content)
-        digests = {"data": prepared.manifest.digest, "tokenizer": prepared.tokenizer.digest}
-        folder = ExperimentFolder(tmp_path, name)
-        folder.create(
-            RunConfig(
-                id=name,
-                experiment=experiment,
-                identity=identity(experiment, **digests, precision="float32", steps=STEPS),
-                steps=STEPS,
-                compute=compute_of(experiment),
-                corpus=str(prepared.folder),
-                tokenizer=str(prepared.tokenizer_folder),
-            )
-        )
-        return folder
+        return make_run(prepared, tmp_path, name, **settings)
 
     return make
 

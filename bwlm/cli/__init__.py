@@ -1,0 +1,68 @@
+"""The one command line: `bwlm grid|train|export|runs|tokenizer|data`, thin over the rooms that do the work."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from typing import NoReturn
+
+import typer
+
+from bwlm.cli.data import data_app, tokenizer_app
+from bwlm.cli.export import export
+from bwlm.cli.grid import grid_app
+from bwlm.cli.runs import runs_app
+from bwlm.cli.terminal import say
+from bwlm.cli.train import train
+from bwlm.errors import BwlmError
+from bwlm.train.termination import TERMINATED
+
+app = typer.Typer(
+    help="Which way should a language model read? Train, compare and talk to forward, backward and bidirectional GPTs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.add_typer(grid_app, name="grid")
+app.command("train")(train)
+app.add_typer(runs_app, name="runs")
+app.command("export")(export)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+
+_INTERRUPTED = 130
+
+
+def main() -> NoReturn:
+    """Entry point: a person's mistake is one line and exit code 2, a failed run 1, an interrupt 130, SIGTERM 143."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for chatty in ("mlflow", "alembic", "ray"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a cell that fails is told in its own line
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        code = app(standalone_mode=False)  # typer returns the code of an Exit, and turns Ctrl-C into 130
+    except BwlmError as error:
+        say(f"bwlm: {error}")
+        sys.exit(error.exit_code)
+    except typer.TyperException as error:
+        say(f"bwlm: {error.format_message()}")
+        sys.exit(2)
+    except SystemExit as end:
+        if end.code == TERMINATED:
+            say("bwlm: asked to end; the same command goes on where it was")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code == _INTERRUPTED:
+        say("bwlm: interrupted; the same command goes on where it was")
+    sys.exit(code or 0)
+
+
+def _end(signum: int, frame: object) -> NoReturn:
+    """SIGTERM ends a command as Ctrl-C does, where nothing waits for its cells to save."""
+    raise SystemExit(TERMINATED)

@@ -1,0 +1,146 @@
+"""`bwlm data` and `bwlm tokenizer`: prepare text, or look at it as a model will."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bwlm.cli.terminal import Json, Set, Storage, print_json, say, show, table
+from bwlm.errors import UserError
+
+if TYPE_CHECKING:
+    from bwlm.config import Recipe
+    from bwlm.text.prepare import Prepared
+
+tokenizer_app = typer.Typer(help="Train or look at a tokenizer.", no_args_is_help=True)
+data_app = typer.Typer(help="Prepare text, or look at it as a model will.", no_args_is_help=True)
+
+
+def _recipe(settings: list[str] | None, storage: str | None) -> tuple[Recipe, Path]:
+    from bwlm.config import Recipe, override, parse_yaml, validate
+    from bwlm.paths import check_writable, storage_root
+
+    document = override(parse_yaml("", "--set"), settings or [])
+    root = storage_root(storage)
+    check_writable(root)
+    return validate(Recipe, document.content, document), root
+
+
+def _prepared(settings: list[str] | None, storage: str | None) -> Prepared:
+    """The corpus that the settings ask for; Ray starts only if it was never prepared."""
+    from bwlm.text.prepare import prepare
+
+    recipe, root = _recipe(settings, storage)
+
+    def pack(*arguments: Any) -> Any:
+        from bwlm.grid.session import cluster
+        from bwlm.text.stream import pack_corpus
+
+        with cluster([recipe.resources], None, 1):
+            return pack_corpus(*arguments)
+
+    return prepare(recipe, root, pack, say)
+
+
+@data_app.command("prepare")
+def data_prepare(set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
+    """Tokenize and pack a corpus, so that the first grid on it starts at once.
+
+    Example: `bwlm data prepare --set data.source=corpus/ --set model.sequence_length=512`
+    """
+    prepared = _prepared(set_, storage)
+    width = prepared.manifest.sequence_length
+    splits = {}
+    for name in ("train", "validation"):
+        split = getattr(prepared.manifest, name)
+        counts = {k: split.total(k) for k in ("documents", "empty_documents", "rows", "segments", "tokens", "bytes")}
+        splits[name] = {"shards": len(split.shards), **counts, "padding_share": split.padding_share(width)}
+    content = {"folder": str(prepared.folder), "digest": prepared.manifest.digest, "sequence_length": width, **splits}
+    if as_json:
+        return print_json(content)
+    rows = [[key, *(_figure(splits[name][key]) for name in splits)] for key in splits["train"]]
+    show(table(["", *splits], rows, f"{prepared.folder}"))
+    return None
+
+
+def _figure(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2%}"
+
+
+@data_app.command("inspect")
+def data_inspect(
+    direction: Annotated[str | None, typer.Option(help="Only this direction; default: all.")] = None,
+    rows: Annotated[int, typer.Option(min=1, max=10_000, help="How many rows of the plan.")] = 2,
+    set_: Set = None,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
+    """Show the first rows that a run with seed 0 reads, decoded in each direction.
+
+    Example: `bwlm data inspect --direction backward --rows 1`
+    """
+    from bwlm.config import DIRECTIONS
+    from bwlm.text.direction import check_direction
+    from bwlm.text.inspect import inspect_rows
+
+    wanted = [check_direction(direction)] if direction else list(DIRECTIONS)
+    if as_json and direction is None:
+        raise UserError("--json: say which --direction")
+    prepared = _prepared(set_, storage)
+    shown = {name: inspect_rows(prepared, name, rows) for name in wanted}
+    if as_json:
+        return print_json(shown[wanted[0]])
+    for index in range(rows):
+        for name in wanted:
+            row = shown[name]["rows"][index]
+            text = prepared.tokenizer.decode(row["ids"])
+            show(f"[bold]row {index}, {name}[/bold]")
+            print(text.replace("\n", "⏎"))
+    return None
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    output: Annotated[Path | None, typer.Option(help="Also write it to this folder.", show_default=False)] = None,
+    set_: Set = None,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
+    """Train the tokenizer that a grid with these settings would use.
+
+    Example: `bwlm tokenizer train --set data.source=corpus/ --set tokenizer.vocab_size=8192`
+    """
+    _tokenizer(set_, storage, as_json, output)
+
+
+@tokenizer_app.command("show")
+def tokenizer_show(set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
+    """Vocabulary, bytes per token on the validation text, and digest.
+
+    Example: `bwlm tokenizer show --set tokenizer.path=my-tokenizer`
+    """
+    _tokenizer(set_, storage, as_json, None)
+
+
+def _tokenizer(settings: list[str] | None, storage: str | None, as_json: bool, output: Path | None) -> None:
+    from bwlm.text.prepare import bytes_per_token, get_tokenizer
+
+    recipe, root = _recipe(settings, storage)
+    corpus, folder, tokenizer = get_tokenizer(recipe, root / "cache", say)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(output)
+        folder = output
+    content = {
+        "folder": str(folder),
+        "vocab_size": tokenizer.vocab_size,
+        "bytes_per_token": bytes_per_token(tokenizer, corpus),
+        "digest": tokenizer.digest,
+    }
+    if as_json:
+        return print_json(content)
+    for key, value in content.items():
+        show(f"{key:16} {value}")
+    return None

@@ -1,0 +1,34 @@
+"""`bwlm export`: a trained model for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from bwlm.cli.terminal import Storage
+
+
+def export(
+    experiment: Annotated[str, typer.Argument(metavar="ID", help="An experiment; see `bwlm runs list`.")],
+    target: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.", show_default=False)],
+    format_: Annotated[Literal["hf"], typer.Option("--format", help="hf: what transformers loads.")] = "hf",
+    step: Annotated[int | None, typer.Option(help="Of which step; default: the newest.", show_default=False)] = None,
+    storage: Storage = None,
+) -> None:
+    """Write a trained model, its tokenizer and a model card as a folder for other programs.
+
+    Example: `bwlm export demo_forward_d1_lr4_s0 --format hf demo-forward`
+    """
+    from bwlm.evaluate.export import check_target, export_hf
+    from bwlm.evaluate.load import load_model
+    from bwlm.paths import storage_root
+
+    check_target(target)  # loading takes longer than this mistake
+    loaded = load_model(storage_root(storage), experiment, step)
+    export_hf(loaded, target)
+    direction = loaded.config.experiment.direction
+    print(f"{experiment}, step {loaded.step}, reads {direction}: how to feed it stands in {target / 'README.md'}")
+    print(f'model = transformers.AutoModelForCausalLM.from_pretrained("{target}")')
+    print(f'tokenizer = transformers.AutoTokenizer.from_pretrained("{target}")')

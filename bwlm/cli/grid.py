@@ -1,0 +1,155 @@
+"""`bwlm grid`: plan, run and watch a grid of cells."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bwlm.cli.launch import launch, show_places
+from bwlm.cli.terminal import Json, Set, Storage, print_json, show, si, table
+
+if TYPE_CHECKING:
+    from bwlm.grid.cells import PlannedCell
+    from bwlm.grid.launch import LaunchResult
+    from bwlm.grid.spec import Plan
+
+grid_app = typer.Typer(help="Plan, run and watch a grid of cells.", no_args_is_help=True)
+
+GridFile = Annotated[Path, typer.Argument(metavar="GRID.yaml", help="The grid file.", show_default=False)]
+
+
+def _load(grid: Path, settings: list[str] | None, storage: str | None) -> tuple[Plan, Path]:
+    from bwlm.grid.spec import load_grid
+    from bwlm.paths import storage_root
+
+    plan = load_grid(grid, settings or [])
+    return plan, storage_root(storage or plan.launch.storage)
+
+
+@grid_app.command("plan")
+def grid_plan(grid: GridFile, set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
+    """Print every cell with its parameters, tokens, FLOPs and what is already done.
+
+    Example: `bwlm grid plan grids/demo.yaml --set budget.steps=100`
+    """
+    plan, root = _load(grid, set_, storage)
+    if as_json:
+        return print_json(_status_document(plan, root))
+    cells = _status_document(plan, root)["cells"]
+    rows = [[c["id"], *(si(c[k]) for k in ("params", "tokens", "flops")), c["state"], c["reason"]] for c in cells]
+    show(table(["cell", "params", "tokens", "FLOPs", "state", "reason"], rows, f"{plan.name}: {len(cells)} cells"))
+    total = sum(c["flops"] for c in cells)
+    left = sum(c["flops"] for c in cells if c["state"] not in ("finished", "failed"))
+    show(f"{si(total)} FLOPs in all, {si(left)} to do; storage {root}")
+    return None
+
+
+@grid_app.command("status")
+def grid_status(grid: GridFile, set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
+    """How far a grid is: the state, step and figures of every cell.
+
+    Example: `bwlm grid status grids/demo.yaml --json`
+    """
+    from bwlm.analysis.report import CELL_HEADER, cell_columns
+    from bwlm.analysis.tables import load_cell
+    from bwlm.grid.cells import find_cells
+
+    plan, root = _load(grid, set_, storage)
+    if as_json:
+        return print_json(_status_document(plan, root))
+    planned = find_cells(plan, root)
+    known = [load_cell(p.folder) for p in planned if p.folder.exists()]
+    show(table(["id", *CELL_HEADER[4:]], [[c.id, *cell_columns(c)[4:]] for c in known], plan.name))
+    show(f"{sum(c.state == 'finished' for c in known)} of {len(planned)} cells finished")
+    return None
+
+
+@grid_app.command("run")
+def grid_run(grid: GridFile, set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
+    """Train every cell that is not finished, then compare the directions. The same command resumes.
+
+    Example: `bwlm grid run grids/demo.yaml`
+    """
+    plan, root = _load(grid, set_, storage)
+    result = launch(plan, root)
+    if as_json:
+        print_json(_status_document(plan, root))
+    else:
+        _show_result(plan, root, result, grid)
+    if not result.complete:
+        raise typer.Exit(1)
+
+
+@grid_app.command("schema")
+def grid_schema() -> None:
+    """Print the JSON Schema of a grid file.
+
+    Example: `bwlm grid schema > grid.schema.json`
+    """
+    from bwlm.grid.spec import Grid
+
+    print_json(Grid.model_json_schema())
+
+
+def _status_document(plan: Plan, root: Path) -> dict[str, Any]:
+    from bwlm.grid.cells import find_cells
+
+    cells = [
+        {
+            "id": p.cell.id, "params": p.cell.parameters, "tokens": p.cell.tokens, "flops": p.cell.flops,
+            "state": p.status.state, "reason": _reason(p), "step": p.status.step, "steps": p.cell.steps,
+            "metrics": p.status.metrics,
+        }
+        for p in find_cells(plan, root)
+    ]  # fmt: skip
+    return {"grid": plan.name, "cells": cells}
+
+
+def _reason(planned: PlannedCell) -> str:
+    """Why a cell ended as it did, or that `run` would refuse it."""
+    if planned.changed:
+        return f"exists with other settings ({'; '.join(planned.changed)})"
+    return planned.status.reason
+
+
+def _show_result(plan: Plan, root: Path, result: LaunchResult, grid: Path) -> None:
+    from bwlm.analysis.report import (
+        BEST_HEADER,
+        CELL_HEADER,
+        GAP_HEADER,
+        best_columns,
+        cell_columns,
+        find,
+        gap_caption,
+        gap_columns,
+    )
+    from bwlm.record.lineage import ExperimentFolder
+
+    findings = find([ExperimentFolder(root, cell.id) for cell in result.cells])
+    show(table(CELL_HEADER, [cell_columns(cell) for cell in result.cells], f"{plan.name}: cells"))
+    show(
+        table(
+            BEST_HEADER,
+            [best_columns(rate) for rate in findings.best],
+            "Best learning rate (chosen on the tuning half)",
+        )
+    )
+    if findings.gaps:
+        show(table(GAP_HEADER, [gap_columns(gap) for gap in findings.gaps], gap_caption(findings)))
+    for line in findings.skipped:
+        show(f"no result: {line}")
+    show_places(result)
+    show(f"dashboard  {_dashboard_hint(result, grid)}")
+
+
+def _dashboard_hint(result: LaunchResult, grid: Path) -> str:
+    if os.environ.get("RAY_ADDRESS"):
+        return f"http://{result.dashboard}" if result.dashboard else os.environ["RAY_ADDRESS"]
+    where = f"http://{result.dashboard} while it ran; " if result.dashboard else ""
+    activate = f"export PATH={Path(sys.executable).parent}:$PATH"
+    submit = f"ray job submit --working-dir . -- python jobs/run_grid.py {grid}"
+    return f"{where}one that stays, at http://127.0.0.1:8265: {activate}; ray start --head && {submit}"

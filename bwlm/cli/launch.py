@@ -1,0 +1,30 @@
+"""What launches have in common: `bwlm grid run` and `bwlm train`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bwlm.cli.terminal import say, show
+
+if TYPE_CHECKING:
+    from bwlm.grid.launch import LaunchResult
+    from bwlm.grid.spec import Plan
+
+
+def launch(plan: Plan, root: Path) -> LaunchResult:
+    from bwlm.grid.launch import run_plan  # pandas, altair and Ray take seconds: a mistake is told before
+
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        say(f"storage: {root}")
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints; stdout is for the result alone
+        return run_plan(plan, root, say)
+
+
+def show_places(result: LaunchResult) -> None:
+    from bwlm.record.tracking import ui_command
+
+    show(f"report     {result.report}", f"MLflow     {ui_command(result.tracking_uri, Path(sys.executable).parent)}")

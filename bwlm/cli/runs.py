@@ -1,0 +1,34 @@
+"""`bwlm runs`: what was trained."""
+
+from __future__ import annotations
+
+import typer
+
+from bwlm.cli.terminal import Json, Storage, print_json, show, table
+
+runs_app = typer.Typer(help="What was trained.", no_args_is_help=True)
+
+
+@runs_app.command("list")
+def runs_list(storage: Storage = None, as_json: Json = False) -> None:
+    """Every experiment with its state, step and figures.
+
+    Example: `bwlm runs list --json`
+    """
+    from bwlm.analysis.report import CELL_HEADER, cell_columns
+    from bwlm.analysis.tables import load_cell
+    from bwlm.paths import storage_root
+    from bwlm.record.lineage import list_experiments
+
+    root = storage_root(storage)
+    cells = [load_cell(folder) for folder in list_experiments(root)]
+    if as_json:
+        return print_json([cell.to_json() for cell in cells])
+    show(
+        table(
+            ["id", "state", "step", *CELL_HEADER[5:]],
+            [[c.id, c.state, str(c.step), *cell_columns(c)[5:]] for c in cells],
+        )
+    )
+    show(f"{len(cells)} experiments in {root}")
+    return None

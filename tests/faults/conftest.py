@@ -1,3 +1,0 @@
-from tests.train.runs import new_run
-
-__all__ = ["new_run"]
