@@ -28,8 +28,14 @@ def in_process(plan: DirectedPlan, first: int, last: int) -> Iterator[Batch]:
 
 def compute_of(experiment: Experiment) -> Compute:
     asked = experiment.compute
-    rows = asked.device_batch_size or 8
-    return Compute("float32", "sdpa", 0 if asked.fused_loss is False else 64, bool(asked.compile), rows, 1)
+    return Compute(
+        "float32" if asked.precision == "auto" else asked.precision,
+        "sdpa" if asked.attention == "auto" else asked.attention,
+        0 if asked.fused_loss is False else 64,
+        bool(asked.compile),
+        asked.device_batch_size or 8,
+        1,
+    )
 
 
 def make_run(prepared: Prepared, storage: Path, name: str, **settings: Any) -> ExperimentFolder:
@@ -51,15 +57,16 @@ def make_run(prepared: Prepared, storage: Path, name: str, **settings: Any) -> E
     experiment = Experiment.model_validate(content)
     steps = experiment.budget.steps
     assert steps is not None
+    compute = compute_of(experiment)
     digests = {"data": prepared.manifest.digest, "tokenizer": prepared.tokenizer.digest}
     folder = ExperimentFolder(storage, name)
     folder.create(
         RunConfig(
             id=name,
             experiment=experiment,
-            identity=identity(experiment, **digests, precision="float32", steps=steps),
+            identity=identity(experiment, **digests, precision=compute.precision, steps=steps),
             steps=steps,
-            compute=compute_of(experiment),
+            compute=compute,
             corpus=str(prepared.folder),
             tokenizer=str(prepared.tokenizer_folder),
         )

@@ -43,7 +43,7 @@ def test_the_step_is_timed_without_ray_and_pydantic() -> None:
 @pytest.mark.slow
 def test_what_rays_loop_costs_is_printed() -> None:
     shown = run("loop_overhead.py", "--rounds", "1", "--steps", "12", "--batch-tokens", "512")
-    assert "Ray's loop costs" in shown
+    assert "the loop costs" in shown
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 
 from bwlm.errors import RunError, UserError
 from bwlm.model.gpt import GPT
-from bwlm.record.checkpoint import Tensors, checkpoint_steps, load_weights, read_meta
+from bwlm.record.checkpoint import Tensors, check_fits, checkpoint_steps, load_weights, read_meta, step_folder
 from bwlm.record.lineage import ExperimentFolder, RunConfig, open_experiment
 from bwlm.text.tokenizer import Tokenizer
 
@@ -41,8 +41,8 @@ def load_model(
 ) -> LoadedModel:
     """The model of an experiment below `storage`: its newest whole checkpoint, or the one of `step`.
 
-    Raises `UserError` where there is no such experiment or checkpoint, where the checkpoint is damaged, and where the
-    tokenizer is not the one that the model was trained with.
+    Raises `UserError` where there is no such experiment or checkpoint, where the checkpoint is damaged or another
+    model's, and where the tokenizer is not the one that the model was trained with.
     """
     folder = open_experiment(storage, experiment_id)
     config = folder.config()
@@ -71,7 +71,7 @@ def _read(folder: ExperimentFolder, candidates: list[int], tokenizer: Tokenizer)
     damage: list[str] = []
     for step in candidates:
         try:
-            _check_tokenizer(folder, tokenizer, read_meta(folder.checkpoints, step))
+            _check_model(folder, tokenizer, read_meta(folder.checkpoints, step), step)
             weights, meta = load_weights(folder.checkpoints, step)
         except RunError as error:
             damage.append(str(error))
@@ -82,11 +82,14 @@ def _read(folder: ExperimentFolder, candidates: list[int], tokenizer: Tokenizer)
     raise UserError(f"{damage[0]}: choose another step, or train {folder.id} again")
 
 
-def _check_tokenizer(folder: ExperimentFolder, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
+def _check_model(folder: ExperimentFolder, tokenizer: Tokenizer, meta: dict[str, Any], step: int) -> None:
     """Raises `UserError`: a model with another tokenizer would not fail, but read and write other text."""
+    config = folder.config()
     for name, found in (("tokenizer", tokenizer.digest), ("vocab_size", tokenizer.vocab_size)):
         if meta.get(name) != found:
             raise UserError(
-                f"{folder.config().tokenizer}: not the tokenizer that {folder.id} was trained with "
+                f"{config.tokenizer}: not the tokenizer that {folder.id} was trained with "
                 f"({found} instead of {meta.get(name)}): put that one back"
             )
+    expected = {name: value for name, value in config.checkpoint_meta().items() if name != "id"}
+    check_fits(step_folder(folder.checkpoints, step), meta, expected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bwlm.config import Recipe
@@ -59,6 +59,23 @@ def check_same(planned: PlannedCell, changed: list[str], plan: Plan) -> None:
             f"give the grid another name, or {remove}"
         )
     raise UserError(f"{plan.name}: exists with other settings ({'; '.join(changed)}): take another --id, or {remove}")
+
+
+def going_on(known: RunConfig, asked: RunConfig) -> RunConfig:
+    """A run that exists, with what this launch says of where and how fast it goes on.
+
+    How it computes was chosen when it was planned, maybe on another machine, and stays unless it is asked for anew;
+    precision, which is part of what a run is, stays where it was left open.
+    """
+    settings = asked.experiment
+    update = {"resources": settings.resources, "checkpoint": settings.checkpoint, "compute": settings.compute}
+    compute = known.compute if settings.compute == known.experiment.compute else asked.compute
+    identity = dict(asked.identity)
+    if settings.compute.precision == "auto":
+        compute = replace(compute, precision=known.compute.precision)
+        identity["precision"] = known.identity["precision"]
+    compute = replace(compute, threads=settings.resources.cpus_per_worker)
+    return replace(known, experiment=known.experiment.model_copy(update=update), identity=identity, compute=compute)
 
 
 def text_key(recipe: Recipe) -> str:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from bwlm.analysis.report import REPORT, write_experiment_report, write_grid_report
 from bwlm.analysis.tables import CellRow, load_cells
-from bwlm.grid.cells import PlannedCell, check_same, find_cells, run_config, text_key
+from bwlm.grid.cells import PlannedCell, check_same, find_cells, going_on, run_config, text_key
 from bwlm.grid.spec import Plan
 from bwlm.paths import check_writable, exclusive, write_json
 from bwlm.record.fingerprint import differences
@@ -110,8 +110,11 @@ def _enlist(
     cells = find_cells(plan, storage)
     for planned in cells:
         if planned.folder.exists():
-            config = configs[planned.cell.id]
-            check_same(planned, differences(planned.folder.config().identity, config.identity), plan)
+            known = planned.folder.config()
+            config = going_on(known, configs[planned.cell.id])
+            check_same(planned, differences(known.identity, config.identity), plan)
+            if config != known and not planned.is_done and planned.folder.lease_holder() is None:
+                planned.folder.reconfigure(config)
     tracking = Tracking(uri, storage)
     parent = None
     if plan.grid_text is not None:

@@ -64,6 +64,10 @@ class Progress:
         """Its worker died or was asked to end: another takes it up from its last checkpoint."""
         self._line(f"{cell}: broke off at step {step}, goes on")
 
+    def warned(self, cell: str, warning: str) -> None:
+        """Above the table, so that it stays."""
+        self._console.print(f"warning: {cell}: {warning}", highlight=False, markup=False, soft_wrap=True)
+
     def ended(self, cell: str, status: Status) -> None:
         self._running.pop(cell, None)
         self._ended[cell] = status

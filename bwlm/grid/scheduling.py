@@ -110,6 +110,7 @@ class CellStates(ray.tune.Callback):  # type: ignore[misc]
         self._storage = storage
         self._progress = progress
         self._termination = termination
+        self._heard: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks into a state that we never restore, and a live display cannot be pickled
@@ -121,10 +122,12 @@ class CellStates(ray.tune.Callback):  # type: ignore[misc]
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
         self._progress.began(folder.id, folder.status().step)
+        self._heard.setdefault(folder.id, _size(folder.warnings))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        self._tell_warnings(self._folder(trial))
         if "step" in result:
             self._progress.moved(trial.config["cell"], result)
 
@@ -135,12 +138,14 @@ class CellStates(ray.tune.Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
+        self._tell_warnings(folder)
         at = folder.status()
         if at.ended or not self._termination.asked:
             self._close(folder, at, Status("stopped", f"by the scheduler at step {at.step}", at.step, at.metrics))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
+        self._tell_warnings(folder)
         at, error = folder.status(), Path(trial.error_file).read_text()
         last = error.strip().splitlines()[-1].strip()
         write_atomic(folder.path / "error.txt", error.encode())
@@ -153,3 +158,17 @@ class CellStates(ray.tune.Callback):  # type: ignore[misc]
         if not at.ended:
             folder.write_status(ending)
         self._progress.ended(folder.id, at if at.ended else ending)
+
+    def _tell_warnings(self, folder: ExperimentFolder) -> None:
+        """What the cell's worker warned of since this launch began with it."""
+        size, heard = _size(folder.warnings), self._heard.get(folder.id, 0)
+        if size > heard:
+            with folder.warnings.open("rb") as file:
+                file.seek(heard)
+                for line in file.read(size - heard).decode(errors="replace").splitlines():
+                    self._progress.warned(folder.id, line)
+            self._heard[folder.id] = size
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

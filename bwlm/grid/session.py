@@ -38,6 +38,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bwlm.config import Experiment, ResourceSettings
 from bwlm.errors import Interrupted, UserError
+from bwlm.grid.spec import available_cores
 from bwlm.model.compute import Compute, DeviceType, Hardware, Wanted, choose_compute, look_at_hardware
 from bwlm.model.shape import GPTConfig
 from bwlm.train.termination import Termination
@@ -83,7 +84,7 @@ def cluster(needs: Collection[ResourceSettings], concurrency: int | None, cells:
             yield _room_on_cluster(needs, concurrency, cells, context.dashboard_url)
         else:
             # a trial driver sleeps: it needs a logical CPU share to be placed, but no core of this machine
-            cores = (os.cpu_count() or 1) + _TRIAL_CPUS
+            cores = available_cores() + _TRIAL_CPUS
             chosen = _concurrency(needs, concurrency, cells, cores, _local_gpus(), "this machine")
             # Ray Data's tasks and the trial drivers need logical CPUs of their own, or nothing would ever start
             logical = math.ceil(chosen * (max(map(cpus_of_cell, needs)) + _TRIAL_CPUS) + _SPARE_CPUS)
@@ -196,6 +197,8 @@ def plan_compute(experiment: Experiment, shape: GPTConfig, steps: int) -> Comput
 
 
 def _allocator() -> str:
+    if os.environ.get("RAY_ADDRESS"):
+        return "as the environment of the cluster's nodes sets it (docs/performance.md)"
     kept = (
         "freed memory stays in the process" if os.environ["MALLOC_MMAP_MAX_"] == "0" else "as the environment sets it"
     )
@@ -328,7 +331,7 @@ def _trainer(config: dict[str, Any], resources: ResourceSettings) -> Any:
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """What every worker of a cell runs."""
+    """What every worker of a cell runs. Its warnings go to a file, from which the launch tells them."""
     import torch
     import torch.distributed as dist
 
@@ -343,7 +346,22 @@ def train_worker(config: dict[str, Any]) -> None:
     # a process that waits for the lease leaves when it is asked to end, unless other workers would wait for it in turn
     give_up = session.stopping if session.world == 1 else lambda: False
     writer = folder.lease(give_up=give_up) if session.rank == 0 else contextlib.nullcontext()
-    with process_termination(), contextlib.suppress(Interrupted), writer:
+    with process_termination(), contextlib.suppress(Interrupted), writer, _warnings_to(folder.warnings):
         if session.world > 1:
             dist.barrier()
         run_base(folder, session, stream_batches)
+
+
+@contextlib.contextmanager
+def _warnings_to(path: Path) -> Iterator[None]:
+    """Ray keeps what workers print to itself."""
+    handler = logging.FileHandler(path, delay=True)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("bwlm")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

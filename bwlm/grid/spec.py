@@ -13,6 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 from pydantic import Field
 
 from bwlm.config import (
@@ -167,8 +168,13 @@ def _share_cores(cells: tuple[Cell, ...], document: Document) -> tuple[Cell, ...
     on_cluster, field = bool(os.environ.get("RAY_ADDRESS")), "resources.cpus_per_worker"
     if on_cluster or holds(document.content, field) or field in document.content.get("axes", {}):
         return cells
-    cores = os.cpu_count() or 1
+    cores = available_cores()
     return tuple(_with_threads(cell, cores // min(len(cells), cores)) for cell in cells)
+
+
+def available_cores() -> int:
+    """Cores that this process may use: a batch system may have given it a part of the machine."""
+    return len(psutil.Process().cpu_affinity()) if psutil.LINUX else os.cpu_count() or 1
 
 
 def _with_threads(cell: Cell, cores: int) -> Cell:

@@ -7,6 +7,7 @@ behind the constants. Imports torch only where it looks at the machine, so that 
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -36,12 +37,15 @@ _COMPILE_GAIN = {"cpu": 1.10, "cuda": 1.5}
 _EAGER_SHARE = {"cpu": 0.45, "cuda": 0.25}
 """Of the peak, as a run that is not compiled reaches it."""
 
-# dense bf16 FLOP/s from NVIDIA's data sheets; the first name that the device's name contains counts
+# dense bf16 FLOP/s from NVIDIA's data sheets; the first whose words the device's name contains counts
 _GPU_PEAKS = {
     "B200": 2250e12, "B100": 1800e12, "GH200": 989e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
     "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
-    "A40": 150e12, "A10": 125e12, "A6000": 155e12, "5090": 209e12, "4090": 165e12, "3090": 71e12, "V100": 125e12,
+    "A40": 150e12, "A10": 125e12, "A6000": 155e12, "5090": 209e12, "4090": 165e12, "3090": 71e12,
 }  # fmt: skip
+
+_NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+"""Any of these capabilities of a CPU, x86 or ARM."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def look_at_hardware(device: DeviceType, threads: int) -> tuple[Hardware, float]
         gpu = Hardware(device, torch.cuda.get_device_name(), native, _find_triton(), threads)
         return gpu, peak_flops(torch.device(device, 0), "bfloat16")
     known = torch.cpu.get_capabilities()
-    native = bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    native = any(known.get(name) for name in _NATIVE_BFLOAT16)
     compiler = shutil.which("g++") or shutil.which("clang++") or ""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -176,9 +180,15 @@ def peak_flops(device: torch.device, precision: Precision) -> float:
     import torch
 
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((peak for part, peak in _GPU_PEAKS.items() if part in name), float("nan"))
+        return gpu_peak(torch.cuda.get_device_name(device))
     return measured_matmul(getattr(torch, precision))
+
+
+def gpu_peak(name: str) -> float:
+    """Dense bf16 FLOP/s of a GPU by its name, NaN where the table does not have it: a laptop's chip is another one."""
+    if "Laptop" in name:
+        return float("nan")
+    return next((peak for words, peak in _GPU_PEAKS.items() if re.search(rf"\b{words}\b", name)), float("nan"))
 
 
 def measured_matmul(dtype: torch.dtype, size: int = 1024, tries: int = 5) -> float:

@@ -51,7 +51,7 @@ class TrainStep:
         self.micro_rows = micro_rows
         self._grad_clip = grad_clip or math.inf
         self._world = world
-        self._loss = DistributedDataParallel(_Loss(model), gradient_as_bucket_view=True) if world > 1 else _Loss(model)
+        self._loss = self._distributed(_Loss(model)) if world > 1 else _Loss(model)
 
     def __call__(
         self, inputs: Tensor, targets: Tensor, segments: Tensor | None = None, stop: bool = False
@@ -79,6 +79,11 @@ class TrainStep:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return result
+
+    @staticmethod
+    def _distributed(loss: _Loss) -> DistributedDataParallel:
+        # the only buffers are tables of angles, which every rank makes for itself
+        return DistributedDataParallel(loss, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def _sum_over_ranks(self, value: Tensor) -> None:
         if self._world > 1:

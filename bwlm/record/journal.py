@@ -91,6 +91,7 @@ def last_entry(folder: Path) -> Entry | None:
 def _parse(line: bytes) -> Entry | None:
     """None for a line that was torn or damaged: a part of a JSON object is not one."""
     try:
-        return Entry(**json.loads(line))
+        entry = Entry(**json.loads(line))
     except (ValueError, TypeError):
         return None
+    return entry if isinstance(entry.step, int) and isinstance(entry.metrics, dict) else None

@@ -60,6 +60,19 @@ class RunConfig:
     def shape(self) -> GPTConfig:
         return shape_of(self.experiment)
 
+    def checkpoint_meta(self) -> dict[str, object]:
+        """What a reader of a checkpoint must know before it takes memory for it."""
+        experiment = self.experiment
+        return {
+            "id": self.id,
+            "phase": experiment.phase,
+            "direction": experiment.direction,
+            "depth": experiment.depth,
+            "vocab_size": experiment.tokenizer.vocab_size,
+            "tokenizer": self.identity["tokenizer"],
+            "fingerprint": self.fingerprint,
+        }
+
 
 @dataclass(frozen=True)
 class Status:
@@ -102,8 +115,17 @@ class ExperimentFolder:
         write_json(self.path / "parent_link.json", {"parent": None, "checkpoint": None, "phase": None, "chain": []})
         self.write_status(Status())
         versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
-        content = asdict(config) | {"experiment": config.experiment.model_dump(), "versions": versions}
-        write_json(self.path / "config.json", content | {"fingerprint": config.fingerprint, "created": time.time()})
+        self._write_config(config, {"versions": versions, "created": time.time()})
+
+    def reconfigure(self, config: RunConfig) -> None:
+        """Takes over settings that say where and how fast the run goes on, not what it is."""
+        before = read_json(self.path / "config.json")
+        assert config.fingerprint == before["fingerprint"], "another run's settings"
+        self._write_config(config, {name: before[name] for name in ("versions", "created")})
+
+    def _write_config(self, config: RunConfig, besides: dict[str, Any]) -> None:
+        content = asdict(config) | {"experiment": config.experiment.model_dump(), "fingerprint": config.fingerprint}
+        write_json(self.path / "config.json", content | besides)
 
     def config(self) -> RunConfig:
         """Raises `UserError` naming the file if it is not an experiment's, or one of another version of bwlm."""
@@ -138,6 +160,11 @@ class ExperimentFolder:
         if entry is None:
             return Status()
         return Status("stopped", "", step, metrics)
+
+    @property
+    def warnings(self) -> Path:
+        """What the run's worker had to say that a person should hear."""
+        return self.path / "warnings.log"
 
     # -- the lease: one writer at a time, freed by the kernel when its process dies --
 

@@ -21,7 +21,7 @@ from bwlm.text.direction import SpecialIds, is_marked, own_readings
 from bwlm.text.plan import RowPlan
 from bwlm.text.tokenizer import Tokenizer
 from bwlm.train.loop import Phase, train
-from bwlm.train.session import Session
+from bwlm.train.session import Session, together
 
 Stream = Callable[[DirectedPlan, int, int], Iterator[Batch]]
 """Yields a rank's batches of steps first..last-1: Ray Data, or the in-process reader of tests."""
@@ -79,20 +79,6 @@ class Validation:
         return metrics
 
 
-def checkpoint_meta(config: RunConfig) -> dict[str, object]:
-    """What a reader of a checkpoint must know before it takes memory for it."""
-    experiment = config.experiment
-    return {
-        "id": config.id,
-        "phase": experiment.phase,
-        "direction": experiment.direction,
-        "depth": experiment.depth,
-        "vocab_size": experiment.tokenizer.vocab_size,
-        "tokenizer": config.identity["tokenizer"],
-        "fingerprint": config.fingerprint,
-    }
-
-
 def loss_by_direction(direction: str, special: SpecialIds, batch: Batch, losses: Tensor) -> dict[str, Tensor]:
     """[sum in nats, targets] of a batch by the reading of its segments; losses [R, T]."""
     targets = torch.from_numpy(batch["targets"] >= 0).to(losses.device)
@@ -134,9 +120,13 @@ def run_base(folder: ExperimentFolder, session: Session, stream: Stream) -> Stat
 
 
 def _train_base(folder: ExperimentFolder, session: Session, stream: Stream) -> dict[str, float]:
+    return train(together(session, lambda: _base_phase(folder, session, stream)), folder, session)
+
+
+def _base_phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Phase:
     config = folder.config()
     experiment, optim = config.experiment, config.experiment.optim
-    meta = checkpoint_meta(config)
+    meta = config.checkpoint_meta()
     refuse_foreign(folder.checkpoints, {name: value for name, value in meta.items() if name != "id"})
     model = build_model(config, session.device)
     validation = Validation.of(config, session.device)
@@ -151,7 +141,7 @@ def _train_base(folder: ExperimentFolder, session: Session, stream: Stream) -> d
                 measured.save(folder.evaluation("base", reading))
         return validation.metrics(losses)
 
-    phase = Phase(
+    return Phase(
         model=model,
         optimizer=build_optimizers(model, experiment.lr, optim.weight_decay, optim.kind, session.rank, session.world),
         batches=lambda first, last: stream(plan, first, last),
@@ -167,4 +157,3 @@ def _train_base(folder: ExperimentFolder, session: Session, stream: Stream) -> d
         checkpoint=experiment.checkpoint,
         meta=meta,
     )
-    return train(phase, folder, session)

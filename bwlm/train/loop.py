@@ -33,7 +33,7 @@ from bwlm.record.saver import CheckpointSaver
 from bwlm.text.batches import Batch
 from bwlm.text.plan import counter_hash
 from bwlm.train.meter import Meter, Progress
-from bwlm.train.session import Session
+from bwlm.train.session import Session, together
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str,
             result, metrics = _step(phase, step_of, batch, progress.step, session)
             seconds = time.perf_counter() - began
             metrics |= meter.stepped(result.loss, batch["inputs"].size * session.world, seconds)
-            metrics |= _validate(phase, progress)
+            if validation := _validate(phase, progress):
+                metrics |= validation
+                meter.validated()
             if records is not None:
                 records.log(progress.step, metrics)
             if result.asked_to_stop or _is_due(progress.step, phase.checkpoint.every, phase.steps):
@@ -109,16 +111,15 @@ class Records:
         except OSError as error:
             self._failure = self._failure or self._journal_failure(error)
 
-    def settle(self) -> RunError | None:
-        """Waits until everything so far is on disk; returns what could not be written."""
+    def settle(self) -> None:
+        """Waits until everything so far is on disk. Raises `RunError` for what could not be written."""
         try:
             self._saver.wait()
             self._journal.sync()
-        except RunError as error:
-            return error
         except OSError as error:
-            return self._failure or self._journal_failure(error)
-        return self._failure
+            self._failure = self._failure or self._journal_failure(error)
+        if self._failure is not None:
+            raise self._failure
 
     def save(self, snapshot: Snapshot) -> None:
         """Starts a save. The journal must be settled: a resumed run does not write those lines again."""
@@ -159,14 +160,14 @@ def _resume(phase: Phase, folder: ExperimentFolder, session: Session) -> Progres
 
 def _newest(folder: ExperimentFolder, session: Session) -> Snapshot | None:
     """The checkpoint that all ranks resume from: rank 0 chooses, since each might see another one as the newest."""
+    newest = together(session, lambda: load_newest(folder.checkpoints) if session.rank == 0 else None)
     if session.world == 1:
-        return load_newest(folder.checkpoints)
-    newest = load_newest(folder.checkpoints) if session.rank == 0 else None
+        return newest
     chosen = torch.tensor(newest.step if newest else -1, device=session.device)
     dist.broadcast(chosen, src=0)
-    if session.rank == 0 or chosen < 0:
-        return newest
-    return load_checkpoint(folder.checkpoints, int(chosen))
+    if chosen < 0:
+        return None
+    return together(session, lambda: newest or load_checkpoint(folder.checkpoints, int(chosen)))
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:
@@ -229,14 +230,8 @@ def _save(phase: Phase, session: Session, progress: Progress, metric: float | No
 
 
 def _settle(session: Session, records: Records | None) -> None:
-    """Waits for what rank 0 writes. If that failed all ranks raise `RunError`: none may wait for one that has gone."""
-    error = records.settle() if records is not None else None
-    if session.world > 1:
-        failed = torch.tensor(int(error is not None), device=session.device)
-        dist.broadcast(failed, src=0)
-        error = error or (RunError("rank 0 cannot write its records") if failed else None)
-    if error is not None:
-        raise error
+    """Waits for what rank 0 writes; if that failed all ranks raise `RunError`."""
+    together(session, lambda: records.settle() if records is not None else None)
 
 
 def _random_states(session: Session) -> Tensors:

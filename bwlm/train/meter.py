@@ -31,6 +31,7 @@ class Progress:
 
     @property
     def tokens_per_second(self) -> float:
+        """Of the whole run, whatever it ran on."""
         return self.timed_tokens / self.seconds if self.seconds else 0.0
 
     @property
@@ -54,26 +55,36 @@ class Meter:
         self._device = device
         self._folder = folder
         self._looked = 0.0
-        self._timed_from = 0.0
+        self._timed_from = self._last = time.monotonic()
+        self._seconds = 0.0
+        self._tokens = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
 
-    def stepped(self, loss: float, tokens: int, seconds: float) -> dict[str, float]:
-        """Counts a step of all ranks; `loss` in nats per target. Returns what is measured after it."""
+    def stepped(self, loss: float, tokens: int, step_seconds: float) -> dict[str, float]:
+        """Counts a step of all ranks; `loss` in nats per target. Returns what is measured after it.
+
+        Speeds are of this process since it began, with all that a step waits for: data, and the copy for a checkpoint.
+        """
         progress, now = self._progress, time.monotonic()
         progress.step += 1
         progress.tokens += tokens
         progress.average = _SMOOTHING * progress.average + (1 - _SMOOTHING) * loss
         timed = progress.step - self._first - _UNTIMED_STEPS
         if timed > 0:
-            progress.seconds += seconds
+            self._seconds += now - self._last
+            self._tokens += tokens
+            progress.seconds += now - self._last
             progress.timed_tokens += tokens
         else:
             self._timed_from = now
-        speed = progress.tokens_per_second
+        self._last = now
+        speed = self._tokens / self._seconds if self._seconds else 0.0
         metrics = {
             "train_loss_smooth": progress.smooth_loss,
             "tokens": progress.tokens,
             "flops": float(progress.tokens * self._flops_per_token),
-            "step_seconds": seconds,
+            "step_seconds": step_seconds,
             "tokens_per_second": speed,
             "mfu": speed * self._flops_per_token / self._peak,
         }
@@ -84,8 +95,13 @@ class Meter:
             metrics |= self._resources()
         return metrics
 
+    def validated(self) -> None:
+        """The time since the last step was not for training."""
+        self._last = time.monotonic()
+
     def _resources(self) -> dict[str, float]:
-        """Bytes: memory of this process (on a GPU the most that tensors took), the run's records, the disk's rest."""
+        """Bytes: what this process holds, from earlier cells too (on a GPU the most that this run's tensors took); the
+        run's records; the disk's rest."""
         on_gpu = self._device.type == "cuda"
         memory = torch.cuda.max_memory_allocated(self._device) if on_gpu else psutil.Process().memory_info().rss
         records = [path for pattern in ("*.jsonl", "*.h5") for path in self._folder.glob(pattern)]

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 
+from bwlm.errors import BwlmError, RunError, UserError
 from bwlm.train.termination import Termination
+
+T = TypeVar("T")
+
+_LONGEST_WORDS = 2000
+"""Bytes of a failure that the other ranks hear."""
 
 
 class Session(Protocol):
@@ -36,3 +44,35 @@ class AloneSession:
 
     def stopping(self) -> bool:
         return self.termination is not None and self.termination.asked
+
+
+def together(session: Session, action: Callable[[], T]) -> T:
+    """What `action` returns on this rank; a collective.
+
+    If it raises `RunError` or `UserError` on any rank, all ranks raise: none may wait for one that has gone. Those that
+    have no error of their own raise a `RunError` with the words of the first that has.
+    """
+    error: BwlmError | None = None
+    try:
+        result = action()
+    except (RunError, UserError) as failed:
+        error = failed
+    if session.world > 1:
+        error = _first_failure(session, error)
+    if error is not None:
+        raise error
+    return result
+
+
+def _first_failure(session: Session, error: BwlmError | None) -> BwlmError | None:
+    first = torch.tensor(session.rank if error else session.world, device=session.device)
+    dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    if first == session.world:
+        return None
+    words = torch.zeros(_LONGEST_WORDS, dtype=torch.uint8, device=session.device)
+    if session.rank == first:
+        text = str(error).encode()[:_LONGEST_WORDS]
+        words[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+    dist.broadcast(words, src=int(first))
+    told = bytes(words.tolist()).rstrip(b"\0").decode(errors="replace")
+    return error or RunError(f"rank {int(first)}: {told}")

@@ -27,7 +27,7 @@ from bwlm.record.checkpoint import KeepPolicy, Snapshot, copy_to_host, write_che
 from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.prepare import Prepared
-from bwlm.train.base import build_model, checkpoint_meta
+from bwlm.train.base import build_model
 from bwlm.train.meter import Progress
 from tests.grid.conftest import once_at_step
 from tests.mlflow_server import free_port, server
@@ -178,7 +178,7 @@ def test_a_cell_that_diverges_fails_alone(
     model = build_model(config, torch.device("cpu"))
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     states = copy_to_host(model.state_dict()), copy_to_host(build_optimizers(model).state_tensors())
-    meta = checkpoint_meta(config) | {"progress": vars(Progress(step=4))}
+    meta = config.checkpoint_meta() | {"progress": vars(Progress(step=4))}
     write_checkpoint(folder.checkpoints, Snapshot(4, *states, {}, meta), KeepPolicy(2))
     result = run_plan(plan, storage, lambda _: None)
     assert not result.complete

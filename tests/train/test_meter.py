@@ -27,26 +27,42 @@ def test_speed_leaves_out_the_first_two_steps(tmp_path: Path, clock: list[float]
     meter = new(Progress(), tmp_path)
     for seconds in (60.0, 30.0):
         clock[0] += seconds
-        early = meter.stepped(loss=3.0, tokens=200, seconds=seconds)
+        early = meter.stepped(loss=3.0, tokens=200, step_seconds=seconds)
         assert early["tokens_per_second"] == 0
         assert "seconds_left" not in early
-    clock[0] += 5.0  # the step and what stands between steps
-    third = meter.stepped(loss=3.0, tokens=200, seconds=4.0)
-    assert third["tokens_per_second"] == pytest.approx(50)
-    assert third["mfu"] == pytest.approx(50 * 50 / 10_000)
+    clock[0] += 5.0  # the step, and what it waited for
+    third = meter.stepped(loss=3.0, tokens=200, step_seconds=4.0)
+    assert third["step_seconds"] == 4
+    assert third["tokens_per_second"] == pytest.approx(40)
+    assert third["mfu"] == pytest.approx(40 * 50 / 10_000)
     assert third["seconds_left"] == pytest.approx(5.0 * 7)
     assert third["tokens"] == 600
     assert third["flops"] == 30_000
 
 
-def test_a_run_that_goes_on_counts_on_and_warms_up_again(tmp_path: Path, clock: list[float]) -> None:
+def test_the_time_of_a_validation_is_not_a_steps(tmp_path: Path, clock: list[float]) -> None:
+    meter = new(Progress(), tmp_path)
+    for _ in range(2):
+        meter.stepped(loss=3.0, tokens=200, step_seconds=1.0)
+    clock[0] += 70.0
+    meter.validated()
+    clock[0] += 4.0
+    assert meter.stepped(loss=3.0, tokens=200, step_seconds=4.0)["tokens_per_second"] == pytest.approx(50)
+
+
+def test_a_run_that_goes_on_counts_on_and_measures_its_speed_anew(tmp_path: Path, clock: list[float]) -> None:
+    """It may have another number of workers now, or another machine."""
     before = Progress(step=4, tokens=800, average=1.0, seconds=8.0, timed_tokens=400)
     meter = new(before, tmp_path)
-    clock[0] += 50
-    fifth = meter.stepped(loss=3.0, tokens=200, seconds=50.0)
-    assert fifth["tokens"] == 1000
-    assert fifth["tokens_per_second"] == pytest.approx(50)
-    assert "seconds_left" not in fifth
+    for tokens in (1000, 1200):
+        clock[0] += 50
+        early = meter.stepped(loss=3.0, tokens=200, step_seconds=50.0)
+        assert early["tokens"] == tokens
+        assert early["tokens_per_second"] == 0
+        assert "seconds_left" not in early
+    clock[0] += 2
+    assert meter.stepped(loss=3.0, tokens=200, step_seconds=2.0)["tokens_per_second"] == pytest.approx(100)
+    assert before.tokens_per_second == pytest.approx(600 / 10)
 
 
 def test_the_smooth_loss_has_no_bias_of_its_start(tmp_path: Path) -> None:

@@ -24,8 +24,11 @@ def train(folder: ExperimentFolder, world: int, deadly: int | None = None) -> No
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_killed_and_taken_up_it_is_the_same_run_to_the_last_bit(new_run: NewRun, world: int) -> None:
-    calm, cut = new_run("calm", **SETTINGS), new_run("cut", **SETTINGS)
+@pytest.mark.parametrize("compute", [{}, {"precision": "bfloat16", "attention": "blocked"}], ids=["plain", "fast"])
+def test_killed_and_taken_up_it_is_the_same_run_to_the_last_bit(
+    new_run: NewRun, world: int, compute: dict[str, str]
+) -> None:
+    calm, cut = (new_run(name, **SETTINGS, compute=compute) for name in ("calm", "cut"))
     train(calm, world)
     train(cut, world, deadly=STEPS // 2)
     train(cut, world)
