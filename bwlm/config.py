@@ -374,7 +374,10 @@ def explain(error: ValidationError, model: type[BaseModel], document: Document) 
     # a misspelt field is also a missing one: the spelling is what helps
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     field = ".".join(str(part) for part in first["loc"])
-    where = document.where(field) if field else document.name  # what concerns two sections names its field itself
+    message = first["msg"].removeprefix("Value error, ")
+    if not field:  # what concerns two sections names its field itself
+        field, _, message = message.partition(": ")
+    where = document.where(field)
     if first["type"] == "extra_forbidden":
         section, _, name = field.rpartition(".")
         siblings = [f.rpartition(".")[2] for f in field_names(model) if f.rpartition(".")[0] == section]
@@ -385,6 +388,5 @@ def explain(error: ValidationError, model: type[BaseModel], document: Document) 
         choices = first["ctx"]["expected"]
         guess = nearest(str(first["input"]), re.findall(r"'([^']*)'", choices))
         return f"{where}: {first['input']!r} is not one of {choices}{guess}"
-    message = first["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(first["input"], dict) else f" (found {first['input']!r})"
     return f"{where}: {message[0].lower()}{message[1:]}{shown}"

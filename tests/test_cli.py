@@ -233,7 +233,7 @@ def test_runs_for_people(shell: Shell) -> None:
     answer = shell("runs", "list")
     assert "bars_forward_d1" in answer.out
     assert "1.2500" in answer.out
-    assert f"1 experiments in {shell.storage}" in answer.out
+    assert f"1 experiment in {shell.storage}" in answer.out
 
 
 # ---- mistakes ----

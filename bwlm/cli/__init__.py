@@ -20,7 +20,7 @@ from bwlm.errors import BwlmError
 from bwlm.train.termination import TERMINATED
 
 app = typer.Typer(
-    help="Which way should a language model read? Train, compare and talk to forward, backward and bidirectional GPTs.",
+    help="Which way should a language model read? Train and compare forward, backward and bidirectional GPTs.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -50,7 +50,7 @@ def main() -> NoReturn:
         say(f"bwlm: {error}")
         sys.exit(error.exit_code)
     except typer.TyperException as error:
-        say(f"bwlm: {error.format_message()}")
+        say(f"bwlm: {error.format_message().replace('Value error, ', '')}")
         sys.exit(2)
     except SystemExit as end:
         if end.code == TERMINATED:
@@ -59,7 +59,7 @@ def main() -> NoReturn:
     finally:
         signal.signal(signal.SIGTERM, before)
     if code == _INTERRUPTED:
-        say("bwlm: interrupted; the same command goes on where it was")
+        say("bwlm: interrupted; the same command goes on from the last checkpoints")
     sys.exit(code or 0)
 
 

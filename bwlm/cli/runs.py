@@ -30,5 +30,5 @@ def runs_list(storage: Storage = None, as_json: Json = False) -> None:
             [[c.id, c.state, str(c.step), *cell_columns(c)[5:]] for c in cells],
         )
     )
-    show(f"{len(cells)} experiments in {root}")
+    show(f"{len(cells)} experiment{'s' * (len(cells) != 1)} in {root}")
     return None

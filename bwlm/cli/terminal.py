@@ -36,6 +36,8 @@ def show(*renderables: Any) -> None:
     if not console.is_terminal:
         console.width = 200
     for renderable in renderables:
+        # a figure or an id that is cut off is worth nothing: a narrow terminal wraps the line instead
+        console.width = max(console.width, console.measure(renderable).maximum)
         console.print(renderable, soft_wrap=isinstance(renderable, str))
 
 

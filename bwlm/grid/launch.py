@@ -18,6 +18,7 @@ from bwlm.analysis.tables import CellRow, load_cells
 from bwlm.grid.cells import PlannedCell, check_same, find_cells, going_on, run_config, text_key
 from bwlm.grid.spec import Plan
 from bwlm.paths import check_writable, exclusive, write_json
+from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.fingerprint import differences
 from bwlm.record.lineage import RunConfig
 from bwlm.record.tracking import Tracking, tracking_uri
@@ -136,11 +137,13 @@ def _dataset(prepared: Prepared) -> dict[str, str]:
 
 def _introduce(planned: PlannedCell, show: Callable[[str], None]) -> None:
     """What a single experiment is about to do, and how."""
-    cell, step = planned.cell, planned.status.step
+    cell, saved = planned.cell, checkpoint_steps(planned.folder.checkpoints)
+    step = planned.status.step
+    ahead = f"goes on from its checkpoint of step {saved[-1]:,}" if saved else "begins again: it has no checkpoint yet"
     show(
         f"{cell.id}: {cell.experiment.direction}, depth {cell.experiment.depth}, {cell.parameters:,} parameters, "
         f"{cell.steps:,} steps of {cell.experiment.budget.batch_tokens:,} tokens"
-        + (f", {planned.status.state} at step {step:,}" if step else "")
+        + (f", {planned.status.state} at step {step:,}, {ahead}" if step and not planned.is_done else "")
     )
     for line in _compute_lines(planned.folder.config()):
         show(line)

@@ -62,11 +62,11 @@ class Progress:
 
     def broke_off(self, cell: str, step: int) -> None:
         """Its worker died or was asked to end: another takes it up from its last checkpoint."""
-        self._line(f"{cell}: broke off at step {step}, goes on")
+        self._line(f"{cell}: broke off at step {step}, goes on", also_above_the_table=True)
 
     def warned(self, cell: str, warning: str) -> None:
         """Above the table, so that it stays."""
-        self._console.print(f"warning: {cell}: {warning}", highlight=False, markup=False, soft_wrap=True)
+        self._line(f"warning: {cell}: {warning}", also_above_the_table=True)
 
     def ended(self, cell: str, status: Status) -> None:
         self._running.pop(cell, None)
@@ -75,13 +75,13 @@ class Progress:
         reason = f" ({status.reason})" if status.reason else ""
         self._line(f"{len(self._ended)}/{len(self._cells)} {cell}: {status.state}{reason}{bpb}")
 
-    def _line(self, text: str) -> None:
-        if self._console.is_terminal:
+    def _line(self, text: str, also_above_the_table: bool = False) -> None:
+        if self._console.is_terminal and not also_above_the_table:
             return
         self._told = time.monotonic()
         left = self._seconds_left()
         clock = f", about {duration(left)} left" if left else ""
-        self._console.print(text + clock, highlight=False, soft_wrap=True)
+        self._console.print(text + clock, highlight=False, markup=False, soft_wrap=True)
 
     def _flops_done(self) -> float:
         running = dict(self._running)

@@ -14,6 +14,7 @@ from bwlm.grid.progress import Progress
 from bwlm.grid.session import ask_to_end
 from bwlm.grid.spec import SchedulerSettings
 from bwlm.paths import write_atomic
+from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.lineage import ExperimentFolder, Status
 from bwlm.train.termination import TERMINATED, Termination
 
@@ -121,7 +122,7 @@ class CellStates(ray.tune.Callback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
-        self._progress.began(folder.id, folder.status().step)
+        self._progress.began(folder.id, max(checkpoint_steps(folder.checkpoints), default=0))
         self._heard.setdefault(folder.id, _size(folder.warnings))
 
     def on_trial_result(

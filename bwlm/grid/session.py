@@ -175,7 +175,7 @@ def _fitting(resources: ResourceSettings, cpus: float, gpus: float, where: str) 
     if fits < 1:
         raise UserError(
             f"resources.workers: a cell needs {need}, but {where} has {int(cpus)} CPUs and {int(gpus)} GPUs to give: "
-            "lower resources.workers or resources.cpus_per_worker, or take a larger cluster"
+            "lower resources.workers, resources.cpus_per_worker or resources.gpus_per_worker, or take a larger cluster"
         )
     return fits
 

@@ -69,8 +69,9 @@ def read_journal(folder: Path) -> Iterator[Entry]:
         return
 
 
-def last_entry(folder: Path) -> Entry | None:
-    """The newest entry, without reading the whole file."""
+def last_entry(folder: Path, holding: str = "") -> Entry | None:
+    """The newest entry, or the newest that holds a metric; reads no more of the file than it must."""
+    mark = f'"{holding}"'.encode() if holding else b""
     try:
         with (folder / NAME).open("rb") as file:
             end, size = file.seek(0, os.SEEK_END), 65536
@@ -79,7 +80,7 @@ def last_entry(folder: Path) -> Entry | None:
                 file.seek(start)
                 lines = file.read().split(b"\n")
                 for line in reversed(lines):
-                    if entry := _parse(line):
+                    if mark in line and (entry := _parse(line)):
                         return entry
                 if start == 0:
                     return None

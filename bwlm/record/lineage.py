@@ -155,6 +155,9 @@ class ExperimentFolder:
             return status
         entry = last_entry(self.path)
         step, metrics = (entry.step, entry.metrics) if entry else (0, {})
+        if validated := last_entry(self.path, "val_bpb"):
+            figures = {name: value for name, value in validated.metrics.items() if name.startswith("val_")}
+            metrics = figures | metrics
         if self.lease_holder() is not None:
             return Status("running", "", step, metrics)
         if entry is None:

@@ -91,7 +91,8 @@ def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str,
         _settle(session, records)
     if progress.validation is None:  # resumed at the very end
         progress.validation = _evaluate(phase, progress)
-    return progress.validation | {"train_loss": progress.smooth_loss, "tokens_per_second": progress.tokens_per_second}
+    speed = progress.tokens_per_second
+    return progress.validation | {"train_loss_smooth": progress.smooth_loss, "tokens_per_second": speed}
 
 
 class Records:

@@ -79,15 +79,15 @@ class Meter:
         else:
             self._timed_from = now
         self._last = now
-        speed = self._tokens / self._seconds if self._seconds else 0.0
         metrics = {
             "train_loss_smooth": progress.smooth_loss,
             "tokens": progress.tokens,
             "flops": float(progress.tokens * self._flops_per_token),
             "step_seconds": step_seconds,
-            "tokens_per_second": speed,
-            "mfu": speed * self._flops_per_token / self._peak,
         }
+        if self._seconds:
+            metrics["tokens_per_second"] = speed = self._tokens / self._seconds
+            metrics["mfu"] = speed * self._flops_per_token / self._peak
         if timed > 0:
             metrics["seconds_left"] = (now - self._timed_from) / timed * (self._steps - progress.step)
         if now - self._looked >= _LOOK_SECONDS:

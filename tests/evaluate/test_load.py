@@ -187,3 +187,12 @@ def test_the_code_in_the_docs_runs(
         exec(compile(block, DOCS.name, "exec"), names)
     assert "and so it came to an end." in capsys.readouterr().out
     assert (tmp_path / "tiny-hf" / "config.json").exists()
+
+
+@pytest.mark.parametrize("other", ["direction", "depth"])
+def test_a_checkpoint_of_another_model_is_refused(storage: Path, copied: ExperimentFolder, other: str) -> None:
+    """Of the same tokenizer: it would load, and read the other way."""
+    shutil.rmtree(copied.checkpoints)
+    shutil.copytree(storage / "backward" / "checkpoints", copied.checkpoints)
+    with pytest.raises(UserError, match=rf"step_0000{STEPS}: another model's checkpoint .*{other} is"):
+        load_model(copied.path.parent, copied.id)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from itertools import product
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 
 from bwlm.config import Experiment
 from bwlm.errors import UserError
+from bwlm.grid import spec
 from bwlm.grid.spec import Plan, load_grid, resolve_steps, rivals
 
 GRIDS = sorted((Path(__file__).parents[2] / "grids").glob("*.yaml"))
@@ -365,7 +365,7 @@ def test_cells_share_the_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, cells: int, workers: int, threads: int
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(spec, "available_cores", lambda: cores)
     path = tmp_path / "g.yaml"
     axes = f"{{direction: [forward], depth: [1], seed: {list(range(cells))}}}"
     path.write_text(f"name: g\naxes: {axes}\nbudget: {{steps: 1}}\nresources: {{workers: {workers}}}\n")

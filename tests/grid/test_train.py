@@ -16,9 +16,9 @@ from mlflow import MlflowClient
 from bwlm.cli import main
 from bwlm.grid.launch import run_plan
 from bwlm.grid.spec import load_grid
-from bwlm.record.checkpoint import checkpoint_steps
+from bwlm.record.checkpoint import checkpoint_steps, step_folder
 from bwlm.record.journal import last_entry, read_journal
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.record.lineage import ExperimentFolder, Status
 from tests.grid.conftest import BWLM, GridFile, private_environment, reap, runs
 
 # of the grid that `grid_file` writes
@@ -124,3 +124,22 @@ def test_asked_to_end_it_goes_on_with_the_same_command(train: Train, corpus: Pat
     for run in client.search_runs([client.get_experiment_by_name("bwlm").experiment_id]):
         assert run.info.status == "FINISHED"
         assert len(client.get_metric_history(run.info.run_id, "train_loss")) == 300
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_goes_on_with_other_workers_and_tells_of_a_damaged_checkpoint(train: Train, tmp_path: Path) -> None:
+    storage, folder = tmp_path / "storage", ExperimentFolder(tmp_path / "storage", "x")
+    assert train("x", checkpoint__keep=9)[0] == train("calm")[0] == 0
+    newest = step_folder(folder.checkpoints, 12) / "model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    folder.write_status(Status())  # as if it had been cut off after its last checkpoint
+    code, _, err = train("x", checkpoint__keep=9, checkpoint__every=2, resources__workers=2)
+    assert code == 0
+    assert "goes on from its checkpoint of step 12\n" in err
+    assert f"warning: x: {newest}: damaged (its SHA-256 is not the one in meta.json)" in err
+    assert folder.config().experiment.resources.workers == 2
+    assert checkpoint_steps(folder.checkpoints) == [4, 8, 10, 12]
+    assert losses(storage / "x") == pytest.approx(losses(storage / "calm"), rel=1e-2)
+    assert losses(storage / "x")[:8] == losses(storage / "calm")[:8]

@@ -14,6 +14,7 @@ from bwlm.model.compute import (
     Hardware,
     Wanted,
     choose_compute,
+    gpu_peak,
     look_at_hardware,
     measured_matmul,
     peak_flops,
@@ -137,3 +138,23 @@ def test_compiled_training_is_the_same_training() -> None:
             return [*trained, float(model.loss(inputs, targets, segments)[0])]
 
     assert losses(compiled=True) == pytest.approx(losses(compiled=False), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(name: str, peak: float) -> None:
+    assert gpu_peak(name) == peak
+
+
+@pytest.mark.parametrize(
+    "name", ["NVIDIA RTX A1000", "NVIDIA RTX A4000", "NVIDIA A10G", "RTX 4090 Laptop GPU", "Tesla V100"]
+)
+def test_a_gpu_with_nearly_the_name_of_another_is_unknown(name: str) -> None:
+    assert math.isnan(gpu_peak(name))

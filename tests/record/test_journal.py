@@ -166,3 +166,11 @@ def test_kill_9_leaves_whole_lines_whose_steps_increase(tmp_path: Path) -> None:
         assert last_entry(tmp_path) == entries[-1]
         assert len(entries) > before
         before = len(entries)
+
+
+def test_the_last_entry_that_holds_a_metric(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for step in range(1, 2001):
+        journal.append(step, {"loss": 1.0} | ({"val_bpb": step / 10} if step in (3, 5) else {}))
+    assert last_entry(tmp_path, "val_bpb") == next(entry for entry in read_journal(tmp_path) if entry.step == 5)
+    assert last_entry(tmp_path, "val") is None
