@@ -403,3 +403,14 @@ def test_the_job_script_is_the_same_command(tmp_path: Path) -> None:
         [sys.executable, script, "absent.yaml"], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     check_mistake(Answer(ended.returncode, ended.stdout, ended.stderr), "absent.yaml: no such file")
+
+
+def test_a_narrow_terminal_cuts_no_id_and_no_figure(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "bars_bidirectional_d12_model.sequence_length2048_lr0.25_s0"
+    make_run(shell.storage, name, Status("finished", "", 5, {"val_bpb": 1.25, "tokens_per_second": 1234567.0}))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = shell("runs", "list").out
+    assert name in shown
+    assert "1,234,567" in shown
+    assert "…" not in shown

@@ -20,6 +20,8 @@ Storage = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 
+_WIDEST = 1000  # columns
+
 
 def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
@@ -31,13 +33,15 @@ def print_json(content: Any) -> None:
 
 def show(*renderables: Any) -> None:
     from rich.console import Console
+    from rich.measure import Measurement
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 200
     for renderable in renderables:
         # a figure or an id that is cut off is worth nothing: a narrow terminal wraps the line instead
-        console.width = max(console.width, console.measure(renderable).maximum)
+        needed = Measurement.get(console, console.options.update(max_width=_WIDEST), renderable).maximum
+        console.width = max(console.width, needed)
         console.print(renderable, soft_wrap=isinstance(renderable, str))
 
 
