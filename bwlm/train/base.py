@@ -20,7 +20,7 @@ from bwlm.text.batches import Batch, DirectedPlan, open_rows
 from bwlm.text.direction import SpecialIds, is_marked, own_readings
 from bwlm.text.plan import RowPlan
 from bwlm.text.tokenizer import Tokenizer
-from bwlm.train.loop import Phase, train
+from bwlm.train.loop import Phase, cannot_write, train
 from bwlm.train.session import Session, together
 
 Stream = Callable[[DirectedPlan, int, int], Iterator[Batch]]
@@ -136,9 +136,8 @@ def _base_phase(folder: ExperimentFolder, session: Session, stream: Stream) -> P
 
     def evaluate(model: GPT, step: int) -> dict[str, float]:
         losses = validation.losses(model)
-        if step == config.steps and session.rank == 0:
-            for reading, measured in losses.items():
-                measured.save(folder.evaluation("base", reading))
+        if step == config.steps:
+            together(session, lambda: _save_losses(folder, losses) if session.rank == 0 else None)
         return validation.metrics(losses)
 
     return Phase(
@@ -157,3 +156,12 @@ def _base_phase(folder: ExperimentFolder, session: Session, stream: Stream) -> P
         checkpoint=experiment.checkpoint,
         meta=meta,
     )
+
+
+def _save_losses(folder: ExperimentFolder, losses: dict[str, SegmentLosses]) -> None:
+    for reading, measured in losses.items():
+        target = folder.evaluation("base", reading)
+        try:
+            measured.save(target)
+        except OSError as error:
+            raise cannot_write(target, error) from None

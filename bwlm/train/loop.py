@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from bwlm.model.optim import Optimizer, muon_momentum, schedule, weight_decay_sc
 from bwlm.model.shape import flops_per_token
 from bwlm.model.step import StepResult, TrainStep
 from bwlm.record.checkpoint import KeepPolicy, Snapshot, Tensors, copy_to_host, load_checkpoint, load_newest
-from bwlm.record.journal import Journal
+from bwlm.record.journal import NAME, Journal
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.record.saver import CheckpointSaver
 from bwlm.text.batches import Batch
@@ -72,7 +73,8 @@ def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str,
     step_of = TrainStep(phase.model, phase.optimizer, phase.compute.micro_rows, phase.optim.grad_clip, session.world)
     peak = peak_flops(session.device, phase.compute.precision) * session.world
     meter = Meter(progress, phase.steps, flops_per_token(phase.model.config), peak, session.device, folder.path)
-    with Records(folder, phase.checkpoint, progress.step) if session.rank == 0 else nullcontext() as records:
+    opened = together(session, lambda: _records(phase, folder, session, progress.step))
+    with opened or nullcontext() as records:
         for batch in phase.batches(progress.step, phase.steps):
             began = time.perf_counter()
             result, metrics = _step(phase, step_of, batch, progress.step, session)
@@ -95,11 +97,22 @@ def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str,
     return progress.validation | {"train_loss_smooth": progress.smooth_loss, "tokens_per_second": speed}
 
 
+def cannot_write(path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"{path}: cannot be written ({error.strerror or error}): free space or make it writable; "
+        "launched again, the run goes on from its last checkpoint"
+    )
+
+
 class Records:
     """What rank 0 writes while a run trains: its journal, and its checkpoints beside the training."""
 
     def __init__(self, folder: ExperimentFolder, settings: CheckpointSettings, step: int) -> None:
-        self._journal = Journal(folder.path, step)
+        """Raises `RunError` if the journal cannot be written."""
+        try:
+            self._journal = Journal(folder.path, step)
+        except OSError as error:
+            raise cannot_write(folder.path / NAME, error) from None
         self._saver = CheckpointSaver(
             folder.checkpoints, KeepPolicy(settings.keep, settings.keep_best, settings.keep_every)
         )
@@ -110,7 +123,7 @@ class Records:
         try:
             self._journal.append(step, metrics)
         except OSError as error:
-            self._failure = self._failure or self._journal_failure(error)
+            self._failure = self._failure or cannot_write(self._journal.path, error)
 
     def settle(self) -> None:
         """Waits until everything so far is on disk. Raises `RunError` for what could not be written."""
@@ -118,19 +131,13 @@ class Records:
             self._saver.wait()
             self._journal.sync()
         except OSError as error:
-            self._failure = self._failure or self._journal_failure(error)
+            self._failure = self._failure or cannot_write(self._journal.path, error)
         if self._failure is not None:
             raise self._failure
 
     def save(self, snapshot: Snapshot) -> None:
         """Starts a save. The journal must be settled: a resumed run does not write those lines again."""
         self._saver.save(snapshot)
-
-    def _journal_failure(self, error: OSError) -> RunError:
-        return RunError(
-            f"{self._journal.path}: cannot be written ({error.strerror}): free space or make it writable; "
-            "launched again, the run goes on from its last checkpoint"
-        )
 
     def __enter__(self) -> Records:
         return self
@@ -140,6 +147,10 @@ class Records:
             self._saver.__exit__(*error)
         finally:
             self._journal.close()
+
+
+def _records(phase: Phase, folder: ExperimentFolder, session: Session, step: int) -> Records | None:
+    return Records(folder, phase.checkpoint, step) if session.rank == 0 else None
 
 
 def _resume(phase: Phase, folder: ExperimentFolder, session: Session) -> Progress:

@@ -285,3 +285,23 @@ def test_a_validation_that_is_not_finite_fails_the_run(new_run: NewRun, monkeypa
     assert status.state == "failed"
     assert re.search(r"^val_bpb not finite at step 5, .*lower lr", status.reason)
     assert checkpoint_steps(folder.checkpoints) == [4]
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "named"),
+    [(Journal, "__init__", r"metrics\.jsonl"), (base.SegmentLosses, "save", "evaluations/base/forward")],
+)
+def test_what_cannot_be_written_fails_the_run_with_its_file(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch, owner: type, method: str, named: str
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    folder = new_run()
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, method, full)
+        status = run_base(folder, AloneSession(), in_process)
+    assert status.state == "failed"
+    assert re.search(rf"{named}: cannot be written \(No space left on device\): free space", status.reason)
+    folder.write_status(Status())
+    assert run_base(folder, AloneSession(), in_process).state == "finished"
