@@ -39,7 +39,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from bwlm.config import Experiment, ResourceSettings
 from bwlm.errors import Interrupted, UserError
 from bwlm.grid.spec import available_cores
-from bwlm.model.compute import Compute, DeviceType, Hardware, Wanted, choose_compute, look_at_hardware
+from bwlm.model.compute import (
+    Compute,
+    DeviceType,
+    Hardware,
+    Wanted,
+    choose_compute,
+    look_at_hardware,
+    why_not_compile,
+)
 from bwlm.model.shape import GPTConfig
 from bwlm.train.termination import Termination
 
@@ -193,6 +201,9 @@ def plan_compute(experiment: Experiment, shape: GPTConfig, steps: int) -> Comput
     hardware, peak = _worker_hardware("cuda" if resources.gpus_per_worker else "cpu", resources.cpus_per_worker)
     rows = experiment.budget.batch_tokens // shape.sequence_length // resources.workers
     chosen = choose_compute(wanted, hardware, peak, shape, rows, steps)
+    if chosen.compile and asked.compile is None and (broken := _why_not_compile(hardware.device)):
+        reason = f"off: torch.compile fails here ({broken})"
+        chosen = replace(chosen, compile=False, reasons=chosen.reasons | {"compile": reason})
     return replace(chosen, reasons=chosen.reasons | {"allocator": _allocator()})
 
 
@@ -213,6 +224,15 @@ def _worker_hardware(device: DeviceType, threads: int) -> tuple[Hardware, float]
     look = ray.remote(look_at_hardware).options(num_cpus=threads, num_gpus=1 if device == "cuda" else 0)
     found: tuple[Hardware, float] = ray.get(look.remote(device, threads))
     return found
+
+
+@cache
+def _why_not_compile(device: DeviceType) -> str:
+    """A compiler that is there may still fail, and a long run must not die of a choice that nobody made."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return why_not_compile(device)
+    look = ray.remote(why_not_compile).options(num_cpus=1, num_gpus=1 if device == "cuda" else 0)
+    return str(ray.get(look.remote(device)))
 
 
 @cache

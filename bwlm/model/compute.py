@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -166,6 +168,26 @@ def look_at_hardware(device: DeviceType, threads: int) -> tuple[Hardware, float]
     finally:
         torch.set_num_threads(before)
     return Hardware(device, "this CPU", native, compiler, threads), peak
+
+
+_COMPILE_SOMETHING = """
+import sys, torch
+try:
+    torch.compile(lambda x: torch.tanh(x) + 1)(torch.ones(64, device=sys.argv[1]))
+except Exception as error:
+    sys.exit(str(error).strip().splitlines()[0] or type(error).__name__)
+"""
+
+
+def why_not_compile(device: DeviceType) -> str:
+    """What `torch.compile` fails with on this machine, '' if it works: seconds, and more where its cache is empty.
+
+    In a process of its own, since a compiler leaves helpers behind.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE_SOMETHING, device], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    return (done.stderr.strip().splitlines() or ["it died"])[-1] if done.returncode else ""
 
 
 def _find_triton() -> str:

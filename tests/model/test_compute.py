@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,3 +163,15 @@ def test_a_gpu_is_known_by_its_name(name: str, peak: float) -> None:
 )
 def test_a_gpu_with_nearly_the_name_of_another_is_unknown(name: str) -> None:
     assert math.isnan(gpu_peak(name))
+
+
+@pytest.mark.parametrize(("compiler", "works"), [("g++", True), ("false", False)])
+def test_a_compiler_is_tried_before_a_run_relies_on_it(compiler: str, works: bool, tmp_path: Path) -> None:
+    found = shutil.which(compiler)
+    if found is None:
+        pytest.skip(f"{compiler} is not installed")
+    code = "from bwlm.model.compute import why_not_compile; print(repr(why_not_compile('cpu')))"
+    environment = os.environ | {"CXX": found, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert (shown.stdout.strip() == "''") == works, shown.stdout
+    assert shown.stdout.count("\n") == 1
