@@ -72,21 +72,38 @@ def read_journal(folder: Path) -> Iterator[Entry]:
 def last_entry(folder: Path, holding: str = "") -> Entry | None:
     """The newest entry, or the newest that holds a metric; reads no more of the file than it must."""
     mark = f'"{holding}"'.encode() if holding else b""
+    for lines, _ in _tails(folder):
+        for line in reversed(lines):
+            if mark in line and (entry := _parse(line)):
+                return entry
+    return None
+
+
+def entries_after(folder: Path, step: int) -> list[Entry]:
+    """Entries of later steps, in their order; reads no more of the file than it must."""
+    later: list[Entry] = []
+    for lines, is_all in _tails(folder):
+        entries = [entry for line in lines if (entry := _parse(line))]
+        later = [entry for entry in entries if entry.step > step]
+        if is_all or len(later) < len(entries):
+            break
+    return later
+
+
+def _tails(folder: Path, size: int = 65536) -> Iterator[tuple[list[bytes], bool]]:
+    """The last lines of a journal, of which the first may be torn; then more of them, until these are all."""
     try:
         with (folder / NAME).open("rb") as file:
-            end, size = file.seek(0, os.SEEK_END), 65536
+            end = file.seek(0, os.SEEK_END)
             while True:
                 start = max(0, end - size)
                 file.seek(start)
-                lines = file.read().split(b"\n")
-                for line in reversed(lines):
-                    if mark in line and (entry := _parse(line)):
-                        return entry
+                yield file.read(end - start).split(b"\n"), start == 0
                 if start == 0:
-                    return None
+                    return
                 size *= 4
     except FileNotFoundError:
-        return None
+        return
 
 
 def _parse(line: bytes) -> Entry | None:

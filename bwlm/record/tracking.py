@@ -23,7 +23,7 @@ from typing import Any
 
 from bwlm.errors import UserError
 from bwlm.paths import read_json, write_json
-from bwlm.record.journal import Entry, last_entry, read_journal
+from bwlm.record.journal import Entry, entries_after, last_entry
 from bwlm.record.lineage import ExperimentFolder, State, Status
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class Tracking:
     def deliver(self, folder: ExperimentFolder) -> int:
         """Carries the journal's new entries over; returns how many metrics. Nothing is lost if the server is away."""
         run, delivered = self._settle(folder.path)
-        new = [entry for entry in read_journal(folder.path) if entry.step > delivered and entry.metrics]
+        new = [entry for entry in entries_after(folder.path, delivered) if entry.metrics]
         if new and _noted(folder.path).get("status") != "RUNNING":
             self._client.update_run(run, status="RUNNING")
             _note(folder.path, status="RUNNING", closed=None)

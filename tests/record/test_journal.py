@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bwlm.record.journal import NAME, Entry, Journal, last_entry, read_journal
+from bwlm.record.journal import NAME, Entry, Journal, entries_after, last_entry, read_journal
 
 
 def write(folder: Path, first: int, last: int, resume: int = 0) -> None:
@@ -174,3 +174,13 @@ def test_the_last_entry_that_holds_a_metric(tmp_path: Path) -> None:
         journal.append(step, {"loss": 1.0} | ({"val_bpb": step / 10} if step in (3, 5) else {}))
     assert last_entry(tmp_path, "val_bpb") == next(entry for entry in read_journal(tmp_path) if entry.step == 5)
     assert last_entry(tmp_path, "val") is None
+
+
+@pytest.mark.parametrize("width", [1, 3000])
+@pytest.mark.parametrize("after", [0, 1, 199, 200, 201, 500])
+def test_the_entries_after_a_step(width: int, after: int, tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for step in range(1, 201):
+        journal.append(step, {"m" * width: float(step)})
+    assert [entry.step for entry in entries_after(tmp_path, after)] == list(range(after + 1, 201))
+    assert entries_after(tmp_path / "none", after) == []
