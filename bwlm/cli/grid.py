@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bwlm.cli.launch import launch, show_places
-from bwlm.cli.terminal import Json, Set, Storage, print_json, show, si, table
+from bwlm.cli.terminal import Json, Set, Storage, print_json, show, table
 
 if TYPE_CHECKING:
     from bwlm.grid.cells import PlannedCell
@@ -36,6 +36,8 @@ def grid_plan(grid: GridFile, set_: Set = None, storage: Storage = None, as_json
 
     Example: `bwlm grid plan grids/demo.yaml --set budget.steps=100`
     """
+    from bwlm.grid.progress import si
+
     plan, root = _load(grid, set_, storage)
     if as_json:
         return print_json(_status_document(plan, root))

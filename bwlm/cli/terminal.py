@@ -60,11 +60,3 @@ def table(header: list[str], rows: list[list[str]], title: str | None = None) ->
     for row in rows:
         table.add_row(*[cell.replace("**", "") for cell in row])
     return table
-
-
-def si(value: float) -> str:
-    """1234567 -> 1.23M"""
-    for bound, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= bound:
-            return f"{value / bound:.3g}{suffix}"
-    return f"{value:g}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console, Group
@@ -23,8 +23,38 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def si(value: float) -> str:
+    """1234567 -> 1.23M"""
+    for bound, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= bound:
+            return f"{value / bound:.3g}{suffix}"
+    return f"{value:g}"
+
+
 _LINE_SECONDS = 30.0
 """A single experiment tells how far it is about so often, also between validations."""
+
+
+_DETAILS = (
+    (
+        ("train_loss", "loss of this step {:.3f}"),
+        ("train_loss_forward", "forward {:.3f}"),
+        ("train_loss_backward", "backward {:.3f}"),
+        ("grad_norm", "grad norm {:.3g}"),
+        ("lr_matrix", "lr matrix {:.3g}"),
+        ("lr_embedding", "embedding {:.3g}"),
+        ("lr_unembedding", "unembedding {:.3g}"),
+    ),
+    (
+        ("mfu", "MFU {:.1%}"),
+        ("memory_bytes", "memory {}B"),
+        ("research_log_bytes", "records {}B"),
+        ("disk_free_bytes", "disk {}B free"),
+        ("tokens", "{} tokens"),
+        ("flops", "{} FLOPs"),
+    ),
+)
+"""Lines of metrics with their words; figures without a format of their own get a prefix (k, M, G, ..)."""
 
 
 class Progress:
@@ -58,7 +88,7 @@ class Progress:
     def moved(self, cell: str, result: dict[str, Any]) -> None:
         self._running[cell] = self._running.get(cell, {}) | result
         if len(self._cells) == 1 and ("val_bpb" in result or time.monotonic() - self._told > _LINE_SECONDS):
-            self._line(_step_words(result, self._cells[cell].steps))
+            self._line(_step_words(result, self._cells[cell].steps), below=_details(self._running[cell]))
 
     def broke_off(self, cell: str, step: int) -> None:
         """Its worker died or was asked to end: another takes it up from its last checkpoint."""
@@ -75,13 +105,14 @@ class Progress:
         reason = f" ({status.reason})" if status.reason else ""
         self._line(f"{len(self._ended)}/{len(self._cells)} {cell}: {status.state}{reason}{bpb}")
 
-    def _line(self, text: str, also_above_the_table: bool = False) -> None:
+    def _line(self, text: str, also_above_the_table: bool = False, below: Iterable[str] = ()) -> None:
         if self._console.is_terminal and not also_above_the_table:
             return
         self._told = time.monotonic()
         left = self._seconds_left()
         clock = f", about {duration(left)} left" if left else ""
-        self._console.print(text + clock, highlight=False, markup=False, soft_wrap=True)
+        for line in (text + clock, *(f"  {detail}" for detail in below)):
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _flops_done(self) -> float:
         running = dict(self._running)
@@ -111,7 +142,10 @@ class Progress:
             table.add_column(name, justify="left" if name == "cell" else "right", no_wrap=True)
         for name, result in running.items():
             table.add_row(*self._row(name, result))
-        return Group(head, table)
+        details = (
+            [detail for result in running.values() for detail in _details(result)] if len(self._cells) == 1 else []
+        )
+        return Group(head, table, *(Text(detail, style="dim") for detail in details))
 
     def _row(self, name: str, result: dict[str, Any]) -> tuple[Any, ...]:
         steps = self._cells[name].steps
@@ -121,6 +155,15 @@ class Progress:
             for key, style in (("train_loss_smooth", ".3f"), ("val_bpb", ".4f"), ("tokens_per_second", ",.0f"))
         ]
         return (name, f"{result['step']}/{steps}", bar, *shown)
+
+
+def _details(result: Mapping[str, Any]) -> list[str]:
+    """What a single experiment tells besides: how it learns, and what it takes."""
+    lines = []
+    for parts in _DETAILS:
+        told = [words.format(result[key] if ":" in words else si(result[key])) for key, words in parts if key in result]
+        lines += [" · ".join(told)] if told else []
+    return lines
 
 
 def _step_words(result: Mapping[str, Any], steps: int) -> str:

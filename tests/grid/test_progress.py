@@ -66,12 +66,17 @@ def test_a_cell_that_is_taken_up_again_is_told(cells: tuple[Cell, ...], capsys: 
 def test_a_single_experiment_tells_its_validations(cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(cells[:1], {}) as progress:
         progress.began(cells[0].id, 10)
-        progress.moved(cells[0].id, {"step": 15, "train_loss_smooth": 4.5})
-        measured = {"train_loss_smooth": 4.5, "val_bpb": 2.3, "tokens_per_second": 23456.7}
+        looked_at = {"memory_bytes": 912e6, "research_log_bytes": 1234567, "disk_free_bytes": 70e9}
+        progress.moved(cells[0].id, {"step": 15, "train_loss_smooth": 4.5, **looked_at})
+        measured = {"train_loss_smooth": 4.5, "val_bpb": 2.3, "tokens_per_second": 23456.7, "mfu": 0.4821}
+        measured |= {"train_loss": 4.4, "train_loss_forward": 4.3, "grad_norm": 0.5123, "lr_matrix": 0.02}
+        measured |= {"lr_embedding": 0.2828, "tokens": 1.5e6, "flops": 3.2e15}
         progress.moved(cells[0].id, {"step": 20, **measured})
         progress.ended(cells[0].id, Status("finished", "", 40, {"val_bpb": 2.25}))
-    first, last = capsys.readouterr().err.splitlines()
+    first, learns, takes, last = capsys.readouterr().err.splitlines()
     assert first.startswith("step 20/40, loss 4.500, val_bpb 2.3000, 23,457 tokens/s, about ")
+    assert learns == "  loss of this step 4.400 · forward 4.300 · grad norm 0.512 · lr matrix 0.02 · embedding 0.283"
+    assert takes == "  MFU 48.2% · memory 912MB · records 1.23MB · disk 70GB free · 1.5M tokens · 3.2P FLOPs"
     assert last == f"1/1 {cells[0].id}: finished, val_bpb 2.2500"
 
 
@@ -90,3 +95,12 @@ def test_what_an_earlier_launch_did_is_not_counted_as_speed(
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (187, "3:07"), (3723, "1:02:03"), (59.6, "1:00")])
 def test_duration(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+def test_the_picture_of_a_single_experiment_has_its_figures_below(cells: tuple[Cell, ...]) -> None:
+    progress = Progress(cells[:1], {})
+    progress.began(cells[0].id, 0)
+    progress.moved(cells[0].id, {"step": 20, "grad_norm": 0.5, "mfu": 0.25, "tokens": 2048})
+    *_, learns, takes = seen(progress).splitlines()
+    assert learns.strip() == "grad norm 0.5"
+    assert takes.strip() == "MFU 25.0% · 2.05k tokens"
