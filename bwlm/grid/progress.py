@@ -142,10 +142,9 @@ class Progress:
             table.add_column(name, justify="left" if name == "cell" else "right", no_wrap=True)
         for name, result in running.items():
             table.add_row(*self._row(name, result))
-        details = (
-            [detail for result in running.values() for detail in _details(result)] if len(self._cells) == 1 else []
-        )
-        return Group(head, table, *(Text(detail, style="dim") for detail in details))
+        single = running.values() if len(self._cells) == 1 else ()
+        details = [Text(detail, style="dim") for result in single for detail in _details(result)]
+        return Group(head, table, *details)
 
     def _row(self, name: str, result: dict[str, Any]) -> tuple[Any, ...]:
         steps = self._cells[name].steps
