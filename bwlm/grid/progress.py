@@ -41,7 +41,9 @@ _DETAILS = (
         ("train_loss_forward", "forward {:.3f}"),
         ("train_loss_backward", "backward {:.3f}"),
         ("grad_norm", "grad norm {:.3g}"),
-        ("lr_matrix", "lr matrix {:.3g}"),
+    ),
+    (
+        ("lr_matrix", "learning rates: matrix {:.3g}"),
         ("lr_embedding", "embedding {:.3g}"),
         ("lr_unembedding", "unembedding {:.3g}"),
     ),
@@ -157,7 +159,7 @@ class Progress:
 
 
 def _details(result: Mapping[str, Any]) -> list[str]:
-    """What a single experiment tells besides: how it learns, and what it takes."""
+    """What a single experiment tells besides: how it learns, at what rates, and what it takes."""
     lines = []
     for parts in _DETAILS:
         told = [words.format(result[key] if ":" in words else si(result[key])) for key, words in parts if key in result]

@@ -73,9 +73,10 @@ def test_a_single_experiment_tells_its_validations(cells: tuple[Cell, ...], caps
         measured |= {"lr_embedding": 0.2828, "tokens": 1.5e6, "flops": 3.2e15}
         progress.moved(cells[0].id, {"step": 20, **measured})
         progress.ended(cells[0].id, Status("finished", "", 40, {"val_bpb": 2.25}))
-    first, learns, takes, last = capsys.readouterr().err.splitlines()
+    first, learns, rates, takes, last = capsys.readouterr().err.splitlines()
     assert first.startswith("step 20/40, loss 4.500, val_bpb 2.3000, 23,457 tokens/s, about ")
-    assert learns == "  loss of this step 4.400 · forward 4.300 · grad norm 0.512 · lr matrix 0.02 · embedding 0.283"
+    assert learns == "  loss of this step 4.400 · forward 4.300 · grad norm 0.512"
+    assert rates == "  learning rates: matrix 0.02 · embedding 0.283"
     assert takes == "  MFU 48.2% · memory 912MB · records 1.23MB · disk 70GB free · 1.5M tokens · 3.2P FLOPs"
     assert last == f"1/1 {cells[0].id}: finished, val_bpb 2.2500"
 
