@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import tempfile
@@ -139,7 +140,8 @@ def ray_cluster() -> Iterator[str]:
         ray.shutdown()
         _, alive = psutil.wait_procs(started, timeout=5)
         for process in alive:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 

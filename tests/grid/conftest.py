@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -86,7 +87,7 @@ def once_at_step(storage: Path, cell: str, step: int, act: Callable[[int], None]
 def reap(processes: list[psutil.Process]) -> None:
     """Ray's dashboard and agents outlive a driver that was killed."""
     for process in processes:
-        if process.is_running():
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(processes, timeout=10)
 

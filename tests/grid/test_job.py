@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -19,6 +20,7 @@ import pytest
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.journal import last_entry
 from bwlm.record.lineage import ExperimentFolder
+from tests.grid.conftest import reap
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -80,10 +82,10 @@ def head() -> Iterator[dict[str, str]]:
     finally:
         processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
         for process in processes:
-            process.terminate()
+            with contextlib.suppress(psutil.NoSuchProcess):  # one that ends as its parent does
+                process.terminate()
         _, alive = psutil.wait_procs(processes, timeout=10)
-        for process in alive:
-            process.kill()
+        reap(alive)
         node.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
