@@ -83,7 +83,7 @@ def _read(folder: ExperimentFolder, candidates: list[int], tokenizer: Tokenizer)
 
 
 def _check_model(folder: ExperimentFolder, tokenizer: Tokenizer, meta: dict[str, Any], step: int) -> None:
-    """Raises `UserError`: a model with another tokenizer would not fail, but read and write other text."""
+    """Raises `UserError`: a model with another tokenizer or direction would not fail, but read and write other text."""
     config = folder.config()
     for name, found in (("tokenizer", tokenizer.digest), ("vocab_size", tokenizer.vocab_size)):
         if meta.get(name) != found:

@@ -74,7 +74,7 @@ def going_on(known: RunConfig, asked: RunConfig) -> RunConfig:
     if settings.compute.precision == "auto":
         compute = replace(compute, precision=known.compute.precision)
         identity["precision"] = known.identity["precision"]
-    compute = replace(compute, threads=settings.resources.cpus_per_worker)
+    compute = compute.with_threads(settings.resources.cpus_per_worker)
     return replace(known, experiment=known.experiment.model_copy(update=update), identity=identity, compute=compute)
 
 

@@ -18,8 +18,6 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
-# one process less to start for a group of workers; no node of a cluster that is this machine is ever drained
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
@@ -91,6 +89,9 @@ def cluster(needs: Collection[ResourceSettings], concurrency: int | None, cells:
             context = _connect(address)
             yield _room_on_cluster(needs, concurrency, cells, context.dashboard_url)
         else:
+            # no node of a cluster that is this machine is ever drained: one process less for each group of workers.
+            # Not at import, which a real cluster's workers do too
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             # a trial driver sleeps: it needs a logical CPU share to be placed, but no core of this machine
             cores = available_cores() + _TRIAL_CPUS
             chosen = _concurrency(needs, concurrency, cells, cores, _local_gpus(), "this machine")

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
@@ -89,6 +89,9 @@ class Compute:
     reasons: dict[str, str] = field(default_factory=dict)
     """A line for a person by choice."""
 
+    def with_threads(self, threads: int) -> Compute:
+        return replace(self, threads=threads, reasons=self.reasons | {"threads": f"{threads} a worker"})
+
 
 def choose_compute(wanted: Wanted, hardware: Hardware, peak: float, shape: GPTConfig, rows: int, steps: int) -> Compute:
     """`peak` in FLOP/s of one worker, `rows` of one worker and step."""
@@ -103,8 +106,7 @@ def choose_compute(wanted: Wanted, hardware: Hardware, peak: float, shape: GPTCo
     why["loss"] += _forced(wanted.fused_loss)
     flops = float(flops_per_token(shape)) * shape.sequence_length * rows * steps
     compiled, why["compile"] = _compile(wanted.compile, hardware, flops / (peak * _EAGER_SHARE[device]))
-    why["threads"] = f"{hardware.threads} a worker"
-    return Compute(precision, attention, chunk, compiled, micro_rows, hardware.threads, why)
+    return Compute(precision, attention, chunk, compiled, micro_rows, 0, why).with_threads(hardware.threads)
 
 
 def _forced(value: object) -> str:
@@ -175,7 +177,7 @@ import sys, torch
 try:
     torch.compile(lambda x: torch.tanh(x) + 1)(torch.ones(64, device=sys.argv[1]))
 except Exception as error:
-    sys.exit(str(error).strip().splitlines()[0] or type(error).__name__)
+    sys.exit((str(error).strip() or type(error).__name__).splitlines()[0])
 """
 
 

@@ -98,6 +98,7 @@ def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str,
 
 
 def cannot_write(path: Path, error: OSError) -> RunError:
+    """The error of a run whose file cannot be written, with its mend."""
     return RunError(
         f"{path}: cannot be written ({error.strerror or error}): free space or make it writable; "
         "launched again, the run goes on from its last checkpoint"

@@ -27,7 +27,8 @@ def test_where_it_runs_and_what_it_keeps_is_taken_over_and_how_it_computes_stays
     taken = going_on(known, asked)
     assert taken.experiment.resources == asked.experiment.resources
     assert taken.experiment.checkpoint == asked.experiment.checkpoint
-    assert taken.compute == replace(COMPUTE, threads=5)
+    assert taken.compute == COMPUTE.with_threads(5)
+    assert taken.compute.reasons["threads"] == "5 a worker"
     assert not differences(known.identity, taken.identity)  # planned on a machine that multiplies bfloat16 itself
     assert taken.fingerprint == known.fingerprint
 
@@ -35,7 +36,7 @@ def test_where_it_runs_and_what_it_keeps_is_taken_over_and_how_it_computes_stays
 def test_how_it_computes_changes_where_that_is_asked_for() -> None:
     known, asked = run(), run("float32", compute={"attention": "sdpa"})
     asked = replace(asked, compute=Compute("float32", "sdpa", 0, False, 2, 1))
-    assert going_on(known, asked).compute == Compute("bfloat16", "sdpa", 0, False, 2, 1)
+    assert going_on(known, asked).compute == Compute("bfloat16", "sdpa", 0, False, 2, 1).with_threads(1)
 
 
 def test_another_precision_that_is_asked_for_is_another_run() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -49,3 +52,12 @@ def test_a_worker_that_waits_for_its_run_leaves_when_it_is_asked_to_end(
     with folder.lease():
         train_worker({"storage": str(folder.path.parent), "cell": folder.id})
     assert folder.status().state == "waiting"
+
+
+def test_a_real_clusters_workers_keep_their_watch_for_nodes_that_go() -> None:
+    """They import this room too; only a cluster that is this machine needs no watch."""
+    name = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+    code = f"import os, bwlm.grid.session; print({name!r} in os.environ)"
+    environment = {key: value for key, value in os.environ.items() if key != name}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "False"
