@@ -27,7 +27,7 @@ def rate(depth: int, micro_rows: int) -> float:
 
     def step() -> None:
         for part in ids.split(micro_rows):
-            (model.loss(part, part) / ids.numel()).backward()
+            (model.loss(part, part).total / ids.numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
 

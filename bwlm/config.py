@@ -93,6 +93,18 @@ class CheckpointSettings(Settings):
     keep_every: int = Field(0, ge=0, description="multiples of this step stay too; 0: none")
 
 
+class ResearchLogSettings(Settings):
+    """What the research log `<phase>.h5` keeps; 0: nothing of it."""
+
+    scalars: int = Field(1, ge=0, description="steps between entries of losses, rates and speeds")
+    tokens: int = Field(10, ge=0, description="steps between entries of every token's loss and prediction")
+    gradients: int = Field(100, ge=0, description="steps between statistics of every parameter's gradient")
+    activations: int = Field(100, ge=0, description="steps between statistics of what is inside the model")
+    validation: bool = Field(True, description="the loss of every validation token, at each validation")
+    attention: bool = Field(True, description="where each head looks, at each validation")
+    representations: int = Field(1024, ge=0, description="validation tokens whose states are kept at each validation")
+
+
 class ComputeSettings(Settings):
     """How fast, not what: each is chosen for the hardware and the length of the run unless it is set here."""
 
@@ -120,6 +132,7 @@ class Recipe(Settings):
     budget: BudgetSettings = BudgetSettings(tokens_per_parameter=20.0)
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    research_log: ResearchLogSettings = ResearchLogSettings()
     compute: ComputeSettings = ComputeSettings()
     resources: ResourceSettings = ResourceSettings()
 

@@ -50,6 +50,7 @@ def make_run(prepared: Prepared, storage: Path, name: str, **settings: Any) -> E
         "budget": {"steps": STEPS, "batch_tokens": 512},
         "evaluation": {"every": 5, "tokens": 1024},
         "checkpoint": {"every": 4, "keep": 3},
+        "research_log": {},
     }
     for field, value in settings.items():
         section, _, inner = field.partition("__")

@@ -8,8 +8,10 @@ the full joint likelihood in either direction.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -70,6 +72,19 @@ class SegmentLosses:
 
 
 @dataclass(frozen=True)
+class TokenLosses:
+    """One entry a text token, in reading order, segment after segment."""
+
+    nll: NDArray[np.float32]
+    """Nats."""
+    correct: NDArray[np.int8]
+    """1 where the token was the likeliest one."""
+
+
+Measured = tuple[SegmentLosses, TokenLosses]
+
+
+@dataclass(frozen=True)
 class LossEvaluation:
     """Evaluates a model on some windows of a split, spread over the ranks of a process group."""
 
@@ -89,7 +104,14 @@ class LossEvaluation:
         count = max(1, min(len(self.rows), self.tokens // self.rows.width))
         return np.sort(permute(np.arange(count), len(self.rows), 0))
 
-    def measure(self, model: GPT, reading: str, marked: bool) -> SegmentLosses:
+    def tokens_of(self) -> dict[str, Ints]:
+        """What the entries of `TokenLosses` are of: token, bytes, segment, document and window of each."""
+        rows = self.rows.take(self.windows)
+        each = {"segment": rows.segment, "document": rows.document, "window": self.windows[rows.row]}
+        columns = {name: np.repeat(values, rows.lengths) for name, values in each.items()}
+        return {"token": rows.tokens, "bytes": self.token_bytes[rows.tokens], **columns}
+
+    def measure(self, model: GPT, reading: str, marked: bool) -> Measured:
         """The same windows in the order of the split, whatever the number of ranks."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         mine = self.windows[rank::world]
@@ -98,22 +120,29 @@ class LossEvaluation:
             for start in range(0, len(mine), self.batch_rows)
         ]
         if world > 1:
-            gathered: list[list[SegmentLosses] | None] = [None] * world
+            gathered: list[list[Measured] | None] = [None] * world
             dist.all_gather_object(gathered, parts)
             parts = [part for ranks in gathered for part in ranks or []]
-        order = np.argsort(np.concatenate([part.segment for part in parts]), kind="stable")
-        return SegmentLosses(*(np.concatenate([getattr(p, name) for p in parts])[order] for name in vars(parts[0])))
+        of_token = np.concatenate([np.repeat(segments.segment, segments.tokens) for segments, _ in parts])
+        segments, tokens = (_joined([part[kind] for part in parts]) for kind in (0, 1))
+        in_segments, in_tokens = (np.argsort(key, kind="stable") for key in (segments["segment"], of_token))
+        return (
+            SegmentLosses(**{name: column[in_segments] for name, column in segments.items()}),
+            TokenLosses(**{name: column[in_tokens] for name, column in tokens.items()}),
+        )
 
     @torch.no_grad()
-    def _batch(self, model: GPT, windows: Ints, reading: str, marked: bool) -> SegmentLosses:
+    def _batch(self, model: GPT, windows: Ints, reading: str, marked: bool) -> Measured:
         rows = self.rows.take(windows)
         chosen = np.full(len(rows.lengths), READINGS.index(reading))
         directed = lay_out(rows, chosen, marked, self.special, self.rows.width)
         segments = self._tensor(directed.segments) if self.masked else None
         inputs, targets = self._tensor(directed.ids[:, :-1]), self._tensor(directed.targets)
-        _, nll = model.loss(inputs, targets, segments)
-        flat = nll.double().cpu().numpy().reshape(-1)
-        return SegmentLosses(
+        losses = model.loss(inputs, targets, segments, predict=True)
+        flat = losses.each.double().cpu().numpy().reshape(-1)
+        right = (losses.predicted == targets).cpu().numpy().reshape(-1)
+        tokens = TokenLosses(flat[directed.text].astype(np.float32), right[directed.text].astype(np.int8))
+        segments_of = SegmentLosses(
             window=windows[rows.row],
             segment=rows.segment,
             document=rows.document,
@@ -122,9 +151,14 @@ class LossEvaluation:
             nll=_per_segment(flat[directed.text], rows),
             end_nll=np.where(directed.ends == IGNORED, np.nan, flat[directed.ends]),
         )
+        return segments_of, tokens
 
     def _tensor(self, ids: Ids) -> torch.Tensor:
         return torch.from_numpy(ids).long().to(self.device)
+
+
+def _joined(parts: Sequence[SegmentLosses | TokenLosses]) -> dict[str, NDArray[Any]]:
+    return {name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])}
 
 
 def _per_segment(values: Floats, rows: Rows) -> Floats:

@@ -11,13 +11,15 @@ Axes: B batch, T time, C width, H heads, K kv heads, D head dimension, V vocabul
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from bwlm.model.attention import AttentionKernel, attend
-from bwlm.model.loss import ChunkGradient, cap, chunk_gradient, fused_loss, plain_loss
+from bwlm.model.loss import ChunkGradient, Losses, cap, chunk_gradient, fused_loss, plain_loss
 from bwlm.model.shape import GPTConfig
 
 NORM_EPS = 1.1920929e-07  # float32's, in every compute dtype
@@ -163,17 +165,18 @@ class GPT(nn.Module):
         """
         return cap(self.lm_head(self._hidden(ids, segments)))
 
-    def loss(self, ids: Tensor, targets: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Cross-entropy in nats of targets [B, T] given ids [B, T]: the sum, and each token's [B, T] without gradient.
+    def loss(self, ids: Tensor, targets: Tensor, segments: Tensor | None = None, predict: bool = False) -> Losses:
+        """Cross-entropy in nats of targets [B, T] given ids [B, T]; with `predict` also the likeliest ids [B, T].
 
         A target of -1 costs 0. Raises ValueError as `forward` does.
         """
         x, flat = self._hidden(ids, segments).flatten(0, 1), targets.flatten()
         if self.loss_chunk:
-            total, each = fused_loss(x, self.lm_head.weight, flat, self.loss_chunk, self._chunk_gradient)
+            found = fused_loss(x, self.lm_head.weight, flat, self.loss_chunk, predict, self._chunk_gradient)
         else:
-            total, each = plain_loss(x, self.lm_head.weight, flat)
-        return total, each.view_as(targets)
+            found = plain_loss(x, self.lm_head.weight, flat, predict)
+        predicted = found.predicted.view_as(targets) if predict else found.predicted
+        return Losses(found.total, found.each.view_as(targets), predicted)
 
     def compile_training(self) -> None:
         """Compiles blocks and loss for training; in evaluation mode the model stays as it is.
@@ -184,15 +187,25 @@ class GPT(nn.Module):
             block.compile(dynamic=False)
         self._chunk_gradient = torch.compile(chunk_gradient, dynamic=False)
 
-    def _hidden(self, ids: Tensor, segments: Tensor | None) -> Tensor:
-        """What the head reads: [B, T, C], normed."""
+    def states(self, ids: Tensor, segments: Tensor | None = None) -> Iterator[Tensor]:
+        """The residual stream [B, T, C]: after the embedding, then after each block."""
         self._check(ids, segments)
-        time = ids.size(1)
-        rope = self.cos[:time].to(self.compute_dtype), self.sin[:time].to(self.compute_dtype)
+        rope = self.rope(ids.size(1))
         x = norm(self.embedding(ids).to(self.compute_dtype))
+        yield x
         for block in self.blocks:
             x = block(x, rope, segments) if self.training else block.forward(x, rope, segments)
-        return norm(x)
+            yield x
+
+    def rope(self, time: int) -> Rope:
+        """The angles of the first positions."""
+        return self.cos[:time].to(self.compute_dtype), self.sin[:time].to(self.compute_dtype)
+
+    def _hidden(self, ids: Tensor, segments: Tensor | None) -> Tensor:
+        """What the head reads: [B, T, C], normed."""
+        for x in self.states(ids, segments):
+            last = x  # none of the others is kept
+        return norm(last)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -9,7 +9,7 @@ Axes: N tokens, C width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,18 @@ from torch import Tensor
 LOGIT_CAP = 15.0  # nanochat's
 IGNORED = -1
 
-ChunkGradient = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+ChunkGradient = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+class Losses(NamedTuple):
+    """Of N targets, or of [B, T] of them."""
+
+    total: Tensor
+    """Nats, summed; alone has a gradient."""
+    each: Tensor
+    """Nats of each target, 0 where there is none."""
+    predicted: Tensor
+    """The id with the largest logit at each place; empty unless it was asked for."""
 
 
 def cap(logits: Tensor) -> Tensor:
@@ -26,70 +37,83 @@ def cap(logits: Tensor) -> Tensor:
     return LOGIT_CAP * torch.tanh(logits.float() / LOGIT_CAP)
 
 
-def plain_loss(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum over targets, and the loss of each [N], in nats; x [N, C], weight [V, C], targets [N].
+def plain_loss(x: Tensor, weight: Tensor, targets: Tensor, predict: bool = False) -> Losses:
+    """Cross-entropy of targets [N] given x [N, C], weight [V, C].
 
     A target of -1 costs 0. No mean: ranks and micro-batches with unequal numbers of targets add up only as sums.
     """
-    losses = F.cross_entropy(cap(F.linear(x, weight.to(x.dtype))), targets, ignore_index=IGNORED, reduction="none")
-    return losses.sum(), losses.detach()
+    logits = F.linear(x, weight.to(x.dtype))
+    losses = F.cross_entropy(cap(logits), targets, ignore_index=IGNORED, reduction="none")
+    return Losses(losses.sum(), losses.detach(), _largest(logits.detach(), predict))
+
+
+def _largest(logits: Tensor, wanted: bool) -> Tensor:
+    """The cap keeps the order, so that the logits before it will do."""
+    return logits.max(-1).indices if wanted else torch.empty(0, dtype=torch.long, device=logits.device)
 
 
 def fused_loss(
-    x: Tensor, weight: Tensor, targets: Tensor, chunk: int, gradient: ChunkGradient | None = None
-) -> tuple[Tensor, Tensor]:
-    """What `plain_loss` gives, `chunk` tokens at a time. Only the sum has a gradient, and only once.
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk: int,
+    predict: bool = False,
+    gradient: ChunkGradient | None = None,
+) -> Losses:
+    """What `plain_loss` gives, `chunk` tokens at a time. The sum has a gradient only once.
 
     `gradient` is `chunk_gradient` or a compiled form of it.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        fused: tuple[Tensor, Tensor] = _Fused.apply(  # type: ignore[no-untyped-call]
-            x, weight, targets, chunk, gradient or chunk_gradient
+        return Losses(
+            *_Fused.apply(x, weight, targets, chunk, predict, gradient or chunk_gradient)  # type: ignore[no-untyped-call]
         )
-        return fused
     multiplied = weight.to(x.dtype)
-    starts = range(0, len(x), chunk)
-    losses = torch.cat([plain_loss(x[i : i + chunk], multiplied, targets[i : i + chunk])[1] for i in starts])
-    return losses.sum(), losses
+    parts = [plain_loss(x[i : i + chunk], multiplied, targets[i : i + chunk], predict) for i in range(0, len(x), chunk)]
+    each = torch.cat([part.each for part in parts])
+    return Losses(each.sum(), each, torch.cat([part.predicted for part in parts]))
 
 
-def chunk_gradient(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each target [N], and the gradient of their sum by the logits before the cap [N, V].
+def chunk_gradient(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of each target [N], the gradient of their sum by the logits before the cap [N, V], and these logits.
 
     With z = tanh(logits / 15), p = softmax(15 z) and y the target: (p - 1[y]) (1 - z^2). The cap bounds 15 z, so that
     the softmax needs no maximum.
     """
-    z = F.linear(x, weight).float().div_(LOGIT_CAP).tanh_()
+    logits = F.linear(x, weight)
+    z = logits.to(torch.float32, copy=True).div_(LOGIT_CAP).tanh_()
     p = z.mul(LOGIT_CAP)
     valid, index = targets >= 0, targets.clamp_min(0)[:, None]
     wanted = p.gather(1, index).squeeze(1)
     total = p.exp_().sum(1)
     losses = torch.where(valid, total.log() - wanted, 0.0)
     p.mul_((valid / total)[:, None]).scatter_add_(1, index, -valid.to(p.dtype)[:, None])
-    return losses, p.mul_(z.square_().neg_().add_(1)).to(x.dtype)
+    return losses, p.mul_(z.square_().neg_().add_(1)).to(x.dtype), logits
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, gradient: ChunkGradient
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, predict: bool, gradient: ChunkGradient
+    ) -> tuple[Tensor, Tensor, Tensor]:
         multiplied = weight.to(x.dtype)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
-        losses = []
+        losses, predictions = [], []
         for start in range(0, len(x), chunk):
             here = slice(start, start + chunk)
-            loss, dlogits = gradient(x[here], multiplied, targets[here])
+            loss, dlogits, logits = gradient(x[here], multiplied, targets[here])
             losses.append(loss)
+            # here and not in what may be compiled: a run's rounding must not depend on what is looked at
+            predictions.append(_largest(logits, predict))
             dx[here] = dlogits @ multiplied
             dweight += dlogits.T @ x[here]
-        each = torch.cat(losses)
+        each, largest = torch.cat(losses), torch.cat(predictions)
         ctx.gradients = dx, dweight
-        ctx.mark_non_differentiable(each)
-        return each.sum(), each
+        ctx.mark_non_differentiable(each, largest)
+        return each.sum(), each, largest
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         dx, dweight = ctx.gradients
         ctx.gradients = None  # a second pass would scale them again
-        return dx.mul_(grads[0]), dweight.mul_(grads[0]), None, None, None
+        return dx.mul_(grads[0]), dweight.mul_(grads[0]), None, None, None, None

@@ -11,6 +11,7 @@ Axes: R rows of this rank, T time.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bwlm.model.gpt import GPT
+from bwlm.model.loss import Losses
 from bwlm.model.optim import Optimizer
 
 
@@ -33,6 +35,8 @@ class StepResult:
     """Before clipping."""
     token_losses: Tensor
     """Nats of each target [R, T], 0 where there is none."""
+    predicted: Tensor
+    """The likeliest id at each place of this rank [R, T]; empty unless it was asked for."""
     asked_to_stop: bool
     """Whether any rank was."""
 
@@ -54,27 +58,38 @@ class TrainStep:
         self._loss = self._distributed(_Loss(model)) if world > 1 else _Loss(model)
 
     def __call__(
-        self, inputs: Tensor, targets: Tensor, segments: Tensor | None = None, stop: bool = False
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        segments: Tensor | None = None,
+        stop: bool = False,
+        predict: bool = False,
+        see_gradients: Callable[[], None] = lambda: None,
     ) -> StepResult:
         """Gradients of the mean loss over all ranks' targets, clipped, and one update unless they are not finite.
 
         inputs, targets and segments [R, T]; a target of -1 is none. `stop` says that this rank was asked to end.
+        `see_gradients` is called when they are complete and not yet clipped.
         """
         counts = torch.tensor([0, stop], device=inputs.device)
         counts[0] = (targets >= 0).sum()
         self._sum_over_ranks(counts)
-        total, each = torch.zeros((), device=inputs.device), []
+        total, each, predicted = torch.zeros((), device=inputs.device), [], []
         for start in range(0, len(inputs), self.micro_rows):
             rows = slice(start, start + self.micro_rows)
             with self._synchronised(last=start + self.micro_rows >= len(inputs)):
-                loss, losses = self._loss(inputs[rows], targets[rows], None if segments is None else segments[rows])
+                losses = self._loss(inputs[rows], targets[rows], None if segments is None else segments[rows], predict)
                 # ranks are averaged afterwards, hence times their number: each target weighs the same on every rank
-                (loss * (self._world / counts[0])).backward()
-            total += loss.detach()
-            each.append(losses)
+                (losses.total * (self._world / counts[0])).backward()
+            total += losses.total.detach()
+            each.append(losses.each)
+            predicted.append(losses.predicted)
         self._sum_over_ranks(total)
+        see_gradients()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip)
-        result = StepResult(float(total / counts[0]), float(norm), torch.cat(each), bool(counts[1]))
+        result = StepResult(
+            float(total / counts[0]), float(norm), torch.cat(each), torch.cat(predicted), bool(counts[1])
+        )
         if result.is_finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -103,5 +118,5 @@ class _Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Tensor, targets: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.model.loss(inputs, targets, segments)
+    def forward(self, inputs: Tensor, targets: Tensor, segments: Tensor | None, predict: bool) -> Losses:
+        return self.model.loss(inputs, targets, segments, predict)

@@ -23,6 +23,7 @@ _NOT_IDENTITY: Any = {
     "data": True,
     "budget": True,
     "checkpoint": True,
+    "research_log": True,
     "compute": True,
     "resources": True,
     "tokenizer": {"path"},

@@ -106,6 +106,9 @@ class ExperimentFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def research_log(self, phase: str) -> Path:
+        return self.path / f"{phase}.h5"
+
     def evaluation(self, phase: str, reading: str) -> Path:
         return self.path / "evaluations" / phase / reading
 

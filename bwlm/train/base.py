@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bwlm.config import ResearchLogSettings
 from bwlm.errors import Interrupted, RunError, UserError
-from bwlm.evaluate.loss import LossEvaluation, SegmentLosses
+from bwlm.evaluate.inside import InsideView
+from bwlm.evaluate.loss import LossEvaluation, Measured, SegmentLosses
 from bwlm.model.gpt import GPT
+from bwlm.model.observe import evaluating
 from bwlm.model.optim import build_optimizers
 from bwlm.record.checkpoint import refuse_foreign
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
@@ -20,7 +24,8 @@ from bwlm.text.batches import Batch, DirectedPlan, open_rows
 from bwlm.text.direction import SpecialIds, is_marked, own_readings
 from bwlm.text.plan import RowPlan
 from bwlm.text.tokenizer import Tokenizer
-from bwlm.train.loop import Phase, cannot_write, train
+from bwlm.train.loop import Evaluated, Phase, train
+from bwlm.train.records import Entries, cannot_write
 from bwlm.train.session import Session, together
 
 Stream = Callable[[DirectedPlan, int, int], Iterator[Batch]]
@@ -42,6 +47,8 @@ class Validation:
     """Measures a model of one direction on the validation windows, in both readings and its own."""
 
     evaluation: LossEvaluation
+    inside: InsideView
+    research_log: ResearchLogSettings
     direction: str
 
     @classmethod
@@ -57,15 +64,49 @@ class Validation:
             device=device,
             masked=experiment.model.document_mask,
         )
-        return cls(evaluation, experiment.direction)
+        inside = InsideView(
+            evaluation.rows,
+            evaluation.windows,
+            evaluation.special,
+            experiment.research_log.representations,
+            device,
+            evaluation.masked,
+        )
+        return cls(evaluation, inside, experiment.research_log, experiment.direction)
 
-    def losses(self, model: GPT) -> dict[str, SegmentLosses]:
-        """By reading: forward, backward and, where it is neither, the direction's own."""
-        wanted = dict.fromkeys(("forward", "backward", *own_readings(self.direction)))
-        model.eval()
-        measured = {name: self.evaluation.measure(model, name, is_marked(self.direction)) for name in wanted}
-        model.train()
-        return measured
+    @property
+    def readings(self) -> tuple[str, ...]:
+        """Forward, backward and, where it is neither, the direction's own."""
+        return tuple(dict.fromkeys(("forward", "backward", *own_readings(self.direction))))
+
+    def measure(self, model: GPT) -> dict[str, Measured]:
+        """What the windows cost, by reading."""
+        with evaluating(model):
+            return {name: self.evaluation.measure(model, name, is_marked(self.direction)) for name in self.readings}
+
+    def fixed(self) -> dict[str, Any]:
+        """What the entries of the research log are of, for the whole run."""
+        readings, own = np.array(self.readings), np.array(own_readings(self.direction))
+        fixed: dict[str, Any] = {f"validation/{name}": values for name, values in self.evaluation.tokens_of().items()}
+        fixed |= {f"representations/{name}": values for name, values in self.inside.tokens_of().items()}
+        return fixed | {"validation/reading": readings, "attention/reading": own, "representations/reading": own}
+
+    def entries(self, model: GPT, measured: dict[str, Measured]) -> Entries:
+        """What the research log is to keep of a validation; states and attention in the direction's own readings."""
+        entries: Entries = {}
+        own, marked, wanted = own_readings(self.direction), is_marked(self.direction), self.research_log
+        if wanted.validation:
+            tokens = [measured[name][1] for name in self.readings]
+            entries["validation"] = {
+                "loss": np.stack([found.nll for found in tokens]),
+                "correct": np.stack([found.correct for found in tokens]),
+            }
+        if wanted.attention:
+            looked = [vars(self.inside.attention(model, name, marked)) for name in own]
+            entries["attention"] = {name: torch.stack([found[name] for found in looked]).numpy() for name in looked[0]}
+        if wanted.representations:
+            entries["representations"] = {"states": np.stack([self.inside.states(model, name, marked) for name in own])}
+        return entries
 
     def metrics(self, losses: dict[str, SegmentLosses]) -> dict[str, float]:
         """`val_bpb` and `val_loss` of the own direction (a bidirectional model: the mean of both), and by reading."""
@@ -134,19 +175,22 @@ def _base_phase(folder: ExperimentFolder, session: Session, stream: Stream) -> P
     special = validation.evaluation.special
     plan = DirectedPlan(config.corpus, experiment.direction, special, rows, session.rank, session.world)
 
-    def evaluate(model: GPT, step: int) -> dict[str, float]:
-        losses = validation.losses(model)
+    def evaluate(model: GPT, step: int) -> Evaluated:
+        measured = validation.measure(model)
+        losses = {reading: segments for reading, (segments, _) in measured.items()}
         if step == config.steps:
             together(session, lambda: _save_losses(folder, losses) if session.rank == 0 else None)
-        return validation.metrics(losses)
+        entries = validation.entries(model, measured) if session.rank == 0 else {}
+        return Evaluated(validation.metrics(losses), entries)
 
     return Phase(
+        name=experiment.phase,
         model=model,
         optimizer=build_optimizers(model, experiment.lr, optim.weight_decay, optim.kind, session.rank, session.world),
         batches=lambda first, last: stream(plan, first, last),
         split_loss=lambda batch, losses: loss_by_direction(experiment.direction, special, batch, losses),
         evaluate=evaluate,
-        rows_at=lambda step: ", ".join(map(str, rows.at(step)[0])),
+        rows_at=lambda step: rows.at(step)[0],
         steps=config.steps,
         seed=experiment.seed,
         compute=config.compute,
@@ -154,6 +198,8 @@ def _base_phase(folder: ExperimentFolder, session: Session, stream: Stream) -> P
         evaluate_every=experiment.evaluation.every,
         optim=optim,
         checkpoint=experiment.checkpoint,
+        research_log=experiment.research_log,
+        fixed=validation.fixed(),
         meta=meta,
     )
 

@@ -12,28 +12,29 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
-from bwlm.config import CheckpointSettings, OptimSettings
-from bwlm.errors import Interrupted, RunError, TrainingDiverged
+from bwlm.config import CheckpointSettings, OptimSettings, ResearchLogSettings
+from bwlm.errors import Interrupted, TrainingDiverged
 from bwlm.model.compute import Compute, peak_flops
 from bwlm.model.gpt import GPT
 from bwlm.model.optim import Optimizer, muon_momentum, schedule, weight_decay_schedule
 from bwlm.model.shape import flops_per_token
 from bwlm.model.step import StepResult, TrainStep
-from bwlm.record.checkpoint import KeepPolicy, Snapshot, Tensors, copy_to_host, load_checkpoint, load_newest
-from bwlm.record.journal import NAME, Journal
+from bwlm.record.checkpoint import Snapshot, Tensors, copy_to_host, load_checkpoint, load_newest
 from bwlm.record.lineage import ExperimentFolder
-from bwlm.record.saver import CheckpointSaver
 from bwlm.text.batches import Batch
 from bwlm.text.plan import counter_hash
 from bwlm.train.meter import Meter, Progress
+from bwlm.train.observer import Observer, StepView
+from bwlm.train.records import Entries, Records
 from bwlm.train.session import Session, together
 
 
@@ -41,16 +42,17 @@ from bwlm.train.session import Session, together
 class Phase:
     """What one phase trains, and how it is measured."""
 
+    name: str
     model: GPT
     optimizer: Optimizer
     batches: Callable[[int, int], Iterator[Batch]]
     """(first, last) -> this rank's rows of steps first..last-1"""
     split_loss: Callable[[Batch, Tensor], dict[str, Tensor]]
     """(batch, nats of each target) -> [sum, targets] of this rank by what the metrics tell apart"""
-    evaluate: Callable[[GPT, int], dict[str, float]]
-    """Validation metrics after a step; called on every rank"""
-    rows_at: Callable[[int], str]
-    """Names the rows of a step, for a message"""
+    evaluate: Callable[[GPT, int], Evaluated]
+    """What validation finds after a step; called on every rank"""
+    rows_at: Callable[[int], NDArray[np.int64]]
+    """The rows that all ranks read at a step, rank after rank"""
     steps: int
     seed: int
     compute: Compute
@@ -59,8 +61,18 @@ class Phase:
     evaluate_every: int
     optim: OptimSettings
     checkpoint: CheckpointSettings
+    research_log: ResearchLogSettings
+    fixed: dict[str, Any]
+    """What its validation entries in the research log hold for the whole run"""
     meta: dict[str, object]
     """Goes into every checkpoint: what a reader must know before loading it"""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    metrics: dict[str, float]
+    entries: Entries
+    """For the research log; on rank 0."""
 
 
 def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str, float]:
@@ -73,85 +85,40 @@ def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str,
     step_of = TrainStep(phase.model, phase.optimizer, phase.compute.micro_rows, phase.optim.grad_clip, session.world)
     peak = peak_flops(session.device, phase.compute.precision) * session.world
     meter = Meter(progress, phase.steps, flops_per_token(phase.model.config), peak, session.device, folder.path)
-    opened = together(session, lambda: _records(phase, folder, session, progress.step))
+    observer = Observer(phase.model, phase.research_log, session, phase.masked)
+    opened = together(session, lambda: _records(phase, folder, session, observer.fixed(), progress.step))
     with opened or nullcontext() as records:
         for batch in phase.batches(progress.step, phase.steps):
             began = time.perf_counter()
-            result, metrics = _step(phase, step_of, batch, progress.step, session)
+            result, metrics, view = _step(phase, step_of, batch, progress.step, observer)
             seconds = time.perf_counter() - began
             metrics |= meter.stepped(result.loss, batch["inputs"].size * session.world, seconds)
+            entries = view.entries(result, metrics, phase.rows_at(view.number - 1))
             if validation := _validate(phase, progress):
-                metrics |= validation
+                metrics |= validation.metrics
+                entries |= validation.entries
                 meter.validated()
             if records is not None:
-                records.log(progress.step, metrics)
+                records.log(progress.step, metrics, entries)
             if result.asked_to_stop or _is_due(progress.step, phase.checkpoint.every, phase.steps):
                 _save(phase, session, progress, metrics.get("val_bpb_tuning"), records)
             session.report(progress.step, metrics)
             if result.asked_to_stop and progress.step < phase.steps:
                 raise Interrupted(f"asked to end at step {progress.step}")
-        _settle(session, records)
+        _settle(session, records, last=True)
     if progress.validation is None:  # resumed at the very end
-        progress.validation = _evaluate(phase, progress)
+        _evaluate(phase, progress)
+    assert progress.validation is not None
     speed = progress.tokens_per_second
     return progress.validation | {"train_loss_smooth": progress.smooth_loss, "tokens_per_second": speed}
 
 
-def cannot_write(path: Path, error: OSError) -> RunError:
-    """The error of a run whose file cannot be written, with its mend."""
-    return RunError(
-        f"{path}: cannot be written ({error.strerror or error}): free space or make it writable; "
-        "launched again, the run goes on from its last checkpoint"
-    )
-
-
-class Records:
-    """What rank 0 writes while a run trains: its journal, and its checkpoints beside the training."""
-
-    def __init__(self, folder: ExperimentFolder, settings: CheckpointSettings, step: int) -> None:
-        """Raises `RunError` if the journal cannot be written."""
-        try:
-            self._journal = Journal(folder.path, step)
-        except OSError as error:
-            raise cannot_write(folder.path / NAME, error) from None
-        self._saver = CheckpointSaver(
-            folder.checkpoints, KeepPolicy(settings.keep, settings.keep_best, settings.keep_every)
-        )
-        self._failure: RunError | None = None
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """What cannot be written comes up in `settle`, where all ranks hear of it, before the next checkpoint."""
-        try:
-            self._journal.append(step, metrics)
-        except OSError as error:
-            self._failure = self._failure or cannot_write(self._journal.path, error)
-
-    def settle(self) -> None:
-        """Waits until everything so far is on disk. Raises `RunError` for what could not be written."""
-        try:
-            self._saver.wait()
-            self._journal.sync()
-        except OSError as error:
-            self._failure = self._failure or cannot_write(self._journal.path, error)
-        if self._failure is not None:
-            raise self._failure
-
-    def save(self, snapshot: Snapshot) -> None:
-        """Starts a save. The journal must be settled: a resumed run does not write those lines again."""
-        self._saver.save(snapshot)
-
-    def __enter__(self) -> Records:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        try:
-            self._saver.__exit__(*error)
-        finally:
-            self._journal.close()
-
-
-def _records(phase: Phase, folder: ExperimentFolder, session: Session, step: int) -> Records | None:
-    return Records(folder, phase.checkpoint, step) if session.rank == 0 else None
+def _records(
+    phase: Phase, folder: ExperimentFolder, session: Session, fixed: dict[str, Any], step: int
+) -> Records | None:
+    if session.rank != 0:
+        return None
+    return Records(folder, phase.name, fixed | phase.fixed, phase.checkpoint, step)
 
 
 def _resume(phase: Phase, folder: ExperimentFolder, session: Session) -> Progress:
@@ -188,25 +155,30 @@ def _is_due(step: int, every: int, steps: int) -> bool:
 
 
 def _step(
-    phase: Phase, step_of: TrainStep, batch: Batch, step: int, session: Session
-) -> tuple[StepResult, dict[str, float]]:
+    phase: Phase, step_of: TrainStep, batch: Batch, step: int, observer: Observer
+) -> tuple[StepResult, dict[str, float], StepView]:
+    session = observer.session
     tensors = {name: torch.from_numpy(array).to(session.device).long() for name, array in batch.items()}
     multiplier = _multiplier(step, phase)
     phase.optimizer.set_schedule(multiplier, muon_momentum(step), weight_decay_schedule(step, phase.steps))
     rates = {f"lr_{name}": rate for name, rate in phase.optimizer.learning_rates().items()}
     segments = tensors["segments"] if phase.masked else None
-    result = step_of(tensors["inputs"], tensors["targets"], segments, session.stopping())
+    view = observer.step(step + 1, tensors)
+    result = step_of(
+        tensors["inputs"], tensors["targets"], segments, session.stopping(), view.predict, view.see_gradients
+    )
     if not result.is_finite:
+        rows = ", ".join(map(str, phase.rows_at(step)))
         raise TrainingDiverged(
             f"loss {result.loss} and gradient norm {result.grad_norm} at step {step + 1}, "
-            f"on rows {phase.rows_at(step)}; lower lr, or look at these rows with `bwlm data inspect`"
+            f"on rows {rows}; lower lr, or look at these rows with `bwlm data inspect`"
         )
     metrics = {"train_loss": result.loss, "grad_norm": result.grad_norm, "lr_multiplier": multiplier, **rates}
     for name, sums in phase.split_loss(batch, result.token_losses).items():
         if session.world > 1:
             dist.all_reduce(sums)
         metrics[f"train_loss_{name}"] = float(sums[0] / sums[1])
-    return result, metrics
+    return result, metrics, view
 
 
 def _multiplier(step: int, phase: Phase) -> float:
@@ -214,22 +186,23 @@ def _multiplier(step: int, phase: Phase) -> float:
     return schedule(step, phase.steps, warmup, phase.optim.warmdown_ratio, phase.optim.final_lr_frac)
 
 
-def _validate(phase: Phase, progress: Progress) -> dict[str, float]:
-    """Validation metrics, where they are due."""
+def _validate(phase: Phase, progress: Progress) -> Evaluated | None:
+    """Validation, where it is due."""
     if not _is_due(progress.step, phase.evaluate_every, phase.steps):
-        return {}
+        return None
     began = time.perf_counter()
-    progress.validation = _evaluate(phase, progress)
-    return progress.validation | {"validation_seconds": time.perf_counter() - began}
+    found = _evaluate(phase, progress)
+    return replace(found, metrics=found.metrics | {"validation_seconds": time.perf_counter() - began})
 
 
-def _evaluate(phase: Phase, progress: Progress) -> dict[str, float]:
-    figures = phase.evaluate(phase.model, progress.step)
-    if broken := [name for name, figure in figures.items() if not math.isfinite(figure)]:
+def _evaluate(phase: Phase, progress: Progress) -> Evaluated:
+    found = phase.evaluate(phase.model, progress.step)
+    if broken := [name for name, figure in found.metrics.items() if not math.isfinite(figure)]:
         raise TrainingDiverged(
             f"{', '.join(broken)} not finite at step {progress.step}, though the training loss was; lower lr"
         )
-    return figures
+    progress.validation = found.metrics
+    return found
 
 
 def _save(phase: Phase, session: Session, progress: Progress, metric: float | None, records: Records | None) -> None:
@@ -242,9 +215,9 @@ def _save(phase: Phase, session: Session, progress: Progress, metric: float | No
         records.save(Snapshot(progress.step, model, state, rng, meta, metric))
 
 
-def _settle(session: Session, records: Records | None) -> None:
+def _settle(session: Session, records: Records | None, last: bool = False) -> None:
     """Waits for what rank 0 writes; if that failed all ranks raise `RunError`."""
-    together(session, lambda: records.settle() if records is not None else None)
+    together(session, lambda: records.settle(last) if records is not None else None)
 
 
 def _random_states(session: Session) -> Tensors:

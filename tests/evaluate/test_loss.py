@@ -17,6 +17,7 @@ from torch import Tensor
 from bwlm.evaluate import loss as module
 from bwlm.evaluate.loss import LossEvaluation, SegmentLosses
 from bwlm.model.gpt import GPT
+from bwlm.model.loss import Losses
 from bwlm.model.shape import GPTConfig
 from bwlm.text.batches import open_rows
 from bwlm.text.direction import IGNORED, SpecialIds, arrange
@@ -36,11 +37,11 @@ class Table:
 
     asked: list[tuple[Tensor, Tensor, Tensor | None]]
 
-    def loss(self, ids: Tensor, targets: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    def loss(self, ids: Tensor, targets: Tensor, segments: Tensor | None, predict: bool) -> Losses:
         assert not torch.is_grad_enabled()
         self.asked.append((ids, targets, segments))
         each = torch.where(targets == IGNORED, 0.0, COSTS[targets.clamp(min=0)])
-        return each.sum(), each
+        return Losses(each.sum(), each, torch.full_like(targets, 3))
 
 
 def table() -> Any:
@@ -75,13 +76,16 @@ def evaluation(rows: PackedRows, **fields: Any) -> LossEvaluation:
     [("forward", False), ("backward", False), ("permuted", False), ("forward", True), ("backward", True)],
 )
 def test_figures_by_hand(by_hand: PackedRows, reading: str, marked: bool) -> None:
-    found = evaluation(by_hand).measure(table(), reading, marked)
+    found, tokens = evaluation(by_hand).measure(table(), reading, marked)
     assert found.window.tolist() == [0, 0, 0, 1]
     assert found.segment.tolist() == [0, 1, 2, 12]
     assert found.document.tolist() == [0, 1, 2, 3]
     assert found.tokens.tolist() == [3, 2, 1, 7]
     assert found.bytes.tolist() == [1 + 2 + 2, 3 + 1, 4, 4 + 2 + 3]
     assert found.nll.tolist() == [2.5, 6.0, 8.0, 4 * 0.5 + 2 * 4 + 2]
+    # in reading order, whatever the direction; the model always says 3
+    assert tokens.nll.tolist() == [0.5, 1, 1, 2, 4, 8, *[0.5] * 4, 4, 4, 2]
+    assert tokens.correct.tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 0]
     # only the first is a whole document with something after it
     assert found.end_nll[0] == 16.0
     assert np.isnan(found.end_nll[1:]).all()
@@ -127,7 +131,7 @@ def test_segments_reach_the_model_only_when_attention_stays_inside_them(by_hand:
 
 
 def test_saved_as_a_table_and_a_summary(by_hand: PackedRows, tmp_path: Path) -> None:
-    found = evaluation(by_hand).measure(table(), "forward", False)
+    found, _ = evaluation(by_hand).measure(table(), "forward", False)
     found.save(tmp_path / "evaluations" / "base" / "forward")
     folder = tmp_path / "evaluations" / "base" / "forward"
     assert sorted(path.name for path in folder.iterdir()) == ["validation.json", "validation.parquet"]
@@ -167,7 +171,7 @@ def real(prepared: Prepared) -> LossEvaluation:
 def test_sums_are_those_of_each_window_laid_out_directly(
     real: LossEvaluation, model: GPT, reading: str, masked: bool
 ) -> None:
-    found = replace(real, masked=masked).measure(model, reading, False)
+    found, _ = replace(real, masked=masked).measure(model, reading, False)
     for window in real.windows[[0, 3, 29]]:
         rows = real.rows.take(np.array([window]))
         ids, owner = [], []
@@ -186,9 +190,9 @@ def test_sums_are_those_of_each_window_laid_out_directly(
 
 
 def test_a_segments_loss_does_not_depend_on_the_batch(real: LossEvaluation, model: GPT) -> None:
-    usual = real.measure(model, "backward", True)
+    usual, _ = real.measure(model, "backward", True)
     for batch_rows in (1, 7, 64):
-        other = replace(real, batch_rows=batch_rows).measure(model, "backward", True)
+        other, _ = replace(real, batch_rows=batch_rows).measure(model, "backward", True)
         for name, values in vars(usual).items():
             if name.endswith("nll"):
                 assert getattr(other, name) == pytest.approx(values, rel=1e-5, nan_ok=True)
@@ -198,7 +202,7 @@ def test_a_segments_loss_does_not_depend_on_the_batch(real: LossEvaluation, mode
 
 def test_the_other_reading_scores_the_same_text(real: LossEvaluation, model: GPT) -> None:
     forward, backward, marked = (
-        real.measure(model, reading, marked)
+        real.measure(model, reading, marked)[0]
         for reading, marked in (("forward", False), ("backward", False), ("backward", True))
     )
     for name in ("window", "segment", "document", "tokens", "bytes"):
@@ -218,9 +222,9 @@ def test_ranks_together_measure_what_one_measures(
     costs = torch.linspace(0.1, 5.0, 400)
 
     class PerToken:
-        def loss(self, ids: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        def loss(self, ids: Tensor, targets: Tensor, *_: Any, predict: bool) -> Losses:
             each = torch.where(targets == IGNORED, 0.0, costs[targets.clamp(min=0)])
-            return each.sum(), each
+            return Losses(each.sum(), each, targets + (targets % 2))
 
     model: Any = PerToken()
     alone = replace(real, tokens=64 * 5).measure(model, "forward", False)
@@ -236,5 +240,10 @@ def test_ranks_together_measure_what_one_measures(
         monkeypatch.setattr(module.dist, "get_rank", lambda rank=rank: rank)
         monkeypatch.setattr(module.dist, "all_gather_object", gather)
         together = replace(real, tokens=64 * 5, batch_rows=2).measure(model, "forward", False)
-    for name, values in vars(alone).items():
-        assert np.array_equal(getattr(together, name), values, equal_nan=name == "end_nll")
+    for one, other in zip(alone, together, strict=True):
+        for name, values in vars(one).items():
+            assert np.array_equal(getattr(other, name), values, equal_nan=name == "end_nll")
+    what = replace(real, tokens=64 * 5).tokens_of()
+    assert np.array_equal(alone[1].nll, costs.numpy()[what["token"]])
+    assert np.array_equal(alone[1].correct, what["token"] % 2 == 0)
+    assert np.bincount(np.unique(what["segment"], return_inverse=True)[1]).tolist() == alone[0].tokens.tolist()

@@ -113,7 +113,7 @@ class FullAfter(AloneSession):
 
 
 def test_a_run_whose_disk_was_full_goes_on_as_if_nothing_had_been(new_run: NewRun) -> None:
-    calm, cut = new_run("calm"), new_run("cut")
+    calm, cut = new_run("calm"), new_run("cut", research_log__tokens=0, research_log__representations=0)
     run_base(calm, AloneSession(), in_process)
     session = FullAfter(cut.checkpoints)
     try:

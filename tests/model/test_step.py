@@ -89,4 +89,4 @@ def test_it_passes_on_that_somebody_was_asked_to_stop() -> None:
 
 @pytest.mark.parametrize(("loss", "norm", "finite"), [(1.0, 1.0, True), (math.nan, 1.0, False), (1.0, math.inf, False)])
 def test_both_loss_and_gradient_must_be_finite(loss: float, norm: float, finite: bool) -> None:
-    assert StepResult(loss, norm, torch.zeros(1), False).is_finite == finite
+    assert StepResult(loss, norm, torch.zeros(1), torch.zeros(0), False).is_finite == finite

@@ -51,6 +51,13 @@ SAYS_WHERE_OR_HOW_FAST: dict[str, Any] = {
     "budget.tokens_per_parameter": 5.0,
     "checkpoint.every": 3,
     "checkpoint.keep": 9,
+    "research_log.scalars": 2,
+    "research_log.tokens": 2,
+    "research_log.gradients": 2,
+    "research_log.activations": 2,
+    "research_log.validation": False,
+    "research_log.attention": False,
+    "research_log.representations": 2,
     "compute.precision": "float32",  # the resolved precision is what counts
     "compute.device_batch_size": 3,
     "resources.workers": 4,

@@ -23,8 +23,9 @@ from bwlm.record.journal import Journal, read_journal
 from bwlm.record.lineage import Status
 from bwlm.text.batches import Batch, DirectedPlan
 from bwlm.text.direction import SpecialIds
-from bwlm.train import base, loop
+from bwlm.train import base
 from bwlm.train.base import build_model, loss_by_direction, run_base
+from bwlm.train.records import Records
 from bwlm.train.session import AloneSession
 from tests.runs import STEPS, NewRun, in_process, losses, weights_digest
 
@@ -90,17 +91,17 @@ def test_a_kill_straight_after_a_checkpoint_loses_no_entry(
     new_run: NewRun, kill: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = new_run()
-    save = loop.Records.save
+    save = Records.save
 
-    def save_and_die(records: loop.Records, snapshot: Snapshot) -> None:
+    def save_and_die(records: Records, snapshot: Snapshot) -> None:
         save(records, snapshot)
         if snapshot.step == kill:
             raise Killed
 
-    monkeypatch.setattr(loop.Records, "save", save_and_die)
+    monkeypatch.setattr(Records, "save", save_and_die)
     with pytest.raises(Killed):
         run_base(folder, AloneSession(), in_process)
-    monkeypatch.setattr(loop.Records, "save", save)
+    monkeypatch.setattr(Records, "save", save)
     assert run_base(folder, AloneSession(), in_process).state == "finished"
     entries = list(read_journal(folder.path))
     assert [entry.step for entry in entries] == list(range(1, STEPS + 1))

@@ -1,0 +1,84 @@
+"""How a model reads a few validation windows: its states for fixed tokens, and where its heads look.
+
+Axes: L layers, Q tokens, C width, T time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bwlm.model.gpt import GPT
+from bwlm.model.observe import AttentionStatistics, attention_statistics, evaluating
+from bwlm.text.direction import READINGS, Directed, Ids, Ints, Rows, SpecialIds, lay_out
+from bwlm.text.packing import PackedRows
+
+_STATE_WINDOWS = 8
+"""States are taken from so many windows: neighbours in one are alike."""
+_ATTENTION_WINDOWS = 2
+MAP_POSITIONS = 128
+"""Positions of an attention map that is kept whole."""
+
+
+@dataclass(frozen=True)
+class InsideView:
+    """Looks into a model while it reads the first of the windows given."""
+
+    rows: PackedRows
+    windows: Ints
+    special: SpecialIds
+    tokens: int
+    """Whose states are taken, at most."""
+    device: torch.device
+    masked: bool
+
+    def tokens_of(self) -> dict[str, Ints]:
+        """token and window of each state, in reading order."""
+        rows, windows = self._rows(_STATE_WINDOWS)
+        chosen = self._chosen(rows)
+        return {"token": rows.tokens[chosen], "window": windows[np.repeat(rows.row, rows.lengths)[chosen]]}
+
+    @torch.no_grad()
+    def states(self, model: GPT, reading: str, marked: bool) -> NDArray[np.float16]:
+        """[L+1, Q, C]: the embedding's output and each block's, where each token is read."""
+        rows, _ = self._rows(_STATE_WINDOWS)
+        directed = self._directed(rows, reading, marked)
+        place = torch.from_numpy(directed.text[self._chosen(rows)] + 1).to(self.device)  # behind what predicts it
+        with evaluating(model):
+            states = [
+                state.flatten(0, 1)[place].half().cpu().numpy() for state in model.states(*self._inputs(directed))
+            ]
+        return np.stack(states)
+
+    def attention(self, model: GPT, reading: str, marked: bool) -> AttentionStatistics:
+        """Over the positions of the first windows that hold text or open it."""
+        directed = self._directed(self._rows(_ATTENTION_WINDOWS)[0], reading, marked)
+        ids, segments = self._inputs(directed)
+        return attention_statistics(model, ids, segments, ids != self.special.pad, MAP_POSITIONS)
+
+    def _rows(self, count: int) -> tuple[Rows, Ints]:
+        windows = self.windows[:count]
+        return self.rows.take(windows), windows
+
+    def _chosen(self, rows: Rows) -> Ints:
+        """Tokens that are inputs in every direction, evenly over the windows: a row's last token is only a target, and
+        in some direction that is the first or the last of its segment."""
+        index = np.arange(len(rows.tokens))
+        starts = np.cumsum(rows.lengths) - rows.lengths
+        ends = starts + rows.lengths - 1
+        inner = np.setdiff1d(index, np.concatenate([starts, ends]))
+        count = min(self.tokens, len(inner))
+        return inner[np.linspace(0, len(inner) - 1, count).astype(np.int64)] if count else inner
+
+    def _directed(self, rows: Rows, reading: str, marked: bool) -> Directed:
+        chosen = np.full(len(rows.lengths), READINGS.index(reading))
+        return lay_out(rows, chosen, marked, self.special, self.rows.width)
+
+    def _inputs(self, directed: Directed) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def tensor(ids: Ids) -> torch.Tensor:
+            return torch.from_numpy(ids).long().to(self.device)
+
+        return tensor(directed.ids[:, :-1]), tensor(directed.segments) if self.masked else None

@@ -1,0 +1,156 @@
+"""What the datasets of a research log are: their axes, units and meaning. `docs/research-log.md` is made from it.
+
+Axes of one entry: R rows of the batch over all ranks, T time, P parameters, S places in the model, B bins,
+D readings, N validation tokens, L layers, H heads, M positions of a map, Q tokens, C width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Column:
+    dtype: str
+    """As NumPy names it; `int` is the integer type that the writer gives."""
+    axes: str
+    """Of one entry; a dataset that is not fixed has `step` before them."""
+    unit: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Group:
+    description: str
+    columns: dict[str, Column]
+    fixed: dict[str, Column] = field(default_factory=dict)
+
+
+def _scalar(unit: str, description: str) -> Column:
+    return Column("float64", "", unit, description)
+
+
+_STEP = Column("int64", "", "optimizer steps", "optimizer steps done when it was measured")
+
+
+def _statistics(axis: str, of: str) -> dict[str, Column]:
+    return {
+        "step": _STEP,
+        "norm": Column("float32", axis, of, "Euclidean norm"),
+        "rms": Column("float32", axis, of, "root of the mean square"),
+        "mean": Column("float32", axis, of, "mean"),
+        "max": Column("float32", axis, of, "largest magnitude"),
+        "sparsity": Column("float32", axis, "share", "share of exact zeros"),
+        "histogram": Column("float32", f"{axis} B", "share", "share of values by the power of two of their magnitude"),
+    }
+
+
+_EDGES = Column(
+    "float64", "B+1", "powers of two", "edges of the histogram's bins; the outer bins are open, zeros are in the first"
+)
+
+GROUPS = {
+    "train": Group(
+        "One entry a step: what the step was like, over all ranks.",
+        {
+            "step": _STEP,
+            "tokens": _scalar("tokens", "read so far, by all ranks"),
+            "flops": _scalar("FLOP", "spent so far, by the count of 6N and attention"),
+            "loss": _scalar("nats per target", "training loss"),
+            "loss_smooth": _scalar("nats per target", "exponential average of it, 0.9, without the bias of its start"),
+            "loss_forward": _scalar("nats per target", "loss of the segments that were read forwards"),
+            "loss_backward": _scalar("nats per target", "loss of the segments that were read backwards"),
+            "loss_permuted": _scalar("nats per target", "loss of the segments that were read permuted"),
+            "grad_norm": _scalar("nats per target per weight", "global norm of the gradient before it was clipped"),
+            "lr": _scalar("1", "the schedule's multiplier"),
+            "lr_matrix": _scalar("1", "learning rate of the hidden matrices"),
+            "lr_embedding": _scalar("1", "learning rate of the embedding"),
+            "lr_unembedding": _scalar("1", "learning rate of the output head"),
+            "tokens_per_second": _scalar("tokens/s", "of this launch, validation left out"),
+            "mfu": _scalar("share", "model FLOPs over the hardware's peak"),
+            "step_seconds": _scalar("s", "of the step itself"),
+            "memory_bytes": _scalar("bytes", "resident on a CPU, the most that tensors took on a GPU"),
+        },
+    ),
+    "tokens": Group(
+        "One entry every few steps: every token of the batch, as the model read it.",
+        {
+            "step": _STEP,
+            "rank": Column("int", "R", "rank", "which worker read the row"),
+            "row": Column("int64", "R", "row", "index of the row in the packed corpus"),
+            "input": Column("int", "R T", "token id", "what was read"),
+            "target": Column("int", "R T", "token id", "what was to be predicted; -1: nothing"),
+            "predicted": Column("int", "R T", "token id", "what the model held most likely"),
+            "loss": Column("float16", "R T", "nats", "of each target; 0 where there is none"),
+        },
+    ),
+    "gradients": Group(
+        "One entry every so many steps: the gradient of each parameter, over all ranks, before it was clipped.",
+        _statistics("P", "nats per target per weight"),
+        {
+            "parameter": Column("str", "P", "name", "of each parameter"),
+            "layer": Column("int16", "P", "layer", "of each parameter; -1 the embedding, depth the output head"),
+            "edges": _EDGES,
+        },
+    ),
+    "activations": Group(
+        "One entry every so many steps: values inside the model on rows of rank 0, before the step's update.",
+        _statistics("S", "1"),
+        {
+            "place": Column(
+                "str",
+                "S",
+                "name",
+                "of each place: the output of a block, of its attention, of its MLP, and inside the MLP",
+            ),
+            "layer": Column("int16", "S", "layer", "of each place; -1 the embedding"),
+            "edges": _EDGES,
+        },
+    ),
+    "attention": Group(
+        "One entry an evaluation: where heads look, on some of the validation windows, in each reading.",
+        {
+            "step": _STEP,
+            "entropy": Column("float32", "D L H", "nats", "of a position's attention, mean over positions"),
+            "distance": Column("float32", "D L H", "tokens", "mean distance looked back"),
+            "first_share": Column("float32", "D L H", "share", "attention paid to the row's first position"),
+            "maps": Column(
+                "float16",
+                "D L M M",
+                "share",
+                "the first head's attention at the first positions of one window: [query, key]",
+            ),
+        },
+        {"reading": Column("str", "D", "name", "of each reading")},
+    ),
+    "representations": Group(
+        "One entry an evaluation: the residual stream for fixed validation tokens, in reading order.",
+        {
+            "step": _STEP,
+            "states": Column("float16", "D L+1 Q C", "1", "the embedding's output, then each block's"),
+        },
+        {
+            "reading": Column("str", "D", "name", "of each reading"),
+            "token": Column("int32", "Q", "token id", "whose state it is, in reading order"),
+            "window": Column("int64", "Q", "window", "of each token"),
+        },
+    ),
+    "validation": Group(
+        "One entry an evaluation: what each token of the validation windows cost, in each reading.",
+        {
+            "step": _STEP,
+            "loss": Column("float32", "D N", "nats", "of each token"),
+            "correct": Column("int8", "D N", "0 or 1", "whether the token was the most likely one"),
+        },
+        {
+            "reading": Column("str", "D", "name", "of each reading"),
+            "token": Column("int32", "N", "token id", "in reading order, segment after segment"),
+            "bytes": Column("int16", "N", "bytes", "of UTF-8 in each token"),
+            "segment": Column("int64", "N", "segment", "that each token stands in"),
+            "document": Column("int64", "N", "document", "that each token is of"),
+            "window": Column("int64", "N", "window", "that each token stands in"),
+        },
+    ),
+}

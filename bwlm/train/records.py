@@ -1,0 +1,100 @@
+"""What rank 0 writes while a run trains, and what happens where it cannot."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from bwlm.config import CheckpointSettings
+from bwlm.errors import RunError
+from bwlm.record.checkpoint import KeepPolicy, Snapshot
+from bwlm.record.journal import NAME, Journal
+from bwlm.record.lineage import ExperimentFolder
+from bwlm.record.researchlog import ResearchLog
+from bwlm.record.saver import CheckpointSaver
+
+Entries = dict[str, dict[str, Any]]
+"""Columns of one step by the research log's group."""
+
+
+def cannot_write(path: Path, error: OSError) -> RunError:
+    """The error of a run whose file cannot be written, with its mend."""
+    return RunError(
+        f"{path}: cannot be written ({error.strerror or error}): free space or make it writable; "
+        "launched again, the run goes on from its last checkpoint"
+    )
+
+
+class Records:
+    """What rank 0 writes while a run trains: journal, research log, and checkpoints beside the training."""
+
+    def __init__(
+        self, folder: ExperimentFolder, phase: str, fixed: Mapping[str, Any], settings: CheckpointSettings, step: int
+    ) -> None:
+        """`fixed` are what the research log holds for the whole run. Raises `RunError` if a file cannot be written."""
+        config, experiment = folder.config(), folder.config().experiment
+        about: dict[str, str | int | float] = {
+            "experiment": config.id,
+            "phase": phase,
+            "fingerprint": config.fingerprint,
+            "direction": experiment.direction,
+            "depth": experiment.depth,
+            "lr": experiment.lr,
+            "seed": experiment.seed,
+        }
+        path = folder.path / NAME
+        try:
+            self._journal = Journal(folder.path, step)
+            path = folder.research_log(phase)
+            self._log = ResearchLog(path, step, about, fixed)
+        except OSError as error:
+            raise cannot_write(path, error) from None
+        self._saver = CheckpointSaver(
+            folder.checkpoints, KeepPolicy(settings.keep, settings.keep_best, settings.keep_every)
+        )
+        self._failure: RunError | None = None
+
+    def log(self, step: int, metrics: dict[str, float], entries: Entries) -> None:
+        """What cannot be written comes up in `settle`, where all ranks hear of it, before the next checkpoint."""
+        with self._noting_failure(self._journal.path):
+            self._journal.append(step, metrics)
+        with self._noting_failure(self._log.path):
+            for group, columns in entries.items():
+                self._log.write(group, step, **columns)
+
+    @contextlib.contextmanager
+    def _noting_failure(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._failure = self._failure or cannot_write(path, error)
+
+    def settle(self, last: bool = False) -> None:
+        """Waits until everything so far is on disk. Raises `RunError` for what could not be written."""
+        self._saver.wait()
+        with self._noting_failure(self._journal.path):
+            self._journal.sync()
+        with self._noting_failure(self._log.path):
+            self._log.flush(merge=last)
+        if self._failure is not None:
+            raise self._failure
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Starts a save. The journal must be settled: a resumed run does not write those lines again."""
+        self._saver.save(snapshot)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._saver.__exit__(kind, error, trace)
+        finally:
+            self._journal.close()
+            with self._noting_failure(self._log.path):  # a run that ended well has merged it; else the tail stays
+                self._log.close()
