@@ -34,6 +34,7 @@ HEAVY = {
     "mlflow": ["record.tracking"],
     "torch": ["model", "record.checkpoint", "evaluate", "train", "grid.session"],
     "altair": ["analysis.charts"],
+    "h5py": ["record.researchlog"],
     "tiktoken": ["text.tokenizer"],
     "typer": ["cli"],
     "transformers": [],  # exports are written by hand; tests alone read them with it

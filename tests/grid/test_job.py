@@ -121,6 +121,7 @@ def test_a_submitted_grid_runs_and_reports(head: dict[str, str], corpus: Path, t
     assert "Traceback" not in wrong.stdout
 
 
+@pytest.mark.slow
 def test_a_stopped_job_saves_its_cells(head: dict[str, str], corpus: Path, tmp_path: Path) -> None:
     settings = [f"data.source={corpus}", "tokenizer.vocab_size=400", "axes.direction=[forward]", "budget.steps=100000"]
     patient = '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "300"}}'

@@ -53,7 +53,7 @@ def ask_rank_1(pid: int) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize(("workers", "ask"), [(1, ask_rank_0), (2, ask_rank_1)])
+@pytest.mark.parametrize(("workers", "ask"), [(1, ask_rank_0), pytest.param(2, ask_rank_1, marks=pytest.mark.slow)])
 def test_a_worker_that_is_asked_to_end_saves_and_its_cell_goes_on(
     grid_file: GridFile, tmp_path: Path, workers: int, ask: Callable[[int], None]
 ) -> None:
@@ -94,6 +94,7 @@ def check_saved(storage: Path, cell: str) -> None:
     assert checkpoint_steps(ExperimentFolder(storage, cell).checkpoints) == [status.step]
 
 
+@pytest.mark.slow
 def test_a_grid_whose_driver_is_asked_to_end_saves_every_cell(
     grid_file: GridFile, tmp_path: Path, ray_cluster: str
 ) -> None:
