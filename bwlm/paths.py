@@ -21,7 +21,7 @@ from bwlm.errors import UserError
 
 LONGEST_ID = 128
 _ID = re.compile(rf"[A-Za-z0-9._-]{{1,{LONGEST_ID}}}")
-_RESERVED = frozenset({".", "..", "cache", "grids", "mlflow.db", "mlruns", "mlartifacts"})
+_RESERVED = frozenset({".", "..", "analyses", "cache", "grids", "mlflow.db", "mlruns", "mlartifacts"})
 
 
 def check_id(name: str, field: str = "id") -> str:

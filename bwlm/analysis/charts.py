@@ -45,7 +45,7 @@ def learning_curves(curves: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     panel = alt.Facet("size:N", title=None, sort=sizes, header=alt.Header(labelFontSize=12, labelLimit=300))
     # sizes have budgets of their own, and share the loss axis
     panels = layered.facet(panel, columns=min(_COLUMNS, len(sizes))).resolve_scale(x="independent")
-    return _styled(panels.properties(title=title))
+    return styled(panels.properties(title=title))
 
 
 def gap_chart(gaps: pd.DataFrame, title: str) -> alt.TopLevelMixin:
@@ -72,28 +72,35 @@ def gap_chart(gaps: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     point = base.mark_point(filled=True, size=90, opacity=1).encode(x=x, color=color)
     layered = alt.layer(floor, zero, interval.encode(x="low:Q", x2="high:Q", color=color), point)
     notes = alt.TitleParams(title, subtitle="points: gaps; bars: 95 % over seeds; grey: noise floor between seeds")
-    return _styled(layered.properties(width=460, height=alt.Step(26), title=notes))
+    return styled(layered.properties(width=460, height=alt.Step(26), title=notes))
 
 
 def save_chart(chart: Any, folder: Path, name: str) -> list[Path]:
     """Writes `name`.svg and `name`.html, which needs no network; returns both paths."""
     paths = [folder / f"{name}.svg", folder / f"{name}.html"]
     for path in paths:
-        temporary = path.with_name(f".tmp-{path.name}")
-        try:
-            chart.save(str(temporary), **({"inline": True} if path.suffix == ".html" else {}))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        save_picture(chart, path)
     return paths
+
+
+def save_picture(chart: Any, path: Path) -> None:
+    """Writes a chart as its suffix says: svg, png (at twice the size), or html, which needs no network."""
+    options: dict[str, dict[str, Any]] = {".html": {"inline": True}, ".png": {"scale_factor": 2}}
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        chart.save(str(temporary), **options.get(path.suffix, {}))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _nothing(words: str, title: str) -> alt.TopLevelMixin:
     chart = alt.Chart(pd.DataFrame({"words": [words]})).mark_text(fontSize=13, color="#777").encode(text="words:N")
-    return _styled(chart.properties(width=300, height=80, title=title))
+    return styled(chart.properties(width=300, height=80, title=title))
 
 
-def _styled(chart: Any) -> Any:
+def styled(chart: Any) -> Any:
+    """The look that all charts share."""
     return (
         chart.configure_view(stroke=None)
         .configure_axis(grid=True, gridColor="#eee", labelFontSize=11, titleFontSize=12, titleFontWeight="normal")

@@ -1,0 +1,54 @@
+"""Which runs may be compared: those whose identities differ in the direction, and in what is tuned for it, alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from bwlm.record.fingerprint import differences
+from bwlm.record.lineage import ExperimentFolder
+
+TUNED = frozenset({"direction", "lr"})
+"""What the cells of a pair may differ in; the learning rate is chosen for each direction."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found when every pair of runs of two directions, one depth and one seed was compared."""
+
+    passed: int
+    """Pairs whose data, tokenizer, code, precision, budget, row order and evaluation windows are equal."""
+    refused: list[str]
+    """Pairs that differ in more than they may, with the fields."""
+
+    def words(self) -> list[str]:
+        """For a report."""
+        equal = "data, tokenizer, code, precision, budget, row order and validation windows"
+        return [f"{self.passed} pairs of runs agree in {equal}.", *self.refused]
+
+
+def audit(folders: list[ExperimentFolder]) -> Audit:
+    """Compares the identities of all pairs that a gap could be taken between; many refusals of one kind become one."""
+    identities = {folder.id: folder.config().identity for folder in folders}
+    passed, refused = 0, dict[tuple[str, ...], list[str]]()
+    for (one, fields), (other, other_fields) in combinations(identities.items(), 2):
+        if not _is_pair(fields, other_fields):
+            continue
+        allowed = dict.fromkeys(TUNED)
+        changed = differences(fields | allowed, other_fields | allowed)
+        if changed:
+            refused.setdefault(tuple(changed), []).append(f"{one} and {other}")
+        else:
+            passed += 1
+    return Audit(passed, [_refusal(changed, pairs) for changed, pairs in refused.items()])
+
+
+def _is_pair(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    same = all(one[name] == other[name] for name in ("depth", "seed", "phase"))
+    return same and one["direction"] != other["direction"]
+
+
+def _refusal(changed: tuple[str, ...], pairs: list[str]) -> str:
+    more = f" and {len(pairs) - 1} more pairs" if len(pairs) > 1 else ""
+    return f"refused: {pairs[0]}{more}: differ in {'; '.join(changed)}"

@@ -1,0 +1,160 @@
+"""Learning curves of several runs: over steps, tokens, FLOPs and time, and what a direction needs to reach a loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bwlm.analysis.figures import comparison_curves
+from bwlm.analysis.result import Analysis
+from bwlm.analysis.stats import DIRECTION_ORDER, paired_t
+from bwlm.analysis.tables import load_curves, sizes
+from bwlm.errors import UserError
+from bwlm.record.lineage import ExperimentFolder
+
+AXES = {"step": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
+_GROUP = ["size", "direction", "lr"]
+_SMOOTHED = 25
+"""A training loss is averaged over one in so many of a run's steps, centred."""
+_POINTS = 120
+"""Points of a curve in the chart."""
+_LEVELS = 3
+
+
+def compare(folders: list[ExperimentFolder]) -> Analysis:
+    """Curves with bands over seeds, and the tokens and FLOPs to reach a loss (learning efficiency).
+
+    Raises `UserError` if no run has logged a step.
+    """
+    curves = smoothed_curves(folders)
+    if curves.empty:
+        raise UserError("nothing to compare: no step has been logged yet")
+    table = efficiency(curves)
+    title = "Learning curves"
+    return Analysis("compare", title, _sentences(table), table, comparison_curves(bands(curves), title))
+
+
+def smoothed_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
+    """A row a step of each run: run, size, direction, lr, seed, step, tokens, flops, seconds, loss (nats)."""
+    labels, parts = sizes(folders), []
+    for folder in folders:
+        curve = load_curves(folder)
+        if curve.empty:
+            continue
+        experiment = folder.config().experiment
+        window = max(1, len(curve) // _SMOOTHED)
+        parts.append(
+            pd.DataFrame(
+                {
+                    "run": folder.id,
+                    "size": labels[folder.id],
+                    "direction": experiment.direction,
+                    "lr": experiment.lr,
+                    "seed": experiment.seed,
+                    "step": curve["step"],
+                    "tokens": curve["tokens"],
+                    "flops": curve["flops"],
+                    "seconds": curve["step_seconds"].cumsum(),
+                    "loss": curve["train_loss"].rolling(window, center=True, min_periods=1).mean(),
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def bands(curves: pd.DataFrame) -> pd.DataFrame:
+    """Mean, lowest and highest loss over seeds, on a grid of each axis: axis, x, loss, low, high, seeds."""
+    parts = []
+    for key, group in curves.groupby(_GROUP):
+        runs = [run for _, run in group.groupby("run")]
+        for axis, label in AXES.items():
+            end = min(run[axis].iloc[-1] for run in runs)
+            start = max(run[axis].iloc[0] for run in runs)
+            x = np.linspace(start, end, min(_POINTS, min(map(len, runs))))
+            loss = np.stack([np.interp(x, run[axis], run["loss"]) for run in runs])
+            named: dict[str, Any] = dict(zip(_GROUP, key, strict=True))
+            parts.append(
+                pd.DataFrame(
+                    {"axis": label, "x": x, "loss": loss.mean(0), "low": loss.min(0), "high": loss.max(0)}
+                ).assign(seeds=len(runs), **named)
+            )
+    return pd.concat(parts, ignore_index=True)
+
+
+def efficiency(curves: pd.DataFrame) -> pd.DataFrame:
+    """What each direction needs to reach some losses, beside the first direction of its size.
+
+    The losses lie between where all runs of a size have left their start behind and the lowest that all of them reach.
+    `ratio` is the geometric mean over seeds of tokens against the first direction's, with its 95 % t-interval over
+    seeds of the logarithm; FLOPs a token are equal within a size, so it holds for FLOPs too.
+    """
+    rows = []
+    for size, of_size in curves.groupby("size"):
+        best = _at_best_rate(of_size)
+        reachable = max(run["loss"].min() for _, run in best.groupby("run"))
+        start = max(run["loss"].iloc[0] for _, run in best.groupby("run"))
+        levels = np.linspace(start, reachable, _LEVELS + 1)[1:]
+        names = [name for name in DIRECTION_ORDER if name in set(best["direction"])]
+        for level in levels:
+            needed = {name: _needed(best[best["direction"] == name], float(level)) for name in names}
+            rows += [_row(str(size), float(level), name, needed, names[0]) for name in names]
+    return pd.DataFrame(rows)
+
+
+def _at_best_rate(curves: pd.DataFrame) -> pd.DataFrame:
+    """Of each direction the learning rate with the lowest mean loss at the end."""
+    ends = curves.groupby(["direction", "lr", "run"])["loss"].last().groupby(["direction", "lr"]).mean()
+    best = set(ends.groupby("direction").idxmin())
+    return curves[[key in best for key in zip(curves["direction"], curves["lr"], strict=True)]]
+
+
+def _needed(curves: pd.DataFrame, level: float) -> dict[int, tuple[float, float]]:
+    """Tokens and FLOPs at which each seed first comes down to a loss."""
+    found = {}
+    for seed, run in curves.groupby("seed"):
+        lowest = np.minimum.accumulate(run["loss"].to_numpy())
+        at = int(np.argmax(lowest <= level + 1e-12))
+        found[int(str(seed))] = (float(run["tokens"].iloc[at]), float(run["flops"].iloc[at]))
+    return found
+
+
+def _row(
+    size: str, level: float, name: str, needed: dict[str, dict[int, tuple[float, float]]], first: str
+) -> dict[str, object]:
+    own, other = needed[name], needed[first]
+    seeds = sorted(own.keys() & other.keys())
+    logs = np.array([math.log(own[seed][0] / other[seed][0]) for seed in seeds])
+    spread = paired_t(logs) if name != first else None
+    low, high = (math.exp(bound) for bound in spread[1]) if spread else (math.nan, math.nan)
+    return {
+        "size": size,
+        "loss": level,
+        "direction": name,
+        "seeds": len(own),
+        "tokens": float(np.mean([tokens for tokens, _ in own.values()])),
+        "flops": float(np.mean([flops for _, flops in own.values()])),
+        "against": first,
+        "ratio": math.exp(float(logs.mean())) if len(logs) else math.nan,
+        "ratio_low": low,
+        "ratio_high": high,
+    }
+
+
+def _sentences(table: pd.DataFrame) -> list[str]:
+    """One for each size and direction but the first, at the lowest loss that all reach."""
+    lowest = table[table["loss"] == table.groupby("size")["loss"].transform("min")]
+    return [
+        f"{row['size']}: {row['direction']} needs {row['ratio']:.2f} times the tokens of {row['against']} to reach "
+        f"{row['loss']:.3f} nats per token" + _interval(row["ratio_low"], row["ratio_high"], int(row["seeds"]))
+        for _, row in lowest.iterrows()
+        if row["direction"] != row["against"]
+    ]
+
+
+def _interval(low: float, high: float, seeds: int) -> str:
+    if math.isnan(low):
+        return " (one seed)"
+    return f" (95 % over {seeds} seeds: {low:.2f} .. {high:.2f})"

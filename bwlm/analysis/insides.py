@@ -1,0 +1,160 @@
+"""How models look inside: gradients and activations over time, states and attention at the end.
+
+Axes: Q tokens, C width, L layers, H heads.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from bwlm.analysis.figures import layer_chart, similarity_chart
+from bwlm.analysis.logs import LoggedRun, from_each, opened
+from bwlm.analysis.result import Analysis
+from bwlm.errors import UserError
+from bwlm.record.lineage import ExperimentFolder
+
+STATISTICS = ("norm", "rms", "mean", "max", "sparsity")
+_OF = {"gradients": "parameter", "activations": "place"}
+
+
+def over_time(group: str, folders: list[ExperimentFolder]) -> Analysis:
+    """`gradients` or `activations`: statistics per layer over training, mean over the runs of a direction.
+
+    Raises `UserError` if no run logged them.
+    """
+
+    def read(run: LoggedRun) -> pd.DataFrame:
+        return _long(run, group)
+
+    of_runs, notes = from_each(folders, read)
+    keys = ["direction", "step", "layer", "what"]
+    table = of_runs.groupby(keys, sort=False)[list(STATISTICS)].mean().reset_index()
+    title = f"{group.capitalize()} by layer"
+    return Analysis(group, title, _extremes(table, group), table, layer_chart(table, title), notes)
+
+
+def _long(run: LoggedRun, group: str) -> pd.DataFrame:
+    """A row a step and parameter or place: step, layer, what, and the statistics."""
+    steps, layers, names = run.all(group, "step"), run.fixed(group, "layer"), run.fixed(group, _OF[group])
+    frame = pd.DataFrame(
+        {
+            "step": np.repeat(steps, len(names)),
+            "layer": np.tile(layers, len(steps)),
+            "what": np.tile([_kind(name) for name in names], len(steps)),
+        }
+    )
+    return frame.assign(**{name: run.all(group, name).reshape(-1) for name in STATISTICS})
+
+
+def _kind(name: str) -> str:
+    """`blocks.3.attention.query.weight` as `attention.query`: layers are told apart by their number."""
+    parts = [part for part in name.split(".") if part not in ("blocks", "weight") and not part.isdigit()]
+    return ".".join(parts)
+
+
+def _extremes(table: pd.DataFrame, group: str) -> list[str]:
+    """Which layer has the largest values at the end, by direction."""
+    found = []
+    for direction, part in table.groupby("direction", sort=False):
+        last = part[part["step"] == part["step"].max()]
+        top = last.loc[last["rms"].idxmax()]
+        found.append(
+            f"{direction}: at step {int(top['step'])} the largest rms of {group} is {top['rms']:.3g}, "
+            f"of {top['what']} in layer {int(top['layer'])}"
+        )
+    return found
+
+
+def linear_cka(x: NDArray[Any], y: NDArray[Any]) -> float:
+    """Linear CKA of states [Q, C] and [Q, C'] of the same tokens, without the bias of few tokens, at most 1.
+
+    HSIC(x x', y y') / sqrt(HSIC(x x', x x') HSIC(y y', y y')) with the unbiased estimator of Song et al. (2012, JMLR
+    13:1393-1434), as in Nguyen et al. (2021, arXiv:2010.15327): the plain one of Kornblith et al. (2019,
+    arXiv:1905.00414) is near 1 for anything where tokens are hardly more than features.
+    """
+    k, m = (states @ states.T for states in (_centred(x), _centred(y)))
+    cross, own, other = _hsic(k, m), _hsic(k, k), _hsic(m, m)
+    return float(cross / np.sqrt(own * other)) if own > 0 and other > 0 else float("nan")
+
+
+def _centred(states: NDArray[Any]) -> NDArray[np.float64]:
+    values = states.astype(np.float64)
+    return np.asarray(values - values.mean(0))
+
+
+def _hsic(k: NDArray[np.float64], m: NDArray[np.float64]) -> float:
+    n = len(k)
+    k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
+    sums_k, sums_m = k.sum(0), m.sum(0)
+    total = (k * m).sum() + sums_k.sum() * sums_m.sum() / ((n - 1) * (n - 2)) - 2 * (sums_k @ sums_m) / (n - 2)
+    return float(total / (n * (n - 3)))
+
+
+def representations(folders: list[ExperimentFolder]) -> Analysis:
+    """Layer by layer, how alike the states of two runs are on the same tokens: across directions, and across seeds.
+
+    Raises `UserError` with under two runs that logged states of the same tokens.
+    """
+    states, notes = _states(folders)
+    rows = []
+    for (one, of_one), (other, of_other) in combinations(states.items(), 2):
+        if not np.array_equal(of_one["token"], of_other["token"]):
+            notes.append(f"{one} and {other}: states of other tokens: they cannot be compared")
+        elif len(of_one["states"]) != len(of_other["states"]):
+            notes.append(f"{one} and {other}: of unequal depth: their layers do not pair")
+        else:
+            rows += _pair(of_one, of_other)
+    if not rows:
+        raise UserError("; ".join(notes) or "representations: two runs are needed to compare their states")
+    pairs = pd.DataFrame(rows)
+    table = (
+        pairs.groupby(["pair", "layer"], sort=False)["cka"].agg(["mean", "min", "max", "size"]).reset_index()
+    ).rename(columns={"mean": "cka", "size": "pairs"})
+    heads, _ = from_each(folders, _heads)
+    title = "Representations"
+    chart = similarity_chart(table, heads, title)
+    return Analysis("representations", title, _alike(table), table, chart, notes)
+
+
+def _states(folders: list[ExperimentFolder]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """By run and, for a bidirectional one, reading: its label, tokens and newest states [L+1, Q, C]."""
+    found: dict[str, dict[str, Any]] = {}
+    notes = []
+    for folder in folders:
+        try:
+            with opened(folder) as run:
+                readings, states = run.fixed("representations", "reading"), run.last("representations", "states")
+                for reading, of_reading in zip(readings, states, strict=True):
+                    label = run.direction if len(readings) == 1 else f"{run.direction} ({reading})"
+                    tokens = run.fixed("representations", "token")
+                    found[f"{folder.id} {reading}"] = {"label": label, "token": tokens, "states": of_reading}
+        except UserError as error:
+            notes.append(str(error))
+    return found, notes
+
+
+def _pair(one: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
+    labels = sorted((one["label"], other["label"]))
+    pair = f"seeds of {labels[0]}" if labels[0] == labels[1] else f"{labels[0]} and {labels[1]}"
+    layers = zip(one["states"], other["states"], strict=True)
+    return [{"pair": pair, "layer": layer, "cka": linear_cka(x, y)} for layer, (x, y) in enumerate(layers)]
+
+
+def _heads(run: LoggedRun) -> pd.DataFrame:
+    """Newest attention statistics, a row a head: entropy in nats, distance in tokens, first_share."""
+    values = {name: run.last("attention", name) for name in ("entropy", "distance", "first_share")}
+    readings = run.fixed("attention", "reading")
+    index = np.indices(values["entropy"].shape)
+    frame = {"reading": readings[index[0].ravel()], "layer": index[1].ravel(), "head": index[2].ravel()}
+    return pd.DataFrame(frame | {name: found.ravel() for name, found in values.items()})
+
+
+def _alike(table: pd.DataFrame) -> list[str]:
+    """The mean over layers of each kind of pair, against the pairs of seeds."""
+    means = table.groupby("pair", sort=False)["cka"].mean()
+    return [f"{pair}: CKA {value:.3f}, mean over layers" for pair, value in means.items()]

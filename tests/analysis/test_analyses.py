@@ -1,0 +1,263 @@
+"""Analyses of runs that were really trained, and of figures worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bwlm.analysis.audit import audit
+from bwlm.analysis.curves import compare, efficiency
+from bwlm.analysis.insides import linear_cka, over_time, representations
+from bwlm.analysis.positions import KINDS, positions
+from bwlm.analysis.result import Analysis
+from bwlm.analysis.select import begun, choose
+from bwlm.analysis.tables import load_losses
+from bwlm.analysis.transfer import transfer
+from bwlm.cli import main
+from bwlm.errors import UserError
+from bwlm.record.lineage import ExperimentFolder
+from bwlm.text.prepare import Prepared
+from bwlm.train.base import run_base
+from bwlm.train.session import AloneSession
+from tests.runs import in_process, make_run
+
+Ids = ["b_s0", "b_s1", "f_s0", "f_s1", "x_s0"]
+LOG = {"scalars": 1, "tokens": 4, "gradients": 4, "activations": 4, "representations": 64}
+ALL: dict[str, Callable[[list[ExperimentFolder]], Analysis]] = {
+    "compare": compare,
+    "transfer": transfer,
+    "positions": positions,
+    "gradients": lambda folders: over_time("gradients", folders),
+    "activations": lambda folders: over_time("activations", folders),
+    "representations": representations,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A storage with five finished runs; read only."""
+    storage = tmp_path_factory.mktemp("trained")
+    directions = {"f": "forward", "b": "backward", "x": "bidirectional"}
+    for name in Ids:
+        settings: dict[str, Any] = {"direction": directions[name[0]], "seed": int(name[-1]), "research_log": LOG}
+        run = make_run(prepared, storage, name, depth=2, **settings)
+        assert run_base(run, AloneSession(), in_process).state == "finished"
+    grid = storage / "grids" / "g"
+    grid.mkdir(parents=True)
+    (grid / "grid.json").write_text(json.dumps({"name": "g", "cells": Ids[:4]}))
+    return storage
+
+
+@pytest.fixture(scope="module")
+def folders(trained: Path) -> list[ExperimentFolder]:
+    return choose(trained, ["*"])
+
+
+def test_runs_are_named_by_id_glob_or_grid(trained: Path) -> None:
+    def ids(*names: str) -> list[str]:
+        return [folder.id for folder in choose(trained, list(names))]
+
+    assert ids("*") == Ids
+    assert ids("g") == Ids[:4]
+    assert ids("x_s0", "f_*", "f_s1") == ["x_s0", "f_s0", "f_s1"]
+    with pytest.raises(UserError, match=r"^f_s3: no such experiment or grid in .*did you mean 'f_s1'"):
+        ids("f_s3")
+    with pytest.raises(UserError, match=r"^z\*: no experiment in .* matches; see: bwlm runs list"):
+        ids("f_s0", "z*")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_writes_a_picture_and_a_table(folders: list[ExperimentFolder], tmp_path: Path, name: str) -> None:
+    found = ALL[name](folders)
+    assert found.notes == []
+    assert found.findings
+    assert not any("nan" in line for line in found.findings)
+    files = found.write(tmp_path / "deeper" / name)
+    assert [path.suffix for path in files] == [".html", ".svg", ".csv", ".md"]
+    assert all(path.stat().st_size > 200 for path in files)
+    assert "http" not in files[1].read_text().replace("http://www.w3.org", "")
+    again = pd.read_csv(files[2])
+    assert list(again.columns) == list(found.table.columns)
+    assert len(again) == len(found.table)
+    assert found.write(tmp_path / "only.png") == [tmp_path / "only.png"]
+    assert (tmp_path / "only.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match=r"--output: x\.pdf: not a known kind of file; take one of csv, md, html"):
+        found.write(tmp_path / "x.pdf")
+
+
+def curve(direction: str, seed: int, losses: list[float]) -> pd.DataFrame:
+    steps = np.arange(1, len(losses) + 1)
+    return pd.DataFrame(
+        {
+            "run": f"{direction}{seed}", "size": "d1", "direction": direction, "lr": 1.0, "seed": seed,
+            "step": steps, "tokens": 100 * steps, "flops": 1e6 * steps, "seconds": 1.0 * steps, "loss": losses,
+        }
+    )  # fmt: skip
+
+
+def test_tokens_to_reach_a_loss_by_hand() -> None:
+    """The lowest loss that all reach is 1. Backward takes twice the steps with one seed and the same with the other:
+    sqrt(2) in the geometric mean."""
+    curves = [
+        curve("forward", 0, [4.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        curve("forward", 1, [4.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        curve("backward", 0, [4.0, 4.0, 3.0, 3.0, 2.0, 2.0, 1.5, 1.0]),
+        curve("backward", 1, [4.0, 3.0, 2.0, 1.0, 0.5, 0.5, 0.5, 0.5]),
+    ]
+    table = efficiency(pd.concat(curves, ignore_index=True))
+    assert sorted(set(table["loss"])) == [1.0, 2.0, 3.0]
+    last = table[table["loss"] == 1.0].set_index("direction")
+    assert last.loc["forward", "tokens"] == 400
+    assert last.loc["backward", "tokens"] == 600
+    assert last.loc["backward", "flops"] == 6e6
+    assert last.loc["backward", "ratio"] == pytest.approx(math.sqrt(2))
+    assert last.loc["backward", "ratio_low"] < 1 < last.loc["backward", "ratio_high"]
+    assert last.loc["forward", "ratio"] == 1.0
+
+
+def test_transfer_is_the_losses_of_both_readings(folders: list[ExperimentFolder], trained: Path) -> None:
+    table = transfer(folders).table.set_index(["direction", "reading"])
+    losses = [load_losses(ExperimentFolder(trained, run), "backward") for run in ("f_s0", "f_s1")]
+    crossed = np.mean([one["nll"].sum() / one["tokens"].sum() for one in losses])
+    assert table.loc[("forward", "backward"), "loss"] == pytest.approx(crossed)
+    native = table["native"]
+    assert native.to_dict() == {
+        ("backward", "backward"): True, ("backward", "forward"): False, ("bidirectional", "backward"): True,
+        ("bidirectional", "forward"): True, ("forward", "backward"): False, ("forward", "forward"): True,
+    }  # fmt: skip
+
+
+def test_places_share_out_every_token(folders: list[ExperimentFolder], trained: Path) -> None:
+    table = positions(folders).table
+    losses = load_losses(ExperimentFolder(trained, "x_s0"), "forward")
+    for _, group in table.groupby(["direction", "kind"]):
+        assert group["tokens"].sum() == losses["tokens"].sum()
+        assert group["accuracy"].between(0, 1).all()
+    mean = load_losses(ExperimentFolder(trained, "x_s0"), "backward")["nll"].sum() + losses["nll"].sum()
+    part = table[(table["direction"] == "bidirectional") & (table["kind"] == KINDS[0])]
+    assert (part["loss"] * part["tokens"]).sum() == pytest.approx(mean / 2, rel=1e-5)
+    # what a reading begins with costs it most
+    first = table[table["bin"] == 1].set_index(["direction", "kind"])["loss"]
+    assert first["forward", KINDS[0]] > first["forward", KINDS[1]]
+
+
+def test_layers_over_time(folders: list[ExperimentFolder]) -> None:
+    gradients = over_time("gradients", folders).table
+    assert sorted(set(gradients["step"])) == [4, 8, 12]
+    assert set(gradients["layer"]) == {-1, 0, 1, 2}
+    assert set(gradients["what"]) == {
+        "embedding", "lm_head", "attention.query", "attention.key", "attention.value", "attention.output",
+        "mlp.up", "mlp.down",
+    }  # fmt: skip
+    activations = over_time("activations", folders).table
+    assert set(activations["what"]) == {"stream", "attention", "mlp", "hidden"}
+    assert (activations[activations["what"] == "hidden"]["sparsity"] > 0.2).all()  # ReLU
+
+
+def test_cka_of_what_is_known() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 8))
+    turned = x @ np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    assert linear_cka(x, x) == pytest.approx(1)
+    assert linear_cka(x, 3 * turned + 5) == pytest.approx(1)
+    unrelated = [linear_cka(rng.normal(size=(50, 64)), rng.normal(size=(50, 64))) for _ in range(40)]
+    assert abs(np.mean(unrelated)) < 0.02
+    wide = rng.normal(size=(4000, 8))  # half of the features shared, all of one variance: 4 / 8
+    assert linear_cka(wide, np.column_stack([wide[:, :4], rng.normal(size=(4000, 4))])) == pytest.approx(0.5, abs=0.03)
+
+
+def test_representations_pair_directions_and_seeds(folders: list[ExperimentFolder]) -> None:
+    table = representations(folders).table
+    pairs = table.groupby("pair")["pairs"].first().to_dict()
+    assert pairs == {
+        "seeds of forward": 1, "seeds of backward": 1, "backward and forward": 4,
+        "backward and bidirectional (forward)": 2, "backward and bidirectional (backward)": 2,
+        "bidirectional (forward) and forward": 2, "bidirectional (backward) and forward": 2,
+        "bidirectional (backward) and bidirectional (forward)": 1,
+    }  # fmt: skip
+    assert sorted(set(table["layer"])) == [0, 1, 2]
+    assert table["cka"].between(-0.2, 1.001).all()
+    with pytest.raises(UserError, match="two runs are needed"):
+        representations([folder for folder in folders if folder.id == "f_s0"])
+
+
+def test_what_differs_in_more_than_the_direction_is_refused(
+    trained: Path, folders: list[ExperimentFolder], prepared: Prepared, tmp_path: Path
+) -> None:
+    assert audit(folders).passed == 4
+    assert audit(folders).refused == []
+    other = make_run(
+        prepared, tmp_path, "other", depth=2, direction="backward", budget={"steps": 9, "batch_tokens": 512}
+    )
+    found = audit([*folders[2:4], other])
+    assert found.passed == 0
+    [line] = found.refused
+    assert line == "refused: f_s0 and other: differ in steps: 12 -> 9"
+
+
+def test_a_damaged_log_is_named_and_the_rest_goes_on(trained: Path, tmp_path: Path) -> None:
+    storage = tmp_path / "copy"
+    shutil.copytree(trained, storage)
+    (storage / "f_s0" / "base.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    (storage / "b_s1" / "base.h5").unlink()
+    found = positions(choose(storage, ["*"]))
+    assert sorted(note.split(":")[0].removeprefix(f"{storage}/") for note in found.notes) == [
+        "b_s1/base.h5",
+        "f_s0/base.h5",
+    ]
+    assert found.table.groupby("direction")["runs"].first().to_dict() == {
+        "backward": 1,
+        "bidirectional": 1,
+        "forward": 1,
+    }
+    with pytest.raises(UserError, match=r"f_s0/base\.h5: damaged, not readable as HDF5"):
+        positions(choose(storage, ["f_s0"]))
+
+
+def test_runs_that_have_not_begun_are_left_out(prepared: Prepared, tmp_path: Path) -> None:
+    waiting = make_run(prepared, tmp_path, "waiting")
+    with pytest.raises(UserError, match=r"^waiting: not begun: there is nothing to analyse yet"):
+        begun([waiting])
+    cut = make_run(prepared, tmp_path, "cut")
+
+    class Killed(AloneSession):
+        def report(self, step: int, metrics: dict[str, float]) -> None:
+            if step == 7:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_base(cut, Killed(), in_process)
+    left, notes = begun([waiting, cut])
+    assert [folder.id for folder in left] == ["cut"]
+    assert notes == ["cut is stopped: analysed up to step 7", "not begun, and left out: waiting"]
+    assert set(positions(left).table["direction"]) == {"forward"}
+
+
+def test_the_command(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["bwlm", "analyze", *words, "--storage", str(trained)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, *capsys.readouterr()
+
+    code, out, err = run("transfer", "g", "--json", "--output", str(tmp_path / "t"))
+    assert (code, err) == (0, "")
+    shown = json.loads(out)
+    assert [Path(path).name for path in shown["files"]] == ["t.html", "t.svg", "t.csv", "t.md"]
+    assert {row["direction"] for row in shown["table"]} == {"forward", "backward"}
+    assert run("positions", "f_s9", "--output", str(tmp_path / "t"))[0] == 2
+    code, out, err = run("compare", "z*")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    code, out, _ = run("compare", "g", "--output", str(tmp_path / "c.svg"))
+    assert out.splitlines()[-1] == str(tmp_path / "c.svg")
