@@ -109,7 +109,7 @@ def layer_chart(table: pd.DataFrame, title: str) -> Any:
     lines = (
         base.mark_line(strokeWidth=1.3, point=alt.OverlayMarkDef(size=14))
         .encode(
-            x=alt.X("step:Q", title="step", axis=alt.Axis(labelExpr=_SHORT_NUMBER, tickCount=4)),
+            x=alt.X("step:Q", title="step", axis=alt.Axis(labelExpr=_SHORT_NUMBER, tickCount=3)),
             y=alt.Y("rms:Q", title="rms", scale=alt.Scale(type="log"), axis=alt.Axis(format="~g", tickCount=5)),
             color=alt.Color("layer:O", title="layer", scale=alt.Scale(scheme=_LAYERS)),
         )
@@ -129,7 +129,10 @@ def similarity_chart(pairs: pd.DataFrame, heads: pd.DataFrame, title: str) -> An
     `pairs`: pair, layer, cka, min, max. `heads`: direction, layer, entropy (nats), distance (tokens).
     """
     color = alt.Color(
-        "pair:N", title="pairs of runs", sort=list(pairs["pair"].unique()), legend=alt.Legend(labelLimit=260)
+        "pair:N",
+        title="pairs of runs",
+        sort=list(pairs["pair"].unique()),
+        legend=alt.Legend(labelLimit=260, symbolOpacity=1),
     )
     base = alt.Chart(pairs).encode(
         x=alt.X("layer:O", title="layer (0: embedding)", axis=alt.Axis(labelAngle=0)), color=color

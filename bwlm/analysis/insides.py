@@ -5,6 +5,9 @@ Axes: Q tokens, C width, L layers, H heads.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -77,22 +80,40 @@ def linear_cka(x: NDArray[Any], y: NDArray[Any]) -> float:
     13:1393-1434), as in Nguyen et al. (2021, arXiv:2010.15327): the plain one of Kornblith et al. (2019,
     arXiv:1905.00414) is near 1 for anything where tokens are hardly more than features.
     """
-    k, m = (states @ states.T for states in (_centred(x), _centred(y)))
-    cross, own, other = _hsic(k, m), _hsic(k, k), _hsic(m, m)
-    return float(cross / np.sqrt(own * other)) if own > 0 and other > 0 else float("nan")
+    return _cka(Kernel.of(x), Kernel.of(y))
 
 
-def _centred(states: NDArray[Any]) -> NDArray[np.float64]:
-    values = states.astype(np.float64)
-    return np.asarray(values - values.mean(0))
+@dataclass(frozen=True)
+class Kernel:
+    """x x' of centred states x [Q, C] without its diagonal, never built: [Q, Q] is larger than [Q, C]."""
+
+    x: NDArray[np.float64]
+    diagonal: NDArray[np.float64]
+    sums: NDArray[np.float64]
+    """Of its rows [Q]."""
+
+    @classmethod
+    def of(cls, states: NDArray[Any]) -> Kernel:
+        values = states.astype(np.float64)
+        x = values - values.mean(0)
+        diagonal = np.square(x).sum(1)
+        return cls(x, diagonal, x @ x.sum(0) - diagonal)
+
+    @cached_property
+    def own(self) -> float:
+        return hsic(self, self)
 
 
-def _hsic(k: NDArray[np.float64], m: NDArray[np.float64]) -> float:
-    n = len(k)
-    k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
-    sums_k, sums_m = k.sum(0), m.sum(0)
-    total = (k * m).sum() + sums_k.sum() * sums_m.sum() / ((n - 1) * (n - 2)) - 2 * (sums_k @ sums_m) / (n - 2)
+def hsic(k: Kernel, m: Kernel) -> float:
+    """The unbiased estimator of Song et al., for kernels without their diagonals."""
+    n = len(k.x)
+    products = np.square(k.x.T @ m.x).sum() - k.diagonal @ m.diagonal
+    total = products + k.sums.sum() * m.sums.sum() / ((n - 1) * (n - 2)) - 2 * (k.sums @ m.sums) / (n - 2)
     return float(total / (n * (n - 3)))
+
+
+def _cka(k: Kernel, m: Kernel) -> float:
+    return hsic(k, m) / math.sqrt(k.own * m.own) if k.own > 0 and m.own > 0 else math.nan
 
 
 def representations(folders: list[ExperimentFolder]) -> Analysis:
@@ -122,7 +143,7 @@ def representations(folders: list[ExperimentFolder]) -> Analysis:
 
 
 def _states(folders: list[ExperimentFolder]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """By run and, for a bidirectional one, reading: its label, tokens and newest states [L+1, Q, C]."""
+    """By run and, for a bidirectional one, reading: label, tokens, the kernel of its newest states in each layer."""
     found: dict[str, dict[str, Any]] = {}
     notes = []
     for folder in folders:
@@ -132,7 +153,8 @@ def _states(folders: list[ExperimentFolder]) -> tuple[dict[str, dict[str, Any]],
                 for reading, of_reading in zip(readings, states, strict=True):
                     label = run.direction if len(readings) == 1 else f"{run.direction} ({reading})"
                     tokens = run.fixed("representations", "token")
-                    found[f"{folder.id} {reading}"] = {"label": label, "token": tokens, "states": of_reading}
+                    kernels = [Kernel.of(of_layer) for of_layer in of_reading]
+                    found[f"{folder.id} {reading}"] = {"label": label, "token": tokens, "states": kernels}
         except UserError as error:
             notes.append(str(error))
     return found, notes
@@ -142,7 +164,7 @@ def _pair(one: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
     labels = sorted((one["label"], other["label"]))
     pair = f"seeds of {labels[0]}" if labels[0] == labels[1] else f"{labels[0]} and {labels[1]}"
     layers = zip(one["states"], other["states"], strict=True)
-    return [{"pair": pair, "layer": layer, "cka": linear_cka(x, y)} for layer, (x, y) in enumerate(layers)]
+    return [{"pair": pair, "layer": layer, "cka": _cka(x, y)} for layer, (x, y) in enumerate(layers)]
 
 
 def _heads(run: LoggedRun) -> pd.DataFrame:

@@ -12,6 +12,8 @@ from typing import Any
 import pandas as pd
 
 from bwlm.analysis.charts import gap_chart, learning_curves, save_chart
+from bwlm.analysis.page import to_page
+from bwlm.analysis.sections import analysis_sections, audit_section, cost_section, data_section, repeat_section
 from bwlm.analysis.stats import DIRECTION_ORDER, FEWEST_DOCUMENTS, Gap, counted, gap, judge
 from bwlm.analysis.tables import (
     BestRate,
@@ -30,6 +32,7 @@ from bwlm.paths import write_atomic
 from bwlm.record.lineage import ExperimentFolder
 
 REPORT = "RESEARCH_REPORT.md"
+PAGE = "RESEARCH_REPORT.html"
 _POINTS = 200
 """A curve keeps about this many of its steps in a chart."""
 
@@ -198,15 +201,47 @@ def write_grid_report(folder: Path, name: str, storage: Path, ids: list[str]) ->
     charts = save_chart(learning_curves(_curves(folders), f"{name}: learning curves"), folder, "curves")
     if findings.gaps:
         charts += save_chart(gap_chart(_gap_frame(findings.gaps), f"{name}: gaps between directions"), folder, "gaps")
-    text = _grid_text(name, folders, findings)
+    sections, pictures = _grid_sections(name, folders, findings, folder)
+    text = _grid_text(name, folders, findings) + "\n".join(["", *(f"{part}\n" for part in sections)])
+    return [*_write(text, folder, f"bwlm: {name}"), *charts, *pictures]
+
+
+def _grid_sections(
+    name: str, folders: list[ExperimentFolder], findings: Findings, home: Path
+) -> tuple[list[str], list[Path]]:
+    """What follows the verdict; insides are shown of the cells at each direction's best learning rate."""
+    chosen = _at_best_rates(folders, findings.best) or folders
+    analyses, pictures = analysis_sections(chosen, home, [name] if chosen == folders else [f.id for f in chosen])
+    command = f"bwlm grid run {name}.yaml"
+    parts = [*audit_section(folders), *data_section(folders), *analyses, *cost_section(folders)]
+    return [*parts, *repeat_section(folders, command)], pictures
+
+
+def _at_best_rates(folders: list[ExperimentFolder], best: list[BestRate]) -> list[ExperimentFolder]:
+    labels, wanted = sizes(folders), {(rate.size, rate.direction, rate.lr) for rate in best}
+    experiments = {folder.id: folder.config().experiment for folder in folders}
+    return [f for f in folders if (labels[f.id], experiments[f.id].direction, experiments[f.id].lr) in wanted]
+
+
+def _write(text: str, folder: Path, title: str) -> list[Path]:
+    """The report, and the same as a page of its own."""
     write_atomic(folder / REPORT, text.encode())
-    return [folder / REPORT, *charts]
+    write_atomic(folder / PAGE, to_page(text, folder, title).encode())
+    return [folder / REPORT, folder / PAGE]
 
 
-def write_experiment_report(folder: ExperimentFolder) -> list[Path]:
-    """Writes one run's report with its learning curve; returns the files, the report first."""
+def write_experiment_report(folder: ExperimentFolder, insides: bool = True) -> list[Path]:
+    """Writes one run's report with its learning curve; returns the files, the report first.
+
+    Without `insides` it says by which command they are added: for a grid's many cells they are seldom looked at.
+    """
     cell, config = load_cell(folder), folder.config()
     charts = save_chart(learning_curves(_curves([folder]), f"{folder.id}: learning curve"), folder.path, "curves")
+    analyses, pictures = (
+        analysis_sections([folder], folder.path, [folder.id])
+        if insides
+        else ([f"## Insides\n\n`bwlm analyze report {folder.id}` adds what its research log says."], [])
+    )
     settings = markdown_table(["setting", "value"], [(k, v) for k, v in sorted(config.identity.items())])
     text = "\n\n".join(
         [
@@ -216,11 +251,31 @@ def write_experiment_report(folder: ExperimentFolder) -> list[Path]:
             markdown_table(CELL_HEADER, [cell_columns(cell)]),
             "Loss is in nats per token, bpb in bits per UTF-8 byte of the validation windows.",
             "![learning curve](curves.svg) ([in the browser](curves.html))",
+            _lineage(folder),
+            *data_section([folder]),
+            *analyses,
+            *cost_section([folder]),
             f"## Settings\n\nFingerprint `{config.fingerprint}`.\n\n{settings}",
+            *repeat_section([folder], _command(folder)),
         ]
     )
-    write_atomic(folder.path / REPORT, f"{text}\n".encode())
-    return [folder.path / REPORT, *charts]
+    return [*_write(f"{text}\n", folder.path, f"bwlm: {folder.id}"), *charts, *pictures]
+
+
+def _lineage(folder: ExperimentFolder) -> str:
+    config, parent = folder.config(), folder.parent()
+    of_grid = f", a cell of the grid {config.grid}" if config.grid else ""
+    return f"## Lineage\n\nA {config.experiment.phase} run{of_grid}; parent: {parent or 'none'}."
+
+
+def _command(folder: ExperimentFolder) -> str:
+    """What trains the run again."""
+    config = folder.config()
+    if config.grid:
+        return f"bwlm grid run {config.grid}.yaml"
+    experiment = config.experiment
+    given = f"--direction {experiment.direction} --depth {experiment.depth} --id {folder.id}"
+    return f"bwlm train --phase {experiment.phase} {given}  # and the settings below"
 
 
 def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings) -> str:

@@ -23,30 +23,35 @@ def transfer(folders: list[ExperimentFolder]) -> Analysis:
 
     Raises `UserError` if no run was evaluated at its end.
     """
-    notes, rows = list[str](), []
+    notes, rows = list[str](), list[dict[str, Any]]()
     labels = sizes(folders)
     for folder in folders:
-        experiment = folder.config().experiment
-        for reading in READINGS:
-            try:
-                losses = load_losses(folder, reading, experiment.phase)
-            except OSError:
-                notes.append(f"{folder.id}: no evaluation of the {reading} reading: it is made at the run's end")
-                break
-            nll = losses["nll"].sum()
-            rows.append(
-                {
-                    "run": folder.id, "size": labels[folder.id], "direction": experiment.direction,
-                    "lr": experiment.lr, "seed": experiment.seed, "reading": reading,
-                    "loss": nll / losses["tokens"].sum(), "bpb": nll / (math.log(2) * losses["bytes"].sum()),
-                }
-            )  # fmt: skip
+        try:
+            rows += [_of_reading(folder, reading, labels[folder.id]) for reading in READINGS]
+        except OSError:
+            notes.append(f"{folder.id}: not evaluated in both readings, which is done at a run's end")
     if not rows:
         raise UserError("; ".join(notes) or "no run was given")
     runs = pd.DataFrame(rows)
     table = summary(runs)
     title = "Transfer between directions"
     return Analysis("transfer", title, sentences(runs), table, transfer_chart(table, title), notes)
+
+
+def _of_reading(folder: ExperimentFolder, reading: str, size: str) -> dict[str, Any]:
+    experiment = folder.config().experiment
+    losses = load_losses(folder, reading, experiment.phase)
+    nll = float(losses["nll"].sum())
+    return {
+        "run": folder.id,
+        "size": size,
+        "direction": experiment.direction,
+        "lr": experiment.lr,
+        "seed": experiment.seed,
+        "reading": reading,
+        "loss": nll / losses["tokens"].sum(),
+        "bpb": nll / (math.log(2) * losses["bytes"].sum()),
+    }
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
@@ -94,7 +99,7 @@ def _over_seeds(apart: np.ndarray[Any, np.dtype[np.float64]]) -> str:
     if tested is None:
         return " (one seed)"
     low, high = tested[1]
-    return f" ({CONFIDENCE:.0%} over {len(apart)} seeds: {low:+.4f} .. {high:+.4f})"
+    return f" ({100 * CONFIDENCE:.0f} % over {len(apart)} seeds: {low:+.4f} .. {high:+.4f})"
 
 
 def _interval(losses: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:

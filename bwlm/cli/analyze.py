@@ -96,6 +96,31 @@ def representations(runs: Runs, output: Output = None, storage: Storage = None, 
     _run(representations, runs, output, storage, as_json)
 
 
+@analyze_app.command()
+def report(names: Runs, storage: Storage = None, as_json: Json = False) -> None:
+    """Write RESEARCH_REPORT.md and .html: of a grid, or of single experiments.
+
+    Example: `bwlm analyze report demo`
+    """
+    from bwlm.analysis.report import write_experiment_report, write_grid_report
+    from bwlm.analysis.select import choose
+    from bwlm.paths import storage_root
+
+    root = storage_root(storage)
+    files = []
+    for name in names:
+        folders = choose(root, [name])
+        home = root / "grids" / name
+        if (home / "grid.json").exists():
+            files += write_grid_report(home, name, root, [folder.id for folder in folders])
+        else:
+            files += [file for folder in folders for file in write_experiment_report(folder)]
+    if as_json:
+        print_json({"files": [str(file) for file in files]})
+    else:
+        show(*(str(file) for file in files if file.suffix in (".md", ".html")))
+
+
 def _run(
     analyse: Callable[[list[ExperimentFolder]], Analysis],
     runs: list[str],

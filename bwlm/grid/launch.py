@@ -161,7 +161,7 @@ def _conclude(plan: Plan, storage: Path, tracking: Tracking, run: str, dashboard
     ids = [cell.id for cell in plan.cells]
     for planned in find_cells(plan, storage):
         if planned.status.step:
-            artifacts = write_experiment_report(planned.folder)
+            artifacts = write_experiment_report(planned.folder, insides=not plan.is_grid)
             tracking.close_child(planned.folder, planned.status, artifacts)
     home = folder_of(plan, storage)
     result = LaunchResult(load_cells(storage, ids), home / REPORT, tracking.uri, dashboard)

@@ -26,7 +26,15 @@ def make_cell(
     """A cell that waits."""
     extra = "".join(f"_{name}{value}" for name, value in identity.items())
     name = f"g_{direction}_d{depth}_lr{lr:g}_s{seed}{extra}"
-    fields = {"direction": direction, "depth": depth, "lr": lr, "seed": seed, "steps": STEPS * depth, **identity}
+    fields = {
+        "phase": "base",
+        "direction": direction,
+        "depth": depth,
+        "lr": lr,
+        "seed": seed,
+        "steps": STEPS * depth,
+        **identity,
+    }
     experiment = Experiment.model_validate({"direction": direction, "depth": depth, "lr": lr, "seed": seed})
     folder = ExperimentFolder(storage, name)
     folder.create(RunConfig(name, experiment, fields, STEPS * depth, COMPUTE, "/corpus", "/tokenizer", "g"))
@@ -57,6 +65,7 @@ def finish(folder: ExperimentFolder, losses: Mapping[str, Sequence[float]]) -> E
     for step in range(1, steps + 1):
         smooth = 3.0 + 2.0 / step + 0.05 * folder.config().experiment.seed
         metrics = {"train_loss": smooth, "train_loss_smooth": smooth, "tokens": step * 1000.0}
+        metrics |= {"flops": step * 1e9, "step_seconds": 0.5}
         journal.append(step, metrics | ({"val_loss": smooth + 0.1} if step % (steps // 2) == 0 else {}))
     journal.close()
     for reading, nll in losses.items():

@@ -15,6 +15,7 @@ import pytest
 from bwlm.analysis.charts import gap_chart, learning_curves, save_chart
 from bwlm.analysis.report import (
     GAP_HEADER,
+    PAGE,
     REPORT,
     find,
     gap_columns,
@@ -110,8 +111,25 @@ def test_the_report_gives_verdicts_in_words(written: tuple[str, list[Path]]) -> 
     # (1.0 + 1.1 + 1.0 + 1.1) / 4 nats a window of 10 tokens
     row = next(line for line in text.splitlines() if line.startswith("| d1 | forward → backward"))
     assert "| 4 | +0.1050 |" in row
-    assert {file.name for file in files} == {REPORT, "curves.svg", "curves.html", "gaps.svg", "gaps.html"}
-    assert all(f"({file.name})" in text for file in files[1:])
+    charts = {"curves.svg", "curves.html", "gaps.svg", "gaps.html", "compare.svg", "transfer.svg"}
+    assert {file.name for file in files} == {REPORT, PAGE, *charts}
+    assert all(f"({name})" in text for name in charts)
+    # the hand-made cells have no research log: each section says what makes it
+    for command in ("positions", "gradients", "activations", "representations"):
+        assert re.search(rf"Nothing yet \(.*no such file.*\); once there is, `bwlm analyze {command} g_", text)
+
+
+def test_the_report_tells_audit_cost_and_how_to_repeat_it(written: tuple[str, list[Path]]) -> None:
+    text, files = written
+    assert "pairs of runs agree in data, tokenizer, code" in text
+    assert "| forward | 6 | " in text  # of the cost: four seeds, another rate, another depth
+    assert "```bash\nbwlm grid run g.yaml\n```" in text
+    assert "torch 2." in text
+    page = files[1].read_text()
+    assert page.count("data:image/svg+xml;base64,") == 4
+    assert "<table>" in page
+    assert 'src="c' not in page
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)
 
 
 def test_no_difference_is_said_where_the_seeds_disagree(tmp_path: Path) -> None:
@@ -150,9 +168,9 @@ def test_a_grid_without_a_finished_cell_has_a_report_too(started: bool, tmp_path
     assert "None: no cell has finished yet." in text
     assert "failed (out of memory)" in text
     assert "## Best learning rate" not in text
-    for file in files[1:]:
+    for file in files[2:]:
         check_chart(file)
-    assert ("no step has been logged yet" in files[1].read_text()) is not started
+    assert ("no step has been logged yet" in files[2].read_text()) is not started
 
 
 def test_one_direction_alone_is_told_so(tmp_path: Path) -> None:
@@ -269,7 +287,12 @@ def test_the_report_of_one_experiment(grid: list[ExperimentFolder]) -> None:
     assert text.startswith(f"# {grid[0].id}\n\nA forward model of depth 1, finished at step 20 of 20.")
     assert read_json(grid[0].path / "config.json")["fingerprint"] in text
     assert "| lr | 1.0 |" in text
-    assert {file.name for file in files} == {REPORT, "curves.svg", "curves.html"}
+    assert {file.name for file in files} == {REPORT, PAGE, "curves.svg", "curves.html", "compare.svg"}
+    assert "parent: none" in text
+    assert "a cell of the grid g" in text
+    brief = write_experiment_report(grid[0], insides=False)
+    assert {file.name for file in brief} == {REPORT, PAGE, "curves.svg", "curves.html"}
+    assert f"`bwlm analyze report {grid[0].id}` adds" in brief[0].read_text()
 
 
 def test_a_cell_of_a_table_cannot_break_it() -> None:
@@ -281,7 +304,7 @@ def test_a_cell_of_a_table_cannot_break_it() -> None:
 
 def test_charts_can_be_opened(written: tuple[str, list[Path]]) -> None:
     _, files = written
-    roots = {file.name: check_chart(file) for file in files[1:]}
+    roots = {file.name: check_chart(file) for file in files[2:]}
     curves = roots["curves.svg"]
     assert curves is not None
     shown = "".join(curves.itertext())

@@ -1,0 +1,137 @@
+"""The sections of a report after the verdict: data, audit, dynamics, transfer, insides, cost, how to repeat it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bwlm.analysis.audit import audit
+from bwlm.analysis.curves import compare
+from bwlm.analysis.insides import over_time, representations
+from bwlm.analysis.positions import positions
+from bwlm.analysis.result import Analysis, frame_to_markdown
+from bwlm.analysis.select import begun
+from bwlm.analysis.tables import load_curves
+from bwlm.analysis.transfer import transfer
+from bwlm.errors import UserError
+from bwlm.paths import read_json
+from bwlm.record.lineage import ExperimentFolder
+
+Analyse = Callable[[list[ExperimentFolder]], Analysis]
+
+_ROWS = 40
+"""Rows of a table that a report shows; the rest is for the command that makes all of it."""
+
+_ANALYSES: dict[str, tuple[str, Analyse, bool]] = {
+    "compare": ("Learning efficiency", compare, True),
+    "transfer": ("Both readings", transfer, True),
+    "positions": ("Where the loss lies", positions, False),
+    "gradients": ("Gradients", lambda folders: over_time("gradients", folders), False),
+    "activations": ("Activations", lambda folders: over_time("activations", folders), False),
+    "representations": ("Representations and attention", representations, True),
+}
+"""By command: title, analysis, and whether its table is short enough to be read."""
+
+
+def analysis_sections(folders: list[ExperimentFolder], home: Path, names: list[str]) -> tuple[list[str], list[Path]]:
+    """Markdown of what each analysis finds, and its pictures below `home`; `names` are what a person would type."""
+    try:
+        folders, _ = begun(folders)
+    except UserError:
+        folders = []
+    parts, pictures = [], []
+    for command, (title, analyse, with_table) in _ANALYSES.items():
+        again = f"`bwlm analyze {command} {shlex.join(names)}`"
+        parts.append(f"## {title}")
+        try:
+            found = analyse(folders)
+        except UserError as error:
+            parts.append(f"Nothing yet ({error}); once there is, {again} makes it.")
+            continue
+        pictures += found.write(home / f"{command}.svg")
+        parts.append("\n".join(f"- {line}" for line in found.findings))
+        parts.append(f"![{found.title}]({command}.svg)")
+        if with_table and len(found.table) <= _ROWS:
+            parts.append(frame_to_markdown(found.table))
+        parts += ["\n".join(f"- {note}" for note in found.notes)] if found.notes else []
+        parts.append(f"All of it: {again}.")
+    return parts, pictures
+
+
+def audit_section(folders: list[ExperimentFolder]) -> list[str]:
+    return ["## Audit", "\n".join(f"- {line}" for line in audit(folders).words())]
+
+
+def data_section(folders: list[ExperimentFolder]) -> list[str]:
+    """Each corpus that the runs read: its source, digest and size."""
+    rows = {}
+    for folder in folders:
+        config = folder.config()
+        if config.corpus in rows or not (manifest := Path(config.corpus) / "manifest.json").exists():
+            continue
+        content = read_json(manifest)
+        counts = {split: _totals(content[split]["shards"]) for split in ("train", "validation")}
+        rows[config.corpus] = {
+            "source": config.experiment.data.source,
+            "vocabulary": config.experiment.tokenizer.vocab_size,
+            "row": config.experiment.model.sequence_length,
+            **{f"{split} {what}": f"{n:,}" for split, of in counts.items() for what, n in of.items()},
+            "digest": f"`{content['digest'][:12]}`",
+        }
+    if not rows:
+        return [
+            "## Data",
+            "The packed text is no longer below the storage's cache; its digest is in every config.json.",
+        ]
+    return ["## Data", frame_to_markdown(pd.DataFrame(list(rows.values())))]
+
+
+def _totals(shards: list[dict[str, Any]]) -> dict[str, int]:
+    return {what: sum(int(shard[what]) for shard in shards) for what in ("documents", "tokens", "bytes")}
+
+
+def cost_section(folders: list[ExperimentFolder]) -> list[str]:
+    """Time, tokens and FLOPs that the runs took, by direction. Energy is not measured."""
+    rows = []
+    for folder in folders:
+        curve = load_curves(folder)
+        if not curve.empty:
+            last, validation = curve.iloc[-1], curve.get("validation_seconds", pd.Series(dtype=float)).sum()
+            rows.append(
+                {
+                    "direction": folder.config().experiment.direction,
+                    "runs": 1,
+                    "tokens": float(last["tokens"]),
+                    "FLOPs": float(last["flops"]),
+                    "hours of steps": curve["step_seconds"].sum() / 3600,
+                    "hours of validation": validation / 3600,
+                }
+            )
+    if not rows:
+        return ["## Cost", "Nothing has been trained yet."]
+    table = pd.DataFrame(rows).groupby("direction", sort=False).sum().reset_index()
+    for name in ("tokens", "FLOPs"):
+        table[name] = [f"{value:.3g}" for value in table[name]]
+    return ["## Cost", frame_to_markdown(table), "Hours are those of workers. Energy is not measured."]
+
+
+def repeat_section(folders: list[ExperimentFolder], command: str) -> list[str]:
+    """The command, versions and fingerprints."""
+    lines = []
+    for folder in folders:
+        config = read_json(folder.path / "config.json")
+        versions = ", ".join(f"{name} {number}" for name, number in sorted(config["versions"].items()))
+        compute = config["compute"]
+        how = (
+            f"{compute['precision']}, {compute['attention']} attention, {'' if compute['compile'] else 'not '}compiled"
+        )
+        lines.append((folder.id, config["fingerprint"], versions, how))
+    kinds = dict.fromkeys((versions, how) for _, _, versions, how in lines)
+    parts = ["## How to repeat it", f"```bash\n{command}\n```"]
+    parts += [f"With {versions}; {how}." for versions, how in kinds]
+    parts.append("Fingerprints: " + ", ".join(f"{run} `{mark}`" for run, mark, _, _ in lines) + ".")
+    return parts
