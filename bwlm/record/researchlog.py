@@ -55,7 +55,7 @@ _ROOM = 2**16
 """Bytes that HDF5 may need for its own accounts in a merge."""
 _COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 """What every build of HDF5 reads."""
-_SHARE = 0.01
+_SHARE = 0.003
 """Of the time, at most, that merging may take from its writer."""
 
 
@@ -111,7 +111,7 @@ class ResearchLog:
         self._steps[group] = step
 
     def flush(self, merge: bool = False) -> None:
-        """Makes what was written durable, and merges it into the file: always, or where that takes 1 % of the time."""
+        """Makes what was written durable, and merges it into the file: always, or where that takes a small share of the time."""
         os.fsync(self._tail.fileno())
         if merge or time.monotonic() - self._merged >= self._merge_seconds / _SHARE:
             began = time.monotonic()
