@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import signal
@@ -11,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jsonschema
 import pytest
@@ -25,6 +24,7 @@ from bwlm.model.compute import Compute
 from bwlm.record.fingerprint import identity
 from bwlm.record.journal import Journal
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
+from tests.shell import Answer, Shell, check_mistake
 
 BWLM = Path(sys.executable).parent / "bwlm"
 GRIDS = sorted((Path(__file__).parents[1] / "grids").glob("*.yaml"))
@@ -36,47 +36,6 @@ model: {sequence_length: 64}
 tokenizer: {vocab_size: 300}
 budget: {steps: 5, batch_tokens: 256}
 """
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-class Shell:
-    """Runs `bwlm ARGS` in this process, as a person would, in a folder of its own."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self._monkeypatch, self._capsys = folder, monkeypatch, capsys
-        self.storage = folder / "runs"
-
-    def __call__(self, *arguments: str) -> Answer:
-        self._monkeypatch.setattr(sys, "argv", ["bwlm", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert isinstance(ended.value.code, int)
-        return Answer(ended.value.code, *self._capsys.readouterr())
-
-    def json(self, *arguments: str) -> Any:
-        answer = self(*arguments, "--json")
-        assert answer.code == 0, answer.err
-        return json.loads(answer.out)
-
-    def file(self, text: str) -> str:
-        (self.folder / "g.yaml").write_text(text)
-        return "g.yaml"
-
-
-@pytest.fixture
-def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Shell]:
-    monkeypatch.chdir(tmp_path)
-    for name in ("BWLM_STORAGE", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
-        monkeypatch.delenv(name, raising=False)
-    levels = {name: logging.getLogger(name).level for name in ("mlflow", "alembic", "ray", "ray.tune")}
-    yield Shell(tmp_path, monkeypatch, capsys)
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
 
 
 def make_run(storage: Path, name: str, state: Status | None = None, steps: int = 0) -> ExperimentFolder:
@@ -267,15 +226,6 @@ MISTAKES = {
     "no text": ("", [], "g.yaml: name: missing; add it"),
     "an object store": (GOOD, ["--storage", "s3://bucket/runs"], "storage: 's3://bucket/runs' is not a folder"),
 }  # fmt: skip
-
-
-def check_mistake(answer: Answer, message: str) -> None:
-    assert answer.code == 2
-    assert answer.out == ""
-    assert answer.err.startswith("bwlm: ")
-    assert answer.err.endswith("\n")
-    assert answer.err.count("\n") == 1
-    assert message in answer.err
 
 
 @pytest.mark.parametrize("command", ["plan", "run"])

@@ -1,4 +1,4 @@
-"""The one command line: `bwlm grid|train|export|runs|tokenizer|data`, thin over the rooms that do the work."""
+"""The one command line: `bwlm grid|train|analyze|export|runs|tokenizer|data`, thin over the rooms that do the work."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import typer
 
+from bwlm.cli.analyze import analyze_app
 from bwlm.cli.data import data_app, tokenizer_app
 from bwlm.cli.export import export
 from bwlm.cli.grid import grid_app
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(grid_app, name="grid")
 app.command("train")(train)
+app.add_typer(analyze_app, name="analyze")
 app.add_typer(runs_app, name="runs")
 app.command("export")(export)
 app.add_typer(tokenizer_app, name="tokenizer")
