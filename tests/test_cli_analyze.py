@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from bwlm.analysis.losses import read_losses
 from bwlm.analysis.stats import gaps
 from tests.analysis.test_stats import GOLDEN, flat_table, table
 from tests.shell import Shell, check_mistake
+from tests.test_readme import ROOT, blocks, write_files
 
 LOSSES = table(GOLDEN)
 FINDING = {"size", "a", "b", "seeds", "gap_nats", "gap_percent", "bootstrap", "seed_interval", "noise_floor", "verdict"}
@@ -168,6 +172,36 @@ def test_a_table_of_one_seed_leaves_its_interval_empty(shell: Shell) -> None:
     findings(shell, LOSSES[LOSSES["seed"] == 0], "l.csv", "--output", "t.csv")
     [row] = pd.read_csv(shell.folder / "t.csv").to_dict("records")
     assert all(math.isnan(row[name]) for name in ("seed_interval_low", "seed_interval_high", "noise_floor", "p"))
+
+
+# ---- the page ----
+
+
+def test_the_docs_show_what_is_printed(shell: Shell) -> None:
+    page = ROOT / "docs" / "statistics.md"
+    assert write_files(page, shell.folder) == ["losses.csv"]
+    (shell.folder / "grids").symlink_to(ROOT / "grids")
+    text = page.read_text()
+    printed = {}
+    for line in "".join(blocks(page, "bash")).splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "bwlm"
+        printed[line] = shell(*arguments)
+    assert [answer.code for answer in printed.values()] == [0, 0, 0]
+    for_people, for_scripts, plan = (answer.out for answer in printed.values())
+    shown = "\n".join(line.rstrip() for line in for_people.splitlines())
+    assert f"```\n{shown}\n```\n" in text
+    [found] = json.loads(for_scripts)
+    assert set(found) == set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)))) - {
+        "run", "direction", "seed", "document", "nll", "tokens", "bytes",
+    }  # fmt: skip
+    assert f"    {plan.splitlines()[-1]}\n" in text
+    assert {"gaps.svg", "gaps.md"} < {path.name for path in shell.folder.iterdir()}
+    (program,) = blocks(page, "python")
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        exec(compile(program, page.name, "exec"), {})
+    assert told.getvalue() == f"124M forward backward {found['gap_nats']} different\n"
 
 
 # ---- mistakes ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from scipy.stats import t as student_t
 
 from bwlm.analysis.power import TABLE_GAPS, TABLE_SEEDS, detectable_gap, power_table, t_test_power
-from bwlm.analysis.stats import judge, paired_t
+from bwlm.analysis.stats import FEWEST_SEEDS, counted, judge, paired_t
 from tests.analysis.test_stats import GOLDEN, measured, table
+
+DOC = Path(__file__).parents[2] / "docs" / "statistics.md"
 
 
 def simulated_power(seeds: int, gap: float, family: int, studies: int = 40_000) -> float:
@@ -93,6 +96,27 @@ def test_the_table_is_power_by_seeds_and_gap() -> None:
     assert {tuple(row) for row in table.values()} == {TABLE_GAPS}
     assert (TABLE_GAPS[0], TABLE_GAPS[-1]) == (0.5, 5.0)
     assert table[5][3.0] == t_test_power(5, 3.0, family=3)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+@pytest.mark.parametrize("family", [1, 3])
+def test_the_docs_show_the_power_table(family: int) -> None:
+    rows = [
+        [f"{n} (no verdict)" if n < FEWEST_SEEDS else str(n)]
+        + ["> 0.99" if chance >= 0.995 else f"{chance:.2f}" for chance in by_gap.values()]
+        for n, by_gap in power_table(family=family).items()
+    ]
+    assert f"\n\n{markdown(['seeds', *(f'{gap:g}' for gap in TABLE_GAPS)], rows)}\n\n" in DOC.read_text()
+
+
+def test_the_docs_show_detectable_gaps() -> None:
+    asked = [(chance, family) for chance in (0.8, 0.9) for family in (1, 3, 6)]
+    header = [f"{100 * chance:.0f} %, {counted(family, 'pair')}" for chance, family in asked]
+    rows = [[str(n), *(f"{detectable_gap(n, 1.0, *one):.2f}" for one in asked)] for n in TABLE_SEEDS[1:]]
+    assert f"\n\n{markdown(['seeds', *header], rows)}\n\n" in DOC.read_text()
 
 
 def test_nonsense_is_refused() -> None:
