@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bwlm.analysis.losses import read_losses
-from bwlm.analysis.stats import gaps
+from bwlm.analysis.stats import COLUMNS, gaps
 from tests.analysis.test_stats import GOLDEN, flat_table, table
 from tests.shell import Shell, check_mistake
 from tests.test_readme import ROOT, blocks, write_files
@@ -114,6 +114,13 @@ def test_a_csv_is_read_as_it_was_written(tmp_path: Path) -> None:
         "run": "null", "direction": "1e3", "seed": 0, "size": 3, "document": "NA", "nll": 0.1 + 0.2, "tokens": 2,
         "bytes": 3,
     }  # fmt: skip
+
+
+def test_a_long_csv_has_one_type_in_a_column(tmp_path: Path) -> None:
+    """Read piece by piece, size 4 of the first piece would be another than size 4 beside a name in the last."""
+    lines = ["r,forward,0,4,d,3.0,2,3"] * 100_000 + ["r,forward,0,124M,d,3.0,2,3"]
+    (tmp_path / "l.csv").write_text("\n".join([",".join(COLUMNS), *lines]))
+    assert set(read_losses(tmp_path / "l.csv")["size"]) == {"4", "124M"}
 
 
 def test_a_parquet_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -26,11 +26,6 @@ Output = Annotated[
 ]
 
 
-@analyze_app.callback()
-def analyze() -> None:
-    """What losses say of the directions."""
-
-
 @analyze_app.command("gap")
 def analyze_gap(
     losses: Annotated[
