@@ -22,7 +22,7 @@ from bwlm.text.prepare import Pack, Prepared, prepare
 from bwlm.text.stream import pack_corpus, pack_here
 from bwlm.text.tokenizer import Tokenizer
 
-pytest_plugins = ["tests.runs"]
+pytest_plugins = ["tests.runs", "tests.shell"]
 
 VOCAB_SIZE = 400
 SEQUENCE_LENGTH = 64

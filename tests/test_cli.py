@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import signal
@@ -11,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jsonschema
 import pytest
@@ -19,12 +18,14 @@ import typer
 import yaml
 
 from bwlm import cli
+from bwlm.analysis.power import detectable_gap
 from bwlm.config import Experiment, parse_yaml
 from bwlm.grid.spec import plan_experiment
 from bwlm.model.compute import Compute
 from bwlm.record.fingerprint import identity
 from bwlm.record.journal import Journal
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
+from tests.shell import Answer, Shell, check_mistake
 
 BWLM = Path(sys.executable).parent / "bwlm"
 GRIDS = sorted((Path(__file__).parents[1] / "grids").glob("*.yaml"))
@@ -36,47 +37,6 @@ model: {sequence_length: 64}
 tokenizer: {vocab_size: 300}
 budget: {steps: 5, batch_tokens: 256}
 """
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-class Shell:
-    """Runs `bwlm ARGS` in this process, as a person would, in a folder of its own."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self._monkeypatch, self._capsys = folder, monkeypatch, capsys
-        self.storage = folder / "runs"
-
-    def __call__(self, *arguments: str) -> Answer:
-        self._monkeypatch.setattr(sys, "argv", ["bwlm", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert isinstance(ended.value.code, int)
-        return Answer(ended.value.code, *self._capsys.readouterr())
-
-    def json(self, *arguments: str) -> Any:
-        answer = self(*arguments, "--json")
-        assert answer.code == 0, answer.err
-        return json.loads(answer.out)
-
-    def file(self, text: str) -> str:
-        (self.folder / "g.yaml").write_text(text)
-        return "g.yaml"
-
-
-@pytest.fixture
-def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Shell]:
-    monkeypatch.chdir(tmp_path)
-    for name in ("BWLM_STORAGE", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
-        monkeypatch.delenv(name, raising=False)
-    levels = {name: logging.getLogger(name).level for name in ("mlflow", "alembic", "ray", "ray.tune")}
-    yield Shell(tmp_path, monkeypatch, capsys)
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
 
 
 def make_run(storage: Path, name: str, state: Status | None = None, steps: int = 0) -> ExperimentFolder:
@@ -132,7 +92,7 @@ def test_no_command_shows_the_commands(command: tuple[str, ...], shell: Shell) -
 
 def test_a_plan_as_json(shell: Shell) -> None:
     document = shell.json("grid", "plan", shell.file(GOOD))
-    assert document.keys() == {"grid", "cells"}
+    assert document.keys() == {"grid", "cells", "detectable"}
     assert document["grid"] == "bars"
     assert [cell["id"] for cell in document["cells"]] == [
         f"bars_{direction}_d{depth}_lr0.5_s0" for direction in ("forward", "backward") for depth in (1, 2)
@@ -172,6 +132,31 @@ def test_a_plan_for_people(shell: Shell) -> None:
     assert "bars: 8 cells" in answer.out
     assert "87.6k" in answer.out
     assert f"storage {shell.folder / 'elsewhere'}" in answer.out
+
+
+def test_a_plan_says_what_gap_its_seeds_could_see(shell: Shell) -> None:
+    grid = shell.file(GOOD.replace("seed: [0]", "seed: [0, 1, 2, 3, 4]"))
+    known = shell.json("grid", "plan", grid, "--seed-noise", "0.006")["detectable"]
+    told = shell("grid", "plan", grid, "--seed-noise", "0.006").out.splitlines()[-1]
+    # two pairs, so each is tested at 0.025; tests/analysis/test_power.py checks the figure behind it
+    gap = detectable_gap(5, power=0.8, family=2)
+    assert gap is not None
+    assert known == {
+        "power": 0.8, "seed_noise": 0.006, "family": 2,
+        "pairs": [
+            {"size": size, "a": "forward", "b": "backward", "seeds": 5, "gap_sd": gap, "gap_nats": gap * 0.006}
+            for size in ("d1", "d2")
+        ],
+    }  # fmt: skip
+    words = f"{gap * 0.006:.4f} nats/token for 2 pairs with 5 seeds, at a seed noise of 0.006"
+    assert told == f"smallest gap seen with 80 % power (Holm over 2): {words}"
+    in_sd = f"{gap:.2f} standard deviations of the paired seed difference for 2 pairs with 5 seeds"
+    assert shell("grid", "plan", grid).out.splitlines()[-1].endswith(f": {in_sd}")
+    assert shell.json("grid", "plan", grid)["detectable"]["pairs"][0]["gap_nats"] is None
+    few = shell("grid", "plan", shell.file(GOOD)).out.splitlines()[-1]
+    assert few == "no verdict for 2 pairs with 1 seed (it needs 3)"
+    for wrong in ("0", "-1", "nan", "inf"):
+        check_mistake(shell("grid", "plan", grid, f"--seed-noise={wrong}"), "--seed-noise: ")
 
 
 def test_storage_comes_from_option_environment_or_file(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,15 +252,6 @@ MISTAKES = {
     "no text": ("", [], "g.yaml: name: missing; add it"),
     "an object store": (GOOD, ["--storage", "s3://bucket/runs"], "storage: 's3://bucket/runs' is not a folder"),
 }  # fmt: skip
-
-
-def check_mistake(answer: Answer, message: str) -> None:
-    assert answer.code == 2
-    assert answer.out == ""
-    assert answer.err.startswith("bwlm: ")
-    assert answer.err.endswith("\n")
-    assert answer.err.count("\n") == 1
-    assert message in answer.err
 
 
 @pytest.mark.parametrize("command", ["plan", "run"])

@@ -28,14 +28,24 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
+def write_files(path: Path, folder: Path) -> list[str]:
+    """Writes the blocks of a page that are files, such as one under ```csv losses.csv, and returns their names."""
+    found = re.findall(r"^```\w+ ([\w.]+)\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for name, content in found:
+        (folder / name).write_text(content)
+    return [name for name, _ in found]
+
+
 def commands() -> list[str]:
     lines = [line for path in DOCUMENTS for block in blocks(path, "bash") for line in block.splitlines()]
     return [line.split("  #")[0].strip() for line in lines if line.strip()]
 
 
 def test_every_command_runs(ray_cluster: str, tmp_path: Path) -> None:
-    """In the order of the page, as a new user would, in a folder that holds nothing but the grids."""
+    """In the order of the page, as a new user would, in a folder with nothing but the grids and the pages' files."""
     (tmp_path / "grids").symlink_to(ROOT / "grids")
+    written = [name for path in DOCUMENTS for name in write_files(path, tmp_path)]
+    assert len(set(written)) == len(written), "two pages would overwrite each other's file"
     environment = {k: v for k, v in os.environ.items() if k not in ("BWLM_STORAGE", "MLFLOW_TRACKING_URI")}
     environment |= {"RAY_ADDRESS": ray_cluster, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     ran = 0

@@ -1,4 +1,4 @@
-"""Charts in altair: an SVG for the page and HTML for the browser, from one specification."""
+"""Charts in altair: SVG or PNG for the page and HTML for the browser, from one specification."""
 
 from __future__ import annotations
 
@@ -76,22 +76,21 @@ def gap_chart(gaps: pd.DataFrame, title: str) -> alt.TopLevelMixin:
 
 
 def save_chart(chart: Any, folder: Path, name: str) -> list[Path]:
-    """Writes `name`.svg and `name`.html, which needs no network; returns both paths."""
-    paths = [folder / f"{name}.svg", folder / f"{name}.html"]
-    for path in paths:
-        save_picture(chart, path)
-    return paths
+    """Writes `name`.svg and `name`.html for a report; returns both paths."""
+    return [write_chart(chart, folder / f"{name}{suffix}") for suffix in (".svg", ".html")]
 
 
-def save_picture(chart: Any, path: Path) -> None:
-    """Writes a chart as its suffix says: svg, png (at twice the size), or html, which needs no network."""
+def write_chart(chart: Any, path: Path) -> Path:
+    """Writes a chart whole or not at all, as its suffix says: .svg, .png (twice the pixels), .html without network."""
+    suffix = path.suffix.lower()
     options: dict[str, dict[str, Any]] = {".html": {"inline": True}, ".png": {"scale_factor": 2}}
     temporary = path.with_name(f".tmp-{path.name}")
     try:
-        chart.save(str(temporary), **options.get(path.suffix, {}))
+        chart.save(str(temporary), format=suffix[1:], **options.get(suffix, {}))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    return path
 
 
 def _nothing(words: str, title: str) -> alt.TopLevelMixin:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from bwlm.analysis.charts import gap_chart, learning_curves, save_chart
 from bwlm.analysis.page import to_page
+from bwlm.analysis.result import Analysis
 from bwlm.analysis.sections import analysis_sections, audit_section, cost_section, data_section, repeat_section
 from bwlm.analysis.stats import DIRECTION_ORDER, FEWEST_DOCUMENTS, Gap, counted, gap, judge
 from bwlm.analysis.tables import (
@@ -172,6 +173,64 @@ def gap_columns(found: Gap) -> list[str]:
     ]
 
 
+def gap_sentence(found: Gap) -> str:
+    """A judged gap in words: `size 4: backward is 0.0210 nats/token (0.70 %) worse than forward, 95 % over ..`."""
+    sign = -1 if found.gap_nats < 0 else 1  # the interval is told the same way round as the gap
+    parts = [
+        f"size {found.size}: {found.b} is {abs(found.gap_nats):.4f} nats/token ({abs(found.gap_percent):.2f} %) "
+        f"{'better' if sign < 0 else 'worse'} than {found.a}"
+    ]
+    if found.seed_interval is not None:
+        low, high = sorted(sign * end for end in found.seed_interval)
+        parts.append(f"95 % over seeds {low:.4f} .. {high:.4f}")
+    parts.append(counted(len(found.seeds), "seed"))
+    if found.noise_floor is not None:
+        parts.append(f"noise floor {found.noise_floor:.4f}")
+    return f"{', '.join(parts)}: {found.verdict} ({found.reason})"
+
+
+def gap_figures(found: Gap) -> dict[str, Any]:
+    """A judged gap for scripts, at full precision; `bootstrap` says little where `documents` is under 10."""
+    return {
+        "size": found.size,
+        "a": found.a,
+        "b": found.b,
+        "seeds": len(found.seeds),
+        "paired_seeds": found.seeds,
+        "dropped_seeds": found.dropped_seeds,
+        "documents": found.documents,
+        "gap_nats": found.gap_nats,
+        "gap_bpb": found.gap_bpb,
+        "gap_percent": found.gap_percent,
+        "per_seed": [float(value) for value in found.per_seed],
+        "bootstrap": list(found.bootstrap),
+        "seed_interval": list(found.seed_interval) if found.seed_interval else None,
+        "noise_floor": found.noise_floor,
+        "p": found.p,
+        "p_adjusted": found.p_adjusted,
+        "verdict": found.verdict,
+        "reason": found.reason,
+    }
+
+
+def gap_analysis(found: list[Gap], title: str, notes: list[str]) -> Analysis:
+    """Judged gaps as an analysis: a sentence, a line of a table and a bar of a chart each."""
+    shown = pd.DataFrame([gap_columns(one) for one in found], columns=GAP_HEADER)
+    chart = gap_chart(gap_frame(found), f"{title}: gaps between directions")
+    return Analysis("gap", title, [gap_sentence(one) for one in found], _gap_table(found), chart, notes, shown)
+
+
+def _gap_table(found: list[Gap]) -> pd.DataFrame:
+    """The figures of gaps: both ends of an interval in columns of their own, lists left out."""
+    rows = []
+    for one in found:
+        row = gap_figures(one)
+        for name in ("bootstrap", "seed_interval"):
+            row[f"{name}_low"], row[f"{name}_high"] = row.pop(name) or (None, None)
+        rows.append({name: value for name, value in row.items() if not isinstance(value, list | dict)})
+    return pd.DataFrame(rows)
+
+
 def _resampled(found: Gap) -> bool:
     """Whether its bootstrap interval means anything."""
     return found.documents >= FEWEST_DOCUMENTS
@@ -200,7 +259,7 @@ def write_grid_report(folder: Path, name: str, storage: Path, ids: list[str]) ->
     findings = find(folders)
     charts = save_chart(learning_curves(_curves(folders), f"{name}: learning curves"), folder, "curves")
     if findings.gaps:
-        charts += save_chart(gap_chart(_gap_frame(findings.gaps), f"{name}: gaps between directions"), folder, "gaps")
+        charts += save_chart(gap_chart(gap_frame(findings.gaps), f"{name}: gaps between directions"), folder, "gaps")
     sections, pictures = _grid_sections(name, folders, findings, folder)
     text = _grid_text(name, folders, findings) + "\n".join(["", *(f"{part}\n" for part in sections)])
     return [*_write(text, folder, f"bwlm: {name}"), *charts, *pictures]
@@ -343,7 +402,8 @@ def _curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
-def _gap_frame(found: list[Gap]) -> pd.DataFrame:
+def gap_frame(found: list[Gap]) -> pd.DataFrame:
+    """The input of `charts.gap_chart`."""
     rows = []
     for one in found:
         low, high = one.seed_interval or (math.nan, math.nan)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pandas as pd
 
-from bwlm.analysis.charts import save_picture
-from bwlm.errors import UserError
+from bwlm.analysis.charts import write_chart
 from bwlm.paths import write_atomic
 
-_TABLES = (".csv", ".md")
-_PICTURES = (".html", ".svg", ".png")
+PICTURES = (".svg", ".png", ".html")
+TABLES = (".csv", ".md")
+_ALL = (".html", ".svg", ".csv", ".md")
 
 
 @dataclass(frozen=True)
@@ -27,29 +27,32 @@ class Analysis:
     """Of altair."""
     notes: list[str] = field(default_factory=list)
     """What was left out, and why."""
+    shown: pd.DataFrame | None = None
+    """The table as people read it, where that is another one."""
 
-    def write(self, target: Path) -> list[Path]:
-        """Picture and table: `target` with each suffix, or, where it has one, that file alone. Returns the files.
+    def write(self, path: Path) -> None:
+        """The picture or the table, as the ending says."""
+        if path.suffix.lower() in PICTURES:
+            write_chart(self.chart, path)
+        else:
+            write_atomic(path, self._text(path.suffix.lower()).encode())
 
-        Raises `UserError` for a suffix that is none of csv, md, html, svg, png.
-        """
-        if target.suffix and target.suffix not in (*_TABLES, *_PICTURES):
-            known = ", ".join(suffix[1:] for suffix in (*_TABLES, *_PICTURES))
-            raise UserError(f"--output: {target.name}: not a known kind of file; take one of {known}, or none for all")
-        suffixes = [target.suffix] if target.suffix else [".html", ".svg", ".csv", ".md"]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        files = [target.with_suffix(suffix) if target.suffix else Path(f"{target}{suffix}") for suffix in suffixes]
-        for path in files:
-            if path.suffix in _PICTURES:
-                save_picture(self.chart, path)
-            else:
-                write_atomic(path, self._text(path.suffix).encode())
+    def write_all(self, path: Path) -> list[Path]:
+        """Picture and table in every kind, with its ending; returns the files."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files = [path.with_name(f"{path.name}{suffix}") for suffix in _ALL]
+        for file in files:
+            self.write(file)
         return files
 
     def _text(self, suffix: str) -> str:
         if suffix == ".csv":
             return self.table.to_csv(index=False)
-        parts = [f"# {self.title}", "\n".join(f"- {line}" for line in self.findings), frame_to_markdown(self.table)]
+        parts = [
+            f"# {self.title}",
+            "\n".join(f"- {line}" for line in self.findings),
+            frame_to_markdown(self.table if self.shown is None else self.shown),
+        ]
         return "\n\n".join(part for part in [*parts, "\n".join(f"- {line}" for line in self.notes)] if part) + "\n"
 
 

@@ -52,7 +52,8 @@ def analysis_sections(folders: list[ExperimentFolder], home: Path, names: list[s
         except UserError as error:
             parts.append(f"Nothing yet ({error}); once there is, {again} makes it.")
             continue
-        pictures += found.write(home / f"{command}.svg")
+        pictures.append(home / f"{command}.svg")
+        found.write(pictures[-1])
         parts.append("\n".join(f"- {line}" for line in found.findings))
         parts.append(f"![{found.title}]({command}.svg)")
         if with_table and len(found.table) <= _ROWS:

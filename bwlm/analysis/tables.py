@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,11 +93,15 @@ def own_losses(folder: ExperimentFolder) -> pd.DataFrame:
 
 
 def sizes(folders: list[ExperimentFolder]) -> dict[str, str]:
+    """A label by id for what cells must agree in to be compared; see `size_labels`."""
+    return size_labels({folder.id: folder.config().identity for folder in folders})
+
+
+def size_labels(identities: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """A label for what cells must agree in to be compared: all that varies but direction, learning rate and seed.
 
     The depth is always in it, so what follows from the depth is left out; so is a digest that follows from the rest.
     """
-    identities = {folder.id: folder.config().identity for folder in folders}
     known = {name for fields in identities.values() for name in fields}
     names = sorted(known - {*_CELL_AXES, *_DIGESTS, "depth"})
     depths = {fields["depth"] for fields in identities.values()}

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bwlm.cli.terminal import Json, Storage, print_json, say, show
+from bwlm.cli.terminal import Json, Storage, print_json, say, show, table
+from bwlm.errors import UserError
 
 if TYPE_CHECKING:
     from bwlm.analysis.result import Analysis
+    from bwlm.analysis.stats import Gap
     from bwlm.record.lineage import ExperimentFolder
 
 analyze_app = typer.Typer(help="What runs say: findings in words, a picture and a table.", no_args_is_help=True)
@@ -20,14 +22,80 @@ Runs = Annotated[
     list[str], typer.Argument(metavar="RUN...", help="Ids, globs over ids, or names of grids.", show_default=False)
 ]
 Output = Annotated[
-    Path | None,
+    list[Path] | None,
     typer.Option(
+        "--output",
         metavar="FILE",
-        help="FILE.html, .svg, .png, .csv or .md; without a suffix html, svg, csv and md. "
-        "Default: analyses/ in the storage.",
+        help="The picture to .svg, .png or .html, the table to .csv or .md. Repeatable. "
+        "Default: all of them, in analyses/ below the storage.",
         show_default=False,
     ),
 ]
+
+
+@analyze_app.command()
+def gap(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN...]", help="Ids, globs over ids, or names of grids.", show_default=False),
+    ] = None,
+    losses: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Anyone's losses, .parquet or .csv: run, direction, seed, size, document, nll, tokens, bytes.",
+            show_default=False,
+        ),
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=1, help="Tables that the bootstrap draws from a file.")] = 10_000,
+    output: Output = None,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
+    """Compare directions: gaps, intervals, noise floor and a verdict for each size and pair.
+
+    Of runs, each direction at its best learning rate; or of anyone's losses, with nll in nats, summed over the text
+    tokens of a document (or a window of one), and runs paired by seed. Of a file nothing is written without --output.
+
+    Example: `bwlm analyze gap --from losses.csv --output gaps.svg`
+    """
+    from bwlm.analysis.losses import gaps_from
+    from bwlm.analysis.report import GAP_HEADER, gap_analysis, gap_columns, gap_figures
+
+    _check(output)  # reading and resampling take longer than this mistake
+    if bool(runs) == bool(losses):
+        raise UserError("analyze gap: give runs, or a table of losses with --from")
+    if losses is not None:
+        found, notes = gaps_from(losses, resamples)
+        name, default = losses.name, None
+    else:
+        found, notes = _gaps_of_runs(runs or [], storage)
+        name, default = " ".join(runs or []), _default(storage) / "gap"
+    analysis = gap_analysis(found, name, notes)
+    for line in notes:
+        say(line)
+    _write(analysis, output, default)
+    if as_json:
+        return print_json([gap_figures(one) for one in found])
+    show(table(GAP_HEADER, [gap_columns(one) for one in found], f"{name}: gaps between directions"))
+    for line in analysis.findings:
+        print(line)
+    return None
+
+
+def _gaps_of_runs(runs: list[str], storage: str | None) -> tuple[list[Gap], list[str]]:
+    from bwlm.analysis.audit import audit
+    from bwlm.analysis.report import find
+    from bwlm.analysis.select import begun, choose
+    from bwlm.paths import storage_root
+
+    folders, notes = begun(choose(storage_root(storage), runs))
+    findings = find(folders)
+    notes += [*audit(folders).refused, *findings.skipped]
+    if not findings.gaps:
+        raise UserError("; ".join(["no pair of directions could be compared", *notes]))
+    return findings.gaps, notes
 
 
 @analyze_app.command()
@@ -124,27 +192,54 @@ def report(names: Runs, storage: Storage = None, as_json: Json = False) -> None:
 def _run(
     analyse: Callable[[list[ExperimentFolder]], Analysis],
     runs: list[str],
-    output: Path | None,
+    output: list[Path] | None,
     storage: str | None,
     as_json: bool,
 ) -> None:
     from bwlm.analysis.select import begun, choose
     from bwlm.paths import storage_root
 
-    root = storage_root(storage)
-    folders, notes = begun(choose(root, runs))
+    _check(output)
+    folders, notes = begun(choose(storage_root(storage), runs))
     found = analyse(folders)
-    notes += found.notes
-    files = found.write(output or root / "analyses" / found.name)
+    for note in [*notes, *found.notes]:
+        say(f"note: {note}")
+    _write(found, output, _default(storage) / found.name)
     if as_json:
         records = found.table.astype(object).where(found.table.notna(), None).to_dict("records")
-        print_json(
-            {"findings": found.findings, "notes": notes, "table": records, "files": [str(path) for path in files]}
-        )
-        return
+        return print_json({"findings": found.findings, "notes": [*notes, *found.notes], "table": records})
     for line in found.findings:
-        show(line)
-    for note in notes:
-        say(f"note: {note}")
+        print(line)
+    return None
+
+
+def _default(storage: str | None) -> Path:
+    from bwlm.paths import storage_root
+
+    return storage_root(storage) / "analyses"
+
+
+def _check(output: list[Path] | None) -> None:
+    from bwlm.analysis.result import PICTURES, TABLES
+
+    suffixes = (*PICTURES, *TABLES)
+    for path in output or []:
+        if path.suffix.lower() not in suffixes:
+            raise UserError(f"--output: {path} ends in none of {' '.join(suffixes)}: the ending says what to write")
+        if path.is_dir():
+            raise UserError(f"--output: {path} is a folder: name a file in it")
+        if not path.parent.is_dir():
+            raise UserError(f"--output: {path}: there is no folder {path.parent}: make it, or choose another")
+
+
+def _write(analysis: Analysis, output: list[Path] | None, default: Path | None) -> None:
+    files = output or []
+    try:
+        for path in files:
+            analysis.write(path)
+        if not files and default is not None:
+            files = analysis.write_all(default)
+    except OSError as error:
+        raise UserError(f"--output: {error.filename or default} cannot be written ({error.strerror})") from None
     for path in files:
-        show(str(path))
+        say(f"written: {path}")

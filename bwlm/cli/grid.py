@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from bwlm.cli.launch import launch, show_places
 from bwlm.cli.terminal import Json, Set, Storage, print_json, show, table
+from bwlm.errors import UserError
 
 if TYPE_CHECKING:
     from bwlm.grid.cells import PlannedCell
@@ -31,22 +33,41 @@ def _load(grid: Path, settings: list[str] | None, storage: str | None) -> tuple[
 
 
 @grid_app.command("plan")
-def grid_plan(grid: GridFile, set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Print every cell with its parameters, tokens, FLOPs and what is already done.
+def grid_plan(
+    grid: GridFile,
+    seed_noise: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS",
+            help="Standard deviation over seeds of the paired difference between two directions, in nats per token, "
+            "from a pilot: the gap that the planned seeds could see is then told in nats.",
+            show_default=False,
+        ),
+    ] = None,
+    set_: Set = None,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
+    """Print every cell with its parameters, tokens, FLOPs, what is already done, and what gap the seeds could see.
 
-    Example: `bwlm grid plan grids/demo.yaml --set budget.steps=100`
+    Example: `bwlm grid plan grids/demo.yaml --set budget.steps=100 --seed-noise 0.006`
     """
+    if seed_noise is not None and not 0 < seed_noise < math.inf:
+        raise UserError(f"--seed-noise: {seed_noise} is not a positive number of nats per token")
+    plan, root = _load(grid, set_, storage)
+    from bwlm.grid.detectable import detectable, detectable_words  # scipy takes a second: a mistake is told before
     from bwlm.grid.progress import si
 
-    plan, root = _load(grid, set_, storage)
+    seen = detectable(plan, seed_noise)
     if as_json:
-        return print_json(_status_document(plan, root))
+        return print_json(_status_document(plan, root) | {"detectable": seen})
     cells = _status_document(plan, root)["cells"]
     rows = [[c["id"], *(si(c[k]) for k in ("params", "tokens", "flops")), c["state"], c["reason"]] for c in cells]
     show(table(["cell", "params", "tokens", "FLOPs", "state", "reason"], rows, f"{plan.name}: {len(cells)} cells"))
     total = sum(c["flops"] for c in cells)
     left = sum(c["flops"] for c in cells if c["state"] not in ("finished", "failed"))
     show(f"{si(total)} FLOPs in all, {si(left)} to do; storage {root}")
+    show(detectable_words(seen))
     return None
 
 

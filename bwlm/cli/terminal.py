@@ -47,8 +47,10 @@ def show(*renderables: Any) -> None:
 
 def table(header: list[str], rows: list[list[str]], title: str | None = None) -> Table:
     from rich import box
+    from rich.markup import escape  # a name from a file may look like [b]markup
     from rich.table import Table
 
+    title = escape(title) if title is not None else None
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=title, title_justify="left", title_style="bold")
     for column in header:
         table.add_column(
@@ -58,5 +60,5 @@ def table(header: list[str], rows: list[list[str]], title: str | None = None) ->
             else "right",
         )
     for row in rows:
-        table.add_row(*[cell.replace("**", "") for cell in row])
+        table.add_row(*[escape(cell.replace("**", "")) for cell in row])
     return table

@@ -111,7 +111,7 @@ class ResearchLog:
         self._steps[group] = step
 
     def flush(self, merge: bool = False) -> None:
-        """Makes what was written durable, and merges it into the file: always, or where that takes a small share of the time."""
+        """Makes what was written durable, and merges it into the file, always or where that takes little time."""
         os.fsync(self._tail.fileno())
         if merge or time.monotonic() - self._merged >= self._merge_seconds / _SHARE:
             began = time.monotonic()

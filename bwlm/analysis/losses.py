@@ -1,0 +1,92 @@
+"""Anyone's losses from a parquet or CSV file, for `stats`: the columns that it needs, as they were written."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bwlm.analysis.stats import COLUMNS, Gap, gaps
+from bwlm.errors import UserError
+
+_NAMES = ("run", "direction", "document")  # text, whatever it looks like: document 007 is not document 7
+
+
+def gaps_from(path: Path, resamples: int = 10_000) -> tuple[list[Gap], list[str]]:
+    """The judged gaps of a file's losses, and why a size has none. Raises `UserError` that names the file."""
+    losses = read_losses(path)
+    try:
+        found = gaps(losses, resamples)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    directions = losses.groupby("size")["direction"].unique()
+    return found, [
+        f"{path}: size {size} is not compared: it has runs of {present[0]} alone"
+        for size, present in directions.items()
+        if len(present) == 1
+    ]
+
+
+def read_losses(path: Path) -> pd.DataFrame:
+    """The columns of `stats.COLUMNS` that a .parquet or .csv file has, unchecked: `stats` names those that lack.
+
+    In a CSV, only an empty field is missing: `NA` and `null` are names like others. Raises `UserError` that names the
+    file if it is absent, damaged or of another kind, or if a needed column stands there twice.
+    """
+    readers = {".parquet": _read_parquet, ".csv": _read_csv}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path}: neither .parquet nor .csv: save the losses as one of them, under that name")
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    try:
+        return readers[path.suffix.lower()](path)
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder: name one file in it") from None
+    except (OSError, ValueError, pa.ArrowException, pd.errors.ParserWarning) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read as {path.suffix[1:].lower()} ({reason}): write it again") from None
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    if path.is_dir():
+        raise IsADirectoryError
+    with pq.ParquetFile(path) as file:  # not read_table, which makes columns of folders called size=4
+        present = _needed(file.schema_arrow.names, path)
+        # an index that pandas noted in the file would take its columns away
+        table: pd.DataFrame = file.read(present).to_pandas(ignore_metadata=True)
+    return table
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    options: dict[str, Any] = {
+        "encoding": "utf-8-sig",
+        "skipinitialspace": True,
+        "keep_default_na": False,
+        "na_values": [""],
+    }
+    header: pd.DataFrame = pd.read_csv(path, header=None, nrows=1, dtype=str, **options)
+    present = _needed([str(name).strip() for name in header.iloc[0]], path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # more fields than the header has: columns would shift
+        table: pd.DataFrame = pd.read_csv(
+            path,
+            index_col=False,
+            dtype=dict.fromkeys(_NAMES, str),
+            float_precision="round_trip",
+            low_memory=False,  # else a column's type may change half-way, and size 4 become two sizes
+            **options,
+        )
+    table.columns = [str(name).strip() for name in table.columns]
+    return table[present]
+
+
+def _needed(names: list[str], path: Path) -> list[str]:
+    """Those columns that are wanted; all of them where one is missing, so that the nearest can be told."""
+    twice = [name for name in COLUMNS if names.count(name) > 1]
+    if twice:
+        raise UserError(f"{path}: column '{twice[0]}' stands there twice: keep one")
+    return list(COLUMNS) if set(COLUMNS) <= set(names) else list(dict.fromkeys(names))

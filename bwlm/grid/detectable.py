@@ -1,0 +1,98 @@
+"""What gap the planned seeds of a grid could see, before any of them is trained."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any
+
+from bwlm.analysis.power import POWER, detectable_gap
+from bwlm.analysis.stats import DIRECTION_ORDER, FEWEST_SEEDS, counted
+from bwlm.analysis.tables import size_labels
+from bwlm.grid.cells import text_key
+from bwlm.grid.spec import Cell, Plan
+from bwlm.record.fingerprint import identity
+
+
+@dataclass(frozen=True)
+class PlannedPair:
+    """Two directions that the report of a finished grid will compare."""
+
+    size: str
+    a: str
+    b: str
+    seeds: int
+    """That both share; where learning rates were given different seeds, whichever rates turn out best."""
+
+
+def planned_pairs(plan: Plan) -> list[PlannedPair]:
+    """Every size x pair of directions of a plan, as `analysis.report.find` will pair its cells."""
+    labels = size_labels({cell.id: _identity(cell) for cell in plan.cells})
+    seeds: dict[str, dict[str, dict[float, set[int]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(set)))
+    for cell in plan.cells:
+        experiment = cell.experiment
+        seeds[labels[cell.id]][experiment.direction][experiment.lr].add(experiment.seed)
+    return [
+        PlannedPair(size, a, b, min(len(of_a & of_b) for of_a, of_b in product(rates[a].values(), rates[b].values())))
+        for size, rates in sorted(seeds.items())
+        for a, b in combinations([name for name in DIRECTION_ORDER if name in rates], 2)
+    ]
+
+
+def detectable(plan: Plan, seed_noise: float | None, power: float = POWER) -> dict[str, Any]:
+    """For each planned pair the smallest true gap that is called `different` with a chance of `power`.
+
+    `seed_noise` is the standard deviation of the paired per-seed difference in nats per token. The family is all pairs
+    that get a verdict; each is held to Holm's strictest step, so the chance is at least that. `gap_sd` is in standard
+    deviations of that difference, `gap_nats` in nats per token where the noise is given; both are None with too few
+    seeds for a verdict.
+    """
+    pairs = planned_pairs(plan)
+    family = sum(pair.seeds >= FEWEST_SEEDS for pair in pairs)
+    in_sd = {n: detectable_gap(n, power=power, family=max(1, family)) for n in {pair.seeds for pair in pairs}}
+    return {
+        "power": power,
+        "seed_noise": seed_noise,
+        "family": family,
+        "pairs": [
+            {
+                "size": pair.size, "a": pair.a, "b": pair.b, "seeds": pair.seeds, "gap_sd": gap,
+                "gap_nats": None if gap is None or seed_noise is None else gap * seed_noise,
+            }
+            for pair in pairs
+            for gap in [in_sd[pair.seeds]]
+        ],
+    }  # fmt: skip
+
+
+def detectable_words(found: dict[str, Any]) -> str:
+    """`detectable` in a line."""
+    if not found["pairs"]:
+        return "no verdict: no size has two directions to compare"
+    of_seeds: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for pair in found["pairs"]:
+        of_seeds[pair["seeds"]].append(pair)
+    parts = []
+    for seeds, pairs in sorted(of_seeds.items(), reverse=True):
+        which = f"{counted(len(pairs), 'pair')} with {counted(seeds, 'seed')}"
+        if pairs[0]["gap_sd"] is None:
+            parts.append(f"no verdict for {which} (it needs {FEWEST_SEEDS})")
+        elif found["seed_noise"] is None:
+            parts.append(f"{pairs[0]['gap_sd']:.2f} standard deviations of the paired seed difference for {which}")
+        else:
+            parts.append(
+                f"{pairs[0]['gap_nats']:.4f} nats/token for {which}, at a seed noise of {found['seed_noise']:g}"
+            )
+    if found["family"] == 0:
+        return "; ".join(parts)
+    holm = f"Holm over {found['family']}"
+    return f"smallest gap seen with {100 * found['power']:.0f} % power ({holm}): {'; '.join(parts)}"
+
+
+def _identity(cell: Cell) -> dict[str, Any]:
+    """As a run's, with what is asked of the text in the place of its digest, which is not known before it is read."""
+    text = hashlib.sha256(text_key(cell.experiment).encode()).hexdigest()
+    precision = cell.experiment.compute.precision
+    return identity(cell.experiment, data=text, tokenizer="", precision=precision, steps=cell.steps)

@@ -1,0 +1,57 @@
+"""Which pairs a plan will compare, with how many seeds, and what it says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bwlm.grid.detectable import PlannedPair, detectable, detectable_words, planned_pairs
+from bwlm.grid.spec import Plan, load_grid
+
+GRID = """\
+name: bars
+axes: {direction: [backward, forward], depth: [1], lr: [0.5, 1.0], seed: [0, 1, 2]}
+model: {sequence_length: 64}
+tokenizer: {vocab_size: 300}
+budget: {steps: 5, batch_tokens: 256}
+"""
+
+
+def planned(folder: Path, text: str = GRID, *settings: str) -> Plan:
+    (folder / "g.yaml").write_text(text)
+    return load_grid(folder / "g.yaml", list(settings))
+
+
+def test_learning_rates_are_no_pairs_and_forward_comes_first(tmp_path: Path) -> None:
+    assert planned_pairs(planned(tmp_path)) == [PlannedPair("d1", "forward", "backward", 3)]
+
+
+def test_sizes_are_those_of_the_report(tmp_path: Path) -> None:
+    text = GRID.replace("lr: [0.5, 1.0]", "lr: [0.5], model.document_mask: [false, true]").replace("[1]", "[1, 2]")
+    sizes = [pair.size for pair in planned_pairs(planned(tmp_path, text))]
+    assert sizes == [f"d{depth} model.document_mask={mask}" for depth in (1, 2) for mask in (False, True)]
+    mixed = GRID.replace("lr: [0.5, 1.0]", "lr: [0.5], data.source: [one, other]")
+    assert len({pair.size for pair in planned_pairs(planned(tmp_path, mixed))}) == 2  # other text is another question
+
+
+def test_seeds_count_that_both_share_at_any_learning_rate(tmp_path: Path) -> None:
+    more = "also: [{direction: [forward, backward], depth: [1], lr: [1.0], seed: [3, 4]}]\n"
+    assert planned_pairs(planned(tmp_path, GRID + more))[0].seeds == 3  # 0.5 may turn out best
+    at_both = more.replace("lr: [1.0]", "lr: [0.5, 1.0]")
+    assert planned_pairs(planned(tmp_path, GRID + at_both))[0].seeds == 5
+    forward_only = at_both.replace("[forward, backward]", "[forward]")
+    assert planned_pairs(planned(tmp_path, GRID + forward_only))[0].seeds == 3
+
+
+def test_pairs_without_a_verdict_make_the_others_no_stricter(tmp_path: Path) -> None:
+    more = "also: [{direction: [forward, backward], depth: [2], lr: [1.0], seed: [0]}]\n"
+    alone, beside = (detectable(planned(tmp_path, text), None) for text in (GRID, GRID + more))
+    assert (alone["family"], beside["family"]) == (1, 1)
+    assert beside["pairs"][0] == alone["pairs"][0]
+    assert (beside["pairs"][1]["seeds"], beside["pairs"][1]["gap_sd"]) == (1, None)
+    assert detectable_words(beside).endswith("for 1 pair with 3 seeds; no verdict for 1 pair with 1 seed (it needs 3)")
+
+
+def test_one_direction_has_nothing_to_see(tmp_path: Path) -> None:
+    found = detectable(planned(tmp_path, GRID, "axes.direction=[forward]"), 0.01)
+    assert (found["family"], found["pairs"]) == (0, [])
+    assert detectable_words(found) == "no verdict: no size has two directions to compare"

@@ -1,0 +1,324 @@
+"""`bwlm analyze gap`: a verdict on anyone's file, in words, as JSON, as a chart and a table; and what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bwlm.analysis.losses import read_losses
+from bwlm.analysis.stats import COLUMNS, gaps
+from tests.analysis.test_stats import GOLDEN, flat_table, table
+from tests.shell import Shell, check_mistake
+from tests.test_readme import ROOT, blocks, write_files
+
+LOSSES = table(GOLDEN)
+FINDING = {"size", "a", "b", "seeds", "gap_nats", "gap_percent", "bootstrap", "seed_interval", "noise_floor", "verdict"}
+
+
+def write(losses: pd.DataFrame, path: Path) -> str:
+    losses.to_parquet(path) if path.suffix == ".parquet" else losses.to_csv(path, index=False)
+    return path.name
+
+
+def findings(shell: Shell, losses: pd.DataFrame, name: str = "losses.csv", *options: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = shell.json("analyze", "gap", "--from", write(losses, shell.folder / name), *options)
+    return found
+
+
+@pytest.mark.parametrize("name", ["losses.csv", "losses.parquet"])
+def test_gaps_as_json(name: str, shell: Shell) -> None:
+    [found] = findings(shell, LOSSES, name)
+    [g] = gaps(LOSSES)
+    assert found.keys() >= FINDING
+    assert (found["size"], found["a"], found["b"]) == (4, "forward", "backward")
+    assert (found["seeds"], found["paired_seeds"]) == (3, [0, 1, 2])
+    assert found["gap_nats"] == g.gap_nats == pytest.approx(0.2)  # b - a, worked out in tests/analysis/test_stats.py
+    assert (found["gap_bpb"], found["gap_percent"]) == (g.gap_bpb, g.gap_percent)
+    assert found["bootstrap"] == list(g.bootstrap)
+    assert found["seed_interval"] == pytest.approx([-0.048414, 0.448414], abs=1e-6)
+    assert (found["noise_floor"], found["p"], found["p_adjusted"]) == (g.noise_floor, g.p, g.p_adjusted)
+    assert (found["verdict"], found["reason"]) == ("no difference seen", g.reason)
+    assert [path.name for path in shell.folder.iterdir()] == [name]
+
+
+def test_one_finding_for_each_size_and_pair(shell: Shell) -> None:
+    by_direction = {"bidirectional": [2.5, 2.6, 2.4], "backward": [2.2, 2.1, 2.3], "forward": [2.0, 2.1, 1.9]}
+    losses = pd.concat([flat_table(by_direction, size) for size in ("124M", 4)])
+    found = findings(shell, losses)
+    pairs = [("forward", "backward"), ("forward", "bidirectional"), ("backward", "bidirectional")]
+    # one column of one type in a CSV: beside a name, 4 is a name too
+    assert [(one["size"], one["a"], one["b"]) for one in found] == [(s, *p) for s in ("124M", "4") for p in pairs]
+    assert all("(Holm over 6)" in one["reason"] for one in found)
+
+
+def test_one_seed_has_no_interval_and_its_verdict_says_why(shell: Shell) -> None:
+    one_seed = LOSSES[LOSSES["seed"] == 0]
+    [found] = findings(shell, one_seed)
+    assert (found["seeds"], found["seed_interval"], found["noise_floor"]) == (1, None, None)
+    assert found["verdict"] == "too few seeds to tell"
+    out = shell("analyze", "gap", "--from", "losses.csv").out
+    expected = "size 4: backward is 0.1000 nats/token (5.00 %) worse than forward, 1 seed: too few seeds to tell"
+    assert f"{expected} (1 paired seed, a verdict needs 3)\n" in out
+
+
+def test_findings_in_words(shell: Shell) -> None:
+    name = write(flat_table({"forward": [3.0, 3.1, 2.9], "backward": [3.02, 3.121, 2.922]}), shell.folder / "l.csv")
+    answer = shell("analyze", "gap", "--from", name)
+    assert (answer.code, answer.err) == (0, "")
+    # differences 0.020 0.021 0.022: mean 0.021, s 0.001, half width 4.302653 x 0.001 / sqrt 3 = 0.002484;
+    # pairs of seeds 0.1 0.1 0.2 and 0.101 0.098 0.199: the root of 0.119406 / 6
+    sentence = (
+        "size 4: backward is 0.0210 nats/token (0.70 %) worse than forward, 95 % over seeds 0.0185 .. 0.0235, "
+        "3 seeds, noise floor 0.1411: different (paired t over 3 seeds, p = 0.000755 (Holm over 1))"
+    )
+    assert sentence in answer.out.splitlines()
+    assert "+0.0185 .. +0.0235" in answer.out  # the table
+
+
+def test_a_lower_loss_is_better_and_its_interval_holds_the_gap(shell: Shell) -> None:
+    name = write(flat_table({"forward": [3.02, 3.121, 2.922], "backward": [3.0, 3.1, 2.9]}), shell.folder / "l.csv")
+    out = shell("analyze", "gap", "--from", name).out
+    assert "backward is 0.0210 nats/token (0.70 %) better than forward, 95 % over seeds 0.0185 .. 0.0235, 3" in out
+
+
+def test_numbers_and_words_are_ids_in_both_formats(shell: Shell) -> None:
+    words = LOSSES.assign(document=["007", "7"] * 6, size="124M")
+    numbers = LOSSES.assign(document=[7, 8] * 6, size=124, run=[f"{index // 2}" for index in range(12)])
+    for losses, size in ((words, "124M"), (numbers, 124)):
+        from_csv, from_parquet = (findings(shell, losses, name) for name in ("l.csv", "l.parquet"))
+        assert from_csv == from_parquet
+        assert (from_csv[0]["size"], from_csv[0]["documents"]) == (size, 2)
+    with_fraction = LOSSES.assign(size=4.0)
+    assert findings(shell, with_fraction, "l.csv") == findings(shell, LOSSES, "l.parquet")
+
+
+def test_a_csv_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """Names that look like missing values, spaces after commas, a byte order mark, the last digit of a loss."""
+    path = tmp_path / "l.csv"
+    text = "document, run,direction,seed,size,nll,tokens,bytes,note\nNA, null,1e3,0,3,0.30000000000000004,2,3,x\n"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    [row] = read_losses(path).to_dict("records")
+    assert row == {
+        "run": "null", "direction": "1e3", "seed": 0, "size": 3, "document": "NA", "nll": 0.1 + 0.2, "tokens": 2,
+        "bytes": 3,
+    }  # fmt: skip
+
+
+def test_a_long_csv_has_one_type_in_a_column(tmp_path: Path) -> None:
+    """Read piece by piece, size 4 of the first piece would be another than size 4 beside a name in the last."""
+    lines = ["r,forward,0,4,d,3.0,2,3"] * 100_000 + ["r,forward,0,124M,d,3.0,2,3"]
+    (tmp_path / "l.csv").write_text("\n".join([",".join(COLUMNS), *lines]))
+    assert set(read_losses(tmp_path / "l.csv")["size"]) == {"4", "124M"}
+
+
+def test_a_parquet_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """A folder's name is no column, and what pandas kept as an index is one; categories are names."""
+    folder = tmp_path / "size=9"
+    folder.mkdir()
+    losses = LOSSES.astype({"direction": "category", "size": "category"}).set_index(["document", "run"])
+    losses.to_parquet(folder / "l.parquet")
+    [g], [expected] = gaps(read_losses(folder / "l.parquet"), resamples=9), gaps(LOSSES, resamples=9)
+    assert (g.size, g.gap_nats, g.bootstrap) == (4, expected.gap_nats, expected.bootstrap)
+
+
+def test_a_size_with_one_direction_is_named(shell: Shell) -> None:
+    alone = table({"forward": GOLDEN["forward"]}, size=9)
+    name = write(pd.concat([LOSSES, alone]), shell.folder / "l.csv")
+    answer = shell("analyze", "gap", "--from", name, "--json")
+    assert [one["size"] for one in json.loads(answer.out)] == [4]
+    assert answer.err == "l.csv: size 9 is not compared: it has runs of forward alone\n"
+
+
+def test_names_that_look_like_markup_are_shown(shell: Shell) -> None:
+    name = write(LOSSES.replace({"direction": {"backward": "[b]ackward"}}), shell.folder / "[i].csv")
+    out = shell("analyze", "gap", "--from", name).out
+    assert "forward → [b]ackward" in out
+    assert "[i].csv: gaps" in out
+
+
+# ---- files ----
+
+
+def test_output_is_what_its_ending_says(shell: Shell) -> None:
+    name = write(LOSSES, shell.folder / "l.csv")
+    outputs = ["g.svg", "g.PNG", "g.html", "t.csv", "t.md"]
+    answer = shell("analyze", "gap", "--from", name, "--json", *(f"--output={output}" for output in outputs))
+    [found] = json.loads(answer.out)
+    assert answer.err == "".join(f"written: {output}\n" for output in outputs)
+    assert sorted(path.name for path in shell.folder.iterdir()) == sorted([*outputs, "l.csv"])
+    content = {output: (shell.folder / output).read_bytes() for output in outputs}
+    assert b"<svg" in content["g.svg"][:200]
+    assert "forward → backward" in content["g.svg"].decode()
+    assert content["g.PNG"].startswith(b"\x89PNG")
+    assert b"<html" in content["g.html"][:200].lower()
+    assert b'src="http' not in content["g.html"]
+    [row] = pd.read_csv(io.BytesIO(content["t.csv"]), float_precision="round_trip").to_dict("records")
+    assert [row["bootstrap_low"], row["bootstrap_high"]] == found["bootstrap"]
+    assert [row["seed_interval_low"], row["seed_interval_high"]] == found["seed_interval"]
+    same = ("size", "a", "b", "seeds", "gap_nats", "gap_bpb", "gap_percent", "noise_floor", "p", "verdict", "reason")
+    assert {key: row[key] for key in same} == {key: found[key] for key in same}
+    title, _, sentence, _, header, _, line = content["t.md"].decode().splitlines()
+    assert title == "# l.csv"
+    assert header.startswith("| size | pair | seeds | gap (nats) |")
+    assert line.startswith("| 4 | forward → backward | 3 | +0.2000 |")
+    assert sentence.startswith("- size 4: backward is 0.2000 nats/token (10.00 %) worse than forward")
+
+
+def test_a_table_of_one_seed_leaves_its_interval_empty(shell: Shell) -> None:
+    findings(shell, LOSSES[LOSSES["seed"] == 0], "l.csv", "--output", "t.csv")
+    [row] = pd.read_csv(shell.folder / "t.csv").to_dict("records")
+    assert all(math.isnan(row[name]) for name in ("seed_interval_low", "seed_interval_high", "noise_floor", "p"))
+
+
+# ---- the page ----
+
+
+def test_the_docs_show_what_is_printed(shell: Shell) -> None:
+    page = ROOT / "docs" / "statistics.md"
+    assert write_files(page, shell.folder) == ["losses.csv"]
+    (shell.folder / "grids").symlink_to(ROOT / "grids")
+    text = page.read_text()
+    printed = {}
+    for line in "".join(blocks(page, "bash")).splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "bwlm"
+        printed[line] = shell(*arguments)
+    assert [answer.code for answer in printed.values()] == [0, 0, 0]
+    for_people, for_scripts, plan = (answer.out for answer in printed.values())
+    shown = "\n".join(line.rstrip() for line in for_people.splitlines())
+    assert f"```\n{shown}\n```\n" in text
+    [found] = json.loads(for_scripts)
+    assert set(found) == set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)))) - {
+        "run", "direction", "seed", "document", "nll", "tokens", "bytes",
+    }  # fmt: skip
+    assert f"    {plan.splitlines()[-1]}\n" in text
+    assert {"gaps.svg", "gaps.md"} < {path.name for path in shell.folder.iterdir()}
+    (program,) = blocks(page, "python")
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        exec(compile(program, page.name, "exec"), {})
+    assert told.getvalue() == f"124M forward backward {found['gap_nats']} different\n"
+
+
+# ---- mistakes ----
+
+Change = Callable[[pd.DataFrame], pd.DataFrame]
+
+TABLES: dict[str, tuple[Change, str]] = {
+    "a column misspelt": (
+        lambda rows: rows.rename(columns={"nll": "nnl"}),
+        "the losses lack column 'nll' (did you mean 'nnl'?); needed: run, direction, seed, size, document, nll",
+    ),
+    "no rows": (lambda rows: rows.iloc[:0], "the losses hold no rows"),
+    "one direction": (lambda rows: rows[rows["direction"] == "forward"], "nothing to compare: no size has runs of two"),
+    "a loss that is no number": (
+        lambda rows: rows.assign(nll=[math.nan, *rows["nll"][1:]]),
+        "nll of document 'd0' in run 'forward-0' is nan, not a finite number: evaluate that run again or leave it out",
+    ),
+    "an endless loss": (
+        lambda rows: rows.assign(nll=[math.inf, *rows["nll"][1:]]),
+        "nll of document 'd0' in run 'forward-0' is inf",
+    ),
+    "two runs in a cell": (
+        lambda rows: rows.assign(run=["again", *rows["run"][1:]]),
+        "direction forward, seed 0, size 4 has several runs: again, forward-0; keep one of them",
+    ),
+    "other documents": (lambda rows: rows.iloc[:-1], "document 'd1' differs: run 'forward-0' has 6 tokens"),
+    "a document without a name": (
+        lambda rows: rows.assign(document=[None, *rows["document"][1:]]),
+        "the losses' row 1 has no document",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["l.csv", "l.parquet"])
+@pytest.mark.parametrize("mistake", TABLES)
+def test_a_bad_table_is_one_line_that_names_the_file(mistake: str, name: str, shell: Shell) -> None:
+    change, message = TABLES[mistake]
+    write(change(LOSSES), shell.folder / name)
+    answer = shell("analyze", "gap", "--from", name, "--output", "gap.svg")
+    check_mistake(answer, f"bwlm: {name}: {message}")
+    assert [path.name for path in shell.folder.iterdir()] == [name]
+
+
+def twice_a_column(folder: Path) -> None:
+    names = [*LOSSES.columns, "nll"]
+    columns = [pa.array(LOSSES[name]) for name in names]
+    pq.write_table(pa.Table.from_arrays(columns, names=names), folder / "twice.parquet")
+    text = LOSSES.to_csv(index=False).splitlines()
+    (folder / "twice.csv").write_text("\n".join([f"{text[0]},nll", *(f"{line},1" for line in text[1:])]))
+
+
+def damaged(folder: Path) -> None:
+    LOSSES.to_parquet(folder / "whole.parquet")
+    whole = (folder / "whole.parquet").read_bytes()
+    (folder / "half.parquet").write_bytes(whole[: len(whole) // 2])
+    (folder / "rot.parquet").write_bytes(whole[:4] + bytes(len(whole) - 300) + whole[-296:])
+    (folder / "text.parquet").write_text("run,direction\n")
+    (folder / "empty.parquet").touch()
+    (folder / "empty.csv").touch()
+    (folder / "latin.csv").write_bytes(b"run,direction,caf\xe9\n")
+    (folder / "really.csv").write_bytes(whole)
+    header, first, *_ = LOSSES.to_csv(index=False).splitlines()
+    (folder / "shifted.csv").write_text(f"{header}\n{first},9\n{first},9\n")
+    (folder / "ragged.csv").write_text(f"{header}\n{first}\n{first},9,9\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.csv", "no such file"),
+        ("losses.xlsx", "neither .parquet nor .csv: save the losses as one of them"),
+        ("losses", "neither .parquet nor .csv"),
+        ("folder.parquet", "is a folder: name one file in it"),
+        ("folder.csv", "is a folder: name one file in it"),
+        ("half.parquet", "cannot be read as parquet ("),
+        ("rot.parquet", "cannot be read as parquet ("),
+        ("text.parquet", "cannot be read as parquet ("),
+        ("empty.parquet", "cannot be read as parquet ("),
+        ("empty.csv", "cannot be read as csv ("),
+        ("latin.csv", "cannot be read as csv ("),
+        ("really.csv", "cannot be read as csv ("),
+        ("shifted.csv", "cannot be read as csv ("),
+        ("ragged.csv", "cannot be read as csv ("),
+        ("twice.parquet", "column 'nll' stands there twice: keep one"),
+        ("twice.csv", "column 'nll' stands there twice: keep one"),
+    ],
+)
+def test_a_bad_file_is_one_line_that_names_it(name: str, message: str, shell: Shell) -> None:
+    (shell.folder / "losses.xlsx").touch()
+    (shell.folder / "losses").touch()
+    for folder in ("folder.parquet", "folder.csv"):
+        (shell.folder / folder).mkdir()
+    damaged(shell.folder)
+    twice_a_column(shell.folder)
+    check_mistake(shell("analyze", "gap", "--from", name), f"bwlm: {name}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--from"),
+        (["--from", "l.csv", "--output", "g.pdf"], "--output: g.pdf ends in none of .svg .png .html .csv .md"),
+        (["--from", "l.csv", "--output", "no/g.svg"], "--output: no/g.svg: there is no folder no: make it"),
+        (["--from", "l.csv", "--output", "folder.svg"], "--output: folder.svg is a folder"),
+        (["--from", "l.csv", "--resamples", "0"], "--resamples"),
+    ],
+)
+def test_a_bad_option_is_one_line(options: list[str], message: str, shell: Shell) -> None:
+    write(LOSSES, shell.folder / "l.csv")
+    (shell.folder / "folder.svg").mkdir()
+    check_mistake(shell("analyze", "gap", *options), message)
+    assert sorted(path.name for path in shell.folder.iterdir()) == ["folder.svg", "l.csv"]
