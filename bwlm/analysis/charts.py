@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,44 @@ def gap_chart(gaps: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     return styled(layered.properties(width=460, height=alt.Step(26), title=notes))
 
 
+def scaling_chart(
+    points: pd.DataFrame, curves: pd.DataFrame, predicted: pd.DataFrame, x_title: str, title: str, note: str = ""
+) -> alt.TopLevelMixin:
+    """Loss over size, log-log: a point a run, the fitted law of each direction with its band, the held-out prediction.
+
+    `points`: direction, run, x, loss; `curves` and `predicted`: direction, x, loss, low, high (the last two may be
+    missing). `note` follows the explanation of the marks.
+    """
+    losses = pd.concat([points["loss"], curves["low"], curves["high"], predicted["low"], predicted["high"]])
+    y = alt.Y(
+        "loss:Q",
+        title="loss (nats per token)",
+        scale=alt.Scale(type="log", zero=False, nice=False, padding=8),
+        axis=alt.Axis(values=_round_ticks(losses.min(), losses.max()), format="~r"),
+    )
+    x = alt.X(
+        "x:Q",
+        title=x_title,
+        scale=alt.Scale(type="log", nice=False, padding=14),
+        axis=alt.Axis(values=_thinned(points["x"]), format=".3~s", labelOverlap="greedy"),
+    )
+    directions = list(points["direction"].unique())
+    color = direction_color(directions)
+    band = alt.Chart(curves).mark_area(opacity=0.18).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=color)
+    line = alt.Chart(curves).mark_line(strokeWidth=1.5).encode(x=x, y=y, color=color)
+    runs = (
+        alt.Chart(_side_by_side(points, directions))
+        .mark_point(filled=True, size=26, opacity=0.7)
+        .encode(x=x, y=y, color=color)
+    )
+    held = alt.Chart(_side_by_side(predicted, directions)).encode(x=x, color=color)
+    reach = held.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q"), y2="high:Q")
+    mark = held.mark_point(shape="diamond", size=90, strokeWidth=1.6, fill="white", opacity=1).encode(y=y)
+    marks = "points: runs; lines and bands: law, 95 % over seeds; diamonds: largest size predicted from the others"
+    notes = alt.TitleParams(title, subtitle=[marks, note] if note else marks)
+    return _styled(alt.layer(band, line, reach, mark, runs).properties(width=520, height=320, title=notes))
+
+
 def save_chart(chart: Any, folder: Path, name: str) -> list[Path]:
     """Writes `name`.svg and `name`.html for a report; returns both paths."""
     return [write_chart(chart, folder / f"{name}{suffix}") for suffix in (".svg", ".html")]
@@ -91,6 +130,27 @@ def write_chart(chart: Any, path: Path) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _side_by_side(rows: pd.DataFrame, directions: list[str]) -> pd.DataFrame:
+    """Directions a little apart in x, so that none hides another."""
+    middle = (len(directions) - 1) / 2
+    factor = {name: 1.02 ** (k - middle) for k, name in enumerate(directions)}
+    return rows.assign(x=rows["x"] * rows["direction"].map(factor).astype(float))
+
+
+def _thinned(values: pd.Series[float]) -> list[float]:
+    """The distinct values, at most eight of them."""
+    distinct = sorted(set(values))
+    return distinct[:: math.ceil(len(distinct) / 8)]
+
+
+def _round_ticks(low: float, high: float) -> list[float]:
+    """About six round numbers inside the range, of which a log axis by itself would show only 2, 3, 4, .."""
+    rough = (high - low) / 6
+    power = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+    return [round(step * k, 10) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _nothing(words: str, title: str) -> alt.TopLevelMixin:
