@@ -111,7 +111,7 @@ def scaling_chart(
     mark = held.mark_point(shape="diamond", size=90, strokeWidth=1.6, fill="white", opacity=1).encode(y=y)
     marks = "points: runs; lines and bands: law, 95 % over seeds; diamonds: largest size predicted from the others"
     notes = alt.TitleParams(title, subtitle=[marks, note] if note else marks)
-    return _styled(alt.layer(band, line, reach, mark, runs).properties(width=520, height=320, title=notes))
+    return styled(alt.layer(band, line, reach, mark, runs).properties(width=520, height=320, title=notes))
 
 
 def save_chart(chart: Any, folder: Path, name: str) -> list[Path]:

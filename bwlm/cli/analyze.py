@@ -165,6 +165,17 @@ def representations(runs: Runs, output: Output = None, storage: Storage = None, 
 
 
 @analyze_app.command()
+def scaling(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
+    """A law of loss over size and data for each direction, the largest size predicted, the gap as sizes grow.
+
+    Example: `bwlm analyze scaling demo`
+    """
+    from bwlm.analysis.sizes import scaling
+
+    _run(scaling, runs, output, storage, as_json)
+
+
+@analyze_app.command()
 def report(names: Runs, storage: Storage = None, as_json: Json = False) -> None:
     """Write RESEARCH_REPORT.md and .html: of a grid, or of single experiments.
 
