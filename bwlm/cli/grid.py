@@ -32,7 +32,7 @@ def _load(grid: Path, settings: list[str] | None, storage: str | None) -> tuple[
 
 @grid_app.command("plan")
 def grid_plan(grid: GridFile, set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Print every cell with its parameters, tokens, FLOPs and what is already done.
+    """Print every cell with its parameters, tokens, FLOPs, the size of its research log and what is already done.
 
     Example: `bwlm grid plan grids/demo.yaml --set budget.steps=100`
     """
@@ -42,8 +42,10 @@ def grid_plan(grid: GridFile, set_: Set = None, storage: Storage = None, as_json
     if as_json:
         return print_json(_status_document(plan, root))
     cells = _status_document(plan, root)["cells"]
-    rows = [[c["id"], *(si(c[k]) for k in ("params", "tokens", "flops")), c["state"], c["reason"]] for c in cells]
-    show(table(["cell", "params", "tokens", "FLOPs", "state", "reason"], rows, f"{plan.name}: {len(cells)} cells"))
+    costs = ("params", "tokens", "flops", "log_bytes")
+    rows = [[c["id"], *(si(c[cost]) for cost in costs), c["state"], c["reason"]] for c in cells]
+    header = ["cell", "params", "tokens", "FLOPs", "log (bytes)", "state", "reason"]
+    show(table(header, rows, f"{plan.name}: {len(cells)} cells"))
     total = sum(c["flops"] for c in cells)
     left = sum(c["flops"] for c in cells if c["state"] not in ("finished", "failed"))
     show(f"{si(total)} FLOPs in all, {si(left)} to do; storage {root}")
@@ -99,10 +101,12 @@ def grid_schema() -> None:
 
 def _status_document(plan: Plan, root: Path) -> dict[str, Any]:
     from bwlm.grid.cells import find_cells
+    from bwlm.record.logsize import bytes_of_log
 
     cells = [
         {
             "id": p.cell.id, "params": p.cell.parameters, "tokens": p.cell.tokens, "flops": p.cell.flops,
+            "log_bytes": bytes_of_log(p.cell.experiment, p.cell.shape, p.cell.steps),
             "state": p.status.state, "reason": _reason(p), "step": p.status.step, "steps": p.cell.steps,
             "metrics": p.status.metrics,
         }

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -28,6 +29,7 @@ from bwlm.record.researchlog import ResearchLog, open_log, tail_of
 from bwlm.record.schema import GROUPS, VERSION
 from tests.faults.checkpoints import flip, names
 from tests.record.logwriter import EVERY, progress, written, wrong
+from tests.record.schema_tables import MARK, PAGE, tables
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -600,3 +602,27 @@ def test_kill_9_at_any_moment_loses_at_most_the_record_that_was_being_written(pa
 @pytest.mark.slow
 def test_kill_9_at_a_hundred_moments(path: Path) -> None:
     check_kills(path, 100)
+
+
+# ---- docs/research-log.md ----
+
+
+def test_the_page_has_the_schema() -> None:
+    assert PAGE.read_text().partition(MARK)[2] == tables(), "run python -m tests.record.schema_tables"
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fixed = {"validation/reading": ["forward", "backward"], "validation/document": [0, 0, 1]}
+    with ResearchLog(Path("base.h5"), about={"direction": "backward"}, fixed=fixed) as log:
+        log.write("train", step=1, loss=1.5)
+        log.write("validation", step=1, loss=[[9, 9, 9], [1, 2, 4]])
+    known: dict[str, Any] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(block, known)
+    assert known["losses"].tolist() == [1.5]
+    assert known["nats"].tolist() == [3, 4]
+    assert steps(Path("mine.h5")) == list(range(1, 101))
+    assert steps(Path("mine.h5"), "tokens") == list(range(10, 101, 10))
