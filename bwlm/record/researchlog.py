@@ -56,6 +56,8 @@ _ROOM = 2**16
 """Bytes that HDF5 may need for its own accounts in a merge, besides those of each dataset's last chunk."""
 _COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 """What every build of HDF5 reads."""
+_SPACE: dict[str, Any] = {"fs_strategy": "fsm", "fs_persist": True}
+"""The file remembers what is free in it: each merge rewrites the last chunk of every dataset, somewhere else."""
 _SHARE = 0.01
 """Of the time, at most, that merging may take from its writer."""
 
@@ -274,7 +276,7 @@ class Kind:
 
 def _create(path: Path, about: Mapping[str, str | int | float], fixed: Mapping[str, ArrayLike]) -> None:
     room = _ROOM + sum(np.asarray(values).nbytes for values in fixed.values())
-    with _replacing(path, room) as fresh, h5py.File(fresh, "w") as file:
+    with _replacing(path, room) as fresh, h5py.File(fresh, "w", **_SPACE) as file:
         file.attrs["schema_version"] = VERSION
         file.attrs["source"] = "bwlm research log, docs/research-log.md"
         for name, value in about.items():

@@ -235,6 +235,25 @@ def test_entries_larger_than_what_is_merged_at_once(path: Path, monkeypatch: pyt
         assert file["train/loss"][:].tolist() == list(range(1, 8))
 
 
+def test_many_merges_make_the_file_hardly_larger_than_one(path: Path) -> None:
+    """A chunk that is rewritten leaves a hole where it stood."""
+    values = np.random.default_rng(0).random((1000, 6))
+    sizes = []
+    for every in (1000, 10):
+        path.unlink(missing_ok=True)
+        with ResearchLog(path) as log:
+            for step, row in enumerate(values, 1):
+                log.write(
+                    "train", step, **dict(zip(("loss", "lr", "mfu", "flops", "grad_norm", "tokens"), row, strict=True))
+                )
+                if step % every == 0:
+                    log.flush(merge=True)
+        sizes.append(path.stat().st_size)
+        with h5py.File(path) as file:
+            assert np.array_equal(file["train/loss"][:], values[:, 0])
+    assert sizes[1] < 1.5 * sizes[0]
+
+
 # ---- writers and readers at once ----
 
 
