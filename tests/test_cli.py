@@ -102,6 +102,8 @@ def test_a_plan_as_json(shell: Shell) -> None:
     assert {name: first[name] for name in ("params", "tokens", "flops", "state", "reason")} == {
         "params": 87552, "tokens": 1280, "flops": 1280 * 459264, "state": "waiting", "reason": "",
     }  # fmt: skip
+    # a frame of 200 kB, 1024 states of 64 twice, 5 steps of little else
+    assert 400_000 < first["log_bytes"] < 3_000_000
     assert not shell.storage.exists()
 
 

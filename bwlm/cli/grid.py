@@ -48,7 +48,7 @@ def grid_plan(
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Print every cell with its parameters, tokens, FLOPs, what is already done, and what gap the seeds could see.
+    """Print every cell with its parameters, tokens, FLOPs, log size and state, and what gap the seeds could see.
 
     Example: `bwlm grid plan grids/demo.yaml --set budget.steps=100 --seed-noise 0.006`
     """
@@ -62,8 +62,10 @@ def grid_plan(
     if as_json:
         return print_json(_status_document(plan, root) | {"detectable": seen})
     cells = _status_document(plan, root)["cells"]
-    rows = [[c["id"], *(si(c[k]) for k in ("params", "tokens", "flops")), c["state"], c["reason"]] for c in cells]
-    show(table(["cell", "params", "tokens", "FLOPs", "state", "reason"], rows, f"{plan.name}: {len(cells)} cells"))
+    costs = ("params", "tokens", "flops", "log_bytes")
+    rows = [[c["id"], *(si(c[cost]) for cost in costs), c["state"], c["reason"]] for c in cells]
+    header = ["cell", "params", "tokens", "FLOPs", "log (bytes)", "state", "reason"]
+    show(table(header, rows, f"{plan.name}: {len(cells)} cells"))
     total = sum(c["flops"] for c in cells)
     left = sum(c["flops"] for c in cells if c["state"] not in ("finished", "failed"))
     show(f"{si(total)} FLOPs in all, {si(left)} to do; storage {root}")
@@ -120,10 +122,12 @@ def grid_schema() -> None:
 
 def _status_document(plan: Plan, root: Path) -> dict[str, Any]:
     from bwlm.grid.cells import find_cells
+    from bwlm.record.logsize import bytes_of_log
 
     cells = [
         {
             "id": p.cell.id, "params": p.cell.parameters, "tokens": p.cell.tokens, "flops": p.cell.flops,
+            "log_bytes": bytes_of_log(p.cell.experiment, p.cell.shape, p.cell.steps),
             "state": p.status.state, "reason": _reason(p), "step": p.status.step, "steps": p.cell.steps,
             "metrics": p.status.metrics,
         }

@@ -12,6 +12,7 @@ Datasets that hold for the whole run (`fixed`) have no such axis. `schema.py` sa
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -19,10 +20,10 @@ import shutil
 import socket
 import struct
 import time
-import uuid
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,9 +53,11 @@ _MERGED_AT_ONCE = 2**26
 _CHUNK = 2**18
 """Bytes of a chunk of HDF5, at most, where an entry is smaller."""
 _ROOM = 2**16
-"""Bytes that HDF5 may need for its own accounts in a merge."""
+"""Bytes that HDF5 may need for its own accounts in a merge, besides those of each dataset's last chunk."""
 _COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 """What every build of HDF5 reads."""
+_SPACE: dict[str, Any] = {"fs_strategy": "fsm", "fs_persist": True}
+"""The file remembers what is free in it: each merge rewrites the last chunk of every dataset, somewhere else."""
 _SHARE = 0.003
 """Of the time, at most, that merging may take from its writer."""
 
@@ -84,31 +87,42 @@ class ResearchLog:
         self._tail = _lock(path)
         try:
             began = time.monotonic()
-            if not _is_readable(path):
+            if not self._goes_on(resume_step):
                 _create(path, about or {}, fixed or {})
-            self._steps, self._shapes = _state(path)
-            self._merge(resume_step)
+                self._begin(resume_step)
             self._merged, self._merge_seconds = time.monotonic(), time.monotonic() - began
         except BaseException:
             self._tail.close()
             raise
 
     def write(self, group: str, step: int, **columns: ArrayLike) -> None:
-        """Adds one step to a group. Raises `ValueError` where the columns are not the group's, or change their shape,
-        or the step is not later than the group's last."""
-        if step <= self._steps.get(group, -1):
-            raise ValueError(f"{group}: step {step} is not after step {self._steps[group]}, the last that was logged")
-        entry = {"step": np.asarray(step, np.int64)}
-        for name, values in columns.items():
-            entry[name] = _checked(group, name, values)
-            shape = self._shapes.setdefault(f"{group}/{name}", entry[name].shape)
-            if entry[name].shape != shape:
-                raise ValueError(f"{group}/{name}: shape {entry[name].shape} at step {step}, {shape} before")
+        """Adds one step to a group; what it leaves out reads as missing (NaN, or -1 among integers).
+
+        Raises `ValueError` where the columns are not the group's, or hold no numbers, or change their shape or type,
+        or the step is not later than the group's last; `OSError` where the disk does not take it. Nothing of the entry
+        is kept then.
+        """
+        entry = {"step": _checked_step(group, step, self._steps.get(group))}
+        entry |= {name: _checked(group, name, values) for name, values in columns.items()}
+        kinds = {f"{group}/{name}": Kind(values.dtype, values.shape) for name, values in entry.items()}
+        for name, kind in kinds.items():
+            if (before := self._kinds.get(name, kind)) != kind:
+                raise ValueError(f"{name}: {kind} at step {step}, {before} before")
         payload = save_tensors({f"{group}/{name}": values for name, values in entry.items()})
-        record = _RECORD.pack(_MAGIC, zlib.crc32(payload), len(payload)) + payload
-        if self._tail.write(record) != len(record):
-            raise OSError(28, os.strerror(28), str(self.path))  # ENOSPC: a nearly full disk takes a part, quietly
+        self._add(_RECORD.pack(_MAGIC, zlib.crc32(payload), len(payload)) + payload)
         self._steps[group] = step
+        self._kinds |= kinds
+
+    def _add(self, record: bytes) -> None:
+        """Appends to the tail all of a record or nothing: what stood behind a torn one could not be read."""
+        end = self._tail.tell()
+        try:
+            if self._tail.write(record) != len(record):  # a nearly full disk takes a part, quietly
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        except BaseException:
+            self._tail.truncate(end)
+            self._tail.seek(end)
+            raise
 
     def flush(self, merge: bool = False) -> None:
         """Makes what was written durable, and merges it into the file, always or where that takes little time."""
@@ -132,17 +146,37 @@ class ResearchLog:
     def __exit__(self, *error: Any) -> None:
         self.close()
 
+    def _goes_on(self, resume_step: int | None) -> bool:
+        """Begins where the file ends, if there is one; one that is damaged is put aside, loudly."""
+        try:
+            self._begin(resume_step)
+        except FileNotFoundError:
+            return False
+        except (OSError, RuntimeError, KeyError, ValueError) as error:  # whatever h5py calls what it cannot decode
+            if isinstance(error, OSError) and error.errno:  # the system's, such as a full disk
+                raise
+            aside = self.path.with_name(f"{self.path.name}.damaged")
+            self.path.replace(aside)
+            log.warning("%s is damaged (%s): kept as %s, the research log begins again", self.path, error, aside.name)
+            return False
+        return True
+
+    def _begin(self, resume_step: int | None) -> None:
+        self._steps, self._kinds = _state(self.path)
+        self._merge(resume_step)
+
     def _merge(self, last: int | None) -> None:
         """Moves the tail into the file, without what is later than `last`."""
         if self._tail.tell() > _HEAD or any(last is not None and step > last for step in self._steps.values()):
-            room = self.path.stat().st_size + self._tail.tell() + _ROOM
+            rewritten = sum(_chunk_rows(kind) * kind.nbytes for kind in self._kinds.values())
+            room = self.path.stat().st_size + self._tail.tell() + rewritten + _ROOM
             with _replacing(self.path, room) as copy, h5py.File(copy, "r+") as file:
                 if last is not None:
                     _forget_after(file, last)
                 for entries in _batches(_records(self.path), last):
                     for group, rows in entries.items():
                         _append(file, group, rows)
-            self._steps, self._shapes = _state(self.path)
+            self._steps, self._kinds = _state(self.path)
         self._tail.truncate(_HEAD)
         self._tail.seek(_HEAD)
 
@@ -152,10 +186,11 @@ def open_log(path: Path) -> h5py.File:
 
     Raises `UserError` naming the file if it is missing or damaged.
     """
-    with contextlib.suppress(UserError, OSError):  # a writer is at work, or the storage is not ours to write
-        if path.exists() and tail_of(path).exists() and tail_of(path).stat().st_size > _HEAD:
-            ResearchLog(path).close()
     try:
+        h5py.File(path, "r").close()  # first: a reader does not put a damaged one aside
+        with contextlib.suppress(UserError, OSError):  # a writer is at work, or the storage is not ours to write
+            if tail_of(path).exists() and tail_of(path).stat().st_size > _HEAD:
+                ResearchLog(path).close()
         return h5py.File(path, "r")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: this run kept no research log") from None
@@ -192,11 +227,11 @@ def _lock(path: Path) -> BinaryIO:
 def _records(path: Path) -> Iterator[tuple[str, Entry]]:
     """The whole entries of a tail, up to the first that is torn or damaged."""
     with tail_of(path).open("rb") as file:
-        file.seek(_HEAD)
+        left = file.seek(0, os.SEEK_END) - file.seek(_HEAD)
         while len(head := file.read(_RECORD.size)) == _RECORD.size:
             magic, crc, length = _RECORD.unpack(head)
-            payload = file.read(length) if magic == _MAGIC else b""
-            if magic != _MAGIC or len(payload) != length or zlib.crc32(payload) != crc:
+            left -= _RECORD.size + length
+            if magic != _MAGIC or left < 0 or zlib.crc32(payload := file.read(length)) != crc:
                 return
             try:
                 tensors = load_tensors(payload)
@@ -224,23 +259,24 @@ def _batches(records: Iterator[tuple[str, Entry]], last: int | None) -> Iterator
 # ---- the file ----
 
 
-def _is_readable(path: Path) -> bool:
-    """Whether there is a file to go on with; one that is damaged is put aside, loudly."""
-    try:
-        with h5py.File(path, "r"):
-            return True
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        aside = path.with_name(f"{path.name}.damaged")
-        path.replace(aside)
-        log.warning("%s is damaged (%s): kept as %s, the research log begins again", path, error, aside.name)
-        return False
+@dataclass(frozen=True)
+class Kind:
+    """What every entry of a column is like."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.dtype.itemsize * np.prod(self.shape, dtype=np.int64))
+
+    def __str__(self) -> str:
+        return f"{self.dtype} of shape {self.shape}"
 
 
 def _create(path: Path, about: Mapping[str, str | int | float], fixed: Mapping[str, ArrayLike]) -> None:
     room = _ROOM + sum(np.asarray(values).nbytes for values in fixed.values())
-    with _replacing(path, room) as fresh, h5py.File(fresh, "w") as file:
+    with _replacing(path, room) as fresh, h5py.File(fresh, "w", **_SPACE) as file:
         file.attrs["schema_version"] = VERSION
         file.attrs["source"] = "bwlm research log, docs/research-log.md"
         for name, value in about.items():
@@ -248,8 +284,7 @@ def _create(path: Path, about: Mapping[str, str | int | float], fixed: Mapping[s
         for name, group in GROUPS.items():
             file.create_group(name).attrs["description"] = group.description
         for name, values in fixed.items():
-            group_name, _, column = name.partition("/")
-            known = GROUPS[group_name].fixed[column]
+            known = _fixed_column(name)
             is_text = known.dtype == "str"
             stored = np.asarray(values, dtype=object if is_text else known.dtype)
             dataset = file.create_dataset(
@@ -258,20 +293,28 @@ def _create(path: Path, about: Mapping[str, str | int | float], fixed: Mapping[s
             _describe(dataset, known, known.axes)
 
 
+def _fixed_column(name: str) -> Column:
+    group, _, column = name.partition("/")
+    known = GROUPS[group].fixed if group in GROUPS else {}
+    if column not in known:
+        raise ValueError(f"{name}: holds for no whole run; of {group} do: {', '.join(known) or 'none'}")
+    return known[column]
+
+
 def _describe(dataset: Any, column: Column, axes: str) -> None:
     dataset.attrs.update({"unit": column.unit, "axes": axes, "description": column.description})
 
 
-def _state(path: Path) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
-    """The last step of each group, and the shape of one entry of each column."""
-    steps, shapes = {}, {}
+def _state(path: Path) -> tuple[dict[str, int], dict[str, Kind]]:
+    """The last step of each group, and what its columns are like."""
+    steps, kinds = {}, {}
     with h5py.File(path, "r") as file:
         for group in GROUPS:
-            if group in file and "step" in file[group] and len(file[group]["step"]):
+            for name, dataset in _columns(file[group]).items():
+                kinds[f"{group}/{name}"] = Kind(dataset.dtype, dataset.shape[1:])
+            if "step" in file[group] and len(file[group]["step"]):
                 steps[group] = int(file[group]["step"][-1])
-                for name, dataset in _columns(file[group]).items():
-                    shapes[f"{group}/{name}"] = dataset.shape[1:]
-    return steps, shapes
+    return steps, kinds
 
 
 def _columns(group: Any) -> dict[str, Any]:
@@ -310,17 +353,20 @@ def _append(file: Any, name: str, rows: Sequence[Entry]) -> None:
 
 def _make(group: Any, name: str, entry: Array) -> None:
     column = GROUPS[group.name.strip("/")].columns[name]
-    rows = max(1, min(1024, _CHUNK // max(1, entry.nbytes)))
     dataset = group.create_dataset(
         name,
         shape=(0, *entry.shape),
         maxshape=(None, *entry.shape),
-        chunks=(rows, *entry.shape),
+        chunks=(_chunk_rows(Kind(entry.dtype, entry.shape)), *entry.shape),
         dtype=entry.dtype,
         fillvalue=np.nan if entry.dtype.kind == "f" else -1,
         **_COMPRESSION,
     )
     _describe(dataset, column, f"step {column.axes}".strip())
+
+
+def _chunk_rows(kind: Kind) -> int:
+    return max(1, min(1024, _CHUNK // kind.nbytes))
 
 
 @contextlib.contextmanager
@@ -330,7 +376,7 @@ def _replacing(path: Path, room: int) -> Iterator[Path]:
     Raises `OSError` before the block if the disk has no room for so many bytes: HDF5 cannot close a file that it
     cannot write.
     """
-    copy = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    copy = path.with_name(f".{path.name}.tmp")  # one name: what a writer leaves that dies here goes with the next merge
     try:
         with copy.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, room)
@@ -345,13 +391,40 @@ def _replacing(path: Path, room: int) -> Iterator[Path]:
         copy.unlink(missing_ok=True)
 
 
+def _checked_step(group: str, step: int, last: int | None) -> Array:
+    """Raises `ValueError` for a group that there is not, or a step that is no count or not after the last."""
+    if group not in GROUPS:
+        raise ValueError(f"{group}: not a group of the research log; those are: {', '.join(GROUPS)}")
+    if not isinstance(step, (int, np.integer)) or step < 0:
+        raise ValueError(f"{group}: step {step!r} is not a whole number from 0")
+    if last is not None and step <= last:
+        raise ValueError(f"{group}: step {step} is not after step {last}, the last that was logged")
+    return np.asarray(step, np.int64)
+
+
 def _checked(group: str, name: str, values: ArrayLike) -> Array:
-    """In the column's type. Raises `ValueError` for a column that the group has not, or values that are no numbers."""
-    known = GROUPS[group].columns if group in GROUPS else {}
+    """In the column's type. Raises `ValueError` for a column that the group has not, or values that do not fit it."""
+    known = GROUPS[group].columns
     if name not in known or name == "step":
         raise ValueError(f"{group}/{name}: not a column of the research log; of {group} are: {', '.join(known)}")
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{group}/{name}: not an array ({error})") from None
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{group}/{name}: must be numbers, not {array.dtype}")
-    wanted = known[name].dtype
-    return np.asarray(array, dtype=array.dtype if wanted == "int" else wanted, order="C")
+    axes = known[name].axes.split()
+    if array.ndim != len(axes) or not array.size:
+        raise ValueError(f"{group}/{name}: shape {array.shape}; its axes are [{' '.join(axes)}], none of them empty")
+    wanted = np.dtype(_integer(array.dtype) if known[name].dtype == "int" else known[name].dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+        stored = np.asarray(array, dtype=wanted, order="C")
+    if wanted.kind == "i" and (stored != array).any():
+        raise ValueError(f"{group}/{name}: holds what {wanted} cannot")
+    return stored
+
+
+def _integer(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The signed integers that hold values of a type: -1 stands for what is missing."""
+    signed = np.promote_types(dtype, np.int8)
+    return signed if signed.kind == "i" else np.dtype(np.int64)

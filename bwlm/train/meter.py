@@ -104,7 +104,7 @@ class Meter:
         run's records; the disk's rest."""
         on_gpu = self._device.type == "cuda"
         memory = torch.cuda.max_memory_allocated(self._device) if on_gpu else psutil.Process().memory_info().rss
-        records = [path for pattern in ("*.jsonl", "*.h5") for path in self._folder.glob(pattern)]
+        records = [path for pattern in ("*.jsonl", "*.h5", "*.h5.tail") for path in self._folder.glob(pattern)]
         return {
             "memory_bytes": memory,
             "research_log_bytes": sum(path.stat().st_size for path in records),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import shutil
 import subprocess
@@ -11,12 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from bwlm.errors import RunError
 from bwlm.record.checkpoint import KeepPolicy, Snapshot, checkpoint_steps, load_checkpoint, load_newest
 from bwlm.record.lineage import Status
+from bwlm.record.researchlog import ResearchLog, open_log
 from bwlm.record.saver import CheckpointSaver
 from bwlm.train.base import run_base
 from bwlm.train.session import AloneSession
@@ -93,6 +98,57 @@ def test_a_full_disk_costs_the_save_and_nothing_else(part: str, disk: Disk) -> N
         saver.save(large(200, part))
     assert names(disk.folder) == ["step_000200"]
     assert is_of(load_checkpoint(disk.folder, 200), large(200, part))
+
+
+def write_until_full(log: ResearchLog, norms: NDArray[np.floating], step: int) -> int:
+    """The first step, from `step` on, that the disk does not take."""
+    while True:
+        try:
+            log.write("gradients", step, norm=norms[step])
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EFBIG):
+                raise
+            return step
+        step += 1
+
+
+def test_a_full_disk_leaves_the_research_log_as_it_was(disk: Disk, capfd: pytest.CaptureFixture[str]) -> None:
+    """HDF5 cannot close a file that it cannot write: it must not come to that."""
+    disk.folder.mkdir()
+    path, rng = disk.folder / "base.h5", np.random.default_rng(0)
+    norms = rng.random((60, 1000))  # 4 kB a step, and nothing to compress
+    log = ResearchLog(path)
+    for step in range(1, 11):
+        log.write("gradients", step, norm=norms[step])
+    log.flush(merge=True)
+    with disk.full():
+        log.write("gradients", 11, norm=norms[11])
+        with pytest.raises(OSError, match=r"No space left|File too large"):
+            log.flush(merge=True)  # the copy does not fit
+        accepted = write_until_full(log, norms, 12) - 1
+        with h5py.File(path) as file:
+            assert file["gradients/step"][:].tolist() == list(range(1, 11))
+        with pytest.raises(OSError, match=r"No space left|File too large"):
+            log.close()
+        assert names(disk.folder) == ["base.h5", "base.h5.tail"]
+    with ResearchLog(path) as again:
+        again.write("gradients", accepted + 1, norm=norms[accepted + 1])
+    with open_log(path) as file:
+        assert file["gradients/step"][:].tolist() == list(range(1, accepted + 2))
+        assert np.array_equal(file["gradients/norm"][:], norms[1 : accepted + 2].astype(np.float32))
+    assert "HDF5" not in capfd.readouterr().err
+
+
+def test_a_writer_whose_disk_was_full_goes_on_when_there_is_room_again(disk: Disk) -> None:
+    disk.folder.mkdir()
+    path, norms = disk.folder / "base.h5", np.random.default_rng(0).random((60, 1000), np.float32)
+    with ResearchLog(path) as log:
+        with disk.full():
+            refused = write_until_full(log, norms, 0)
+        log.write("gradients", refused, norm=norms[refused])  # not behind half of an entry
+    with h5py.File(path) as file:
+        assert file["gradients/step"][:].tolist() == list(range(refused + 1))
+        assert np.array_equal(file["gradients/norm"][:], norms[: refused + 1])
 
 
 class FullAfter(AloneSession):
