@@ -163,9 +163,9 @@ def test_no_text_is_the_users_mistake(texts: list[str]) -> None:
         train_tokenizer(iter(texts), VOCAB_SIZE)
 
 
-def test_a_vocabulary_without_room_for_a_merge_is_the_users_mistake() -> None:
-    with pytest.raises(UserError, match=r"tokenizer\.vocab_size: 264 is too small: give at least 265"):
-        train_tokenizer(iter(["abc abc"]), 264)
+def test_a_vocabulary_without_room_for_the_bytes_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match=r"tokenizer\.vocab_size: 263 is too small: give at least 264"):
+        train_tokenizer(iter(["abc abc"]), 263)
     assert train_tokenizer(iter(["abc abc"]), 265).vocab_size == 265
 
 
