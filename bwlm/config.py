@@ -23,6 +23,10 @@ DirectionName = Literal["forward", "backward", "bidirectional", "permuted"]
 Phase = Literal["base"]
 DIRECTIONS: tuple[str, ...] = get_args(DirectionName)
 
+CONTROL_SOURCES = ("builtin:null", "builtin:products")
+MERGE_FREE_VOCABULARY = 264
+"""256 bytes and 8 special tokens: a tokenizer without merges."""
+
 
 class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
@@ -30,14 +34,21 @@ class Settings(BaseModel):
 
 class DataSettings(Settings):
     source: str = Field(
-        "builtin:pydocs", description="parquet folder, glob, file, URI, or builtin:pydocs", min_length=1
+        "builtin:pydocs",
+        description="parquet folder, glob, file, URI, or builtin:pydocs, builtin:null, builtin:products",
+        min_length=1,
     )
     text_column: str = Field("text", min_length=1)
     validation: str | None = Field(None, description="validation parquet; default: the last shard of the source")
 
 
 class TokenizerSettings(Settings):
-    vocab_size: int = Field(4096, ge=265, le=2**20, description="merges, bytes and special tokens together")
+    vocab_size: int = Field(
+        4096,
+        ge=MERGE_FREE_VOCABULARY,
+        le=2**20,
+        description="merges, bytes and special tokens together; 264: no merges, each byte is a token",
+    )
     path: str | None = Field(None, description="folder of a trained tokenizer, instead of training one on the data")
 
 
@@ -149,6 +160,17 @@ class Recipe(Settings):
             raise ValueError(
                 f"checkpoint.keep_best: checkpoints need a validation at their step: make checkpoint.every a multiple "
                 f"of evaluation.every (found {saved} and {validated})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _controls_without_merges(self) -> Recipe:
+        """Merges are chosen on forward text: with them a control is none."""
+        wanted, found = MERGE_FREE_VOCABULARY, self.tokenizer.vocab_size
+        if self.data.source in CONTROL_SOURCES and found != wanted:
+            raise ValueError(
+                f"tokenizer.vocab_size: {self.data.source} is a control only where each symbol is one token: "
+                f"set tokenizer.vocab_size={wanted} (found {found})"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Where text comes from: parquet shards behind a path, a glob, a URI or `builtin:pydocs`.
+"""Where text comes from: parquet shards behind a path, a glob, a URI, or the name of a built-in corpus.
 
 By nanochat's convention the last shard is validation, unless `data.validation` names files; those are not trained on.
 """
@@ -17,10 +17,11 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bwlm.config import DataSettings
+from bwlm.config import CONTROL_SOURCES, DataSettings
 from bwlm.errors import UserError, nearest
 
-BUILTIN = "builtin:pydocs"
+_PYDOCS = "builtin:pydocs"
+BUILTINS = (_PYDOCS, *CONTROL_SOURCES)
 _ROWS_AT_ONCE = 256
 _GIVE = "give a folder, glob, file or URI of parquet shards"
 _MEND = "write the shard again or take it out of data.source"
@@ -49,14 +50,17 @@ class Corpus:
 
 
 def find_corpus(data: DataSettings, cache: Path, progress: Callable[[str], None]) -> Corpus:
-    """Resolves `data` to shards, writing the built-in corpus below `cache` if it is asked for and not there yet.
+    """Resolves `data` to shards, writing a built-in corpus below `cache` if it is asked for and not there yet.
 
     Raises `UserError` for a source that is missing, empty, or too small to hold a validation shard.
     """
-    if data.source == BUILTIN:
-        return _builtin(data, cache, progress)
+    if data.source in BUILTINS:
+        folder = _write_builtin(data.source, cache / "corpora", progress)
+        return find_corpus(
+            DataSettings(source=str(folder), text_column="text", validation=data.validation), cache, progress
+        )
     if data.source.startswith("builtin:"):
-        raise UserError(f"data.source: {data.source!r} is not a built-in corpus{nearest(data.source, [BUILTIN])}")
+        raise UserError(f"data.source: {data.source!r} is not a built-in corpus{nearest(data.source, BUILTINS)}")
     shards = _list_shards(data.source, "data.source")
     if data.validation is not None:
         held_out = _list_shards(data.validation, "data.validation")
@@ -74,15 +78,19 @@ def find_corpus(data: DataSettings, cache: Path, progress: Callable[[str], None]
     return Corpus(tuple(shards[:-1]), tuple(shards[-1:]), data.text_column)
 
 
-def _builtin(data: DataSettings, cache: Path, progress: Callable[[str], None]) -> Corpus:
+def _write_builtin(source: str, folder: Path, progress: Callable[[str], None]) -> Path:
+    """Where the built-in corpus lies, below `folder`."""
+    from bwlm.text.controls import control_key, write_control
     from bwlm.text.pydocs import pydocs_key, write_pydocs
 
-    folder = cache / "corpora" / f"pydocs-{pydocs_key()}"
-    if not (folder / "manifest.json").exists():
-        write_pydocs(folder, progress)
-    return find_corpus(
-        DataSettings(source=str(folder), text_column="text", validation=data.validation), cache, progress
-    )
+    name = source.removeprefix("builtin:")
+    if source in CONTROL_SOURCES:
+        target = folder / f"{name}-{control_key(name)}"
+        write_control(name, target, progress)
+    else:
+        target = folder / f"{name}-{pydocs_key()}"
+        write_pydocs(target, progress)
+    return target
 
 
 def _list_shards(source: str, field: str) -> list[Shard]:

@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bwlm.errors import UserError
-from bwlm.paths import read_json, whole_folder, write_atomic, write_json
+from bwlm.paths import read_json
+from bwlm.text.shards import MANIFEST, counts, refuse_foreign, write_shards
 
 FORMAT_VERSION = 2
 """Counts up whenever the same sources would give another text."""
@@ -58,7 +59,6 @@ SMALLEST_DOCUMENT = 200
 LARGEST_DOCUMENT = 100_000
 """Characters. A larger one would be a tenth of the validation text all by itself."""
 
-MANIFEST = "manifest.json"
 _NOT_OURS = ("_vendor", "_bundled", "vendor", "vendored", "externals", "thirdparty", "thirdparty_files")
 _TESTS = ("tests", "test", "testing", "idlelib", "lib2to3", "turtledemo")
 _PASSED_OVER = frozenset({*_NOT_OURS, *_TESTS, "site-packages", "dist-packages"})
@@ -110,40 +110,14 @@ def write_pydocs(folder: Path, progress: Callable[[str], None] | None = None) ->
 def _write(folder: Path, packages: Sequence[str], progress: Callable[[str], None]) -> PydocsManifest:
     if (folder / MANIFEST).exists():
         return PydocsManifest.read(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: holds something else than the built-in corpus: remove it or name another folder")
+    refuse_foreign(folder)
     modules = _find_modules(packages)
     progress(f"reading the docstrings of {len(modules)} modules")
     shards = _deal({**_topics(), **_module_documents(_read_docstrings(modules))})
-    manifest = _manifest(shards, packages)
+    manifest = PydocsManifest(format=FORMAT_VERSION, versions=_versions(packages), **counts(shards))
     progress(f"writing {manifest.documents} documents of {manifest.characters / 1e6:.1f} M characters")
-    with whole_folder(folder) as temporary:
-        for index, texts in enumerate(shards):
-            write_atomic(temporary / f"shard_{index:05d}.parquet", _parquet(texts))
-        write_json(temporary / MANIFEST, asdict(manifest))
+    write_shards(folder, shards, asdict(manifest))
     return manifest
-
-
-def _manifest(shards: list[list[str]], packages: Sequence[str]) -> PydocsManifest:
-    texts = [text for shard in shards for text in shard]
-    digest = hashlib.sha256(b"".join(hashlib.sha256(text.encode()).digest() for text in texts)).hexdigest()
-    return PydocsManifest(
-        format=FORMAT_VERSION,
-        versions=_versions(packages),
-        shards=len(shards),
-        documents=len(texts),
-        characters=sum(map(len, texts)),
-        digest=digest,
-    )
-
-
-def _parquet(texts: list[str]) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), sink, compression="zstd", write_page_checksum=True)
-    return bytes(sink.getvalue())
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:

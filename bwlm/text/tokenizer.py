@@ -244,17 +244,20 @@ def _read_rank(line: bytes, where: str) -> tuple[bytes, int]:
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """Trains on `texts`; the same texts in the same order give the same digest.
 
-    Text with too few different words gives a smaller vocabulary than asked for. Raises `UserError` for a
-    `vocab_size` that leaves no room for a merge, and when there is no text.
+    A `vocab_size` of bytes and special tokens alone (264) gives the tokenizer without merges, whatever the texts. Text
+    with too few different words gives a smaller vocabulary than asked for. Raises `UserError` for a `vocab_size` that
+    leaves no room for the bytes, and when there is no text.
     """
     import rustbpe
 
-    smallest = _BYTES + len(SPECIAL_TOKENS) + 1
+    smallest = _BYTES + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise UserError(f"tokenizer.vocab_size: {vocab_size} is too small: give at least {smallest}")
     first = next((text for text in texts if text), None)
     if first is None:
         raise UserError("data.source: no text to train a tokenizer on: give documents that are not empty")
+    if vocab_size == smallest:
+        return Tokenizer({bytes([byte]): byte for byte in range(_BYTES)})
     cut = (piece for text in itertools.chain([first], texts) for piece in pieces(text))
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(cut, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bwlm.config import Experiment
+from bwlm.config import CONTROL_SOURCES, MERGE_FREE_VOCABULARY, Experiment
 from bwlm.errors import UserError
 from bwlm.grid import spec
 from bwlm.grid.spec import Plan, load_grid, resolve_steps, rivals
@@ -329,6 +329,16 @@ def test_the_demo_compares_what_it_promises() -> None:
     rates = {e.lr for e in cells}
     directions = {e.direction for e in cells}
     assert any(all(seeds[d, depth, lr] >= 3 for d in directions for lr in rates) for depth in {e.depth for e in cells})
+
+
+def test_the_controls_pair_their_directions_by_seed() -> None:
+    cells = [cell.experiment for cell in load_grid(GRIDS[0].with_name("controls.yaml"), []).cells]
+    seeds = {(e.data.source, e.direction): set() for e in cells}
+    for cell in cells:
+        assert cell.tokenizer.vocab_size == MERGE_FREE_VOCABULARY
+        seeds[cell.data.source, cell.direction].add(cell.seed)
+    asked = [(source, direction) for source in CONTROL_SOURCES for direction in ("forward", "backward")]
+    assert seeds == {key: {0, 1, 2, 3, 4} for key in [*asked, ("builtin:null", "permuted")]}
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,23 @@ def test_real_documents_have_the_same_ids(hf_of: Callable[[Tokenizer], Any], voc
     assert differing((ours, hf_of(ours)), texts) == []
 
 
+@pytest.fixture(scope="module")
+def merge_free_pair(hf_of: Callable[[Tokenizer], Any]) -> Pair:
+    ours = train_tokenizer(iter(["any text"]), 264)
+    return ours, hf_of(ours)
+
+
+@anything
+@given(st.text() | st.lists(st.sampled_from(PARTS), max_size=30).map("".join))
+def test_without_merges_each_byte_is_a_token_there_too(merge_free_pair: Pair, text: str) -> None:
+    ours, theirs = merge_free_pair
+    assert tokenizer_json(ours)["model"]["merges"] == []
+    assert len(theirs) == 264
+    assert theirs.encode(text) == ours.encode(text).tolist() == list(text.encode())
+    assert theirs.decode(theirs.encode(text)) == text
+    assert theirs.convert_tokens_to_ids("<|bos|>") == ours.bos
+
+
 def shard_texts(shard: Path) -> Iterator[str]:
     return iter(pq.read_table(shard).column("text").to_pylist())
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bwlm.errors import UserError
-from bwlm.text import pydocs
+from bwlm.text import pydocs, shards
 from bwlm.text.pydocs import LARGEST_DOCUMENT, PydocsManifest, docstrings, pydocs_key, write_pydocs
 
 PACKAGES = ("click", "fsspec", "no_such_distribution")
@@ -176,7 +176,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(pydocs, "write_json", fail)
+    monkeypatch.setattr(shards, "write_json", fail)
     with pytest.raises(OSError, match="disk full"):
         build(tmp_path / "cache" / "corpus", ())
     assert list(tmp_path.rglob("*.parquet")) == []

@@ -163,10 +163,47 @@ def test_no_text_is_the_users_mistake(texts: list[str]) -> None:
         train_tokenizer(iter(texts), VOCAB_SIZE)
 
 
-def test_a_vocabulary_without_room_for_a_merge_is_the_users_mistake() -> None:
-    with pytest.raises(UserError, match=r"tokenizer\.vocab_size: 264 is too small: give at least 265"):
-        train_tokenizer(iter(["abc abc"]), 264)
+def test_a_vocabulary_without_room_for_the_bytes_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match=r"tokenizer\.vocab_size: 263 is too small: give at least 264"):
+        train_tokenizer(iter(["abc abc"]), 263)
     assert train_tokenizer(iter(["abc abc"]), 265).vocab_size == 265
+
+
+@pytest.fixture(scope="module")
+def merge_free() -> Tokenizer:
+    return train_tokenizer(iter(["abc abc"]), 264)
+
+
+@anything
+@given(st.text() | st.lists(st.sampled_from([*SPECIAL_TOKENS, "é", "漢", "🙂", " ", "\n", "12"])).map("".join))
+def test_without_merges_each_byte_is_a_token(merge_free: Tokenizer, text: str) -> None:
+    ids = merge_free.encode(text)
+    assert ids.tolist() == list(text.encode())
+    assert merge_free.encode_batch([text, ""], threads=2)[0].tolist() == ids.tolist()
+    assert merge_free.decode(ids) == text
+    # so text read backwards is the bytes read backwards
+    assert merge_free.decode_bytes(ids[::-1]) == text.encode()[::-1]
+
+
+@anything
+@given(st.text(), st.sampled_from([r"(?s:.)", r"(?s:.)+", r"\S+|\s+"]))
+def test_without_merges_the_pattern_does_not_matter(text: str, pattern: str) -> None:
+    assert Tokenizer(bytes_only, SPECIAL_TOKENS, pattern).encode(text).tolist() == list(text.encode())
+
+
+def test_without_merges_a_tokenizer_is_the_same_for_every_text_and_on_disk(
+    merge_free: Tokenizer, tmp_path: Path
+) -> None:
+    assert merge_free.vocab_size == 264
+    assert merge_free.bos == 256
+    assert merge_free.digest == train_tokenizer(iter(["other text"]), 264).digest == Tokenizer(bytes_only).digest
+    assert merge_free.token_bytes().tolist() == [1] * 256 + [0] * 8
+    merge_free.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.digest == merge_free.digest
+    assert loaded.encode(SPACES + "é").tolist() == list((SPACES + "é").encode())
+    with pytest.raises(UserError, match=r"data\.source: no text"):
+        train_tokenizer(iter([]), 264)
 
 
 def test_digest_covers_ranks_specials_and_pattern_but_not_their_order_in_memory() -> None:

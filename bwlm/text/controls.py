@@ -1,0 +1,201 @@
+"""The corpora `builtin:null` and `builtin:products`: what a comparison of directions must not and must tell apart.
+
+`null` is exactly reversible: both directions of it are one distribution, so a gap found on it is the method's own.
+`products` is easy to learn forwards and hard backwards, so a method that finds no gap on it is blind. docs/controls.md
+says why. Both are functions of this file alone, and hold only where each symbol is one token (`tokenizer.vocab_size:
+264`, no merges).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bwlm.text.plan import counter_hash
+from bwlm.text.shards import MANIFEST, counts, refuse_foreign, write_shards
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+FORMAT_VERSION = 1
+"""Counts up whenever a control would become another text."""
+
+SHARDS = 5
+SHARD_DOCUMENTS = 160
+SHORTEST, LONGEST = 2048, 4095
+"""Characters of a document. No document is a segment of its own in rows of 2048 tokens or fewer: an end that is trained
+would take probability from the symbols, and the floor would not be what `null_floor` says."""
+
+NULL_ALPHABET = string.ascii_letters + string.digits + "+/"
+
+FACTORS = 6
+"""Factors of a line of `products`."""
+PRIME = 7
+"""Products are taken modulo this."""
+LINE = 2 * FACTORS + 3
+"""Characters of a line of `products`, its newline included."""
+
+_SEED = 20260
+_WEIGHTS, _LENGTHS, _SYMBOLS = range(3)
+_LARGEST_POWER = 5
+
+
+@dataclass(frozen=True)
+class ReversibleChain:
+    """A stationary Markov chain over K symbols, given by positive integer weights W [K, K] with W_ij = W_ji.
+
+    With r_i = sum_j W_ij, P_ij = W_ij / r_i and pi_i = r_i / sum r, pi_i P_ij = W_ij / sum W is symmetric: detailed
+    balance (Kelly 1979, Reversibility and Stochastic Networks, 1.2). So x1..xn and xn..x1 are equally likely.
+    """
+
+    weights: Ints
+
+    @cached_property
+    def stationary(self) -> Floats:
+        """[K] pi"""
+        return np.asarray(self.weights.sum(axis=1) / self.weights.sum())
+
+    @cached_property
+    def transition(self) -> Floats:
+        """[K, K] P, its rows sum to 1"""
+        return np.asarray(self.weights / self.weights.sum(axis=1, keepdims=True))
+
+    @property
+    def entropy(self) -> float:
+        """H(pi) = -sum pi_i log pi_i, in nats: what the first symbol of a segment costs."""
+        return -float(np.sum(self.stationary * np.log(self.stationary)))
+
+    @property
+    def entropy_rate(self) -> float:
+        """h = -sum pi_i P_ij log P_ij, in nats: what each further symbol costs."""
+        return -float(np.sum(self.stationary[:, None] * self.transition * np.log(self.transition)))
+
+    def floor(self, lengths: Ints) -> float:
+        """Least expected loss, in nats per symbol, over segments of these lengths: sum (H(pi) + (n-1) h) / sum n.
+
+        A segment of 0 symbols costs nothing. Raises `ValueError` if there is no symbol at all.
+        """
+        lengths = np.asarray(lengths)
+        if not lengths.sum():
+            raise ValueError("a floor needs at least one symbol")
+        first = int(np.count_nonzero(lengths))
+        return (first * self.entropy + (int(lengths.sum()) - first) * self.entropy_rate) / int(lengths.sum())
+
+    def nll(self, symbols: Ints) -> float:
+        """-log pi(x1) - sum log P(x_k, x_k+1), in nats: what the best predictor pays for a segment, either way."""
+        first = np.log(self.stationary[symbols[:1]]).sum()
+        return -float(first + np.log(self.transition[symbols[:-1], symbols[1:]]).sum())
+
+    def sample(self, documents: Ints, length: int, seed: int) -> Ints:
+        """[D, length] a sequence for each document number, a function of (seed, number, position) alone.
+
+        Draws are integers below r_i by the remainder of a 64-bit hash: with r_i < 2^16 exact to 2^-48.
+        """
+        draws = counter_hash(seed, documents[:, None], np.arange(length)[None, :])
+        totals = self.weights.sum(axis=1)
+        stride = int(totals.max())
+        # one sorted list of all rows' cumulative weights, so that a step of all documents is one search
+        edges = (np.cumsum(self.weights, axis=1) + stride * np.arange(len(totals))[:, None]).ravel()
+        symbols = np.empty(draws.shape, dtype=np.int64)
+        symbols[:, 0] = np.searchsorted(np.cumsum(totals), _below(draws[:, 0], totals.sum()), side="right")
+        for place in range(1, length):
+            now = symbols[:, place - 1]
+            found = np.searchsorted(edges, stride * now + _below(draws[:, place], totals[now]), side="right")
+            symbols[:, place] = found - len(totals) * now
+        return symbols
+
+
+def _below(draws: NDArray[np.uint64], bound: Ints | np.int64) -> Ints:
+    return (draws % bound.astype(np.uint64)).astype(np.int64)
+
+
+@cache
+def null_chain() -> ReversibleChain:
+    """The chain of `builtin:null`: H(pi) = 4.04 and h = 2.02 nats.
+
+    W_ij is 4^k where k, at most 5, is the number of trailing zeros of a hash of the pair: few strong ties, many weak.
+    """
+    first, second = np.indices((len(NULL_ALPHABET), len(NULL_ALPHABET)))
+    pairs = counter_hash(_SEED, _WEIGHTS, np.minimum(first, second), np.maximum(first, second))
+    powers = sum((pairs % np.uint64(2**bits) == 0).astype(np.int64) for bits in range(1, _LARGEST_POWER + 1))
+    return ReversibleChain(4 ** np.asarray(powers))
+
+
+def null_floor(lengths: Ints) -> float:
+    """Least expected loss of any model on `builtin:null`, in nats per token, over segments of so many tokens each.
+
+    It is the same in every direction. A symbol is one token and one byte: divide by log 2 for bits per byte. Raises
+    `ValueError` if there is no token at all.
+    """
+    return null_chain().floor(lengths)
+
+
+def null_nll(text: str) -> float:
+    """Nats that the true chain pays for a segment of `builtin:null`, in either direction; 0 for an empty one.
+
+    `null_floor` is its expectation over all texts per token. A model's loss on some windows is better held against this
+    on the same windows: what those happen to hold is then in both. Raises `ValueError` for a foreign character.
+    """
+    return null_chain().nll(np.array([NULL_ALPHABET.index(symbol) for symbol in text], dtype=np.int64))
+
+
+def _null_documents(documents: Ints) -> list[str]:
+    alphabet = np.frombuffer(NULL_ALPHABET.encode(), dtype=np.uint8)
+    texts = alphabet[null_chain().sample(documents, LONGEST, _SEED + _SYMBOLS)]
+    return [bytes(text[:length]).decode() for text, length in zip(texts, _lengths(documents), strict=True)]
+
+
+def _product_documents(documents: Ints) -> list[str]:
+    counts_of_lines = _lengths(documents) // LINE + 1
+    return [
+        _product_lines(document, count) for document, count in zip(documents.tolist(), counts_of_lines, strict=True)
+    ]
+
+
+def _product_lines(document: int, count: int) -> str:
+    """Lines `x1..xn=y1..y(n+1)` with y_k = x_(k-1) x_k modulo 7, where x_0 = x_(n+1) = 1."""
+    draws = counter_hash(_SEED, _SYMBOLS, document, np.arange(count)[:, None], np.arange(FACTORS)[None, :])
+    factors = np.pad(1 + _below(draws, np.int64(PRIME - 1)), ((0, 0), (1, 1)), constant_values=1)
+    products = factors[:, :-1] * factors[:, 1:] % PRIME
+    lines = np.empty((count, LINE), dtype=np.uint8)
+    lines[:, :FACTORS] = factors[:, 1:-1] + ord("0")
+    lines[:, FACTORS] = ord("=")
+    lines[:, FACTORS + 1 : -1] = products + ord("0")
+    lines[:, -1] = ord("\n")
+    return lines.tobytes().decode()
+
+
+def _lengths(documents: Ints) -> Ints:
+    return SHORTEST + _below(counter_hash(_SEED, _LENGTHS, documents), np.int64(LONGEST - SHORTEST + 1))
+
+
+CONTROLS: dict[str, Callable[[Ints], list[str]]] = {"null": _null_documents, "products": _product_documents}
+
+
+def control_key(name: str) -> str:
+    """A short hash of all that a control follows from: names its folder without building it."""
+    recipe = [FORMAT_VERSION, name, _SEED, SHARDS, SHARD_DOCUMENTS, SHORTEST, LONGEST, FACTORS, PRIME]
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
+
+
+def write_control(name: str, folder: Path, progress: Callable[[str], None] | None = None) -> None:
+    """Writes parquet shards (a column `text`; the last shard is validation) and `manifest.json`, or nothing.
+
+    A corpus that already lies in `folder` stays. Raises `UserError` if something else does.
+    """
+    if (folder / MANIFEST).exists():
+        return
+    refuse_foreign(folder)
+    if progress:
+        progress(f"writing {SHARDS * SHARD_DOCUMENTS} documents of builtin:{name}")
+    starts = range(0, SHARDS * SHARD_DOCUMENTS, SHARD_DOCUMENTS)
+    shards = [CONTROLS[name](np.arange(start, start + SHARD_DOCUMENTS)) for start in starts]
+    write_shards(folder, shards, {"format": FORMAT_VERSION, "corpus": name, **counts(shards)})

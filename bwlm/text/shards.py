@@ -1,0 +1,49 @@
+"""How a built-in corpus is written: parquet shards with a column `text` beside a manifest, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bwlm.errors import UserError
+from bwlm.paths import whole_folder, write_atomic, write_json
+
+MANIFEST = "manifest.json"
+
+Shards = Sequence[Sequence[str]]
+"""Texts of each shard, the last one for validation."""
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises `UserError` if something lies where a built-in corpus is to be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: holds something else than the built-in corpus: remove it or name another folder")
+
+
+def counts(shards: Shards) -> dict[str, Any]:
+    """What every manifest says of the texts: shards, documents, characters and their `digest`.
+
+    The digest is SHA-256, in hex, over the texts in the order of the shards.
+    """
+    texts = [text for shard in shards for text in shard]
+    digest = hashlib.sha256(b"".join(hashlib.sha256(text.encode()).digest() for text in texts)).hexdigest()
+    return {"shards": len(shards), "documents": len(texts), "characters": sum(map(len, texts)), "digest": digest}
+
+
+def write_shards(folder: Path, shards: Shards, manifest: Mapping[str, Any]) -> None:
+    """Writes `shard_00000.parquet`.. and `manifest.json`, or nothing."""
+    with whole_folder(folder) as temporary:
+        for index, texts in enumerate(shards):
+            write_atomic(temporary / f"shard_{index:05d}.parquet", _parquet(texts))
+        write_json(temporary / MANIFEST, manifest)
+
+
+def _parquet(texts: Sequence[str]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), sink, compression="zstd", write_page_checksum=True)
+    return bytes(sink.getvalue())
