@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from bwlm.analysis.charts import gap_chart, learning_curves, save_chart
+from bwlm.analysis.controls import NULL, above_floor, control_runs, judge_control
 from bwlm.analysis.page import to_page
 from bwlm.analysis.result import Analysis
 from bwlm.analysis.sections import analysis_sections, audit_section, cost_section, data_section, repeat_section
@@ -272,8 +273,31 @@ def _grid_sections(
     chosen = _at_best_rates(folders, findings.best) or folders
     analyses, pictures = analysis_sections(chosen, home, [name] if chosen == folders else [f.id for f in chosen])
     command = f"bwlm grid run {name}.yaml"
-    parts = [*audit_section(folders), *data_section(folders), *analyses, *cost_section(folders)]
+    parts = [*_controls_section(folders, findings), *audit_section(folders), *data_section(folders)]
+    parts += [*analyses, *cost_section(folders)]
     return [*parts, *repeat_section(folders, command)], pictures
+
+
+def _controls_section(folders: list[ExperimentFolder], findings: Findings) -> list[str]:
+    """Controls in the study's storage, held against its own gap between forward and backward."""
+    runs = control_runs(folders[0].path.parent) if folders else {}
+    study = [abs(g.gap_nats) for g in findings.gaps if (g.a, g.b) == ("forward", "backward")]
+    is_control = any(folder in of for of in runs.values() for folder in folders)
+    finest = None if is_control or not study else min(study)
+    controls = [c for source, of in runs.items() if of for c in judge_control(source, find(of).gaps, finest)]
+    if not controls:
+        return ["## Controls", _NO_CONTROLS]
+    rows = [
+        [c.name, *gap_columns(c.gap)[:2], *gap_columns(c.gap)[2:6], "passed" if c.passed else "**failed**", c.why]
+        for c in controls
+    ]
+    parts = ["## Controls", markdown_table(["control", *GAP_HEADER[:6], "result", "why"], rows)]
+    floor = above_floor(runs[NULL])
+    if not floor.empty:
+        means = floor.groupby("direction")["bits"].agg(["mean", "min", "max"])
+        told = [f"{d} {m['mean']:.4f} ({m['min']:.4f} .. {m['max']:.4f})" for d, m in means.iterrows()]
+        parts.append(f"Above the known entropy of the null corpus, in bits per symbol: {'; '.join(told)}.")
+    return parts
 
 
 def _at_best_rates(folders: list[ExperimentFolder], best: list[BestRate]) -> list[ExperimentFolder]:
@@ -362,7 +386,7 @@ def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings) -
     parts += ["## Cells", markdown_table(["id", *CELL_HEADER], [[c.id, *cell_columns(c)] for c in cells])]
     if findings.without_result:
         parts += ["Cells without a result:", "\n".join(f"- {line}" for line in findings.without_result)]
-    return "\n\n".join([*parts, _CONTROLS]) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 _READING = """A gap is the second direction's loss minus the first's on the same text, in nats per token, at each one's
@@ -376,7 +400,8 @@ both, so the two halves are then not independent texts."""
 
 _EXCLUSION = """A learning rate can be chosen only if all its cells finished, at every seed that was planned for it."""
 
-_CONTROLS = """Controls (an exactly reversible corpus, a one-way corpus) were not run with this grid."""
+_NO_CONTROLS = """Not run: a reversible corpus, on which no gap may be found, and a one-way corpus, on which one must.
+With this storage, `bwlm grid run grids/controls.yaml` runs them; the next report shows them."""
 
 
 def _curves(folders: list[ExperimentFolder]) -> pd.DataFrame:

@@ -21,9 +21,16 @@ STEPS = 20
 
 
 def make_cell(
-    storage: Path, direction: str, seed: int = 0, lr: float = 1.0, depth: int = 1, **identity: Any
+    storage: Path,
+    direction: str,
+    seed: int = 0,
+    lr: float = 1.0,
+    depth: int = 1,
+    source: str = "somewhere",
+    **identity: Any,
 ) -> ExperimentFolder:
     """A cell that waits."""
+    identity |= {"data": source.replace(":", "-")} if source != "somewhere" else {}
     extra = "".join(f"_{name}{value}" for name, value in identity.items())
     name = f"g_{direction}_d{depth}_lr{lr:g}_s{seed}{extra}"
     fields = {
@@ -35,7 +42,8 @@ def make_cell(
         "steps": STEPS * depth,
         **identity,
     }
-    experiment = Experiment.model_validate({"direction": direction, "depth": depth, "lr": lr, "seed": seed})
+    content = {"direction": direction, "depth": depth, "lr": lr, "seed": seed, "data": {"source": source}}
+    experiment = Experiment.model_validate(content | {"tokenizer": {"vocab_size": 264}})
     folder = ExperimentFolder(storage, name)
     folder.create(RunConfig(name, experiment, fields, STEPS * depth, COMPUTE, "/corpus", "/tokenizer", "g"))
     return folder

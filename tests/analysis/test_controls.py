@@ -1,0 +1,94 @@
+"""Controls pass where they must and fail where they must not, and a report shows them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bwlm.analysis.controls import NULL, POSITIVE, above_floor, judge_control
+from bwlm.analysis.report import write_grid_report
+from bwlm.analysis.stats import Gap
+from bwlm.record.lineage import ExperimentFolder
+from bwlm.text.controls import null_floor
+from tests.analysis.storage import finish, make_cell
+
+GAP = Gap(
+    size="d1", a="forward", b="backward", seeds=[0, 1, 2], dropped_seeds={}, documents=20, per_seed=np.zeros(3),
+    gap_nats=0.001, gap_bpb=0.001, gap_percent=0.1, bootstrap=(-0.001, 0.002), seed_interval=(-0.003, 0.005),
+    noise_floor=0.002, p=0.4, p_adjusted=0.4, verdict="no difference seen",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("interval", "study", "passed", "why"),
+    [
+        ((-0.003, 0.005), 0.0041, True, "half its width 0.0040 is below the study's 0.0041"),
+        ((-0.003, 0.005), -0.0041, True, "below the study's 0.0041"),
+        ((-0.003, 0.005), 0.004, False, "too coarse: half its width, 0.0040, is not below"),
+        ((0.001, 0.005), 0.1, False, "a gap was found where there is none"),
+        ((-0.005, -0.001), None, False, "a gap was found where there is none"),
+        ((-0.003, 0.005), None, True, "the interval covers zero"),
+        (None, 0.1, False, "one seed gives no interval"),
+    ],
+)
+def test_the_null_control_needs_zero_inside_and_a_finer_width_than_the_study(
+    interval: tuple[float, float] | None, study: float | None, passed: bool, why: str
+) -> None:
+    [control] = judge_control(NULL, [replace(GAP, seed_interval=interval)], study)
+    assert (control.name, control.passed) == ("null", passed)
+    assert why in control.why
+
+
+@pytest.mark.parametrize(
+    ("gap", "verdict", "passed"),
+    [(0.1, "different", True), (-0.1, "different", False), (0.1, "no difference seen", False)],
+)
+def test_the_positive_control_must_be_found_and_in_its_direction(gap: float, verdict: str, passed: bool) -> None:
+    [control] = judge_control(POSITIVE, [replace(GAP, gap_nats=gap, verdict=verdict)], 0.01)
+    assert (control.name, control.passed) == ("positive", passed)
+
+
+def test_permuted_must_cost_more_than_forward_and_is_not_held_against_backward() -> None:
+    pairs = [replace(GAP, a=a, b="permuted", gap_nats=0.5, verdict="different") for a in ("forward", "backward")]
+    [control] = judge_control(NULL, pairs, 0.01)
+    assert (control.name, control.gap.a, control.passed) == ("permuted", "forward", True)
+
+
+def losses(mean: float, seed: int) -> list[float]:
+    text = np.random.default_rng(7).uniform(20, 40, 40)
+    return list(text + mean + np.random.default_rng(50 + seed).normal(0, 0.02, 40))
+
+
+def cells(storage: Path, source: str, backward: float) -> list[ExperimentFolder]:
+    """Three seeds of each direction; backward is worse by so many nats in each window of ten tokens."""
+    return [
+        finish(make_cell(storage, direction, seed, source=source), {direction: losses(mean, seed + 10 * (mean > 0))})
+        for direction, mean in (("forward", 0.0), ("backward", backward))
+        for seed in range(3)
+    ]
+
+
+def test_a_report_shows_the_controls_of_its_storage(tmp_path: Path) -> None:
+    study = cells(tmp_path, "somewhere", 1.0)
+    home = tmp_path / "grids" / "g"
+    home.mkdir(parents=True)
+
+    def report() -> str:
+        return write_grid_report(home, "g", tmp_path, [folder.id for folder in study])[0].read_text()
+
+    assert "## Controls\n\nNot run: a reversible corpus" in report()
+    null = cells(tmp_path, NULL, 0.0)
+    cells(tmp_path, POSITIVE, 2.0)
+    text = report()
+    assert "Not run: a reversible corpus" not in text
+    assert text.count("| passed |") == 2
+    assert "is below the study's 0.1" in text
+    found = above_floor(null).set_index("run")
+    loss = sum(losses(0.0, 0)) / 400
+    floor = null_floor(np.full(40, 10))
+    assert found.loc[null[0].id, "bits"] == pytest.approx((loss - floor) / math.log(2))
+    assert "Above the known entropy of the null corpus, in bits per symbol: backward " in text
