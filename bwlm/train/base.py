@@ -105,7 +105,9 @@ class Validation:
             looked = [vars(self.inside.attention(model, name, marked)) for name in own]
             entries["attention"] = {name: torch.stack([found[name] for found in looked]).numpy() for name in looked[0]}
         if wanted.representations:
-            entries["representations"] = {"states": np.stack([self.inside.states(model, name, marked) for name in own])}
+            states = np.stack([self.inside.states(model, name, marked) for name in own])
+            if states.size:  # segments of one or two tokens have none inside
+                entries["representations"] = {"states": states}
         return entries
 
     def metrics(self, losses: dict[str, SegmentLosses]) -> dict[str, float]:

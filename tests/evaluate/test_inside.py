@@ -15,7 +15,7 @@ from bwlm.model.gpt import GPT
 from bwlm.model.observe import attention_statistics
 from bwlm.model.shape import GPTConfig
 from bwlm.text.batches import open_rows
-from bwlm.text.direction import READINGS, SpecialIds, arrange
+from bwlm.text.direction import READINGS, Rows, SpecialIds, arrange
 from bwlm.text.prepare import Prepared
 from tests.conftest import SEQUENCE_LENGTH, VOCAB_SIZE
 
@@ -148,6 +148,22 @@ def test_attention_is_that_of_the_first_two_windows_without_padding(
     expected = attention_statistics(model, ids, segments, ids != view.special.pad, MAP_POSITIONS)
     for name, figure in vars(expected).items():
         assert torch.allclose(getattr(found, name), figure, rtol=1e-5), name
+
+
+def test_where_no_segment_has_an_inside_there_are_no_states(
+    view: InsideView, model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = view.rows.take
+
+    def shortened(windows: NDArray[np.int64]) -> Rows:
+        """The first token of each segment alone."""
+        rows = take(windows)
+        first = np.cumsum(rows.lengths) - rows.lengths
+        return replace(rows, tokens=rows.tokens[first], lengths=np.ones_like(rows.lengths))
+
+    monkeypatch.setattr(view.rows, "take", shortened)
+    assert len(view.tokens_of()["token"]) == 0
+    assert view.states(model, "backward", False).shape == (CONFIG.depth + 1, 0, CONFIG.width)
 
 
 def test_looking_leaves_the_model_in_training(view: InsideView, model: GPT) -> None:
