@@ -17,6 +17,9 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 demo: install
 	$(BIN)/bwlm grid run grids/demo.yaml
 
+# small matrices wait longer for a second thread than it saves, the more so beside other work
+test test-slow: export OMP_NUM_THREADS := 1
+
 test: install
 	$(BIN)/pytest
 

@@ -35,7 +35,8 @@ def transfer(folders: list[ExperimentFolder]) -> Analysis:
     runs = pd.DataFrame(rows)
     table = summary(runs)
     title = "Transfer between directions"
-    return Analysis("transfer", title, sentences(runs), table, transfer_chart(table, title), notes)
+    found = [*sentences(runs), *marker_sentences(folders, labels)]
+    return Analysis("transfer", title, found, table, transfer_chart(table, title), notes)
 
 
 def _of_reading(folder: ExperimentFolder, reading: str, size: str) -> dict[str, Any]:
@@ -92,6 +93,25 @@ def sentences(runs: pd.DataFrame) -> list[str]:
             words = f"reads {other} at {apart.mean():+.4f} nats per token against its own direction"
         found.append(f"{what} {words}{_over_seeds(apart)}")
     return found
+
+
+def marker_sentences(folders: list[ExperimentFolder], labels: dict[str, str]) -> list[str]:
+    """Whether the marker switches a bidirectional model: what the same text costs behind the other marker."""
+    rows = []
+    for folder in folders:
+        experiment = folder.config().experiment
+        for reading, told in (READINGS, READINGS[::-1]):
+            name = f"{reading}_marked_{told}"
+            if folder.evaluation(experiment.phase, name).exists():
+                wrong, right = (load_losses(folder, of, experiment.phase) for of in (name, reading))
+                apart = float((wrong["nll"] - right["nll"]).sum() / right["tokens"].sum())
+                rows.append((labels[folder.id], experiment.lr, reading, apart))
+    table = pd.DataFrame(rows, columns=["size", "lr", "reading", "apart"])
+    return [
+        f"{size}, lr {lr:g}: behind the wrong marker a bidirectional model reads {reading} text at "
+        f"{group['apart'].mean():+.4f} nats per token{_over_seeds(group['apart'].to_numpy())}"
+        for (size, lr, reading), group in table.groupby(["size", "lr", "reading"])
+    ]
 
 
 def _over_seeds(apart: np.ndarray[Any, np.dtype[np.float64]]) -> str:

@@ -111,12 +111,12 @@ class LossEvaluation:
         columns = {name: np.repeat(values, rows.lengths) for name, values in each.items()}
         return {"token": rows.tokens, "bytes": self.token_bytes[rows.tokens], **columns}
 
-    def measure(self, model: GPT, reading: str, marked: bool) -> Measured:
-        """The same windows in the order of the split, whatever the number of ranks."""
+    def measure(self, model: GPT, reading: str, marked: bool, marker: str = "") -> Measured:
+        """The same windows in the order of the split, whatever the number of ranks; `marker`: another one than its own."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         mine = self.windows[rank::world]
         parts = [
-            self._batch(model, mine[start : start + self.batch_rows], reading, marked)
+            self._batch(model, mine[start : start + self.batch_rows], reading, marked, marker or reading)
             for start in range(0, len(mine), self.batch_rows)
         ]
         if world > 1:
@@ -132,10 +132,10 @@ class LossEvaluation:
         )
 
     @torch.no_grad()
-    def _batch(self, model: GPT, windows: Ints, reading: str, marked: bool) -> Measured:
+    def _batch(self, model: GPT, windows: Ints, reading: str, marked: bool, marker: str) -> Measured:
         rows = self.rows.take(windows)
-        chosen = np.full(len(rows.lengths), READINGS.index(reading))
-        directed = lay_out(rows, chosen, marked, self.special, self.rows.width)
+        chosen, told = (np.full(len(rows.lengths), READINGS.index(name)) for name in (reading, marker))
+        directed = lay_out(rows, chosen, marked, self.special, self.rows.width, told)
         segments = self._tensor(directed.segments) if self.masked else None
         inputs, targets = self._tensor(directed.ids[:, :-1]), self._tensor(directed.targets)
         losses = model.loss(inputs, targets, segments, predict=True)

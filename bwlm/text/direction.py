@@ -155,10 +155,13 @@ def restore(arranged: Ints, reading: str, width: int) -> Ints:
     return arranged[_positions(np.array([len(arranged)]), np.array([READINGS.index(reading)]), width)]
 
 
-def lay_out(rows: Rows, reading: Ints, marked: bool, special: SpecialIds, width: int) -> Directed:
+def lay_out(
+    rows: Rows, reading: Ints, marked: bool, special: SpecialIds, width: int, markers: Ints | None = None
+) -> Directed:
     """Lays rows out for a model that takes `width` = T inputs.
 
-    `reading` is [S]; `marked` puts the marker of each segment's reading after its BOS. BOS is a target only after a
+    `reading` is [S]; `marked` puts the marker of each segment's reading after its BOS, or that of `markers` [S], to see
+    what a model makes of a wrong one. BOS is a target only after a
     segment that is a whole document and has a successor in its row; markers and padding never are.
     """
     head = 1 + marked
@@ -175,7 +178,8 @@ def lay_out(rows: Rows, reading: Ints, marked: bool, special: SpecialIds, width:
     slots = np.repeat(opening + head, rows.lengths) + _positions(rows.lengths, reading, width)
     ids.flat[opening] = special.bos
     if marked:
-        ids.flat[opening + 1] = np.where(reading == FORWARD, special.forward, special.backward)
+        told = reading if markers is None else markers
+        ids.flat[opening + 1] = np.where(told == FORWARD, special.forward, special.backward)
     ids.flat[slots] = rows.tokens
     scored.flat[slots] = True
 

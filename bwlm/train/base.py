@@ -84,6 +84,17 @@ class Validation:
         with evaluating(model):
             return {name: self.evaluation.measure(model, name, is_marked(self.direction)) for name in self.readings}
 
+    def misled(self, model: GPT) -> dict[str, SegmentLosses]:
+        """What the windows cost a model of both directions when the marker says the other one: does it switch?"""
+        if not is_marked(self.direction):
+            return {}
+        other = {"forward": "backward", "backward": "forward"}
+        with evaluating(model):
+            return {
+                f"{name}_marked_{told}": self.evaluation.measure(model, name, True, told)[0]
+                for name, told in other.items()
+            }
+
     def fixed(self) -> dict[str, Any]:
         """What the entries of the research log are of, for the whole run."""
         readings, own = np.array(self.readings), np.array(own_readings(self.direction))
@@ -181,7 +192,8 @@ def _base_phase(folder: ExperimentFolder, session: Session, stream: Stream) -> P
         measured = validation.measure(model)
         losses = {reading: segments for reading, (segments, _) in measured.items()}
         if step == config.steps:
-            together(session, lambda: _save_losses(folder, losses) if session.rank == 0 else None)
+            misled = validation.misled(model)
+            together(session, lambda: _save_losses(folder, losses | misled) if session.rank == 0 else None)
         entries = validation.entries(model, measured) if session.rank == 0 else {}
         return Evaluated(validation.metrics(losses), entries)
 

@@ -350,3 +350,12 @@ def test_a_perturbed_token_changes_no_logit_before_it(model: GPT, direction: str
         assert changed[reach].all()
         if masked:
             assert not changed[reach.stop :].any()
+
+
+def test_a_wrong_marker_changes_the_marker_alone() -> None:
+    reading = np.array([BACKWARD, FORWARD, BACKWARD, BACKWARD])
+    right, wrong = (lay_out(HAND, reading, True, SPECIAL, 11, told) for told in (None, FORWARD + BACKWARD - reading))
+    changed = right.ids != wrong.ids
+    assert sorted(set(right.ids[changed].tolist())) == sorted({SPECIAL.forward, SPECIAL.backward})
+    assert changed.sum() == 4
+    assert np.array_equal(right.targets, wrong.targets)
