@@ -18,11 +18,13 @@ from bwlm.analysis.result import Analysis
 from bwlm.analysis.sections import analysis_sections, audit_section, cost_section, data_section, repeat_section
 from bwlm.analysis.stats import DIRECTION_ORDER, FEWEST_DOCUMENTS, Gap, counted, gap, judge
 from bwlm.analysis.tables import (
+    PER_DIRECTION,
     BestRate,
     CellRow,
     TriedRate,
     best_learning_rates,
     best_on_test,
+    equal_per_direction,
     load_cell,
     load_curves,
     load_gap_table,
@@ -77,6 +79,7 @@ def find(folders: list[ExperimentFolder]) -> Findings:
     tried = tried_rates(folders, labels, {folder.id for folder in finished})
     best = best_learning_rates(table, tried)
     test = best_on_test(table, best)
+    test = pd.concat([test, equal_per_direction(test, finished, labels)], ignore_index=True)
     compared, problems = _compare(test) if best else ([], [])
     windows = [_windows(test, found) for found in compared]
     return Findings(best, compared, skipped, problems, _excluded(tried), windows)
@@ -107,9 +110,11 @@ def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
     found, problems = [], []
     for size, rows in test.groupby("size"):
         present = [name for name in DIRECTION_ORDER if name in set(rows["direction"])]
-        if len(present) < 2:
+        if len(present) < 2 and PER_DIRECTION not in str(size):
             problems.append(f"{size}: only {present[0]} has a best learning rate, and a gap needs two directions")
         for a, b in combinations(present, 2):
+            if PER_DIRECTION in str(size) and b != "bidirectional":
+                continue  # they are compared at their own size
             try:  # with the pair's rows alone: what is wrong with another must not silence this one
                 found.append(gap(rows[rows["direction"].isin([a, b])], a, b, str(size)))
             except UserError as error:

@@ -218,6 +218,33 @@ def best_on_test(table: pd.DataFrame, best: list[BestRate]) -> pd.DataFrame:
     return table[_among(table, wanted) & table["half"].eq("test")].drop(columns="half")
 
 
+PER_DIRECTION = ", bidirectional at equal tokens per direction"
+"""Marks the size of pairs in which the bidirectional runs have read twice the tokens."""
+
+
+def equal_per_direction(test: pd.DataFrame, folders: list[ExperimentFolder], labels: dict[str, str]) -> pd.DataFrame:
+    """Rows of `test` once more, for the pairs of one-directional runs and bidirectional ones of twice their steps.
+
+    Of all pairs these alone may differ in their budget, and so in their row order.
+    """
+    identities = {labels[folder.id]: folder.config().identity for folder in folders}
+    parts = []
+    for once, fields in identities.items():
+        for twice, others in identities.items():
+            if others["steps"] != 2 * fields["steps"] or not _same_but_budget(fields, others):
+                continue
+            is_pair = (test["size"].eq(once) & test["direction"].isin(["forward", "backward"])) | (
+                test["size"].eq(twice) & test["direction"].eq("bidirectional")
+            )
+            parts.append(test[is_pair].assign(size=f"{once}{PER_DIRECTION}"))
+    return pd.concat(parts, ignore_index=True) if parts else test.head(0)
+
+
+def _same_but_budget(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    free = dict.fromkeys((*_CELL_AXES, "steps"))
+    return one | free == other | free
+
+
 def _among(table: pd.DataFrame, wanted: set[tuple[str, str, float]]) -> pd.Series[bool]:
     """Which rows are of the wanted sizes, directions and learning rates."""
     keys = zip(table["size"], table["direction"], table["lr"], strict=True)

@@ -112,7 +112,7 @@ class LossEvaluation:
         return {"token": rows.tokens, "bytes": self.token_bytes[rows.tokens], **columns}
 
     def measure(self, model: GPT, reading: str, marked: bool, marker: str = "") -> Measured:
-        """The same windows in the order of the split, whatever the number of ranks; `marker`: another one than its own."""
+        """The same windows in the order of the split, whatever the number of ranks; `marker`: not the reading's own."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         mine = self.windows[rank::world]
         parts = [

@@ -370,3 +370,23 @@ def test_a_failed_chart_leaves_no_part(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         save_chart(Broken(), tmp_path, "c")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bidirectional_cells_are_compared_at_equal_tokens_in_all_and_per_direction(tmp_path: Path) -> None:
+    """At equal tokens bidirectional is 0.2 nats a token worse, with twice the steps 0.1 better."""
+    means = {("forward", 20): 0.0, ("backward", 20): 1.0, ("bidirectional", 20): 2.0, ("bidirectional", 40): -1.0}
+    cells = []
+    for (direction, steps), mean in means.items():
+        for seed in range(3):
+            folder = make_cell(tmp_path, direction, seed=seed, steps=steps)
+            readings = ["forward", "backward"] if direction == "bidirectional" else [direction]
+            cells.append(finish(folder, {reading: losses(mean, seed) for reading in readings}))
+    found = {(g.size, g.a, g.b): g.gap_nats for g in find(cells).gaps}
+    once, per_direction = "d1 steps=20", "d1 steps=20, bidirectional at equal tokens per direction"
+    assert found.keys() == {
+        (once, "forward", "backward"), (once, "forward", "bidirectional"), (once, "backward", "bidirectional"),
+        (per_direction, "forward", "bidirectional"), (per_direction, "backward", "bidirectional"),
+    }  # fmt: skip
+    assert found[once, "forward", "bidirectional"] == pytest.approx(0.2)
+    assert found[per_direction, "forward", "bidirectional"] == pytest.approx(-0.1)
+    assert found[per_direction, "backward", "bidirectional"] == pytest.approx(-0.2)
