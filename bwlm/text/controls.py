@@ -40,6 +40,9 @@ FACTORS = 6
 """Factors of a line of `products`."""
 PRIME = 7
 """Products are taken modulo this."""
+_LIKELY = np.array([1, 1, 1, 2, 3, 4, 5, 6])
+"""Factors are drawn from these alike. Were 1 to 6 equally likely, a product would say nothing of either factor alone:
+small models stay for hundreds of steps where they know neither."""
 LINE = 2 * FACTORS + 3
 """Characters of a line of `products`, its newline included."""
 
@@ -163,7 +166,8 @@ def _product_documents(documents: Ints) -> list[str]:
 def _product_lines(document: int, count: int) -> str:
     """Lines `x1..xn=y1..y(n+1)` with y_k = x_(k-1) x_k modulo 7, where x_0 = x_(n+1) = 1."""
     draws = counter_hash(_SEED, _SYMBOLS, document, np.arange(count)[:, None], np.arange(FACTORS)[None, :])
-    factors = np.pad(1 + _below(draws, np.int64(PRIME - 1)), ((0, 0), (1, 1)), constant_values=1)
+    chosen = _LIKELY[_below(draws, np.int64(len(_LIKELY)))]
+    factors = np.pad(chosen, ((0, 0), (1, 1)), constant_values=1)
     products = factors[:, :-1] * factors[:, 1:] % PRIME
     lines = np.empty((count, LINE), dtype=np.uint8)
     lines[:, :FACTORS] = factors[:, 1:-1] + ord("0")
@@ -183,6 +187,7 @@ CONTROLS: dict[str, Callable[[Ints], list[str]]] = {"null": _null_documents, "pr
 def control_key(name: str) -> str:
     """A short hash of all that a control follows from: names its folder without building it."""
     recipe = [FORMAT_VERSION, name, _SEED, SHARDS, SHARD_DOCUMENTS, SHORTEST, LONGEST, FACTORS, PRIME]
+    recipe += _LIKELY.tolist()
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
 
 
