@@ -82,7 +82,7 @@ def sentences(runs: pd.DataFrame) -> list[str]:
         size, direction, lr = key
         if direction not in DIRECTION_ORDER[:3]:
             continue
-        wide = group.pivot(index="seed", columns="reading", values="loss").dropna()
+        wide = group.pivot(index="run", columns="reading", values="loss")
         own = "backward" if direction == "backward" else "forward"
         other = "forward" if own == "backward" else "backward"
         apart = (wide[other] - wide[own]).to_numpy()
