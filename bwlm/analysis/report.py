@@ -292,10 +292,7 @@ def _controls_section(folders: list[ExperimentFolder], findings: Findings) -> li
     controls = [c for source, of in runs.items() if of for c in judge_control(source, find(of).gaps, finest)]
     if not controls:
         return ["## Controls", _NO_CONTROLS]
-    rows = [
-        [c.name, *gap_columns(c.gap)[:2], *gap_columns(c.gap)[2:6], "passed" if c.passed else "**failed**", c.why]
-        for c in controls
-    ]
+    rows = [[c.name, *gap_columns(c.gap)[:6], "passed" if c.passed else "**failed**", c.why] for c in controls]
     parts = ["## Controls", markdown_table(["control", *GAP_HEADER[:6], "result", "why"], rows)]
     floor = above_floor(runs[NULL])
     if not floor.empty:

@@ -133,6 +133,7 @@ def test_transfer_is_the_losses_of_both_readings(folders: list[ExperimentFolder]
     )
     apart = (wrong["nll"].sum() - right["nll"].sum()) / right["tokens"].sum()
     assert misled.startswith("d2, lr 1: behind the wrong marker a bidirectional model reads forward text at ")
+    assert abs(apart) > 1e-6  # else the marker would not have been another one
     assert misled.endswith(f" {apart:+.4f} nats per token (one seed)")
     native = table["native"]
     assert native.to_dict() == {
