@@ -11,7 +11,8 @@ import pandas as pd
 from bwlm.analysis.stats import DIFFERENT, Gap
 from bwlm.analysis.tables import load_losses
 from bwlm.record.lineage import ExperimentFolder, list_experiments
-from bwlm.text.controls import null_floor
+from bwlm.text.controls import null_floor, null_nll_of_rows
+from bwlm.text.packing import PackedRows
 
 NULL, POSITIVE = "builtin:null", "builtin:products"
 
@@ -67,13 +68,25 @@ def _null(one: Gap, study: float | None) -> Control:
 
 
 def above_floor(folders: list[ExperimentFolder]) -> pd.DataFrame:
-    """Of runs on the null corpus: run, direction, bits per symbol above the entropy of the segments evaluated."""
+    """Of runs on the null corpus: run, direction, bits per symbol above what the true chain pays for the same windows.
+
+    Where the packed text is gone, above what it is expected to pay for segments as long.
+    """
     rows = []
     for folder in folders:
         direction = folder.config().experiment.direction
         if direction in ("forward", "backward"):
             losses = load_losses(folder, direction)
             loss = losses["nll"].sum() / losses["tokens"].sum()
-            floor = null_floor(losses["tokens"].to_numpy())
-            rows.append({"run": folder.id, "direction": direction, "bits": (loss - floor) / math.log(2)})
+            rows.append(
+                {"run": folder.id, "direction": direction, "bits": (loss - _floor(folder, losses)) / math.log(2)}
+            )
     return pd.DataFrame(rows)
+
+
+def _floor(folder: ExperimentFolder, losses: pd.DataFrame) -> float:
+    """Nats per symbol."""
+    corpus = Path(folder.config().corpus)
+    if not (corpus / "manifest.json").exists():
+        return null_floor(losses["tokens"].to_numpy())
+    return null_nll_of_rows(PackedRows(corpus, "validation").take(losses["window"].unique()))

@@ -22,6 +22,8 @@ _SMOOTHED = 25
 _POINTS = 120
 """Points of a curve in the chart."""
 _LEVELS = 3
+_OF_ONE_RUN = 200
+"""Points of a single run's curve."""
 
 
 def compare(folders: list[ExperimentFolder]) -> Analysis:
@@ -38,7 +40,11 @@ def compare(folders: list[ExperimentFolder]) -> Analysis:
 
 
 def smoothed_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
-    """A row a step of each run: run, size, direction, lr, seed, step, tokens, flops, seconds, loss (nats)."""
+    """A row a step: run, size, direction, lr, seed, step, tokens, flops, seconds, loss and, if measured, val_loss.
+
+    Losses are in nats per token; `loss` is the training loss, averaged about its step: an average of the past would
+    lag behind a falling loss.
+    """
     labels, parts = sizes(folders), []
     for folder in folders:
         curve = load_curves(folder)
@@ -59,10 +65,22 @@ def smoothed_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
                     "flops": curve["flops"],
                     "seconds": curve["step_seconds"].cumsum(),
                     "loss": curve["train_loss"].rolling(window, center=True, min_periods=1).mean(),
+                    "val_loss": curve.get("val_loss", math.nan),
                 }
             )
         )
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def single_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
+    """The input of `charts.learning_curves`: few enough steps of each run to be drawn, all validations among them."""
+    curves = smoothed_curves(folders).rename(columns={"loss": "train_loss_smooth"})
+    if curves.empty:
+        return curves
+    place = curves.groupby("run").cumcount()
+    steps = curves.groupby("run")["step"].transform("size")
+    stride = (steps // _OF_ONE_RUN).clip(lower=1)
+    return curves[(place % stride == 0) | (place == steps - 1) | curves["val_loss"].notna()]
 
 
 def bands(curves: pd.DataFrame) -> pd.DataFrame:

@@ -2,268 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
-
+from bwlm.analysis.baseline import baseline_section
 from bwlm.analysis.charts import gap_chart, learning_curves, save_chart
 from bwlm.analysis.controls import NULL, above_floor, control_runs, judge_control
+from bwlm.analysis.curves import single_curves
+from bwlm.analysis.findings import BEST_HEADER, Findings, best_columns, find
 from bwlm.analysis.page import to_page
-from bwlm.analysis.result import Analysis
+from bwlm.analysis.result import markdown_table
 from bwlm.analysis.sections import analysis_sections, audit_section, cost_section, data_section, repeat_section
-from bwlm.analysis.stats import DIRECTION_ORDER, FEWEST_DOCUMENTS, Gap, counted, gap, judge
-from bwlm.analysis.tables import (
-    PER_DIRECTION,
-    BestRate,
-    CellRow,
-    TriedRate,
-    best_learning_rates,
-    best_on_test,
-    equal_per_direction,
-    load_cell,
-    load_curves,
-    load_gap_table,
-    sizes,
-    tried_rates,
-)
-from bwlm.errors import UserError
+from bwlm.analysis.tables import CELL_HEADER, BestRate, cell_columns, load_cell, sizes
+from bwlm.analysis.verdict import GAP_HEADER, gap_caption, gap_columns, gap_frame, gap_line
 from bwlm.paths import write_atomic
 from bwlm.record.lineage import ExperimentFolder
 
 REPORT = "RESEARCH_REPORT.md"
 PAGE = "RESEARCH_REPORT.html"
-_POINTS = 200
-"""A curve keeps about this many of its steps in a chart."""
-
-
-_WINDOWS = 25
-"""A curve's training loss is averaged over this share of its steps."""
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What a grid's finished cells say."""
-
-    best: list[BestRate]
-    gaps: list[Gap]
-    without_result: list[str]
-    """Cells that have none, with the reason."""
-    not_compared: list[str]
-    """Pairs that could not be, with the reason."""
-    excluded: list[str]
-    """Learning rates that could not be chosen, with the reason, and directions that are left with none."""
-    windows: list[int]
-    """Of the compared half, for each gap."""
-
-    @property
-    def skipped(self) -> list[str]:
-        return [*self.without_result, *self.excluded, *self.not_compared]
-
-
-def find(folders: list[ExperimentFolder]) -> Findings:
-    """Best learning rate per direction and size, and the paired gaps between directions at their best rates."""
-    cells = {folder.id: load_cell(folder) for folder in folders}
-    finished = [folder for folder in folders if cells[folder.id].state == "finished"]
-    skipped = [
-        f"{c.id}: {c.state}{f' ({c.reason})' if c.reason else ''}" for c in cells.values() if c.state != "finished"
-    ]
-    if not finished:
-        return Findings([], [], skipped, [], [], [])
-    labels = sizes(folders)
-    table = load_gap_table(finished, labels)
-    tried = tried_rates(folders, labels, {folder.id for folder in finished})
-    best = best_learning_rates(table, tried)
-    test = best_on_test(table, best)
-    test = pd.concat([test, equal_per_direction(test, finished, labels)], ignore_index=True)
-    compared, problems = _compare(test) if best else ([], [])
-    windows = [_windows(test, found) for found in compared]
-    return Findings(best, compared, skipped, problems, _excluded(tried), windows)
-
-
-def _windows(test: pd.DataFrame, found: Gap) -> int:
-    """Those of one run stand for all of the pair, which were compared because they are of the same text."""
-    one = test["size"].eq(found.size) & test["direction"].eq(found.a) & test["seed"].eq(found.seeds[0])
-    return int(test.loc[one, "windows"].iloc[0])
-
-
-def _excluded(tried: list[TriedRate]) -> list[str]:
-    rates = [
-        f"excluded: {r.direction} {r.size} lr {r.lr:g}: "
-        f"{r.cells - r.finished} of {counted(r.cells, 'cell')} did not finish"
-        for r in tried
-        if not r.qualifies
-    ]
-    able = {(rate.size, rate.direction) for rate in tried if rate.qualifies}
-    unable = sorted({(rate.size, rate.direction) for rate in tried} - able)
-    return rates + [f"{size}: {direction} has no best learning rate: none is left" for size, direction in unable]
-
-
-def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
-    """The gap of every pair that can be measured, judged as one family, and why there is none of the others."""
-    if test.empty:
-        return [], ["one validation window leaves none to compare on: raise evaluation.tokens"]
-    found, problems = [], []
-    for size, rows in test.groupby("size"):
-        present = [name for name in DIRECTION_ORDER if name in set(rows["direction"])]
-        if len(present) < 2 and PER_DIRECTION not in str(size):
-            problems.append(f"{size}: only {present[0]} has a best learning rate, and a gap needs two directions")
-        for a, b in combinations(present, 2):
-            if PER_DIRECTION in str(size) and b != "bidirectional":
-                continue  # they are compared at their own size
-            try:  # with the pair's rows alone: what is wrong with another must not silence this one
-                found.append(gap(rows[rows["direction"].isin([a, b])], a, b, str(size)))
-            except UserError as error:
-                problems.append(f"{size}: {error}")
-    return judge(found), problems
-
-
-def markdown_table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *([_plain(value) for value in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _plain(value: Any) -> str:
-    return " ".join(str(value).replace("|", "\\|").split())
-
-
-CELL_HEADER = ["direction", "depth", "lr", "seed", "state", "loss", "bpb", "bpb forward", "bpb backward", "tokens/s"]
-
-
-def cell_columns(cell: CellRow) -> list[str]:
-    """A cell's line in the table of a grid; loss in nats per token, bits per byte in its own and in both readings."""
-    shown = [("val_loss", ".4f"), ("val_bpb", ".4f"), ("val_bpb_forward", ".4f"), ("val_bpb_backward", ".4f")]
-    figures = [format(cell.metrics[k], style) if k in cell.metrics else "" for k, style in shown]
-    speed = f"{cell.metrics['tokens_per_second']:,.0f}" if "tokens_per_second" in cell.metrics else ""
-    return [cell.direction, str(cell.depth), f"{cell.lr:g}", str(cell.seed), cell.state, *figures, speed]
-
-
-BEST_HEADER = ["size", "direction", "best lr", "of", "bpb on the tuning half", "seeds"]
-
-
-def best_columns(rate: BestRate) -> list[str]:
-    return [rate.size, rate.direction, f"{rate.lr:g}", str(rate.candidates), f"{rate.bpb:.4f}", str(rate.seeds)]
-
-
-GAP_HEADER = [
-    "size",
-    "pair",
-    "seeds",
-    "gap (nats)",
-    "gap (%)",
-    "95 % over seeds",
-    "95 % bootstrap",
-    "noise floor",
-    "verdict",
-]
-
-
-def gap_columns(found: Gap) -> list[str]:
-    def interval(pair: tuple[float, float] | None) -> str:
-        return f"{pair[0]:+.4f} .. {pair[1]:+.4f}" if pair else "–"
-
-    return [
-        str(found.size),
-        f"{found.a} → {found.b}",
-        str(len(found.seeds)),
-        f"{found.gap_nats:+.4f}",
-        f"{found.gap_percent:+.2f}",
-        interval(found.seed_interval),
-        interval(found.bootstrap if _resampled(found) else None),
-        f"{found.noise_floor:.4f}" if found.noise_floor is not None else "–",
-        f"**{found.verdict}**",
-    ]
-
-
-def gap_sentence(found: Gap) -> str:
-    """A judged gap in words: `size 4: backward is 0.0210 nats/token (0.70 %) worse than forward, 95 % over ..`."""
-    sign = -1 if found.gap_nats < 0 else 1  # the interval is told the same way round as the gap
-    parts = [
-        f"size {found.size}: {found.b} is {abs(found.gap_nats):.4f} nats/token ({abs(found.gap_percent):.2f} %) "
-        f"{'better' if sign < 0 else 'worse'} than {found.a}"
-    ]
-    if found.seed_interval is not None:
-        low, high = sorted(sign * end for end in found.seed_interval)
-        parts.append(f"95 % over seeds {low:.4f} .. {high:.4f}")
-    parts.append(counted(len(found.seeds), "seed"))
-    if found.noise_floor is not None:
-        parts.append(f"noise floor {found.noise_floor:.4f}")
-    return f"{', '.join(parts)}: {found.verdict} ({found.reason})"
-
-
-def gap_figures(found: Gap) -> dict[str, Any]:
-    """A judged gap for scripts, at full precision; `bootstrap` says little where `documents` is under 10."""
-    return {
-        "size": found.size,
-        "a": found.a,
-        "b": found.b,
-        "seeds": len(found.seeds),
-        "paired_seeds": found.seeds,
-        "dropped_seeds": found.dropped_seeds,
-        "documents": found.documents,
-        "gap_nats": found.gap_nats,
-        "gap_bpb": found.gap_bpb,
-        "gap_percent": found.gap_percent,
-        "per_seed": [float(value) for value in found.per_seed],
-        "bootstrap": list(found.bootstrap),
-        "seed_interval": list(found.seed_interval) if found.seed_interval else None,
-        "noise_floor": found.noise_floor,
-        "p": found.p,
-        "p_adjusted": found.p_adjusted,
-        "verdict": found.verdict,
-        "reason": found.reason,
-    }
-
-
-def gap_analysis(found: list[Gap], title: str, notes: list[str]) -> Analysis:
-    """Judged gaps as an analysis: a sentence, a line of a table and a bar of a chart each."""
-    shown = pd.DataFrame([gap_columns(one) for one in found], columns=GAP_HEADER)
-    chart = gap_chart(gap_frame(found), f"{title}: gaps between directions")
-    return Analysis("gap", title, [gap_sentence(one) for one in found], _gap_table(found), chart, notes, shown)
-
-
-def _gap_table(found: list[Gap]) -> pd.DataFrame:
-    """The figures of gaps: both ends of an interval in columns of their own, lists left out."""
-    rows = []
-    for one in found:
-        row = gap_figures(one)
-        for name in ("bootstrap", "seed_interval"):
-            row[f"{name}_low"], row[f"{name}_high"] = row.pop(name) or (None, None)
-        rows.append({name: value for name, value in row.items() if not isinstance(value, list | dict)})
-    return pd.DataFrame(rows)
-
-
-def _resampled(found: Gap) -> bool:
-    """Whether its bootstrap interval means anything."""
-    return found.documents >= FEWEST_DOCUMENTS
-
-
-def _gap_line(found: Gap, windows: int) -> str:
-    few = "" if _resampled(found) else f" ({counted(found.documents, 'document')}: too few to resample)"
-    text = _text_words(found, windows)
-    return f"- {found.size}: {found.a} against {found.b}: **{found.verdict}** ({found.reason}), on {text}{few}"
-
-
-def _text_words(found: Gap, windows: int) -> str:
-    return f"{counted(found.documents, 'document')} in {counted(windows, 'window')}"
-
-
-def gap_caption(findings: Findings) -> str:
-    """What the verdict table stands on, in a line: the documents and windows of each size."""
-    pairs = zip(findings.gaps, findings.windows, strict=True)
-    lines = dict.fromkeys(f"{found.size} on {_text_words(found, windows)}" for found, windows in pairs)
-    return f"Verdict (on the test half: {', '.join(lines)})"
 
 
 def write_grid_report(folder: Path, name: str, storage: Path, ids: list[str]) -> list[Path]:
     """Writes the report of a grid and its charts into `folder`; returns the files, the report first."""
     folders = [ExperimentFolder(storage, run) for run in ids]
     findings = find(folders)
-    charts = save_chart(learning_curves(_curves(folders), f"{name}: learning curves"), folder, "curves")
+    charts = save_chart(learning_curves(single_curves(folders), f"{name}: learning curves"), folder, "curves")
     if findings.gaps:
         charts += save_chart(gap_chart(gap_frame(findings.gaps), f"{name}: gaps between directions"), folder, "gaps")
     sections, pictures = _grid_sections(name, folders, findings, folder)
@@ -318,15 +80,15 @@ def _write(text: str, folder: Path, title: str) -> list[Path]:
 def write_experiment_report(folder: ExperimentFolder, insides: bool = True) -> list[Path]:
     """Writes one run's report with its learning curve; returns the files, the report first.
 
-    Without `insides` it says by which command they are added: for a grid's many cells they are seldom looked at.
+    Without `insides` it says by which command they and the comparison with the baseline are added: for a grid's many
+    cells they are seldom looked at.
     """
     cell, config = load_cell(folder), folder.config()
-    charts = save_chart(learning_curves(_curves([folder]), f"{folder.id}: learning curve"), folder.path, "curves")
-    analyses, pictures = (
-        analysis_sections([folder], folder.path, [folder.id])
-        if insides
-        else ([f"## Insides\n\n`bwlm analyze report {folder.id}` adds what its research log says."], [])
-    )
+    charts = save_chart(learning_curves(single_curves([folder]), f"{folder.id}: learning curve"), folder.path, "curves")
+    more, pictures = [_WITHOUT_INSIDES.format(run=folder.id)], list[Path]()
+    if insides:
+        analyses, pictures = analysis_sections([folder], folder.path, [folder.id])
+        more = [*baseline_section(folder), *analyses]
     settings = markdown_table(["setting", "value"], [(k, v) for k, v in sorted(config.identity.items())])
     text = "\n\n".join(
         [
@@ -338,7 +100,7 @@ def write_experiment_report(folder: ExperimentFolder, insides: bool = True) -> l
             "![learning curve](curves.svg) ([in the browser](curves.html))",
             _lineage(folder),
             *data_section([folder]),
-            *analyses,
+            *more,
             *cost_section([folder]),
             f"## Settings\n\nFingerprint `{config.fingerprint}`.\n\n{settings}",
             *repeat_section([folder], _command(folder)),
@@ -368,7 +130,7 @@ def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings) -
     parts = [f"# {name}: which way should a language model read?"]
     parts += ["## Verdict"]
     if findings.gaps:
-        parts += ["\n".join(map(_gap_line, findings.gaps, findings.windows))]
+        parts += ["\n".join(map(gap_line, findings.gaps, findings.windows))]
         parts += [markdown_table(GAP_HEADER, [gap_columns(found) for found in findings.gaps])]
         parts += [f"{gap_caption(findings)}. {_READING}"]
         parts += ["![gaps](gaps.svg) ([in the browser](gaps.html))"]
@@ -396,45 +158,18 @@ best learning rate, on the test half of the validation windows; a bidirectional 
 readings, at equal total tokens. `different` is said only if the paired t-test over seeds, Holm-adjusted over all pairs
 of this report, gives p < 0.05. The noise floor is the same statistic between seeds of one direction."""
 
+
 _CHOICE = """Chosen for each direction by the mean over seeds on the tuning half (even validation windows); the verdict
 is measured on the other half. The halves are made of windows, not of documents: a long document can have windows in
 both, so the two halves are then not independent texts."""
 
+
 _EXCLUSION = """A learning rate can be chosen only if all its cells finished, at every seed that was planned for it."""
+
+
+_WITHOUT_INSIDES = """## More
+
+`bwlm analyze report {run}` adds the comparison with the forward baseline and what the research log says."""
 
 _NO_CONTROLS = """Not run: a reversible corpus, on which no gap may be found, and a one-way corpus, on which one must.
 With this storage, `bwlm grid run grids/controls.yaml` runs them; the next report shows them."""
-
-
-def _curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
-    labels = sizes(folders)
-    parts = []
-    for folder in folders:
-        curve = load_curves(folder)
-        if curve.empty:
-            continue
-        if "val_loss" not in curve:
-            curve["val_loss"] = math.nan
-        window = max(1, len(curve) // _WINDOWS)  # centred: an average of the past would lag behind a falling loss
-        curve["train_loss_smooth"] = curve["train_loss"].rolling(window, center=True, min_periods=1).mean()
-        stride = max(1, len(curve) // _POINTS)
-        kept = curve[(curve.index % stride == 0) | curve["val_loss"].notna() | (curve.index == len(curve) - 1)]
-        experiment = folder.config().experiment
-        parts.append(
-            kept[["tokens", "train_loss_smooth", "val_loss"]].assign(
-                run=folder.id, direction=experiment.direction, lr=experiment.lr, size=labels[folder.id]
-            )
-        )
-    columns = ["tokens", "train_loss_smooth", "val_loss", "run", "direction", "lr", "size"]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
-
-
-def gap_frame(found: list[Gap]) -> pd.DataFrame:
-    """The input of `charts.gap_chart`."""
-    rows = []
-    for one in found:
-        low, high = one.seed_interval or (math.nan, math.nan)
-        floor = one.noise_floor or 0.0
-        pair = f"{one.size}: {one.a} → {one.b}"
-        rows.append((pair, one.gap_nats, low, high, -floor, floor, one.verdict))
-    return pd.DataFrame(rows, columns=["pair", "gap", "low", "high", "floor_low", "floor", "verdict"])

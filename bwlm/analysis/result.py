@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,20 @@ class Analysis:
         return "\n\n".join(part for part in [*parts, "\n".join(f"- {line}" for line in self.notes)] if part) + "\n"
 
 
+def markdown_table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A table of GitHub's Markdown."""
+    lines = [header, ["---"] * len(header), *([_plain(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plain(value: Any) -> str:
+    return " ".join(str(value).replace("|", "\\|").split())
+
+
 def frame_to_markdown(table: pd.DataFrame) -> str:
     """A table of GitHub's Markdown, numbers at four digits behind the point."""
     rows = [["" if _missing(v) else _short(v) for v in row] for row in table.itertuples(index=False)]
-    lines = [list(map(str, table.columns)), ["---"] * len(table.columns), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return markdown_table(list(map(str, table.columns)), rows)
 
 
 def _missing(value: Any) -> bool:

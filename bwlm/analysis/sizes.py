@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from bwlm.analysis.report import Findings, find
+from bwlm.analysis.findings import Findings, find
 from bwlm.analysis.result import Analysis
 from bwlm.analysis.scaling import analyse, scaling_parameters
 from bwlm.analysis.tables import best_on_test, load_gap_table, sizes

@@ -64,6 +64,17 @@ def load_cell(folder: ExperimentFolder) -> CellRow:
     )
 
 
+CELL_HEADER = ["direction", "depth", "lr", "seed", "state", "loss", "bpb", "bpb forward", "bpb backward", "tokens/s"]
+
+
+def cell_columns(cell: CellRow) -> list[str]:
+    """A cell's line in the table of a grid; loss in nats per token, bits per byte in its own and in both readings."""
+    shown = [("val_loss", ".4f"), ("val_bpb", ".4f"), ("val_bpb_forward", ".4f"), ("val_bpb_backward", ".4f")]
+    figures = [format(cell.metrics[k], style) if k in cell.metrics else "" for k, style in shown]
+    speed = f"{cell.metrics['tokens_per_second']:,.0f}" if "tokens_per_second" in cell.metrics else ""
+    return [cell.direction, str(cell.depth), f"{cell.lr:g}", str(cell.seed), cell.state, *figures, speed]
+
+
 def load_cells(storage: Path, ids: list[str]) -> list[CellRow]:
     return [load_cell(ExperimentFolder(storage, name)) for name in ids]
 
@@ -93,8 +104,20 @@ def own_losses(folder: ExperimentFolder) -> pd.DataFrame:
 
 
 def sizes(folders: list[ExperimentFolder]) -> dict[str, str]:
-    """A label by id for what cells must agree in to be compared; see `size_labels`."""
-    return size_labels({folder.id: folder.config().identity for folder in folders})
+    """A label by id for what cells must agree in to be compared; see `size_labels`.
+
+    Corpora go by the last part of their source, `data=builtin:null`, where that tells them apart.
+    """
+    configs = {folder.id: folder.config() for folder in folders}
+    labels = size_labels({run: config.identity for run, config in configs.items()})
+    names = {
+        (str(c.identity.get("data")), c.experiment.data.source.rstrip("/").split("/")[-1]) for c in configs.values()
+    }
+    digests, sources = (len(set(column)) for column in zip(*names, strict=True)) if names else (0, 0)
+    if digests == sources == len(names):
+        for digest, source in names:
+            labels = {run: label.replace(f"data={digest[:_SHORT]}", f"data={source}") for run, label in labels.items()}
+    return labels
 
 
 def size_labels(identities: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

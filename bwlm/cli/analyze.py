@@ -61,7 +61,7 @@ def gap(
     Example: `bwlm analyze gap --from losses.csv --output gaps.svg`
     """
     from bwlm.analysis.losses import gaps_from
-    from bwlm.analysis.report import GAP_HEADER, gap_analysis, gap_columns, gap_figures
+    from bwlm.analysis.verdict import GAP_HEADER, gap_analysis, gap_columns, gap_figures
 
     _check(output)  # reading and resampling take longer than this mistake
     if bool(runs) == bool(losses):
@@ -86,7 +86,7 @@ def gap(
 
 def _gaps_of_runs(runs: list[str], storage: str | None) -> tuple[list[Gap], list[str]]:
     from bwlm.analysis.audit import audit
-    from bwlm.analysis.report import find
+    from bwlm.analysis.findings import find
     from bwlm.analysis.select import begun, choose
     from bwlm.paths import storage_root
 

@@ -79,8 +79,7 @@ def grid_status(grid: GridFile, set_: Set = None, storage: Storage = None, as_js
 
     Example: `bwlm grid status grids/demo.yaml --json`
     """
-    from bwlm.analysis.report import CELL_HEADER, cell_columns
-    from bwlm.analysis.tables import load_cell
+    from bwlm.analysis.tables import CELL_HEADER, cell_columns, load_cell
     from bwlm.grid.cells import find_cells
 
     plan, root = _load(grid, set_, storage)
@@ -144,16 +143,9 @@ def _reason(planned: PlannedCell) -> str:
 
 
 def _show_result(plan: Plan, root: Path, result: LaunchResult, grid: Path) -> None:
-    from bwlm.analysis.report import (
-        BEST_HEADER,
-        CELL_HEADER,
-        GAP_HEADER,
-        best_columns,
-        cell_columns,
-        find,
-        gap_caption,
-        gap_columns,
-    )
+    from bwlm.analysis.findings import BEST_HEADER, best_columns, find
+    from bwlm.analysis.tables import CELL_HEADER, cell_columns
+    from bwlm.analysis.verdict import GAP_HEADER, gap_caption, gap_columns
     from bwlm.record.lineage import ExperimentFolder
 
     findings = find([ExperimentFolder(root, cell.id) for cell in result.cells])

@@ -15,8 +15,7 @@ def runs_list(storage: Storage = None, as_json: Json = False) -> None:
 
     Example: `bwlm runs list --json`
     """
-    from bwlm.analysis.report import CELL_HEADER, cell_columns
-    from bwlm.analysis.tables import load_cell
+    from bwlm.analysis.tables import CELL_HEADER, cell_columns, load_cell
     from bwlm.paths import storage_root
     from bwlm.record.lineage import list_experiments
 

@@ -37,7 +37,7 @@ def train(
     if as_json:
         print_json(cell.to_json())
     else:
-        from bwlm.analysis.report import CELL_HEADER, cell_columns
+        from bwlm.analysis.tables import CELL_HEADER, cell_columns
 
         show(table(CELL_HEADER, [cell_columns(cell)], cell.id), *([cell.reason] if cell.reason else []))
         show_places(result)

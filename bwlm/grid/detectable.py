@@ -28,7 +28,7 @@ class PlannedPair:
 
 
 def planned_pairs(plan: Plan) -> list[PlannedPair]:
-    """Every size x pair of directions of a plan, as `analysis.report.find` will pair its cells."""
+    """Every size x pair of directions of a plan, as `analysis.findings.find` will pair its cells."""
     labels = size_labels({cell.id: _identity(cell) for cell in plan.cells})
     seeds: dict[str, dict[str, dict[float, set[int]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(set)))
     for cell in plan.cells:

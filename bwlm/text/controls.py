@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bwlm.text.direction import Rows
 from bwlm.text.plan import counter_hash
 from bwlm.text.shards import MANIFEST, counts, refuse_foreign, write_shards
 
@@ -148,6 +149,12 @@ def null_nll(text: str) -> float:
     on the same windows: what those happen to hold is then in both. Raises `ValueError` for a foreign character.
     """
     return null_chain().nll(np.array([NULL_ALPHABET.index(symbol) for symbol in text], dtype=np.int64))
+
+
+def null_nll_of_rows(rows: Rows) -> float:
+    """The same in nats per token over all segments of packed rows of the tokenizer without merges."""
+    segments = np.split(rows.tokens, np.cumsum(rows.lengths)[:-1])
+    return sum(null_nll(bytes(segment.tolist()).decode()) for segment in segments) / len(rows.tokens)
 
 
 def _null_documents(documents: Ints) -> list[str]:

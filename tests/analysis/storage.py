@@ -30,7 +30,7 @@ def make_cell(
     **identity: Any,
 ) -> ExperimentFolder:
     """A cell that waits."""
-    identity |= {"data": source.replace(":", "-")} if source != "somewhere" else {}
+    identity |= {"data": source.translate({58: "-", 47: "-"})} if source != "somewhere" else {}
     extra = "".join(f"_{name}{value}" for name, value in identity.items())
     name = f"g_{direction}_d{depth}_lr{lr:g}_s{seed}{extra}"
     fields = {

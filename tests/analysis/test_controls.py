@@ -13,7 +13,8 @@ from bwlm.analysis.controls import NULL, POSITIVE, above_floor, judge_control
 from bwlm.analysis.report import write_grid_report
 from bwlm.analysis.stats import Gap
 from bwlm.record.lineage import ExperimentFolder
-from bwlm.text.controls import null_floor
+from bwlm.text.controls import null_floor, null_nll
+from bwlm.text.packing import Manifest, PackedRows, ShardCounts, Split, cut, write_rows
 from tests.analysis.storage import finish, make_cell
 
 GAP = Gap(
@@ -92,3 +93,23 @@ def test_a_report_shows_the_controls_of_its_storage(tmp_path: Path) -> None:
     floor = null_floor(np.full(40, 10))
     assert found.loc[null[0].id, "bits"] == pytest.approx((loss - floor) / math.log(2))
     assert "Above the known entropy of the null corpus, in bits per symbol: backward " in text
+
+
+def test_the_floor_is_what_the_true_chain_pays_for_the_same_windows(tmp_path: Path) -> None:
+    width, texts = 12, ["abca", "bcabcabcab", "Zz/+" * 4]
+    documents = [(i, np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)) for i, text in enumerate(texts)]
+    counts = ShardCounts("0.arrow")
+    (tmp_path / "corpus" / "validation").mkdir(parents=True)
+    write_rows(tmp_path / "corpus" / "validation" / "0.arrow", cut(documents, width), 264, counts)
+    Manifest(width, 264, "", Split.of([]), Split.of([counts.finish()])).write(tmp_path / "corpus")
+    rows = PackedRows(tmp_path / "corpus", "validation")
+    assert len(rows) > 2
+
+    run = make_cell(tmp_path / "runs", "forward", source=NULL)
+    run.reconfigure(replace(run.config(), corpus=str(tmp_path / "corpus")))
+    finish(run, {"forward": [30.0, 31.0]})  # of the first two windows, ten tokens in each by its own account
+    first_two = rows.take(np.arange(2))
+    segments = np.split(first_two.tokens, np.cumsum(first_two.lengths)[:-1])
+    paid = sum(null_nll(bytes(part.tolist()).decode()) for part in segments) / len(first_two.tokens)
+    [bits] = above_floor([run])["bits"]
+    assert bits == pytest.approx((61 / 20 - paid) / math.log(2))

@@ -13,16 +13,10 @@ import pandas as pd
 import pytest
 
 from bwlm.analysis.charts import gap_chart, learning_curves, save_chart
-from bwlm.analysis.report import (
-    GAP_HEADER,
-    PAGE,
-    REPORT,
-    find,
-    gap_columns,
-    markdown_table,
-    write_experiment_report,
-    write_grid_report,
-)
+from bwlm.analysis.findings import find
+from bwlm.analysis.report import PAGE, REPORT, write_experiment_report, write_grid_report
+from bwlm.analysis.result import markdown_table
+from bwlm.analysis.verdict import GAP_HEADER, gap_columns
 from bwlm.paths import read_json
 from bwlm.record.lineage import ExperimentFolder, Status
 from tests.analysis.storage import finish, make_cell
@@ -293,6 +287,24 @@ def test_the_report_of_one_experiment(grid: list[ExperimentFolder]) -> None:
     brief = write_experiment_report(grid[0], insides=False)
     assert {file.name for file in brief} == {REPORT, PAGE, "curves.svg", "curves.html"}
     assert f"`bwlm analyze report {grid[0].id}` adds" in brief[0].read_text()
+
+
+def test_an_experiment_stands_beside_its_forward_baseline(tmp_path: Path) -> None:
+    forward = [cell(tmp_path, "forward", seed, 0.0) for seed in range(4)]
+    backward = [cell(tmp_path, "backward", seed, 0.5) for seed in range(5)]
+    cell(tmp_path, "forward", 0, -9.0, lr=2.0)  # of another learning rate: not its baseline
+    text = write_experiment_report(backward[1])[0].read_text()
+    section = text.split("## Against the forward baseline\n\n")[1].split("\n## ")[0]
+    assert section.startswith("Size d1: backward is 0.0500 nats/token (")  # 0.5 a window of ten tokens
+    assert "worse than forward, 95 % over seeds 0.0" in section
+    assert "4 seeds" in section
+    assert "| d1 | forward → backward | 4 | +0.0500 |" in section
+
+    assert "This run reads forward: it is the baseline" in write_experiment_report(forward[0])[0].read_text()
+    alone = write_experiment_report(backward[4])[0].read_text()
+    assert "Nothing yet: no finished forward run with these settings and seed 4 lies in" in alone
+    waiting = make_cell(tmp_path, "backward", seed=9)
+    assert "Nothing yet: the run is waiting." in write_experiment_report(waiting)[0].read_text()
 
 
 def test_a_cell_of_a_table_cannot_break_it() -> None:

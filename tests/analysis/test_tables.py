@@ -209,6 +209,13 @@ def test_a_digest_that_nothing_explains_is_shortened(tmp_path: Path) -> None:
     assert len(set(sizes(cells).values())) == 3
 
 
+def test_corpora_go_by_their_source_where_it_tells_them_apart(tmp_path: Path) -> None:
+    cells = [make_cell(tmp_path, "forward", source=source) for source in ("builtin:null", "/some/where/corpus/")]
+    assert list(sizes(cells).values()) == ["d1 data=builtin:null", "d1 data=corpus"]
+    cells.append(make_cell(tmp_path, "forward", source="/else/where/corpus"))
+    assert len({label for label in sizes(cells).values() if label.startswith("d1 data=")}) == 3
+
+
 def test_a_tokenizer_explains_its_data(tmp_path: Path) -> None:
     cells = [make_cell(tmp_path, "forward", seed=i, data=c * 20, tokenizer=c * 20) for i, c in enumerate("ab")]
     assert list(sizes(cells).values()) == ["d1 tokenizer=aaaaaaaa", "d1 tokenizer=bbbbbbbb"]

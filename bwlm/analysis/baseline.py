@@ -1,0 +1,62 @@
+"""A run beside the forward runs that differ from it in the direction alone."""
+
+from __future__ import annotations
+
+from bwlm.analysis.result import markdown_table
+from bwlm.analysis.stats import Gap, gap, judge
+from bwlm.analysis.tables import load_gap_table, sizes
+from bwlm.analysis.verdict import GAP_HEADER, gap_columns, gap_sentence
+from bwlm.errors import UserError
+from bwlm.record.lineage import ExperimentFolder, list_experiments
+
+_FREE = ("direction", "seed")
+
+
+def baseline_section(folder: ExperimentFolder) -> list[str]:
+    """The gap to the forward baseline for a report, or why there is none and what to do for it."""
+    title = "## Against the forward baseline"
+    if folder.config().experiment.direction == "forward":
+        return [title, "This run reads forward: it is the baseline of the other directions with its settings."]
+    if folder.status().state != "finished":
+        return [title, f"Nothing yet: the run is {folder.status().state}."]
+    try:
+        found = gap_to_forward(folder)
+    except UserError as error:
+        return [title, f"Nothing yet: {error}."]
+    table = markdown_table(GAP_HEADER, [gap_columns(found)])
+    return [title, f"{gap_sentence(found)[0].upper()}{gap_sentence(found)[1:]}.", table, _READING]
+
+
+def gap_to_forward(folder: ExperimentFolder) -> Gap:
+    """The run's direction against forward, over all seeds of its storage with which both were trained to the end.
+
+    All of them have the run's settings, its learning rate among them. Measured on the test half of the windows. Raises
+    `UserError` if no forward run has the settings and the seed.
+    """
+    own = folder.config()
+    pair = ("forward", own.experiment.direction)
+    runs = [
+        other
+        for other in list_experiments(folder.path.parent)
+        if other.status().state == "finished"
+        and (config := other.config()).experiment.direction in pair
+        and _settings(config.identity) == _settings(own.identity)
+    ]
+    seeds = {run.config().experiment.seed for run in runs if run.config().experiment.direction == "forward"}
+    if own.experiment.seed not in seeds:
+        raise UserError(
+            f"no finished forward run with these settings and seed {own.experiment.seed} lies in {folder.path.parent}: "
+            "train it with `--direction forward` and all else as below"
+        )
+    table = load_gap_table(runs, sizes(runs))
+    test = table[table["half"].eq("test")].drop(columns="half")
+    [judged] = judge([gap(test, *pair, str(test["size"].iloc[0]))])
+    return judged
+
+
+def _settings(identity: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in identity.items() if name not in _FREE}
+
+
+_READING = """Both at this run's learning rate; which one is best for each direction only a grid can tell. On the test
+half of the validation windows, over the seeds with which both were trained."""

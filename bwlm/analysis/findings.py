@@ -1,0 +1,108 @@
+"""What a grid's finished cells say: best learning rates, and the gaps between directions at those."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import pandas as pd
+
+from bwlm.analysis.stats import DIRECTION_ORDER, Gap, counted, gap, judge
+from bwlm.analysis.tables import (
+    PER_DIRECTION,
+    BestRate,
+    TriedRate,
+    best_learning_rates,
+    best_on_test,
+    equal_per_direction,
+    load_cell,
+    load_gap_table,
+    sizes,
+    tried_rates,
+)
+from bwlm.errors import UserError
+from bwlm.record.lineage import ExperimentFolder
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a grid's finished cells say."""
+
+    best: list[BestRate]
+    gaps: list[Gap]
+    without_result: list[str]
+    """Cells that have none, with the reason."""
+    not_compared: list[str]
+    """Pairs that could not be, with the reason."""
+    excluded: list[str]
+    """Learning rates that could not be chosen, with the reason, and directions that are left with none."""
+    windows: list[int]
+    """Of the compared half, for each gap."""
+
+    @property
+    def skipped(self) -> list[str]:
+        return [*self.without_result, *self.excluded, *self.not_compared]
+
+
+def find(folders: list[ExperimentFolder]) -> Findings:
+    """Best learning rate per direction and size, and the paired gaps between directions at their best rates."""
+    cells = {folder.id: load_cell(folder) for folder in folders}
+    finished = [folder for folder in folders if cells[folder.id].state == "finished"]
+    skipped = [
+        f"{c.id}: {c.state}{f' ({c.reason})' if c.reason else ''}" for c in cells.values() if c.state != "finished"
+    ]
+    if not finished:
+        return Findings([], [], skipped, [], [], [])
+    labels = sizes(folders)
+    table = load_gap_table(finished, labels)
+    tried = tried_rates(folders, labels, {folder.id for folder in finished})
+    best = best_learning_rates(table, tried)
+    test = best_on_test(table, best)
+    test = pd.concat([test, equal_per_direction(test, finished, labels)], ignore_index=True)
+    compared, problems = _compare(test) if best else ([], [])
+    windows = [_windows(test, found) for found in compared]
+    return Findings(best, compared, skipped, problems, _excluded(tried), windows)
+
+
+def _windows(test: pd.DataFrame, found: Gap) -> int:
+    """Those of one run stand for all of the pair, which were compared because they are of the same text."""
+    one = test["size"].eq(found.size) & test["direction"].eq(found.a) & test["seed"].eq(found.seeds[0])
+    return int(test.loc[one, "windows"].iloc[0])
+
+
+def _excluded(tried: list[TriedRate]) -> list[str]:
+    rates = [
+        f"excluded: {r.direction} {r.size} lr {r.lr:g}: "
+        f"{r.cells - r.finished} of {counted(r.cells, 'cell')} did not finish"
+        for r in tried
+        if not r.qualifies
+    ]
+    able = {(rate.size, rate.direction) for rate in tried if rate.qualifies}
+    unable = sorted({(rate.size, rate.direction) for rate in tried} - able)
+    return rates + [f"{size}: {direction} has no best learning rate: none is left" for size, direction in unable]
+
+
+def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
+    """The gap of every pair that can be measured, judged as one family, and why there is none of the others."""
+    if test.empty:
+        return [], ["one validation window leaves none to compare on: raise evaluation.tokens"]
+    found, problems = [], []
+    for size, rows in test.groupby("size"):
+        present = [name for name in DIRECTION_ORDER if name in set(rows["direction"])]
+        if len(present) < 2 and PER_DIRECTION not in str(size):
+            problems.append(f"{size}: only {present[0]} has a best learning rate, and a gap needs two directions")
+        for a, b in combinations(present, 2):
+            if PER_DIRECTION in str(size) and b != "bidirectional":
+                continue  # they are compared at their own size
+            try:  # with the pair's rows alone: what is wrong with another must not silence this one
+                found.append(gap(rows[rows["direction"].isin([a, b])], a, b, str(size)))
+            except UserError as error:
+                problems.append(f"{size}: {error}")
+    return judge(found), problems
+
+
+BEST_HEADER = ["size", "direction", "best lr", "of", "bpb on the tuning half", "seeds"]
+
+
+def best_columns(rate: BestRate) -> list[str]:
+    return [rate.size, rate.direction, f"{rate.lr:g}", str(rate.candidates), f"{rate.bpb:.4f}", str(rate.seeds)]
