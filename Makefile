@@ -20,8 +20,9 @@ demo: install
 # small matrices wait longer for a second thread than it saves, the more so beside other work
 test test-slow: export OMP_NUM_THREADS := 1
 
+# two processes: one for what needs Ray and mostly waits, one for the rest
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 test-slow: install
 	$(BIN)/pytest -m slow

@@ -27,6 +27,17 @@ pytest_plugins = ["tests.runs", "tests.shell"]
 VOCAB_SIZE = 400
 SEQUENCE_LENGTH = 64
 
+_OWN_RAY = ("test_interrupts", "test_job")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs Ray is one group, so that one process of pytest's has the session's cluster, and it begins first."""
+    with_ray = {item for item in items if "ray_cluster" in item.fixturenames or item.module.__name__.endswith(_OWN_RAY)}
+    for item in with_ray:
+        item.add_marker(pytest.mark.xdist_group("ray"))
+    items.sort(key=lambda item: item not in with_ray)
+
+
 _WORDS = """
     the of and a to in it was that he she they with as for had her his on at by which not from but this were are
     river stone window letter morning captain garden answer shadow winter village honest silver quiet remember carry

@@ -26,6 +26,8 @@ os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "100000000000")
 os.environ.setdefault("MALLOC_TOP_PAD_", "268435456")
+# a worker trains each cell in a new thread, and with heaps of their own the memory of each would be kept
+os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 # torch.compile's own default lies in /tmp; this one is shared by all cells and outlives a reboot
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "bwlm" / "inductor"))
 
@@ -97,10 +99,23 @@ def cluster(needs: Collection[ResourceSettings], concurrency: int | None, cells:
             chosen = _concurrency(needs, concurrency, cells, cores, _local_gpus(), "this machine")
             # Ray Data's tasks and the trial drivers need logical CPUs of their own, or nothing would ever start
             logical = math.ceil(chosen * (max(map(cpus_of_cell, needs)) + _TRIAL_CPUS) + _SPARE_CPUS)
-            context = _init(address="local", num_cpus=logical, include_dashboard=True)
+            context = _start(logical)
             yield Room(chosen, context.dashboard_url, "this machine")
     finally:
         ray.shutdown()
+
+
+def _start(logical_cpus: int) -> Any:
+    """A cluster that is this machine."""
+    try:
+        return _init(address="local", num_cpus=logical_cpus, include_dashboard=True)
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # Ray has no class for it, and no setting for its 30 seconds
+            raise
+        raise UserError(
+            "Ray did not start within 30 s, so this machine is busy with something else: run the same command once it "
+            "is less so, or on a cluster (RAY_ADDRESS)"
+        ) from None
 
 
 def _connect(address: str) -> Any:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import ray
 
 from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
@@ -26,6 +27,19 @@ def closed_port() -> int:
 def test_a_cluster_that_is_not_there() -> None:
     with pytest.raises(UserError, match=r"RAY_ADDRESS: 127.0.0.1:\d+ does not answer .*unset RAY_ADDRESS"):
         _connect(f"127.0.0.1:{closed_port()}")
+
+
+def test_a_machine_too_busy_for_ray_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: object) -> None:
+        raise Exception(told)
+
+    monkeypatch.setattr(session.ray, "init", init)
+    told = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
+    with pytest.raises(UserError, match=r"Ray did not start within 30 s.*run the same command"):
+        session._start(2)
+    told = "something else"
+    with pytest.raises(Exception, match="something else"):
+        session._start(2)
 
 
 def test_the_address_for_jobs_is_not_the_cluster() -> None:
@@ -61,3 +75,38 @@ def test_a_real_clusters_workers_keep_their_watch_for_nodes_that_go() -> None:
     environment = {key: value for key, value in os.environ.items() if key != name}
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "False"
+
+
+def test_a_worker_keeps_no_memory_for_each_thread_that_trained_in_it(ray_cluster: str) -> None:
+    """Tune runs each cell in a new thread of a process that stays."""
+    assert ray_cluster
+    before, after = ray.get(ray.remote(_memory_after_threads).options(num_cpus=1).remote())
+    assert after - before < _TOUCHED, "each thread's heap was kept"
+
+
+_TOUCHED = 64 * 2**20
+
+
+def _memory_after_threads() -> tuple[int, int]:
+    """Resident bytes after the first and after the last of five threads that touched memory, freed it and live on."""
+    import threading
+
+    import psutil
+    import torch
+
+    over = threading.Event()
+
+    def train(freed: threading.Event) -> None:
+        kept = [torch.ones(2**18) for _ in range(_TOUCHED // 2**20)]
+        del kept
+        freed.set()
+        over.wait()
+
+    resident = []
+    for _ in range(5):
+        freed = threading.Event()
+        threading.Thread(target=train, args=(freed,), daemon=True).start()
+        freed.wait()
+        resident.append(psutil.Process().memory_info().rss)
+    over.set()
+    return resident[0], resident[-1]
