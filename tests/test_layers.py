@@ -33,7 +33,7 @@ HEAVY = {
     "ray": ["grid", "text.stream"],
     "mlflow": ["record.tracking"],
     "torch": ["model", "record.checkpoint", "evaluate", "train", "grid.session"],
-    "altair": ["analysis.charts", "analysis.figures"],
+    "altair": ["analysis.charts"],
     "h5py": ["record.researchlog"],
     "tiktoken": ["text.tokenizer"],
     "typer": ["cli"],

@@ -1,4 +1,4 @@
-"""Charts in altair: SVG or PNG for the page and HTML for the browser, from one specification."""
+"""Every chart of reports and analyses, in one look: SVG or PNG for the page and HTML for the browser, by altair."""
 
 from __future__ import annotations
 
@@ -15,13 +15,9 @@ PALETTE = {"forward": "#2a6fbb", "backward": "#c8553d", "bidirectional": "#5b8c5
 VERDICTS = {"different": "#d17a00", "no difference seen": "#4b5563", "too few seeds to tell": "#b4b9c2"}
 
 _COLUMNS = 3
+_FEWEST_TOKENS = 30
+"""Under so many a mean loss says little; the table has it."""
 _SHORT_NUMBER = "format(datum.value, '~s')"  # 0, 500k, 1.5M; an axis' own format would say 0M
-
-
-def direction_color(directions: list[str]) -> alt.Color:
-    shown = [name for name in PALETTE if name in directions]
-    scale = alt.Scale(domain=shown, range=[PALETTE[name] for name in shown])
-    return alt.Color("direction:N", scale=scale, title="direction", legend=alt.Legend(symbolOpacity=1))
 
 
 def learning_curves(curves: pd.DataFrame, title: str) -> alt.TopLevelMixin:
@@ -35,7 +31,7 @@ def learning_curves(curves: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     sizes, rates = list(curves["size"].unique()), sorted(curves["lr"].unique())
     base = alt.Chart(curves).encode(
         x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(labelExpr=_SHORT_NUMBER, tickCount=4)),
-        color=direction_color(list(curves["direction"].unique())),
+        color=_direction_color(curves["direction"]),
     )
     loss = alt.Y("train_loss_smooth:Q", title="loss (nats per token)", scale=alt.Scale(zero=False))
     lines = base.mark_line(strokeWidth=1, opacity=0.7).encode(y=loss, detail="run:N")
@@ -46,7 +42,32 @@ def learning_curves(curves: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     panel = alt.Facet("size:N", title=None, sort=sizes, header=alt.Header(labelFontSize=12, labelLimit=300))
     # sizes have budgets of their own, and share the loss axis
     panels = layered.facet(panel, columns=min(_COLUMNS, len(sizes))).resolve_scale(x="independent")
-    return styled(panels.properties(title=title))
+    return _styled(panels.properties(title=title))
+
+
+def comparison_curves(bands: pd.DataFrame, title: str) -> alt.TopLevelMixin:
+    """Mean loss with the range over seeds; a column for each axis, a row for each size.
+
+    `bands`: axis, x, loss, low, high (nats per token), size, direction, lr.
+    """
+    rates = sorted(bands["lr"].unique())
+    base = alt.Chart(bands).encode(
+        x=alt.X("x:Q", title=None, axis=alt.Axis(labelExpr=_SHORT_NUMBER, tickCount=4)),
+        color=_direction_color(bands["direction"]),
+        detail="lr:N",
+    )
+    y = {"title": "loss (nats per token)", "scale": alt.Scale(zero=False)}
+    line = base.mark_line(strokeWidth=1.4).encode(y=alt.Y("loss:Q", **y))
+    if len(rates) > 1:
+        line = line.encode(strokeDash=alt.StrokeDash("lr:N", sort=rates, title="learning rate"))
+    band = base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", **y), y2="high:Q")
+    panels = (band + line).properties(width=210, height=180)
+    grid = panels.facet(
+        column=alt.Column("axis:N", title=None, sort=list(bands["axis"].unique())),
+        row=alt.Row("size:N", title=None, header=alt.Header(labelLimit=300)),
+    ).resolve_scale(x="independent")
+    note = alt.TitleParams(title, subtitle="training loss, averaged along the curve; bands: lowest to highest seed")
+    return _styled(grid.properties(title=note))
 
 
 def gap_chart(gaps: pd.DataFrame, title: str) -> alt.TopLevelMixin:
@@ -73,7 +94,7 @@ def gap_chart(gaps: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     point = base.mark_point(filled=True, size=90, opacity=1).encode(x=x, color=color)
     layered = alt.layer(floor, zero, interval.encode(x="low:Q", x2="high:Q", color=color), point)
     notes = alt.TitleParams(title, subtitle="points: gaps; bars: 95 % over seeds; grey: noise floor between seeds")
-    return styled(layered.properties(width=460, height=alt.Step(26), title=notes))
+    return _styled(layered.properties(width=460, height=alt.Step(26), title=notes))
 
 
 def scaling_chart(
@@ -98,7 +119,7 @@ def scaling_chart(
         axis=alt.Axis(values=_thinned(points["x"]), format=".3~s", labelOverlap="greedy"),
     )
     directions = list(points["direction"].unique())
-    color = direction_color(directions)
+    color = _direction_color(points["direction"])
     band = alt.Chart(curves).mark_area(opacity=0.18).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=color)
     line = alt.Chart(curves).mark_line(strokeWidth=1.5).encode(x=x, y=y, color=color)
     runs = (
@@ -111,7 +132,123 @@ def scaling_chart(
     mark = held.mark_point(shape="diamond", size=90, strokeWidth=1.6, fill="white", opacity=1).encode(y=y)
     marks = "points: runs; lines and bands: law, 95 % over seeds; diamonds: largest size predicted from the others"
     notes = alt.TitleParams(title, subtitle=[marks, note] if note else marks)
-    return styled(alt.layer(band, line, reach, mark, runs).properties(width=520, height=320, title=notes))
+    return _styled(alt.layer(band, line, reach, mark, runs).properties(width=520, height=320, title=notes))
+
+
+def transfer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
+    """Loss of each direction in each reading with its interval over seeds; a row for each size and learning rate.
+
+    `table`: size, direction, lr, reading, loss, low, high (nats per token).
+    """
+    table = table.assign(
+        model=table["direction"] + " model", row=table["size"] + ", lr " + table["lr"].map("{:g}".format)
+    )
+    readings = ["forward", "backward"]
+    base = alt.Chart(table).encode(
+        y=alt.Y("model:N", title=None, sort=None),
+        color=alt.Color(
+            "reading:N", title="reading", scale=alt.Scale(domain=readings, range=[PALETTE[k] for k in readings])
+        ),
+    )
+    x = alt.X("loss:Q", title="loss (nats per token)", scale=alt.Scale(zero=False, padding=12))
+    bars = (
+        base.transform_filter("isValid(datum.low)")
+        .mark_rule(strokeWidth=2)
+        .encode(x=alt.X("low:Q", title="loss (nats per token)"), x2="high:Q")
+    )
+    points = base.mark_point(filled=True, size=80, opacity=1).encode(x=x)
+    panels = (
+        (bars + points)
+        .properties(width=420, height=alt.Step(28))
+        .facet(row=alt.Row("row:N", title=None, header=alt.Header(labelAngle=0, labelAlign="left", labelLimit=300)))
+    )
+    note = alt.TitleParams(title, subtitle="points: mean over seeds; bars: 95 % over seeds")
+    return _styled(panels.properties(title=note))
+
+
+def position_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
+    """Loss by place, a panel for each kind of place. `table`: direction, kind, bin, tokens, loss (nats)."""
+    table = table[table["tokens"] >= _FEWEST_TOKENS]
+    kinds = list(table["kind"].unique())
+    panels = []
+    for kind in kinds:
+        is_share = "share" in kind
+        scale = alt.Scale(type="log", base=10 if is_share else 2)
+        panels.append(
+            alt.Chart(table[table["kind"] == kind])
+            .mark_line(point=alt.OverlayMarkDef(size=28))
+            .encode(
+                x=alt.X(
+                    "bin:Q", title=kind, scale=scale, axis=alt.Axis(format="~g" if is_share else "~s", tickCount=6)
+                ),
+                y=alt.Y("loss:Q", title="loss (nats)", scale=alt.Scale(zero=False)),
+                color=_direction_color(table["direction"]),
+            )
+            .properties(width=270, height=190)
+        )
+    note = alt.TitleParams(
+        title, subtitle=f"each point: {_FEWEST_TOKENS} tokens or more, from its place to the next power of two"
+    )
+    return _styled(alt.concat(*panels, columns=2).properties(title=note))
+
+
+def layer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
+    """Rms over steps, a line for each layer; columns: what is measured, rows: directions.
+
+    `table`: direction, step, layer, what, rms.
+    """
+    base = alt.Chart(table[table["rms"] > 0])
+    lines = (
+        base.mark_line(strokeWidth=1.3, point=alt.OverlayMarkDef(size=14))
+        .encode(
+            x=alt.X("step:Q", title="step", axis=alt.Axis(labelExpr=_SHORT_NUMBER, tickCount=3)),
+            y=alt.Y("rms:Q", title="rms", scale=alt.Scale(type="log"), axis=alt.Axis(format="~g", tickCount=5)),
+            color=alt.Color("layer:O", title="layer", scale=alt.Scale(scheme="viridis")),
+        )
+        .properties(width=150, height=130)
+    )
+    grid = lines.facet(
+        column=alt.Column("what:N", title=None, sort=list(table["what"].unique())),
+        row=alt.Row("direction:N", title=None),
+    ).resolve_scale(y="shared")
+    note = alt.TitleParams(title, subtitle="layer -1: the embedding; mean over the runs of a direction")
+    return _styled(grid.properties(title=note))
+
+
+def similarity_chart(pairs: pd.DataFrame, heads: pd.DataFrame, title: str) -> alt.TopLevelMixin:
+    """CKA by layer for each kind of pair, with its range; beside it where each head looks.
+
+    `pairs`: pair, layer, cka, min, max. `heads`: direction, layer, entropy (nats), distance (tokens).
+    """
+    color = alt.Color(
+        "pair:N",
+        title="pairs of runs",
+        sort=list(pairs["pair"].unique()),
+        legend=alt.Legend(labelLimit=260, symbolOpacity=1),
+    )
+    base = alt.Chart(pairs).encode(
+        x=alt.X("layer:O", title="layer (0: embedding)", axis=alt.Axis(labelAngle=0)), color=color
+    )
+    y = {"title": "CKA", "scale": alt.Scale(domainMax=1, zero=False)}
+    curves = base.mark_line(point=True).encode(y=alt.Y("cka:Q", **y))
+    ranges = base.mark_rule(opacity=0.5).encode(y=alt.Y("min:Q", **y), y2="max:Q")
+    similarity = (ranges + curves).properties(width=300, height=220)
+    seen = (
+        alt.Chart(heads)
+        .mark_point(filled=True, size=40, opacity=0.7)
+        .encode(
+            x=alt.X("distance:Q", title="mean distance looked back (tokens)"),
+            y=alt.Y("entropy:Q", title="entropy of attention (nats)", scale=alt.Scale(zero=False)),
+            color=_direction_color(heads["direction"]),
+            shape=alt.Shape("layer:O", title="layer"),
+        )
+        .properties(width=300, height=220)
+    )
+    joined = alt.hconcat(similarity, seen).resolve_scale(color="independent", shape="independent")
+    return _styled(joined.properties(title=alt.TitleParams(title, subtitle="points on the right: heads")))
+
+
+# Files
 
 
 def save_chart(chart: Any, folder: Path, name: str) -> list[Path]:
@@ -130,6 +267,34 @@ def write_chart(chart: Any, path: Path) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+# What charts share
+
+
+def _direction_color(directions: pd.Series[str]) -> alt.Color:
+    present = set(directions)
+    shown = [name for name in PALETTE if name in present]
+    scale = alt.Scale(domain=shown, range=[PALETTE[name] for name in shown])
+    return alt.Color("direction:N", scale=scale, title="direction", legend=alt.Legend(symbolOpacity=1))
+
+
+def _styled(chart: Any) -> Any:
+    """The look that all charts share."""
+    return (
+        chart.configure_view(stroke=None)
+        .configure_axis(grid=True, gridColor="#eee", labelFontSize=11, titleFontSize=12, titleFontWeight="normal")
+        .configure_title(fontSize=14, anchor="start", offset=12, subtitleColor="#666")
+        .configure_legend(titleFontWeight="normal", labelFontSize=11)
+    )
+
+
+def _nothing(words: str, title: str) -> alt.TopLevelMixin:
+    chart = alt.Chart(pd.DataFrame({"words": [words]})).mark_text(fontSize=13, color="#777").encode(text="words:N")
+    return _styled(chart.properties(width=300, height=80, title=title))
+
+
+# Helpers of the scaling chart
 
 
 def _side_by_side(rows: pd.DataFrame, directions: list[str]) -> pd.DataFrame:
@@ -151,18 +316,3 @@ def _round_ticks(low: float, high: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
     return [round(step * k, 10) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def _nothing(words: str, title: str) -> alt.TopLevelMixin:
-    chart = alt.Chart(pd.DataFrame({"words": [words]})).mark_text(fontSize=13, color="#777").encode(text="words:N")
-    return styled(chart.properties(width=300, height=80, title=title))
-
-
-def styled(chart: Any) -> Any:
-    """The look that all charts share."""
-    return (
-        chart.configure_view(stroke=None)
-        .configure_axis(grid=True, gridColor="#eee", labelFontSize=11, titleFontSize=12, titleFontWeight="normal")
-        .configure_title(fontSize=14, anchor="start", offset=12, subtitleColor="#666")
-        .configure_legend(titleFontWeight="normal", labelFontSize=11)
-    )

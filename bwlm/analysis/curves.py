@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bwlm.analysis.figures import comparison_curves
+from bwlm.analysis.charts import comparison_curves
 from bwlm.analysis.result import Analysis
 from bwlm.analysis.stats import DIRECTION_ORDER, paired_t
 from bwlm.analysis.tables import load_curves, sizes

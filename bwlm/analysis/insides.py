@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from bwlm.analysis.figures import layer_chart, similarity_chart
+from bwlm.analysis.charts import layer_chart, similarity_chart
 from bwlm.analysis.logs import LoggedRun, from_each, opened
 from bwlm.analysis.result import Analysis
 from bwlm.errors import UserError

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from bwlm.analysis.figures import position_chart
+from bwlm.analysis.charts import position_chart
 from bwlm.analysis.logs import LoggedRun, from_each
 from bwlm.analysis.result import Analysis
 from bwlm.record.lineage import ExperimentFolder

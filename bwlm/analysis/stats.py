@@ -43,6 +43,7 @@ DIRECTION_ORDER: Final = ("forward", "backward", "bidirectional", "permuted")
 FEWEST_SEEDS: Final = 3  # paired seeds below which no verdict is given
 FEWEST_DOCUMENTS: Final = 10  # below it `Gap.bootstrap` is not to be shown: drawn from one, it has no width at all
 CONFIDENCE: Final = 0.95  # of every interval
+QUANTILES: Final = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)  # of a bootstrap, its interval
 
 _CELL: Final = ["size", "direction", "seed"]
 _ROUNDING: Final = 1e-12  # nats per token; gaps and spreads up to this size are floating-point dust
@@ -99,7 +100,7 @@ def gaps(losses: pd.DataFrame, resamples: int = 10_000, seed: int = 0, alpha: fl
     found = [
         _measure(runs, a, b, size, resamples, seed)
         for size in sorted(runs, key=lambda size: (isinstance(size, str), size))
-        for a, b in combinations(sorted(runs[size], key=_direction_rank), 2)
+        for a, b in combinations(sorted(runs[size], key=direction_rank), 2)
     ]
     if not found:
         raise UserError(
@@ -243,12 +244,7 @@ def _runs(losses: pd.DataFrame) -> _Runs:
 
 def _checked(losses: pd.DataFrame) -> pd.DataFrame:
     """The table with plain types: names and document ids as text, numbers finite and in double precision."""
-    missing = [name for name in COLUMNS if name not in losses.columns]
-    if missing:
-        raise UserError(
-            f"the losses lack column '{missing[0]}'{nearest(missing[0], map(str, losses.columns))}; "
-            f"needed: {', '.join(COLUMNS)}"
-        )
+    require_columns(losses, COLUMNS, "the losses")
     if losses.empty:
         raise UserError("the losses hold no rows: give a row for each run and document")
     for name in ("run", "direction", "seed", "size", "document"):
@@ -265,6 +261,16 @@ def _checked(losses: pd.DataFrame) -> pd.DataFrame:
         }
         | {name: _finite(losses, name) for name in ("nll", "tokens", "bytes")}
     )
+
+
+def require_columns(table: pd.DataFrame, needed: Sequence[str], rows: str) -> None:
+    """Raises `UserError` that names the first column that `rows`, the table in words, lack."""
+    missing = [name for name in needed if name not in table.columns]
+    if missing:
+        raise UserError(
+            f"{rows} lack column '{missing[0]}'{nearest(missing[0], map(str, table.columns))}; "
+            f"needed: {', '.join(needed)}"
+        )
 
 
 def _finite(losses: pd.DataFrame, name: str) -> FloatArray:
@@ -341,9 +347,7 @@ def _measure(runs: _Runs, a: str, b: str, size: Size, resamples: int, seed: int)
     tokens = pair.tokens_d.sum()
     per_seed = difference_sd.sum(axis=1) / tokens
     loss_a_s, loss_b_s = pair.nll_a_sd.sum(axis=1) / tokens, pair.nll_b_sd.sum(axis=1) / tokens
-    low, high = np.quantile(
-        crossed_bootstrap(difference_sd, pair.tokens_d, resamples, seed), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
-    )
+    low, high = np.quantile(crossed_bootstrap(difference_sd, pair.tokens_d, resamples, seed), QUANTILES)
     p, seed_interval = paired_t(per_seed) or (None, None)
     return Gap(
         size=size,
@@ -460,6 +464,7 @@ def _listed(items: Iterable[object]) -> str:
     return ", ".join(map(str, sorted(set(items), key=lambda item: (isinstance(item, str), item))))
 
 
-def _direction_rank(direction: str) -> tuple[int, str]:
+def direction_rank(direction: str) -> tuple[int, str]:
+    """For sorting: the known directions in their order, then any others by name."""
     known = direction in DIRECTION_ORDER
     return (DIRECTION_ORDER.index(direction) if known else len(DIRECTION_ORDER), direction)

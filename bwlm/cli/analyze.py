@@ -170,7 +170,7 @@ def scaling(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
     Example: `bwlm analyze scaling demo`
     """
-    from bwlm.analysis.sizes import scaling
+    from bwlm.analysis.scaling import scaling
 
     _run(scaling, runs, output, storage, as_json)
 

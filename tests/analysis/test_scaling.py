@@ -11,16 +11,10 @@ import pandas as pd
 import pytest
 
 from bwlm.analysis.charts import scaling_chart
-from bwlm.analysis.scaling import (
-    COLUMNS,
-    Law,
-    analyse,
-    fit,
-    gap_by_size,
-    hold_out,
-    objective,
-    scaling_parameters,
-)
+from bwlm.analysis.gap_over_size import gap_by_size
+from bwlm.analysis.scaling import analyse
+from bwlm.analysis.scaling_fit import COLUMNS, fit, hold_out
+from bwlm.analysis.scaling_law import Law, objective, scaling_parameters
 from bwlm.analysis.stats import Gap
 from bwlm.errors import UserError
 from bwlm.model.shape import GPTConfig
