@@ -30,12 +30,15 @@ SEQUENCE_LENGTH = 64
 _OWN_RAY = ("test_interrupts", "test_job")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs Ray is one group, so that one process of pytest's has the session's cluster, and it begins first."""
-    with_ray = {item for item in items if "ray_cluster" in item.fixturenames or item.module.__name__.endswith(_OWN_RAY)}
-    for item in with_ray:
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """What needs Ray is one group, so that one of pytest's processes has the session's cluster."""
+    if "ray_cluster" in item.fixturenames or item.path.stem in _OWN_RAY:
         item.add_marker(pytest.mark.xdist_group("ray"))
-    items.sort(key=lambda item: item not in with_ray)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """That group takes longest, so it begins first."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 _WORDS = """

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ray.tune
 from ray.tune.experiment import Trial
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from bwlm.grid.progress import Progress
@@ -104,10 +104,14 @@ class DirectionwiseASHA(CellScheduler):
         self._of(trial).on_trial_remove(tune_controller, trial)
 
 
-class CellStates(ray.tune.Callback):  # type: ignore[misc]
-    """Shows how far the cells are, and notes those that their own worker could not note: stopped early, or crashed."""
+class CellStates(TrialProgressCallback):  # type: ignore[misc]
+    """Shows how far the cells are, and notes those that their own worker could not note: stopped early, or crashed.
+
+    It takes the place of Tune's own display, which prints a line for each trial that was never begun.
+    """
 
     def __init__(self, storage: Path, progress: Progress, termination: Termination) -> None:
+        super().__init__()
         self._storage = storage
         self._progress = progress
         self._termination = termination

@@ -110,6 +110,7 @@ def test_a_grid_whose_driver_is_asked_to_end_saves_every_cell(
     driver.send_signal(signal.SIGTERM)
     assert driver.wait(timeout=300) == 143
     assert (tmp_path / "driver.log").read_text().count("bwlm: asked to end; the same command goes on") == 1
+    assert "Trial train_cell" not in (tmp_path / "driver.log").read_text(), "Tune tells of cells that never ran"
     for cell in running:
         check_saved(storage, cell)
     assert ExperimentFolder(storage, waiting).status().state == "waiting"
