@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install demo test test-slow check format clean
+.PHONY: install demo test test-with-ray test-without-ray test-slow check format clean
 
 install: $(VENV)/.installed
 
@@ -20,9 +20,15 @@ demo: install
 # small matrices wait longer for a second thread than it saves, the more so beside other work
 test test-slow: export OMP_NUM_THREADS := 1
 
-# two processes: one for what needs Ray and mostly waits, one for the rest
+# what needs Ray mostly waits, so it runs beside the rest; each half is printed when it is done
 test: install
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(MAKE) --jobs 2 --keep-going --output-sync=target test-with-ray test-without-ray
+
+test-with-ray:
+	$(BIN)/pytest -m "ray and not slow" -o cache_dir=.pytest_cache/with-ray
+
+test-without-ray:
+	$(BIN)/pytest -m "not ray and not slow" -o cache_dir=.pytest_cache/without-ray
 
 test-slow: install
 	$(BIN)/pytest -m slow

@@ -31,14 +31,9 @@ _OWN_RAY = ("test_interrupts", "test_job")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """What needs Ray is one group, so that one of pytest's processes has the session's cluster."""
+    """`make test` runs what needs Ray, and mostly waits for it, beside the rest."""
     if "ray_cluster" in item.fixturenames or item.path.stem in _OWN_RAY:
-        item.add_marker(pytest.mark.xdist_group("ray"))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """That group takes longest, so it begins first."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+        item.add_marker(pytest.mark.ray)
 
 
 _WORDS = """
