@@ -179,7 +179,7 @@ def position_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
             .mark_line(point=alt.OverlayMarkDef(size=28))
             .encode(
                 x=alt.X(
-                    "bin:Q", title=kind, scale=scale, axis=alt.Axis(format="~g" if is_share else "~s", tickCount=6)
+                    "bin:Q", title=kind, scale=scale, axis=alt.Axis(format="~g" if is_share else ",d", tickCount=6)
                 ),
                 y=alt.Y("loss:Q", title="loss (nats)", scale=alt.Scale(zero=False)),
                 color=_direction_color(table["direction"]),

@@ -33,6 +33,8 @@ def si(value: float) -> str:
 
 _LINE_SECONDS = 30.0
 """A single experiment tells how far it is about so often, also between validations."""
+_GRID_SECONDS = 300.0
+"""A grid does, also between the ends of cells."""
 
 
 _DETAILS = (
@@ -60,7 +62,7 @@ _DETAILS = (
 
 
 class Progress:
-    """A table that redraws itself in a terminal; elsewhere lines: whenever a cell ends, of a single one also before."""
+    """A table that redraws itself in a terminal; elsewhere lines: when a cell ends, and now and then before."""
 
     def __init__(self, cells: tuple[Cell, ...], states: Mapping[str, Status]) -> None:
         self._cells = {cell.id: cell for cell in cells}
@@ -91,6 +93,9 @@ class Progress:
         self._running[cell] = self._running.get(cell, {}) | result
         if len(self._cells) == 1 and ("val_bpb" in result or time.monotonic() - self._told > _LINE_SECONDS):
             self._line(_step_words(result, self._cells[cell].steps), below=_details(self._running[cell]))
+        elif len(self._cells) > 1 and time.monotonic() - self._told > _GRID_SECONDS:
+            at = [f"{name} at step {now['step']}/{self._cells[name].steps}" for name, now in self._running.items()]
+            self._line(f"{len(self._ended)}/{len(self._cells)} {', '.join(at)}")
 
     def broke_off(self, cell: str, step: int) -> None:
         """Its worker died or was asked to end: another takes it up from its last checkpoint."""

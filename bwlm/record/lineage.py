@@ -152,8 +152,17 @@ class ExperimentFolder:
         write_json(self.path / "status.json", asdict(status))
 
     def status(self) -> Status:
-        """A run that holds no lease and did not end is `waiting`, or `stopped` if it had begun."""
-        status = Status(**read_json(self.path / "status.json"))
+        """A run that holds no lease and did not end is `waiting`, or `stopped` if it had begun.
+
+        Raises `UserError` for a file that says something else.
+        """
+        path = self.path / "status.json"
+        try:
+            status = Status(**read_json(path))
+        except TypeError:
+            raise UserError(
+                f"{path}: not the status of a run; write {{}} into it and the run goes on from its last checkpoint"
+            ) from None
         if status.ended:
             return status
         entry = last_entry(self.path)

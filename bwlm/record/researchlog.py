@@ -58,6 +58,9 @@ _COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "s
 """What every build of HDF5 reads."""
 _SPACE: dict[str, Any] = {"fs_strategy": "fsm", "fs_persist": True}
 """The file remembers what is free in it: each merge rewrites the last chunk of every dataset, somewhere else."""
+_READER = "reader "
+"""Stands before the name of one that only merges what a dead writer left."""
+_WAIT_SECONDS = 0.02
 _SHARE = 0.003
 """Of the time, at most, that merging may take from its writer."""
 
@@ -77,14 +80,15 @@ class ResearchLog:
         resume_step: int | None = None,
         about: Mapping[str, str | int | float] | None = None,
         fixed: Mapping[str, ArrayLike] | None = None,
+        reader: bool = False,
     ) -> None:
         """`about` are attributes of a new file and `fixed` its datasets that hold for the whole run, by `group/name`.
 
         A file that is there is gone on with; entries of later steps than `resume_step` are forgotten, since a run that
-        goes on from there will write them again.
+        goes on from there will write them again. A `reader` merges what a dead writer left, and is waited for.
         """
         self.path = path
-        self._tail = _lock(path)
+        self._tail = _lock(path, _READER if reader else "")
         try:
             began = time.monotonic()
             if not self._goes_on(resume_step):
@@ -190,7 +194,7 @@ def open_log(path: Path) -> h5py.File:
         h5py.File(path, "r").close()  # first: a reader does not put a damaged one aside
         with contextlib.suppress(UserError, OSError):  # a writer is at work, or the storage is not ours to write
             if tail_of(path).exists() and tail_of(path).stat().st_size > _HEAD:
-                ResearchLog(path).close()
+                ResearchLog(path, reader=True).close()
         return h5py.File(path, "r")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: this run kept no research log") from None
@@ -205,7 +209,7 @@ def tail_of(path: Path) -> Path:
 # ---- the tail ----
 
 
-def _lock(path: Path) -> BinaryIO:
+def _lock(path: Path, role: str) -> BinaryIO:
     """The tail, held by this process until it is closed."""
     while True:
         file = os.fdopen(os.open(tail_of(path), os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
@@ -214,12 +218,15 @@ def _lock(path: Path) -> BinaryIO:
         except BlockingIOError:
             holder = file.read(_HEAD).decode(errors="replace").strip(" \0") or "another process"
             file.close()
+            if holder.startswith(_READER) and not role:  # it merges, which takes moments, and lets go
+                time.sleep(_WAIT_SECONDS)
+                continue
             raise UserError(f"{path}: is being written by {holder}: a research log has one writer") from None
         with contextlib.suppress(FileNotFoundError):  # its last writer may have removed it before it let it go
             if os.path.samestat(os.fstat(file.fileno()), tail_of(path).stat()):
                 break
         file.close()
-    file.write(f"{socket.gethostname()}:{os.getpid()}".encode()[:_HEAD].ljust(_HEAD))
+    file.write(f"{role}{socket.gethostname()}:{os.getpid()}".encode()[:_HEAD].ljust(_HEAD))
     file.seek(0, os.SEEK_END)
     return file
 

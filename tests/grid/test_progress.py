@@ -63,6 +63,20 @@ def test_a_cell_that_is_taken_up_again_is_told(cells: tuple[Cell, ...], capsys: 
     assert line.startswith(f"{cells[0].id}: broke off at step 20, goes on, about ")
 
 
+def test_a_grid_tells_now_and_then_where_its_cells_are(
+    cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("bwlm.grid.progress.time.monotonic", lambda: now)
+    with Progress(cells, {cells[0].id: Status("finished")}) as progress:
+        progress.began(cells[1].id, 0)
+        progress.began(cells[2].id, 0)
+        for now in (10.0, 310.0, 320.0):
+            progress.moved(cells[1].id, {"step": int(now) // 10})
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"1/24 {cells[1].id} at step 31/40, {cells[2].id} at step 0/40, about ")
+
+
 def test_a_single_experiment_tells_its_validations(cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(cells[:1], {}) as progress:
         progress.began(cells[0].id, 10)

@@ -89,6 +89,16 @@ def test_an_experiment_exists_from_its_last_file_on(tmp_path: Path, monkeypatch:
     assert set(written) == {"parent_link.json", "status.json", "config.json"}
 
 
+@pytest.mark.parametrize("content", ['{"stat": "finished"}', "[]"])
+def test_a_foreign_status_is_told_and_can_be_mended(content: str, tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    (folder.path / "status.json").write_text(content)
+    with pytest.raises(UserError, match=r"status.json: .*(not the status of a run; write \{\} into it|object)"):
+        folder.status()
+    (folder.path / "status.json").write_text("{}")
+    assert folder.status().state == "waiting"
+
+
 @pytest.mark.parametrize("name", ["../x", "", ".", "a/b", "cache", "a" * 129])
 def test_an_unsafe_id_never_becomes_a_path(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="experiment id"):

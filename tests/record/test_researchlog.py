@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -283,6 +284,20 @@ def test_a_second_writer_is_refused_by_name(path: Path) -> None:
             ResearchLog(path)
         wait_for(process, path, progress(path.with_suffix(".progress")) + 1)  # and is not harmed
     ResearchLog(path).close()
+
+
+def test_a_writer_waits_for_a_reader_that_merges(path: Path) -> None:
+    ResearchLog(path).close()
+    reader = ResearchLog(path, reader=True)
+    with pytest.raises(UserError, match="is being written by reader "):
+        ResearchLog(path, reader=True)
+    opened: list[ResearchLog] = []
+    writer = threading.Thread(target=lambda: opened.append(ResearchLog(path)))
+    writer.start()
+    assert not opened
+    reader.close()
+    writer.join()
+    opened[0].close()
 
 
 def test_a_second_writer_in_this_process_is_refused_too(path: Path) -> None:
