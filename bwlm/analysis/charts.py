@@ -17,6 +17,9 @@ VERDICTS = {"different": "#d17a00", "no difference seen": "#4b5563", "too few se
 _COLUMNS = 3
 _FEWEST_TOKENS = 30
 """Under so many a mean loss says little; the table has it."""
+_FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
+_PADDING = {"left": 16, "right": 28, "top": 8, "bottom": 8}
+"""Pixels; a browser without those fonts takes wider ones, and a legend must not lose its last letters."""
 _SHORT_NUMBER = "format(datum.value, '~s')"  # 0, 500k, 1.5M; an axis' own format would say 0M
 
 
@@ -145,7 +148,7 @@ def transfer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     )
     readings = ["forward", "backward"]
     base = alt.Chart(table).encode(
-        y=alt.Y("model:N", title=None, sort=None),
+        y=alt.Y("model:N", title=None, sort=[f"{name} model" for name in PALETTE]),
         color=alt.Color(
             "reading:N", title="reading", scale=alt.Scale(domain=readings, range=[PALETTE[k] for k in readings])
         ),
@@ -160,7 +163,9 @@ def transfer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     panels = (
         (bars + points)
         .properties(width=420, height=alt.Step(28))
-        .facet(row=alt.Row("row:N", title=None, header=alt.Header(labelAngle=0, labelAlign="left", labelLimit=300)))
+        .facet(
+            row=alt.Row("row:N", title=None, header=alt.Header(labelOrient="top", labelAnchor="start", labelLimit=400))
+        )
     )
     note = alt.TitleParams(title, subtitle="points: mean over seeds; bars: 95 % over seeds")
     return _styled(panels.properties(title=note))
@@ -209,7 +214,7 @@ def layer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     )
     grid = lines.facet(
         column=alt.Column("what:N", title=None, sort=list(table["what"].unique())),
-        row=alt.Row("direction:N", title=None),
+        row=alt.Row("direction:N", title=None, sort=list(PALETTE)),
     ).resolve_scale(y="shared")
     note = alt.TitleParams(title, subtitle="layer -1: the embedding; mean over the runs of a direction")
     return _styled(grid.properties(title=note))
@@ -282,7 +287,8 @@ def _direction_color(directions: pd.Series[str]) -> alt.Color:
 def _styled(chart: Any) -> Any:
     """The look that all charts share."""
     return (
-        chart.configure_view(stroke=None)
+        chart.configure(font=_FONT, padding=_PADDING)
+        .configure_view(stroke=None)
         .configure_axis(grid=True, gridColor="#eee", labelFontSize=11, titleFontSize=12, titleFontWeight="normal")
         .configure_title(fontSize=14, anchor="start", offset=12, subtitleColor="#666")
         .configure_legend(titleFontWeight="normal", labelFontSize=11)

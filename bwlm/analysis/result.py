@@ -68,9 +68,19 @@ def _plain(value: Any) -> str:
 
 
 def frame_to_markdown(table: pd.DataFrame) -> str:
-    """A table of GitHub's Markdown, numbers at four digits behind the point."""
-    rows = [["" if _missing(v) else _short(v) for v in row] for row in table.itertuples(index=False)]
+    """A table of GitHub's Markdown: whole numbers with commas, others at four digits behind the point."""
+    whole = [name for name in table.columns if _is_whole(table[name])]
+    shown = table.astype(dict.fromkeys(whole, object))
+    for name in whole:
+        shown[name] = [None if _missing(value) else f"{value:,.0f}" for value in table[name]]
+    rows = [["" if _missing(v) else _short(v) for v in row] for row in shown.itertuples(index=False)]
     return markdown_table(list(map(str, table.columns)), rows)
+
+
+def _is_whole(column: pd.Series[Any]) -> bool:
+    """Whether it has floats that are all integers: tokens, FLOPs, learning rates such as 2."""
+    known = column.dropna()
+    return pd.api.types.is_float_dtype(column) and len(known) > 0 and bool((known % 1 == 0).all())
 
 
 def _missing(value: Any) -> bool:

@@ -13,7 +13,7 @@ from bwlm.analysis.audit import audit
 from bwlm.analysis.curves import compare
 from bwlm.analysis.insides import over_time, representations
 from bwlm.analysis.positions import positions
-from bwlm.analysis.result import Analysis, frame_to_markdown
+from bwlm.analysis.result import Analysis, frame_to_markdown, markdown_table
 from bwlm.analysis.select import begun
 from bwlm.analysis.tables import load_curves
 from bwlm.analysis.transfer import transfer
@@ -88,7 +88,12 @@ def data_section(folders: list[ExperimentFolder]) -> list[str]:
             "## Data",
             "The packed text is no longer below the storage's cache; its digest is in every config.json.",
         ]
-    return ["## Data", frame_to_markdown(pd.DataFrame(list(rows.values())))]
+    columns = [f"corpus {number}" for number in range(1, len(rows) + 1)] if len(rows) > 1 else ["corpus"]
+    names = next(iter(rows.values()))
+    return [
+        "## Data",
+        markdown_table(["", *columns], [[name, *(row[name] for row in rows.values())] for name in names]),
+    ]
 
 
 def _totals(shards: list[dict[str, Any]]) -> dict[str, int]:

@@ -15,7 +15,7 @@ import pytest
 from bwlm.analysis.charts import gap_chart, learning_curves, save_chart
 from bwlm.analysis.findings import find
 from bwlm.analysis.report import PAGE, REPORT, write_experiment_report, write_grid_report
-from bwlm.analysis.result import markdown_table
+from bwlm.analysis.result import frame_to_markdown, markdown_table
 from bwlm.analysis.verdict import GAP_HEADER, gap_columns
 from bwlm.paths import read_json
 from bwlm.record.lineage import ExperimentFolder, Status
@@ -309,6 +309,14 @@ def test_an_experiment_stands_beside_its_forward_baseline(tmp_path: Path) -> Non
 
 def test_a_cell_of_a_table_cannot_break_it() -> None:
     assert markdown_table(["a"], [["x | y\nz"]]).splitlines() == ["| a |", "| --- |", "| x \\| y z |"]
+
+
+def test_whole_numbers_are_shown_as_such() -> None:
+    table = pd.DataFrame({"tokens": [38912.0, None], "ratio": [1.0, 1.5], "small": [0.00012, 1.0], "seeds": [2, 3]})
+    assert frame_to_markdown(table).splitlines()[2:] == [
+        "| 38,912 | 1.0000 | 0.00012 | 2 |",
+        "|  | 1.5000 | 1.0000 | 3 |",
+    ]
 
 
 # ---- charts ----
