@@ -116,6 +116,15 @@ def test_a_csv_is_read_as_it_was_written(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_other_separators_and_means_for_sums_are_told(shell: Shell) -> None:
+    (shell.folder / "l.csv").write_text(LOSSES.to_csv(index=False, sep=";"))
+    answer = shell("analyze", "gap", "--from", "l.csv")
+    assert (answer.code, answer.out) == (2, "")
+    assert "l.csv: its first line has no comma: separate the columns by commas" in answer.err
+    name = write(LOSSES.assign(nll=LOSSES["nll"] / LOSSES["tokens"], tokens=1000), shell.folder / "means.csv")
+    assert "nll must be a document's sum, not its mean" in shell("analyze", "gap", "--from", name).err
+
+
 def test_a_long_csv_has_one_type_in_a_column(tmp_path: Path) -> None:
     """Read piece by piece, size 4 of the first piece would be another than size 4 beside a name in the last."""
     lines = ["r,forward,0,4,d,3.0,2,3"] * 100_000 + ["r,forward,0,124M,d,3.0,2,3"]

@@ -15,6 +15,9 @@ from bwlm.errors import UserError
 
 _NAMES = ("run", "direction", "document")  # text, whatever it looks like: document 007 is not document 7
 
+_LEAST = 0.05
+"""Nats a token; no model of text is so sure."""
+
 
 def gaps_from(path: Path, resamples: int = 10_000) -> tuple[list[Gap], list[str]]:
     """The judged gaps of a file's losses, and why a size has none. Raises `UserError` that names the file."""
@@ -24,11 +27,15 @@ def gaps_from(path: Path, resamples: int = 10_000) -> tuple[list[Gap], list[str]
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     directions = losses.groupby("size")["direction"].unique()
-    return found, [
+    notes = [
         f"{path}: size {size} is not compared: it has runs of {present[0]} alone"
         for size, present in directions.items()
         if len(present) == 1
     ]
+    each = losses["nll"].astype(float).sum() / losses["tokens"].astype(float).sum()
+    if each < _LEAST:
+        notes.append(f"{path}: a loss of {each:.4f} nats a token in all: nll must be a document's sum, not its mean")
+    return found, notes
 
 
 def read_losses(path: Path) -> pd.DataFrame:
@@ -69,6 +76,8 @@ def _read_csv(path: Path) -> pd.DataFrame:
         "na_values": [""],
     }
     header: pd.DataFrame = pd.read_csv(path, header=None, nrows=1, dtype=str, **options)
+    if header.shape[1] == 1 and any(other in str(header.iloc[0, 0]) for other in ";\t"):
+        raise UserError(f"{path}: its first line has no comma: separate the columns by commas")
     present = _needed([str(name).strip() for name in header.iloc[0]], path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # more fields than the header has: columns would shift

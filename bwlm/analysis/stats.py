@@ -243,7 +243,7 @@ def _runs(losses: pd.DataFrame) -> _Runs:
 
 
 def _checked(losses: pd.DataFrame) -> pd.DataFrame:
-    """The table with plain types: names and document ids as text, numbers finite and in double precision."""
+    """The table with plain types: names and document ids as text, numbers finite, not negative, in double precision."""
     require_columns(losses, COLUMNS, "the losses")
     if losses.empty:
         raise UserError("the losses hold no rows: give a row for each run and document")
@@ -275,13 +275,13 @@ def require_columns(table: pd.DataFrame, needed: Sequence[str], rows: str) -> No
 
 def _finite(losses: pd.DataFrame, name: str) -> FloatArray:
     values = pd.to_numeric(losses[name], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    wrong = ~np.isfinite(values)
-    if wrong.any():
-        row = losses.iloc[int(wrong.argmax())]
-        raise UserError(
-            f"{name} of document '{row['document']}' in run '{row['run']}' is {row[name]}, not a finite number: "
-            "evaluate that run again or leave it out"
-        )
+    for fault, wrong in (("not a finite number", ~np.isfinite(values)), ("which is negative", values < 0)):
+        if wrong.any():
+            row = losses.iloc[int(wrong.argmax())]
+            raise UserError(
+                f"{name} of document '{row['document']}' in run '{row['run']}' is {row[name]}, {fault}: "
+                "evaluate that run again or leave it out"
+            )
     return values
 
 

@@ -394,9 +394,10 @@ REFUSED: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
     "endless seed": (set_cell(2, "seed", math.inf), "seed of run 'forward-1' is inf: seeds must be whole numbers"),
     "fraction": (set_cell(2, "seed", 1.5), "seed of run 'forward-1' is 1.5: seeds must be whole numbers"),
     "no tokens": (set_cell(1, "tokens", 0), "document 'd1' in run 'forward-0' has 0 tokens in all: leave out"),
-    "fewer tokens": (set_cell(1, "tokens", -3), "document 'd1' in run 'forward-0' has -3 tokens in all"),
+    "fewer tokens": (set_cell(1, "tokens", -3), "tokens of document 'd1' in run 'forward-0' is -3, which is negative"),
     "no bytes": (set_cell(6, "bytes", 0), "document 'd0' in run 'backward-0' has 0 bytes in all"),
-    "sign": (lambda rows: rows.assign(nll=-rows["nll"]), "nll of run 'forward-0' does not sum to a positive loss"),
+    "sign": (lambda rows: rows.assign(nll=-rows["nll"]), "nll of document 'd0' in run 'forward-0' is -.*negative"),
+    "no loss": (lambda rows: rows.assign(nll=0.0), "nll of run 'forward-0' does not sum to a positive loss"),
     "two runs": (
         set_cell(1, "run", "again"),
         "direction forward, seed 0, size 4 has several runs: again, forward-0; keep one of them",
