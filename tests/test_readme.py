@@ -37,17 +37,19 @@ def write_files(path: Path, folder: Path) -> list[str]:
 
 
 def commands() -> list[str]:
+    """In the order of the pages, each once."""
     lines = [line for path in DOCUMENTS for block in blocks(path, "bash") for line in block.splitlines()]
-    return [line.split("  #")[0].strip() for line in lines if line.strip()]
+    return list(dict.fromkeys(line.split("  #")[0].strip() for line in lines if line.strip()))
 
 
-def test_every_command_runs(ray_cluster: str, tmp_path: Path) -> None:
-    """In the order of the page, as a new user would, in a folder with nothing but the grids and the pages' files."""
+def test_every_command_runs(tmp_path: Path) -> None:
+    """As a new user would, each with a Ray of its own, in a folder with nothing but the grids and the pages' files."""
     (tmp_path / "grids").symlink_to(ROOT / "grids")
     written = [name for path in DOCUMENTS for name in write_files(path, tmp_path)]
     assert len(set(written)) == len(written), "two pages would overwrite each other's file"
-    environment = {k: v for k, v in os.environ.items() if k not in ("BWLM_STORAGE", "MLFLOW_TRACKING_URI")}
-    environment |= {"RAY_ADDRESS": ray_cluster, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    set_elsewhere = ("BWLM_STORAGE", "MLFLOW_TRACKING_URI", "RAY_ADDRESS")
+    environment = {k: v for k, v in os.environ.items() if k not in set_elsewhere}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     ran = 0
     for command in commands():
         if any(command.startswith(known) for known in ELSEWHERE):
