@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from bwlm.analysis.stats import DIFFERENT, Gap
-from bwlm.analysis.tables import load_losses
+from bwlm.analysis.tables import load_losses, with_losses
 from bwlm.record.lineage import ExperimentFolder, list_experiments
 from bwlm.text.controls import null_floor, null_nll_of_rows
 from bwlm.text.packing import PackedRows
@@ -73,7 +73,7 @@ def above_floor(folders: list[ExperimentFolder]) -> pd.DataFrame:
     Where the packed text is gone, above what it is expected to pay for segments as long.
     """
     rows = []
-    for folder in folders:
+    for folder in with_losses(folders)[0]:
         direction = folder.config().experiment.direction
         if direction in ("forward", "backward"):
             losses = load_losses(folder, direction)

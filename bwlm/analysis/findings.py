@@ -19,6 +19,7 @@ from bwlm.analysis.tables import (
     load_gap_table,
     sizes,
     tried_rates,
+    with_losses,
 )
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder
@@ -47,10 +48,10 @@ class Findings:
 def find(folders: list[ExperimentFolder]) -> Findings:
     """Best learning rate per direction and size, and the paired gaps between directions at their best rates."""
     cells = {folder.id: load_cell(folder) for folder in folders}
-    finished = [folder for folder in folders if cells[folder.id].state == "finished"]
+    finished, unreadable = with_losses([folder for folder in folders if cells[folder.id].state == "finished"])
     skipped = [
         f"{c.id}: {c.state}{f' ({c.reason})' if c.reason else ''}" for c in cells.values() if c.state != "finished"
-    ]
+    ] + unreadable
     if not finished:
         return Findings([], [], skipped, [], [], [])
     labels = sizes(folders)
@@ -73,7 +74,7 @@ def _windows(test: pd.DataFrame, found: Gap) -> int:
 def _excluded(tried: list[TriedRate]) -> list[str]:
     rates = [
         f"excluded: {r.direction} {r.size} lr {r.lr:g}: "
-        f"{r.cells - r.finished} of {counted(r.cells, 'cell')} did not finish"
+        f"{r.cells - r.finished} of {counted(r.cells, 'cell')} gave no result"
         for r in tried
         if not r.qualifies
     ]

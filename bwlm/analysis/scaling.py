@@ -23,7 +23,7 @@ from bwlm.analysis.scaling_law import (
     unknowns,
 )
 from bwlm.analysis.stats import QUANTILES, FloatArray, Gap, Size, counted, direction_rank
-from bwlm.analysis.tables import best_on_test, load_gap_table, sizes
+from bwlm.analysis.tables import best_on_test, load_gap_table, sizes, with_losses
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder
 
@@ -43,7 +43,7 @@ def scaling(folders: list[ExperimentFolder]) -> Analysis:
 
 def losses_by_size(folders: list[ExperimentFolder], findings: Findings) -> pd.DataFrame:
     """run, direction, seed, size, parameters, tokens, loss (nats per token) of the finished runs at the best rates."""
-    finished = [folder for folder in folders if folder.status().state == "finished"]
+    finished, _ = with_losses([folder for folder in folders if folder.status().state == "finished"])
     if not finished or not findings.best:
         raise UserError("scaling: no run has finished")
     rows = best_on_test(load_gap_table(finished, sizes(folders)), findings.best)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bwlm.errors import UserError
@@ -85,8 +86,17 @@ def load_curves(folder: ExperimentFolder) -> pd.DataFrame:
 
 
 def load_losses(folder: ExperimentFolder, reading: str, phase: str = "base") -> pd.DataFrame:
-    """One row a segment of the validation windows: window, document, tokens, bytes, nll (nats), end_nll."""
-    table: pd.DataFrame = pq.read_table(folder.evaluation(phase, reading) / "validation.parquet").to_pandas()
+    """One row a segment of the validation windows: window, document, tokens, bytes, nll (nats), end_nll.
+
+    Raises `UserError` that names the file if it is missing or damaged.
+    """
+    path = folder.evaluation(phase, reading) / "validation.parquet"
+    try:
+        table: pd.DataFrame = pq.read_table(path).to_pandas()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file: a run is evaluated in this reading at its end") from None
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())})") from None
     return table
 
 
@@ -101,6 +111,18 @@ def own_losses(folder: ExperimentFolder) -> pd.DataFrame:
     return forward.assign(
         nll=(forward["nll"] + backward["nll"]) / 2, end_nll=(forward["end_nll"] + backward["end_nll"]) / 2
     )
+
+
+def with_losses(folders: list[ExperimentFolder]) -> tuple[list[ExperimentFolder], list[str]]:
+    """The runs whose own losses can be read, and of each other why not."""
+    readable, reasons = [], []
+    for folder in folders:
+        try:
+            own_losses(folder)
+            readable.append(folder)
+        except UserError as error:
+            reasons.append(f"{folder.id}: {error}")
+    return readable, reasons
 
 
 def sizes(folders: list[ExperimentFolder]) -> dict[str, str]:

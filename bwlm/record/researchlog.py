@@ -199,7 +199,7 @@ def open_log(path: Path) -> h5py.File:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: this run kept no research log") from None
     except OSError as error:
-        raise UserError(f"{path}: damaged, not readable as HDF5 ({error})") from None
+        raise UserError(f"{path}: damaged, not readable as HDF5 ({' '.join(str(error).split())})") from None
 
 
 def tail_of(path: Path) -> Path:

@@ -204,8 +204,8 @@ def test_a_rate_that_diverged_at_some_seeds_is_excluded_and_named(tmp_path: Path
         ("forward", 1.0, 2),
     ]
     assert [one.seeds for one in found.gaps] == [[0, 1, 2]]
-    assert "excluded: forward d1 lr 4: 2 of 3 cells did not finish" in found.skipped
-    assert "- excluded: forward d1 lr 4: 2 of 3 cells did not finish\n" in write(tmp_path, cells)[0]
+    assert "excluded: forward d1 lr 4: 2 of 3 cells gave no result" in found.skipped
+    assert "- excluded: forward d1 lr 4: 2 of 3 cells gave no result\n" in write(tmp_path, cells)[0]
 
 
 def test_a_direction_of_which_no_rate_qualifies_has_no_best_one(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_grid_of_which_no_rate_qualifies_says_so(tmp_path: Path) -> None:
     text, _ = write(tmp_path, [cell(tmp_path, "forward", 0, 0.0), diverged(tmp_path, "forward", 1, 1.0)])
     assert "None: no learning rate finished at every seed." in text
     assert "one validation window" not in text
-    assert "- excluded: forward d1 lr 1: 1 of 2 cells did not finish" in text
+    assert "- excluded: forward d1 lr 1: 1 of 2 cells gave no result" in text
 
 
 def test_a_cell_that_is_there_twice_silences_its_own_pairs_only(tmp_path: Path) -> None:
@@ -287,6 +287,21 @@ def test_the_report_of_one_experiment(grid: list[ExperimentFolder]) -> None:
     brief = write_experiment_report(grid[0], insides=False)
     assert {file.name for file in brief} == {REPORT, PAGE, "curves.svg", "curves.html"}
     assert f"`bwlm analyze report {grid[0].id}` adds" in brief[0].read_text()
+
+
+def test_a_run_whose_losses_are_lost_or_damaged_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
+    runs = [cell(tmp_path, d, seed, m) for d, m in (("forward", 0.0), ("backward", 0.5)) for seed in range(4)]
+    (runs[0].evaluation("base", "forward") / "validation.parquet").unlink()
+    (runs[5].evaluation("base", "backward") / "validation.parquet").write_text("hello")
+    found = find([*runs, cell(tmp_path, "forward", 0, 0.1, lr=2.0), cell(tmp_path, "backward", 0, 0.2, lr=2.0)])
+    assert [best.lr for best in found.best] == [2.0, 2.0]  # of the other rate, not every seed has a result
+    lost, damaged = found.without_result
+    assert lost.startswith(f"{runs[0].id}: ")
+    assert lost.endswith("validation.parquet: no such file: a run is evaluated in this reading at its end")
+    assert "validation.parquet: damaged (" in damaged
+    home = tmp_path / "grids" / "g"
+    home.mkdir(parents=True)
+    assert damaged in write_grid_report(home, "g", tmp_path, ids(runs))[0].read_text()
 
 
 def test_an_experiment_stands_beside_its_forward_baseline(tmp_path: Path) -> None:
