@@ -35,7 +35,7 @@ def audit(folders: list[ExperimentFolder]) -> Audit:
     for (one, fields), (other, other_fields) in combinations(identities.items(), 2):
         if not _is_pair(fields, other_fields):
             continue
-        allowed = dict.fromkeys(TUNED)
+        allowed = dict.fromkeys(TUNED | ({"steps"} if _equal_per_direction(fields, other_fields) else set()))
         changed = differences(fields | allowed, other_fields | allowed)
         if changed:
             refused.setdefault(tuple(changed), []).append(f"{one} and {other}")
@@ -47,6 +47,13 @@ def audit(folders: list[ExperimentFolder]) -> Audit:
 def _is_pair(one: dict[str, Any], other: dict[str, Any]) -> bool:
     same = all(one[name] == other[name] for name in ("depth", "seed", "phase"))
     return same and one["direction"] != other["direction"]
+
+
+def _equal_per_direction(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether a bidirectional run of a pair has twice the other's steps, and so as many tokens in each direction."""
+    steps = {fields["direction"]: fields["steps"] for fields in (one, other)}
+    both = steps.pop("bidirectional", None)
+    return both is not None and both == 2 * next(iter(steps.values()))
 
 
 def _refusal(changed: tuple[str, ...], pairs: list[str]) -> str:

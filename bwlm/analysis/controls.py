@@ -23,7 +23,8 @@ class Control:
 
     name: str
     gap: Gap
-    passed: bool
+    passed: bool | None
+    """None: nothing to hold it against."""
     why: str
 
 
@@ -63,8 +64,11 @@ def _null(one: Gap, study: float | None) -> Control:
         return Control("null", one, False, "a gap was found where there is none")
     if study is not None and half >= abs(study):
         return Control("null", one, False, f"too coarse: half its width, {half:.4f}, is not below the study's gap")
-    beside = "" if study is None else f", half its width {half:.4f} is below the study's {abs(study):.4f}"
-    return Control("null", one, True, f"the interval covers zero{beside}")
+    if study is None:
+        return Control("null", one, None, f"covers zero, half its width is {half:.4f}: no study's gap to be below")
+    return Control(
+        "null", one, True, f"the interval covers zero, half its width {half:.4f} is below the study's {abs(study):.4f}"
+    )
 
 
 def above_floor(folders: list[ExperimentFolder]) -> pd.DataFrame:

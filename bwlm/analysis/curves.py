@@ -36,7 +36,9 @@ def compare(folders: list[ExperimentFolder]) -> Analysis:
         raise UserError("nothing to compare: no step has been logged yet")
     table = efficiency(curves)
     title = "Learning curves"
-    return Analysis("compare", title, _sentences(table), table, comparison_curves(bands(curves), title))
+    without = sorted({folder.id for folder in folders} - set(curves["run"]))
+    notes = [f"{run}: its metrics.jsonl holds no step, so it is left out" for run in without]
+    return Analysis("compare", title, _sentences(table), table, comparison_curves(bands(curves), title), notes)
 
 
 def smoothed_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
@@ -107,7 +109,8 @@ def efficiency(curves: pd.DataFrame) -> pd.DataFrame:
 
     The losses lie between where all runs of a size have left their start behind and the lowest that all of them reach.
     `ratio` is the geometric mean over seeds of tokens against the first direction's, with its 95 % t-interval over
-    seeds of the logarithm; FLOPs a token are equal within a size, so it holds for FLOPs too.
+    seeds of the logarithm; all figures of a row are over the seeds that both have. FLOPs a token are equal within a
+    size, so it holds for FLOPs too.
     """
     rows = []
     for size, of_size in curves.groupby("size"):
@@ -151,9 +154,9 @@ def _row(
         "size": size,
         "loss": level,
         "direction": name,
-        "seeds": len(own),
-        "tokens": float(np.mean([tokens for tokens, _ in own.values()])),
-        "flops": float(np.mean([flops for _, flops in own.values()])),
+        "seeds": len(seeds),
+        "tokens": float(np.mean([own[seed][0] for seed in seeds])) if seeds else math.nan,
+        "flops": float(np.mean([own[seed][1] for seed in seeds])) if seeds else math.nan,
         "against": first,
         "ratio": math.exp(float(logs.mean())) if len(logs) else math.nan,
         "ratio_low": low,

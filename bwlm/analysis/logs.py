@@ -66,6 +66,9 @@ def from_each(
                 parts.append(read(run).assign(run=folder.id, direction=run.direction, seed=run.seed))
         except UserError as error:
             notes.append(str(error))
+        except (KeyError, OSError, RuntimeError, ValueError) as error:  # what h5py raises of a flipped bit
+            reason = " ".join(str(error).split())
+            notes.append(f"{folder.research_log(folder.config().experiment.phase)}: damaged ({reason})")
     if not parts:
         raise UserError("; ".join(notes))
     return pd.concat(parts, ignore_index=True), notes

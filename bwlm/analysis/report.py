@@ -54,7 +54,8 @@ def _controls_section(folders: list[ExperimentFolder], findings: Findings) -> li
     controls = [c for source, of in runs.items() if of for c in judge_control(source, find(of).gaps, finest)]
     if not controls:
         return ["## Controls", _NO_CONTROLS]
-    rows = [[c.name, *gap_columns(c.gap)[:6], "passed" if c.passed else "**failed**", c.why] for c in controls]
+    results = {True: "passed", False: "**failed**", None: "no study"}
+    rows = [[c.name, *gap_columns(c.gap)[:6], results[c.passed], c.why] for c in controls]
     parts = ["## Controls", markdown_table(["control", *GAP_HEADER[:6], "result", "why"], rows)]
     floor = above_floor(runs[NULL])
     if not floor.empty:

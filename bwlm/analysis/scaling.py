@@ -23,7 +23,7 @@ from bwlm.analysis.scaling_law import (
     unknowns,
 )
 from bwlm.analysis.stats import QUANTILES, FloatArray, Gap, Size, counted, direction_rank
-from bwlm.analysis.tables import best_on_test, load_gap_table, sizes, with_losses
+from bwlm.analysis.tables import PER_DIRECTION, best_on_test, load_gap_table, sizes, with_losses
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder
 
@@ -37,7 +37,8 @@ def scaling(folders: list[ExperimentFolder]) -> Analysis:
     """
     findings = find(folders)
     runs = losses_by_size(folders, findings)
-    sentences, table, chart = analyse(runs, findings.gaps)
+    at_own_size = [found for found in findings.gaps if PER_DIRECTION not in str(found.size)]
+    sentences, table, chart = analyse(runs, at_own_size)
     return Analysis("scaling", "Loss over size and data", sentences, table, chart, findings.skipped)
 
 

@@ -35,7 +35,10 @@ def _named(name: str, known: dict[str, ExperimentFolder], grids: dict[str, Path]
     if name in known:
         return [name]
     if name in grids:
-        return [run for run in read_json(grids[name])["cells"] if run in known]
+        try:
+            return [run for run in read_json(grids[name])["cells"] if run in known]
+        except (KeyError, TypeError):
+            raise UserError(f"{grids[name]}: not a grid's list of cells; run the grid's command again") from None
     if glob.has_magic(name):
         return [run for run in known if fnmatch.fnmatchcase(run, name)]
     return [name]

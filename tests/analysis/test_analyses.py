@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -119,6 +120,12 @@ def test_tokens_to_reach_a_loss_by_hand() -> None:
     assert last.loc["backward", "ratio"] == pytest.approx(math.sqrt(2))
     assert last.loc["backward", "ratio_low"] < 1 < last.loc["backward", "ratio_high"]
     assert last.loc["forward", "ratio"] == 1.0
+    more = pd.concat([*curves, curve("backward", 2, [9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 1.0])], ignore_index=True)
+    with_unpaired = efficiency(more).query("loss == 1.0").set_index("direction")
+    assert with_unpaired.loc["backward", ["seeds", "tokens"]].tolist() == [
+        2,
+        600,
+    ]
 
 
 def test_transfer_is_the_losses_of_both_readings(folders: list[ExperimentFolder], trained: Path) -> None:
@@ -208,6 +215,12 @@ def test_what_differs_in_more_than_the_direction_is_refused(
     assert found.passed == 0
     [line] = found.refused
     assert line == "refused: f_s0 and other: differ in steps: 12 -> 9"
+    # but a bidirectional run of twice the steps has read as much in each direction
+    twice = make_run(
+        prepared, tmp_path, "twice", depth=2, direction="bidirectional", budget={"steps": 24, "batch_tokens": 512}
+    )
+    found = audit([*folders[2:4], twice])
+    assert (found.passed, found.refused) == (1, [])
 
 
 def test_a_damaged_log_is_named_and_the_rest_goes_on(trained: Path, tmp_path: Path) -> None:
@@ -225,6 +238,11 @@ def test_a_damaged_log_is_named_and_the_rest_goes_on(trained: Path, tmp_path: Pa
         "bidirectional": 1,
         "forward": 1,
     }
+    with h5py.File(storage / "b_s0" / "base.h5", "r+") as file:  # readable, with something else in its place
+        del file["validation/document"]
+    assert any("b_s0/base.h5: damaged (" in note for note in positions(choose(storage, ["*"])).notes)
+    (storage / "b_s0" / "metrics.jsonl").write_text("")
+    assert compare(choose(storage, ["*"])).notes == ["b_s0: its metrics.jsonl holds no step, so it is left out"]
     with pytest.raises(UserError, match=r"f_s0/base\.h5: damaged, not readable as HDF5"):
         positions(choose(storage, ["f_s0"]))
 
