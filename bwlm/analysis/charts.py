@@ -172,9 +172,10 @@ def transfer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
 
 
 def position_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
-    """Loss by place, a panel for each kind of place. `table`: direction, kind, bin, tokens, loss (nats)."""
+    """Loss by place, a panel for each kind of place. `table`: series, direction, kind, bin, tokens, loss (nats)."""
     table = table[table["tokens"] >= _FEWEST_TOKENS]
-    kinds = list(table["kind"].unique())
+    kinds, several = list(table["kind"].unique()), list(table["series"].unique())
+    dashes = alt.StrokeDash("series:N", sort=several, legend=alt.Legend(labelLimit=300))
     panels = []
     for kind in kinds:
         is_share = "share" in kind
@@ -188,6 +189,7 @@ def position_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
                 ),
                 y=alt.Y("loss:Q", title="loss (nats)", scale=alt.Scale(zero=False)),
                 color=_direction_color(table["direction"]),
+                **({"strokeDash": dashes} if len(several) > table["direction"].nunique() else {"detail": "series:N"}),
             )
             .properties(width=270, height=190)
         )
@@ -198,9 +200,9 @@ def position_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
 
 
 def layer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
-    """Rms over steps, a line for each layer; columns: what is measured, rows: directions.
+    """Rms over steps, a line for each layer; columns: what is measured, rows: series.
 
-    `table`: direction, step, layer, what, rms.
+    `table`: series, direction, step, layer, what, rms.
     """
     base = alt.Chart(table[table["rms"] > 0])
     lines = (
@@ -214,10 +216,16 @@ def layer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     )
     grid = lines.facet(
         column=alt.Column("what:N", title=None, sort=list(table["what"].unique())),
-        row=alt.Row("direction:N", title=None, sort=list(PALETTE)),
+        row=alt.Row("series:N", title=None, sort=_in_order(table), header=alt.Header(labelLimit=300)),
     ).resolve_scale(y="shared")
-    note = alt.TitleParams(title, subtitle="layer -1: the embedding; mean over the runs of a direction")
+    note = alt.TitleParams(title, subtitle="layer -1: the embedding; mean over seeds")
     return _styled(grid.properties(title=note))
+
+
+def _in_order(table: pd.DataFrame) -> list[str]:
+    """The series, forward before backward."""
+    order = {name: place for place, name in enumerate(PALETTE)}
+    return list(table.sort_values("direction", key=lambda names: names.map(order), kind="stable")["series"].unique())
 
 
 def similarity_chart(pairs: pd.DataFrame, heads: pd.DataFrame, title: str) -> alt.TopLevelMixin:

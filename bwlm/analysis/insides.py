@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from bwlm.analysis.charts import layer_chart, similarity_chart
 from bwlm.analysis.logs import LoggedRun, from_each, opened
 from bwlm.analysis.result import Analysis
+from bwlm.analysis.tables import sizes
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder
 
@@ -26,7 +27,7 @@ _OF = {"gradients": "parameter", "activations": "place"}
 
 
 def over_time(group: str, folders: list[ExperimentFolder]) -> Analysis:
-    """`gradients` or `activations`: statistics per layer over training, mean over the runs of a direction.
+    """`gradients` or `activations`: statistics per layer over training, mean over the runs of a series.
 
     Raises `UserError` if no run logged them.
     """
@@ -35,7 +36,7 @@ def over_time(group: str, folders: list[ExperimentFolder]) -> Analysis:
         return _long(run, group)
 
     of_runs, notes = from_each(folders, read)
-    keys = ["direction", "step", "layer", "what"]
+    keys = ["series", "direction", "step", "layer", "what"]
     table = of_runs.groupby(keys, sort=False)[list(STATISTICS)].mean().reset_index()
     title = f"{group.capitalize()} by layer"
     return Analysis(group, title, _extremes(table, group), table, layer_chart(table, title), notes)
@@ -61,13 +62,13 @@ def _kind(name: str) -> str:
 
 
 def _extremes(table: pd.DataFrame, group: str) -> list[str]:
-    """Which layer has the largest values at the end, by direction."""
+    """Which layer has the largest values at the end, by series."""
     found = []
-    for direction, part in table.groupby("direction", sort=False):
+    for series, part in table.groupby("series", sort=False):
         last = part[part["step"] == part["step"].max()]
         top = last.loc[last["rms"].idxmax()]
         found.append(
-            f"{direction}: at step {int(top['step'])} the largest rms of {group} is {top['rms']:.3g}, "
+            f"{series}: at step {int(top['step'])} the largest rms of {group} is {top['rms']:.3g}, "
             f"of {top['what']} in layer {int(top['layer'])}"
         )
     return found
@@ -119,19 +120,20 @@ def _cka(k: Kernel, m: Kernel) -> float:
 def representations(folders: list[ExperimentFolder]) -> Analysis:
     """Layer by layer, how alike the states of two runs are on the same tokens: across directions, and across seeds.
 
-    Raises `UserError` with under two runs that logged states of the same tokens.
+    Runs of one size are paired. Raises `UserError` with under two of those that logged states of the same tokens.
     """
     states, notes = _states(folders)
     rows = []
     for (one, of_one), (other, of_other) in combinations(states.items(), 2):
+        if of_one["size"] != of_other["size"] or (kind := _kind_of_pair(of_one, of_other)) is None:
+            continue
         if not np.array_equal(of_one["token"], of_other["token"]):
             notes.append(f"{one} and {other}: states of other tokens: they cannot be compared")
-        elif len(of_one["states"]) != len(of_other["states"]):
-            notes.append(f"{one} and {other}: of unequal depth: their layers do not pair")
-        else:
-            rows += _pair(of_one, of_other)
+            continue
+        layers = zip(of_one["states"], of_other["states"], strict=True)
+        rows += [{"pair": kind, "layer": layer, "cka": _cka(x, y)} for layer, (x, y) in enumerate(layers)]
     if not rows:
-        raise UserError("; ".join(notes) or "representations: two runs are needed to compare their states")
+        raise UserError("; ".join(notes) or "representations: two runs of one size are needed to compare their states")
     pairs = pd.DataFrame(rows)
     table = (
         pairs.groupby(["pair", "layer"], sort=False)["cka"].agg(["mean", "min", "max", "size"]).reset_index()
@@ -145,7 +147,7 @@ def representations(folders: list[ExperimentFolder]) -> Analysis:
 def _states(folders: list[ExperimentFolder]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """By run and, for a bidirectional one, reading: label, tokens, the kernel of its newest states in each layer."""
     found: dict[str, dict[str, Any]] = {}
-    notes = []
+    notes, labels = [], sizes(folders)
     for folder in folders:
         try:
             with opened(folder) as run:
@@ -154,17 +156,21 @@ def _states(folders: list[ExperimentFolder]) -> tuple[dict[str, dict[str, Any]],
                     label = run.direction if len(readings) == 1 else f"{run.direction} ({reading})"
                     tokens = run.fixed("representations", "token")
                     kernels = [Kernel.of(of_layer) for of_layer in of_reading]
-                    found[f"{folder.id} {reading}"] = {"label": label, "token": tokens, "states": kernels}
+                    of = {"run": folder.id, "size": labels[folder.id], "seed": run.seed, "lr": run.lr, "label": label}
+                    found[f"{folder.id} {reading}"] = of | {"token": tokens, "states": kernels}
         except UserError as error:
             notes.append(str(error))
     return found, notes
 
 
-def _pair(one: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
+def _kind_of_pair(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """What a comparison is of; None for two runs of a direction that differ in more than the seed."""
     labels = sorted((one["label"], other["label"]))
-    pair = f"seeds of {labels[0]}" if labels[0] == labels[1] else f"{labels[0]} and {labels[1]}"
-    layers = zip(one["states"], other["states"], strict=True)
-    return [{"pair": pair, "layer": layer, "cka": _cka(x, y)} for layer, (x, y) in enumerate(layers)]
+    if one["run"] == other["run"]:
+        return f"both readings of one {one['label'].partition(' ')[0]} model"
+    if labels[0] != labels[1]:
+        return f"{labels[0]} and {labels[1]}"
+    return f"seeds of {labels[0]}" if one["lr"] == other["lr"] and one["seed"] != other["seed"] else None
 
 
 def _heads(run: LoggedRun) -> pd.DataFrame:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from bwlm.analysis.tables import series
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.record.researchlog import open_log
@@ -22,6 +23,7 @@ class LoggedRun:
 
     folder: ExperimentFolder
     direction: str
+    lr: float
     seed: int
     file: Any
 
@@ -49,21 +51,21 @@ def opened(folder: ExperimentFolder) -> Iterator[LoggedRun]:
     """Raises `UserError` naming the file if it is missing or damaged."""
     experiment = folder.config().experiment
     with open_log(folder.research_log(experiment.phase)) as file:
-        yield LoggedRun(folder, experiment.direction, experiment.seed, file)
+        yield LoggedRun(folder, experiment.direction, experiment.lr, experiment.seed, file)
 
 
 def from_each(
     folders: list[ExperimentFolder], read: Callable[[LoggedRun], pd.DataFrame]
 ) -> tuple[pd.DataFrame, list[str]]:
-    """What `read` makes of each run's log, joined, with run, direction and seed; and why others gave nothing.
+    """What `read` makes of each run's log, joined, with run, direction, series; and why others gave nothing.
 
     Raises `UserError` if none gave anything.
     """
-    parts, notes = [], []
+    parts, notes, named = [], [], series(folders)
     for folder in folders:
         try:
             with opened(folder) as run:
-                parts.append(read(run).assign(run=folder.id, direction=run.direction, seed=run.seed))
+                parts.append(read(run).assign(run=folder.id, direction=run.direction, series=named[folder.id]))
         except UserError as error:
             notes.append(str(error))
         except (KeyError, OSError, RuntimeError, ValueError) as error:  # what h5py raises of a flipped bit

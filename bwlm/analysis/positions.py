@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from bwlm.analysis.charts import position_chart
 from bwlm.analysis.logs import LoggedRun, from_each
 from bwlm.analysis.result import Analysis
 from bwlm.record.lineage import ExperimentFolder
+from bwlm.text.packing import PackedRows
 
 KINDS = (
     "tokens from the segment's start",
@@ -19,17 +22,20 @@ KINDS = (
     "token's share of the text",
     "document's tokens",
 )
+"""The last is left out where the packed text, which knows a document's length, is gone."""
+_AT_ONCE = 4096
+"""Rows of packed text in memory."""
 _KEPT = ["kind", "bin", "tokens", "loss", "accuracy"]
 
 
 def positions(folders: list[ExperimentFolder]) -> Analysis:
-    """Loss and accuracy of the newest validation in each run's own reading, by direction, mean over runs.
+    """Loss and accuracy of the newest validation in each run's own reading, mean over the runs of a series.
 
     Raises `UserError` if no run logged its validation tokens.
     """
     of_runs, notes = from_each(folders, by_place)
     table = (
-        of_runs.groupby(["direction", "kind", "bin"], sort=False)
+        of_runs.groupby(["series", "direction", "kind", "bin"], sort=False)
         .agg(tokens=("tokens", "mean"), loss=("loss", "mean"), accuracy=("accuracy", "mean"), runs=("run", "nunique"))
         .reset_index()
     )
@@ -53,8 +59,9 @@ def by_place(run: LoggedRun) -> pd.DataFrame:
         KINDS[0]: _power_of_two(start + 1),
         KINDS[1]: _power_of_two(length - start),
         KINDS[2]: 2.0 ** np.floor(np.log2(counts[token] / len(token))),
-        KINDS[3]: _power_of_two(_sizes(document)),
     }
+    if (lengths := document_lengths(run.folder.config().corpus)) is not None:
+        edges[KINDS[3]] = _power_of_two(lengths[document])
     parts = [
         pd.DataFrame({"bin": edge, "loss": loss, "accuracy": correct})
         .groupby("bin")
@@ -73,10 +80,19 @@ def _within(segment: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]
     return np.arange(len(segment)) - np.repeat(first[order], counts[order]), np.repeat(counts[order], counts[order])
 
 
-def _sizes(document: NDArray[Any]) -> NDArray[np.int64]:
-    """Evaluated tokens of each token's document."""
-    _, inverse, counts = np.unique(document, return_inverse=True, return_counts=True)
-    return np.asarray(counts[inverse])
+@cache
+def document_lengths(corpus: str) -> NDArray[np.int64] | None:
+    """Tokens of each document of the validation split, by its number; None if the packed text is gone."""
+    if not (Path(corpus) / "manifest.json").exists():
+        return None
+    rows = PackedRows(Path(corpus), "validation")
+    lengths = np.zeros(0, dtype=np.int64)
+    for start in range(0, len(rows), _AT_ONCE):
+        part = rows.take(np.arange(start, min(start + _AT_ONCE, len(rows))))
+        counted = np.bincount(part.document, weights=part.lengths, minlength=len(lengths)).astype(np.int64)
+        counted[: len(lengths)] += lengths
+        lengths = counted
+    return lengths
 
 
 def _power_of_two(values: NDArray[Any]) -> NDArray[np.float64]:
@@ -85,12 +101,12 @@ def _power_of_two(values: NDArray[Any]) -> NDArray[np.float64]:
 
 def _sentences(table: pd.DataFrame) -> list[str]:
     found = []
-    for direction, group in table.groupby("direction", sort=False):
+    for series, group in table.groupby("series", sort=False):
         for kind in KINDS[:2]:
             part = group[group["kind"] == kind].sort_values("bin")
             first, last = part.iloc[0], part.iloc[-1]
             found.append(
-                f"{direction}: {first['loss']:.3f} nats at {kind} {first['bin']:.0f}, "
+                f"{series}: {first['loss']:.3f} nats at {kind} {first['bin']:.0f}, "
                 f"{last['loss']:.3f} from {last['bin']:.0f} on"
             )
     return found

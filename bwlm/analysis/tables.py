@@ -142,6 +142,20 @@ def sizes(folders: list[ExperimentFolder]) -> dict[str, str]:
     return labels
 
 
+def series(folders: list[ExperimentFolder]) -> dict[str, str]:
+    """A label by id of runs that differ in the seed alone: direction and, where there are several, size and rate.
+
+    Means are taken over a series: over more they would mix what is to be compared.
+    """
+    labels, experiments = sizes(folders), {folder.id: folder.config().experiment for folder in folders}
+    sized = len(set(labels.values())) > 1
+    rated = len({experiment.lr for experiment in experiments.values()}) > 1
+    return {
+        run: e.direction + (f", {labels[run]}" if sized else "") + (f", lr {e.lr:g}" if rated else "")
+        for run, e in experiments.items()
+    }
+
+
 def size_labels(identities: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """A label for what cells must agree in to be compared: all that varies but direction, learning rate and seed.
 

@@ -17,7 +17,7 @@ import pytest
 from bwlm.analysis.audit import audit
 from bwlm.analysis.curves import compare, efficiency
 from bwlm.analysis.insides import linear_cka, over_time, representations
-from bwlm.analysis.positions import KINDS, positions
+from bwlm.analysis.positions import KINDS, document_lengths, positions
 from bwlm.analysis.result import Analysis
 from bwlm.analysis.select import begun, choose
 from bwlm.analysis.tables import load_losses
@@ -25,6 +25,7 @@ from bwlm.analysis.transfer import transfer
 from bwlm.cli import main
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder
+from bwlm.text.corpus import read_texts
 from bwlm.text.prepare import Prepared
 from bwlm.train.base import run_base
 from bwlm.train.session import AloneSession
@@ -163,6 +164,19 @@ def test_places_share_out_every_token(folders: list[ExperimentFolder], trained: 
     assert first["forward", KINDS[0]] > first["forward", KINDS[1]]
 
 
+def test_a_documents_length_is_that_of_its_whole_text(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("bwlm.analysis.positions._AT_ONCE", 7)
+    texts = [text for part in read_texts(prepared.corpus.validation[0].uri, "text") for text in part]
+    expected = [len(prepared.tokenizer.encode(text or "")) for text in texts]
+    lengths = document_lengths(str(prepared.folder))
+    assert lengths is not None
+    assert list(lengths) == expected[: len(lengths)]
+    assert not any(expected[len(lengths) :])
+    assert document_lengths(str(tmp_path)) is None
+
+
 def test_layers_over_time(folders: list[ExperimentFolder]) -> None:
     gradients = over_time("gradients", folders).table
     assert sorted(set(gradients["step"])) == [4, 8, 12]
@@ -195,11 +209,11 @@ def test_representations_pair_directions_and_seeds(folders: list[ExperimentFolde
         "seeds of forward": 1, "seeds of backward": 1, "backward and forward": 4,
         "backward and bidirectional (forward)": 2, "backward and bidirectional (backward)": 2,
         "bidirectional (forward) and forward": 2, "bidirectional (backward) and forward": 2,
-        "bidirectional (backward) and bidirectional (forward)": 1,
+        "both readings of one bidirectional model": 1,
     }  # fmt: skip
     assert sorted(set(table["layer"])) == [0, 1, 2]
     assert table["cka"].between(-0.2, 1.001).all()
-    with pytest.raises(UserError, match="two runs are needed"):
+    with pytest.raises(UserError, match="two runs of one size are needed"):
         representations([folder for folder in folders if folder.id == "f_s0"])
 
 

@@ -18,6 +18,7 @@ from bwlm.analysis.tables import (
     load_curves,
     load_gap_table,
     own_losses,
+    series,
     sizes,
     tried_rates,
 )
@@ -207,6 +208,15 @@ def test_a_digest_that_nothing_explains_is_shortened(tmp_path: Path) -> None:
     cells.append(make_cell(tmp_path, "forward", seed=2, data="b" * 64, length=512))
     assert sizes(cells)[cells[2].id] == "d1 length=512 data=bbbbbbbb"
     assert len(set(sizes(cells).values())) == 3
+
+
+def test_a_series_holds_what_differs_in_the_seed_alone(tmp_path: Path) -> None:
+    plain = [make_cell(tmp_path, d, seed) for d in ("forward", "backward") for seed in range(2)]
+    assert list(series(plain).values()) == ["forward", "forward", "backward", "backward"]
+    more = [*plain[:2], make_cell(tmp_path, "forward", lr=2.0), make_cell(tmp_path, "backward", depth=2)]
+    assert list(series(more).values()) == [
+        "forward, d1, lr 1", "forward, d1, lr 1", "forward, d1, lr 2", "backward, d2, lr 1",
+    ]  # fmt: skip
 
 
 def test_corpora_go_by_their_source_where_it_tells_them_apart(tmp_path: Path) -> None:
