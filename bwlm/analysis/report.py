@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from bwlm.analysis.baseline import baseline_section
@@ -11,13 +12,21 @@ from bwlm.analysis.curves import single_curves
 from bwlm.analysis.findings import BEST_HEADER, Findings, best_columns, find
 from bwlm.analysis.page import to_page
 from bwlm.analysis.result import markdown_table
-from bwlm.analysis.sections import analysis_sections, audit_section, cost_section, data_section, repeat_section
+from bwlm.analysis.sections import (
+    analysis_sections,
+    audit_section,
+    configuration_section,
+    cost_section,
+    data_section,
+    repeat_section,
+)
 from bwlm.analysis.tables import CELL_HEADER, BestRate, cell_columns, load_cell, sizes
 from bwlm.analysis.verdict import GAP_HEADER, gap_caption, gap_columns, gap_frame, gap_line
 from bwlm.paths import write_atomic
 from bwlm.record.lineage import ExperimentFolder
 
 REPORT = "RESEARCH_REPORT.md"
+GRID_FILE = "grid.yaml"
 PAGE = "RESEARCH_REPORT.html"
 
 
@@ -39,8 +48,13 @@ def _grid_sections(
     """What follows the verdict; insides are shown of the cells at each direction's best learning rate."""
     chosen = _at_best_rates(folders, findings.best) or folders
     analyses, pictures = analysis_sections(chosen, home, [name] if chosen == folders else [f.id for f in chosen])
-    command = f"bwlm grid run {name}.yaml"
-    parts = [*_controls_section(folders, findings), *audit_section(folders), *data_section(folders)]
+    command = _grid_command(home.parent.parent, name)
+    parts = [
+        *_controls_section(folders, findings),
+        *audit_section(folders),
+        *configuration_section(folders),
+        *data_section(folders),
+    ]
     parts += [*analyses, *cost_section(folders)]
     return [*parts, *repeat_section(folders, command)], pictures
 
@@ -116,11 +130,16 @@ def _lineage(folder: ExperimentFolder) -> str:
     return f"## Lineage\n\nA {config.experiment.phase} run{of_grid}; parent: {parent or 'none'}."
 
 
+def _grid_command(storage: Path, name: str) -> str:
+    """With the grid file that lies beside the report, `--set` worked into it."""
+    return f"bwlm grid run {shlex.quote(str(storage / 'grids' / name / GRID_FILE))}"
+
+
 def _command(folder: ExperimentFolder) -> str:
     """What trains the run again."""
     config = folder.config()
     if config.grid:
-        return f"bwlm grid run {config.grid}.yaml"
+        return _grid_command(folder.path.parent, config.grid)
     experiment = config.experiment
     given = f"--direction {experiment.direction} --depth {experiment.depth} --id {folder.id}"
     return f"bwlm train --phase {experiment.phase} {given}  # and the settings below"

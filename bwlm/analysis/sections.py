@@ -67,6 +67,16 @@ def audit_section(folders: list[ExperimentFolder]) -> list[str]:
     return ["## Audit", "\n".join(f"- {line}" for line in audit(folders).words())]
 
 
+def configuration_section(folders: list[ExperimentFolder]) -> list[str]:
+    """Every setting that decides what the cells learn, and all its values."""
+    identities = [folder.config().identity for folder in folders]
+    names = sorted({name for fields in identities for name in fields})
+    rows = [(name, ", ".join(dict.fromkeys(str(fields.get(name, "–")) for fields in identities))) for name in names]
+    grid = folders[0].config().grid if folders else None
+    lineage = f"{len(folders)} base runs" + (f", children of the MLflow run {grid}" if grid else "")
+    return ["## Configuration and lineage", f"{lineage}.", markdown_table(["setting", "values"], rows)]
+
+
 def data_section(folders: list[ExperimentFolder]) -> list[str]:
     """Each corpus that the runs read: its source, digest and size."""
     rows = {}

@@ -44,18 +44,25 @@ def gap_columns(found: Gap) -> list[str]:
 
 def gap_sentence(found: Gap) -> str:
     """A judged gap in words: `size 4: backward is 0.0210 nats/token (0.70 %) worse than forward, 95 % over ..`."""
+    seeds = counted(len(found.seeds), "seed")
+    amount = ", ".join(part for part in _amount(found, seeds) if part)
+    return f"size {found.size}: {amount}: {found.verdict} ({found.reason})"
+
+
+def _amount(found: Gap, seeds: str = "") -> list[str]:
+    """How large a gap is, with what it is to be held against."""
     sign = -1 if found.gap_nats < 0 else 1  # the interval is told the same way round as the gap
     parts = [
-        f"size {found.size}: {found.b} is {abs(found.gap_nats):.4f} nats/token ({abs(found.gap_percent):.2f} %) "
+        f"{found.b} is {abs(found.gap_nats):.4f} nats/token ({abs(found.gap_percent):.2f} %) "
         f"{'better' if sign < 0 else 'worse'} than {found.a}"
     ]
     if found.seed_interval is not None:
         low, high = sorted(sign * end for end in found.seed_interval)
         parts.append(f"95 % over seeds {low:.4f} .. {high:.4f}")
-    parts.append(counted(len(found.seeds), "seed"))
+    parts.append(seeds)
     if found.noise_floor is not None:
         parts.append(f"noise floor {found.noise_floor:.4f}")
-    return f"{', '.join(parts)}: {found.verdict} ({found.reason})"
+    return parts
 
 
 def gap_figures(found: Gap) -> dict[str, Any]:
@@ -115,7 +122,8 @@ def gap_line(found: Gap, windows: int) -> str:
     """A judged gap as an item of a list, with what it was measured on."""
     few = "" if _resampled(found) else f" ({counted(found.documents, 'document')}: too few to resample)"
     text = _text_words(found, windows)
-    return f"- {found.size}: {found.a} against {found.b}: **{found.verdict}** ({found.reason}), on {text}{few}"
+    verdict = f"{found.a} against {found.b}: **{found.verdict}** ({found.reason}), on {text}{few}"
+    return f"- {found.size}: {verdict}: {', '.join(part for part in _amount(found) if part)}"
 
 
 def gap_caption(findings: Findings) -> str:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from bwlm.analysis.report import REPORT, write_experiment_report, write_grid_report
+from bwlm.analysis.report import GRID_FILE, REPORT, write_experiment_report, write_grid_report
 from bwlm.analysis.tables import CellRow, load_cells
 from bwlm.grid.cells import PlannedCell, check_same, find_cells, going_on, run_config, text_key
 from bwlm.grid.spec import Plan
-from bwlm.paths import check_writable, exclusive, write_json
+from bwlm.paths import check_writable, exclusive, write_atomic, write_json
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.fingerprint import differences
 from bwlm.record.lineage import RunConfig
@@ -121,6 +121,7 @@ def _enlist(
     if plan.grid_text is not None:
         home = folder_of(plan, storage)
         write_json(home / "grid.json", {"name": plan.name, "cells": [cell.id for cell in plan.cells]})
+        write_atomic(home / GRID_FILE, plan.grid_text.encode())
         parent = tracking.parent_run(home, plan.name, plan.grid_text)
     runs = []
     for planned in cells:

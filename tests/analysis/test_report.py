@@ -117,7 +117,9 @@ def test_the_report_tells_audit_cost_and_how_to_repeat_it(written: tuple[str, li
     text, files = written
     assert "pairs of runs agree in data, tokenizer, code" in text
     assert "| forward | 6 | " in text  # of the cost: four seeds, another rate, another depth
-    assert "```bash\nbwlm grid run g.yaml\n```" in text
+    assert re.search(r"```bash\nbwlm grid run /.*/grids/g/grid.yaml\n```", text)
+    assert "## Configuration and lineage\n\n" in text
+    assert re.search(r"^\| lr \| .*4\.0", text, re.M)
     assert "torch 2." in text
     page = files[1].read_text()
     assert page.count("data:image/svg+xml;base64,") == 4
@@ -246,7 +248,7 @@ def test_a_cell_of_other_text_silences_its_own_pairs_only(tmp_path: Path) -> Non
 
 def test_the_report_says_on_how_much_text_it_stands(written: tuple[str, list[Path]]) -> None:
     text, _ = written
-    assert re.search(r"- d1: forward against backward: .*\), on 12 documents in 12 windows\n", text)
+    assert re.search(r"- d1: forward against backward: .*\), on 12 documents in 12 windows: backward is 0", text)
     assert "Verdict (on the test half: d1 on 12 documents in 12 windows, d2 on 12 documents in 12 windows)" in text
     assert "a long document can have windows in\nboth" in text
     assert "too few to resample" not in text

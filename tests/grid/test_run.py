@@ -78,6 +78,10 @@ def test_a_grid_trains_compares_reports_and_runs_once(grid_file: GridFile, tmp_p
         assert (storage / result.cells[0].id / name).exists()
     assert read_json(storage / result.cells[0].id / "parent_link.json")["parent"] is None
 
+    again = result.report.with_name("grid.yaml")
+    assert f"bwlm grid run {again}" in report
+    assert [cell.id for cell in load_grid(again, []).cells] == [cell.id for cell in result.cells]
+
     (children,) = mlflow_children(storage).values()
     assert children == ["FINISHED"] * 9
 
