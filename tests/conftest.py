@@ -27,12 +27,12 @@ pytest_plugins = ["tests.runs", "tests.shell"]
 VOCAB_SIZE = 400
 SEQUENCE_LENGTH = 64
 
-_OWN_RAY = ("test_interrupts", "test_job")
+_OWN_RAY = "test_job"
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """`make test` runs what needs Ray, and mostly waits for it, beside the rest."""
-    if "ray_cluster" in item.fixturenames or item.path.stem in _OWN_RAY:
+    if "ray_cluster" in item.fixturenames or item.path.stem == _OWN_RAY:
         item.add_marker(pytest.mark.ray)
 
 

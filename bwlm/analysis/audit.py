@@ -19,29 +19,37 @@ class Audit:
 
     passed: int
     """Pairs whose data, tokenizer, code, precision, budget, row order and evaluation windows are equal."""
+    doubled: int
+    """Pairs of a bidirectional run with twice the other's steps that agree in all else: as many tokens each way."""
     refused: list[str]
     """Pairs that differ in more than they may, with the fields."""
 
     def words(self) -> list[str]:
         """For a report."""
         equal = "data, tokenizer, code, precision, budget, row order and validation windows"
-        return [f"{self.passed} pairs of runs agree in {equal}.", *self.refused]
+        doubled = (
+            f"{self.doubled} more agree but for a bidirectional run's twice the steps, its tokens in each direction."
+        )
+        return [f"{self.passed} pairs of runs agree in {equal}.", *([doubled] if self.doubled else []), *self.refused]
 
 
 def audit(folders: list[ExperimentFolder]) -> Audit:
     """Compares the identities of all pairs that a gap could be taken between; many refusals of one kind become one."""
     identities = {folder.id: folder.config().identity for folder in folders}
-    passed, refused = 0, dict[tuple[str, ...], list[str]]()
+    passed, doubled, refused = 0, 0, dict[tuple[str, ...], list[str]]()
     for (one, fields), (other, other_fields) in combinations(identities.items(), 2):
         if not _is_pair(fields, other_fields):
             continue
-        allowed = dict.fromkeys(TUNED | ({"steps"} if _equal_per_direction(fields, other_fields) else set()))
+        twice = _equal_per_direction(fields, other_fields)
+        allowed = dict.fromkeys(TUNED | ({"steps"} if twice else set()))
         changed = differences(fields | allowed, other_fields | allowed)
         if changed:
             refused.setdefault(tuple(changed), []).append(f"{one} and {other}")
+        elif twice:
+            doubled += 1
         else:
             passed += 1
-    return Audit(passed, [_refusal(changed, pairs) for changed, pairs in refused.items()])
+    return Audit(passed, doubled, [_refusal(changed, pairs) for changed, pairs in refused.items()])
 
 
 def _is_pair(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bwlm.analysis.result import markdown_table
 from bwlm.analysis.stats import Gap, gap, judge
-from bwlm.analysis.tables import load_gap_table, sizes
+from bwlm.analysis.tables import load_gap_table, sizes, with_losses
 from bwlm.analysis.verdict import GAP_HEADER, gap_columns, gap_sentence
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder, list_experiments
@@ -23,8 +23,9 @@ def baseline_section(folder: ExperimentFolder) -> list[str]:
         found = gap_to_forward(folder)
     except UserError as error:
         return [title, f"Nothing yet: {error}."]
+    sentence = gap_sentence(found)
     table = markdown_table(GAP_HEADER, [gap_columns(found)])
-    return [title, f"{gap_sentence(found)[0].upper()}{gap_sentence(found)[1:]}.", table, _READING]
+    return [title, f"{sentence[0].upper()}{sentence[1:]}.", table, _READING]
 
 
 def gap_to_forward(folder: ExperimentFolder) -> Gap:
@@ -35,13 +36,14 @@ def gap_to_forward(folder: ExperimentFolder) -> Gap:
     """
     own = folder.config()
     pair = ("forward", own.experiment.direction)
-    runs = [
+    same = [
         other
         for other in list_experiments(folder.path.parent)
         if other.status().state == "finished"
         and (config := other.config()).experiment.direction in pair
         and _settings(config.identity) == _settings(own.identity)
     ]
+    runs, _ = with_losses(same)
     seeds = {run.config().experiment.seed for run in runs if run.config().experiment.direction == "forward"}
     if own.experiment.seed not in seeds:
         raise UserError(

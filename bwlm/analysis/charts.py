@@ -26,7 +26,7 @@ _SHORT_NUMBER = "format(datum.value, '~s')"  # 0, 500k, 1.5M; an axis' own forma
 def learning_curves(curves: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     """Smoothed training loss (lines) and validation loss (points) over tokens; a panel for each size.
 
-    `curves` has a row a logged step: run, direction, size, lr, tokens, train_loss_smooth and, where it was measured,
+    `curves` has a row a logged step: run, direction, size, lr, tokens, loss and, where it was measured,
     val_loss. Thin lines are single runs; where there are several learning rates each has its dashes.
     """
     if curves.empty:
@@ -36,7 +36,7 @@ def learning_curves(curves: pd.DataFrame, title: str) -> alt.TopLevelMixin:
         x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(labelExpr=_SHORT_NUMBER, tickCount=4)),
         color=_direction_color(curves["direction"]),
     )
-    loss = alt.Y("train_loss_smooth:Q", title="loss (nats per token)", scale=alt.Scale(zero=False))
+    loss = alt.Y("loss:Q", title="loss (nats per token)", scale=alt.Scale(zero=False))
     lines = base.mark_line(strokeWidth=1, opacity=0.7).encode(y=loss, detail="run:N")
     if len(rates) > 1:
         lines = lines.encode(strokeDash=alt.StrokeDash("lr:N", sort=rates, title="learning rate"))

@@ -76,7 +76,7 @@ def smoothed_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
 
 def single_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
     """The input of `charts.learning_curves`: few enough steps of each run to be drawn, all validations among them."""
-    curves = smoothed_curves(folders).rename(columns={"loss": "train_loss_smooth"})
+    curves = smoothed_curves(folders)
     if curves.empty:
         return curves
     place = curves.groupby("run").cumcount()

@@ -120,6 +120,10 @@ def checked_runs(table: pd.DataFrame) -> pd.DataFrame:
     require_columns(table, COLUMNS, "the runs")
     if table.empty:
         raise UserError("there are no runs to fit: give a row for each finished run")
+    for name in ("run", "direction", "seed"):
+        blank = table[name].isna().to_numpy()
+        if blank.any():
+            raise UserError(f"the runs' row {int(blank.argmax()) + 1} has no {name}: fill it in or leave the row out")
     runs = table[list(COLUMNS)].assign(run=table["run"].astype(str), direction=table["direction"].astype(str))
     for name in ("parameters", "tokens", "loss"):
         runs[name] = pd.to_numeric(runs[name], errors="coerce").astype(np.float64)

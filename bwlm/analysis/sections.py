@@ -15,6 +15,7 @@ from bwlm.analysis.insides import over_time, representations
 from bwlm.analysis.positions import positions
 from bwlm.analysis.result import Analysis, frame_to_markdown, markdown_table
 from bwlm.analysis.select import begun
+from bwlm.analysis.stats import counted
 from bwlm.analysis.tables import load_curves
 from bwlm.analysis.transfer import transfer
 from bwlm.errors import UserError
@@ -73,7 +74,8 @@ def configuration_section(folders: list[ExperimentFolder]) -> list[str]:
     names = sorted({name for fields in identities for name in fields})
     rows = [(name, ", ".join(dict.fromkeys(str(fields.get(name, "–")) for fields in identities))) for name in names]
     grid = folders[0].config().grid if folders else None
-    lineage = f"{len(folders)} base runs" + (f", children of the MLflow run {grid}" if grid else "")
+    phases = " and ".join(dict.fromkeys(folder.config().experiment.phase for folder in folders))
+    lineage = counted(len(folders), f"{phases} run") + (f", children of the MLflow run {grid}" if grid else "")
     return ["## Configuration and lineage", f"{lineage}.", markdown_table(["setting", "values"], rows)]
 
 

@@ -44,12 +44,10 @@ def gap_columns(found: Gap) -> list[str]:
 
 def gap_sentence(found: Gap) -> str:
     """A judged gap in words: `size 4: backward is 0.0210 nats/token (0.70 %) worse than forward, 95 % over ..`."""
-    seeds = counted(len(found.seeds), "seed")
-    amount = ", ".join(part for part in _amount(found, seeds) if part)
-    return f"size {found.size}: {amount}: {found.verdict} ({found.reason})"
+    return f"size {found.size}: {_amount(found)}: {found.verdict} ({found.reason})"
 
 
-def _amount(found: Gap, seeds: str = "") -> list[str]:
+def _amount(found: Gap) -> str:
     """How large a gap is, with what it is to be held against."""
     sign = -1 if found.gap_nats < 0 else 1  # the interval is told the same way round as the gap
     parts = [
@@ -59,10 +57,10 @@ def _amount(found: Gap, seeds: str = "") -> list[str]:
     if found.seed_interval is not None:
         low, high = sorted(sign * end for end in found.seed_interval)
         parts.append(f"95 % over seeds {low:.4f} .. {high:.4f}")
-    parts.append(seeds)
+    parts.append(counted(len(found.seeds), "seed"))
     if found.noise_floor is not None:
         parts.append(f"noise floor {found.noise_floor:.4f}")
-    return parts
+    return ", ".join(parts)
 
 
 def gap_figures(found: Gap) -> dict[str, Any]:
@@ -123,7 +121,7 @@ def gap_line(found: Gap, windows: int) -> str:
     few = "" if _resampled(found) else f" ({counted(found.documents, 'document')}: too few to resample)"
     text = _text_words(found, windows)
     verdict = f"{found.a} against {found.b}: **{found.verdict}** ({found.reason}), on {text}{few}"
-    return f"- {found.size}: {verdict}: {', '.join(part for part in _amount(found) if part)}"
+    return f"- {found.size}: {verdict}: {_amount(found)}"
 
 
 def gap_caption(findings: Findings) -> str:

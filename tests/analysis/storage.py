@@ -45,7 +45,7 @@ def make_cell(
     content = {"direction": direction, "depth": depth, "lr": lr, "seed": seed, "data": {"source": source}}
     experiment = Experiment.model_validate(content | {"tokenizer": {"vocab_size": 264}})
     folder = ExperimentFolder(storage, name)
-    folder.create(RunConfig(name, experiment, fields, STEPS * depth, COMPUTE, "/corpus", "/tokenizer", "g"))
+    folder.create(RunConfig(name, experiment, fields, fields["steps"], COMPUTE, "/corpus", "/tokenizer", "g"))
     return folder
 
 

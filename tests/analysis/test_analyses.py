@@ -234,7 +234,7 @@ def test_what_differs_in_more_than_the_direction_is_refused(
         prepared, tmp_path, "twice", depth=2, direction="bidirectional", budget={"steps": 24, "batch_tokens": 512}
     )
     found = audit([*folders[2:4], twice])
-    assert (found.passed, found.refused) == (1, [])
+    assert (found.passed, found.doubled, found.refused) == (0, 1, [])
 
 
 def test_a_damaged_log_is_named_and_the_rest_goes_on(trained: Path, tmp_path: Path) -> None:

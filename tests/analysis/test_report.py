@@ -374,7 +374,7 @@ def test_directions_keep_their_colours(tmp_path: Path) -> None:
                     "size": "d1",
                     "lr": 1.0,
                     "tokens": t,
-                    "train_loss_smooth": 5 - t,
+                    "loss": 5 - t,
                     "val_loss": None,
                 }
                 for d in directions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ import pytest
 
 from bwlm.analysis.charts import scaling_chart
 from bwlm.analysis.gap_over_size import gap_by_size
-from bwlm.analysis.scaling import analyse
+from bwlm.analysis.scaling import analyse, scaling
 from bwlm.analysis.scaling_fit import COLUMNS, fit, hold_out
 from bwlm.analysis.scaling_law import Law, objective, scaling_parameters
 from bwlm.analysis.stats import Gap
+from bwlm.analysis.tables import PER_DIRECTION
 from bwlm.errors import UserError
 from bwlm.model.shape import GPTConfig
+from tests.analysis.storage import STEPS, finish, make_cell
 
 TRUE = Law(E=1.8, A=40.0, a=0.30, B=120.0, b=0.33)
 SIZES, BUDGETS = (1e5, 3e5, 1e6, 3e6), (1e7, 3e7, 1e8)
@@ -254,12 +257,33 @@ def test_bad_runs_are_named(change: dict[str, Any], message: str) -> None:
 def test_bad_tables_are_named() -> None:
     with pytest.raises(UserError, match=r"lack column 'parameters' \(did you mean 'parameter'\?\)"):
         fit(simulated().rename(columns={"parameters": "parameter"}), "forward")
+    with pytest.raises(UserError, match="the runs' row 1 has no seed"):
+        fit(simulated().assign(seed=None), "forward")
+    with pytest.raises(UserError, match="the runs' row 3 has no direction"):
+        fit(simulated().assign(direction=lambda runs: runs["direction"].where(runs.index != 2)), "forward")
     with pytest.raises(UserError, match="no runs to fit"):
         analyse(simulated().head(0), [])
     with pytest.raises(UserError, match=r"direction 'forwards' \(did you mean 'forward'\?\)"):
         fit(simulated(), "forwards")
     with pytest.raises(UserError, match="resamples is 0"):
         fit(simulated(), "forward", resamples=0)
+
+
+def test_of_a_grid_whose_bidirectional_runs_are_also_trained_for_twice_the_steps(tmp_path: Path) -> None:
+    """Pairs at equal tokens per direction are of no size of their own, and stay out."""
+    cells = []
+    for depth in (1, 2, 3):
+        for direction, times in (("forward", 1), ("backward", 1), ("bidirectional", 1), ("bidirectional", 2)):
+            for seed in range(3):
+                folder = make_cell(tmp_path, direction, seed=seed, depth=depth, steps=STEPS * depth * times)
+                nll = [
+                    30 + 5 / depth + (direction == "backward") * depth + 0.01 * seed * window for window in range(24)
+                ]
+                readings = ["forward", "backward"] if direction == "bidirectional" else [direction]
+                cells.append(finish(folder, dict.fromkeys(readings, nll)))
+    found = scaling(cells)
+    assert {"forward", "backward", "bidirectional"} <= set(found.table["direction"])
+    assert not any(PER_DIRECTION in line for line in found.findings)
 
 
 # The gap by size
