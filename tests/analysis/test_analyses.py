@@ -16,7 +16,7 @@ import pytest
 
 from bwlm.analysis.audit import audit
 from bwlm.analysis.curves import compare, efficiency
-from bwlm.analysis.insides import linear_cka, over_time, representations
+from bwlm.analysis.insides import _kind_of_pair, linear_cka, over_time, representations
 from bwlm.analysis.positions import KINDS, document_lengths, positions
 from bwlm.analysis.result import Analysis
 from bwlm.analysis.select import begun, choose
@@ -159,6 +159,12 @@ def test_places_share_out_every_token(folders: list[ExperimentFolder], trained: 
     mean = load_losses(ExperimentFolder(trained, "x_s0"), "backward")["nll"].sum() + losses["nll"].sum()
     part = table[(table["direction"] == "bidirectional") & (table["kind"] == KINDS[0])]
     assert (part["loss"] * part["tokens"]).sum() == pytest.approx(mean / 2, rel=1e-5)
+    # documents lie where the length of their whole text says, however little of it was evaluated
+    lengths = document_lengths(ExperimentFolder(trained, "x_s0").config().corpus)
+    assert lengths is not None
+    of_document = losses.groupby(2.0 ** np.floor(np.log2(lengths[losses["document"]])))["tokens"].sum()
+    part = table[(table["direction"] == "bidirectional") & (table["kind"] == KINDS[3])]
+    assert part.set_index("bin")["tokens"].to_dict() == of_document.to_dict()
     # what a reading begins with costs it most
     first = table[table["bin"] == 1].set_index(["direction", "kind"])["loss"]
     assert first["forward", KINDS[0]] > first["forward", KINDS[1]]
@@ -215,6 +221,18 @@ def test_representations_pair_directions_and_seeds(folders: list[ExperimentFolde
     assert table["cka"].between(-0.2, 1.001).all()
     with pytest.raises(UserError, match="two runs of one size are needed"):
         representations([folder for folder in folders if folder.id == "f_s0"])
+
+
+def test_only_what_differs_in_the_seed_alone_is_a_pair_of_seeds() -> None:
+    def of(run: str, label: str = "forward", seed: int = 0, lr: float = 1.0) -> dict[str, Any]:
+        return {"run": run, "label": label, "seed": seed, "lr": lr}
+
+    assert _kind_of_pair(of("a"), of("b", seed=1)) == "seeds of forward"
+    assert _kind_of_pair(of("a"), of("b", lr=2.0)) is None
+    assert _kind_of_pair(of("a"), of("b", seed=1, lr=2.0)) is None
+    assert _kind_of_pair(of("a"), of("b", "backward", lr=2.0)) == "backward and forward"  # each at its own rate
+    readings = (of("x", "bidirectional (forward)"), of("x", "bidirectional (backward)"))
+    assert _kind_of_pair(*readings) == "both readings of one bidirectional model"
 
 
 def test_what_differs_in_more_than_the_direction_is_refused(
