@@ -189,6 +189,15 @@ def test_the_schema_knows_the_shipped_grids(shell: Shell) -> None:
 # ---- runs ----
 
 
+def test_a_run_that_cannot_be_read_hides_no_other(shell: Shell) -> None:
+    make_run(shell.storage, "bars_forward_d1")
+    damaged = make_run(shell.storage, "bars_backward_d1").path / "config.json"
+    damaged.write_text("{")
+    answer = shell("runs", "list", "--json")
+    assert [run["id"] for run in json.loads(answer.out)] == ["bars_forward_d1"]
+    assert answer.err.startswith(f"bars_backward_d1 is left out: {damaged}: not valid JSON")
+
+
 def test_runs_as_json(shell: Shell) -> None:
     assert shell.json("runs", "list") == []
     assert not shell.storage.exists()

@@ -150,6 +150,23 @@ def test_a_size_with_one_direction_is_named(shell: Shell) -> None:
     assert answer.err == "l.csv: size 9 is not compared: it has runs of forward alone\n"
 
 
+def test_a_pair_that_cannot_be_measured_hides_no_other(shell: Shell) -> None:
+    broken = table(GOLDEN, size=9).iloc[:-1]
+    answer = shell("analyze", "gap", "--from", write(pd.concat([LOSSES, broken]), shell.folder / "l.csv"), "--json")
+    [found] = json.loads(answer.out)
+    assert (found["size"], found["p_adjusted"]) == (4, found["p"])  # a pair that was not measured is not in the family
+    assert answer.err.startswith("l.csv: not compared: size 9, forward and backward: document 'd1' differs: run ")
+
+
+def test_rows_that_stand_there_twice_are_told(shell: Shell) -> None:
+    name = write(pd.concat([LOSSES, LOSSES.iloc[2:4]]), shell.folder / "l.csv")
+    answer = shell("analyze", "gap", "--from", name)
+    assert "document 'd0' differs: run 'forward-0' has 4 tokens" in answer.err
+    name = write(pd.concat([LOSSES, LOSSES]), shell.folder / "l.csv")
+    words = "l.csv: 12 rows stand there twice, the first of document 'd0' in run 'forward-0': summed as windows of one"
+    assert words in shell("analyze", "gap", "--from", name).err
+
+
 def test_names_that_look_like_markup_are_shown(shell: Shell) -> None:
     name = write(LOSSES.replace({"direction": {"backward": "[b]ackward"}}), shell.folder / "[i].csv")
     out = shell("analyze", "gap", "--from", name).out
@@ -244,7 +261,10 @@ TABLES: dict[str, tuple[Change, str]] = {
         lambda rows: rows.assign(run=["again", *rows["run"][1:]]),
         "direction forward, seed 0, size 4 has several runs: again, forward-0; keep one of them",
     ),
-    "other documents": (lambda rows: rows.iloc[:-1], "document 'd1' differs: run 'forward-0' has 6 tokens"),
+    "other documents": (
+        lambda rows: rows.iloc[:-1],
+        "size 4, forward and backward: document 'd1' differs: run 'forward-0' has 6 tokens",
+    ),
     "a document without a name": (
         lambda rows: rows.assign(document=[None, *rows["document"][1:]]),
         "the losses' row 1 has no document",

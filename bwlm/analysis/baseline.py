@@ -7,7 +7,7 @@ from bwlm.analysis.stats import Gap, gap, judge
 from bwlm.analysis.tables import load_gap_table, sizes, with_losses
 from bwlm.analysis.verdict import GAP_HEADER, gap_columns, gap_sentence
 from bwlm.errors import UserError
-from bwlm.record.lineage import ExperimentFolder, list_experiments
+from bwlm.record.lineage import ExperimentFolder, list_experiments, readable
 
 _FREE = ("direction", "seed")
 
@@ -38,7 +38,7 @@ def gap_to_forward(folder: ExperimentFolder) -> Gap:
     pair = ("forward", own.experiment.direction)
     same = [
         other
-        for other in list_experiments(folder.path.parent)
+        for other in readable(list_experiments(folder.path.parent))[0]
         if other.status().state == "finished"
         and (config := other.config()).experiment.direction in pair
         and _settings(config.identity) == _settings(own.identity)

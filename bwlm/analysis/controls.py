@@ -10,7 +10,7 @@ import pandas as pd
 
 from bwlm.analysis.stats import DIFFERENT, Gap
 from bwlm.analysis.tables import load_losses, with_losses
-from bwlm.record.lineage import ExperimentFolder, list_experiments
+from bwlm.record.lineage import ExperimentFolder, list_experiments, readable
 from bwlm.text.controls import null_floor, null_nll_of_rows
 from bwlm.text.packing import PackedRows
 
@@ -31,7 +31,7 @@ class Control:
 def control_runs(storage: Path) -> dict[str, list[ExperimentFolder]]:
     """Finished runs on a control's corpus, by corpus."""
     found: dict[str, list[ExperimentFolder]] = {NULL: [], POSITIVE: []}
-    for folder in list_experiments(storage):
+    for folder in readable(list_experiments(storage))[0]:
         source = folder.config().experiment.data.source
         if source in found and folder.status().state == "finished":
             found[source].append(folder)

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bwlm.analysis.stats import COLUMNS, Gap, gaps
+from bwlm.analysis.stats import COLUMNS, Gap, counted, judge, measured_pairs
 from bwlm.errors import UserError
 
 _NAMES = ("run", "direction", "document")  # text, whatever it looks like: document 007 is not document 7
@@ -23,11 +23,14 @@ def gaps_from(path: Path, resamples: int = 10_000) -> tuple[list[Gap], list[str]
     """The judged gaps of a file's losses, and why a size has none. Raises `UserError` that names the file."""
     losses = read_losses(path)
     try:
-        found = gaps(losses, resamples)
+        found, problems = measured_pairs(losses, resamples)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    if not found:
+        raise UserError("; ".join(f"{path}: {problem}" for problem in problems))
     directions = losses.groupby("size")["direction"].unique()
-    notes = [
+    notes = [f"{path}: not compared: {problem}" for problem in problems]
+    notes += [
         f"{path}: size {size} is not compared: it has runs of {present[0]} alone"
         for size, present in directions.items()
         if len(present) == 1
@@ -35,7 +38,13 @@ def gaps_from(path: Path, resamples: int = 10_000) -> tuple[list[Gap], list[str]
     each = losses["nll"].astype(float).sum() / losses["tokens"].astype(float).sum()
     if each < _LEAST:
         notes.append(f"{path}: a loss of {each:.4f} nats a token in all: nll must be a document's sum, not its mean")
-    return found, notes
+    if twice := int(losses.duplicated().sum()):
+        first = losses[losses.duplicated()].iloc[0]
+        notes.append(
+            f"{path}: {counted(twice, 'row')} stand there twice, the first of document '{first['document']}' in run "
+            f"'{first['run']}': summed as windows of one document; leave copies out"
+        )
+    return judge(found), notes
 
 
 def read_losses(path: Path) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from bwlm.analysis.baseline import baseline_section
@@ -23,17 +24,19 @@ from bwlm.analysis.sections import (
 from bwlm.analysis.tables import CELL_HEADER, BestRate, cell_columns, load_cell, sizes
 from bwlm.analysis.verdict import GAP_HEADER, gap_caption, gap_columns, gap_frame, gap_line
 from bwlm.paths import write_atomic
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.record.lineage import ExperimentFolder, cells_of, grid_folder, readable
 
 REPORT = "RESEARCH_REPORT.md"
 GRID_FILE = "grid.yaml"
 PAGE = "RESEARCH_REPORT.html"
 
 
-def write_grid_report(folder: Path, name: str, storage: Path, ids: list[str]) -> list[Path]:
-    """Writes the report of a grid and its charts into `folder`; returns the files, the report first."""
-    folders = [ExperimentFolder(storage, run) for run in ids]
+def write_grid_report(storage: Path, name: str) -> list[Path]:
+    """Writes the report of a grid and its charts into the grid's folder; returns the files, the report first."""
+    folder = grid_folder(storage, name)
+    folders, left_out = readable(ExperimentFolder(storage, run) for run in cells_of(storage, name))
     findings = find(folders)
+    findings = replace(findings, without_result=left_out + findings.without_result)
     charts = save_chart(learning_curves(single_curves(folders), f"{name}: learning curves"), folder, "curves")
     if findings.gaps:
         charts += save_chart(gap_chart(gap_frame(findings.gaps), f"{name}: gaps between directions"), folder, "gaps")
@@ -132,7 +135,7 @@ def _lineage(folder: ExperimentFolder) -> str:
 
 def _grid_command(storage: Path, name: str) -> str:
     """With the grid file that lies beside the report, `--set` worked into it."""
-    return f"bwlm grid run {shlex.quote(str(storage / 'grids' / name / GRID_FILE))}"
+    return f"bwlm grid run {shlex.quote(str(grid_folder(storage, name) / GRID_FILE))}"
 
 
 def _command(folder: ExperimentFolder) -> str:

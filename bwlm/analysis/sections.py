@@ -41,7 +41,7 @@ _ANALYSES: dict[str, tuple[str, Analyse, bool]] = {
 def analysis_sections(folders: list[ExperimentFolder], home: Path, names: list[str]) -> tuple[list[str], list[Path]]:
     """Markdown of what each analysis finds, and its pictures below `home`; `names` are what a person would type."""
     try:
-        folders, _ = begun(folders)
+        folders, _ = begun(folders, [])
     except UserError:
         folders = []
     parts, pictures = [], []

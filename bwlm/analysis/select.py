@@ -7,50 +7,45 @@ import glob
 from pathlib import Path
 
 from bwlm.errors import UserError, nearest
-from bwlm.paths import read_json
-from bwlm.record.lineage import ExperimentFolder, list_experiments
+from bwlm.record.lineage import ExperimentFolder, cells_of, grid_names, list_experiments, readable
 
 
-def choose(storage: Path, names: list[str]) -> list[ExperimentFolder]:
-    """Each experiment that is named, once, in the order of the names.
+def choose(storage: Path, names: list[str]) -> tuple[list[ExperimentFolder], list[str]]:
+    """Each experiment that is named, once, in the order of the names; and why some of them are left out.
 
-    Raises `UserError` for a name that is neither an experiment nor a grid, with the nearest, and for a glob without a
-    match.
+    Raises `UserError` for a name that is neither an experiment nor a grid, with the nearest, for a glob without a
+    match, and if none can be read.
     """
-    known = {folder.id: folder for folder in list_experiments(storage)}
-    grids = {path.parent.name: path for path in (storage / "grids").glob("*/grid.json")}
-    chosen: dict[str, ExperimentFolder] = {}
-    for name in names:
-        found = _named(name, known, grids)
-        if not found:
-            raise UserError(f"{name}: no experiment in {storage} matches; see: bwlm runs list")
-        if found == [name] and name not in known:
-            told = nearest(name, [*known, *grids])
-            raise UserError(f"{name}: no such experiment or grid in {storage}{told}; see: bwlm runs list")
-        chosen |= {run: known[run] for run in found if run in known}
-    return list(chosen.values())
+    known = [folder.id for folder in list_experiments(storage)]
+    ids = dict.fromkeys(run for name in names for run in _named(storage, name, known))
+    chosen, left_out = readable(ExperimentFolder(storage, run) for run in ids)
+    if not chosen:
+        raise UserError("; ".join(left_out) or f"{', '.join(names)}: no cell")
+    return chosen, left_out
 
 
-def _named(name: str, known: dict[str, ExperimentFolder], grids: dict[str, Path]) -> list[str]:
+def _named(storage: Path, name: str, known: list[str]) -> list[str]:
     if name in known:
         return [name]
+    grids = grid_names(storage)
     if name in grids:
-        try:
-            return [run for run in read_json(grids[name])["cells"] if run in known]
-        except (KeyError, TypeError):
-            raise UserError(f"{grids[name]}: not a grid's list of cells; run the grid's command again") from None
-    if glob.has_magic(name):
-        return [run for run in known if fnmatch.fnmatchcase(run, name)]
-    return [name]
+        return cells_of(storage, name)
+    if not glob.has_magic(name):
+        told = nearest(name, [*known, *grids])
+        raise UserError(f"{name}: no such experiment or grid in {storage}{told}; see: bwlm runs list")
+    found = [run for run in known if fnmatch.fnmatchcase(run, name)]
+    if not found:
+        raise UserError(f"{name}: no experiment in {storage} matches; see: bwlm runs list")
+    return found
 
 
-def begun(folders: list[ExperimentFolder]) -> tuple[list[ExperimentFolder], list[str]]:
+def begun(folders: list[ExperimentFolder], left_out: list[str]) -> tuple[list[ExperimentFolder], list[str]]:
     """The runs that have done a step, and what a reader must know of those that have not ended well.
 
-    Raises `UserError` if none has.
+    `left_out` says so of others already. Raises `UserError` if no run has done a step.
     """
     states = {folder.id: folder.status() for folder in folders}
-    notes = [
+    notes = left_out + [
         f"{folder.id} is {status.state}: analysed up to step {status.step:,}"
         for folder in folders
         if (status := states[folder.id]).state != "finished" and status.step

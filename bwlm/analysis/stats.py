@@ -47,6 +47,7 @@ QUANTILES: Final = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)  # of a bootstra
 
 _CELL: Final = ["size", "direction", "seed"]
 _ROUNDING: Final = 1e-12  # nats per token; gaps and spreads up to this size are floating-point dust
+_LARGEST: Final = 1e15  # of a sum over a document; beyond it doubles do not count
 _CHUNK: Final = 1_000_000  # documents drawn at a time by the bootstrap: about 30 MB at once
 
 
@@ -86,6 +87,7 @@ def gap(losses: pd.DataFrame, a: str, b: str, size: Size, resamples: int = 10_00
 
     A seed that only one direction has is left out and listed in `dropped_seeds`.
     """
+    _check_resamples(resamples)
     return _measure(_runs(losses), a, b, _plain_size(size), resamples, seed)
 
 
@@ -96,18 +98,36 @@ def gaps(losses: pd.DataFrame, resamples: int = 10_000, seed: int = 0, alpha: fl
     bidirectional, permuted, then any others by name. Each gap bootstraps from the same `seed`, so its interval does not
     depend on what else is in the table.
     """
+    found, problems = measured_pairs(losses, resamples, seed)
+    if problems:
+        raise UserError("; ".join(problems))
+    return judge(found, alpha)
+
+
+def measured_pairs(losses: pd.DataFrame, resamples: int = 10_000, seed: int = 0) -> tuple[list[Gap], list[str]]:
+    """The gaps of `gaps` before they are judged, and of each pair that cannot be measured why not.
+
+    Raises `UserError` where the table itself is wrong, or has no two directions of one size.
+    """
+    _check_resamples(resamples)
     runs = _runs(losses)
-    found = [
-        _measure(runs, a, b, size, resamples, seed)
+    pairs = [
+        (size, a, b)
         for size in sorted(runs, key=lambda size: (isinstance(size, str), size))
         for a, b in combinations(sorted(runs[size], key=direction_rank), 2)
     ]
-    if not found:
+    if not pairs:
         raise UserError(
             f"nothing to compare: no size has runs of two directions (directions found: "
             f"{_listed({direction for cells in runs.values() for direction in cells})}); add runs of a second direction"
         )
-    return judge(found, alpha)
+    found, problems = [], []
+    for size, a, b in pairs:
+        try:
+            found.append(_measure(runs, a, b, size, resamples, seed))
+        except UserError as error:
+            problems.append(f"size {size}, {a} and {b}: {error}")
+    return found, problems
 
 
 def judge(family: Sequence[Gap], alpha: float = 0.05) -> list[Gap]:
@@ -275,7 +295,12 @@ def require_columns(table: pd.DataFrame, needed: Sequence[str], rows: str) -> No
 
 def _finite(losses: pd.DataFrame, name: str) -> FloatArray:
     values = pd.to_numeric(losses[name], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    for fault, wrong in (("not a finite number", ~np.isfinite(values)), ("which is negative", values < 0)):
+    faults = {
+        "not a finite number": ~np.isfinite(values),
+        "which is negative": values < 0,
+        "more than any text can have": values > _LARGEST,
+    }
+    for fault, wrong in faults.items():
         if wrong.any():
             row = losses.iloc[int(wrong.argmax())]
             raise UserError(
@@ -339,9 +364,12 @@ class _Pair:
     bytes_d: FloatArray
 
 
-def _measure(runs: _Runs, a: str, b: str, size: Size, resamples: int, seed: int) -> Gap:
+def _check_resamples(resamples: int) -> None:
     if resamples < 1:
         raise UserError(f"resamples is {resamples}: the bootstrap needs at least 1, and 10000 to be smooth")
+
+
+def _measure(runs: _Runs, a: str, b: str, size: Size, resamples: int, seed: int) -> Gap:
     pair = _paired(runs, a, b, size)
     difference_sd = pair.nll_b_sd - pair.nll_a_sd
     tokens = pair.tokens_d.sum()

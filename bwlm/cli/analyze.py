@@ -90,7 +90,7 @@ def _gaps_of_runs(runs: list[str], storage: str | None) -> tuple[list[Gap], list
     from bwlm.analysis.select import begun, choose
     from bwlm.paths import storage_root
 
-    folders, notes = begun(choose(storage_root(storage), runs))
+    folders, notes = begun(*choose(storage_root(storage), runs))
     findings = find(folders)
     notes += [*audit(folders).refused, *findings.skipped]
     if not findings.gaps:
@@ -184,14 +184,16 @@ def report(names: Runs, storage: Storage = None, as_json: Json = False) -> None:
     from bwlm.analysis.report import write_experiment_report, write_grid_report
     from bwlm.analysis.select import choose
     from bwlm.paths import storage_root
+    from bwlm.record.lineage import grid_names
 
     root = storage_root(storage)
     files = []
     for name in names:
-        folders = choose(root, [name])
-        home = root / "grids" / name
-        if (home / "grid.json").exists():
-            files += write_grid_report(home, name, root, [folder.id for folder in folders])
+        folders, left_out = choose(root, [name])
+        for line in left_out:
+            say(line)
+        if name in grid_names(root):
+            files += write_grid_report(root, name)
         else:
             files += [file for folder in folders for file in write_experiment_report(folder)]
     if as_json:
@@ -211,7 +213,7 @@ def _run(
     from bwlm.paths import storage_root
 
     _check(output)
-    folders, notes = begun(choose(storage_root(storage), runs))
+    folders, notes = begun(*choose(storage_root(storage), runs))
     found = analyse(folders)
     for note in [*notes, *found.notes]:
         say(f"note: {note}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from bwlm.cli.terminal import Json, Storage, print_json, show, table
+from bwlm.cli.terminal import Json, Storage, print_json, say, show, table
 
 runs_app = typer.Typer(help="What was trained.", no_args_is_help=True)
 
@@ -17,10 +17,13 @@ def runs_list(storage: Storage = None, as_json: Json = False) -> None:
     """
     from bwlm.analysis.tables import CELL_HEADER, cell_columns, load_cell
     from bwlm.paths import storage_root
-    from bwlm.record.lineage import list_experiments
+    from bwlm.record.lineage import list_experiments, readable
 
     root = storage_root(storage)
-    cells = [load_cell(folder) for folder in list_experiments(root)]
+    folders, left_out = readable(list_experiments(root))
+    for line in left_out:
+        say(line)
+    cells = [load_cell(folder) for folder in folders]
     if as_json:
         return print_json([cell.to_json() for cell in cells])
     show(

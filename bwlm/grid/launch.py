@@ -17,10 +17,10 @@ from bwlm.analysis.report import GRID_FILE, REPORT, write_experiment_report, wri
 from bwlm.analysis.tables import CellRow, load_cells
 from bwlm.grid.cells import PlannedCell, check_same, find_cells, going_on, run_config, text_key
 from bwlm.grid.spec import Plan
-from bwlm.paths import check_writable, exclusive, write_atomic, write_json
+from bwlm.paths import check_writable, exclusive, write_atomic
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.fingerprint import differences
-from bwlm.record.lineage import RunConfig
+from bwlm.record.lineage import RunConfig, grid_folder, write_cells
 from bwlm.record.tracking import Tracking, tracking_uri
 from bwlm.text.prepare import Prepared, prepare
 
@@ -67,10 +67,6 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None]) -> LaunchRe
         show("writing the report")
         with exclusive(home / "lock"):  # another launch may end at the same moment
             return _conclude(plan, storage, tracking, run, room.dashboard)
-
-
-def grid_folder(storage: Path, name: str) -> Path:
-    return storage / "grids" / name
 
 
 def folder_of(plan: Plan, storage: Path) -> Path:
@@ -120,7 +116,7 @@ def _enlist(
     parent = None
     if plan.grid_text is not None:
         home = folder_of(plan, storage)
-        write_json(home / "grid.json", {"name": plan.name, "cells": [cell.id for cell in plan.cells]})
+        write_cells(storage, plan.name, [cell.id for cell in plan.cells])
         write_atomic(home / GRID_FILE, plan.grid_text.encode())
         parent = tracking.parent_run(home, plan.name, plan.grid_text)
     runs = []
@@ -167,6 +163,6 @@ def _conclude(plan: Plan, storage: Path, tracking: Tracking, run: str, dashboard
     home = folder_of(plan, storage)
     result = LaunchResult(load_cells(storage, ids), home / REPORT, tracking.uri, dashboard)
     if plan.is_grid:
-        files = write_grid_report(home, plan.name, storage, ids)
+        files = write_grid_report(storage, plan.name)
         tracking.close_parent(run, files, result.complete)
     return result

@@ -8,7 +8,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -244,6 +244,44 @@ def list_experiments(storage: Path) -> list[ExperimentFolder]:
     return [
         ExperimentFolder(storage, path.name) for path in found if is_id(path.name) and (path / "status.json").exists()
     ]
+
+
+def readable(folders: Iterable[ExperimentFolder]) -> tuple[list[ExperimentFolder], list[str]]:
+    """The experiments whose config and status can be read, and of each other why not: one must not hide the rest."""
+    found, reasons = [], []
+    for folder in folders:
+        try:
+            folder.config()
+            folder.status()
+            found.append(folder)
+        except UserError as error:
+            reasons.append(f"{folder.id} is left out: {error}")
+    return found, reasons
+
+
+def grid_folder(storage: Path, name: str) -> Path:
+    """Where a grid keeps the list of its cells, the file it was made from, and its report."""
+    return storage / "grids" / name
+
+
+def grid_names(storage: Path) -> list[str]:
+    return sorted(path.parent.name for path in (storage / "grids").glob("*/grid.json"))
+
+
+def write_cells(storage: Path, name: str, ids: list[str]) -> None:
+    home = grid_folder(storage, name)
+    home.mkdir(parents=True, exist_ok=True)
+    write_json(home / "grid.json", {"name": name, "cells": ids})
+
+
+def cells_of(storage: Path, name: str) -> list[str]:
+    """Ids of a grid's cells. Raises `UserError` that names the file if it is missing or says something else."""
+    path = grid_folder(storage, name) / "grid.json"
+    content = read_json(path)
+    try:
+        return [check_id(run, "cell") for run in content["cells"]]
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: not a grid's list of cells; run the grid's command again") from None
 
 
 def open_experiment(storage: Path, experiment_id: str) -> ExperimentFolder:

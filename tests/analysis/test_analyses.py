@@ -24,11 +24,12 @@ from bwlm.analysis.tables import load_losses
 from bwlm.analysis.transfer import transfer
 from bwlm.cli import main
 from bwlm.errors import UserError
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.record.lineage import ExperimentFolder, write_cells
 from bwlm.text.corpus import read_texts
 from bwlm.text.prepare import Prepared
 from bwlm.train.base import run_base
 from bwlm.train.session import AloneSession
+from tests.analysis.storage import make_cell
 from tests.runs import in_process, make_run
 
 Ids = ["b_s0", "b_s1", "f_s0", "f_s1", "x_s0"]
@@ -52,20 +53,18 @@ def trained(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Pat
         settings: dict[str, Any] = {"direction": directions[name[0]], "seed": int(name[-1]), "research_log": LOG}
         run = make_run(prepared, storage, name, depth=2, **settings)
         assert run_base(run, AloneSession(), in_process).state == "finished"
-    grid = storage / "grids" / "g"
-    grid.mkdir(parents=True)
-    (grid / "grid.json").write_text(json.dumps({"name": "g", "cells": Ids[:4]}))
+    write_cells(storage, "g", Ids[:4])
     return storage
 
 
 @pytest.fixture(scope="module")
 def folders(trained: Path) -> list[ExperimentFolder]:
-    return choose(trained, ["*"])
+    return choose(trained, ["*"])[0]
 
 
 def test_runs_are_named_by_id_glob_or_grid(trained: Path) -> None:
     def ids(*names: str) -> list[str]:
-        return [folder.id for folder in choose(trained, list(names))]
+        return [folder.id for folder in choose(trained, list(names))[0]]
 
     assert ids("*") == Ids
     assert ids("g") == Ids[:4]
@@ -74,6 +73,24 @@ def test_runs_are_named_by_id_glob_or_grid(trained: Path) -> None:
         ids("f_s3")
     with pytest.raises(UserError, match=r"^z\*: no experiment in .* matches; see: bwlm runs list"):
         ids("f_s0", "z*")
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_chosen(tmp_path: Path) -> None:
+    kept, damaged, lost = (make_cell(tmp_path, "forward", seed) for seed in range(3))
+    write_cells(tmp_path, "g", [kept.id, damaged.id, lost.id, "never_made"])
+    (damaged.path / "config.json").write_text("[]")
+    (lost.path / "config.json").unlink()
+    found, left_out = choose(tmp_path, ["g"])
+    assert [folder.id for folder in found] == [kept.id]
+    assert [line.partition(":")[0] for line in left_out] == [
+        f"{run} is left out" for run in (damaged.id, lost.id, "never_made")
+    ]
+    assert "config.json: not the config of an experiment" in left_out[0]
+    with pytest.raises(UserError, match=rf"^{damaged.id} is left out: .*not the config of an experiment"):
+        choose(tmp_path, [damaged.id])
+    (tmp_path / "grids" / "g" / "grid.json").write_text("[]")
+    with pytest.raises(UserError, match=r"grid.json: not a grid's list of cells; run the grid's command again"):
+        choose(tmp_path, ["g"])
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -260,7 +277,7 @@ def test_a_damaged_log_is_named_and_the_rest_goes_on(trained: Path, tmp_path: Pa
     shutil.copytree(trained, storage)
     (storage / "f_s0" / "base.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
     (storage / "b_s1" / "base.h5").unlink()
-    found = positions(choose(storage, ["*"]))
+    found = positions(choose(storage, ["*"])[0])
     assert sorted(note.split(":")[0].removeprefix(f"{storage}/") for note in found.notes) == [
         "b_s1/base.h5",
         "f_s0/base.h5",
@@ -272,17 +289,17 @@ def test_a_damaged_log_is_named_and_the_rest_goes_on(trained: Path, tmp_path: Pa
     }
     with h5py.File(storage / "b_s0" / "base.h5", "r+") as file:  # readable, with something else in its place
         del file["validation/document"]
-    assert any("b_s0/base.h5: damaged (" in note for note in positions(choose(storage, ["*"])).notes)
+    assert any("b_s0/base.h5: damaged (" in note for note in positions(choose(storage, ["*"])[0]).notes)
     (storage / "b_s0" / "metrics.jsonl").write_text("")
-    assert compare(choose(storage, ["*"])).notes == ["b_s0: its metrics.jsonl holds no step, so it is left out"]
+    assert compare(choose(storage, ["*"])[0]).notes == ["b_s0: its metrics.jsonl holds no step, so it is left out"]
     with pytest.raises(UserError, match=r"f_s0/base\.h5: damaged, not readable as HDF5"):
-        positions(choose(storage, ["f_s0"]))
+        positions(choose(storage, ["f_s0"])[0])
 
 
 def test_runs_that_have_not_begun_are_left_out(prepared: Prepared, tmp_path: Path) -> None:
     waiting = make_run(prepared, tmp_path, "waiting")
     with pytest.raises(UserError, match=r"^waiting: not begun: there is nothing to analyse yet"):
-        begun([waiting])
+        begun([waiting], [])
     cut = make_run(prepared, tmp_path, "cut")
 
     class Killed(AloneSession):
@@ -292,7 +309,7 @@ def test_runs_that_have_not_begun_are_left_out(prepared: Prepared, tmp_path: Pat
 
     with pytest.raises(KeyboardInterrupt):
         run_base(cut, Killed(), in_process)
-    left, notes = begun([waiting, cut])
+    left, notes = begun([waiting, cut], [])
     assert [folder.id for folder in left] == ["cut"]
     assert notes == ["cut is stopped: analysed up to step 7", "not begun, and left out: waiting"]
     assert set(positions(left).table["direction"]) == {"forward"}

@@ -12,7 +12,7 @@ import pytest
 from bwlm.analysis.controls import NULL, POSITIVE, above_floor, judge_control
 from bwlm.analysis.report import write_grid_report
 from bwlm.analysis.stats import Gap
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.record.lineage import ExperimentFolder, write_cells
 from bwlm.text.controls import null_floor, null_nll
 from bwlm.text.packing import Manifest, PackedRows, ShardCounts, Split, cut, write_rows
 from tests.analysis.storage import finish, make_cell
@@ -75,11 +75,10 @@ def cells(storage: Path, source: str, backward: float) -> list[ExperimentFolder]
 
 def test_a_report_shows_the_controls_of_its_storage(tmp_path: Path) -> None:
     study = cells(tmp_path, "somewhere", 1.0)
-    home = tmp_path / "grids" / "g"
-    home.mkdir(parents=True)
+    write_cells(tmp_path, "g", [folder.id for folder in study])
 
     def report() -> str:
-        return write_grid_report(home, "g", tmp_path, [folder.id for folder in study])[0].read_text()
+        return write_grid_report(tmp_path, "g")[0].read_text()
 
     assert "## Controls\n\nNot run: a reversible corpus" in report()
     null = cells(tmp_path, NULL, 0.0)

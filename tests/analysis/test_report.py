@@ -18,7 +18,7 @@ from bwlm.analysis.report import PAGE, REPORT, write_experiment_report, write_gr
 from bwlm.analysis.result import frame_to_markdown, markdown_table
 from bwlm.analysis.verdict import GAP_HEADER, gap_columns
 from bwlm.paths import read_json
-from bwlm.record.lineage import ExperimentFolder, Status
+from bwlm.record.lineage import ExperimentFolder, Status, write_cells
 from tests.analysis.storage import finish, make_cell
 
 WINDOWS = 24
@@ -63,9 +63,8 @@ def written(grid: list[ExperimentFolder]) -> tuple[str, list[Path]]:
 
 
 def write(storage: Path, folders: Sequence[ExperimentFolder]) -> tuple[str, list[Path]]:
-    out = storage / "grids" / "g"
-    out.mkdir(parents=True)
-    files = write_grid_report(out, "g", storage, ids(folders))
+    write_cells(storage, "g", ids(folders))
+    files = write_grid_report(storage, "g")
     return files[0].read_text(), files
 
 
@@ -271,10 +270,10 @@ def test_few_documents_are_not_resampled(documents: int, shown: bool, tmp_path: 
 
 def test_writing_it_again_changes_nothing(grid: list[ExperimentFolder], written: tuple[str, list[Path]]) -> None:
     text, files = written
-    again = write_grid_report(files[0].parent, "g", grid[0].path.parent, ids(grid))
+    again = write_grid_report(grid[0].path.parent, "g")
     assert again == files
     assert files[0].read_text() == text
-    assert sorted(path.name for path in files[0].parent.iterdir()) == sorted(path.name for path in files)
+    assert {path.name for path in files[0].parent.iterdir()} == {"grid.json", *(path.name for path in files)}
 
 
 def test_the_report_of_one_experiment(grid: list[ExperimentFolder]) -> None:
@@ -301,9 +300,18 @@ def test_a_run_whose_losses_are_lost_or_damaged_is_named_and_the_rest_goes_on(tm
     assert lost.startswith(f"{runs[0].id}: ")
     assert lost.endswith("validation.parquet: no such file: a run is evaluated in this reading at its end")
     assert "validation.parquet: damaged (" in damaged
-    home = tmp_path / "grids" / "g"
-    home.mkdir(parents=True)
-    assert damaged in write_grid_report(home, "g", tmp_path, ids(runs))[0].read_text()
+    assert damaged in write(tmp_path, runs)[0]
+
+
+def test_a_cell_whose_config_is_lost_or_damaged_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
+    runs = [cell(tmp_path, d, seed, m) for d, m in (("forward", 0.0), ("backward", 0.5)) for seed in range(4)]
+    lost, damaged = (run.path / "config.json" for run in (runs[0], runs[5]))
+    lost.unlink()
+    damaged.write_text('{"id": ')
+    text, _ = write(tmp_path, runs)
+    assert "2 seeds" in text.split("\n\n")[2]
+    assert f"- {runs[0].id} is left out: {lost}: no such file" in text
+    assert f"- {runs[5].id} is left out: {damaged}: not valid JSON" in text
 
 
 def test_an_experiment_stands_beside_its_forward_baseline(tmp_path: Path) -> None:

@@ -390,6 +390,10 @@ REFUSED: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
     "no seed": (set_cell(0, "seed", math.nan), "row 1 has no seed"),
     "nan": (set_cell(7, "nll", math.nan), "nll of document 'd1' in run 'backward-0' is nan, not a finite number"),
     "inf": (set_cell(0, "nll", math.inf), "nll of document 'd0' in run 'forward-0' is inf"),
+    "huge": (
+        set_cell(0, "nll", 1e300),
+        "nll of document 'd0' in run 'forward-0' is 1e.300, more than any text can have",
+    ),
     "text": (set_cell(0, "tokens", "four"), "tokens of document 'd0' in run 'forward-0' is four"),
     "endless seed": (set_cell(2, "seed", math.inf), "seed of run 'forward-1' is inf: seeds must be whole numbers"),
     "fraction": (set_cell(2, "seed", 1.5), "seed of run 'forward-1' is 1.5: seeds must be whole numbers"),
