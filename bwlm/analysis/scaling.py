@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ from bwlm.analysis.scaling_law import (
     unknowns,
 )
 from bwlm.analysis.stats import QUANTILES, FloatArray, Gap, Size, counted, direction_rank
-from bwlm.analysis.tables import PER_DIRECTION, best_on_test, load_gap_table, sizes, with_losses
+from bwlm.analysis.tables import PER_DIRECTION, best_on_test, load_gap_table, sizes, varying_settings, with_losses
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder
 
@@ -47,9 +47,10 @@ def losses_by_size(folders: list[ExperimentFolder], findings: Findings) -> pd.Da
     finished, _ = with_losses([folder for folder in folders if folder.status().state == "finished"])
     if not finished or not findings.best:
         raise UserError("scaling: no run has finished")
+    configs = {folder.id: folder.config() for folder in finished}
+    _refuse_other_than_sizes({run: config.identity for run, config in configs.items()})
     rows = best_on_test(load_gap_table(finished, sizes(folders)), findings.best)
     summed = rows.groupby(["run", "direction", "seed", "size"], as_index=False)[["nll", "tokens"]].sum()
-    configs = {folder.id: folder.config() for folder in finished}
     return pd.DataFrame(
         {
             **{name: summed[name] for name in ("run", "direction", "seed", "size")},
@@ -58,6 +59,14 @@ def losses_by_size(folders: list[ExperimentFolder], findings: Findings) -> pd.Da
             "loss": summed["nll"] / summed["tokens"],
         }
     )
+
+
+def _refuse_other_than_sizes(identities: Mapping[str, Mapping[str, Any]]) -> None:
+    """A law is of runs that differ in model size and steps; the rest would bend it, or be taken for one of them."""
+    text = [name for name in ("data", "tokenizer") if len({str(of.get(name)) for of in identities.values()}) > 1]
+    others = [*text, *(name for name in varying_settings(identities) if name != "steps")]
+    if others:
+        raise UserError(f"scaling: the runs differ in {', '.join(others)} besides their sizes: name runs that do not")
 
 
 def analyse(

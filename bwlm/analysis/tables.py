@@ -161,14 +161,7 @@ def size_labels(identities: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
     The depth is always in it, so what follows from the depth is left out; so is a digest that follows from the rest.
     """
-    known = {name for fields in identities.values() for name in fields}
-    names = sorted(known - {*_CELL_AXES, *_DIGESTS, "depth"})
-    depths = {fields["depth"] for fields in identities.values()}
-
-    def varies(name: str, depth: int) -> bool:
-        return len({str(fields.get(name)) for fields in identities.values() if fields["depth"] == depth}) > 1
-
-    varying = [name for name in names if any(varies(name, depth) for depth in depths)]
+    varying = varying_settings(identities)
     labels = {
         run: " ".join([f"d{fields['depth']}", *(f"{name}={fields.get(name)}" for name in varying)])
         for run, fields in identities.items()
@@ -178,6 +171,18 @@ def size_labels(identities: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         if len(set(zip(labels.values(), digests.values(), strict=True))) > len(set(labels.values())):
             labels = {run: f"{label} {name}={digests[run][:_SHORT]}" for run, label in labels.items()}
     return labels
+
+
+def varying_settings(identities: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Settings other than direction, learning rate, seed and depth that do not follow from the depth, by name."""
+    known = {name for fields in identities.values() for name in fields}
+    depths = {fields["depth"] for fields in identities.values()}
+
+    def varies(name: str, depth: int) -> bool:
+        return len({str(fields.get(name)) for fields in identities.values() if fields["depth"] == depth}) > 1
+
+    names = sorted(known - {*_CELL_AXES, *_DIGESTS, "depth"})
+    return [name for name in names if any(varies(name, depth) for depth in depths)]
 
 
 def load_gap_table(folders: list[ExperimentFolder], labels: dict[str, str]) -> pd.DataFrame:

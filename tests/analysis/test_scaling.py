@@ -286,6 +286,19 @@ def test_of_a_grid_whose_bidirectional_runs_are_also_trained_for_twice_the_steps
     assert not any(PER_DIRECTION in line for line in found.findings)
 
 
+@pytest.mark.parametrize("setting", ["model.sequence_length", "data", "tokenizer", "batch_tokens"])
+def test_runs_that_differ_in_more_than_size_and_steps_are_refused(tmp_path: Path, setting: str) -> None:
+    cells = [
+        finish(make_cell(tmp_path, direction, depth=depth, **{setting: value}), {direction: [30.0] * 24})
+        for direction in ("forward", "backward")
+        for depth in (1, 2, 3)
+        for value in ("one", "other")
+    ]
+    with pytest.raises(UserError, match=rf"^scaling: the runs differ in {setting} besides their sizes: name runs"):
+        scaling(cells)
+    assert scaling(cells[::2]).findings
+
+
 # The gap by size
 
 
