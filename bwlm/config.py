@@ -8,6 +8,7 @@ error can name file, line, field and the nearest valid name.
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -381,6 +382,23 @@ def override(document: Document, settings: list[str]) -> Document:
             places[above] = f"--set {field}"
             above = above.rpartition(".")[0]
     return Document(document.name, content, places)
+
+
+_PLAIN = re.compile(r"[\w./-]+(:[\w./-]+)*")
+"""Text that YAML reads as itself unless it is one of its words or numbers."""
+
+
+def written_settings(content: Mapping[str, Any], section: str = "") -> list[str]:
+    """Nested settings as `--set` takes them: `a.b=c`."""
+    written = []
+    for name, value in content.items():
+        field = f"{section}{name}"
+        if isinstance(value, Mapping):
+            written += written_settings(value, f"{field}.")
+        else:
+            is_plain = isinstance(value, str) and _PLAIN.fullmatch(value) and parse_setting(f"f={value}")[1] == value
+            written.append(f"{field}={value if is_plain else json.dumps(value)}")
+    return written
 
 
 # ---- validating ----

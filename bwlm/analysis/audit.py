@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from bwlm.record.fingerprint import differences
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.record.lineage import ExperimentFolder, list_experiments, readable
 
 TUNED = frozenset({"direction", "lr"})
 """What the cells of a pair may differ in; the learning rate is chosen for each direction."""
@@ -26,6 +26,8 @@ class Audit:
 
     def words(self) -> list[str]:
         """For a report."""
+        if not (self.passed or self.doubled or self.refused):
+            return ["No pair of runs of two directions with one depth and one seed lies here to be compared."]
         equal = "data, tokenizer, code, precision, budget, row order and validation windows"
         doubled = (
             f"{self.doubled} more agree but for a bidirectional run's twice the steps, its tokens in each direction."
@@ -33,12 +35,22 @@ class Audit:
         return [f"{self.passed} pairs of runs agree in {equal}.", *([doubled] if self.doubled else []), *self.refused]
 
 
-def audit(folders: list[ExperimentFolder]) -> Audit:
-    """Compares the identities of all pairs that a gap could be taken between; many refusals of one kind become one."""
+def comparable(folder: ExperimentFolder) -> list[ExperimentFolder]:
+    """The runs of its grid, or for one of no grid those of no grid, with itself."""
+    others, _ = readable(list_experiments(folder.path.parent))
+    grid = folder.config().grid
+    return [other for other in others if other.config().grid == grid]
+
+
+def audit(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -> Audit:
+    """Compares the identities of all pairs that a gap could be taken between; many refusals of one kind become one.
+
+    With `of` only the pairs that this run is in.
+    """
     identities = {folder.id: folder.config().identity for folder in folders}
     passed, doubled, refused = 0, 0, dict[tuple[str, ...], list[str]]()
     for (one, fields), (other, other_fields) in combinations(identities.items(), 2):
-        if not _is_pair(fields, other_fields):
+        if (of and of.id not in (one, other)) or not _is_pair(fields, other_fields):
             continue
         twice = _equal_per_direction(fields, other_fields)
         allowed = dict.fromkeys(TUNED | ({"steps"} if twice else set()))

@@ -6,6 +6,9 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+from pydantic import BaseModel
+
+from bwlm.analysis.audit import comparable
 from bwlm.analysis.baseline import baseline_section
 from bwlm.analysis.charts import gap_chart, learning_curves, save_chart
 from bwlm.analysis.controls import NULL, above_floor, control_runs, judge_control
@@ -23,6 +26,7 @@ from bwlm.analysis.sections import (
 )
 from bwlm.analysis.tables import CELL_HEADER, BestRate, cell_columns, load_cell, sizes
 from bwlm.analysis.verdict import GAP_HEADER, gap_caption, gap_columns, gap_frame, gap_line
+from bwlm.config import Experiment, written_settings
 from bwlm.paths import write_atomic
 from bwlm.record.lineage import ExperimentFolder, cells_of, grid_folder, readable
 
@@ -118,6 +122,7 @@ def write_experiment_report(folder: ExperimentFolder, insides: bool = True) -> l
             "![learning curve](curves.svg) ([in the browser](curves.html))",
             _lineage(folder),
             *data_section([folder]),
+            *audit_section(comparable(folder), of=folder),
             *more,
             *cost_section([folder]),
             f"## Settings\n\nFingerprint `{config.fingerprint}`.\n\n{settings}",
@@ -143,9 +148,17 @@ def _command(folder: ExperimentFolder) -> str:
     config = folder.config()
     if config.grid:
         return _grid_command(folder.path.parent, config.grid)
-    experiment = config.experiment
-    given = f"--direction {experiment.direction} --depth {experiment.depth} --id {folder.id}"
-    return f"bwlm train --phase {experiment.phase} {given}  # and the settings below"
+    return train_command(folder.id, config.experiment)
+
+
+def train_command(run: str, experiment: Experiment) -> str:
+    """`bwlm train` with every setting that is not its default, but where and with how many workers it ran."""
+    words = ["bwlm", "train", "--id", run]
+    for flag in ("phase", "direction", "depth", "lr", "seed"):
+        words += [f"--{flag}", str(getattr(experiment, flag))]
+    sections = {name for name, value in experiment if isinstance(value, BaseModel)} - {"resources"}
+    given = experiment.model_dump(include=sections, exclude_defaults=True)
+    return shlex.join([*words, *(word for setting in written_settings(given) for word in ("--set", setting))])
 
 
 def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings) -> str:

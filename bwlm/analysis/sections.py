@@ -64,8 +64,9 @@ def analysis_sections(folders: list[ExperimentFolder], home: Path, names: list[s
     return parts, pictures
 
 
-def audit_section(folders: list[ExperimentFolder]) -> list[str]:
-    return ["## Audit", "\n".join(f"- {line}" for line in audit(folders).words())]
+def audit_section(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -> list[str]:
+    """Of all pairs among the runs, or of one run's with the others."""
+    return ["## Audit", "\n".join(f"- {line}" for line in audit(folders, of).words())]
 
 
 def configuration_section(folders: list[ExperimentFolder]) -> list[str]:

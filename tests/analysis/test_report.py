@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import re
+import shlex
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ import pytest
 
 from bwlm.analysis.charts import gap_chart, learning_curves, save_chart
 from bwlm.analysis.findings import find
-from bwlm.analysis.report import PAGE, REPORT, write_experiment_report, write_grid_report
+from bwlm.analysis.report import PAGE, REPORT, train_command, write_experiment_report, write_grid_report
 from bwlm.analysis.result import frame_to_markdown, markdown_table
 from bwlm.analysis.verdict import GAP_HEADER, gap_columns
+from bwlm.grid.spec import plan_experiment
 from bwlm.paths import read_json
 from bwlm.record.lineage import ExperimentFolder, Status, write_cells
 from tests.analysis.storage import finish, make_cell
@@ -288,6 +290,36 @@ def test_the_report_of_one_experiment(grid: list[ExperimentFolder]) -> None:
     brief = write_experiment_report(grid[0], insides=False)
     assert {file.name for file in brief} == {REPORT, PAGE, "curves.svg", "curves.html"}
     assert f"`bwlm analyze report {grid[0].id}` adds" in brief[0].read_text()
+
+
+def test_one_runs_report_audits_its_own_pairs(grid: list[ExperimentFolder]) -> None:
+    text = write_experiment_report(grid[0], insides=False)[0].read_text()
+    audit = text.split("## Audit\n\n")[1].split("\n\n")[0]
+    # seed 0, depth 1: backward and bidirectional at two rates each, and the permuted one that waits
+    assert audit == (
+        "- 5 pairs of runs agree in data, tokenizer, code, precision, budget, row order and validation windows."
+    )
+    alone = write_experiment_report(grid[-2], insides=False)[0].read_text()  # the only one of seed 9
+    assert "- No pair of runs of two directions with one depth and one seed lies here" in alone
+
+
+def test_a_single_run_is_repeated_by_its_command() -> None:
+    flags = {"phase": "base", "direction": "backward", "depth": 2, "lr": 0.3, "seed": 3}
+    settings = [
+        "data.source=\"my texts/a: b.parquet\"", "data.text_column=\"true\"", "data.validation=\"007\"",
+        "budget.batch_tokens=4096", "budget.flops=1e15", "optim.weight_decay=6e-4", "model.document_mask=true",
+        "compute.compile=false", "resources.cpus_per_worker=7", "tokenizer.path=/a/b",
+    ]  # fmt: skip
+    wanted = plan_experiment(flags, settings, "mine").cells[0].experiment
+    words = shlex.split(train_command("mine", wanted))
+    assert words[:4] == ["bwlm", "train", "--id", "mine"]
+    given = [word for at, word in enumerate(words) if words[at - 1] == "--set"]
+    own = {name: words[words.index(f"--{name}") + 1] for name in flags}
+    again = plan_experiment(own | {"depth": 2, "lr": 0.3, "seed": 3}, given, "mine").cells[0].experiment
+    assert again.model_dump(exclude={"resources"}) == wanted.model_dump(exclude={"resources"})
+    assert 'data.text_column="true"' in given
+    assert "budget.batch_tokens=4096" in given
+    assert not any(setting.startswith("resources") for setting in given)
 
 
 def test_a_run_whose_losses_are_lost_or_damaged_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
