@@ -10,7 +10,7 @@ import pandas as pd
 
 from bwlm.analysis.charts import comparison_curves
 from bwlm.analysis.result import Analysis
-from bwlm.analysis.stats import DIRECTION_ORDER, paired_t
+from bwlm.analysis.stats import DIRECTION_ORDER, counted, paired_t
 from bwlm.analysis.tables import load_curves, sizes
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder
@@ -44,8 +44,8 @@ def compare(folders: list[ExperimentFolder]) -> Analysis:
 def smoothed_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
     """A row a step: run, size, direction, lr, seed, step, tokens, flops, seconds, loss and, if measured, val_loss.
 
-    Losses are in nats per token; `loss` is the training loss, averaged about its step: an average of the past would
-    lag behind a falling loss.
+    Losses are in nats per token; `loss` is the training loss, averaged about its step over `averaged` tokens: an
+    average of the past would lag behind a falling loss.
     """
     labels, parts = sizes(folders), []
     for folder in folders:
@@ -66,6 +66,7 @@ def smoothed_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
                     "tokens": curve["tokens"],
                     "flops": curve["flops"],
                     "seconds": curve["step_seconds"].cumsum(),
+                    "averaged": window * curve["tokens"].diff().median() if len(curve) > 1 else curve["tokens"],
                     "loss": curve["train_loss"].rolling(window, center=True, min_periods=1).mean(),
                     "val_loss": curve.get("val_loss", math.nan),
                 }
@@ -110,7 +111,8 @@ def efficiency(curves: pd.DataFrame) -> pd.DataFrame:
     The losses lie between where all runs of a size have left their start behind and the lowest that all of them reach.
     `ratio` is the geometric mean over seeds of tokens against the first direction's, with its 95 % t-interval over
     seeds of the logarithm; all figures of a row are over the seeds that both have. FLOPs a token are equal within a
-    size, so it holds for FLOPs too.
+    size, so it holds for FLOPs too. `averaged` is over how many tokens a loss is: no step is told from its neighbours
+    more finely.
     """
     rows = []
     for size, of_size in curves.groupby("size"):
@@ -121,7 +123,10 @@ def efficiency(curves: pd.DataFrame) -> pd.DataFrame:
         names = [name for name in DIRECTION_ORDER if name in set(best["direction"])]
         for level in levels:
             needed = {name: _needed(best[best["direction"] == name], float(level)) for name in names}
-            rows += [_row(str(size), float(level), name, needed, names[0]) for name in names]
+            rows += [
+                _row(str(size), float(level), name, needed, names[0]) | {"averaged": best["averaged"].max()}
+                for name in names
+            ]
     return pd.DataFrame(rows)
 
 
@@ -133,12 +138,15 @@ def _at_best_rate(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def _needed(curves: pd.DataFrame, level: float) -> dict[int, tuple[float, float]]:
-    """Tokens and FLOPs at which each seed first comes down to a loss."""
+    """Tokens and FLOPs at which each seed first comes down to a loss, on the line between the steps about it."""
     found = {}
     for seed, run in curves.groupby("seed"):
         lowest = np.minimum.accumulate(run["loss"].to_numpy())
         at = int(np.argmax(lowest <= level + 1e-12))
-        found[int(str(seed))] = (float(run["tokens"].iloc[at]), float(run["flops"].iloc[at]))
+        before = max(at - 1, 0)
+        share = (lowest[before] - level) / (lowest[before] - lowest[at]) if lowest[before] > lowest[at] else 1.0
+        tokens, flops = (run[name].to_numpy(dtype=float)[[before, at]] for name in ("tokens", "flops"))
+        found[int(str(seed))] = (float(tokens @ [1 - share, share]), float(flops @ [1 - share, share]))
     return found
 
 
@@ -165,17 +173,28 @@ def _row(
 
 
 def _sentences(table: pd.DataFrame) -> list[str]:
-    """One for each size and direction but the first, at the lowest loss that all reach."""
+    """One for each size and direction but the first, at the lowest loss that all reach; and one where it is alone."""
     lowest = table[table["loss"] == table.groupby("size")["loss"].transform("min")]
+    directions = table.groupby("size")["direction"].nunique()
     return [
-        f"{row['size']}: {row['direction']} needs {row['ratio']:.2f} times the tokens of {row['against']} to reach "
-        f"{row['loss']:.3f} nats per token" + _interval(row["ratio_low"], row["ratio_high"], int(row["seeds"]))
+        _sentence(row)
         for _, row in lowest.iterrows()
-        if row["direction"] != row["against"]
+        if directions[row["size"]] == 1 or row["direction"] != row["against"]
     ]
+
+
+def _sentence(row: pd.Series[Any]) -> str:
+    level = f"{row['loss']:.3f} nats per token (training loss, averaged over {row['averaged']:,.0f} tokens)"
+    if row["direction"] == row["against"]:
+        needs = f"{row['tokens']:,.0f} tokens and {row['flops']:.3g} FLOPs"
+        return f"{row['size']}: {row['direction']} needs {needs} to reach {level}: {counted(int(row['seeds']), 'seed')}"
+    return (
+        f"{row['size']}: {row['direction']} needs {row['ratio']:.2f} times the tokens of {row['against']} to reach "
+        f"{level}{_interval(row['ratio_low'], row['ratio_high'], int(row['seeds']))}"
+    )
 
 
 def _interval(low: float, high: float, seeds: int) -> str:
     if math.isnan(low):
-        return " (one seed)"
-    return f" (95 % over {seeds} seeds: {low:.2f} .. {high:.2f})"
+        return ": one seed"
+    return f": 95 % over {seeds} seeds {low:.2f} .. {high:.2f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +116,8 @@ def curve(direction: str, seed: int, losses: list[float]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "run": f"{direction}{seed}", "size": "d1", "direction": direction, "lr": 1.0, "seed": seed,
-            "step": steps, "tokens": 100 * steps, "flops": 1e6 * steps, "seconds": 1.0 * steps, "loss": losses,
+            "step": steps, "tokens": 100 * steps, "flops": 1e6 * steps, "seconds": 1.0 * steps, "averaged": 100.0,
+            "loss": losses,
         }
     )  # fmt: skip
 
@@ -130,6 +132,11 @@ def test_tokens_to_reach_a_loss_by_hand() -> None:
         curve("backward", 1, [4.0, 3.0, 2.0, 1.0, 0.5, 0.5, 0.5, 0.5]),
     ]
     table = efficiency(pd.concat(curves, ignore_index=True))
+    between = [[4.0, 3.0, 2.0, 1.0], [4.0, 2.5, 2.25, 1.0]]  # to come down to 2: after 3 steps, and 3.2
+    later = efficiency(
+        pd.concat([curve(name, 0, losses) for name, losses in zip(("forward", "backward"), between, strict=True)])
+    )
+    assert later.query("loss == 2.0")["tokens"].tolist() == pytest.approx([300, 320])
     assert sorted(set(table["loss"])) == [1.0, 2.0, 3.0]
     last = table[table["loss"] == 1.0].set_index("direction")
     assert last.loc["forward", "tokens"] == 400
@@ -144,6 +151,15 @@ def test_tokens_to_reach_a_loss_by_hand() -> None:
         2,
         600,
     ]
+
+
+def test_a_direction_alone_is_told_what_it_needs_and_how_finely(folders: list[ExperimentFolder]) -> None:
+    [alone] = compare([folder for folder in folders if folder.id == "f_s0"]).findings
+    assert re.fullmatch(
+        r"d2: forward needs [\d,]+ tokens and [\d.e+]+ FLOPs to reach [\d.]+ nats per token "
+        r"\(training loss, averaged over 512 tokens\): 1 seed",
+        alone,
+    )
 
 
 def test_transfer_is_the_losses_of_both_readings(folders: list[ExperimentFolder], trained: Path) -> None:
