@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from bwlm.analysis.stats import Gap
     from bwlm.record.lineage import ExperimentFolder
 
+_LONGEST = 80
+"""Characters of a folder's name."""
+
 analyze_app = typer.Typer(help="What runs say: findings in words, a picture and a table.", no_args_is_help=True)
 
 Runs = Annotated[
@@ -27,7 +32,7 @@ Output = Annotated[
         "--output",
         metavar="FILE",
         help="The picture to .svg, .png or .html, the table to .csv or .md. Repeatable. "
-        "Default: all of them, in analyses/ below the storage.",
+        "Default: all of them, in analyses/RUN below the storage.",
         show_default=False,
     ),
 ]
@@ -71,7 +76,7 @@ def gap(
         name, default = losses.name, None
     else:
         found, notes = _gaps_of_runs(runs or [], storage)
-        name, default = " ".join(runs or []), _default(storage) / "gap"
+        name, default = " ".join(runs or []), _default(storage, runs or []) / "gap"
     analysis = gap_analysis(found, name, notes)
     for line in notes:
         say(line)
@@ -217,7 +222,7 @@ def _run(
     found = analyse(folders)
     for note in [*notes, *found.notes]:
         say(f"note: {note}")
-    _write(found, output, _default(storage) / found.name)
+    _write(found, output, _default(storage, runs) / found.name)
     if as_json:
         records = found.table.astype(object).where(found.table.notna(), None).to_dict("records")
         return print_json({"findings": found.findings, "notes": [*notes, *found.notes], "table": records})
@@ -226,10 +231,15 @@ def _run(
     return None
 
 
-def _default(storage: str | None) -> Path:
+def _default(storage: str | None, runs: list[str]) -> Path:
+    """A folder of the question's own, so that one about other runs does not overwrite it."""
     from bwlm.paths import storage_root
 
-    return storage_root(storage) / "analyses"
+    asked = " ".join(runs)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", asked)[:_LONGEST].strip("._")
+    if name != asked:
+        name += f"-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+    return storage_root(storage) / "analyses" / name
 
 
 def _check(output: list[Path] | None) -> None:
@@ -246,13 +256,14 @@ def _check(output: list[Path] | None) -> None:
 
 
 def _write(analysis: Analysis, output: list[Path] | None, default: Path | None) -> None:
-    files = output or []
     try:
-        for path in files:
-            analysis.write(path)
-        if not files and default is not None:
-            files = analysis.write_all(default)
+        files = analysis.write_all(default) if default is not None and not output else []
     except OSError as error:
-        raise UserError(f"--output: {error.filename or default} cannot be written ({error.strerror})") from None
-    for path in files:
+        raise UserError(f"{default}: cannot be written ({error.strerror}): name files with --output") from None
+    for path in output or []:
+        try:
+            analysis.write(path)
+        except OSError as error:
+            raise UserError(f"--output: {path} cannot be written ({error.strerror})") from None
+    for path in output or files:
         say(f"written: {path}")

@@ -350,13 +350,19 @@ def test_the_command(
     assert (code, out, err.count("\n")) == (2, "", 1)
     code, out, err = run("compare", "g")
     assert out.startswith("d2: backward needs ")
-    folder = trained / "analyses"
+    folder = trained / "analyses" / "g"
     assert err.splitlines() == [f"written: {folder / f'compare.{kind}'}" for kind in ("html", "svg", "csv", "md")]
     code, out, err = run("gap", "*")
     assert code == 0
     assert "forward → backward" in out
     assert "too few seeds to tell" in out
     assert "lacks" not in err
+    of_others = {path.name.partition("-")[0] for path in (trained / "analyses").glob("*/gap.svg")}
+    run("gap", "f_*", "b_s0")  # another question leaves the first one's files alone
+    assert len(list((trained / "analyses").glob("*/gap.svg"))) == len(of_others) + 1
+    assert run("gap", "*", "--output", "/proc/gap.svg")[2].startswith(
+        "bwlm: --output: /proc/gap.svg cannot be written ("
+    )
     code, _, err = run("gap", "f_*")
     assert code == 2
     assert "only forward has a best learning rate" in err
