@@ -39,6 +39,8 @@ class Findings:
     """Learning rates that could not be chosen, with the reason, and directions that are left with none."""
     windows: list[int]
     """Of the compared half, for each gap."""
+    at_edge: list[str]
+    """Best learning rates beyond which none was tried: a better one may lie there."""
 
     @property
     def skipped(self) -> list[str]:
@@ -53,7 +55,7 @@ def find(folders: list[ExperimentFolder]) -> Findings:
         f"{c.id}: {c.state}{f' ({c.reason})' if c.reason else ''}" for c in cells.values() if c.state != "finished"
     ] + unreadable
     if not finished:
-        return Findings([], [], skipped, [], [], [])
+        return Findings([], [], skipped, [], [], [], [])
     labels = sizes(folders)
     table = load_gap_table(finished, labels)
     tried = tried_rates(folders, labels, {folder.id for folder in finished})
@@ -62,7 +64,7 @@ def find(folders: list[ExperimentFolder]) -> Findings:
     test = pd.concat([test, equal_per_direction(test, finished, labels)], ignore_index=True)
     compared, problems = _compare(test) if best else ([], [])
     windows = [_windows(test, found) for found in compared]
-    return Findings(best, compared, skipped, problems, _excluded(tried), windows)
+    return Findings(best, compared, skipped, problems, _excluded(tried), windows, _at_edge(best, tried))
 
 
 def _windows(test: pd.DataFrame, found: Gap) -> int:
@@ -81,6 +83,22 @@ def _excluded(tried: list[TriedRate]) -> list[str]:
     able = {(rate.size, rate.direction) for rate in tried if rate.qualifies}
     unable = sorted({(rate.size, rate.direction) for rate in tried} - able)
     return rates + [f"{size}: {direction} has no best learning rate: none is left" for size, direction in unable]
+
+
+def _at_edge(best: list[BestRate], tried: list[TriedRate]) -> list[str]:
+    """Where a verdict on directions may be one on learning rates: what was best is the last that was tried."""
+    lines = dict[str, list[str]]()
+    for one in best:
+        rates = [rate.lr for rate in tried if (rate.size, rate.direction) == (one.size, one.direction)]
+        if len(rates) == 1:
+            said = f"lr {one.lr:g} is the only one that was tried"
+        elif one.lr in (min(rates), max(rates)):
+            side, other = ("lowest", "lower") if one.lr == min(rates) else ("highest", "higher")
+            said = f"the best lr, {one.lr:g}, is the {side} that was tried, and a {other} one may be better still"
+        else:
+            continue
+        lines.setdefault(f"{one.size}: {said}", []).append(one.direction)
+    return [f"{said}: {', '.join(directions)}" for said, directions in lines.items()]
 
 
 def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:

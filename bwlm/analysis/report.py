@@ -179,6 +179,8 @@ def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings) -
         parts += ["## Best learning rate"]
     if findings.best:
         parts += [markdown_table(BEST_HEADER, [best_columns(rate) for rate in findings.best]), _CHOICE]
+    if findings.at_edge:
+        parts += ["\n".join(f"- {line}" for line in findings.at_edge)]
     if findings.excluded:
         parts += ["\n".join(f"- {line}" for line in findings.excluded), _EXCLUSION]
     parts += ["## Learning curves", "![learning curves](curves.svg) ([in the browser](curves.html))"]

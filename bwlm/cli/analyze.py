@@ -97,7 +97,7 @@ def _gaps_of_runs(runs: list[str], storage: str | None) -> tuple[list[Gap], list
 
     folders, notes = begun(*choose(storage_root(storage), runs))
     findings = find(folders)
-    notes += [*audit(folders).refused, *findings.skipped]
+    notes += [*audit(folders).refused, *findings.skipped, *findings.at_edge]
     if not findings.gaps:
         raise UserError("; ".join(["no pair of directions could be compared", *notes]))
     return findings.gaps, notes

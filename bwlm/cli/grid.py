@@ -161,6 +161,7 @@ def _show_result(plan: Plan, root: Path, result: LaunchResult, grid: Path) -> No
         show(table(GAP_HEADER, [gap_columns(gap) for gap in findings.gaps], gap_caption(findings)))
     for line in findings.skipped:
         show(f"no result: {line}")
+    show(*findings.at_edge)
     show_places(result)
     show(f"dashboard  {_dashboard_hint(result, grid)}")
 

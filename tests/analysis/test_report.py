@@ -146,6 +146,18 @@ def test_the_best_rate_and_not_another_is_compared(
     assert find(grid).best[0].lr == 1.0
 
 
+def test_a_best_rate_beyond_which_none_was_tried_is_told(grid: list[ExperimentFolder], tmp_path: Path) -> None:
+    assert find(grid).at_edge == [  # forward was tried at 4 too; at depth 2 there is no other
+        "d1: the best lr, 1, is the lowest that was tried, and a lower one may be better still: "
+        "backward, bidirectional, forward",
+        "d2: lr 1 is the only one that was tried: backward, forward",
+    ]
+    rates = [cell(tmp_path, "forward", 0, loss, lr=lr) for lr, loss in ((0.5, 1.0), (1.0, 0.0), (2.0, 1.0))]
+    assert find(rates).at_edge == []
+    text, _ = write(tmp_path, rates[:2])
+    assert "- d1: the best lr, 1, is the highest that was tried, and a higher one may be better still: forward" in text
+
+
 def test_cells_without_a_result_are_listed_with_the_reason(
     grid: list[ExperimentFolder], written: tuple[str, list[Path]]
 ) -> None:
