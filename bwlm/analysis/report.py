@@ -24,6 +24,7 @@ from bwlm.analysis.sections import (
     data_section,
     repeat_section,
 )
+from bwlm.analysis.select import shortest_names
 from bwlm.analysis.tables import CELL_HEADER, BestRate, cell_columns, load_cell, sizes
 from bwlm.analysis.verdict import GAP_HEADER, gap_caption, gap_columns, gap_frame, gap_line
 from bwlm.config import Experiment, written_settings
@@ -54,8 +55,10 @@ def _grid_sections(
 ) -> tuple[list[str], list[Path]]:
     """What follows the verdict; insides are shown of the cells at each direction's best learning rate."""
     chosen = _at_best_rates(folders, findings.best) or folders
-    analyses, pictures = analysis_sections(chosen, home, [name] if chosen == folders else [f.id for f in chosen])
-    command = _grid_command(home.parent.parent, name)
+    storage = home.parent.parent
+    names = [name] if chosen == folders else shortest_names(storage, [folder.id for folder in chosen])
+    analyses, pictures = analysis_sections(chosen, home, names)
+    command = _grid_command(storage, name)
     parts = [
         *_controls_section(folders, findings),
         *audit_section(folders),

@@ -85,11 +85,11 @@ def data_section(folders: list[ExperimentFolder]) -> list[str]:
     rows = {}
     for folder in folders:
         config = folder.config()
-        if config.corpus in rows or not (manifest := Path(config.corpus) / "manifest.json").exists():
+        if not (manifest := Path(config.corpus) / "manifest.json").exists():
             continue
         content = read_json(manifest)
         counts = {split: _totals(content[split]["shards"]) for split in ("train", "validation")}
-        rows[config.corpus] = {
+        rows[content["digest"]] = {
             "source": config.experiment.data.source,
             "vocabulary": config.experiment.tokenizer.vocab_size,
             "row": config.experiment.model.sequence_length,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import re
 from pathlib import Path
 
 from bwlm.errors import UserError, nearest
@@ -37,6 +38,14 @@ def _named(storage: Path, name: str, known: list[str]) -> list[str]:
     if not found:
         raise UserError(f"{name}: no experiment in {storage} matches; see: bwlm runs list")
     return found
+
+
+def shortest_names(storage: Path, ids: list[str]) -> list[str]:
+    """What a person would type for these experiments: a glob over seeds where it matches no other."""
+    known, wanted = [folder.id for folder in list_experiments(storage)], set(ids)
+    globs = {run: re.sub(r"_s\d+(?=_|$)", "_s*", run) for run in ids}
+    exact = {name for name in globs.values() if set(fnmatch.filter(known, name)) <= wanted}
+    return list(dict.fromkeys(globs[run] if globs[run] in exact else run for run in ids))
 
 
 def begun(folders: list[ExperimentFolder], left_out: list[str]) -> tuple[list[ExperimentFolder], list[str]]:

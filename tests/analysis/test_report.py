@@ -111,7 +111,9 @@ def test_the_report_gives_verdicts_in_words(written: tuple[str, list[Path]]) -> 
     assert all(f"({name})" in text for name in charts)
     # the hand-made cells have no research log: each section says what makes it
     for command in ("positions", "gradients", "activations", "representations"):
-        assert re.search(rf"Nothing yet \(.*no such file.*\); once there is, `bwlm analyze {command} g_", text)
+        assert re.search(
+            rf"Nothing yet \(.*no such file.*\); once there is, `bwlm analyze {command} 'g_forward_d1_lr1_s\*' ", text
+        )
 
 
 def test_the_report_tells_audit_cost_and_how_to_repeat_it(written: tuple[str, list[Path]]) -> None:
