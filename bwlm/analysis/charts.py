@@ -48,10 +48,11 @@ def learning_curves(curves: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     return _styled(panels.properties(title=title))
 
 
-def comparison_curves(bands: pd.DataFrame, title: str) -> alt.TopLevelMixin:
-    """Mean loss with the range over seeds; a column for each axis, a row for each size.
+def comparison_curves(bands: pd.DataFrame, apart: pd.DataFrame, title: str) -> alt.TopLevelMixin:
+    """Mean loss with the range over seeds, a column for each axis; below it how far directions are apart.
 
-    `bands`: axis, x, loss, low, high (nats per token), size, direction, lr.
+    A row for each size. `bands`: axis, x, loss, low, high (nats per token), size, direction, lr. `apart`: tokens,
+    difference, low, high (nats per token; the last two may be missing), size, direction, against.
     """
     rates = sorted(bands["lr"].unique())
     base = alt.Chart(bands).encode(
@@ -70,7 +71,30 @@ def comparison_curves(bands: pd.DataFrame, title: str) -> alt.TopLevelMixin:
         row=alt.Row("size:N", title=None, header=alt.Header(labelLimit=300)),
     ).resolve_scale(x="independent")
     note = alt.TitleParams(title, subtitle="training loss, averaged along the curve; bands: lowest to highest seed")
-    return _styled(grid.properties(title=note))
+    if apart.empty:
+        return _styled(grid.properties(title=note))
+    joined = alt.vconcat(grid, _differences(apart)).resolve_scale(color="shared")
+    return _styled(joined.properties(title=note))
+
+
+def _differences(apart: pd.DataFrame) -> alt.TopLevelMixin:
+    base = alt.Chart(apart).encode(
+        x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(labelExpr=_SHORT_NUMBER, tickCount=6)),
+        color=_direction_color(apart["direction"]),
+    )
+    y = {"title": "nats per token"}
+    band = base.transform_filter("isValid(datum.low)").mark_area(opacity=0.18)
+    line = base.mark_line(strokeWidth=1.4).encode(y=alt.Y("difference:Q", **y))
+    zero = alt.Chart().mark_rule(color="#888").encode(y=alt.datum(0))
+    layered = alt.layer(zero, band.encode(y=alt.Y("low:Q", **y), y2="high:Q"), line, data=apart)
+    against = " or ".join(apart["against"].unique())
+    note = alt.TitleParams(
+        f"Loss less that of {against} on the same text",
+        subtitle="mean over seeds; bands: 95 % over seeds, for each point by itself",
+    )
+    return layered.properties(width=700, height=180).facet(
+        row=alt.Row("size:N", title=None, header=alt.Header(labelLimit=300)), title=note
+    )
 
 
 def gap_chart(gaps: pd.DataFrame, title: str) -> alt.TopLevelMixin:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from bwlm.analysis.charts import comparison_curves
 from bwlm.analysis.result import Analysis
-from bwlm.analysis.stats import DIRECTION_ORDER, counted, paired_t
+from bwlm.analysis.stats import DIRECTION_ORDER, FEWEST_SEEDS, counted, paired_t
 from bwlm.analysis.tables import load_curves, sizes
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder
@@ -22,6 +22,7 @@ _SMOOTHED = 25
 _POINTS = 120
 """Points of a curve in the chart."""
 _LEVELS = 3
+_DIFFERENCE = ["tokens", "difference", "low", "high", "size", "direction", "against", "seeds"]
 _OF_ONE_RUN = 200
 """Points of a single run's curve."""
 
@@ -34,11 +35,12 @@ def compare(folders: list[ExperimentFolder]) -> Analysis:
     curves = smoothed_curves(folders)
     if curves.empty:
         raise UserError("nothing to compare: no step has been logged yet")
-    table = efficiency(curves)
+    table, apart = efficiency(curves), differences(curves)
     title = "Learning curves"
     without = sorted({folder.id for folder in folders} - set(curves["run"]))
     notes = [f"{run}: its metrics.jsonl holds no step, so it is left out" for run in without]
-    return Analysis("compare", title, _sentences(table), table, comparison_curves(bands(curves), title), notes)
+    found = [*_sentences(table), *_difference_sentences(apart)]
+    return Analysis("compare", title, found, table, comparison_curves(bands(curves), apart, title), notes)
 
 
 def smoothed_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
@@ -103,6 +105,61 @@ def bands(curves: pd.DataFrame) -> pd.DataFrame:
                 ).assign(seeds=len(runs), **named)
             )
     return pd.concat(parts, ignore_index=True)
+
+
+def differences(curves: pd.DataFrame) -> pd.DataFrame:
+    """Averaged training loss of each direction less that of the first of its size, at each one's best learning rate.
+
+    Columns: size, direction, against, seeds, tokens, difference (nats per token, mean over the seeds that both have),
+    low, high (95 % t-interval over three seeds or more, for each point by itself). At a step all directions of one seed
+    read the same text, so what is hard about it cancels.
+    """
+    parts = []
+    for size, of_size in curves.groupby("size"):
+        best = _at_best_rate(of_size)
+        names = [name for name in DIRECTION_ORDER if name in set(best["direction"])]
+        for name in names[1:]:
+            apart = _losses_by_seed(best, name) - _losses_by_seed(best, names[0])
+            apart = apart.dropna(axis="columns", how="all").dropna()
+            if not apart.empty:
+                parts.append(_spread(apart).assign(size=size, direction=name, against=names[0]))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=_DIFFERENCE)
+
+
+def _losses_by_seed(curves: pd.DataFrame, direction: str) -> pd.DataFrame:
+    """A row a step, by its tokens; a column a seed."""
+    return curves[curves["direction"] == direction].pivot_table(index="tokens", columns="seed", values="loss")
+
+
+def _spread(apart: pd.DataFrame) -> pd.DataFrame:
+    """Mean and interval over the columns, at so many of the rows that they can be drawn."""
+    chosen = apart.iloc[np.unique(np.linspace(0, len(apart) - 1, _POINTS).astype(int))]
+    tested = [paired_t(row) if len(row) >= FEWEST_SEEDS else None for row in chosen.to_numpy()]
+    low, high = zip(*[found[1] if found else (math.nan, math.nan) for found in tested], strict=True)
+    return pd.DataFrame(
+        {
+            "tokens": chosen.index,
+            "difference": chosen.mean(axis="columns").to_numpy(),
+            "low": low,
+            "high": high,
+            "seeds": chosen.shape[1],
+        }
+    )
+
+
+def _difference_sentences(apart: pd.DataFrame) -> list[str]:
+    """One for each size and direction, at the quarters of the training."""
+    found = []
+    for (size, name, first), part in apart.groupby(["size", "direction", "against"], sort=False):
+        end = part["tokens"].max()
+        at = [part.iloc[(part["tokens"] - end * share).abs().argmin()]["difference"] for share in (0.25, 0.5, 0.75, 1)]
+        quarters = ", ".join(f"{value:+.4f}" for value in at)
+        seeds = counted(int(part["seeds"].iloc[0]), "seed")
+        found.append(
+            f"{size}: training loss of {name} less that of {first} on the same text, in nats per token, after each "
+            f"quarter of the training: {quarters} ({seeds})"
+        )
+    return found
 
 
 def efficiency(curves: pd.DataFrame) -> pd.DataFrame:

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from bwlm.analysis.audit import audit
-from bwlm.analysis.curves import compare, efficiency
+from bwlm.analysis.curves import compare, differences, efficiency
 from bwlm.analysis.insides import _kind_of_pair, linear_cka, over_time, representations
 from bwlm.analysis.positions import KINDS, document_lengths, positions
 from bwlm.analysis.result import Analysis
@@ -159,6 +159,27 @@ def test_tokens_to_reach_a_loss_by_hand() -> None:
         2,
         600,
     ]
+
+
+def test_how_far_directions_are_apart_along_the_training_by_hand() -> None:
+    """Over the seeds and steps that both have: 1.0, 0.5 and 0.0 apart with the three seeds, so mean 0.5 and
+    t_{0.975, 2} 0.5 / sqrt 3 on either side."""
+    forward = [curve("forward", seed, [4.0, 3.0, 2.0, 1.0]) for seed in range(5)]
+    backward = [curve("backward", seed, [4.0 + 0.5 * (2 - seed)] * 3) for seed in range(3)]
+    found = differences(pd.concat([*forward, *backward], ignore_index=True))
+    assert found[["size", "direction", "against"]].drop_duplicates().to_numpy().tolist() == [
+        ["d1", "backward", "forward"]
+    ]
+    assert found["tokens"].tolist() == [100, 200, 300]
+    assert found["difference"].tolist() == pytest.approx([0.5, 1.5, 2.5])
+    assert set(found["seeds"]) == {3}
+    assert (found["high"] - found["difference"]).tolist() == pytest.approx([4.302653 * 0.5 / math.sqrt(3)] * 3)
+    two = differences(pd.concat([*forward[:2], *backward[:2]], ignore_index=True))
+    assert two["low"].isna().all()  # as with a verdict, two seeds say nothing of their spread
+    assert two["difference"].tolist() == pytest.approx([0.75, 1.75, 2.75])
+    assert differences(pd.concat(forward, ignore_index=True)).empty
+    apart = [curve("forward", 0, [4.0, 3.0]), curve("backward", 1, [4.0, 3.0])]  # no seed is shared
+    assert differences(pd.concat(apart, ignore_index=True)).empty
 
 
 def test_a_direction_alone_is_told_what_it_needs_and_how_finely(folders: list[ExperimentFolder]) -> None:
