@@ -92,9 +92,9 @@ def _differences(apart: pd.DataFrame) -> alt.TopLevelMixin:
         f"Loss less that of {against} on the same text",
         subtitle="mean over seeds; bands: 95 % over seeds, for each point by itself",
     )
-    return layered.properties(width=700, height=180).facet(
-        row=alt.Row("size:N", title=None, header=alt.Header(labelLimit=300)), title=note
-    )
+    row = alt.Row("size:N", title=None, header=alt.Header(labelLimit=300))
+    panels = layered.properties(width=700, height=180).facet(row=row, title=note)
+    return panels.resolve_scale(x="independent", y="independent")
 
 
 def gap_chart(gaps: pd.DataFrame, title: str) -> alt.TopLevelMixin:
