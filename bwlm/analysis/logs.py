@@ -42,7 +42,7 @@ class LoggedRun:
     def _entries(self, group: str, column: str) -> Any:
         name = f"{group}/{column}"
         if name not in self.file or not len(self.file[name]):
-            raise UserError(f"{self.file.filename}: holds no {name}: train with research_log.{group} on")
+            raise UserError(f"{self.file.filename}: holds no {name}: none logged so far, or research_log.{group} is 0")
         return self.file[name]
 
 
