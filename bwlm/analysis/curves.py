@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bwlm.analysis.charts import comparison_curves
+from bwlm.analysis.charts.losses import comparison_curves
 from bwlm.analysis.result import Analysis
 from bwlm.analysis.stats import DIRECTION_ORDER, FEWEST_SEEDS, counted, paired_t
 from bwlm.analysis.tables import load_curves, sizes

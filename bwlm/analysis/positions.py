@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from bwlm.analysis.charts import position_chart
+from bwlm.analysis.charts.insides import position_chart
 from bwlm.analysis.logs import LoggedRun, from_each
 from bwlm.analysis.result import Analysis
 from bwlm.record.lineage import ExperimentFolder
@@ -29,16 +29,15 @@ _KEPT = ["kind", "bin", "tokens", "loss", "accuracy"]
 
 
 def positions(folders: list[ExperimentFolder]) -> Analysis:
-    """Loss and accuracy of the newest validation in each run's own reading, mean over the runs of a series.
+    """Loss and accuracy of the newest validation in each run's own reading, mean and range over the runs of a series.
 
     Raises `UserError` if no run logged its validation tokens.
     """
     of_runs, notes = from_each(folders, by_place)
-    table = (
-        of_runs.groupby(["series", "direction", "kind", "bin"], sort=False)
-        .agg(tokens=("tokens", "mean"), loss=("loss", "mean"), accuracy=("accuracy", "mean"), runs=("run", "nunique"))
-        .reset_index()
-    )
+    spread = {"": "mean", "_low": "min", "_high": "max"}
+    figures = {f"{name}{end}": (name, how) for name in ("loss", "accuracy") for end, how in spread.items()}
+    by_bin = of_runs.groupby(["series", "direction", "kind", "bin"], sort=False)
+    table = by_bin.agg(tokens=("tokens", "mean"), **figures, runs=("run", "nunique")).reset_index()
     title = "Loss by place in the text"
     return Analysis("positions", title, _sentences(table), table, position_chart(table, title), notes)
 

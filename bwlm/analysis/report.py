@@ -10,7 +10,8 @@ from pydantic import BaseModel
 
 from bwlm.analysis.audit import comparable
 from bwlm.analysis.baseline import baseline_section
-from bwlm.analysis.charts import gap_chart, learning_curves, save_chart
+from bwlm.analysis.charts.look import save_chart
+from bwlm.analysis.charts.losses import gap_chart, learning_curves
 from bwlm.analysis.controls import NULL, above_floor, control_runs, judge_control
 from bwlm.analysis.curves import single_curves
 from bwlm.analysis.findings import BEST_HEADER, Findings, best_columns, find

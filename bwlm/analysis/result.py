@@ -1,4 +1,4 @@
-"""What every analysis gives: findings in words, a table, a picture; and how they are written down."""
+"""What every analysis gives: findings in words, tables, a picture; and how they are written down."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from bwlm.analysis.charts import write_chart
+from bwlm.analysis.charts.look import write_chart
 from bwlm.paths import write_atomic
 
 PICTURES = (".svg", ".png", ".html")
@@ -30,20 +30,25 @@ class Analysis:
     """What was left out, and why."""
     shown: pd.DataFrame | None = None
     """The table as people read it, where that is another one."""
+    more: dict[str, pd.DataFrame] = field(default_factory=dict)
+    """Further tables by name, none of them empty."""
 
     def write(self, path: Path) -> None:
-        """The picture or the table, as the ending says."""
+        """The picture, the table (.csv) or all that is read (.md), as the ending says."""
         if path.suffix.lower() in PICTURES:
             write_chart(self.chart, path)
         else:
             write_atomic(path, self._text(path.suffix.lower()).encode())
 
     def write_all(self, path: Path) -> list[Path]:
-        """Picture and table in every kind, with its ending; returns the files."""
+        """Picture and tables in every kind, each with its ending; returns the files."""
         path.parent.mkdir(parents=True, exist_ok=True)
         files = [path.with_name(f"{path.name}{suffix}") for suffix in _ALL]
         for file in files:
             self.write(file)
+        for name, table in self.more.items():
+            files.append(path.with_name(f"{path.name}-{name.replace(' ', '-')}.csv"))
+            write_atomic(files[-1], table.to_csv(index=False).encode())
         return files
 
     def _text(self, suffix: str) -> str:
@@ -52,9 +57,19 @@ class Analysis:
         parts = [
             f"# {self.title}",
             "\n".join(f"- {line}" for line in self.findings),
-            frame_to_markdown(self.table if self.shown is None else self.shown),
+            *self.tables(),
+            "\n".join(f"- {line}" for line in self.notes),
         ]
-        return "\n\n".join(part for part in [*parts, "\n".join(f"- {line}" for line in self.notes)] if part) + "\n"
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def tables(self, longest: int | None = None) -> list[str]:
+        """Every table as Markdown, further ones under their names; those of more than `longest` rows are left out."""
+        named = [("", self.table if self.shown is None else self.shown), *self.more.items()]
+        return [
+            (f"{name.capitalize()}:\n\n" if name else "") + frame_to_markdown(table)
+            for name, table in named
+            if longest is None or len(table) <= longest
+        ]
 
 
 def markdown_table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:

@@ -9,9 +9,9 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from bwlm.analysis.charts import scaling_chart
+from bwlm.analysis.charts.scaling import gap_trend_chart, law_chart, scaling_chart
 from bwlm.analysis.findings import Findings, find
-from bwlm.analysis.gap_over_size import gap_by_size
+from bwlm.analysis.gap_over_size import GapTrend, gap_by_size
 from bwlm.analysis.result import Analysis
 from bwlm.analysis.scaling_fit import HeldOut, ScalingFit, checked_runs, fit, hold_out
 from bwlm.analysis.scaling_law import (
@@ -38,8 +38,7 @@ def scaling(folders: list[ExperimentFolder]) -> Analysis:
     findings = find(folders)
     runs = losses_by_size(folders, findings)
     at_own_size = [found for found in findings.gaps if PER_DIRECTION not in str(found.size)]
-    sentences, table, chart = analyse(runs, at_own_size)
-    return Analysis("scaling", "Loss over size and data", sentences, table, chart, findings.skipped)
+    return analyse(runs, at_own_size, findings.skipped)
 
 
 def losses_by_size(folders: list[ExperimentFolder], findings: Findings) -> pd.DataFrame:
@@ -70,21 +69,32 @@ def _refuse_other_than_sizes(identities: Mapping[str, Mapping[str, Any]]) -> Non
 
 
 def analyse(
-    table: pd.DataFrame, gaps: Sequence[Gap], resamples: int = 200, seed: int = 0
-) -> tuple[list[str], pd.DataFrame, Any]:
-    """Findings in sentences, the fitted parameters with their intervals, and a chart.
+    table: pd.DataFrame, gaps: Sequence[Gap], notes: Sequence[str] = (), resamples: int = 200, seed: int = 0
+) -> Analysis:
+    """Findings in sentences, the fitted parameters, predictions and gaps with their intervals, and a chart.
 
-    The frame has the columns direction, parameter, value, low, high, runs. A direction that cannot be fitted gets a
-    sentence that says why; UserError where none can be.
+    The main table has the columns direction, parameter, value, low, high, runs. A direction that cannot be fitted gets
+    a sentence that says why; UserError where none can be.
     """
     runs = checked_runs(table)
     fits, held, problems = _fit_directions(runs, resamples, seed)
     if not fits:
         raise UserError("; ".join(problems))
-    trends = gap_by_size(gaps, _parameters_by_size(table))
+    parameters = _parameters_by_size(table)
+    trends = gap_by_size(gaps, parameters)
+    over_size = _gap_frame(gaps, parameters)
     sentences = [_fit_words(one) for one in fits] + [_held_out_words(one) for one in held] + problems
     sentences += [trend.sentence for trend in trends]
-    return [*sentences, f"{CONVENTION}."], _fit_frame(fits), _chart(fits, held)
+    further = {"largest size left out": _held_out_frame(held), "gap over size": over_size}
+    return Analysis(
+        "scaling",
+        title := "Loss over size and data",
+        [*sentences, f"{CONVENTION}."],
+        _fit_frame(fits),
+        scaling_chart(_law_chart(fits, held), _gap_chart(over_size, trends, parameters), title),
+        list(notes),
+        more={name: frame for name, frame in further.items() if len(frame)},
+    )
 
 
 def _fit_directions(runs: pd.DataFrame, resamples: int, seed: int) -> tuple[list[ScalingFit], list[HeldOut], list[str]]:
@@ -160,6 +170,31 @@ def _fit_frame(fits: Sequence[ScalingFit]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["direction", "parameter", "value", "low", "high", "runs"])
 
 
+def _held_out_frame(held: Sequence[HeldOut]) -> pd.DataFrame:
+    """Losses in nats per token; `low` to `high` holds the prediction, `miss_low` to `miss_high` found - predicted."""
+    missing = (np.nan, np.nan)
+    rows = [
+        (
+            *(one.direction, one.parameters, one.tokens, one.seeds),
+            *(one.predicted, *(one.predicted_interval or missing)),
+            *(one.found, one.found - one.predicted, *(one.miss_interval or missing)),
+        )
+        for one in held
+    ]
+    names = "direction parameters tokens seeds predicted low high found miss miss_low miss_high"
+    return pd.DataFrame(rows, columns=names.split())
+
+
+def _gap_frame(gaps: Sequence[Gap], parameters: Mapping[Size, float] | None) -> pd.DataFrame:
+    """Each pair's gap at each size, in nats per token."""
+    rows = [
+        (f"{one.b} - {one.a}", one.size, float((parameters or {}).get(one.size, np.nan)), len(one.seeds), one.gap_nats)
+        + (one.seed_interval or (np.nan, np.nan))
+        for one in gaps
+    ]
+    return pd.DataFrame(rows, columns=["gap", "size", "parameters", "seeds", "nats", "low", "high"])
+
+
 # Chart
 
 
@@ -185,14 +220,27 @@ class _Axis:
         return losses * one.law.loss(parameters, self.tokens) / one.law.loss(parameters, tokens)
 
 
-def _chart(fits: Sequence[ScalingFit], held: Sequence[HeldOut]) -> Any:
+def _law_chart(fits: Sequence[ScalingFit], held: Sequence[HeldOut]) -> Any:
     axis = _Axis.of(fits)
     points = pd.concat([_points(one, axis) for one in fits], ignore_index=True)
     curves = pd.concat([_curve(one, axis) for one in fits if axis.variable in one.terms], ignore_index=True)
     moved = any(len(one.terms) == 2 and one.runs["tokens"].nunique() > 1 for one in fits)
     note = f"points moved along the law to {_short(axis.tokens)} tokens" if moved else ""
     x_title = "parameters (blocks and output layer)" if axis.variable == "parameters" else "training tokens"
-    return scaling_chart(points, curves, _predictions(fits, held, axis), x_title, f"loss over {axis.variable}", note)
+    return law_chart(points, curves, _predictions(fits, held, axis), x_title, note)
+
+
+def _gap_chart(
+    over_size: pd.DataFrame, trends: Sequence[GapTrend], parameters: Mapping[Size, float] | None
+) -> Any | None:
+    """None where no pair has a line over sizes."""
+    ends = [
+        (f"{one.b} - {one.a}", parameters[size], nats)
+        for one in trends
+        if one.fitted and parameters
+        for size, nats in zip((one.sizes[0], one.sizes[-1]), one.fitted, strict=True)
+    ]
+    return gap_trend_chart(over_size, pd.DataFrame(ends, columns=["gap", "parameters", "nats"])) if ends else None
 
 
 def _points(one: ScalingFit, axis: _Axis) -> pd.DataFrame:

@@ -11,8 +11,9 @@ import pandas as pd
 
 from bwlm.analysis.audit import audit
 from bwlm.analysis.curves import compare
-from bwlm.analysis.insides import over_time, representations
+from bwlm.analysis.insides import over_time
 from bwlm.analysis.positions import positions
+from bwlm.analysis.representations import representations
 from bwlm.analysis.result import Analysis, frame_to_markdown, markdown_table
 from bwlm.analysis.select import begun
 from bwlm.analysis.stats import counted
@@ -35,7 +36,7 @@ _ANALYSES: dict[str, tuple[str, Analyse, bool]] = {
     "activations": ("Activations", lambda folders: over_time("activations", folders), False),
     "representations": ("Representations and attention", representations, True),
 }
-"""By command: title, analysis, and whether its table is short enough to be read."""
+"""By command: title, analysis, and whether its tables are for reading."""
 
 
 def analysis_sections(folders: list[ExperimentFolder], home: Path, names: list[str]) -> tuple[list[str], list[Path]]:
@@ -45,7 +46,7 @@ def analysis_sections(folders: list[ExperimentFolder], home: Path, names: list[s
     except UserError:
         folders = []
     parts, pictures = [], []
-    for command, (title, analyse, with_table) in _ANALYSES.items():
+    for command, (title, analyse, with_tables) in _ANALYSES.items():
         again = f"`bwlm analyze {command} {shlex.join(names)}`"
         parts.append(f"## {title}")
         try:
@@ -57,8 +58,7 @@ def analysis_sections(folders: list[ExperimentFolder], home: Path, names: list[s
         found.write(pictures[-1])
         parts.append("\n".join(f"- {line}" for line in found.findings))
         parts.append(f"![{found.title}]({command}.svg)")
-        if with_table and len(found.table) <= _ROWS:
-            parts.append(frame_to_markdown(found.table))
+        parts += found.tables(_ROWS) if with_tables else []
         parts += ["\n".join(f"- {note}" for note in found.notes)] if found.notes else []
         parts.append(f"All of it: {again}.")
     return parts, pictures

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bwlm.analysis.charts import transfer_chart
+from bwlm.analysis.charts.losses import transfer_chart
 from bwlm.analysis.result import Analysis
 from bwlm.analysis.stats import CONFIDENCE, DIRECTION_ORDER, paired_t
 from bwlm.analysis.tables import load_losses, sizes
@@ -36,8 +36,10 @@ def transfer(folders: list[ExperimentFolder]) -> Analysis:
     runs = pd.DataFrame(rows)
     table = summary(runs)
     title = "Transfer between directions"
-    found = [*sentences(runs), *marker_sentences(folders, labels)]
-    return Analysis("transfer", title, found, table, transfer_chart(table, title), notes)
+    further = {"other reading": other_readings(runs), "wrong marker": wrong_markers(folders, labels)}
+    found = _sentences(*further.values())
+    more = {name: of for name, of in further.items() if len(of)}
+    return Analysis("transfer", title, found, table, transfer_chart(table, title), notes, more=more)
 
 
 def _of_reading(folder: ExperimentFolder, reading: str, size: str) -> dict[str, Any]:
@@ -76,29 +78,27 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def sentences(runs: pd.DataFrame) -> list[str]:
-    """The price of reading the other way, and a bidirectional model's balance, each with an interval over seeds."""
-    found = []
-    for key, group in runs.groupby(["size", "direction", "lr"]):
-        size, direction, lr = key
+def other_readings(runs: pd.DataFrame) -> pd.DataFrame:
+    """The price of the reading that a model did not learn; of a bidirectional one, of backward against forward.
+
+    size, lr, direction, reading, against, seeds, nats (per token, by how much it costs more), low, high.
+    """
+    rows = []
+    for (size, lr, direction), group in runs.groupby(["size", "lr", "direction"]):
         if direction not in DIRECTION_ORDER[:3]:
             continue
         wide = group.pivot(index="run", columns="reading", values="loss")
-        own = "backward" if direction == "backward" else "forward"
-        other = "forward" if own == "backward" else "backward"
-        apart = (wide[other] - wide[own]).to_numpy()
-        what = f"{size}, lr {lr:g}: a {direction} model"
-        if direction == "bidirectional":
-            words = f"reads backwards at {apart.mean():+.4f} nats per token against forwards"
-        else:
-            words = f"reads {other} at {apart.mean():+.4f} nats per token against its own direction"
-        found.append(f"{what} {words}{_over_seeds(apart)}")
-    return found
+        own, other = READINGS[::-1] if direction == "backward" else READINGS
+        rows.append((size, lr, direction, other, own, *_over_seeds((wide[other] - wide[own]).to_numpy())))
+    return pd.DataFrame(rows, columns=["size", "lr", "direction", "reading", "against", *_SEEDS])
 
 
-def marker_sentences(folders: list[ExperimentFolder], labels: dict[str, str]) -> list[str]:
-    """Whether the marker switches a bidirectional model: what the same text costs behind the other marker."""
-    rows = []
+def wrong_markers(folders: list[ExperimentFolder], labels: dict[str, str]) -> pd.DataFrame:
+    """What the same text costs a bidirectional model behind the other direction's marker.
+
+    size, lr, reading (the text's true order), seeds, nats (per token, by how much it costs more), low, high.
+    """
+    found = []
     for folder in folders:
         experiment = folder.config().experiment
         for reading, told in (READINGS, READINGS[::-1]):
@@ -106,21 +106,41 @@ def marker_sentences(folders: list[ExperimentFolder], labels: dict[str, str]) ->
             with contextlib.suppress(UserError):  # a run of one direction has no marker
                 wrong, right = (load_losses(folder, of, experiment.phase) for of in (name, reading))
                 apart = float((wrong["nll"] - right["nll"]).sum() / right["tokens"].sum())
-                rows.append((labels[folder.id], experiment.lr, reading, apart))
-    table = pd.DataFrame(rows, columns=["size", "lr", "reading", "apart"])
-    return [
-        f"{size}, lr {lr:g}: behind the wrong marker a bidirectional model reads {reading} text at "
-        f"{group['apart'].mean():+.4f} nats per token{_over_seeds(group['apart'].to_numpy())}"
-        for (size, lr, reading), group in table.groupby(["size", "lr", "reading"])
-    ]
+                found.append((labels[folder.id], experiment.lr, reading, apart))
+    table = pd.DataFrame(found, columns=["size", "lr", "reading", "apart"])
+    groups = table.groupby(["size", "lr", "reading"])["apart"]
+    rows = [(*key, *_over_seeds(apart.to_numpy())) for key, apart in groups]
+    return pd.DataFrame(rows, columns=["size", "lr", "reading", *_SEEDS])
 
 
-def _over_seeds(apart: np.ndarray[Any, np.dtype[np.float64]]) -> str:
-    tested = paired_t(apart)
-    if tested is None:
-        return " (one seed)"
-    low, high = tested[1]
-    return f" ({100 * CONFIDENCE:.0f} % over {len(apart)} seeds: {low:+.4f} .. {high:+.4f})"
+_SEEDS = ["seeds", "nats", "low", "high"]
+
+
+def _over_seeds(apart: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[int, float, float, float]:
+    return len(apart), float(apart.mean()), *_interval(apart)
+
+
+def _sentences(readings: pd.DataFrame, markers: pd.DataFrame) -> list[str]:
+    found = []
+    for row in readings.itertuples():
+        both = row.direction == "bidirectional"
+        reads, against = ("backwards", "forwards") if both else (row.reading, "its own direction")
+        found.append(f"{_start(row)}: a {row.direction} model reads {reads} {_amount(row, f' against {against}')}")
+    for row in markers.itertuples():
+        told = f"behind the wrong marker a bidirectional model reads {row.reading} text"
+        found.append(f"{_start(row)}: {told} {_amount(row)}")
+    return found
+
+
+def _start(row: Any) -> str:
+    return f"{row.size}, lr {row.lr:g}"
+
+
+def _amount(row: Any, against: str = "") -> str:
+    told = f"at {row.nats:+.4f} nats per token{against}"
+    if math.isnan(row.low):
+        return f"{told} (one seed)"
+    return f"{told} ({100 * CONFIDENCE:.0f} % over {row.seeds} seeds: {row.low:+.4f} .. {row.high:+.4f})"
 
 
 def _interval(losses: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from bwlm.analysis.charts import gap_chart
+from bwlm.analysis.charts.losses import gap_chart
 from bwlm.analysis.findings import Findings
 from bwlm.analysis.result import Analysis
 from bwlm.analysis.stats import FEWEST_DOCUMENTS, Gap, counted

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,8 @@ from bwlm.cli.terminal import Json, Storage, print_json, say, show, table
 from bwlm.errors import UserError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from bwlm.analysis.result import Analysis
     from bwlm.analysis.stats import Gap
     from bwlm.record.lineage import ExperimentFolder
@@ -31,7 +33,7 @@ Output = Annotated[
     typer.Option(
         "--output",
         metavar="FILE",
-        help="The picture to .svg, .png or .html, the table to .csv or .md. Repeatable. "
+        help="The picture to .svg, .png or .html, the first table to .csv, all of them to .md. Repeatable. "
         "Default: all of them, in analyses/RUN below the storage.",
         show_default=False,
     ),
@@ -164,7 +166,7 @@ def representations(runs: Runs, output: Output = None, storage: Storage = None, 
 
     Example: `bwlm analyze representations demo`
     """
-    from bwlm.analysis.insides import representations
+    from bwlm.analysis.representations import representations
 
     _run(representations, runs, output, storage, as_json)
 
@@ -224,11 +226,16 @@ def _run(
         say(f"note: {note}")
     _write(found, output, _default(storage, runs) / found.name)
     if as_json:
-        records = found.table.astype(object).where(found.table.notna(), None).to_dict("records")
-        return print_json({"findings": found.findings, "notes": [*notes, *found.notes], "table": records})
+        more = {name: _records(table) for name, table in found.more.items()}
+        told = {"findings": found.findings, "notes": [*notes, *found.notes], "table": _records(found.table)}
+        return print_json(told | ({"more": more} if more else {}))
     for line in found.findings:
         print(line)
     return None
+
+
+def _records(table: pd.DataFrame) -> list[Any]:
+    return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
 def _default(storage: str | None, runs: list[str]) -> Path:

@@ -16,9 +16,12 @@ import pandas as pd
 import pytest
 
 from bwlm.analysis.audit import audit
+from bwlm.analysis.cka import linear_cka
 from bwlm.analysis.curves import compare, differences, efficiency
-from bwlm.analysis.insides import _kind_of_pair, linear_cka, over_time, representations
+from bwlm.analysis.insides import over_time
+from bwlm.analysis.logs import opened
 from bwlm.analysis.positions import KINDS, document_lengths, positions
+from bwlm.analysis.representations import States, pair_name, ranked_heads, representations
 from bwlm.analysis.result import Analysis
 from bwlm.analysis.select import begun, choose, shortest_names
 from bwlm.analysis.tables import load_losses
@@ -109,12 +112,17 @@ def test_each_writes_a_picture_and_a_table(folders: list[ExperimentFolder], tmp_
     assert found.findings
     assert not any("nan" in line for line in found.findings)
     files = found.write_all(tmp_path / "deeper" / name)
-    assert [path.suffix for path in files] == [".html", ".svg", ".csv", ".md"]
-    assert all(path.stat().st_size > 200 for path in files)
+    assert [path.suffix for path in files] == [".html", ".svg", ".csv", ".md", *[".csv"] * len(found.more)]
+    assert all(path.stat().st_size > 200 for path in files[:4])
     assert "http" not in files[1].read_text().replace("http://www.w3.org", "")
     again = pd.read_csv(files[2])
     assert list(again.columns) == list(found.table.columns)
     assert len(again) == len(found.table)
+    text = files[3].read_text()
+    for file, (title, table) in zip(files[4:], found.more.items(), strict=True):
+        assert file.stem == f"{name}-{title.replace(' ', '-')}"
+        assert pd.read_csv(file).shape == table.shape
+        assert f"\n{title.capitalize()}:\n\n| {' | '.join(table.columns)} |\n" in text
     found.write(tmp_path / "only.png")
     assert (tmp_path / "only.png").read_bytes().startswith(b"\x89PNG")
 
@@ -205,6 +213,15 @@ def test_transfer_is_the_losses_of_both_readings(folders: list[ExperimentFolder]
     assert misled.startswith("d2, lr 1: behind the wrong marker a bidirectional model reads forward text at ")
     assert abs(apart) > 1e-6  # else the marker would not have been another one
     assert misled.endswith(f" {apart:+.4f} nats per token (one seed)")
+    more = transfer(folders).more
+    price = more["other reading"].set_index("direction")
+    native = np.mean([load_losses(ExperimentFolder(trained, run), "forward")["nll"].sum() for run in ("f_s0", "f_s1")])
+    assert price.loc["forward", "nats"] == pytest.approx(crossed - native / right["tokens"].sum())
+    assert price["reading"].to_dict() == {"forward": "backward", "backward": "forward", "bidirectional": "backward"}
+    assert price["seeds"].to_dict() == {"forward": 2, "backward": 2, "bidirectional": 1}
+    marker = more["wrong marker"].set_index("reading")
+    assert marker.loc["forward", "nats"] == pytest.approx(apart)
+    assert set(transfer([folder for folder in folders if folder.id != "x_s0"]).more) == {"other reading"}
     native = table["native"]
     assert native.to_dict() == {
         ("backward", "backward"): True, ("backward", "forward"): False, ("bidirectional", "backward"): True,
@@ -227,6 +244,11 @@ def test_places_share_out_every_token(folders: list[ExperimentFolder], trained: 
     of_document = losses.groupby(2.0 ** np.floor(np.log2(lengths[losses["document"]])))["tokens"].sum()
     part = table[(table["direction"] == "bidirectional") & (table["kind"] == KINDS[3])]
     assert part.set_index("bin")["tokens"].to_dict() == of_document.to_dict()
+    for figure in ("loss", "accuracy"):
+        assert (table[f"{figure}_low"] <= table[figure]).all()
+        assert (table[f"{figure}_high"] >= table[figure]).all()
+    spread = (table["loss_low"] < table["loss_high"]).groupby(table["direction"]).all()
+    assert spread.to_dict() == {"backward": True, "bidirectional": False, "forward": True}  # one bidirectional seed
     # what a reading begins with costs it most
     first = table[table["bin"] == 1].set_index(["direction", "kind"])["loss"]
     assert first["forward", KINDS[0]] > first["forward", KINDS[1]]
@@ -272,29 +294,88 @@ def test_cka_of_what_is_known() -> None:
 
 def test_representations_pair_directions_and_seeds(folders: list[ExperimentFolder]) -> None:
     table = representations(folders).table
-    pairs = table.groupby("pair")["pairs"].first().to_dict()
-    assert pairs == {
-        "seeds of forward": 1, "seeds of backward": 1, "backward and forward": 4,
-        "backward and bidirectional (forward)": 2, "backward and bidirectional (backward)": 2,
-        "bidirectional (forward) and forward": 2, "bidirectional (backward) and forward": 2,
-        "both readings of one bidirectional model": 1,
-    }  # fmt: skip
+    pairs = table.groupby("pair", sort=False)["pairs"].first().to_dict()
+    assert list(pairs.items()) == [
+        ("seeds of forward", 1),
+        ("seeds of backward", 1),
+        ("forward and backward", 4),
+        ("forward and bidirectional (forward)", 2),
+        ("forward and bidirectional (backward)", 2),
+        ("backward and bidirectional (forward)", 2),
+        ("backward and bidirectional (backward)", 2),
+        ("both readings of one bidirectional model", 1),
+    ]
+    assert set(table["group"]) == {"d2"}
     assert sorted(set(table["layer"])) == [0, 1, 2]
     assert table["cka"].between(-0.2, 1.001).all()
     with pytest.raises(UserError, match="two runs of one size are needed"):
         representations([folder for folder in folders if folder.id == "f_s0"])
 
 
-def test_only_what_differs_in_the_seed_alone_is_a_pair_of_seeds() -> None:
-    def of(run: str, label: str = "forward", seed: int = 0, lr: float = 1.0) -> dict[str, Any]:
-        return {"run": run, "label": label, "seed": seed, "lr": lr}
+def test_states_are_compared_at_one_size_and_learning_rate(prepared: Prepared, trained: Path, tmp_path: Path) -> None:
+    """A mean over pairs of several sizes or rates would be of nothing."""
+    storage = tmp_path / "copy"
+    shutil.copytree(trained, storage)
+    for name, settings in {
+        "f_lr2": {"lr": 2.0},
+        "b_lr2": {"lr": 2.0},
+        "f_d1": {"depth": 1},
+        "b_d1": {"depth": 1},
+    }.items():
+        direction = {"f": "forward", "b": "backward"}[name[0]]
+        run = make_run(prepared, storage, name, **{"depth": 2, "direction": direction, "research_log": LOG, **settings})
+        assert run_base(run, AloneSession(), in_process).state == "finished"
+    chosen = choose(storage, ["f_*", "b_*"])[0]
+    first = representations(chosen).table.query("layer == 0")
+    assert list(first[["group", "pair", "pairs"]].itertuples(index=False, name=None)) == [
+        ("d1", "forward and backward", 1),
+        ("d2, lr 1", "seeds of forward", 1),
+        ("d2, lr 1", "seeds of backward", 1),
+        ("d2, lr 1", "forward and backward", 4),
+        ("d2, lr 2", "forward and backward", 1),
+    ]
+    apart = [folder for folder in chosen if folder.id in ("f_s0", "f_s1", "b_lr2")]  # each at its own rate
+    assert set(representations(apart).table["pair"]) == {"seeds of forward", "forward and backward"}
 
-    assert _kind_of_pair(of("a"), of("b", seed=1)) == "seeds of forward"
-    assert _kind_of_pair(of("a"), of("b", lr=2.0)) is None
-    assert _kind_of_pair(of("a"), of("b", seed=1, lr=2.0)) is None
-    assert _kind_of_pair(of("a"), of("b", "backward", lr=2.0)) == "backward and forward"  # each at its own rate
-    readings = (of("x", "bidirectional (forward)"), of("x", "bidirectional (backward)"))
-    assert _kind_of_pair(*readings) == "both readings of one bidirectional model"
+
+def test_only_what_differs_in_the_seed_is_a_pair_of_seeds() -> None:
+    def of(run: str, direction: str = "forward", seed: int = 0, reading: str = "forward") -> States:
+        return States(run, "d1", direction, reading, seed, np.zeros(0, np.int64), [])
+
+    assert pair_name(of("a"), of("b", seed=1)) == "seeds of forward"
+    assert pair_name(of("a"), of("b")) is None
+    assert pair_name(of("a"), of("b", "backward", reading="backward")) == "forward and backward"
+    readings = [of("x", "bidirectional", reading=reading) for reading in ("forward", "backward")]
+    assert pair_name(*readings) == "both readings of one bidirectional model"
+    assert pair_name(readings[0], of("y", "bidirectional", seed=1)) == "seeds of bidirectional (forward)"
+
+
+def test_heads_are_ranked_by_how_far_they_look(trained: Path, tmp_path: Path) -> None:
+    storage = tmp_path / "copy"
+    shutil.copytree(trained, storage)
+    values = {  # [reading, layer, head]
+        "distance": [[[5.0, 1.0, 9.0, 3.0], [2.0, 4.0, 6.0, 8.0]]],
+        "entropy": [[[0.5, 0.1, 0.9, 0.3], [0.2, 0.4, 0.6, 0.8]]],
+        "first_share": [[[0.05, 0.01, 0.09, 0.03], [0.02, 0.04, 0.06, 0.08]]],
+    }
+    with h5py.File(storage / "f_s0" / "base.h5", "r+") as file:
+        for name, of in values.items():
+            file[f"attention/{name}"][-1] = of
+    chosen, _ = choose(storage, ["f_*"])
+    with opened(chosen[0]) as run:
+        heads = ranked_heads(run)
+    assert heads["distance"].tolist() == [1, 3, 5, 9, 2, 4, 6, 8]
+    assert heads["layer"].tolist() == [0] * 4 + [1] * 4
+    assert heads["head"].tolist() == [0, 1, 2, 3] * 2
+    assert heads["entropy"].tolist() == pytest.approx((heads["distance"] / 10).tolist())  # each goes with its head
+    assert heads["first_share"].tolist() == pytest.approx((heads["distance"] / 100).tolist())
+    with opened(chosen[1]) as run:
+        other = ranked_heads(run)
+    table = representations(chosen).more["heads"]
+    assert table["distance"].tolist() == pytest.approx(((heads["distance"] + other["distance"]) / 2).tolist())
+    assert table["farthest"].tolist() == pytest.approx(np.maximum(heads["distance"], other["distance"]).tolist())
+    assert (table["series"] == "forward").all()
+    assert (table["runs"] == 2).all()
 
 
 def test_what_differs_in_more_than_the_direction_is_refused(
@@ -374,6 +455,7 @@ def test_the_command(
     assert (code, err) == (0, f"written: {tmp_path / 't.csv'}\n")
     shown = json.loads(out)
     assert {row["direction"] for row in shown["table"]} == {"forward", "backward"}
+    assert [row["direction"] for row in shown["more"]["other reading"]] == ["backward", "forward"]
     assert run("positions", "f_s9")[0] == 2
     code, out, err = run("compare", "z*")
     assert (code, out, err.count("\n")) == (2, "", 1)

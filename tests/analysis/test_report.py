@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bwlm.analysis.charts import gap_chart, learning_curves, save_chart
+from bwlm.analysis.charts.look import save_chart
+from bwlm.analysis.charts.losses import gap_chart, learning_curves
 from bwlm.analysis.findings import find
 from bwlm.analysis.report import PAGE, REPORT, train_command, write_experiment_report, write_grid_report
 from bwlm.analysis.result import frame_to_markdown, markdown_table

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bwlm.analysis.charts import scaling_chart
+from bwlm.analysis.charts.scaling import law_chart, scaling_chart
 from bwlm.analysis.gap_over_size import gap_by_size
 from bwlm.analysis.scaling import analyse, scaling
 from bwlm.analysis.scaling_fit import COLUMNS, fit, hold_out
@@ -168,9 +168,10 @@ def test_one_seed_a_cell_has_no_interval() -> None:
     assert found.intervals is None
     assert vars(found.law) == pytest.approx(vars(TRUE), rel=1e-6)
     assert hold_out(simulated(seeds=1), "forward")[0].miss_interval is None
-    sentences, frame, _ = analyse(simulated(seeds=1), [])
-    assert "no intervals, as no cell has two seeds" in sentences[0]
-    assert frame["low"].isna().all()
+    analysis = analyse(simulated(seeds=1), [])
+    assert "no intervals, as no cell has two seeds" in analysis.findings[0]
+    assert analysis.table["low"].isna().all()
+    assert analysis.more["largest size left out"]["low"].isna().all()
 
 
 def test_a_cell_with_one_seed_draws_from_the_others() -> None:
@@ -380,7 +381,9 @@ def test_sentences_parameters_and_chart() -> None:
     runs = pd.concat([simulated(law=law, noise=0.001, direction="backward", rng=1), simulated(noise=0.001)])
     runs["size"] = [f"N{n:g}" for n in runs["parameters"]]
     gaps = [a_gap(f"N{n:g}", [0.01 * k, 0.01 * k + 0.002, 0.01 * k + 0.001]) for k, n in enumerate(SIZES, start=1)]
-    sentences, frame, chart = analyse(runs, gaps, resamples=20)
+    found = analyse(runs, gaps, ["a run was left out"], resamples=20)
+    sentences, frame = found.findings, found.table
+    assert found.notes == ["a run was left out"]
     assert sentences[0].startswith("forward: L = 1.")
     assert sentences[1].startswith("backward: L = 1.")
     assert sum("largest size left out (N = 3M" in line for line in sentences) == 2 * len(BUDGETS)
@@ -390,23 +393,39 @@ def test_sentences_parameters_and_chart() -> None:
     assert list(frame.columns) == ["direction", "parameter", "value", "low", "high", "runs"]
     assert list(frame["parameter"]) == ["E", "A", "a", "B", "b"] * 2
     assert (frame["low"] <= frame["high"]).all()
-    drawn = chart.to_dict()
-    assert len(drawn["layer"]) == 5
-    assert {layer["encoding"]["x"]["scale"]["type"] for layer in drawn["layer"]} == {"log"}
+    held = found.more["largest size left out"]
+    assert held.groupby("direction", sort=False)["tokens"].apply(list).to_dict() == {
+        "forward": sorted(BUDGETS),
+        "backward": sorted(BUDGETS),
+    }
+    assert (held["miss"] == held["found"] - held["predicted"]).all()
+    assert ((held["low"] < held["predicted"]) & (held["predicted"] < held["high"])).all()
+    over_size = found.more["gap over size"]
+    assert over_size["parameters"].tolist() == pytest.approx(SIZES)
+    assert over_size["nats"].tolist() == pytest.approx([one.gap_nats for one in gaps])
+    assert (over_size["gap"] == "backward - forward").all()
+    law, trend = found.chart.to_dict()["vconcat"]
+    assert len(law["layer"]) == 5
+    assert {layer["encoding"]["x"]["scale"]["type"] for layer in law["layer"]} == {"log"}
+    assert trend["facet"]["row"]["field"] == "gap"
+    only = analyse(runs, gaps[:1], resamples=2)  # one size has no trend to draw
+    assert len(only.chart.to_dict()["layer"]) == 5
+    assert len(only.more["gap over size"]) == 1
 
 
 def test_a_direction_with_too_few_sizes_does_not_silence_the_other() -> None:
     few = simulated([(1e5, 1e8), (1e6, 1e8)], direction="backward")
-    sentences, frame, _ = analyse(pd.concat([simulated(), few]), [], resamples=2)
-    assert set(frame["direction"]) == {"forward"}
+    found = analyse(pd.concat([simulated(), few]), [], resamples=2)
+    sentences = found.findings
+    assert set(found.table["direction"]) == {"forward"}
+    assert set(found.more) == {"largest size left out"}
     assert any(line.startswith("backward has 2 sizes and 1 token budget: too few") for line in sentences)
     with pytest.raises(UserError, match="backward has 2 sizes"):
         analyse(few, [])
 
 
 def test_points_keep_their_distance_from_the_law_in_the_chart() -> None:
-    _, _, chart = analyse(simulated(noise=0.0), [], resamples=2)
-    drawn = chart.to_dict()
+    drawn = analyse(simulated(noise=0.0), [], resamples=2).chart.to_dict()
     points = next(rows for rows in drawn["datasets"].values() if "run" in rows[0])
     # All runs lie on the law, so at the largest budget those of one size lie on one spot.
     for n in SIZES:
@@ -416,9 +435,10 @@ def test_points_keep_their_distance_from_the_law_in_the_chart() -> None:
 
 @pytest.mark.parametrize("cells", [[(n, 1e8) for n in SIZES[:3]], [(1e6, d) for d in BUDGETS]])
 def test_a_chart_without_a_prediction_is_drawn(cells: list[tuple[float, float]]) -> None:
-    sentences, _, chart = analyse(simulated(cells, noise=0.001), [], resamples=2)
-    assert any("cannot be predicted" in line for line in sentences)
-    assert chart.to_dict()["layer"]
+    found = analyse(simulated(cells, noise=0.001), [], resamples=2)
+    assert any("cannot be predicted" in line for line in found.findings)
+    assert found.chart.to_dict()["layer"]
+    assert found.more == {}
 
 
 def test_the_chart_draws_without_intervals() -> None:
@@ -427,4 +447,4 @@ def test_the_chart_draws_without_intervals() -> None:
     curves = pd.DataFrame(
         {"direction": "forward", "x": [1e6, 2e6], "loss": [3.0, 2.0], "low": math.nan, "high": math.nan}
     )
-    assert scaling_chart(points, curves, empty, "parameters", "title").to_dict()
+    assert scaling_chart(law_chart(points, curves, empty, "parameters"), None, "title").to_dict()

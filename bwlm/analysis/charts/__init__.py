@@ -1,0 +1,1 @@
+"""Every chart of reports and analyses, in one look, by altair: the only room that draws."""
