@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pandas as pd
 
-from bwlm.analysis.stats import DIRECTION_ORDER, Gap, counted, gap, judge
+from bwlm.analysis.stats import COLUMNS, DIRECTION_ORDER, Gap, counted, gap, judge
 from bwlm.analysis.tables import (
     PER_DIRECTION,
     BestRate,
@@ -41,6 +41,8 @@ class Findings:
     """Of the compared half, for each gap."""
     at_edge: list[str]
     """Best learning rates beyond which none was tried: a better one may lie there."""
+    losses: pd.DataFrame
+    """That the gaps were measured on, a row a run and document: `stats.COLUMNS`."""
 
     @property
     def skipped(self) -> list[str]:
@@ -55,16 +57,17 @@ def find(folders: list[ExperimentFolder]) -> Findings:
         f"{c.id}: {c.state}{f' ({c.reason})' if c.reason else ''}" for c in cells.values() if c.state != "finished"
     ] + unreadable
     if not finished:
-        return Findings([], [], skipped, [], [], [], [])
+        return Findings([], [], skipped, [], [], [], [], pd.DataFrame(columns=COLUMNS))
     labels = sizes(folders)
     table = load_gap_table(finished, labels)
     tried = tried_rates(folders, labels, {folder.id for folder in finished})
     best = best_learning_rates(table, tried)
-    test = best_on_test(table, best)
-    test = pd.concat([test, equal_per_direction(test, finished, labels)], ignore_index=True)
+    losses = best_on_test(table, best)
+    test = pd.concat([losses, equal_per_direction(losses, finished, labels)], ignore_index=True)
     compared, problems = _compare(test) if best else ([], [])
     windows = [_windows(test, found) for found in compared]
-    return Findings(best, compared, skipped, problems, _excluded(tried), windows, _at_edge(best, tried))
+    at_edge = _at_edge(best, tried)
+    return Findings(best, compared, skipped, problems, _excluded(tried), windows, at_edge, losses[list(COLUMNS)])
 
 
 def _windows(test: pd.DataFrame, found: Gap) -> int:

@@ -1,7 +1,8 @@
-"""Anyone's losses from a parquet or CSV file, for `stats`: the columns that it needs, as they were written."""
+"""Losses of documents in a parquet or CSV file, anyone's or ours: the columns that `stats` needs."""
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 
 from bwlm.analysis.stats import COLUMNS, Gap, counted, judge, measured_pairs
 from bwlm.errors import UserError
+from bwlm.paths import write_atomic
 
 _NAMES = ("run", "direction", "document")  # text, whatever it looks like: document 007 is not document 7
 
@@ -45,6 +47,14 @@ def gaps_from(path: Path, resamples: int = 10_000) -> tuple[list[Gap], list[str]
             f"'{first['run']}': summed as windows of one document; leave copies out"
         )
     return judge(found), notes
+
+
+def write_losses(losses: pd.DataFrame, path: Path) -> Path:
+    """Writes what `gaps_from` reads, whole or not at all."""
+    buffer = io.BytesIO()
+    losses[list(COLUMNS)].to_parquet(buffer, index=False)
+    write_atomic(path, buffer.getvalue())
+    return path
 
 
 def read_losses(path: Path) -> pd.DataFrame:

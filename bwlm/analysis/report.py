@@ -15,6 +15,7 @@ from bwlm.analysis.charts.losses import gap_chart, learning_curves
 from bwlm.analysis.controls import NULL, above_floor, control_runs, judge_control
 from bwlm.analysis.curves import single_curves
 from bwlm.analysis.findings import BEST_HEADER, Findings, best_columns, find
+from bwlm.analysis.losses import write_losses
 from bwlm.analysis.page import to_page
 from bwlm.analysis.result import markdown_table
 from bwlm.analysis.sections import (
@@ -35,6 +36,7 @@ from bwlm.record.lineage import ExperimentFolder, cells_of, grid_folder, readabl
 REPORT = "RESEARCH_REPORT.md"
 GRID_FILE = "grid.yaml"
 PAGE = "RESEARCH_REPORT.html"
+LOSSES = "losses.parquet"
 
 
 def write_grid_report(storage: Path, name: str) -> list[Path]:
@@ -46,6 +48,7 @@ def write_grid_report(storage: Path, name: str) -> list[Path]:
     charts = save_chart(learning_curves(single_curves(folders), f"{name}: learning curves"), folder, "curves")
     if findings.gaps:
         charts += save_chart(gap_chart(gap_frame(findings.gaps), f"{name}: gaps between directions"), folder, "gaps")
+        charts.append(write_losses(findings.losses, folder / LOSSES))
     sections, pictures = _grid_sections(name, folders, findings, folder)
     text = _grid_text(name, folders, findings) + "\n".join(["", *(f"{part}\n" for part in sections)])
     return [*_write(text, folder, f"bwlm: {name}"), *charts, *pictures]
@@ -174,6 +177,9 @@ def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings) -
         parts += [markdown_table(GAP_HEADER, [gap_columns(found) for found in findings.gaps])]
         parts += [f"{gap_caption(findings)}. {_READING}"]
         parts += ["![gaps](gaps.svg) ([in the browser](gaps.html))"]
+        parts += [
+            f"Every document's loss lies beside this report: `bwlm analyze gap --from {LOSSES}` judges them again."
+        ]
     if not findings.best:
         reason = "no learning rate finished at every seed" if findings.excluded else "no cell has finished yet"
         parts += [f"None: {reason}."]

@@ -16,8 +16,10 @@ import pytest
 from bwlm.analysis.charts.look import save_chart
 from bwlm.analysis.charts.losses import gap_chart, learning_curves
 from bwlm.analysis.findings import find
-from bwlm.analysis.report import PAGE, REPORT, train_command, write_experiment_report, write_grid_report
+from bwlm.analysis.losses import gaps_from
+from bwlm.analysis.report import LOSSES, PAGE, REPORT, train_command, write_experiment_report, write_grid_report
 from bwlm.analysis.result import frame_to_markdown, markdown_table
+from bwlm.analysis.tables import PER_DIRECTION
 from bwlm.analysis.verdict import GAP_HEADER, gap_columns
 from bwlm.grid.spec import plan_experiment
 from bwlm.paths import read_json
@@ -108,13 +110,30 @@ def test_the_report_gives_verdicts_in_words(written: tuple[str, list[Path]]) -> 
     row = next(line for line in text.splitlines() if line.startswith("| d1 | forward → backward"))
     assert "| 4 | +0.1050 |" in row
     charts = {"curves.svg", "curves.html", "gaps.svg", "gaps.html", "compare.svg", "transfer.svg"}
-    assert {file.name for file in files} == {REPORT, PAGE, *charts}
+    assert {file.name for file in files} == {REPORT, PAGE, LOSSES, *charts}
     assert all(f"({name})" in text for name in charts)
     # the hand-made cells have no research log: each section says what makes it
     for command in ("positions", "gradients", "activations", "representations"):
         assert re.search(
             rf"Nothing yet \(.*no such file.*\); once there is, `bwlm analyze {command} 'g_forward_d1_lr1_s\*' ", text
         )
+
+
+def test_every_documents_loss_lies_beside_the_report_and_gives_the_same_verdict(
+    grid: list[ExperimentFolder], written: tuple[str, list[Path]]
+) -> None:
+    [file] = [file for file in written[1] if file.name == LOSSES]
+    assert f"`bwlm analyze gap --from {LOSSES}`" in written[0]
+    again, notes = gaps_from(file)
+    assert notes == []
+    at_own_size = [found for found in find(grid).gaps if PER_DIRECTION not in str(found.size)]
+    assert len(at_own_size) == len(again) > 2
+    for one, other in zip(at_own_size, again, strict=True):
+        assert (one.size, one.a, one.b, one.seeds, one.verdict) == (
+            other.size, other.a, other.b, other.seeds, other.verdict
+        )  # fmt: skip
+        assert one.gap_nats == pytest.approx(other.gap_nats)
+        assert one.p == pytest.approx(other.p)
 
 
 def test_the_report_tells_audit_cost_and_how_to_repeat_it(written: tuple[str, list[Path]]) -> None:
@@ -396,7 +415,7 @@ def test_whole_numbers_are_shown_as_such() -> None:
 
 def test_charts_can_be_opened(written: tuple[str, list[Path]]) -> None:
     _, files = written
-    roots = {file.name: check_chart(file) for file in files[2:]}
+    roots = {file.name: check_chart(file) for file in files[2:] if file.suffix in (".svg", ".html")}
     curves = roots["curves.svg"]
     assert curves is not None
     shown = "".join(curves.itertext())
