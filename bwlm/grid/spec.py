@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -172,9 +173,13 @@ def _share_cores(cells: tuple[Cell, ...], document: Document) -> tuple[Cell, ...
     return tuple(_with_threads(cell, cores // min(len(cells), cores)) for cell in cells)
 
 
-def available_cores() -> int:
-    """Cores that this process may use: a batch system may have given it a part of the machine."""
-    return len(psutil.Process().cpu_affinity()) if psutil.LINUX else os.cpu_count() or 1
+def available_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may use: a batch system or a container may have given it a part of the machine."""
+    cores = len(psutil.Process().cpu_affinity()) if psutil.LINUX else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no control group (version 2), or `max`: no quota
+        microseconds, period = map(int, quota.read_text().split())
+        cores = min(cores, microseconds // period)
+    return max(1, cores)
 
 
 def _with_threads(cell: Cell, cores: int) -> Cell:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from bwlm.config import CONTROL_SOURCES, MERGE_FREE_VOCABULARY, Experiment
 from bwlm.errors import UserError
 from bwlm.grid import spec
-from bwlm.grid.spec import Plan, load_grid, resolve_steps, rivals
+from bwlm.grid.spec import Plan, available_cores, load_grid, resolve_steps, rivals
 
 GRIDS = sorted((Path(__file__).parents[2] / "grids").glob("*.yaml"))
 
@@ -394,3 +394,15 @@ def test_depth_sets_the_batch_unless_it_is_given(tmp_path: Path) -> None:
     whole_rows = ["model.sequence_length=1000", "resources.workers=3", "axes.depth=[4]"]
     assert load_grid(path, whole_rows).cells[0].experiment.budget.batch_tokens == 132_000
     assert {c.experiment.budget.batch_tokens for c in load_grid(path, ["budget.batch_tokens=4096"]).cells} == {4096}
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("150000 50000\n", 3), ("1000 100000", 1), ("99900000 100000", None), ("max 100000", None), ("", None)],
+)
+def test_a_containers_quota_counts(tmp_path: Path, quota: str, cores: int | None) -> None:
+    """As control groups of version 2 write it: microseconds of all cores together in a period, or `max`."""
+    file = tmp_path / "cpu.max"
+    own = available_cores(file)  # there is none
+    file.write_text(quota)
+    assert available_cores(file) == min(cores or own, own)
