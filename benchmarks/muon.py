@@ -1,6 +1,9 @@
-"""Milliseconds of a Muon update by depth: torch.optim.Muon, which bwlm uses, against one that batches, in turn.
+"""Milliseconds of a Muon update by depth, in turn: torch.optim.Muon, one that batches, and bwlm's in float32.
 
-    python benchmarks/muon.py [--threads 2]
+    python benchmarks/muon.py [--threads 2] [--depths 1,2,4,6]
+
+torch's is used where a model computes in bfloat16, the float32 one where it does not: ONEDNN_MAX_CPU_ISA=AVX2 and
+ATEN_CPU_CAPABILITY=avx2 show a CPU that only emulates bfloat16.
 
 Run with the MALLOC_ settings of benchmarks/train_step.py to see it as the workers of a grid do. It says how much a
 Muon of our own would save (benchmarks/RESULTS.md: too little).
@@ -17,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bwlm.model.muon import COEFFICIENTS, ITERATIONS, build_muon
+
 ROUNDS = 15
 
-# quintic Newton-Schulz: steepest at zero, ends between 0.7 and 1.2 instead of at 1 (the post above)
-_A, _B, _C = 3.4445, -4.7750, 2.0315
-_ITERATIONS = 5
 _EPS = 1e-7
 
 
@@ -31,9 +33,10 @@ def orthogonalize(x: Tensor) -> Tensor:
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(_EPS)
-    for _ in range(_ITERATIONS):
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
@@ -76,19 +79,29 @@ def matrices(depth: int) -> list[torch.Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    torch.set_num_threads(parser.parse_args().threads)
-    for depth in (1, 2, 4, 6):
-        ours = BatchedMuon(matrices(depth), lr=0.02)
-        torchs = torch.optim.Muon(matrices(depth), lr=0.02, weight_decay=0.0, adjust_lr_fn="original")
-        seconds: dict[str, list[float]] = {"batched": [], "torch": []}
+    parser.add_argument("--depths", default="1,2,4,6")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for depth in map(int, arguments.depths.split(",")):
+        group = {"params": matrices(depth), "lr": 0.02}
+        optimizers = {
+            "torch": torch.optim.Muon(matrices(depth), lr=0.02, weight_decay=0.0, adjust_lr_fn="original"),
+            "batched": BatchedMuon(matrices(depth), lr=0.02),
+            "float32": build_muon(group, 0.0, torch.float32),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in optimizers}
         for _ in range(ROUNDS):
-            for name, optimizer in (("batched", ours), ("torch", torchs)):
+            for name, optimizer in optimizers.items():
                 began = time.perf_counter()
                 optimizer.step()
                 seconds[name].append(time.perf_counter() - began)
-        mine, theirs = (statistics.median(seconds[name][2:]) for name in ("batched", "torch"))
-        ratio = statistics.median(b / a for a, b in list(zip(*seconds.values(), strict=True))[2:])
-        print(f"depth {depth}: batched {1000 * mine:.1f} ms, torch {1000 * theirs:.1f} ms, ratio {ratio:.2f}")
+        torchs = seconds["torch"][2:]
+        told = [f"torch {1000 * statistics.median(torchs):.1f} ms"]
+        for name in ("batched", "float32"):
+            own = seconds[name][2:]
+            ratio = statistics.median(theirs / mine for theirs, mine in zip(torchs, own, strict=True))
+            told.append(f"{name} {1000 * statistics.median(own):.1f} ms ({ratio:.2f} times as fast)")
+        print(f"depth {depth}: {', '.join(told)}")
 
 
 if __name__ == "__main__":

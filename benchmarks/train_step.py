@@ -37,7 +37,6 @@ from bwlm.model.compute import (
     Wanted,
     choose_compute,
     look_at_hardware,
-    measured_matmul,
     peak_flops,
 )
 from bwlm.model.gpt import GPT
@@ -217,7 +216,8 @@ def measure(name: str, shape: Shape, steps: int, peer: str | None, profile: bool
     if device.type == "cuda":
         floor, peak = peak_flops(device, "bfloat16"), torch.cuda.max_memory_allocated()
     else:
-        floor, peak = measured_matmul(torch.bfloat16), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        _, floor = look_at_hardware("cpu", torch.get_num_threads())  # in the precision that this CPU has
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "tokens_per_second": shape.tokens / statistics.median(seconds),
         "best": shape.tokens / min(seconds),

@@ -63,7 +63,7 @@ class ModelSettings(Settings):
 class OptimSettings(Settings):
     kind: Literal["muon", "adamw"] = "muon"
     weight_decay: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(40, ge=0, description="at most a tenth of the run")
+    warmup_steps: int | None = Field(None, ge=0, description="default: 40, but at most a tenth of the run")
     warmdown_ratio: float = Field(0.65, ge=0, le=0.9)
     final_lr_frac: float = Field(0.05, ge=0, le=1)
     grad_clip: float = Field(1.0, ge=0, description="global norm; 0: none")
@@ -130,7 +130,7 @@ class ComputeSettings(Settings):
 class ResourceSettings(Settings):
     workers: int = Field(1, ge=1)
     cpus_per_worker: int = Field(1, ge=1, description="threads of a worker; default: this machine's cores, shared")
-    gpus_per_worker: int = Field(0, ge=0)
+    gpus_per_worker: int = Field(0, ge=0, le=1, description="default: 1 where this machine has one for each worker")
 
 
 class Recipe(Settings):

@@ -98,7 +98,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
         except OSError:
             if not target.exists():
                 raise
-        sync(target.parent)
+        for folder in (target, *made):
+            sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         for folder in made:

@@ -12,9 +12,17 @@ from typing import Any
 
 import torch
 
-from bwlm.errors import RunError, UserError
+from bwlm.errors import UserError
 from bwlm.model.gpt import GPT
-from bwlm.record.checkpoint import Tensors, check_fits, checkpoint_steps, load_weights, read_meta, step_folder
+from bwlm.record.checkpoint import (
+    DamagedCheckpoint,
+    Tensors,
+    check_fits,
+    checkpoint_steps,
+    load_weights,
+    read_meta,
+    step_folder,
+)
 from bwlm.record.lineage import ExperimentFolder, RunConfig, open_experiment
 from bwlm.text.tokenizer import Tokenizer
 
@@ -73,7 +81,7 @@ def _read(folder: ExperimentFolder, candidates: list[int], tokenizer: Tokenizer)
         try:
             _check_model(folder, tokenizer, read_meta(folder.checkpoints, step), step)
             weights, meta = load_weights(folder.checkpoints, step)
-        except RunError as error:
+        except DamagedCheckpoint as error:
             damage.append(str(error))
             continue
         for told in damage:

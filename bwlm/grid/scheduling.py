@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from bwlm.paths import write_atomic
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.lineage import ExperimentFolder, Status
 from bwlm.train.termination import TERMINATED, Termination
+
+log = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 20.0
 """How long a launch that was asked to end waits for its cells: longer than a step and a checkpoint should take."""
@@ -153,7 +158,8 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
         self._tell_warnings(folder)
         at, error = folder.status(), Path(trial.error_file).read_text()
         last = error.strip().splitlines()[-1].strip()
-        write_atomic(folder.path / "error.txt", error.encode())
+        with _on_a_full_disk_too(folder):
+            write_atomic(folder.path / "error.txt", error.encode())
         if folder.lease_holder() is not None:  # another launch trains it already
             return
         self._close(folder, at, Status("failed", f"crashed, see error.txt: {last}", at.step, at.metrics))
@@ -161,7 +167,8 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
     def _close(self, folder: ExperimentFolder, at: Status, ending: Status) -> None:
         """Notes an end that the worker did not note itself."""
         if not at.ended:
-            folder.write_status(ending)
+            with _on_a_full_disk_too(folder):
+                folder.write_status(ending)
         self._progress.ended(folder.id, at if at.ended else ending)
 
     def _tell_warnings(self, folder: ExperimentFolder) -> None:
@@ -173,6 +180,15 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
                 for line in file.read(size - heard).decode(errors="replace").splitlines():
                     self._progress.warned(folder.id, line)
             self._heard[folder.id] = size
+
+
+@contextlib.contextmanager
+def _on_a_full_disk_too(folder: ExperimentFolder) -> Iterator[None]:
+    """One cell's note that cannot be written must not end the other cells."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s: cannot be written (%s): free space there", folder.path, error.strerror)
 
 
 def _size(path: Path) -> int:

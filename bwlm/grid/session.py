@@ -28,6 +28,8 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "100000000000")
 os.environ.setdefault("MALLOC_TOP_PAD_", "268435456")
 # a worker trains each cell in a new thread, and with heaps of their own the memory of each would be kept
 os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+# of segments of many sizes little memory is lost between; as in nanochat
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # torch.compile's own default lies in /tmp; this one is shared by all cells and outlives a reboot
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "bwlm" / "inductor"))
 
@@ -45,6 +47,7 @@ from bwlm.model.compute import (
     Hardware,
     Wanted,
     choose_compute,
+    count_gpus,
     look_at_hardware,
     why_not_compile,
 )
@@ -96,7 +99,7 @@ def cluster(needs: Collection[ResourceSettings], concurrency: int | None, cells:
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             # a trial driver sleeps: it needs a logical CPU share to be placed, but no core of this machine
             cores = available_cores() + _TRIAL_CPUS
-            chosen = _concurrency(needs, concurrency, cells, cores, _local_gpus(), "this machine")
+            chosen = _concurrency(needs, concurrency, cells, cores, count_gpus(), "this machine")
             # Ray Data's tasks and the trial drivers need logical CPUs of their own, or nothing would ever start
             logical = math.ceil(chosen * (max(map(cpus_of_cell, needs)) + _TRIAL_CPUS) + _SPARE_CPUS)
             context = _start(logical)
@@ -150,12 +153,6 @@ def check_answers(host: str, port: int, what: str, mend: str) -> None:
         raise UserError(f"{what} does not answer ({error.strerror or error}): {mend}") from None
 
 
-def _local_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
 def _room_on_cluster(
     needs: Collection[ResourceSettings], concurrency: int | None, cells: int, dashboard: str | None
 ) -> Room:
@@ -171,7 +168,9 @@ def _room_on_cluster(
                 "lower resources or add nodes"
             )
     chosen = _concurrency(needs, concurrency, cells, cpus, gpus, "the cluster")
-    return Room(chosen, dashboard, ray.get_runtime_context().gcs_address)
+    unused = gpus and not any(resources.gpus_per_worker for resources in needs)
+    hint = f", whose {int(gpus)} GPUs no cell asks for (resources.gpus_per_worker)" if unused else ""
+    return Room(chosen, dashboard, f"{ray.get_runtime_context().gcs_address}{hint}")
 
 
 def _places(node: dict[str, float], resources: ResourceSettings) -> float:

@@ -128,7 +128,7 @@ def load_grid(path: Path, settings: list[str]) -> Plan:
             f"{document.where('axes')}: {count} cells, more than launch.max_cells={grid.launch.max_cells}: "
             "remove values or raise the cap"
         )
-    cells = _share_cores(tuple(_cells(blocks, document)), document)
+    cells = _with_resources(tuple(_cells(blocks, document)), document)
     if grid.scheduler.kind == "asha":
         _check_asha(cells, document)
     text = dump_yaml(document.content) if settings else path.read_text("utf-8")
@@ -142,11 +142,25 @@ def plan_experiment(flags: Mapping[str, Any], settings: list[str], chosen_id: st
     usual = f"{experiment.phase}_{date.today():%Y%m%d}_{experiment.direction}_d{experiment.depth}"
     run = check_id(chosen_id or usual, "--id")
     cell = Cell(run, experiment, resolve_steps(experiment))
-    return Plan(run, _share_cores((cell,), document), LaunchSettings(), SchedulerSettings(), None)
+    return Plan(run, _with_resources((cell,), document), LaunchSettings(), SchedulerSettings(), None)
 
 
 def resolve_steps(experiment: Experiment) -> int:
-    """The horizon in steps; tokens per parameter count matrices and output head, as in nanochat."""
+    """The horizon in steps; tokens per parameter count matrices and output head, as in nanochat.
+
+    Raises `UserError` if the learning rate's way up and down does not fit into it.
+    """
+    steps, optim = _horizon(experiment), experiment.optim
+    down = round(optim.warmdown_ratio * steps)
+    if optim.warmup_steps is not None and optim.warmup_steps + down > steps:
+        raise UserError(
+            f"optim.warmup_steps: {optim.warmup_steps} steps up and {down} down (optim.warmdown_ratio) do not fit into "
+            f"a run of {steps} steps: lower one of them"
+        )
+    return steps
+
+
+def _horizon(experiment: Experiment) -> int:
     budget, shape = experiment.budget, shape_of(experiment)
     counts = count_parameters(shape)
     if budget.steps is not None:
@@ -161,16 +175,35 @@ def resolve_steps(experiment: Experiment) -> int:
     return max(1, round(tokens / budget.batch_tokens))
 
 
-def _share_cores(cells: tuple[Cell, ...], document: Document) -> tuple[Cell, ...]:
-    """Threads of a worker, unless they are given: this machine's cores, once as many cells run as can side by side.
+def _with_resources(cells: tuple[Cell, ...], document: Document) -> tuple[Cell, ...]:
+    """A GPU and the threads of a worker, unless they are given: this machine's, where it is not a cluster's.
 
-    A cell alone takes all of them; where cells are many each takes one, which is faster than to share the work of each.
+    A cell alone takes all cores; where cells are many each takes one, which is faster than to share the work of each.
     """
-    on_cluster, field = bool(os.environ.get("RAY_ADDRESS")), "resources.cpus_per_worker"
-    if on_cluster or holds(document.content, field) or field in document.content.get("axes", {}):
+    if os.environ.get("RAY_ADDRESS"):
         return cells
-    cores = available_cores()
-    return tuple(_with_threads(cell, cores // min(len(cells), cores)) for cell in cells)
+    if not _is_given(document, "gpus_per_worker") and (gpus := available_gpus()):
+        cells = tuple(
+            _resourced(cell, gpus_per_worker=int(gpus >= cell.experiment.resources.workers)) for cell in cells
+        )
+    if not _is_given(document, "cpus_per_worker"):
+        cores = available_cores()
+        cells = tuple(_with_threads(cell, cores // min(len(cells), cores)) for cell in cells)
+    return cells
+
+
+def _is_given(document: Document, name: str) -> bool:
+    field = f"resources.{name}"
+    return holds(document.content, field) or field in document.content.get("axes", {})
+
+
+def available_gpus() -> int:
+    """CUDA devices that torch can use. It is asked only where a driver is: its import takes seconds."""
+    if not Path("/dev/nvidiactl").exists():
+        return 0
+    from bwlm.model.compute import count_gpus
+
+    return count_gpus()
 
 
 def available_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
@@ -186,8 +219,12 @@ def _with_threads(cell: Cell, cores: int) -> Cell:
     resources = cell.experiment.resources
     if resources.gpus_per_worker:
         return cell
-    shared = resources.model_copy(update={"cpus_per_worker": max(1, cores // resources.workers)})
-    return replace(cell, experiment=cell.experiment.model_copy(update={"resources": shared}))
+    return _resourced(cell, cpus_per_worker=max(1, cores // resources.workers))
+
+
+def _resourced(cell: Cell, **update: int) -> Cell:
+    resources = cell.experiment.resources.model_copy(update=update)
+    return replace(cell, experiment=cell.experiment.model_copy(update={"resources": resources}))
 
 
 def rivals(experiment: Experiment) -> str:

@@ -1,7 +1,8 @@
 """How a run computes on its hardware: chosen once when it is planned, each choice with its reason, each can be forced.
 
 None of it changes what is computed, only how fast and in which rounding; docs/performance.md has the measurements
-behind the constants. Imports torch only where it looks at the machine, so that records are read without it.
+behind the constants of CPUs, those of GPUs are estimates. Imports torch only where it looks at the machine, so that
+records are read without it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ Precision = Literal["float32", "bfloat16"]
 DeviceType = Literal["cpu", "cuda"]
 
 _MICRO_TOKENS = {"cpu": 2**12, "cuda": 2**15}
-"""Tokens of one forward pass; it bounds memory."""
+"""Tokens of one forward pass, where memory allows them."""
+
+_KEPT_BYTES = 34
+"""That the backward pass needs of each token, channel and layer in bfloat16 (Korthikanti et al. 2022, arXiv:2205.05198,
+equation 1, without attention's scores)."""
+_KEPT_SHARE = 0.5
+"""Of a GPU's memory, for what the backward pass needs."""
 
 _LOGITS = {"cpu": 2**21, "cuda": 2**26}
 """Logits that the fused loss holds at once, in float32: what stays in a CPU's cache, or keeps a GPU busy."""
@@ -61,6 +68,8 @@ class Hardware:
     compiler: str
     """What `torch.compile` would build with; '' if it is missing."""
     threads: int = 1
+    memory: float = math.inf
+    """Bytes of a GPU."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +104,9 @@ class Compute:
 
 def choose_compute(wanted: Wanted, hardware: Hardware, peak: float, shape: GPTConfig, rows: int, steps: int) -> Compute:
     """`peak` in FLOP/s of one worker, `rows` of one worker and step."""
-    device, why = hardware.device, dict[str, str]()
+    device, why = hardware.device, {"device": hardware.name}
     precision, why["precision"] = _precision(wanted.precision, hardware)
-    micro_rows = wanted.micro_rows or max(1, _MICRO_TOKENS[device] // shape.sequence_length)
+    micro_rows = wanted.micro_rows or max(1, _micro_tokens(hardware, shape) // shape.sequence_length)
     micro_rows = min(micro_rows, rows)
     why["device batch"] = f"{micro_rows} of {rows} rows in a pass" + _forced(wanted.micro_rows)
     attention, why["attention"] = _attention(wanted.attention, device, precision, shape, micro_rows)
@@ -107,6 +116,13 @@ def choose_compute(wanted: Wanted, hardware: Hardware, peak: float, shape: GPTCo
     flops = float(flops_per_token(shape)) * shape.sequence_length * rows * steps
     compiled, why["compile"] = _compile(wanted.compile, hardware, flops / (peak * _EAGER_SHARE[device]))
     return Compute(precision, attention, chunk, compiled, micro_rows, 0, why).with_threads(hardware.threads)
+
+
+def _micro_tokens(hardware: Hardware, shape: GPTConfig) -> int:
+    """A power of two."""
+    fit = _KEPT_SHARE * hardware.memory / (_KEPT_BYTES * shape.width * shape.depth)
+    most = _MICRO_TOKENS[hardware.device]
+    return most if fit >= most else 2 ** max(0, math.floor(math.log2(fit)))
 
 
 def _forced(value: object) -> str:
@@ -158,7 +174,8 @@ def look_at_hardware(device: DeviceType, threads: int) -> tuple[Hardware, float]
 
     if device == "cuda":
         native = torch.cuda.get_device_capability() >= (8, 0)
-        gpu = Hardware(device, torch.cuda.get_device_name(), native, _find_triton(), threads)
+        memory = float(torch.cuda.get_device_properties().total_memory)
+        gpu = Hardware(device, torch.cuda.get_device_name(), native, _find_triton(), threads, memory)
         return gpu, peak_flops(torch.device(device, 0), "bfloat16")
     known = torch.cpu.get_capabilities()
     native = any(known.get(name) for name in _NATIVE_BFLOAT16)
@@ -170,6 +187,13 @@ def look_at_hardware(device: DeviceType, threads: int) -> tuple[Hardware, float]
     finally:
         torch.set_num_threads(before)
     return Hardware(device, "this CPU", native, compiler, threads), peak
+
+
+def count_gpus() -> int:
+    """Those that torch can use here."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 _COMPILE_SOMETHING = """
@@ -209,8 +233,8 @@ def peak_flops(device: torch.device, precision: Precision) -> float:
 
 
 def gpu_peak(name: str) -> float:
-    """Dense bf16 FLOP/s of a GPU by its name, NaN where the table does not have it: a laptop's chip is another one."""
-    if "Laptop" in name:
+    """Dense bf16 FLOP/s of a GPU by its name, NaN where the table does not have it."""
+    if re.search(r"Laptop|\b(MIG|Ti|D)\b", name):  # a part of the chip that the table has, or another one
         return float("nan")
     return next((peak for words, peak in _GPU_PEAKS.items() if re.search(rf"\b{words}\b", name)), float("nan"))
 

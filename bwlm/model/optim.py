@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bwlm.model.gpt import GPT
+from bwlm.model.muon import build_muon
 
 Kind = Literal["muon", "adamw"]
 
@@ -147,7 +148,8 @@ def build_optimizers(
         owners = _spread(matrices, world) if world > 1 else {}
         mine = [matrix for matrix in matrices if owners.get(matrix, rank) == rank]
         if mine:  # a shallow model on many ranks leaves some of them without
-            parts["muon"] = _muon(_group("matrix", mine, lr * MUON_RATE), weight_decay)
+            group = _group("matrix", mine, lr * MUON_RATE)
+            parts["muon"] = build_muon(group, weight_decay, model.compute_dtype)
     elif kind == "adamw":
         matrix_group = _group("matrix", matrices, for_width * ADAMW_MATRIX_RATE)
         adamw_groups.insert(0, matrix_group | {"betas": (0.9, 0.95), "weight_decay": weight_decay})
@@ -196,13 +198,6 @@ def muon_momentum(step: int) -> float:
 def weight_decay_schedule(step: int, steps: int) -> float:
     """Multiplier of the weight decay: a cosine from 1 to 0 over the run (nanochat's `get_weight_decay`, 2026)."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def _muon(group: dict[str, Any], weight_decay: float) -> torch.optim.Muon:
-    # 'original' scales a matrix's update by sqrt(max(1, rows / columns)), as nanochat's Muon does
-    return torch.optim.Muon(
-        [group], momentum=0.95, nesterov=True, ns_steps=5, weight_decay=weight_decay, adjust_lr_fn="original"
-    )
 
 
 def _spread(matrices: list[nn.Parameter], world: int) -> dict[Tensor, int]:

@@ -39,6 +39,10 @@ _OURS = re.compile(_COMMITTED.pattern + r"|\.step_[0-9]{6,}\.[0-9a-f]{8}\.tmp")
 """Folders of checkpoints, and what a save that was killed leaves."""
 
 
+class DamagedCheckpoint(RunError):
+    """A file of a checkpoint is gone or not what was saved; what the disk will not read now is not, it may tomorrow."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """Everything that a run needs to go on from a step; tensors in host memory that nobody changes any more."""
@@ -196,7 +200,7 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def read_meta(folder: Path, step: int) -> dict[str, Any]:
-    """What a checkpoint says of itself, without its tensors. Raises `RunError` naming meta.json if it is damaged."""
+    """What a checkpoint says of itself, without its tensors. Raises as `load_checkpoint`."""
     return _load_meta(step_folder(folder, step), step)
 
 
@@ -220,12 +224,12 @@ def refuse_foreign(folder: Path, expected: Mapping[str, object]) -> None:
         try:
             meta = _load_meta(path, step)
         except RunError:
-            continue  # damaged: told when it is loaded
+            continue  # told when it is loaded
         check_fits(path, meta, expected)
 
 
 def load_checkpoint(folder: Path, step: int) -> Snapshot:
-    """Raises `RunError` naming the file that is not what was saved."""
+    """Raises `DamagedCheckpoint` naming the file that is not what was saved, `RunError` one that cannot be read."""
     path = step_folder(folder, step)
     meta = _load_meta(path, step)
     model, optimizer, rng = (_load_tensors(path / name, meta) for name in FILES)
@@ -240,20 +244,20 @@ def load_weights(folder: Path, step: int) -> tuple[Tensors, dict[str, Any]]:
 
 
 def load_newest(folder: Path, expected: Mapping[str, object] | None = None) -> Snapshot | None:
-    """The newest checkpoint that is whole; says so loudly when it must take an older one, or none.
+    """The newest checkpoint that is whole, None where there is none at all; says so loudly when it takes an older one.
 
-    Raises `UserError` if any of them is another model's (`check_fits`): that is a mistake, not damage, and to pass over
-    it would train on something else than was asked for.
+    Raises `UserError` if any of them is another model's (`check_fits`), a mistake and not damage, or if none is whole;
+    `RunError` if one cannot be read: to pass over it for a moment's fault would cost the steps up to it.
     """
     refuse_foreign(folder, expected or {})
     steps = checkpoint_steps(folder)
     for step in reversed(steps):
         try:
             return load_checkpoint(folder, step)
-        except RunError as error:
+        except DamagedCheckpoint as error:
             log.warning("%s; trying the checkpoint before it", error)
     if steps:
-        log.warning("%s: no checkpoint is whole: the run begins anew", folder)
+        raise UserError(f"{folder}: no checkpoint is whole: put one back, or move the folder away to begin anew")
     return None
 
 
@@ -261,25 +265,31 @@ def _load_meta(path: Path, step: int) -> dict[str, Any]:
     meta_path = path / META
     try:
         meta = read_json(meta_path)
-    except UserError as error:
-        raise RunError(str(error)) from None
-    except (OSError, RecursionError) as error:
-        raise RunError(f"{meta_path}: cannot be read ({error})") from None
+    except (UserError, RecursionError) as error:
+        raise DamagedCheckpoint(str(error)) from None
+    except OSError as error:
+        raise _unreadable(meta_path, error) from None
     if not isinstance(meta, dict) or meta.pop("checksum", None) != _checksum(meta):
-        raise RunError(f"{meta_path}: damaged (its checksum is not that of its content)")
+        raise DamagedCheckpoint(f"{meta_path}: damaged (its checksum is not that of its content)")
     if meta.get("step") != step or not isinstance(meta.get("sha256"), dict):
-        raise RunError(f"{meta_path}: not the meta.json of a checkpoint of step {step}")
+        raise DamagedCheckpoint(f"{meta_path}: not the meta.json of a checkpoint of step {step}")
     return meta
 
 
 def _load_tensors(path: Path, meta: Mapping[str, Any]) -> Tensors:
     try:
         if _sha256(path) != meta["sha256"].get(path.name):
-            raise RunError(f"{path}: damaged (its SHA-256 is not the one in meta.json)")
+            raise DamagedCheckpoint(f"{path}: damaged (its SHA-256 is not the one in meta.json)")
         tensors: Tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path}: cannot be read ({error})") from None
+    except (FileNotFoundError, SafetensorError) as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read ({error})") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
     return tensors
+
+
+def _unreadable(path: Path, error: OSError) -> RunError:
+    return RunError(f"{path}: cannot be read ({error.strerror}): once it can, launch the run again and it goes on")
 
 
 def _checksum(meta: dict[str, Any]) -> str:

@@ -38,6 +38,8 @@ def build_model(config: RunConfig, device: torch.device) -> GPT:
     model = GPT(config.shape, getattr(torch, compute.precision), compute.attention, compute.loss_chunk)
     model.init_weights(config.experiment.seed)
     if compute.compile:
+        # a process compiles a function for eight models only, then runs it as it is: each cell starts anew
+        torch.compiler.reset()
         model.compile_training()
     return model.to(device)
 
@@ -169,7 +171,10 @@ def run_base(folder: ExperimentFolder, session: Session, stream: Stream) -> Stat
     else:
         status = Status("finished", "", folder.config().steps, metrics)
     if session.rank == 0:
-        folder.write_status(status)
+        try:
+            folder.write_status(status)
+        except OSError as error:  # on a full disk; the reason of the run's own failure comes first
+            return Status("failed", status.reason or str(cannot_write(folder.path, error)), status.step)
     return status
 
 

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bwlm.config import CheckpointSettings, OptimSettings, ResearchLogSettings
-from bwlm.errors import Interrupted, TrainingDiverged
+from bwlm.errors import Interrupted, TrainingDiverged, UserError
 from bwlm.model.compute import Compute, peak_flops
 from bwlm.model.gpt import GPT
 from bwlm.model.optim import Optimizer, muon_momentum, schedule, weight_decay_schedule
 from bwlm.model.shape import flops_per_token
 from bwlm.model.step import StepResult, TrainStep
-from bwlm.record.checkpoint import Snapshot, Tensors, copy_to_host, load_checkpoint, load_newest
+from bwlm.record.checkpoint import Snapshot, Tensors, copy_to_host, load_checkpoint, load_newest, step_folder
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.batches import Batch
 from bwlm.text.plan import counter_hash
@@ -125,17 +125,28 @@ def _resume(phase: Phase, folder: ExperimentFolder, session: Session) -> Progres
     checkpoint = _newest(folder, session)
     own = f"rank{session.rank}/"
     rng = {name: state for name, state in (checkpoint.rng if checkpoint else {}).items() if name.startswith(own)}
-    progress = Progress(**checkpoint.meta["progress"]) if checkpoint else Progress()
+    progress = _restored(phase, folder, checkpoint) if checkpoint else Progress()
     if rng:
         torch.set_rng_state(rng[f"{own}cpu"])
         if session.device.type == "cuda" and f"{own}cuda" in rng:
             torch.cuda.set_rng_state(rng[f"{own}cuda"], session.device)
     else:  # a run that begins, or goes on with more ranks than it had
         torch.manual_seed(int(counter_hash(phase.seed, progress.step, session.rank)))
-    if checkpoint is not None:
+    return progress
+
+
+def _restored(phase: Phase, folder: ExperimentFolder, checkpoint: Snapshot) -> Progress:
+    """Puts a checkpoint into model and optimizer; where it stood. Raises `UserError` if it is of another version."""
+    try:
         phase.model.load_state_dict(checkpoint.model)
         phase.optimizer.load_state_tensors(checkpoint.optimizer)
-    return progress
+        return Progress(**checkpoint.meta["progress"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        path, reason = step_folder(folder.checkpoints, checkpoint.step), " ".join(str(error).split())
+        raise UserError(
+            f"{path}: whole, but not what this version saves ({reason}): go on with the version that saved it, or move "
+            "it away"
+        ) from None
 
 
 def _newest(folder: ExperimentFolder, session: Session) -> Snapshot | None:
@@ -182,8 +193,8 @@ def _step(
 
 
 def _multiplier(step: int, phase: Phase) -> float:
-    warmup = min(phase.optim.warmup_steps, phase.steps // 10)
-    return schedule(step, phase.steps, warmup, phase.optim.warmdown_ratio, phase.optim.final_lr_frac)
+    optim = phase.optim
+    return schedule(step, phase.steps, optim.warmup_steps, optim.warmdown_ratio, optim.final_lr_frac)
 
 
 def _validate(phase: Phase, progress: Progress) -> Evaluated | None:

@@ -396,6 +396,33 @@ def test_depth_sets_the_batch_unless_it_is_given(tmp_path: Path) -> None:
     assert {c.experiment.budget.batch_tokens for c in load_grid(path, ["budget.batch_tokens=4096"]).cells} == {4096}
 
 
+@pytest.mark.parametrize(("gpus", "workers", "each"), [(0, 1, 0), (1, 1, 1), (8, 1, 1), (1, 2, 0), (2, 2, 1)])
+def test_a_machines_gpus_are_used_unless_told_otherwise(
+    grid_file: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, workers: int, each: int
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(spec, "available_gpus", lambda: gpus)
+
+    def asked(*settings: str) -> set[int]:
+        cells = load_grid(grid_file, [f"resources.workers={workers}", *settings]).cells
+        return {cell.experiment.resources.gpus_per_worker for cell in cells}
+
+    assert asked() == {each}
+    assert asked("resources.gpus_per_worker=0") == {0}
+    assert asked("resources.gpus_per_worker=1") == {1}
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert asked() == {0}  # what a cluster has is not known here
+
+
+def test_a_warmup_that_does_not_fit_is_refused(grid_file: Path) -> None:
+    """Of 5 steps, round(0.65 x 5) are the way down."""
+    assert load_grid(grid_file, ["optim.warmup_steps=2"]).cells
+    with pytest.raises(
+        UserError, match=r"optim\.warmup_steps: 3 steps up and 3 down .* do not fit into a run of 5 steps"
+    ):
+        load_grid(grid_file, ["optim.warmup_steps=3"])
+
+
 @pytest.mark.parametrize(
     ("quota", "cores"),
     [("150000 50000\n", 3), ("1000 100000", 1), ("99900000 100000", None), ("max 100000", None), ("", None)],

@@ -67,6 +67,16 @@ def test_a_pass_holds_some_thousand_tokens_and_never_more_rows_than_there_are(ti
     assert choose(sequence_length=time).micro_rows == rows
 
 
+@pytest.mark.parametrize(
+    ("gigabytes", "depth", "rows"), [(141, 12, 16), (141, 20, 16), (80, 20, 16), (24, 20, 4), (24, 12, 16), (8, 20, 2)]
+)
+def test_a_pass_fits_a_gpus_memory(gigabytes: int, depth: int, rows: int) -> None:
+    """34 bytes a token, channel and layer in half of it: at depth 20, 0.87 MB a token, so 2^15 tokens take 28.5 GB."""
+    hardware = replace(GPU, memory=gigabytes * 1e9)
+    assert choose(hardware=hardware, depth=depth, sequence_length=2048).micro_rows == rows
+    assert choose(Wanted(micro_rows=7), hardware, depth, sequence_length=2048).micro_rows == 7
+
+
 def test_it_compiles_where_that_saves_twice_its_cost() -> None:
     """At 0.45 of 4e11 FLOP/s a run of s seconds saves s/11 by a gain of 1.1; 30 s are spent: from 660 s on."""
     config = GPTConfig.from_depth(4, 4096, 512)
@@ -159,7 +169,18 @@ def test_a_gpu_is_known_by_its_name(name: str, peak: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["NVIDIA RTX A1000", "NVIDIA RTX A4000", "NVIDIA A10G", "RTX 4090 Laptop GPU", "Tesla V100"]
+    "name",
+    [
+        "NVIDIA RTX A1000",
+        "NVIDIA RTX A4000",
+        "NVIDIA A10G",
+        "RTX 4090 Laptop GPU",
+        "Tesla V100",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GB200",
+    ],
 )
 def test_a_gpu_with_nearly_the_name_of_another_is_unknown(name: str) -> None:
     assert math.isnan(gpu_peak(name))

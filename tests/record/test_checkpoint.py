@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -277,14 +277,48 @@ def test_a_meta_that_is_not_of_this_step_or_vouches_for_nothing_is_refused(
         load_checkpoint(tmp_path, 2)
 
 
-def test_where_none_is_whole_it_is_said_that_the_run_begins_anew(
+def test_where_none_is_whole_the_run_does_not_begin_anew_by_itself(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Its first save would delete what a person, or a better disk, may still mend."""
     save(tmp_path, 1)
     flip(tmp_path / "step_000001" / "model.safetensors", 0.5)
-    with caplog.at_level(logging.WARNING):
-        assert load_newest(tmp_path) is None
-    assert "begins anew" in caplog.text
+    with pytest.raises(UserError, match=r"no checkpoint is whole: put one back, or move the folder away to begin anew"):
+        load_newest(tmp_path)
+    assert "model.safetensors: damaged" in caplog.text
+    assert load_newest(tmp_path / "never") is None
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_disk_that_will_not_read_now_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    """An older one would be taken, and the next save would delete the newer."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    opened, read = Path.open, Path.read_bytes
+
+    def refuse(path: Path) -> None:
+        if path == tmp_path / "step_000002" / name:
+            raise OSError(code, os.strerror(code))
+
+    def failing_open(path: Path, *args: Any, **kwargs: Any) -> Any:
+        refuse(path)
+        return opened(path, *args, **kwargs)
+
+    def failing_read(path: Path) -> bytes:
+        refuse(path)
+        return read(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", failing_open)
+        patched.setattr(Path, "read_bytes", failing_read)
+        with pytest.raises(RunError, match=rf"step_000002/{name}: cannot be read \({os.strerror(code)}\): once it can"):
+            load_newest(tmp_path)
+    loaded = load_newest(tmp_path)
+    assert loaded is not None
+    assert loaded.step == 2
 
 
 def test_what_is_not_committed_is_never_listed_and_goes_with_the_next_save(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from bwlm.errors import RunError
+from bwlm.model.optim import Optimizer
 from bwlm.record.checkpoint import (
     KeepPolicy,
     Snapshot,
@@ -20,7 +24,7 @@ from bwlm.record.checkpoint import (
     write_checkpoint,
 )
 from bwlm.record.journal import Journal, read_journal
-from bwlm.record.lineage import Status
+from bwlm.record.lineage import ExperimentFolder, Status
 from bwlm.text.batches import Batch, DirectedPlan
 from bwlm.text.direction import SpecialIds
 from bwlm.train import base
@@ -128,6 +132,97 @@ def test_a_kill_between_the_last_checkpoint_and_the_end_costs_nothing(new_run: N
     folder.write_status(Status())
     again = run_base(folder, AloneSession(), killed_at(0))
     assert again.metrics["val_bpb"] == finished.metrics["val_bpb"]
+
+
+def test_rates_momentum_and_decay_follow_their_schedules(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the optimizer has them when it steps, of 12 steps with 2 up and round(0.5 x 12) down; also after a resume."""
+    seen: dict[int, tuple[float, float, float]] = {}
+    step = Optimizer.step
+
+    def watched(optimizer: Optimizer) -> None:
+        [matrix] = optimizer.parts["muon"].param_groups
+        seen[len(seen)] = (matrix["lr"] / 0.02, matrix["momentum"], matrix["weight_decay"])
+        step(optimizer)
+
+    monkeypatch.setattr(Optimizer, "step", watched)
+    optim = {"warmup_steps": 2, "warmdown_ratio": 0.5, "final_lr_frac": 0.1, "weight_decay": 0.3}
+    folder = new_run(optim=optim)
+    with pytest.raises(Killed):
+        run_base(folder, AloneSession(), killed_at(9))
+    before = dict(seen)
+    seen = {number: before[number] for number in range(8)}  # the checkpoint of step 8 is gone on from
+    run_base(folder, AloneSession(), in_process)
+    rates = [0.5, 1, 1, 1, 1, 1, 1, *(1 - 0.9 * gone / 6 for gone in range(1, 6))]
+    momenta = [0.85 + 0.1 * number / 300 for number in range(STEPS)]
+    decays = [0.15 * (1 + math.cos(math.pi * number / STEPS)) for number in range(STEPS)]
+    assert [seen[number] for number in range(STEPS)] == [
+        pytest.approx(expected) for expected in zip(rates, momenta, decays, strict=True)
+    ]
+    logged = {entry.step - 1: entry.metrics["lr_matrix"] / 0.02 for entry in read_journal(folder.path)}
+    assert [logged[number] for number in range(STEPS)] == pytest.approx(rates)
+
+
+def spoilt_weights(snapshot: Snapshot) -> None:
+    del snapshot.model["lm_head.weight"]
+
+
+def spoilt_optimizer(snapshot: Snapshot) -> None:
+    snapshot.optimizer.popitem()
+
+
+def spoilt_progress(snapshot: Snapshot) -> None:
+    snapshot.meta["progress"]["from_the_future"] = 1
+
+
+@pytest.mark.parametrize("spoil", [spoilt_weights, spoilt_optimizer, spoilt_progress])
+def test_a_checkpoint_of_another_version_is_told_by_name(new_run: NewRun, spoil: Callable[[Snapshot], None]) -> None:
+    folder = new_run()
+    with pytest.raises(Killed):
+        run_base(folder, AloneSession(), killed_at(9))
+    saved = load_checkpoint(folder.checkpoints, 8)
+    spoil(saved)
+    write_checkpoint(folder.checkpoints, saved, KeepPolicy(9))
+    status = run_base(folder, AloneSession(), in_process)
+    assert status.state == "failed"
+    assert re.search(
+        r"step_000008: whole, but not what this version saves \(.*\): go on with the version", status.reason
+    )
+    assert checkpoint_steps(folder.checkpoints) == [4, 8]
+
+
+def test_an_end_that_cannot_be_noted_keeps_its_reason(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(folder: ExperimentFolder, status: Status) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def broken(plan: DirectedPlan, first: int, last: int) -> Iterator[Batch]:
+        raise RunError("the reason of its own")
+
+    fine, failing = new_run("fine"), new_run("failing")
+    monkeypatch.setattr(ExperimentFolder, "write_status", full)
+    finished = run_base(fine, AloneSession(), in_process)
+    assert (finished.state, "No space left" in finished.reason) == ("failed", True)
+    failed = run_base(failing, AloneSession(), broken)
+    assert (failed.state, failed.reason) == ("failed", "the reason of its own")
+
+
+def test_every_cell_of_a_process_is_compiled_anew(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch compiles a function for eight shapes and then silently runs it as it is."""
+    graphs: list[int] = []
+
+    def counted(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        graphs.append(1)
+        return graph.forward
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, **options, backend=counted))
+    found = []
+    for head_dim in range(8, 32, 2):
+        settings = {"model": {"sequence_length": 64, "head_dim": head_dim}, "compute": {"compile": True}}
+        folder = new_run(f"h{head_dim}", **settings, budget={"steps": 1, "batch_tokens": 512})
+        before = len(graphs)
+        assert run_base(folder, AloneSession(), in_process).state == "finished"
+        found.append(len(graphs) - before)
+    assert min(found) > 0
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
