@@ -295,6 +295,7 @@ def damaged(folder: Path) -> None:
     whole = (folder / "whole.parquet").read_bytes()
     (folder / "half.parquet").write_bytes(whole[: len(whole) // 2])
     (folder / "rot.parquet").write_bytes(whole[:4] + bytes(len(whole) - 300) + whole[-296:])
+    LOSSES.assign(seed=[[seed] for seed in LOSSES["seed"]]).to_parquet(folder / "nested.parquet")
     (folder / "text.parquet").write_text("run,direction\n")
     (folder / "empty.parquet").touch()
     (folder / "empty.csv").touch()
@@ -315,6 +316,7 @@ def damaged(folder: Path) -> None:
         ("folder.csv", "is a folder: name one file in it"),
         ("half.parquet", "cannot be read as parquet ("),
         ("rot.parquet", "cannot be read as parquet ("),
+        ("nested.parquet", "column 'seed' holds lists or records: give it a single value a row"),
         ("text.parquet", "cannot be read as parquet ("),
         ("empty.parquet", "cannot be read as parquet ("),
         ("empty.csv", "cannot be read as csv ("),

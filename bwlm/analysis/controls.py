@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
+from bwlm.analysis.findings import Findings, find
+from bwlm.analysis.result import markdown_table
 from bwlm.analysis.stats import DIFFERENT, Gap
 from bwlm.analysis.tables import load_losses, with_losses
+from bwlm.analysis.verdict import GAP_HEADER, gap_columns
 from bwlm.record.lineage import ExperimentFolder, list_experiments, readable
 from bwlm.text.controls import null_floor, null_nll_of_rows
 from bwlm.text.packing import PackedRows
 
 NULL, POSITIVE = "builtin:null", "builtin:products"
+FARTHEST = 0.1
+"""Bits per symbol above the null corpus' entropy within which a model has learned it; untrained it is over 1 above."""
 
 
 @dataclass(frozen=True)
@@ -28,26 +34,30 @@ class Control:
     why: str
 
 
-def control_runs(storage: Path) -> dict[str, list[ExperimentFolder]]:
-    """Finished runs on a control's corpus, by corpus."""
-    found: dict[str, list[ExperimentFolder]] = {NULL: [], POSITIVE: []}
+def control_runs(storage: Path) -> dict[tuple[str, str], list[ExperimentFolder]]:
+    """Runs on a control's corpus, however they ended, by corpus and by the grid that they are of."""
+    found: dict[tuple[str, str], list[ExperimentFolder]] = {}
     for folder in readable(list_experiments(storage))[0]:
-        source = folder.config().experiment.data.source
-        if source in found and folder.status().state == "finished":
-            found[source].append(folder)
-    return found
+        config = folder.config()
+        if config.experiment.data.source in (NULL, POSITIVE):
+            found.setdefault((config.experiment.data.source, config.grid or ""), []).append(folder)
+    return dict(sorted(found.items()))
 
 
-def judge_control(source: str, gaps: list[Gap], study: float | None) -> list[Control]:
+def judge_control(
+    source: str, gaps: list[Gap], study: float | None, above: Mapping[str, float] | None = None
+) -> list[Control]:
     """Which of a control's pairs do what they must; `study` is the gap (nats) that the null control must be finer than.
 
-    Null, forward against backward: passes if the interval over seeds covers zero and half its width is below the
-    study's gap. Positive, and anything against permuted: passes if the verdict is `different`, the second one worse.
+    Null, forward against backward: passes if the interval over seeds covers zero, half its width is below the study's
+    gap, and both are at most `FARTHEST` above the corpus' known entropy: of models that learned nothing a gap of zero
+    says nothing. `above` is how far each direction is, in bits per symbol. Positive, and anything against permuted:
+    passes if the verdict is `different`, the second one worse.
     """
     controls = []
     for one in gaps:
         if {one.a, one.b} == {"forward", "backward"} and source == NULL:
-            controls.append(_null(one, study))
+            controls.append(_null(one, study, max((above or {}).values(), default=math.inf)))
         elif (one.a, one.b) == ("forward", "backward") or (one.a == "forward" and one.b == "permuted"):
             found = one.verdict == DIFFERENT and one.gap_nats > 0
             name = "positive" if source == POSITIVE else "permuted"
@@ -55,7 +65,10 @@ def judge_control(source: str, gaps: list[Gap], study: float | None) -> list[Con
     return controls
 
 
-def _null(one: Gap, study: float | None) -> Control:
+def _null(one: Gap, study: float | None, above: float) -> Control:
+    if above > FARTHEST:
+        far = f"{above:.2f} bits per symbol above the known entropy, more than {FARTHEST}"
+        return Control("null", one, False, f"{far}: not learned, so a gap of zero says nothing")
     if one.seed_interval is None:
         return Control("null", one, False, "one seed gives no interval")
     low, high = one.seed_interval
@@ -77,7 +90,8 @@ def above_floor(folders: list[ExperimentFolder]) -> pd.DataFrame:
     Where the packed text is gone, above what it is expected to pay for segments as long.
     """
     rows = []
-    for folder in with_losses(folders)[0]:
+    finished = [folder for folder in folders if folder.status().state == "finished"]
+    for folder in with_losses(finished)[0]:
         direction = folder.config().experiment.direction
         if direction in ("forward", "backward"):
             losses = load_losses(folder, direction)
@@ -85,7 +99,7 @@ def above_floor(folders: list[ExperimentFolder]) -> pd.DataFrame:
             rows.append(
                 {"run": folder.id, "direction": direction, "bits": (loss - _floor(folder, losses)) / math.log(2)}
             )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["run", "direction", "bits"])
 
 
 def _floor(folder: ExperimentFolder, losses: pd.DataFrame) -> float:
@@ -94,3 +108,49 @@ def _floor(folder: ExperimentFolder, losses: pd.DataFrame) -> float:
     if not (corpus / "manifest.json").exists():
         return null_floor(losses["tokens"].to_numpy())
     return null_nll_of_rows(PackedRows(corpus, "validation").take(losses["window"].unique()))
+
+
+# ---- the report's section ----
+
+_CONTROL = {True: "passed", False: "**failed**", None: "no study"}
+
+_NO_CONTROL = {
+    NULL: f"a reversible corpus ({NULL}), on which no gap may be found",
+    POSITIVE: f"a one-way corpus ({POSITIVE}), on which one must",
+}
+_RUN_CONTROLS = "With this storage, `bwlm grid run grids/controls.yaml` runs them; the next report shows them."
+
+
+def controls_section(folders: list[ExperimentFolder], findings: Findings) -> list[str]:
+    """A report's section: controls in the study's storage, held against its gap between forward and backward."""
+    runs = control_runs(folders[0].path.parent) if folders else {}
+    study = [abs(g.gap_nats) for g in findings.gaps if (g.a, g.b) == ("forward", "backward")]
+    is_control = any(folder in of for of in runs.values() for folder in folders)
+    finest = None if is_control or not study else min(study)
+    rows, notes = [], []
+    for (source, grid), of in runs.items():
+        found, floor = find(of), above_floor(of if source == NULL else [])
+        above = {str(name): float(part["bits"].mean()) for name, part in floor.groupby("direction")}
+        controls = judge_control(source, found.gaps, finest, above)
+        rows += [[c.name, grid, *gap_columns(c.gap)[:6], _CONTROL[c.passed], c.why] for c in controls]
+        notes += [f"{source}: no pair was compared"] if not controls else []
+        notes += found.skipped + _of_other_code(source, of, folders) + _floor_words(floor)
+    lacking = [name for name in (NULL, POSITIVE) if name not in {source for source, _ in runs}]
+    parts = ["## Controls"]
+    parts += [markdown_table(["control", "grid", *GAP_HEADER[:6], "result", "why"], rows)] if rows else []
+    parts += ["\n".join(f"- {note}" for note in notes)] if notes else []
+    not_run = " and ".join(_NO_CONTROL[name] for name in lacking)
+    return [*parts, f"Not run: {not_run}. {_RUN_CONTROLS}"] if lacking else parts
+
+
+def _of_other_code(source: str, of: list[ExperimentFolder], study: list[ExperimentFolder]) -> list[str]:
+    ours, theirs = ({folder.config().identity.get("code") for folder in runs} for runs in (study, of))
+    return [] if theirs <= ours else [f"{source}: trained with other code than the study"]
+
+
+def _floor_words(floor: pd.DataFrame) -> list[str]:
+    if floor.empty:
+        return []
+    means = floor.groupby("direction")["bits"].agg(["mean", "min", "max"])
+    told = [f"{d} {m['mean']:.4f} ({m['min']:.4f} .. {m['max']:.4f})" for d, m in means.iterrows()]
+    return [f"above the known entropy of the null corpus, in bits per symbol: {'; '.join(told)}"]

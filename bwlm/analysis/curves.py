@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from bwlm.analysis.charts.losses import comparison_curves
+from bwlm.analysis.findings import best_rates
 from bwlm.analysis.result import Analysis
 from bwlm.analysis.stats import DIRECTION_ORDER, FEWEST_SEEDS, counted, paired_t
 from bwlm.analysis.tables import load_curves, sizes
@@ -35,7 +36,8 @@ def compare(folders: list[ExperimentFolder]) -> Analysis:
     curves = smoothed_curves(folders)
     if curves.empty:
         raise UserError("nothing to compare: no step has been logged yet")
-    table, apart = efficiency(curves), differences(curves)
+    chosen = at_best_rates(curves, {(rate.size, rate.direction): rate.lr for rate in best_rates(folders)})
+    table, apart = efficiency(chosen), differences(chosen)
     title = "Learning curves"
     without = sorted({folder.id for folder in folders} - set(curves["run"]))
     notes = [f"{run}: its metrics.jsonl holds no step, so it is left out" for run in without]
@@ -108,7 +110,7 @@ def bands(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(curves: pd.DataFrame) -> pd.DataFrame:
-    """Averaged training loss of each direction less that of the first of its size, at each one's best learning rate.
+    """Averaged training loss of each direction less that of the first of its size; of one learning rate each.
 
     Columns: size, direction, against, seeds, tokens, difference (nats per token, mean over the seeds that both have),
     low, high (95 % t-interval over three seeds or more, for each point by itself). At a step all directions of one seed
@@ -116,10 +118,9 @@ def differences(curves: pd.DataFrame) -> pd.DataFrame:
     """
     parts = []
     for size, of_size in curves.groupby("size"):
-        best = _at_best_rate(of_size)
-        names = [name for name in DIRECTION_ORDER if name in set(best["direction"])]
+        names = [name for name in DIRECTION_ORDER if name in set(of_size["direction"])]
         for name in names[1:]:
-            apart = _losses_by_seed(best, name) - _losses_by_seed(best, names[0])
+            apart = _losses_by_seed(of_size, name) - _losses_by_seed(of_size, names[0])
             apart = apart.dropna(axis="columns", how="all").dropna()
             if not apart.empty:
                 parts.append(_spread(apart).assign(size=size, direction=name, against=names[0]))
@@ -173,25 +174,28 @@ def efficiency(curves: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for size, of_size in curves.groupby("size"):
-        best = _at_best_rate(of_size)
-        reachable = max(run["loss"].min() for _, run in best.groupby("run"))
-        start = max(run["loss"].iloc[0] for _, run in best.groupby("run"))
+        reachable = max(run["loss"].min() for _, run in of_size.groupby("run"))
+        start = max(run["loss"].iloc[0] for _, run in of_size.groupby("run"))
         levels = np.linspace(start, reachable, _LEVELS + 1)[1:]
-        names = [name for name in DIRECTION_ORDER if name in set(best["direction"])]
+        names = [name for name in DIRECTION_ORDER if name in set(of_size["direction"])]
         for level in levels:
-            needed = {name: _needed(best[best["direction"] == name], float(level)) for name in names}
+            needed = {name: _needed(of_size[of_size["direction"] == name], float(level)) for name in names}
             rows += [
-                _row(str(size), float(level), name, needed, names[0]) | {"averaged": best["averaged"].max()}
+                _row(str(size), float(level), name, needed, names[0]) | {"averaged": of_size["averaged"].max()}
                 for name in names
             ]
     return pd.DataFrame(rows)
 
 
-def _at_best_rate(curves: pd.DataFrame) -> pd.DataFrame:
-    """Of each direction the learning rate with the lowest mean loss at the end."""
-    ends = curves.groupby(["direction", "lr", "run"])["loss"].last().groupby(["direction", "lr"]).mean()
-    best = set(ends.groupby("direction").idxmin())
-    return curves[[key in best for key in zip(curves["direction"], curves["lr"], strict=True)]]
+def at_best_rates(curves: pd.DataFrame, best: dict[tuple[str, str], float]) -> pd.DataFrame:
+    """Of each size and direction the runs at the rate that verdicts take.
+
+    Where no rate has one yet, those at the rate with the lowest mean training loss at the end.
+    """
+    ends = curves.groupby([*_GROUP, "run"])["loss"].last().groupby(_GROUP).mean()
+    chosen = {(size, direction): lr for size, direction, lr in ends.groupby(_GROUP[:2]).idxmin()} | best
+    keys = zip(curves["size"], curves["direction"], curves["lr"], strict=True)
+    return curves[[chosen[size, direction] == lr for size, direction, lr in keys]]
 
 
 def _needed(curves: pd.DataFrame, level: float) -> dict[int, tuple[float, float]]:

@@ -59,15 +59,28 @@ def find(folders: list[ExperimentFolder]) -> Findings:
     if not finished:
         return Findings([], [], skipped, [], [], [], [], pd.DataFrame(columns=COLUMNS))
     labels = sizes(folders)
-    table = load_gap_table(finished, labels)
-    tried = tried_rates(folders, labels, {folder.id for folder in finished})
-    best = best_learning_rates(table, tried)
+    table, tried, best = _rates(folders, finished, labels)
     losses = best_on_test(table, best)
     test = pd.concat([losses, equal_per_direction(losses, finished, labels)], ignore_index=True)
     compared, problems = _compare(test) if best else ([], [])
     windows = [_windows(test, found) for found in compared]
     at_edge = _at_edge(best, tried)
     return Findings(best, compared, skipped, problems, _excluded(tried), windows, at_edge, losses[list(COLUMNS)])
+
+
+def best_rates(folders: list[ExperimentFolder]) -> list[BestRate]:
+    """Those of `find`, without comparing directions."""
+    finished, _ = with_losses([folder for folder in folders if folder.status().state == "finished"])
+    return _rates(folders, finished, sizes(folders))[2] if finished else []
+
+
+def _rates(
+    folders: list[ExperimentFolder], finished: list[ExperimentFolder], labels: dict[str, str]
+) -> tuple[pd.DataFrame, list[TriedRate], list[BestRate]]:
+    """The losses of every finished run's documents, the rates that were tried, and the best of them."""
+    table = load_gap_table(finished, labels)
+    tried = tried_rates(folders, labels, {folder.id for folder in finished})
+    return table, tried, best_learning_rates(table, tried)
 
 
 def _windows(test: pd.DataFrame, found: Gap) -> int:

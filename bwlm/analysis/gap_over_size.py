@@ -12,7 +12,7 @@ from scipy.stats import t as student_t
 from bwlm.analysis.stats import CONFIDENCE, FEWEST_SEEDS, FloatArray, Gap, Interval, Size, counted, holm
 from bwlm.errors import UserError
 
-Trend = Literal["grows", "shrinks", "changes sign", "cannot be told"]
+Trend = Literal["grows", "shrinks", "changes sign", "moves", "cannot be told"]
 
 _ROUNDING: Final = 1e-12  # nats per token; slopes and errors up to this size are floating-point dust
 
@@ -44,7 +44,8 @@ def gap_by_size(
         variance = sum_i c_i^2 s_i^2 / n_i,   degrees of freedom by Satterthwaite (1946, Biometrics 2:110-114)
 
     Sizes weigh by their seeds and not by 1 / s_i^2, which from three seeds is too noisy to weigh by. A trend is told
-    only if its p, Holm-adjusted over the pairs, is below alpha. Sizes with under three seeds are left out.
+    only if its p, Holm-adjusted over the pairs, is below alpha, and a change of sign only if the line's interval leaves
+    out zero at both ends. Sizes with under three seeds are left out.
     """
     pairs = list(dict.fromkeys((one.a, one.b) for one in gaps))
     slopes = [_slope([one for one in gaps if (one.a, one.b) == pair], parameters) for pair in pairs]
@@ -59,6 +60,7 @@ def gap_by_size(
 class _Slope:
     sizes: list[Size]
     fitted: tuple[float, float]
+    sure_ends: bool  # the interval of neither holds zero
     slope: float
     interval: Interval
     p: float
@@ -78,11 +80,14 @@ def _slope(gaps: Sequence[Gap], parameters: Mapping[Size, float] | None) -> _Slo
     gap = np.array([one.gap_nats for one in used])
     centred = x - np.average(x, weights=seeds)
     c = seeds * centred / (seeds * centred**2).sum()
-    slope, mean = float(c @ gap), float(np.average(gap, weights=seeds))
-    parts = c**2 * np.array([one.per_seed.var(ddof=1) for one in used]) / seeds
-    interval, p = _t_interval(slope, parts, seeds - 1)
-    low, high = mean + slope * centred[0], mean + slope * centred[-1]
-    return _Slope([one.size for one in used], (float(low), float(high)), slope, interval, p)
+    of_mean = np.array([one.per_seed.var(ddof=1) for one in used]) / seeds
+    slope = float(c @ gap)
+    interval, p = _t_interval(slope, c**2 * of_mean, seeds - 1)
+    ends = [seeds / seeds.sum() + centred[at] * c for at in (0, -1)]  # the line's value there, as weights of the gaps
+    fitted = (float(ends[0] @ gap), float(ends[1] @ gap))
+    intervals = [_t_interval(at, end**2 * of_mean, seeds - 1)[0] for at, end in zip(fitted, ends, strict=True)]
+    sure_ends = all(low * high > 0 for low, high in intervals)
+    return _Slope([one.size for one in used], fitted, sure_ends, slope, interval, p)
 
 
 def _t_interval(estimate: float, parts: FloatArray, degrees: FloatArray) -> tuple[Interval, float]:
@@ -108,11 +113,12 @@ def _size_in_parameters(one: Gap, parameters: Mapping[Size, float] | None) -> fl
 
 
 def _told(a: str, b: str, found: _Slope, sure: bool) -> GapTrend:
-    trend = _trend(found.fitted, sure)
+    trend = _trend(found, sure)
     low, high = found.interval
     words = {
         "grows": "grows with size",
         "shrinks": "shrinks with size",
+        "moves": f"moves with size in favour of {a if found.slope > 0 else b}",
         "changes sign": f"changes sign: {a if found.fitted[1] > 0 else b} is ahead at the largest size",
         "cannot be told": "may grow or shrink with size, that cannot be told",
     }[trend]
@@ -124,12 +130,13 @@ def _told(a: str, b: str, found: _Slope, sure: bool) -> GapTrend:
     return GapTrend(a, b, found.sizes, found.fitted, found.slope, found.interval, found.p, trend, sentence)
 
 
-def _trend(fitted: tuple[float, float], sure: bool) -> Trend:
+def _trend(found: _Slope, sure: bool) -> Trend:
     if not sure:
         return "cannot be told"
-    if fitted[0] * fitted[1] < 0:
-        return "changes sign"
-    return "grows" if abs(fitted[1]) > abs(fitted[0]) else "shrinks"
+    first, last = found.fitted
+    if first * last < 0:
+        return "changes sign" if found.sure_ends else "moves"
+    return "grows" if abs(last) > abs(first) else "shrinks"
 
 
 def _too_few_for_a_trend(a: str, b: str) -> GapTrend:

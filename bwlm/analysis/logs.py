@@ -48,10 +48,14 @@ class LoggedRun:
 
 @contextmanager
 def opened(folder: ExperimentFolder) -> Iterator[LoggedRun]:
-    """Raises `UserError` naming the file if it is missing or damaged."""
+    """Raises `UserError` naming the file if it is missing, or turns out to be damaged when it is read in the block."""
     experiment = folder.config().experiment
-    with open_log(folder.research_log(experiment.phase)) as file:
-        yield LoggedRun(folder, experiment.direction, experiment.lr, experiment.seed, file)
+    path = folder.research_log(experiment.phase)
+    try:
+        with open_log(path) as file:
+            yield LoggedRun(folder, experiment.direction, experiment.lr, experiment.seed, file)
+    except (KeyError, OSError, RuntimeError, ValueError) as error:  # what h5py raises of a flipped bit
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())})") from None
 
 
 def from_each(
@@ -68,9 +72,6 @@ def from_each(
                 parts.append(read(run).assign(run=folder.id, direction=run.direction, series=named[folder.id]))
         except UserError as error:
             notes.append(str(error))
-        except (KeyError, OSError, RuntimeError, ValueError) as error:  # what h5py raises of a flipped bit
-            reason = " ".join(str(error).split())
-            notes.append(f"{folder.research_log(folder.config().experiment.phase)}: damaged ({reason})")
     if not parts:
         raise UserError("; ".join(notes))
     return pd.concat(parts, ignore_index=True), notes

@@ -82,6 +82,9 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         raise IsADirectoryError
     with pq.ParquetFile(path) as file:  # not read_table, which makes columns of folders called size=4
         present = _needed(file.schema_arrow.names, path)
+        nested = [name for name in present if pa.types.is_nested(file.schema_arrow.field(name).type)]
+        if nested:
+            raise UserError(f"{path}: column '{nested[0]}' holds lists or records: give it a single value a row")
         # an index that pandas noted in the file would take its columns away
         table: pd.DataFrame = file.read(present).to_pandas(ignore_metadata=True)
     return table

@@ -12,7 +12,7 @@ from bwlm.analysis.audit import comparable
 from bwlm.analysis.baseline import baseline_section
 from bwlm.analysis.charts.look import save_chart
 from bwlm.analysis.charts.losses import gap_chart, learning_curves
-from bwlm.analysis.controls import NULL, above_floor, control_runs, judge_control
+from bwlm.analysis.controls import controls_section
 from bwlm.analysis.curves import single_curves
 from bwlm.analysis.findings import BEST_HEADER, Findings, best_columns, find
 from bwlm.analysis.losses import write_losses
@@ -64,33 +64,13 @@ def _grid_sections(
     analyses, pictures = analysis_sections(chosen, home, names)
     command = _grid_command(storage, name)
     parts = [
-        *_controls_section(folders, findings),
+        *controls_section(folders, findings),
         *audit_section(folders),
         *configuration_section(folders),
         *data_section(folders),
     ]
     parts += [*analyses, *cost_section(folders)]
     return [*parts, *repeat_section(folders, command)], pictures
-
-
-def _controls_section(folders: list[ExperimentFolder], findings: Findings) -> list[str]:
-    """Controls in the study's storage, held against its own gap between forward and backward."""
-    runs = control_runs(folders[0].path.parent) if folders else {}
-    study = [abs(g.gap_nats) for g in findings.gaps if (g.a, g.b) == ("forward", "backward")]
-    is_control = any(folder in of for of in runs.values() for folder in folders)
-    finest = None if is_control or not study else min(study)
-    controls = [c for source, of in runs.items() if of for c in judge_control(source, find(of).gaps, finest)]
-    if not controls:
-        return ["## Controls", _NO_CONTROLS]
-    results = {True: "passed", False: "**failed**", None: "no study"}
-    rows = [[c.name, *gap_columns(c.gap)[:6], results[c.passed], c.why] for c in controls]
-    parts = ["## Controls", markdown_table(["control", *GAP_HEADER[:6], "result", "why"], rows)]
-    floor = above_floor(runs[NULL])
-    if not floor.empty:
-        means = floor.groupby("direction")["bits"].agg(["mean", "min", "max"])
-        told = [f"{d} {m['mean']:.4f} ({m['min']:.4f} .. {m['max']:.4f})" for d, m in means.iterrows()]
-        parts.append(f"Above the known entropy of the null corpus, in bits per symbol: {'; '.join(told)}.")
-    return parts
 
 
 def _at_best_rates(folders: list[ExperimentFolder], best: list[BestRate]) -> list[ExperimentFolder]:
@@ -204,7 +184,9 @@ def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings) -
 _READING = """A gap is the second direction's loss minus the first's on the same text, in nats per token, at each one's
 best learning rate, on the test half of the validation windows; a bidirectional model's loss is the mean of its two
 readings, at equal total tokens. `different` is said only if the paired t-test over seeds, Holm-adjusted over all pairs
-of this report, gives p < 0.05. The noise floor is the same statistic between seeds of one direction."""
+of this report, gives p < 0.05; the intervals are of each pair by itself, so one may leave out zero where the verdict,
+which reads all pairs together, sees no difference. The noise floor is the same statistic between seeds of one
+direction."""
 
 
 _CHOICE = """Chosen for each direction by the mean over seeds on the tuning half (even validation windows); the verdict
@@ -218,6 +200,3 @@ _EXCLUSION = """A learning rate can be chosen only if all its cells finished, at
 _WITHOUT_INSIDES = """## More
 
 `bwlm analyze report {run}` adds the comparison with the forward baseline and what the research log says."""
-
-_NO_CONTROLS = """Not run: a reversible corpus, on which no gap may be found, and a one-way corpus, on which one must.
-With this storage, `bwlm grid run grids/controls.yaml` runs them; the next report shows them."""

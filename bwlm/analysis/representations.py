@@ -18,6 +18,8 @@ from bwlm.analysis.tables import sizes
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder
 
+_EMBEDDING = -1
+"""Its layer, as the research log counts them: states after the embedding, then after each block from 0 on."""
 _STATISTICS = ("entropy", "distance", "first_share")
 
 
@@ -31,6 +33,7 @@ class States:
     direction: str
     reading: str
     seed: int
+    step: int
     tokens: NDArray[np.int64]
     layers: list[Kernel]
 
@@ -54,12 +57,16 @@ def representations(folders: list[ExperimentFolder]) -> Analysis:
     alike = _over_pairs(_pairs(states, notes))
     if alike.empty:
         raise UserError("; ".join(notes) or "representations: two runs of one size are needed to compare their states")
-    of_runs, _ = from_each(folders, ranked_heads)
-    of_runs = of_runs.assign(group=of_runs["run"].map(groups))
     title = "Representations"
-    chart = similarity_chart(alike, of_runs, title)
+    try:
+        heads, without = from_each(folders, ranked_heads)
+    except UserError as error:  # attention need not be logged
+        heads, without = pd.DataFrame(), [str(error)]
+    notes += [note for note in without if note not in notes]
+    more = {} if heads.empty else {"heads": _mean_heads(heads)}
+    chart = similarity_chart(alike, heads if heads.empty else heads.assign(group=heads["run"].map(groups)), title)
     table = alike.drop(columns=["direction", "reading"])
-    return Analysis("representations", title, _alike(table), table, chart, notes, more={"heads": _mean_heads(of_runs)})
+    return Analysis("representations", title, _alike(table), table, chart, notes, more=more)
 
 
 def _groups(folders: list[ExperimentFolder]) -> dict[str, str]:
@@ -81,10 +88,13 @@ def _states(folders: list[ExperimentFolder], groups: dict[str, str]) -> tuple[li
             with opened(folder) as run:
                 readings = run.fixed("representations", "reading")
                 tokens, states = run.fixed("representations", "token"), run.last("representations", "states")
+                step = int(run.last("representations", "step"))
                 for reading, of_reading in zip(readings, states, strict=True):
                     layers = [Kernel.of(of_layer) for of_layer in of_reading]
                     found.append(
-                        States(folder.id, groups[folder.id], run.direction, str(reading), run.seed, tokens, layers)
+                        States(
+                            folder.id, groups[folder.id], run.direction, str(reading), run.seed, step, tokens, layers
+                        )
                     )
         except UserError as error:
             notes.append(str(error))
@@ -100,9 +110,12 @@ def _pairs(states: list[States], notes: list[str]) -> pd.DataFrame:
         if not np.array_equal(one.tokens, other.tokens):
             notes.append(f"{one.run} and {other.run}: states of other tokens: they cannot be compared")
             continue
+        if one.step != other.step:
+            notes.append(f"{one.run} at step {one.step} is compared with {other.run} at step {other.step}")
         seeds = one.label == other.label
         of = (one.group, pair, one.direction if seeds else "", one.reading if seeds else "")
-        rows += [(*of, layer, cka(x, y)) for layer, (x, y) in enumerate(zip(one.layers, other.layers, strict=True))]
+        layers = enumerate(zip(one.layers, other.layers, strict=True), start=_EMBEDDING)
+        rows += [(*of, layer, cka(x, y)) for layer, (x, y) in layers]
     pairs = pd.DataFrame(rows, columns=["group", "pair", "direction", "reading", "layer", "cka"])
     order = pairs["group"].map({group: place for place, group in enumerate(sorted(set(pairs["group"])))})
     return pairs.assign(group_order=order, across=pairs["direction"] == "")

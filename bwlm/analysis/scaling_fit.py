@@ -56,6 +56,7 @@ class HeldOut:
     found: float  # mean over seeds
     predicted_interval: Interval | None
     miss_interval: Interval | None  # of found - predicted, both resampled
+    exact: bool  # the law goes through every cell that is left, so that the intervals are too narrow
 
 
 def fit(table: pd.DataFrame, direction: str, resamples: int = 200, seed: int = 0) -> ScalingFit:
@@ -93,6 +94,7 @@ def hold_out(table: pd.DataFrame, direction: str, resamples: int = 200, seed: in
             f"{direction}: the largest size cannot be predicted, as the others alone do not identify the law: "
             f"train {FEWEST_SIZES + 1} sizes or more, at the same budgets"
         )
+    exact = len(runs[kept].drop_duplicates(["parameters", "tokens"])) <= len(unknowns(terms))
     drawn_rn = _redraw(runs, resamples, seed)
     law, laws = fit_law(runs[kept], terms, None if drawn_rn is None else drawn_rn[:, kept])
     found = []
@@ -110,6 +112,7 @@ def hold_out(table: pd.DataFrame, direction: str, resamples: int = 200, seed: in
                 found=float(runs.loc[cell, "loss"].mean()),
                 predicted_interval=_percentiles(predicted_r) if laws else None,
                 miss_interval=_percentiles(miss_r) if laws else None,
+                exact=exact,
             )
         )
     return found

@@ -134,21 +134,26 @@ def judge(family: Sequence[Gap], alpha: float = 0.05) -> list[Gap]:
     """Fill p_adjusted, verdict and reason of gaps that are read together.
 
     `different` if and only if the paired t-test's p, Holm-adjusted over the family, is below alpha. A gap with fewer
-    than three paired seeds gets `too few seeds to tell` whatever its p; as it is never tested, it does not count in the
-    family either, and so makes no other verdict stricter.
+    than three paired seeds gets `too few seeds to tell` whatever its p, and so does one whose seeds are copies of one
+    run; as it is never tested, it does not count in the family either, and so makes no other verdict stricter.
     """
-    tested = [g.p for g in family if g.p is not None and len(g.seeds) >= FEWEST_SEEDS]
+    untold = [_why_not_tested(g) for g in family]
+    tested = [g.p for g, why in zip(family, untold, strict=True) if g.p is not None and not why]
     adjusted = iter(holm(tested))
     return [
-        _with_verdict(g, next(adjusted), len(tested), alpha)
-        if len(g.seeds) >= FEWEST_SEEDS
-        else replace(
-            g,
-            verdict=TOO_FEW_SEEDS,
-            reason=f"{counted(len(g.seeds), 'paired seed')}, a verdict needs {FEWEST_SEEDS}{_dropped_words(g)}",
-        )
-        for g in family
+        replace(g, verdict=TOO_FEW_SEEDS, reason=f"{why}{_dropped_words(g)}")
+        if why
+        else _with_verdict(g, next(adjusted), len(tested), alpha)
+        for g, why in zip(family, untold, strict=True)
     ]
+
+
+def _why_not_tested(g: Gap) -> str:
+    if len(g.seeds) < FEWEST_SEEDS:
+        return f"{counted(len(g.seeds), 'paired seed')}, a verdict needs {FEWEST_SEEDS}"
+    if g.noise_floor is not None and g.noise_floor <= _ROUNDING:
+        return "seeds do not differ in either direction: copies of one run are one seed"
+    return ""
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -50,10 +50,9 @@ def gap_sentence(found: Gap) -> str:
 def _amount(found: Gap) -> str:
     """How large a gap is, with what it is to be held against."""
     sign = -1 if found.gap_nats < 0 else 1  # the interval is told the same way round as the gap
-    parts = [
-        f"{found.b} is {abs(found.gap_nats):.4f} nats/token ({abs(found.gap_percent):.2f} %) "
-        f"{'better' if sign < 0 else 'worse'} than {found.a}"
-    ]
+    size = f"{abs(found.gap_nats):.4f} nats/token ({abs(found.gap_percent):.2f} %)"
+    than = f"{size} {'better' if sign < 0 else 'worse'} than" if found.gap_nats else "exactly as good as"
+    parts = [f"{found.b} is {than} {found.a}"]
     if found.seed_interval is not None:
         low, high = sorted(sign * end for end in found.seed_interval)
         parts.append(f"95 % over seeds {low:.4f} .. {high:.4f}")

@@ -17,10 +17,11 @@ import pytest
 
 from bwlm.analysis.audit import audit
 from bwlm.analysis.cka import linear_cka
-from bwlm.analysis.curves import compare, differences, efficiency
+from bwlm.analysis.curves import at_best_rates, compare, differences, efficiency
 from bwlm.analysis.insides import over_time
 from bwlm.analysis.logs import opened
 from bwlm.analysis.positions import KINDS, document_lengths, positions
+from bwlm.analysis.report import write_experiment_report
 from bwlm.analysis.representations import States, pair_name, ranked_heads, representations
 from bwlm.analysis.result import Analysis
 from bwlm.analysis.select import begun, choose, shortest_names
@@ -306,7 +307,7 @@ def test_representations_pair_directions_and_seeds(folders: list[ExperimentFolde
         ("both readings of one bidirectional model", 1),
     ]
     assert set(table["group"]) == {"d2"}
-    assert sorted(set(table["layer"])) == [0, 1, 2]
+    assert sorted(set(table["layer"])) == [-1, 0, 1]
     assert table["cka"].between(-0.2, 1.001).all()
     with pytest.raises(UserError, match="two runs of one size are needed"):
         representations([folder for folder in folders if folder.id == "f_s0"])
@@ -326,7 +327,7 @@ def test_states_are_compared_at_one_size_and_learning_rate(prepared: Prepared, t
         run = make_run(prepared, storage, name, **{"depth": 2, "direction": direction, "research_log": LOG, **settings})
         assert run_base(run, AloneSession(), in_process).state == "finished"
     chosen = choose(storage, ["f_*", "b_*"])[0]
-    first = representations(chosen).table.query("layer == 0")
+    first = representations(chosen).table.query("layer == -1")
     assert list(first[["group", "pair", "pairs"]].itertuples(index=False, name=None)) == [
         ("d1", "forward and backward", 1),
         ("d2, lr 1", "seeds of forward", 1),
@@ -340,7 +341,7 @@ def test_states_are_compared_at_one_size_and_learning_rate(prepared: Prepared, t
 
 def test_only_what_differs_in_the_seed_is_a_pair_of_seeds() -> None:
     def of(run: str, direction: str = "forward", seed: int = 0, reading: str = "forward") -> States:
-        return States(run, "d1", direction, reading, seed, np.zeros(0, np.int64), [])
+        return States(run, "d1", direction, reading, seed, 12, np.zeros(0, np.int64), [])
 
     assert pair_name(of("a"), of("b", seed=1)) == "seeds of forward"
     assert pair_name(of("a"), of("b")) is None
@@ -420,6 +421,61 @@ def test_a_damaged_log_is_named_and_the_rest_goes_on(trained: Path, tmp_path: Pa
     assert compare(choose(storage, ["*"])[0]).notes == ["b_s0: its metrics.jsonl holds no step, so it is left out"]
     with pytest.raises(UserError, match=r"f_s0/base\.h5: damaged, not readable as HDF5"):
         positions(choose(storage, ["f_s0"])[0])
+
+
+def flip_chunk(path: Path, column: str) -> None:
+    """One byte of the compressed data of a column's newest entry."""
+    with h5py.File(path, "r") as file:
+        chunk = file[column].id.get_chunk_info(file[column].id.get_num_chunks() - 1)
+    with path.open("r+b") as raw:
+        raw.seek(chunk.byte_offset + chunk.size // 2)
+        byte = raw.read(1)
+        raw.seek(-1, 1)
+        raw.write(bytes([byte[0] ^ 0xFF]))
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("positions", "validation/loss"), ("gradients", "gradients/rms"), ("activations", "activations/rms"),
+        ("representations", "representations/states"), ("representations", "attention/entropy"),
+    ],
+)  # fmt: skip
+def test_a_flipped_byte_in_a_log_costs_that_run_in_every_analysis(
+    trained: Path, tmp_path: Path, name: str, column: str
+) -> None:
+    storage = tmp_path / "copy"
+    shutil.copytree(trained, storage)
+    flip_chunk(storage / "f_s0" / "base.h5", column)
+    found = ALL[name](choose(storage, ["*"])[0])
+    [note] = found.notes
+    assert re.match(r".*f_s0/base\.h5: damaged \(", note)
+    assert found.findings
+    for file in write_experiment_report(ExperimentFolder(storage, "f_s0")):
+        assert file.stat().st_size
+
+
+def test_states_are_compared_where_attention_was_not_logged(trained: Path, tmp_path: Path) -> None:
+    storage = tmp_path / "copy"
+    shutil.copytree(trained, storage)
+    for run in Ids:
+        with h5py.File(storage / run / "base.h5", "r+") as file:
+            del file["attention/entropy"]
+    found = representations(choose(storage, ["*"])[0])
+    assert set(found.table["pair"]) >= {"seeds of forward", "forward and backward"}
+    assert found.more == {}
+    assert any("holds no attention/entropy" in note for note in found.notes)
+    assert len(found.chart.to_dict()["hconcat"]) == 2
+
+
+def test_curves_are_compared_at_the_rates_of_the_verdict() -> None:
+    """Rate 2 has the lower training loss at the end, and rate 1 was the better one on held-out text."""
+    one, two = (
+        curve("forward", 0, [4.0, 3.0, end]).assign(lr=lr, run=f"r{lr}") for lr, end in ((1.0, 2.0), (2.0, 1.9))
+    )
+    curves = pd.concat([one, two, curve("backward", 0, [4.0, 3.0, 2.0])], ignore_index=True)
+    assert set(at_best_rates(curves, {("d1", "forward"): 1.0})["run"]) == {"r1.0", "backward0"}
+    assert set(at_best_rates(curves, {})["run"]) == {"r2.0", "backward0"}
 
 
 def test_runs_that_have_not_begun_are_left_out(prepared: Prepared, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from bwlm.analysis.controls import NULL, POSITIVE, above_floor, judge_control
 from bwlm.analysis.report import write_grid_report
 from bwlm.analysis.stats import Gap
-from bwlm.record.lineage import ExperimentFolder, write_cells
+from bwlm.record.lineage import ExperimentFolder, Status, write_cells
 from bwlm.text.controls import null_floor, null_nll
 from bwlm.text.packing import Manifest, PackedRows, ShardCounts, Split, cut, write_rows
 from tests.analysis.storage import finish, make_cell
@@ -39,9 +39,16 @@ GAP = Gap(
 def test_the_null_control_needs_zero_inside_and_a_finer_width_than_the_study(
     interval: tuple[float, float] | None, study: float | None, passed: bool | None, why: str
 ) -> None:
-    [control] = judge_control(NULL, [replace(GAP, seed_interval=interval)], study)
+    [control] = judge_control(NULL, [replace(GAP, seed_interval=interval)], study, {"forward": 0.01, "backward": 0.1})
     assert (control.name, control.passed) == ("null", passed)
     assert why in control.why
+
+
+@pytest.mark.parametrize("above", [{"forward": 0.01, "backward": 0.11}, {"forward": 1.03, "backward": 1.03}])
+def test_the_null_control_says_nothing_of_models_that_have_not_learned_it(above: dict[str, float]) -> None:
+    [control] = judge_control(NULL, [GAP], 0.1, above)
+    assert control.passed is False
+    assert f"{above['backward']:.2f} bits per symbol above the known entropy, more than 0.1" in control.why
 
 
 @pytest.mark.parametrize(
@@ -64,10 +71,17 @@ def losses(mean: float, seed: int) -> list[float]:
     return list(text + mean + np.random.default_rng(50 + seed).normal(0, 0.02, 40))
 
 
-def cells(storage: Path, source: str, backward: float) -> list[ExperimentFolder]:
-    """Three seeds of each direction; backward is worse by so many nats in each window of ten tokens."""
+def cells(storage: Path, source: str, backward: float, **identity: int) -> list[ExperimentFolder]:
+    """Three seeds of each direction; backward is worse by so many nats in each window of ten tokens.
+
+    On the null corpus both are 0.1 nats a window above what is known to be the least.
+    """
+    least = 10 * null_floor(np.full(40, 10)) - np.mean(losses(0.0, 0)) + 0.1 if source == NULL else 0.0
     return [
-        finish(make_cell(storage, direction, seed, source=source), {direction: losses(mean, seed + 10 * (mean > 0))})
+        finish(
+            make_cell(storage, direction, seed, source=source, **identity),
+            {direction: losses(least + mean, seed + 10 * (mean > 0))},
+        )
         for direction, mean in (("forward", 0.0), ("backward", backward))
         for seed in range(3)
     ]
@@ -80,18 +94,38 @@ def test_a_report_shows_the_controls_of_its_storage(tmp_path: Path) -> None:
     def report() -> str:
         return write_grid_report(tmp_path, "g")[0].read_text()
 
-    assert "## Controls\n\nNot run: a reversible corpus" in report()
+    assert "## Controls\n\nNot run: a reversible corpus (builtin:null), on which" in report()
     null = cells(tmp_path, NULL, 0.0)
+    text = report()
+    assert text.count("| passed |") == 1
+    assert "\nNot run: a one-way corpus (builtin:products), on which one must. With this storage" in text
     cells(tmp_path, POSITIVE, 2.0)
     text = report()
-    assert "Not run: a reversible corpus" not in text
+    assert "Not run" not in text
     assert text.count("| passed |") == 2
     assert "is below the study's 0.1" in text
     found = above_floor(null).set_index("run")
-    loss = sum(losses(0.0, 0)) / 400
-    floor = null_floor(np.full(40, 10))
-    assert found.loc[null[0].id, "bits"] == pytest.approx((loss - floor) / math.log(2))
-    assert "Above the known entropy of the null corpus, in bits per symbol: backward " in text
+    assert found.loc[null[0].id, "bits"] == pytest.approx(0.01 / math.log(2))
+    assert "- above the known entropy of the null corpus, in bits per symbol: backward " in text
+
+
+def test_controls_that_failed_are_told_and_those_of_two_grids_stand_side_by_side(tmp_path: Path) -> None:
+    study = cells(tmp_path, "somewhere", 1.0)
+    write_cells(tmp_path, "g", [folder.id for folder in study])
+    null = cells(tmp_path, NULL, 0.0)
+    for folder in null[3:]:
+        folder.write_status(Status("failed", "loss nan at step 3"))
+    text = write_grid_report(tmp_path, "g")[0].read_text()
+    assert "Not run: a reversible" not in text
+    assert "- builtin:null: no pair was compared" in text
+    assert f"- {null[3].id}: failed (loss nan at step 3)" in text
+    for folder in null[3:]:
+        folder.write_status(Status("finished", "", 1))
+    for folder in cells(tmp_path, NULL, 0.0, batch_tokens=512):
+        folder.reconfigure(replace(folder.config(), grid="again"))
+    text = write_grid_report(tmp_path, "g")[0].read_text()
+    assert text.count("| null | again | d1 ") == 1
+    assert text.count("| null | ") == 2
 
 
 def test_the_floor_is_what_the_true_chain_pays_for_the_same_windows(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from bwlm.analysis.charts.scaling import law_chart, scaling_chart
-from bwlm.analysis.gap_over_size import gap_by_size
+from bwlm.analysis.gap_over_size import GapTrend, gap_by_size
 from bwlm.analysis.scaling import analyse, scaling
 from bwlm.analysis.scaling_fit import COLUMNS, fit, hold_out
 from bwlm.analysis.scaling_law import Law, objective, scaling_parameters
@@ -340,6 +340,19 @@ def test_the_trend_is_of_the_gap_whatever_its_sign(means: tuple[float, float], t
     assert gap_by_size(gaps)[0].trend == trend
 
 
+def test_a_sign_changes_only_if_both_ends_are_sure() -> None:
+    """The slope is clear, and the line begins at -0.001; its interval there holds zero with the wide spread alone."""
+
+    def trend(spread: float) -> GapTrend:
+        means = (-0.001, 0.05, 0.1)
+        return gap_by_size([a_gap(2**k, [m - spread, m, m + spread]) for k, m in enumerate(means)])[0]
+
+    assert trend(1e-5).trend == "changes sign"
+    assert "changes sign: forward is ahead at the largest size" in trend(1e-5).sentence
+    assert trend(0.01).trend == "moves"
+    assert "The gap backward - forward moves with size in favour of forward: +0.05" in trend(0.01).sentence
+
+
 def test_a_size_with_two_seeds_does_not_count() -> None:
     gaps = [a_gap(1, [0.01, 0.02, 0.03]), a_gap(2, [0.01, 0.02])]
     (found,) = gap_by_size(gaps)
@@ -411,6 +424,15 @@ def test_sentences_parameters_and_chart() -> None:
     only = analyse(runs, gaps[:1], resamples=2)  # one size has no trend to draw
     assert len(only.chart.to_dict()["layer"]) == 5
     assert len(only.more["gap over size"]) == 1
+
+
+def test_a_prediction_by_a_law_without_freedom_is_not_judged() -> None:
+    """Four sizes at one budget: the three that are left fix E, A and a."""
+    exact = analyse(simulated([(n, 1e8) for n in SIZES[:4]], noise=0.001), [], resamples=10).findings
+    assert any("too narrow to judge it by" in line for line in exact)
+    assert not any("as predicted" in line or "than predicted" in line for line in exact)
+    free = analyse(simulated([(n, 1e8) for n in (*SIZES, 1e7)], noise=0.001), [], resamples=10).findings
+    assert not any("too narrow" in line for line in free)
 
 
 def test_a_direction_with_too_few_sizes_does_not_silence_the_other() -> None:

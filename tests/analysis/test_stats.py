@@ -236,6 +236,14 @@ def test_seeds_without_spread_still_get_a_verdict() -> None:
     assert apart.reason == "paired t over 3 seeds, p = 0 (Holm over 1), no spread between the seeds"
 
 
+def test_copies_of_one_run_under_several_seeds_are_one_seed() -> None:
+    losses = flat_table({"forward": [2.0, 2.0, 2.0], "backward": [2.1, 2.1, 2.1]})
+    [copies] = gaps(losses, resamples=10)
+    assert copies.verdict == "too few seeds to tell"
+    assert copies.reason == "seeds do not differ in either direction: copies of one run are one seed"
+    assert copies.p_adjusted is None
+
+
 def test_rounding_is_no_difference() -> None:
     assert (paired_t(np.array([4e-16, 4e-16, 4e-16])) or pytest.fail("three differences"))[0] == 1.0
     assert (paired_t(np.array([4e-16, 5e-16, 4e-16])) or pytest.fail("three differences"))[0] == 1.0

@@ -55,7 +55,7 @@ def _by_place(rows: pd.DataFrame, kind: str, what: str) -> Any:
     if rows["of"].nunique() > 1:
         legend = alt.Legend(labelLimit=300)
         line = line.encode(
-            strokeDash=alt.StrokeDash("of:N", title="runs", sort=list(rows["of"].unique()), legend=legend)
+            strokeDash=alt.StrokeDash("of:N", title="runs", sort=sorted(rows["of"].unique()), legend=legend)
         )
     band = base.mark_area(opacity=0.15).encode(y=alt.Y(f"{what}_low:Q", **y), y2=f"{what}_high:Q")
     return (band + line + points).properties(width=290, height=150)
@@ -100,11 +100,11 @@ def similarity_chart(pairs: pd.DataFrame, heads: pd.DataFrame, title: str) -> al
     """CKA by layer, between seeds and across directions, with its range; beside it where each head looks.
 
     `pairs`: group, pair, directions (one or several), layer, cka, low, high. `heads`: group, direction, layer, entropy
-    (nats), distance (tokens). A row for each group.
+    (nats), distance (tokens); it may be empty. A row for each group.
     """
     across = pairs["direction"] == ""
     columns = [_cka(part, name) for part, name in ((pairs[~across], "seeds"), (pairs[across], "across")) if len(part)]
-    columns.append(_looks(heads))
+    columns += [] if heads.empty else [_looks(heads)]
     joined = alt.hconcat(*columns).resolve_scale(color="independent", strokeDash="independent", shape="independent")
     note = alt.TitleParams(title, subtitle="lines: mean over pairs, lowest to highest; points on the right: heads")
     return styled(joined.properties(title=note))
@@ -122,7 +122,7 @@ def _cka(pairs: pd.DataFrame, between: str) -> alt.TopLevelMixin:
         names = list(pairs["pair"].unique())
         color = alt.Color("pair:N", title="pair", sort=names, scale=alt.Scale(scheme="dark2"), legend=legend)
         told = {}
-    x = alt.X("layer:O", title="layer (0: embedding)", axis=alt.Axis(labelAngle=0))
+    x = alt.X("layer:O", title="layer (-1: embedding)", axis=alt.Axis(labelAngle=0))
     base = alt.Chart(pairs).encode(x=x, color=color, detail="pair:N")
     y = {"title": "CKA", "scale": alt.Scale(domainMax=1, zero=False)}
     curves = base.mark_line(strokeWidth=1.5).encode(y=alt.Y("cka:Q", **y), **told)
