@@ -265,8 +265,10 @@ def _load_meta(path: Path, step: int) -> dict[str, Any]:
     meta_path = path / META
     try:
         meta = read_json(meta_path)
-    except (UserError, RecursionError) as error:
+    except UserError as error:
         raise DamagedCheckpoint(str(error)) from None
+    except RecursionError as error:
+        raise DamagedCheckpoint(f"{meta_path}: damaged ({error})") from None
     except OSError as error:
         raise _unreadable(meta_path, error) from None
     if not isinstance(meta, dict) or meta.pop("checksum", None) != _checksum(meta):
