@@ -39,6 +39,22 @@ def test_killed_and_taken_up_it_is_the_same_run_to_the_last_bit(
     assert all(one.rng[name].equal(other.rng[name]) for name in one.rng)
 
 
+@pytest.mark.slow
+def test_a_compiled_run_goes_on_to_the_last_bit(
+    new_run: NewRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the compiler's cache is another one: its kernels do not depend on when they were made."""
+    compute = {"precision": "bfloat16", "attention": "blocked", "compile": True}
+    calm, cut = (new_run(name, **SETTINGS, compute=compute) for name in ("calm", "cut"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "first"))
+    train(calm, 1)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "second"))
+    train(cut, 1, deadly=STEPS // 2)
+    train(cut, 1)
+    assert losses(cut) == losses(calm)
+    assert weights_digest(cut) == weights_digest(calm)
+
+
 def test_a_run_of_two_workers_goes_on_with_one_or_four(new_run: NewRun) -> None:
     """The first resumed loss within 1e-5, the tenth within 1e-3: the same rows at the same steps, summed elsewhere."""
     calm = new_run("calm", **SETTINGS)
