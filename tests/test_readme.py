@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bwlm.analysis.losses import gaps_from
 from bwlm.grid.spec import load_grid
 
 ROOT = Path(__file__).parent.parent
@@ -92,3 +93,14 @@ def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_study_says_what_its_losses_say() -> None:
+    study = ROOT / "docs" / "studies" / "arrow"
+    [found], _ = gaps_from(study / "losses.parquet")
+    assert found.seed_interval is not None
+    low, high = sorted(-end for end in found.seed_interval)
+    words = " ".join((study / "README.md").read_text().split())
+    assert f"backward is better by {-found.gap_nats:.4f} nats per token ({-found.gap_percent:.2f} %)" in words
+    assert f"95 % over seeds {low:.4f} .. {high:.4f}**, p = {found.p:.3f} over {len(found.seeds)} seeds" in words
+    assert f"**{found.verdict}**" in (study / "RESEARCH_REPORT.md").read_text()
