@@ -18,7 +18,7 @@ _EPS = 1e-7
 class Float32Muon(torch.optim.Muon):
     """torch's update, orthogonalized in float32, as nanochat's is where it computes in float32.
 
-    A CPU that only emulates bfloat16 takes over 20 times as long for torch's (benchmarks/RESULTS.md).
+    A CPU that only emulates bfloat16 takes up to 18 times as long for torch's (benchmarks/RESULTS.md).
     """
 
     @torch.no_grad()

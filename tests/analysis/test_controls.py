@@ -126,6 +126,11 @@ def test_controls_that_failed_are_told_and_those_of_two_grids_stand_side_by_side
     text = write_grid_report(tmp_path, "g")[0].read_text()
     assert text.count("| null | again | d1 ") == 1
     assert text.count("| null | ") == 2
+    assert "other code" not in text
+    cells(tmp_path, POSITIVE, 2.0, code=2)
+    assert (
+        "- builtin:products: trained with other code than the study" in write_grid_report(tmp_path, "g")[0].read_text()
+    )
 
 
 def test_the_floor_is_what_the_true_chain_pays_for_the_same_windows(tmp_path: Path) -> None:
