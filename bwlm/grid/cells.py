@@ -65,8 +65,11 @@ def going_on(known: RunConfig, asked: RunConfig) -> RunConfig:
     """A run that exists, with what this launch says of where and how fast it goes on.
 
     How it computes was chosen when it was planned, maybe on another machine, and stays unless it is asked for anew;
-    precision, which is part of what a run is, stays where it was left open.
+    precision, which is part of what a run is, stays where it was left open. What cannot be done here, compiling, is
+    not: then the loss differs by its rounding from here on.
     """
+    from bwlm.grid.session import compiled_if_it_can  # Ray takes seconds, and to look at cells takes none of it
+
     settings = asked.experiment
     update = {"resources": settings.resources, "checkpoint": settings.checkpoint, "compute": settings.compute}
     compute = known.compute if settings.compute == known.experiment.compute else asked.compute
@@ -74,7 +77,7 @@ def going_on(known: RunConfig, asked: RunConfig) -> RunConfig:
     if settings.compute.precision == "auto":
         compute = replace(compute, precision=known.compute.precision)
         identity["precision"] = known.identity["precision"]
-    compute = compute.with_threads(settings.resources.cpus_per_worker)
+    compute = compiled_if_it_can(compute.with_threads(settings.resources.cpus_per_worker), settings)
     return replace(known, experiment=known.experiment.model_copy(update=update), identity=identity, compute=compute)
 
 
@@ -85,7 +88,7 @@ def text_key(recipe: Recipe) -> str:
 
 def run_config(plan: Plan, cell: Cell, prepared: Prepared) -> RunConfig:
     """What a new run of the cell is made from."""
-    from bwlm.grid.session import plan_compute  # Ray takes seconds, and to look at cells takes none of it
+    from bwlm.grid.session import plan_compute
 
     compute = plan_compute(cell.experiment, cell.shape, cell.steps)
     fields = identity(

@@ -215,11 +215,21 @@ def plan_compute(experiment: Experiment, shape: GPTConfig, steps: int) -> Comput
     )
     hardware, peak = _worker_hardware("cuda" if resources.gpus_per_worker else "cpu", resources.cpus_per_worker)
     rows = experiment.budget.batch_tokens // shape.sequence_length // resources.workers
-    chosen = choose_compute(wanted, hardware, peak, shape, rows, steps)
-    if chosen.compile and asked.compile is None and (broken := _why_not_compile(hardware.device)):
-        reason = f"off: torch.compile fails here ({broken})"
-        chosen = replace(chosen, compile=False, reasons=chosen.reasons | {"compile": reason})
+    chosen = compiled_if_it_can(choose_compute(wanted, hardware, peak, shape, rows, steps), experiment)
     return replace(chosen, reasons=chosen.reasons | {"allocator": _allocator()})
+
+
+def compiled_if_it_can(compute: Compute, experiment: Experiment) -> Compute:
+    """The same, but not compiled where the compiler of the workers fails. Raises `UserError` if compiling was set."""
+    device: DeviceType = "cuda" if experiment.resources.gpus_per_worker else "cpu"
+    if not compute.compile or not (broken := _why_not_compile(device)):
+        return compute
+    if experiment.compute.compile:
+        raise UserError(
+            f"compute.compile: true, but torch.compile fails here ({broken}): install it, or leave the choice open"
+        )
+    reason = f"off: torch.compile fails here ({broken})"
+    return replace(compute, compile=False, reasons=compute.reasons | {"compile": reason})
 
 
 def _allocator() -> str:

@@ -5,13 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from bwlm.config import Experiment
+from bwlm.errors import UserError
+from bwlm.grid import session
 from bwlm.grid.cells import going_on
 from bwlm.model.compute import Compute
 from bwlm.record.fingerprint import differences, identity
 from bwlm.record.lineage import RunConfig
 
 COMPUTE = Compute("bfloat16", "blocked", 512, True, 4, 2)
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Works, without the seconds of a trial (tests/model/test_compute.py)."""
+    monkeypatch.setattr(session, "_why_not_compile", lambda device: "")
 
 
 def run(precision: str = "bfloat16", **settings: Any) -> RunConfig:
@@ -42,3 +52,17 @@ def test_how_it_computes_changes_where_that_is_asked_for() -> None:
 def test_another_precision_that_is_asked_for_is_another_run() -> None:
     known, asked = run(), run("float32", compute={"precision": "float32"})
     assert differences(known.identity, going_on(known, asked).identity)
+
+
+def test_a_compiled_run_goes_on_where_the_compiler_fails_unless_compiling_was_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session, "_why_not_compile", lambda device: f"no g++ for {device}")
+    taken = going_on(run(), run()).compute
+    assert not taken.compile
+    assert taken.reasons["compile"] == "off: torch.compile fails here (no g++ for cpu)"
+    assert replace(taken, compile=True, reasons={}) == replace(COMPUTE.with_threads(taken.threads), reasons={})
+    with pytest.raises(
+        UserError, match=r"^compute\.compile: true, but torch\.compile fails here \(no g\+\+ for cpu\): "
+    ):
+        going_on(run(), run(compute={"compile": True}))
