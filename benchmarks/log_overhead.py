@@ -91,7 +91,7 @@ def shares(bench: Bench, repeats: int) -> dict[str, float]:
     }  # fmt: skip
     total = sum(part[name] / steps for name, steps in every.items())
     figures = {f"{name} [ms]": 1000 * part[name] for name in every}
-    merge = seconds(lambda: bench.log.flush(merge=True))
+    merge = seconds(lambda: bench.log.merge())
     return {"plain step [ms]": 1000 * plain, **figures, "merge [ms]": 1000 * merge, "share of a step": total / plain}
 
 

@@ -128,10 +128,13 @@ class ResearchLog:
             self._tail.seek(end)
             raise
 
-    def flush(self, merge: bool = False) -> None:
-        """Makes what was written durable, and merges it into the file, always or where that takes little time."""
+    def sync(self) -> None:
+        """Makes what was written durable; any thread may."""
         os.fsync(self._tail.fileno())
-        if merge or time.monotonic() - self._merged >= self._merge_seconds / _SHARE:
+
+    def merge(self, now: bool = True) -> None:
+        """Moves what was written into the file, `now` or where that has come to take little of the time."""
+        if now or time.monotonic() - self._merged >= self._merge_seconds / _SHARE:
             began = time.monotonic()
             self._merge(None)
             self._merged, self._merge_seconds = time.monotonic(), time.monotonic() - began

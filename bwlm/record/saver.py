@@ -6,6 +6,7 @@ One save runs at a time, so that one copy lies in memory besides the live state,
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -28,10 +29,17 @@ class CheckpointSaver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Waits for the save before, then starts this one. Raises `RunError` if the one before failed."""
+    def save(self, snapshot: Snapshot, first: Callable[[], None] = lambda: None) -> None:
+        """Waits for the save before, then starts this one, with what is to be done `first` in its thread.
+
+        Raises `RunError` if the one before failed.
+        """
         self.wait()
-        self._running = self._thread.submit(write_checkpoint, self._folder, snapshot, self._keep)
+        self._running = self._thread.submit(self._write, snapshot, first)
+
+    def _write(self, snapshot: Snapshot, first: Callable[[], None]) -> None:
+        first()
+        write_checkpoint(self._folder, snapshot, self._keep)
 
     def wait(self) -> None:
         """Returns when everything handed in is on disk. Raises `RunError` if it could not be written."""

@@ -218,7 +218,7 @@ def _evaluate(phase: Phase, progress: Progress) -> Evaluated:
 
 def _save(phase: Phase, session: Session, progress: Progress, metric: float | None, records: Records | None) -> None:
     """A collective: every rank gives what it alone has, rank 0 copies and writes."""
-    _settle(session, records)  # first: two copies must not lie in memory, and the journal goes before its checkpoint
+    _settle(session, records)  # first: two copies must not lie in memory
     optimizer, rng = phase.optimizer.state_tensors(), _random_states(session)
     if records is not None:
         model, state = copy_to_host(phase.model.state_dict()), copy_to_host(optimizer)
@@ -227,7 +227,7 @@ def _save(phase: Phase, session: Session, progress: Progress, metric: float | No
 
 
 def _settle(session: Session, records: Records | None, last: bool = False) -> None:
-    """Waits for what rank 0 writes; if that failed all ranks raise `RunError`."""
+    """Waits for what rank 0 saves; if anything that it writes failed all ranks raise `RunError`."""
     together(session, lambda: records.settle(last) if records is not None else None)
 
 

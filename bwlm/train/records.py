@@ -73,18 +73,24 @@ class Records:
             self._failure = self._failure or cannot_write(path, error)
 
     def settle(self, last: bool = False) -> None:
-        """Waits until everything so far is on disk. Raises `RunError` for what could not be written."""
+        """Waits for the save before, if there is one. Raises `RunError` for anything that could not be written."""
         self._saver.wait()
-        with self._noting_failure(self._journal.path):
-            self._journal.sync()
         with self._noting_failure(self._log.path):
-            self._log.flush(merge=last)
+            self._log.merge(now=last)
         if self._failure is not None:
             raise self._failure
 
     def save(self, snapshot: Snapshot) -> None:
-        """Starts a save. The journal must be settled: a resumed run does not write those lines again."""
-        self._saver.save(snapshot)
+        """Starts a save. What it is of comes up, if it cannot be written, as what a save raises."""
+        self._saver.save(snapshot, self._sync)
+
+    def _sync(self) -> None:
+        """Journal and research log before their checkpoint: a resumed run does not write those steps again."""
+        for file in (self._journal, self._log):
+            try:
+                file.sync()
+            except OSError as error:
+                raise cannot_write(file.path, error) from None
 
     def __enter__(self) -> Records:
         return self

@@ -120,11 +120,11 @@ def test_a_full_disk_leaves_the_research_log_as_it_was(disk: Disk, capfd: pytest
     log = ResearchLog(path)
     for step in range(1, 11):
         log.write("gradients", step, norm=norms[step])
-    log.flush(merge=True)
+    log.merge()
     with disk.full():
         log.write("gradients", 11, norm=norms[11])
         with pytest.raises(OSError, match=r"No space left|File too large"):
-            log.flush(merge=True)  # the copy does not fit
+            log.merge()  # the copy does not fit
         accepted = write_until_full(log, norms, 12) - 1
         with h5py.File(path) as file:
             assert file["gradients/step"][:].tolist() == list(range(1, 11))

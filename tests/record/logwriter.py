@@ -78,7 +78,8 @@ def main(path: Path, note: Path, resume: int | None) -> None:
                     log.write(group, step, **entry(group, step))
             os.pwrite(descriptor, _PROGRESS.pack(step), 0)
             if step % 10 == 0:
-                log.flush(merge=step % 30 == 0)
+                log.sync()
+                log.merge(now=step % 30 == 0)
 
 
 if __name__ == "__main__":

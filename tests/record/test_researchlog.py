@@ -64,7 +64,7 @@ def killed(path: Path, last: int, merged: int = 0) -> None:
     """A log of `last` steps whose writer died after it had merged some."""
     log = ResearchLog(path)
     write(log, 1, merged)
-    log.flush(merge=True)
+    log.merge()
     write(log, merged + 1, last)
     leave(log)
 
@@ -115,7 +115,7 @@ def test_columns_that_a_step_lacks_read_as_nan(path: Path) -> None:
     with ResearchLog(path) as log:
         log.write("train", step=1, loss=1.0)
         log.write("train", step=2, grad_norm=2.0)
-        log.flush(merge=True)
+        log.merge()
         log.write("train", step=3, lr=3.0)
         log.write("train", step=4)
     with h5py.File(path) as file:
@@ -227,7 +227,7 @@ def test_entries_larger_than_what_is_merged_at_once(path: Path, monkeypatch: pyt
         for step, value in enumerate(states, 1):
             log.write("train", step, loss=step)
             log.write("representations", step, states=value)
-        log.flush(merge=True)
+        log.merge()
         log.write("representations", 8, states=states[0])
     with h5py.File(path) as file:
         assert (file["representations/states"][:7] == states).all()
@@ -247,7 +247,7 @@ def test_many_merges_make_the_file_hardly_larger_than_one(path: Path) -> None:
                     "train", step, **dict(zip(("loss", "lr", "mfu", "flops", "grad_norm", "tokens"), row, strict=True))
                 )
                 if step % every == 0:
-                    log.flush(merge=True)
+                    log.merge()
         sizes.append(path.stat().st_size)
         with h5py.File(path) as file:
             assert np.array_equal(file["train/loss"][:], values[:, 0])
@@ -320,10 +320,10 @@ def test_a_reader_sees_a_prefix_while_a_writer_writes(path: Path) -> None:
 def test_a_reader_keeps_what_it_opened(path: Path) -> None:
     with ResearchLog(path) as log:
         write(log, 1, 5)
-        log.flush(merge=True)
+        log.merge()
         with h5py.File(path) as file:
             write(log, 6, 9)
-            log.flush(merge=True)
+            log.merge()
             assert file["train/step"][:].tolist() == [1, 2, 3, 4, 5]
         assert steps(path) == list(range(1, 10))
 
@@ -335,10 +335,10 @@ def test_merging_takes_a_small_share_of_the_time(path: Path, monkeypatch: pytest
         log._merge_seconds = 2.0  # what the last merge took
         write(log, 1, 3)
         now = 0.99 * 2 / researchlog._SHARE
-        log.flush()
+        log.merge(now=False)
         assert steps(path) == []
         now = 1.01 * 2 / researchlog._SHARE
-        log.flush()
+        log.merge(now=False)
         assert steps(path) == [1, 2, 3]
 
 
@@ -395,7 +395,7 @@ def test_a_death_between_the_file_and_its_tail_writes_no_entry_twice(
     with monkeypatch.context() as patched:
         patched.setattr(researchlog, "_state", die)
         with pytest.raises(Killed):
-            log.flush(merge=True)
+            log.merge()
     leave(log)
     assert steps(path) == [1, 2, 3, 4, 5]
     assert tail_of(path).stat().st_size > 500
@@ -413,7 +413,7 @@ from bwlm.record import researchlog
 researchlog._append = lambda *_: os._exit(9)
 log = researchlog.ResearchLog(Path(sys.argv[1]))
 log.write("train", int(sys.argv[2]), loss=1 / int(sys.argv[2]))
-log.flush(merge=True)
+log.merge()
 """
 
 
@@ -564,21 +564,21 @@ SOME = {
     "tokens": st.dictionaries(st.sampled_from(["row", "rank"]), st.lists(st.integers(0, 9), min_size=2, max_size=2)),
 }
 WRITES = st.one_of(*(st.tuples(st.just(group), st.integers(1, 3), columns) for group, columns in SOME.items()))
-FLUSHES = st.tuples(st.just("flush"), st.booleans())
+MERGES = st.tuples(st.just("merge"), st.booleans())
 OPENINGS = st.tuples(st.sampled_from(["reopen", "die"]), st.one_of(st.none(), st.integers(0, 20)))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(actions=st.lists(st.one_of(WRITES, WRITES, FLUSHES, OPENINGS), max_size=20))
-def test_any_sequence_of_writes_flushes_and_reopenings_is_as_a_dictionary(
+@given(actions=st.lists(st.one_of(WRITES, WRITES, MERGES, OPENINGS), max_size=20))
+def test_any_sequence_of_writes_merges_and_reopenings_is_as_a_dictionary(
     actions: list[Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("log") / "base.h5"
     model: dict[str, dict[int, dict[str, Any]]] = {group: {} for group in SOME}
     log = ResearchLog(path)
     for name, *given_ in actions:
-        if name == "flush":
-            log.flush(merge=given_[0])
+        if name == "merge":
+            log.merge(now=given_[0])
         elif name in ("reopen", "die"):
             log.close() if name == "reopen" else leave(log)
             log = ResearchLog(path, given_[0])

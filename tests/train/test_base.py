@@ -6,8 +6,10 @@ import errno
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from bwlm.record.checkpoint import (
 )
 from bwlm.record.journal import Journal, read_journal
 from bwlm.record.lineage import ExperimentFolder, Status
+from bwlm.record.researchlog import ResearchLog
 from bwlm.text.batches import Batch, DirectedPlan
 from bwlm.text.direction import SpecialIds
 from bwlm.train import base
@@ -368,6 +371,43 @@ def test_a_journal_that_cannot_be_written_fails_the_run_before_its_next_checkpoi
     folder.write_status(Status())
     assert run_base(folder, AloneSession(), in_process).state == "finished"
     assert losses(folder) == losses(calm)
+
+
+def test_journal_and_log_are_durable_before_their_checkpoint_and_hold_up_no_step(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: dict[str, list[str]] = {"MainThread": [], "checkpoint_0": []}
+    sync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced[threading.current_thread().name] += [Path(f"/proc/self/fd/{descriptor}").resolve().name]
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    folder = new_run()
+    run_base(folder, AloneSession(), in_process)
+    own = ["metrics.jsonl", "base.h5.tail"]
+    beside = synced["checkpoint_0"]
+    starts = [at for at, name in enumerate(beside) if name == own[0]]
+    assert len(starts) == len(checkpoint_steps(folder.checkpoints))
+    assert starts[0] == 0
+    assert all(beside[at : at + 2] == own and "meta.json" in beside[at + 2 :] for at in starts)
+    assert not set(own) & set(synced["MainThread"])
+
+
+@pytest.mark.parametrize(("owner", "named"), [(Journal, "metrics.jsonl"), (ResearchLog, "base.h5")])
+def test_a_checkpoint_whose_steps_are_not_durable_is_none(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch, owner: type, named: str
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(owner, "sync", broken)
+    folder = new_run()
+    status = run_base(folder, AloneSession(), in_process)
+    assert status.state == "failed"
+    assert f"{named}: cannot be written (Input/output error)" in status.reason
+    assert checkpoint_steps(folder.checkpoints) == []
 
 
 def test_a_validation_that_is_not_finite_fails_the_run(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
