@@ -87,6 +87,12 @@ def test_findings_in_words(shell: Shell) -> None:
     assert "+0.0185 .. +0.0235" in answer.out  # the table
 
 
+def test_a_terminal_hears_what_is_being_done(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(LOSSES, shell.folder / "[b]l.csv")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "resampling [b]l.csv .." in shell("analyze", "gap", "--from", "[b]l.csv").err
+
+
 def test_a_lower_loss_is_better_and_its_interval_holds_the_gap(shell: Shell) -> None:
     name = write(flat_table({"forward": [3.02, 3.121, 2.922], "backward": [3.0, 3.1, 2.9]}), shell.folder / "l.csv")
     out = shell("analyze", "gap", "--from", name).out

@@ -55,7 +55,7 @@ def opened(folder: ExperimentFolder) -> Iterator[LoggedRun]:
         with open_log(path) as file:
             yield LoggedRun(folder, experiment.direction, experiment.lr, experiment.seed, file)
     except (KeyError, OSError, RuntimeError, ValueError) as error:  # what h5py raises of a flipped bit
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())})") from error
 
 
 def from_each(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bwlm.cli.terminal import Json, Storage, print_json, say, show, table
+from bwlm.cli.terminal import Json, Storage, busy, print_json, say, show, table
 from bwlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,10 +74,12 @@ def gap(
     if bool(runs) == bool(losses):
         raise UserError("analyze gap: give runs, or a table of losses with --from")
     if losses is not None:
-        found, notes = gaps_from(losses, resamples)
+        with busy(f"resampling {losses.name}"):
+            found, notes = gaps_from(losses, resamples)
         name, default = losses.name, None
     else:
-        found, notes = _gaps_of_runs(runs or [], storage)
+        with busy("reading and resampling losses"):
+            found, notes = _gaps_of_runs(runs or [], storage)
         name, default = " ".join(runs or []), _default(storage, runs or []) / "gap"
     analysis = gap_analysis(found, name, notes)
     for line in notes:
@@ -199,10 +201,11 @@ def report(names: Runs, storage: Storage = None, as_json: Json = False) -> None:
         folders, left_out = choose(root, [name])
         for line in left_out:
             say(line)
-        if name in grid_names(root):
-            files += write_grid_report(root, name)
-        else:
-            files += [file for folder in folders for file in write_experiment_report(folder)]
+        with busy(f"writing the report of {name}"):
+            if name in grid_names(root):
+                files += write_grid_report(root, name)
+            else:
+                files += [file for folder in folders for file in write_experiment_report(folder)]
     if as_json:
         print_json({"files": [str(file) for file in files]})
     else:
@@ -217,11 +220,13 @@ def _run(
     as_json: bool,
 ) -> None:
     from bwlm.analysis.select import begun, choose
+    from bwlm.analysis.stats import counted
     from bwlm.paths import storage_root
 
     _check(output)
     folders, notes = begun(*choose(storage_root(storage), runs))
-    found = analyse(folders)
+    with busy(f"analysing {counted(len(folders), 'run')}"):
+        found = analyse(folders)
     for note in [*notes, *found.notes]:
         say(f"note: {note}")
     _write(found, output, _default(storage, runs) / found.name)

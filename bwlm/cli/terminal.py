@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,6 +26,14 @@ _WIDEST = 1000  # columns
 
 def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
+
+
+def busy(doing: str) -> AbstractContextManager[Any]:
+    """Says on a terminal, and nowhere else, what is being done while the block lasts."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    return Console(stderr=True).status(escape(f"{doing} .."))
 
 
 def print_json(content: Any) -> None:
