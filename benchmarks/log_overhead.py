@@ -21,7 +21,9 @@ import numpy as np
 import torch
 
 from bwlm.config import ResearchLogSettings
+from bwlm.evaluate.inside import ATTENTION_WINDOWS, MAP_POSITIONS, STATE_WINDOWS
 from bwlm.model.gpt import GPT
+from bwlm.model.observe import attention_statistics, evaluating
 from bwlm.model.optim import build_optimizers
 from bwlm.model.shape import GPTConfig
 from bwlm.model.step import TrainStep
@@ -92,7 +94,22 @@ def shares(bench: Bench, repeats: int) -> dict[str, float]:
     total = sum(part[name] / steps for name, steps in every.items())
     figures = {f"{name} [ms]": 1000 * part[name] for name in every}
     merge = seconds(lambda: bench.log.merge())
-    return {"plain step [ms]": 1000 * plain, **figures, "merge [ms]": 1000 * merge, "share of a step": total / plain}
+    evaluation = {name: 1000 * spent for name, spent in at_an_evaluation(bench, repeats).items()}
+    rest = {"merge [ms]": 1000 * merge, **evaluation, "share of a step": total / plain}
+    return {"plain step [ms]": 1000 * plain, **figures, **rest}
+
+
+def at_an_evaluation(bench: Bench, repeats: int) -> dict[str, float]:
+    """Seconds of looking inside the model, in one reading, besides the validation itself."""
+    ids = bench.tensors["inputs"]
+    look: dict[str, Callable[[], Any]] = {
+        "attention at an evaluation [ms]": lambda: attention_statistics(
+            bench.model, ids[:ATTENTION_WINDOWS], None, ids[:ATTENTION_WINDOWS] >= 0, MAP_POSITIONS
+        ),
+        "states at an evaluation [ms]": lambda: list(bench.model.states(ids[:STATE_WINDOWS], None)),
+    }
+    with torch.no_grad(), evaluating(bench.model):
+        return {name: statistics.median(seconds(one) for _ in range(repeats)) for name, one in look.items()}
 
 
 def paired(bench: Bench, rounds: int, steps: int = 50) -> list[float]:

@@ -29,6 +29,11 @@ MERGE_FREE_VOCABULARY = 264
 """256 bytes and 8 special tokens: a tokenizer without merges."""
 
 
+def _hide_default(schema: dict[str, Any]) -> None:
+    """Where a field that is left out is resolved for the run, its value here is no default that a user ever gets."""
+    schema.pop("default")
+
+
 class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -39,7 +44,7 @@ class DataSettings(Settings):
         description="parquet folder, glob, file, URI, or builtin:pydocs, builtin:null, builtin:products",
         min_length=1,
     )
-    text_column: str = Field("text", min_length=1)
+    text_column: str = Field("text", min_length=1, description="column of the parquet files that holds the documents")
     validation: str | None = Field(None, description="validation parquet; default: the last shard of the source")
 
 
@@ -54,18 +59,18 @@ class TokenizerSettings(Settings):
 
 
 class ModelSettings(Settings):
-    sequence_length: int = Field(2048, ge=8, le=2**17)
-    head_dim: int = Field(64, ge=8, multiple_of=2)
+    sequence_length: int = Field(2048, ge=8, le=2**17, description="T, tokens of a row")
+    head_dim: int = Field(64, ge=8, multiple_of=2, description="the width, 64 x depth, is so many heads of this")
     kv_heads: int | None = Field(None, ge=1, description="key/value heads; default: as many as query heads")
     document_mask: bool = Field(False, description="attention stays inside a segment")
 
 
 class OptimSettings(Settings):
-    kind: Literal["muon", "adamw"] = "muon"
-    weight_decay: float = Field(0.0, ge=0)
+    kind: Literal["muon", "adamw"] = Field("muon", description="muon: for the hidden matrices, AdamW for the rest")
+    weight_decay: float = Field(0.0, ge=0, description="of the blocks' matrices; falls to 0 over the run")
     warmup_steps: int | None = Field(None, ge=0, description="default: 40, but at most a tenth of the run")
-    warmdown_ratio: float = Field(0.65, ge=0, le=0.9)
-    final_lr_frac: float = Field(0.05, ge=0, le=1)
+    warmdown_ratio: float = Field(0.65, ge=0, le=0.9, description="last share of the run, in which the rates fall")
+    final_lr_frac: float = Field(0.05, ge=0, le=1, description="to this share of themselves")
     grad_clip: float = Field(1.0, ge=0, description="global norm; 0: none")
 
 
@@ -73,15 +78,21 @@ _HORIZONS = ("steps", "tokens", "flops", "tokens_per_parameter")
 
 
 class BudgetSettings(Settings):
-    steps: int | None = Field(None, ge=1, le=10**9)
-    tokens: int | None = Field(None, ge=1, le=10**15)
-    flops: float | None = Field(None, gt=0, le=1e30)
-    tokens_per_parameter: float | None = Field(None, gt=0, le=1e9, description="parameters: matrices and output head")
+    steps: int | None = Field(None, ge=1, le=10**9, description="optimizer steps")
+    tokens: int | None = Field(None, ge=1, le=10**15, description="trained on, in whole steps")
+    flops: float | None = Field(None, gt=0, le=1e30, description="spent on training, in whole steps")
+    tokens_per_parameter: float | None = Field(
+        None,
+        gt=0,
+        le=1e9,
+        description="20 where no horizon is given; parameters: matrices and output head",
+    )
     batch_tokens: int = Field(
         2**19,
         ge=8,
         le=10**12,
         description="tokens of one optimizer step over all workers; default: nanochat's for the depth",
+        json_schema_extra=_hide_default,
     )
 
     @model_validator(mode="after")
@@ -120,23 +131,34 @@ class ResearchLogSettings(Settings):
 class ComputeSettings(Settings):
     """How fast, not what: each is chosen for the hardware and the length of the run unless it is set here."""
 
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    attention: Literal["auto", "sdpa", "blocked"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of activations; weights are float32")
+    attention: Literal["auto", "sdpa", "blocked"] = Field("auto", description="torch's kernel, or one for CPUs")
     fused_loss: bool | None = Field(None, description="head and loss in one, without all logits; default: yes")
     compile: bool | None = Field(None, description="torch.compile; default: where it saves more than it costs")
     device_batch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: by device")
 
 
 class ResourceSettings(Settings):
-    workers: int = Field(1, ge=1)
-    cpus_per_worker: int = Field(1, ge=1, description="threads of a worker; default: this machine's cores, shared")
-    gpus_per_worker: int = Field(0, ge=0, le=1, description="default: 1 where this machine has one for each worker")
+    workers: int = Field(1, ge=1, description="DDP workers of one cell")
+    cpus_per_worker: int = Field(
+        1,
+        ge=1,
+        description="threads of a worker; default: this machine's cores, shared; 1 on a cluster",
+        json_schema_extra=_hide_default,
+    )
+    gpus_per_worker: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="default: 1 where this machine has one for each worker; 0 on a cluster",
+        json_schema_extra=_hide_default,
+    )
 
 
 class Recipe(Settings):
     """What a grid file states once for all its cells."""
 
-    phase: Phase = "base"
+    phase: Phase = Field("base", description="what is trained")
     data: DataSettings = DataSettings()
     tokenizer: TokenizerSettings = TokenizerSettings()
     model: ModelSettings = ModelSettings()

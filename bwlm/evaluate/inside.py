@@ -16,9 +16,9 @@ from bwlm.model.observe import AttentionStatistics, attention_statistics, evalua
 from bwlm.text.direction import READINGS, Directed, Ids, Ints, Rows, SpecialIds, lay_out
 from bwlm.text.packing import PackedRows
 
-_STATE_WINDOWS = 8
+STATE_WINDOWS = 8
 """States are taken from so many windows: neighbours in one are alike."""
-_ATTENTION_WINDOWS = 2
+ATTENTION_WINDOWS = 2
 MAP_POSITIONS = 128
 """Positions of an attention map that is kept whole."""
 
@@ -37,14 +37,14 @@ class InsideView:
 
     def tokens_of(self) -> dict[str, Ints]:
         """token and window of each state, in reading order."""
-        rows, windows = self._rows(_STATE_WINDOWS)
+        rows, windows = self._rows(STATE_WINDOWS)
         chosen = self._chosen(rows)
         return {"token": rows.tokens[chosen], "window": windows[np.repeat(rows.row, rows.lengths)[chosen]]}
 
     @torch.no_grad()
     def states(self, model: GPT, reading: str, marked: bool) -> NDArray[np.float16]:
         """[L+1, Q, C]: the embedding's output and each block's, where each token is read."""
-        rows, _ = self._rows(_STATE_WINDOWS)
+        rows, _ = self._rows(STATE_WINDOWS)
         directed = self._directed(rows, reading, marked)
         place = torch.from_numpy(directed.text[self._chosen(rows)] + 1).to(self.device)  # behind what predicts it
         with evaluating(model):
@@ -55,7 +55,7 @@ class InsideView:
 
     def attention(self, model: GPT, reading: str, marked: bool) -> AttentionStatistics:
         """Over the positions of the first windows that hold text or open it."""
-        directed = self._directed(self._rows(_ATTENTION_WINDOWS)[0], reading, marked)
+        directed = self._directed(self._rows(ATTENTION_WINDOWS)[0], reading, marked)
         ids, segments = self._inputs(directed)
         return attention_statistics(model, ids, segments, ids != self.special.pad, MAP_POSITIONS)
 

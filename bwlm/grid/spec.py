@@ -41,7 +41,9 @@ from bwlm.record.lineage import shape_of
 
 
 class SchedulerSettings(Settings):
-    kind: Literal["fifo", "asha"] = "fifo"
+    kind: Literal["fifo", "asha"] = Field(
+        "fifo", description="asha stops cells early, within a direction and depth; fifo none"
+    )
     grace_steps: int = Field(100, ge=1, description="asha: no cell is stopped before this step")
     reduction_factor: int = Field(2, ge=2, description="asha: one in so many goes on at each rung")
 
@@ -52,7 +54,7 @@ class LaunchSettings(Settings):
     )
     retries: int = Field(2, ge=0, description="how often a cell that crashed is taken up again")
     max_cells: int = Field(1000, ge=1, le=100_000, description="a grid of more cells is refused")
-    storage: str | None = None
+    storage: str | None = Field(None, description="folder of experiments; default: BWLM_STORAGE, else runs/")
     tracking_uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else SQLite below the storage")
 
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from bwlm.config import CONTROL_SOURCES, MERGE_FREE_VOCABULARY, Experiment
 from bwlm.errors import UserError
 from bwlm.grid import spec
-from bwlm.grid.spec import Plan, available_cores, load_grid, resolve_steps, rivals
+from bwlm.grid.spec import Grid, Plan, available_cores, load_grid, resolve_steps, rivals
+from tests.grid.settings_table import MARK, PAGE, table
 
 GRIDS = sorted((Path(__file__).parents[2] / "grids").glob("*.yaml"))
 
@@ -433,3 +434,17 @@ def test_a_containers_quota_counts(tmp_path: Path, quota: str, cores: int | None
     own = available_cores(file)  # there is none
     file.write_text(quota)
     assert available_cores(file) == min(cores or own, own)
+
+
+def test_the_docs_have_every_field() -> None:
+    assert PAGE.read_text().partition(MARK)[2] == table(), "run python -m tests.grid.settings_table"
+
+
+def test_the_schema_has_no_default_that_nobody_gets() -> None:
+    """They depend on the depth and on the machine."""
+    defined = Grid.model_json_schema()["$defs"]
+    resources = defined["ResourceSettings"]["properties"]
+    resolved = [defined["BudgetSettings"]["properties"]["batch_tokens"]]
+    resolved += [resources[name] for name in ("cpus_per_worker", "gpus_per_worker")]
+    assert all("default" not in field and "default:" in field["description"] for field in resolved)
+    assert resources["workers"]["default"] == 1
