@@ -1,6 +1,6 @@
 """Safe names, whole files, and where things lie.
 
-An experiment id is one path segment; every id from a person passes `check_id` before it touches a disk. Every file
+An experiment id is one path segment; every id from a person passes `check_id` before it touches a disk. A record
 that somebody may read while we write it goes through `write_atomic`: it appears whole or not at all.
 """
 

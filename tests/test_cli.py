@@ -248,7 +248,7 @@ MISTAKES = {
     "a depth that is a truth": (GOOD.replace("[1, 2]", "[true]"), [], "g.yaml:2: depth: "),
     "an unknown direction": (GOOD.replace("backward", "bakward"), [], "(did you mean 'backward'?)"),
     "an axis without values": (GOOD.replace("seed: [0]", "seed: []"), [], "g.yaml:2: axes.seed: needs a list"),
-    "a value twice": (GOOD.replace("[1, 2]", "[2, 2]"), [], "g.yaml:2: axes.depth: 2 stands there twice"),
+    "a value twice": (GOOD.replace("[1, 2]", "[2, 2]"), [], "g.yaml:2: axes.depth: 2 appears twice"),
     "more cells than the cap": (GOOD, ["--set", "launch.max_cells=3"], "4 cells, more than launch.max_cells=3"),
     "billions of cells": (GOOD, _BILLIONS, "more than launch.max_cells=1000"),
     "a name that climbs": (GOOD.replace("name: bars", "name: ../x"), [], "g.yaml:1: name: '../x' is not a valid id"),

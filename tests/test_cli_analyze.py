@@ -330,8 +330,8 @@ def damaged(folder: Path) -> None:
         ("really.csv", "cannot be read as csv ("),
         ("shifted.csv", "cannot be read as csv ("),
         ("ragged.csv", "cannot be read as csv ("),
-        ("twice.parquet", "column 'nll' stands there twice: keep one"),
-        ("twice.csv", "column 'nll' stands there twice: keep one"),
+        ("twice.parquet", "column 'nll' appears twice: keep one"),
+        ("twice.csv", "column 'nll' appears twice: keep one"),
     ],
 )
 def test_a_bad_file_is_one_line_that_names_it(name: str, message: str, shell: Shell) -> None:

@@ -1,4 +1,4 @@
-"""The architecture of docs/architecture.md, kept: imports point down, heavy libraries stay in their rooms."""
+"""The architecture of docs/architecture.md, kept: imports point down, heavy libraries stay in their packages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bwlm"
 
-# each room may import itself and the rooms named; the order is the story's
+# each package may import itself and the packages named; the order is the story's
 ALLOWED = {
     "errors": set(),
     "paths": {"errors"},
@@ -73,13 +73,13 @@ MODULES = modules()
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_imports_point_down(name: str) -> None:
-    room = name.split(".")[0]
-    assert room in ALLOWED, f"{room} is a new room: it needs a reason in docs/architecture.md and a place here"
+    package = name.split(".")[0]
+    assert package in ALLOWED, f"{package} is a new package: it needs a reason in docs/architecture.md and a place here"
     for target in imports(MODULES[name]):
         if target.startswith("bwlm."):
             other = target.split(".")[1]
             if other in ALLOWED:
-                assert other == room or other in ALLOWED[room], f"{name} imports {target}"
+                assert other == package or other in ALLOWED[package], f"{name} imports {target}"
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

@@ -136,7 +136,7 @@ def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
     return judge(found), problems
 
 
-BEST_HEADER = ["size", "direction", "best lr", "of", "bpb on the tuning half", "seeds"]
+BEST_HEADER = ["size", "direction", "best lr", "rates tried", "bpb on the tuning half", "seeds"]
 
 
 def best_columns(rate: BestRate) -> list[str]:

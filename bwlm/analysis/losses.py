@@ -61,7 +61,7 @@ def read_losses(path: Path) -> pd.DataFrame:
     """The columns of `stats.COLUMNS` that a .parquet or .csv file has, unchecked: `stats` names those that lack.
 
     In a CSV, only an empty field is missing: `NA` and `null` are names like others. Raises `UserError` that names the
-    file if it is absent, damaged or of another kind, or if a needed column stands there twice.
+    file if it is absent, damaged or of another kind, or if a needed column appears twice.
     """
     readers = {".parquet": _read_parquet, ".csv": _read_csv}
     if path.suffix.lower() not in readers:
@@ -119,5 +119,5 @@ def _needed(names: list[str], path: Path) -> list[str]:
     """Those columns that are wanted; all of them where one is missing, so that the nearest can be told."""
     twice = [name for name in COLUMNS if names.count(name) > 1]
     if twice:
-        raise UserError(f"{path}: column '{twice[0]}' stands there twice: keep one")
+        raise UserError(f"{path}: column '{twice[0]}' appears twice: keep one")
     return list(COLUMNS) if set(COLUMNS) <= set(names) else list(dict.fromkeys(names))

@@ -116,9 +116,7 @@ def _pairs(states: list[States], notes: list[str]) -> pd.DataFrame:
         of = (one.group, pair, one.direction if seeds else "", one.reading if seeds else "")
         layers = enumerate(zip(one.layers, other.layers, strict=True), start=_EMBEDDING)
         rows += [(*of, layer, cka(x, y)) for layer, (x, y) in layers]
-    pairs = pd.DataFrame(rows, columns=["group", "pair", "direction", "reading", "layer", "cka"])
-    order = pairs["group"].map({group: place for place, group in enumerate(sorted(set(pairs["group"])))})
-    return pairs.assign(group_order=order, across=pairs["direction"] == "")
+    return pd.DataFrame(rows, columns=["group", "pair", "direction", "reading", "layer", "cka"])
 
 
 def _over_pairs(pairs: pd.DataFrame) -> pd.DataFrame:

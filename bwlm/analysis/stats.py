@@ -47,7 +47,7 @@ QUANTILES: Final = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)  # of a bootstra
 
 _CELL: Final = ["size", "direction", "seed"]
 _ROUNDING: Final = 1e-12  # nats per token; gaps and spreads up to this size are floating-point dust
-_LARGEST: Final = 1e15  # of a sum over a document; beyond it doubles do not count
+_LARGEST: Final = 1e15  # of a sum over a document; beyond it doubles no longer hold every whole number
 _CHUNK: Final = 1_000_000  # documents drawn at a time by the bootstrap: about 30 MB at once
 
 

@@ -105,7 +105,7 @@ def _gap_table(found: list[Gap]) -> pd.DataFrame:
 
 
 def gap_frame(found: list[Gap]) -> pd.DataFrame:
-    """The input of `charts.gap_chart`."""
+    """The input of `charts.losses.gap_chart`."""
     rows = []
     for one in found:
         low, high = one.seed_interval or (math.nan, math.nan)

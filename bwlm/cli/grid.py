@@ -40,7 +40,7 @@ def grid_plan(
         typer.Option(
             metavar="NATS",
             help="Standard deviation over seeds of the paired difference between two directions, in nats per token, "
-            "from a pilot: the gap that the planned seeds could see is then told in nats.",
+            "from a pilot: the gap that the planned seeds could see, in nats.",
             show_default=False,
         ),
     ] = None,

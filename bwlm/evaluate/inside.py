@@ -54,7 +54,7 @@ class InsideView:
         return np.stack(states)
 
     def attention(self, model: GPT, reading: str, marked: bool) -> AttentionStatistics:
-        """Over the positions of the first windows that hold text or open it."""
+        """Over all positions of the first windows but padding."""
         directed = self._directed(self._rows(ATTENTION_WINDOWS)[0], reading, marked)
         ids, segments = self._inputs(directed)
         return attention_statistics(model, ids, segments, ids != self.special.pad, MAP_POSITIONS)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from bwlm.model.gpt import GPT
-from bwlm.paths import write_json
+from bwlm.paths import write_atomic, write_json
 from bwlm.text.direction import IGNORED, READINGS, Ids, Ints, Rows, SpecialIds, lay_out
 from bwlm.text.packing import PackedRows
 from bwlm.text.plan import permute
@@ -60,9 +60,9 @@ class SegmentLosses:
     def save(self, folder: Path) -> None:
         """`validation.parquet` with every segment, `validation.json` with the summary."""
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".validation.parquet.tmp"
-        pq.write_table(pa.table(vars(self)), temporary)
-        temporary.replace(folder / "validation.parquet")
+        content = pa.BufferOutputStream()
+        pq.write_table(pa.table(vars(self)), content)
+        write_atomic(folder / "validation.parquet", content.getvalue().to_pybytes())
         counts = {
             "windows": len(np.unique(self.window)),
             "tokens": int(self.tokens.sum()),

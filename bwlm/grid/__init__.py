@@ -1,1 +1,1 @@
-"""The grid: its specification, and the only room that drives Ray Train and Ray Tune."""
+"""The grid: its specification, and the only package that drives Ray Train and Ray Tune."""

@@ -65,8 +65,8 @@ def going_on(known: RunConfig, asked: RunConfig) -> RunConfig:
     """A run that exists, with what this launch says of where and how fast it goes on.
 
     How it computes was chosen when it was planned, maybe on another machine, and stays unless it is asked for anew;
-    precision, which is part of what a run is, stays where it was left open. What cannot be done here, compiling, is
-    not: then the loss differs by its rounding from here on.
+    precision, which is part of what a run is, stays where it was left open. Where compiling
+    fails, a compiled run goes on uncompiled, and differs in rounding from there on.
     """
     from bwlm.grid.session import compiled_if_it_can  # Ray takes seconds, and to look at cells takes none of it
 

@@ -28,7 +28,7 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "100000000000")
 os.environ.setdefault("MALLOC_TOP_PAD_", "268435456")
 # a worker trains each cell in a new thread, and with heaps of their own the memory of each would be kept
 os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-# of segments of many sizes little memory is lost between; as in nanochat
+# segments that can grow fragment less of a GPU's memory; as in nanochat
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # torch.compile's own default lies in /tmp; this one is shared by all cells and outlives a reboot
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "bwlm" / "inductor"))

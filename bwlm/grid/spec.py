@@ -287,7 +287,7 @@ def _check_axes(axes: dict[str, list[Any]], where: str, document: Document) -> N
             raise UserError(f"{document.where(field)}: needs a list of values, for instance [1, 2]")
         repeated = [value for index, value in enumerate(values) if value in values[:index]]
         if repeated:
-            raise UserError(f"{document.where(field)}: {repeated[0]!r} stands there twice; keep one")
+            raise UserError(f"{document.where(field)}: {repeated[0]!r} appears twice; keep one")
 
 
 def _cells(blocks: dict[str, dict[str, list[Any]]], document: Document) -> Iterator[Cell]:

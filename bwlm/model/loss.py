@@ -25,7 +25,7 @@ class Losses(NamedTuple):
     """Of N targets, or of [B, T] of them."""
 
     total: Tensor
-    """Nats, summed; alone has a gradient."""
+    """Sum in nats; the only field with a gradient."""
     each: Tensor
     """Nats of each target, 0 where there is none."""
     predicted: Tensor

@@ -43,7 +43,7 @@ class Optimizer:
     ) -> None:
         """`parts` by the prefix of their state's names; `names` of all parameters. Parameter groups have a 'name'.
 
-        `owners`: the rank that alone updates a matrix, and has it in its 'muon' part; what is not in it, all update.
+        `owners`: which rank updates a matrix (in its 'muon' part); every rank updates what is not in it.
         """
         self.parts = parts
         self._names = names

@@ -41,7 +41,7 @@ def code_digest(phase: str, package: Path = _PACKAGE) -> str:
 
 
 def training_sources(phase: str, package: Path = _PACKAGE) -> list[Path]:
-    """The files of the training rooms that a phase or its stream imports, directly or through others."""
+    """The files of the training packages that a phase or its stream imports, directly or through others."""
     found: set[Path] = set()
     pending = [package / "train" / f"{phase}.py", package / "text" / "stream.py"]
     while pending:
@@ -53,7 +53,7 @@ def training_sources(phase: str, package: Path = _PACKAGE) -> list[Path]:
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """Modules of the training rooms that a file imports, anywhere in it; `bwlm.` left out."""
+    """Modules of the training packages that a file imports, anywhere in it; `bwlm.` left out."""
     for node in ast.walk(ast.parse(path.read_bytes())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):

@@ -307,7 +307,7 @@ def _fixed_column(name: str) -> Column:
     group, _, column = name.partition("/")
     known = GROUPS[group].fixed if group in GROUPS else {}
     if column not in known:
-        raise ValueError(f"{name}: holds for no whole run; of {group} do: {', '.join(known) or 'none'}")
+        raise ValueError(f"{name}: no dataset that holds for a whole run; {group} has: {', '.join(known) or 'none'}")
     return known[column]
 
 
@@ -342,7 +342,7 @@ def _forget_after(file: Any, last: int) -> None:
 
 
 def _append(file: Any, name: str, rows: Sequence[Entry]) -> None:
-    """Adds entries to a group, but for those that an earlier merge took and did not come to strike from the tail."""
+    """Adds entries to a group, except those that an interrupted merge had added already."""
     group = file[name]
     there = len(group["step"]) if "step" in group else 0
     newest = int(group["step"][-1]) if there else -1

@@ -115,7 +115,12 @@ GROUPS = {
             "step": _STEP,
             "entropy": Column("float32", "D L H", "nats", "of a position's attention, mean over positions"),
             "distance": Column("float32", "D L H", "tokens", "mean distance looked back"),
-            "first_share": Column("float32", "D L H", "share", "attention paid to the row's first position"),
+            "first_share": Column(
+                "float32",
+                "D L H",
+                "share",
+                "attention paid to the first position of the row, or of the segment where attention stays inside it",
+            ),
             "maps": Column(
                 "float16",
                 "D L M M",

@@ -31,6 +31,7 @@ Ints = NDArray[np.int64]
 Ids = NDArray[np.int32]
 
 READINGS = ("forward", "backward", "permuted")
+"""Orders in which text can be read. A direction is what a model is trained in; a bidirectional one has two readings."""
 FORWARD, BACKWARD, PERMUTED = range(3)
 
 HEAD_SLOTS = 2

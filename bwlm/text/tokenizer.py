@@ -1,7 +1,7 @@
 """The tokenizer: a byte-level BPE trained with rustbpe and held as a `tiktoken.Encoding`.
 
 One tokenizer, trained on forward text, serves every direction. Whatever text comes in is ordinary text: `<|bos|>`
-written by a user becomes plain bytes, and only `Tokenizer.special` yields the ids of special tokens. On disk a
+written by a user becomes plain bytes, and ids of special tokens come from `Tokenizer.specials` alone. On disk a
 tokenizer is `tokenizer.json` (pattern, special tokens, digest) beside `ranks.tiktoken` (one `base64 rank` a line).
 """
 
@@ -134,10 +134,6 @@ class Tokenizer:
     @property
     def backward(self) -> int:
         return self.specials["<|backward|>"]
-
-    def special(self, name: str) -> int:
-        """The id of a special token by its name, such as `<|user_start|>`."""
-        return self.specials[name]
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         """Ids of ordinary text, without any special token; read-only."""

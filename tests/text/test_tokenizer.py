@@ -54,7 +54,7 @@ def test_words_become_single_tokens(tokenizer: Tokenizer) -> None:
 
 
 def test_special_tokens_stand_after_the_merges_and_count_no_bytes(tokenizer: Tokenizer) -> None:
-    ids = [tokenizer.special(name) for name in SPECIAL_TOKENS]
+    ids = [tokenizer.specials[name] for name in SPECIAL_TOKENS]
     assert ids == list(range(VOCAB_SIZE - len(SPECIAL_TOKENS), VOCAB_SIZE))
     assert ids[:4] == [tokenizer.bos, tokenizer.pad, tokenizer.forward, tokenizer.backward]
     assert tokenizer.decode(ids) == "".join(SPECIAL_TOKENS)
@@ -236,7 +236,7 @@ def test_a_saved_tokenizer_is_the_same_one(tokenizer: Tokenizer, tmp_path: Path)
     assert sorted(path.name for path in folder.iterdir()) == ["ranks.tiktoken", "tokenizer.json"]
     assert json.loads((folder / "tokenizer.json").read_text())["digest"] == loaded.digest == tokenizer.digest
     np.testing.assert_array_equal(loaded.encode(topics["class"]), tokenizer.encode(topics["class"]))
-    assert loaded.special("<|assistant_end|>") == tokenizer.special("<|assistant_end|>")
+    assert loaded.specials == tokenizer.specials
 
 
 def test_ranks_are_tiktokens_own_format(tokenizer: Tokenizer, tmp_path: Path) -> None:

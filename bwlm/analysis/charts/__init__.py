@@ -1,1 +1,1 @@
-"""Every chart of reports and analyses, in one look, by altair: the only room that draws."""
+"""Every chart of reports and analyses, in one look, by altair: the only package that draws."""

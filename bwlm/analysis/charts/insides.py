@@ -99,7 +99,7 @@ def layer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
 def similarity_chart(pairs: pd.DataFrame, heads: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     """CKA by layer, between seeds and across directions, with its range; beside it where each head looks.
 
-    `pairs`: group, pair, directions (one or several), layer, cka, low, high. `heads`: group, direction, layer, entropy
+    `pairs`: group, pair, direction and reading (empty across directions), layer, cka, low, high. `heads`: group, direction, layer, entropy
     (nats), distance (tokens); it may be empty. A row for each group.
     """
     across = pairs["direction"] == ""
