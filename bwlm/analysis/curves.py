@@ -80,7 +80,7 @@ def smoothed_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
 
 
 def single_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
-    """The input of `charts.losses.learning_curves`: few enough steps of each run to be drawn, all validations among them."""
+    """The input of `charts.losses.learning_curves`: few enough steps to be drawn, all validations among them."""
     curves = smoothed_curves(folders)
     if curves.empty:
         return curves

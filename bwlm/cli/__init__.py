@@ -1,4 +1,4 @@
-"""The one command line: `bwlm grid|train|runs|analyze|export|tokenizer|data`, thin over the packages that do the work."""
+"""The one command line: `bwlm grid|train|runs|analyze|export|tokenizer|data`, thin over all other packages."""
 
 from __future__ import annotations
 

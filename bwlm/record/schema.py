@@ -119,7 +119,7 @@ GROUPS = {
                 "float32",
                 "D L H",
                 "share",
-                "attention paid to the first position of the row, or of the segment where attention stays inside it",
+                "attention paid to the first position of the row, or of its segment under document_mask",
             ),
             "maps": Column(
                 "float16",

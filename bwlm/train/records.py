@@ -81,7 +81,7 @@ class Records:
             raise self._failure
 
     def save(self, snapshot: Snapshot) -> None:
-        """Starts a save; `settle` raises what fails in it. A journal or log that cannot be made durable fails it too."""
+        """Starts a save; `settle` raises what fails in it. A journal or log that cannot be synced fails it too."""
         self._saver.save(snapshot, self._sync)
 
     def _sync(self) -> None:

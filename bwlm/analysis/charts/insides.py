@@ -99,8 +99,8 @@ def layer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
 def similarity_chart(pairs: pd.DataFrame, heads: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     """CKA by layer, between seeds and across directions, with its range; beside it where each head looks.
 
-    `pairs`: group, pair, direction and reading (empty across directions), layer, cka, low, high. `heads`: group, direction, layer, entropy
-    (nats), distance (tokens); it may be empty. A row for each group.
+    `pairs`: group, pair, direction and reading (empty across directions), layer, cka, low, high. `heads`: group,
+    direction, layer, entropy (nats), distance (tokens); it may be empty. A row for each group.
     """
     across = pairs["direction"] == ""
     columns = [_cka(part, name) for part, name in ((pairs[~across], "seeds"), (pairs[across], "across")) if len(part)]
