@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bwlm.analysis.findings import ONE_WINDOW
 from bwlm.analysis.result import markdown_table
 from bwlm.analysis.stats import Gap, gap, judge
 from bwlm.analysis.tables import load_gap_table, sizes, with_losses
@@ -52,6 +53,8 @@ def gap_to_forward(folder: ExperimentFolder) -> Gap:
         )
     table = load_gap_table(runs, sizes(runs))
     test = table[table["half"].eq("test")].drop(columns="half")
+    if test.empty:
+        raise UserError(ONE_WINDOW)
     [judged] = judge([gap(test, *pair, str(test["size"].iloc[0]))])
     return judged
 

@@ -11,8 +11,8 @@ import pandas as pd
 
 from bwlm.analysis.findings import Findings, find
 from bwlm.analysis.result import markdown_table
-from bwlm.analysis.stats import DIFFERENT, Gap
-from bwlm.analysis.tables import load_losses, with_losses
+from bwlm.analysis.stats import DIFFERENT, Gap, Size
+from bwlm.analysis.tables import BestRate, load_losses, sizes, with_losses
 from bwlm.analysis.verdict import GAP_HEADER, gap_columns
 from bwlm.record.lineage import ExperimentFolder, list_experiments, readable
 from bwlm.text.controls import null_floor, null_nll_of_rows
@@ -45,23 +45,21 @@ def control_runs(storage: Path) -> dict[tuple[str, str], list[ExperimentFolder]]
     return dict(sorted(found.items()))
 
 
-def judge_control(
-    source: str, gaps: list[Gap], study: float | None, above: Mapping[str, float] | None = None
-) -> list[Control]:
+def judge_control(source: str, gaps: list[Gap], study: float | None, above: Mapping[Size, float]) -> list[Control]:
     """Which of a control's pairs do what they must; `study` is the gap (nats) that the null control must be finer than.
 
     Null, forward against backward: passes if the interval over seeds covers zero, half its width is below the study's
     gap, and both are at most `FARTHEST` above the corpus' known entropy: of models that learned nothing a gap of zero
-    says nothing. `above` is how far each direction is, in bits per symbol. Positive, and anything against permuted:
-    passes if the verdict is `different`, the second one worse.
+    says nothing. `above` is how far the farther of both is at each size, in bits per symbol. Positive, and anything
+    against permuted: passes if the verdict is `different`, the second one worse.
     """
     controls = []
     for one in gaps:
         if {one.a, one.b} == {"forward", "backward"} and source == NULL:
-            controls.append(_null(one, study, max((above or {}).values(), default=math.inf)))
+            controls.append(_null(one, study, above.get(one.size, math.inf)))
         elif (one.a, one.b) == ("forward", "backward") or (one.a == "forward" and one.b == "permuted"):
             found = one.verdict == DIFFERENT and one.gap_nats > 0
-            name = "positive" if source == POSITIVE else "permuted"
+            name = "permuted" if one.b == "permuted" else "positive"
             controls.append(Control(name, one, found, f"{one.verdict}, as it must be" if found else f"{one.verdict}"))
     return controls
 
@@ -79,28 +77,29 @@ def _null(one: Gap, study: float | None, above: float) -> Control:
     if study is not None and half >= abs(study):
         return Control("null", one, False, f"too coarse: half its width, {half:.4f}, is not below the study's gap")
     if study is None:
-        return Control("null", one, None, f"covers zero, half its width is {half:.4f}: no study's gap to be below")
+        return Control("null", one, None, f"covers zero, half its width is {half:.4f}: no gap is claimed to be below")
     return Control(
         "null", one, True, f"the interval covers zero, half its width {half:.4f} is below the study's {abs(study):.4f}"
     )
 
 
-def above_floor(folders: list[ExperimentFolder]) -> pd.DataFrame:
-    """Of runs on the null corpus: run, direction, bits per symbol above what the true chain pays for the same windows.
+def above_floor(folders: list[ExperimentFolder], best: list[BestRate]) -> pd.DataFrame:
+    """How far runs at their best rates on the null corpus are from what the true chain pays for the same windows.
 
-    Where the packed text is gone, above what it is expected to pay for segments as long.
+    A row a run: size, direction, bits per symbol. Where the packed text is gone, from what the chain is expected to
+    pay for segments as long.
     """
-    rows = []
+    rows, labels = [], sizes(folders)
+    wanted = {(rate.size, rate.direction, rate.lr) for rate in best if rate.direction in ("forward", "backward")}
     finished = [folder for folder in folders if folder.status().state == "finished"]
     for folder in with_losses(finished)[0]:
-        direction = folder.config().experiment.direction
-        if direction in ("forward", "backward"):
+        experiment = folder.config().experiment
+        size, direction = labels[folder.id], experiment.direction
+        if (size, direction, experiment.lr) in wanted:
             losses = load_losses(folder, direction)
             loss = losses["nll"].sum() / losses["tokens"].sum()
-            rows.append(
-                {"run": folder.id, "direction": direction, "bits": (loss - _floor(folder, losses)) / math.log(2)}
-            )
-    return pd.DataFrame(rows, columns=["run", "direction", "bits"])
+            rows.append((size, direction, (loss - _floor(folder, losses)) / math.log(2)))
+    return pd.DataFrame(rows, columns=["size", "direction", "bits"])
 
 
 def _floor(folder: ExperimentFolder, losses: pd.DataFrame) -> float:
@@ -125,14 +124,14 @@ _RUN_CONTROLS = "With this storage, `bwlm grid run grids/controls.yaml` runs the
 def controls_section(folders: list[ExperimentFolder], findings: Findings) -> list[str]:
     """A report's section: controls in the study's storage, held against its gap between forward and backward."""
     runs = control_runs(folders[0].path.parent) if folders else {}
-    study = [abs(g.gap_nats) for g in findings.gaps if (g.a, g.b) == ("forward", "backward")]
-    is_control = any(folder in of for of in runs.values() for folder in folders)
-    finest = None if is_control or not study else min(study)
+    claimed = [g for g in findings.gaps if (g.a, g.b) == ("forward", "backward") and g.verdict == DIFFERENT]
+    is_control = {folder.id for folder in folders} & {folder.id for of in runs.values() for folder in of}
+    finest = None if is_control else min((abs(g.gap_nats) for g in claimed), default=None)
     rows, notes = [], []
     for (source, grid), of in runs.items():
-        found, floor = find(of), above_floor(of if source == NULL else [])
-        above = {str(name): float(part["bits"].mean()) for name, part in floor.groupby("direction")}
-        controls = judge_control(source, found.gaps, finest, above)
+        found = find(of)
+        floor = above_floor(of, found.best) if source == NULL else pd.DataFrame()
+        controls = judge_control(source, found.gaps, finest, _farther(floor))
         rows += [[c.name, grid, *gap_columns(c.gap)[:6], _CONTROL[c.passed], c.why] for c in controls]
         notes += [f"{source}: no pair was compared"] if not controls else []
         notes += found.skipped + _of_other_code(source, of, folders) + _floor_words(floor)
@@ -149,9 +148,20 @@ def _of_other_code(source: str, of: list[ExperimentFolder], study: list[Experime
     return [] if theirs <= ours else [f"{source}: trained with other code than the study"]
 
 
+def _farther(floor: pd.DataFrame) -> dict[Size, float]:
+    """By size the mean over seeds of the direction that is farther from the floor."""
+    if floor.empty:
+        return {}
+    means = floor.groupby(["size", "direction"])["bits"].mean().groupby("size").max()
+    return {str(size): float(bits) for size, bits in means.items()}
+
+
 def _floor_words(floor: pd.DataFrame) -> list[str]:
     if floor.empty:
         return []
-    means = floor.groupby("direction")["bits"].agg(["mean", "min", "max"])
-    told = [f"{d} {m['mean']:.4f} ({m['min']:.4f} .. {m['max']:.4f})" for d, m in means.iterrows()]
+    means = floor.groupby(["size", "direction"])["bits"].agg(["mean", "min", "max"])
+    told = [
+        f"{size} {direction} {mean:.4f} ({low:.4f} .. {high:.4f})"
+        for (size, direction), (mean, low, high) in zip(means.index, means.to_numpy(), strict=True)
+    ]
     return [f"above the known entropy of the null corpus, in bits per symbol: {'; '.join(told)}"]

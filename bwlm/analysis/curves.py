@@ -249,6 +249,8 @@ def _sentence(row: pd.Series[Any]) -> str:
     if row["direction"] == row["against"]:
         needs = f"{row['tokens']:,.0f} tokens and {row['flops']:.3g} FLOPs"
         return f"{row['size']}: {row['direction']} needs {needs} to reach {level}: {counted(int(row['seeds']), 'seed')}"
+    if not row["seeds"]:
+        return f"{row['size']}: {row['direction']} and {row['against']} share no seed: what they need is not compared"
     return (
         f"{row['size']}: {row['direction']} needs {row['ratio']:.2f} times the tokens of {row['against']} to reach "
         f"{level}{_interval(row['ratio_low'], row['ratio_high'], int(row['seeds']))}"

@@ -24,6 +24,8 @@ from bwlm.analysis.tables import (
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder
 
+ONE_WINDOW = "one validation window leaves none to compare on: raise evaluation.tokens"
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -62,10 +64,11 @@ def find(folders: list[ExperimentFolder]) -> Findings:
     table, tried, best = _rates(folders, finished, labels)
     losses = best_on_test(table, best)
     test = pd.concat([losses, equal_per_direction(losses, finished, labels)], ignore_index=True)
-    compared, problems = _compare(test) if best else ([], [])
+    can_choose = best or any(rate.qualifies for rate in tried)
+    compared, problems = _compare(test) if can_choose else ([], [])
     windows = [_windows(test, found) for found in compared]
     at_edge = _at_edge(best, tried)
-    return Findings(best, compared, skipped, problems, _excluded(tried), windows, at_edge, losses[list(COLUMNS)])
+    return Findings(best, compared, skipped, problems, _excluded(tried), windows, at_edge, test[list(COLUMNS)])
 
 
 def best_rates(folders: list[ExperimentFolder]) -> list[BestRate]:
@@ -120,7 +123,7 @@ def _at_edge(best: list[BestRate], tried: list[TriedRate]) -> list[str]:
 def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
     """The gap of every pair that can be measured, judged as one family, and why there is none of the others."""
     if test.empty:
-        return [], ["one validation window leaves none to compare on: raise evaluation.tokens"]
+        return [], [ONE_WINDOW]
     found, problems = [], []
     for size, rows in test.groupby("size"):
         present = [name for name in DIRECTION_ORDER if name in set(rows["direction"])]

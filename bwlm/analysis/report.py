@@ -160,7 +160,7 @@ def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings) -
         parts += [
             f"Every document's loss lies beside this report: `bwlm analyze gap --from {LOSSES}` judges them again."
         ]
-    if not findings.best:
+    if not findings.best and not findings.not_compared:
         reason = "no learning rate finished at every seed" if findings.excluded else "no cell has finished yet"
         parts += [f"None: {reason}."]
     if findings.not_compared:
@@ -191,7 +191,8 @@ direction."""
 
 _CHOICE = """Chosen for each direction by the mean over seeds on the tuning half (even validation windows); the verdict
 is measured on the other half. The halves are made of windows, not of documents: a long document can have windows in
-both, so the two halves are then not independent texts."""
+both, so the two halves are then not independent texts. And the runs are the same in both halves: what chance gave a
+run took part in the choice of its rate, the more where few seeds chose."""
 
 
 _EXCLUSION = """A learning rate can be chosen only if all its cells finished, at every seed that was planned for it."""

@@ -111,11 +111,7 @@ def measured_pairs(losses: pd.DataFrame, resamples: int = 10_000, seed: int = 0)
     """
     _check_resamples(resamples)
     runs = _runs(losses)
-    pairs = [
-        (size, a, b)
-        for size in sorted(runs, key=lambda size: (isinstance(size, str), size))
-        for a, b in combinations(sorted(runs[size], key=direction_rank), 2)
-    ]
+    pairs = _pairs(runs)
     if not pairs:
         raise UserError(
             f"nothing to compare: no size has runs of two directions (directions found: "
@@ -372,6 +368,16 @@ class _Pair:
 def _check_resamples(resamples: int) -> None:
     if resamples < 1:
         raise UserError(f"resamples is {resamples}: the bootstrap needs at least 1, and 10000 to be smooth")
+
+
+def _pairs(runs: _Runs) -> list[tuple[Size, str, str]]:
+    """Every size and two of its directions; runs that stand at two sizes, to meet others at each, are a pair once."""
+    found: dict[object, tuple[Size, str, str]] = {}
+    for size in sorted(runs, key=lambda size: (isinstance(size, str), size)):
+        for a, b in combinations(sorted(runs[size], key=direction_rank), 2):
+            of_pair = [run for direction in (a, b) for run in runs[size][direction].values()]
+            found.setdefault(tuple((run.name, run.nll_d.tobytes()) for run in of_pair), (size, a, b))
+    return list(found.values())
 
 
 def _measure(runs: _Runs, a: str, b: str, size: Size, resamples: int, seed: int) -> Gap:

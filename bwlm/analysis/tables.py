@@ -291,22 +291,28 @@ def equal_per_direction(test: pd.DataFrame, folders: list[ExperimentFolder], lab
 
     Of all pairs these alone may differ in their budget, and so in their row order.
     """
-    identities = {labels[folder.id]: folder.config().identity for folder in folders}
     parts = []
-    for once, fields in identities.items():
-        for twice, others in identities.items():
-            if others["steps"] != 2 * fields["steps"] or not _same_but_budget(fields, others):
-                continue
-            is_pair = (test["size"].eq(once) & test["direction"].isin(["forward", "backward"])) | (
-                test["size"].eq(twice) & test["direction"].eq("bidirectional")
-            )
-            parts.append(test[is_pair].assign(size=f"{once}{PER_DIRECTION}"))
+    for once, twice in doubled({labels[folder.id]: folder.config().identity for folder in folders}):
+        is_pair = (test["size"].eq(once) & test["direction"].isin(["forward", "backward"])) | (
+            test["size"].eq(twice) & test["direction"].eq("bidirectional")
+        )
+        parts.append(test[is_pair].assign(size=f"{once}{PER_DIRECTION}"))
     return pd.concat(parts, ignore_index=True) if parts else test.head(0)
 
 
-def _same_but_budget(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def doubled(identities: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Pairs of sizes that differ in their steps alone, of which the second has twice as many."""
+    return [
+        (once, twice)
+        for once, fields in identities.items()
+        for twice, others in identities.items()
+        if others["steps"] == 2 * fields["steps"] and _same_but_budget(fields, others)
+    ]
+
+
+def _same_but_budget(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     free = dict.fromkeys((*_CELL_AXES, "steps"))
-    return one | free == other | free
+    return {**one, **free} == {**other, **free}
 
 
 def _among(table: pd.DataFrame, wanted: set[tuple[str, str, float]]) -> pd.Series[bool]:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from bwlm.analysis.controls import NULL, POSITIVE, above_floor, judge_control
+from bwlm.analysis.findings import find
 from bwlm.analysis.report import write_grid_report
 from bwlm.analysis.stats import Gap
+from bwlm.analysis.tables import BestRate
 from bwlm.record.lineage import ExperimentFolder, Status, write_cells
 from bwlm.text.controls import null_floor, null_nll
 from bwlm.text.packing import Manifest, PackedRows, ShardCounts, Split, cut, write_rows
@@ -32,23 +34,23 @@ GAP = Gap(
         ((-0.003, 0.005), 0.004, False, "too coarse: half its width, 0.0040, is not below"),
         ((0.001, 0.005), 0.1, False, "a gap was found where there is none"),
         ((-0.005, -0.001), None, False, "a gap was found where there is none"),
-        ((-0.003, 0.005), None, None, "covers zero, half its width is 0.0040: no study's gap to be below"),
+        ((-0.003, 0.005), None, None, "covers zero, half its width is 0.0040: no gap is claimed to be below"),
         (None, 0.1, False, "one seed gives no interval"),
     ],
 )
 def test_the_null_control_needs_zero_inside_and_a_finer_width_than_the_study(
     interval: tuple[float, float] | None, study: float | None, passed: bool | None, why: str
 ) -> None:
-    [control] = judge_control(NULL, [replace(GAP, seed_interval=interval)], study, {"forward": 0.01, "backward": 0.1})
+    [control] = judge_control(NULL, [replace(GAP, seed_interval=interval)], study, {"d1": 0.1})
     assert (control.name, control.passed) == ("null", passed)
     assert why in control.why
 
 
-@pytest.mark.parametrize("above", [{"forward": 0.01, "backward": 0.11}, {"forward": 1.03, "backward": 1.03}])
-def test_the_null_control_says_nothing_of_models_that_have_not_learned_it(above: dict[str, float]) -> None:
-    [control] = judge_control(NULL, [GAP], 0.1, above)
-    assert control.passed is False
-    assert f"{above['backward']:.2f} bits per symbol above the known entropy, more than 0.1" in control.why
+@pytest.mark.parametrize("above", [0.11, 1.03, math.inf])
+def test_the_null_control_says_nothing_of_models_that_have_not_learned_it(above: float) -> None:
+    found = judge_control(NULL, [GAP, replace(GAP, size="d2")], 0.1, {"d1": above, "d2": 0.01})
+    assert [control.passed for control in found] == [False, True]
+    assert f"{above:.2f} bits per symbol above the known entropy, more than 0.1" in found[0].why
 
 
 @pytest.mark.parametrize(
@@ -56,14 +58,15 @@ def test_the_null_control_says_nothing_of_models_that_have_not_learned_it(above:
     [(0.1, "different", True), (-0.1, "different", False), (0.1, "no difference seen", False)],
 )
 def test_the_positive_control_must_be_found_and_in_its_direction(gap: float, verdict: str, passed: bool) -> None:
-    [control] = judge_control(POSITIVE, [replace(GAP, gap_nats=gap, verdict=verdict)], 0.01)
+    [control] = judge_control(POSITIVE, [replace(GAP, gap_nats=gap, verdict=verdict)], 0.01, {})
     assert (control.name, control.passed) == ("positive", passed)
 
 
 def test_permuted_must_cost_more_than_forward_and_is_not_held_against_backward() -> None:
     pairs = [replace(GAP, a=a, b="permuted", gap_nats=0.5, verdict="different") for a in ("forward", "backward")]
-    [control] = judge_control(NULL, pairs, 0.01)
-    assert (control.name, control.gap.a, control.passed) == ("permuted", "forward", True)
+    for source in (NULL, POSITIVE):
+        [control] = judge_control(source, pairs, 0.01, {})
+        assert (control.name, control.gap.a, control.passed) == ("permuted", "forward", True)
 
 
 def losses(mean: float, seed: int) -> list[float]:
@@ -104,9 +107,42 @@ def test_a_report_shows_the_controls_of_its_storage(tmp_path: Path) -> None:
     assert "Not run" not in text
     assert text.count("| passed |") == 2
     assert "is below the study's 0.1" in text
-    found = above_floor(null).set_index("run")
-    assert found.loc[null[0].id, "bits"] == pytest.approx(0.01 / math.log(2))
-    assert "- above the known entropy of the null corpus, in bits per symbol: backward " in text
+    found = above_floor(null, find(null).best)
+    assert found["bits"].tolist() == pytest.approx([0.01 / math.log(2)] * 6, abs=0.002)
+    assert "- above the known entropy of the null corpus, in bits per symbol: d1 backward " in text
+
+
+def test_how_far_a_null_control_is_counts_the_runs_that_are_compared(tmp_path: Path) -> None:
+    """Another rate or size that has not learned it, or has, says nothing of this one."""
+    null = cells(tmp_path, NULL, 0.0)
+    poor = [
+        finish(make_cell(tmp_path, direction, seed, source=NULL, **other), {direction: [60.0] * 40})
+        for direction in ("forward", "backward")
+        for seed in range(3)
+        for other in ({"lr": 9.0}, {"depth": 2})
+    ]
+    found = above_floor([*null, *poor], find([*null, *poor]).best)
+    worst = found.groupby("size")["bits"].max()
+    assert worst["d1"] < 0.02
+    assert worst["d2"] > 1
+
+
+def test_the_report_of_the_controls_themselves_has_no_gap_to_hold_them_against(tmp_path: Path) -> None:
+    null, positive = cells(tmp_path, NULL, 0.0), cells(tmp_path, POSITIVE, 2.0)
+    write_cells(tmp_path, "controls", [folder.id for folder in [*null, *positive]])
+    text = write_grid_report(tmp_path, "controls")[0].read_text()
+    assert "no gap is claimed to be below" in text
+    assert "| no study |" in text
+    assert "**failed**" not in text
+
+
+def test_a_gap_that_no_verdict_claims_is_none_to_be_finer_than(tmp_path: Path) -> None:
+    study = cells(tmp_path, "somewhere", 0.0)
+    write_cells(tmp_path, "g", [folder.id for folder in study])
+    cells(tmp_path, NULL, 0.0)
+    text = write_grid_report(tmp_path, "g")[0].read_text()
+    assert "no difference seen" in text
+    assert "no gap is claimed to be below" in text
 
 
 def test_controls_that_failed_are_told_and_those_of_two_grids_stand_side_by_side(tmp_path: Path) -> None:
@@ -149,5 +185,5 @@ def test_the_floor_is_what_the_true_chain_pays_for_the_same_windows(tmp_path: Pa
     first_two = rows.take(np.arange(2))
     segments = np.split(first_two.tokens, np.cumsum(first_two.lengths)[:-1])
     paid = sum(null_nll(bytes(part.tolist()).decode()) for part in segments) / len(first_two.tokens)
-    [bits] = above_floor([run])["bits"]
+    [bits] = above_floor([run], [BestRate("d1", "forward", 1.0, 1, 1, 1.0)])["bits"]
     assert bits == pytest.approx((61 / 20 - paid) / math.log(2))
