@@ -39,7 +39,7 @@ def compare(folders: list[ExperimentFolder]) -> Analysis:
     chosen = at_best_rates(curves, {(rate.size, rate.direction): rate.lr for rate in best_rates(folders)})
     table, apart = efficiency(chosen), differences(chosen)
     title = "Learning curves"
-    without = sorted({folder.id for folder in folders} - set(curves["run"]))
+    without = sorted({folder.id for folder in folders if folder.status().step} - set(curves["run"]))
     notes = [f"{run}: its metrics.jsonl holds no step, so it is left out" for run in without]
     found = [*_sentences(table), *_difference_sentences(apart)]
     return Analysis("compare", title, found, table, comparison_curves(bands(curves), apart, title), notes)

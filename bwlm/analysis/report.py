@@ -31,7 +31,7 @@ from bwlm.analysis.tables import CELL_HEADER, BestRate, cell_columns, load_cell,
 from bwlm.analysis.verdict import GAP_HEADER, gap_caption, gap_columns, gap_frame, gap_line
 from bwlm.config import Experiment, written_settings
 from bwlm.paths import write_atomic
-from bwlm.record.lineage import ExperimentFolder, cells_of, grid_folder, readable
+from bwlm.record.lineage import ExperimentFolder, cells_of, grid_folder, list_experiments, readable
 
 REPORT = "RESEARCH_REPORT.md"
 GRID_FILE = "grid.yaml"
@@ -50,7 +50,8 @@ def write_grid_report(storage: Path, name: str) -> list[Path]:
         charts += save_chart(gap_chart(gap_frame(findings.gaps), f"{name}: gaps between directions"), folder, "gaps")
         charts.append(write_losses(findings.losses, folder / LOSSES))
     sections, pictures = _grid_sections(name, folders, findings, folder)
-    text = _grid_text(name, folders, findings) + "\n".join(["", *(f"{part}\n" for part in sections)])
+    text = _grid_text(name, folders, findings, left_behind(storage, name))
+    text += "\n".join(["", *(f"{part}\n" for part in sections)])
     return [*_write(text, folder, f"bwlm: {name}"), *charts, *pictures]
 
 
@@ -148,7 +149,18 @@ def train_command(run: str, experiment: Experiment) -> str:
     return shlex.join([*words, *(word for setting in written_settings(given) for word in ("--set", setting))])
 
 
-def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings) -> str:
+def left_behind(storage: Path, name: str) -> list[str]:
+    """Runs of a grid that its last launch no longer asked for: who chooses cells after the fact is to be seen."""
+    cells = set(cells_of(storage, name))
+    return [f.id for f in readable(list_experiments(storage))[0] if f.config().grid == name and f.id not in cells]
+
+
+def left_behind_words(runs: list[str]) -> list[str]:
+    """A line, if there are any."""
+    return [f"Of this grid, but not of its last launch, and not judged here: {', '.join(runs)}."] if runs else []
+
+
+def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings, others: list[str]) -> str:
     cells = [load_cell(folder) for folder in folders]
     parts = [f"# {name}: which way should a language model read?"]
     parts += ["## Verdict"]
@@ -160,6 +172,7 @@ def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings) -
         parts += [
             f"Every document's loss lies beside this report: `bwlm analyze gap --from {LOSSES}` judges them again."
         ]
+    parts += left_behind_words(others)
     if not findings.best and not findings.not_compared:
         reason = "no learning rate finished at every seed" if findings.excluded else "no cell has finished yet"
         parts += [f"None: {reason}."]

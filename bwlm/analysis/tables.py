@@ -282,6 +282,8 @@ def best_on_test(table: pd.DataFrame, best: list[BestRate]) -> pd.DataFrame:
     return table[_among(table, wanted) & table["half"].eq("test")].drop(columns="half")
 
 
+ONE_WAY = ("forward", "backward")
+
 PER_DIRECTION = ", bidirectional at equal tokens per direction"
 """Marks the size of pairs in which the bidirectional runs have read twice the tokens."""
 
@@ -293,7 +295,7 @@ def equal_per_direction(test: pd.DataFrame, folders: list[ExperimentFolder], lab
     """
     parts = []
     for once, twice in doubled({labels[folder.id]: folder.config().identity for folder in folders}):
-        is_pair = (test["size"].eq(once) & test["direction"].isin(["forward", "backward"])) | (
+        is_pair = (test["size"].eq(once) & test["direction"].isin(ONE_WAY)) | (
             test["size"].eq(twice) & test["direction"].eq("bidirectional")
         )
         parts.append(test[is_pair].assign(size=f"{once}{PER_DIRECTION}"))

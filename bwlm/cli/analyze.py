@@ -99,8 +99,9 @@ def _gaps_of_runs(runs: list[str], storage: str | None) -> tuple[list[Gap], list
     from bwlm.analysis.select import begun, choose
     from bwlm.paths import storage_root
 
-    folders, notes = begun(*choose(storage_root(storage), runs))
-    findings = find(folders)
+    chosen, left_out = choose(storage_root(storage), runs)
+    folders, notes = begun(chosen, left_out)
+    findings = find(chosen)  # a rate with a cell that has not begun cannot be the best one yet
     notes += [*audit(folders).refused, *findings.skipped, *findings.at_edge]
     if not findings.gaps:
         raise UserError("; ".join(["no pair of directions could be compared", *notes]))
@@ -115,7 +116,7 @@ def compare(runs: Runs, output: Output = None, storage: Storage = None, as_json:
     """
     from bwlm.analysis.curves import compare
 
-    _run(compare, runs, output, storage, as_json)
+    _run(compare, runs, output, storage, as_json, rates=True)
 
 
 @analyze_app.command()
@@ -181,7 +182,7 @@ def scaling(runs: Runs, output: Output = None, storage: Storage = None, as_json:
     """
     from bwlm.analysis.scaling import scaling
 
-    _run(scaling, runs, output, storage, as_json)
+    _run(scaling, runs, output, storage, as_json, rates=True)
 
 
 @analyze_app.command()
@@ -218,15 +219,18 @@ def _run(
     output: list[Path] | None,
     storage: str | None,
     as_json: bool,
+    rates: bool = False,
 ) -> None:
+    """`rates`: the analysis chooses learning rates, for which cells that have not begun count."""
     from bwlm.analysis.select import begun, choose
     from bwlm.analysis.stats import counted
     from bwlm.paths import storage_root
 
     _check(output)
-    folders, notes = begun(*choose(storage_root(storage), runs))
+    chosen, left_out = choose(storage_root(storage), runs)
+    folders, notes = begun(chosen, left_out)
     with busy(f"analysing {counted(len(folders), 'run')}"):
-        found = analyse(folders)
+        found = analyse(chosen if rates else folders)
     for note in [*notes, *found.notes]:
         say(f"note: {note}")
     _write(found, output, _default(storage, runs) / found.name)

@@ -144,6 +144,7 @@ def _reason(planned: PlannedCell) -> str:
 
 def _show_result(plan: Plan, root: Path, result: LaunchResult, grid: Path) -> None:
     from bwlm.analysis.findings import BEST_HEADER, best_columns, find
+    from bwlm.analysis.report import left_behind, left_behind_words
     from bwlm.analysis.tables import CELL_HEADER, cell_columns
     from bwlm.analysis.verdict import GAP_HEADER, gap_caption, gap_columns
     from bwlm.record.lineage import ExperimentFolder
@@ -161,7 +162,7 @@ def _show_result(plan: Plan, root: Path, result: LaunchResult, grid: Path) -> No
         show(table(GAP_HEADER, [gap_columns(gap) for gap in findings.gaps], gap_caption(findings)))
     for line in findings.skipped:
         show(f"no result: {line}")
-    show(*findings.at_edge)
+    show(*findings.at_edge, *left_behind_words(left_behind(root, plan.name)))
     show_places(result)
     show(f"dashboard  {_dashboard_hint(result, grid)}")
 

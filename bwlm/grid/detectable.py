@@ -10,7 +10,7 @@ from typing import Any
 
 from bwlm.analysis.power import POWER, detectable_gap
 from bwlm.analysis.stats import DIRECTION_ORDER, FEWEST_SEEDS, counted
-from bwlm.analysis.tables import size_labels
+from bwlm.analysis.tables import ONE_WAY, PER_DIRECTION, doubled, size_labels
 from bwlm.grid.cells import text_key
 from bwlm.grid.spec import Cell, Plan
 from bwlm.record.fingerprint import identity
@@ -24,21 +24,33 @@ class PlannedPair:
     a: str
     b: str
     seeds: int
-    """That both share; where learning rates were given different seeds, whichever rates turn out best."""
+    """That both share, whichever learning rates turn out best, of those with seeds enough for a verdict."""
+    fewest: int
+    """That both share where another rate turns out best, such as one that was tried with one seed."""
 
 
 def planned_pairs(plan: Plan) -> list[PlannedPair]:
     """Every size x pair of directions of a plan, as `analysis.findings.find` will pair its cells."""
-    labels = size_labels({cell.id: _identity(cell) for cell in plan.cells})
+    identities = {cell.id: _identity(cell) for cell in plan.cells}
+    labels = size_labels(identities)
+    pairs = doubled({labels[run]: fields for run, fields in identities.items()})
+    twice = [(f"{once}{PER_DIRECTION}", once, other) for once, other in pairs]
     seeds: dict[str, dict[str, dict[float, set[int]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(set)))
     for cell in plan.cells:
         experiment = cell.experiment
         seeds[labels[cell.id]][experiment.direction][experiment.lr].add(experiment.seed)
     return [
-        PlannedPair(size, a, b, min(len(of_a & of_b) for of_a, of_b in product(rates[a].values(), rates[b].values())))
-        for size, rates in sorted(seeds.items())
-        for a, b in combinations([name for name in DIRECTION_ORDER if name in rates], 2)
+        _planned(size, a, seeds[of_a][a], b, seeds[of_b][b])
+        for size, of_a, of_b in [*((size, size, size) for size in sorted(seeds)), *twice]
+        for a, b in combinations(DIRECTION_ORDER, 2)
+        if a in seeds[of_a] and b in seeds[of_b] and (of_a == of_b or (a in ONE_WAY and b == "bidirectional"))
     ]
+
+
+def _planned(size: str, a: str, rates_a: dict[float, set[int]], b: str, rates_b: dict[float, set[int]]) -> PlannedPair:
+    shared = [len(of_a & of_b) for of_a, of_b in product(rates_a.values(), rates_b.values())]
+    enough = [seeds for seeds in shared if seeds >= FEWEST_SEEDS]
+    return PlannedPair(size, a, b, min(enough, default=max(shared)), min(shared))
 
 
 def detectable(plan: Plan, seed_noise: float | None, power: float = POWER) -> dict[str, Any]:
@@ -58,7 +70,8 @@ def detectable(plan: Plan, seed_noise: float | None, power: float = POWER) -> di
         "family": family,
         "pairs": [
             {
-                "size": pair.size, "a": pair.a, "b": pair.b, "seeds": pair.seeds, "gap_sd": gap,
+                "size": pair.size, "a": pair.a, "b": pair.b, "seeds": pair.seeds, "fewest_seeds": pair.fewest,
+                "gap_sd": gap,
                 "gap_nats": None if gap is None or seed_noise is None else gap * seed_noise,
             }
             for pair in pairs
@@ -71,12 +84,13 @@ def detectable_words(found: dict[str, Any]) -> str:
     """`detectable` in a line."""
     if not found["pairs"]:
         return "no verdict: no size has two directions to compare"
-    of_seeds: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    of_seeds: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     for pair in found["pairs"]:
-        of_seeds[pair["seeds"]].append(pair)
+        of_seeds[pair["seeds"], pair["fewest_seeds"]].append(pair)
     parts = []
-    for seeds, pairs in sorted(of_seeds.items(), reverse=True):
+    for (seeds, fewest), pairs in sorted(of_seeds.items(), reverse=True):
         which = f"{counted(len(pairs), 'pair')} with {counted(seeds, 'seed')}"
+        which += f" ({fewest} where other rates turn out best)" if fewest < seeds else ""
         if pairs[0]["gap_sd"] is None:
             parts.append(f"no verdict for {which} (it needs {FEWEST_SEEDS})")
         elif found["seed_noise"] is None:

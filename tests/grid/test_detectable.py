@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bwlm.analysis.tables import PER_DIRECTION
 from bwlm.grid.detectable import PlannedPair, detectable, detectable_words, planned_pairs
 from bwlm.grid.spec import Plan, load_grid
 
@@ -22,7 +23,7 @@ def planned(folder: Path, text: str = GRID, *settings: str) -> Plan:
 
 
 def test_learning_rates_are_no_pairs_and_forward_comes_first(tmp_path: Path) -> None:
-    assert planned_pairs(planned(tmp_path)) == [PlannedPair("d1", "forward", "backward", 3)]
+    assert planned_pairs(planned(tmp_path)) == [PlannedPair("d1", "forward", "backward", 3, 3)]
 
 
 def test_sizes_are_those_of_the_report(tmp_path: Path) -> None:
@@ -40,6 +41,27 @@ def test_seeds_count_that_both_share_at_any_learning_rate(tmp_path: Path) -> Non
     assert planned_pairs(planned(tmp_path, GRID + at_both))[0].seeds == 5
     forward_only = at_both.replace("[forward, backward]", "[forward]")
     assert planned_pairs(planned(tmp_path, GRID + forward_only))[0].seeds == 3
+
+
+def test_rates_that_one_seed_tried_do_not_hide_what_the_others_can_see(tmp_path: Path) -> None:
+    more = "also: [{direction: [forward, backward], depth: [1], lr: [2.0], seed: [0]}]\n"
+    assert planned_pairs(planned(tmp_path, GRID + more)) == [PlannedPair("d1", "forward", "backward", 3, 1)]
+    words = detectable_words(detectable(planned(tmp_path, GRID + more), None))
+    assert words.endswith("for 1 pair with 3 seeds (1 where other rates turn out best)")
+
+
+def test_bidirectional_cells_of_twice_the_steps_are_pairs_of_their_own(tmp_path: Path) -> None:
+    both = "also: [{direction: [bidirectional], depth: [1], lr: [0.5], seed: [0, 1], budget.steps: [5, 10]}]\n"
+    text = GRID.replace("seed:", "budget.steps: [5], seed:").replace("budget: {steps: 5, ", "budget: {") + both
+    found = {(pair.size, pair.a, pair.b): pair.seeds for pair in planned_pairs(planned(tmp_path, text))}
+    once, twice = "d1 steps=5", "d1 steps=5" + PER_DIRECTION
+    assert found == {
+        (once, "forward", "backward"): 3,
+        (once, "forward", "bidirectional"): 2,
+        (once, "backward", "bidirectional"): 2,
+        (twice, "forward", "bidirectional"): 2,
+        (twice, "backward", "bidirectional"): 2,
+    }
 
 
 def test_pairs_without_a_verdict_make_the_others_no_stricter(tmp_path: Path) -> None:

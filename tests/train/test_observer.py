@@ -281,7 +281,7 @@ def test_two_ranks_killed_or_not_leave_the_file_of_one(new_run: NewRun) -> None:
 # ---- what cannot be written ----
 
 
-@pytest.mark.parametrize("method", ["__init__", "write", "flush"])
+@pytest.mark.parametrize("method", ["__init__", "write", "merge"])
 def test_a_log_that_cannot_be_written_fails_the_run_before_its_next_checkpoint(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
