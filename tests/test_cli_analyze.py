@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ import pytest
 
 from bwlm.analysis.losses import read_losses
 from bwlm.analysis.stats import COLUMNS, gaps
+from tests.analysis.storage import finish, make_cell
 from tests.analysis.test_stats import GOLDEN, flat_table, table
 from tests.shell import Shell, check_mistake
 from tests.test_readme import ROOT, blocks, write_files
@@ -359,3 +361,19 @@ def test_a_bad_option_is_one_line(options: list[str], message: str, shell: Shell
     (shell.folder / "folder.svg").mkdir()
     check_mistake(shell("analyze", "gap", *options), message)
     assert sorted(path.name for path in shell.folder.iterdir()) == ["folder.svg", "l.csv"]
+
+
+def test_a_rate_whose_cells_have_not_all_begun_is_not_the_best_yet(shell: Shell) -> None:
+    """Those that finished may be the ones that went well; the report of the grid says the same."""
+    for lr, nll in ((1.0, 20.0), (2.0, 30.0)):
+        for seed in range(3):
+            for direction in ("forward", "backward"):
+                text = np.random.default_rng(seed).uniform(0, 1, 8) + nll
+                finish(make_cell(shell.storage, direction, seed, lr), {direction: list(text)})
+    make_cell(shell.storage, "forward", 3, 1.0)
+    answer = shell("analyze", "gap", "g_*")
+    assert answer.code == 0
+    assert "excluded: forward d1 lr 1: 1 of 4 cells gave no result" in answer.err
+    assert "not begun, and left out: g_forward_d1_lr1_s3" in answer.err
+    for question in ("compare", "scaling"):
+        assert "Traceback" not in shell("analyze", question, "g_*").err

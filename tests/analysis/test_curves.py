@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bwlm.analysis.curves import at_best_rates, compare, differences, efficiency
+from bwlm.analysis.curves import _sentences, at_best_rates, compare, differences, efficiency
 from bwlm.record.lineage import ExperimentFolder
 
 
@@ -83,6 +83,13 @@ def test_a_direction_alone_is_told_what_it_needs_and_how_finely(folders: list[Ex
         r"\(training loss, averaged over 512 tokens\): 1 seed",
         alone,
     )
+
+
+def test_directions_that_share_no_seed_are_told_so() -> None:
+    curves = pd.concat([curve("forward", 0, [4.0, 2.0]), curve("backward", 1, [4.0, 2.0])], ignore_index=True)
+    told = _sentences(efficiency(curves))
+    assert any("backward and forward share no seed" in line for line in told)
+    assert "nan" not in "".join(told)
 
 
 def test_curves_are_compared_at_the_rates_of_the_verdict() -> None:

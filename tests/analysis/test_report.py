@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from bwlm.analysis.charts.look import save_chart
@@ -235,6 +236,18 @@ def test_one_window_leaves_nothing_to_compare_on(tmp_path: Path) -> None:
     cells = [finish(make_cell(tmp_path, d), {d: [20.0]}) for d in ("forward", "backward")]
     text, _ = write(tmp_path, cells)
     assert "one validation window leaves none to compare on: raise evaluation.tokens" in text
+    own = write_experiment_report(cells[1])[0].read_text()
+    assert "Nothing yet: one validation window leaves none to compare on: raise evaluation.tokens." in own
+
+
+def test_one_window_of_the_other_half_leaves_nothing_to_choose_by(tmp_path: Path) -> None:
+    cells = [finish(make_cell(tmp_path, d), {d: [20.0, 20.0]}) for d in ("forward", "backward")]
+    for one in cells:
+        file = one.evaluation("base", one.config().experiment.direction) / "validation.parquet"
+        pq.write_table(pq.read_table(file).slice(1), file)
+    text, _ = write(tmp_path, cells)
+    assert "one validation window leaves none to compare on" in text
+    assert "no cell has finished" not in text
 
 
 def test_a_pair_without_a_common_seed_does_not_silence_the_others(tmp_path: Path) -> None:
