@@ -64,7 +64,7 @@ class Bench:
         self.number += 1
         view, spent = self.observer(settings).step(self.number, self.tensors), {}
 
-        def see() -> None:
+        def see(_: torch.Tensor) -> None:
             spent["gradients and activations"] = seconds(view.see_gradients)
 
         began = time.perf_counter()

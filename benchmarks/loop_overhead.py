@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from bwlm.config import ResourceSettings
-from bwlm.grid.session import cluster  # also sets the allocator, for Ray's workers and for the bare loop alike
+from bwlm.grid.cluster import cluster  # also sets the allocator, for Ray's workers and for the bare loop alike
 from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder
 

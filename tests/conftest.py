@@ -129,7 +129,7 @@ def tokenizer(prepared: Prepared) -> Tokenizer:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """One private Ray for the session, started by the first test that asks for it; gives its address."""
-    import bwlm.grid.session  # noqa: F401, I001 - sets Ray's environment, so it comes first
+    import bwlm.grid  # noqa: F401, I001 - sets Ray's environment, so it comes first
     import ray
 
     folder = Path(tempfile.mkdtemp(prefix="bw-", dir="/tmp"))  # short: paths of Ray's sockets end at 107 bytes

@@ -32,7 +32,7 @@ HEAVY = {
     "ray.tune": ["grid"],
     "ray": ["grid", "text.stream"],
     "mlflow": ["record.tracking"],
-    "torch": ["model", "record.checkpoint", "evaluate", "train", "grid.session"],
+    "torch": ["model", "record.checkpoint", "evaluate", "train", "grid.worker"],
     "altair": ["analysis.charts"],
     "h5py": ["record.researchlog"],
     "tiktoken": ["text.tokenizer"],

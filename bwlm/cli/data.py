@@ -35,7 +35,7 @@ def _prepared(settings: list[str] | None, storage: str | None) -> Prepared:
     recipe, root = _recipe(settings, storage)
 
     def pack(*arguments: Any) -> Any:
-        from bwlm.grid.session import cluster
+        from bwlm.grid.cluster import cluster
         from bwlm.text.stream import pack_corpus
 
         with cluster([recipe.resources], None, 1):

@@ -61,18 +61,18 @@ def check_same(planned: PlannedCell, changed: list[str], plan: Plan) -> None:
     raise UserError(f"{plan.name}: exists with other settings ({'; '.join(changed)}): take another --id, or {remove}")
 
 
-def going_on(known: RunConfig, asked: RunConfig) -> RunConfig:
+def going_on(known: RunConfig, asked: RunConfig, begun: bool = True) -> RunConfig:
     """A run that exists, with what this launch says of where and how fast it goes on.
 
-    How it computes was chosen when it was planned, maybe on another machine, and stays unless it is asked for anew;
-    precision, which is part of what a run is, stays where it was left open. Where compiling
+    How it computes was chosen when it was planned, maybe on another machine, and stays once it has begun unless it is
+    asked for anew; precision, which is part of what a run is, stays where it was left open. Where compiling
     fails, a compiled run goes on uncompiled, and differs in rounding from there on.
     """
-    from bwlm.grid.session import compiled_if_it_can  # Ray takes seconds, and to look at cells takes none of it
+    from bwlm.grid.hardware import compiled_if_it_can  # Ray takes seconds, and to look at cells takes none of it
 
     settings = asked.experiment
     update = {"resources": settings.resources, "checkpoint": settings.checkpoint, "compute": settings.compute}
-    compute = known.compute if settings.compute == known.experiment.compute else asked.compute
+    compute = known.compute if begun and settings.compute == known.experiment.compute else asked.compute
     identity = dict(asked.identity)
     if settings.compute.precision == "auto":
         compute = replace(compute, precision=known.compute.precision)
@@ -88,7 +88,7 @@ def text_key(recipe: Recipe) -> str:
 
 def run_config(plan: Plan, cell: Cell, prepared: Prepared) -> RunConfig:
     """What a new run of the cell is made from."""
-    from bwlm.grid.session import plan_compute
+    from bwlm.grid.hardware import plan_compute
 
     compute = plan_compute(cell.experiment, cell.shape, cell.steps)
     fields = identity(

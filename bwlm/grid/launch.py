@@ -45,7 +45,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None]) -> LaunchRe
     check_writable(storage)
     for planned in find_cells(plan, storage):
         check_same(planned, planned.changed, plan)
-    from bwlm.grid import session  # sets Ray's environment, hence before ray
+    from bwlm.grid.cluster import cluster
     from bwlm.grid.training import train_cells
     from bwlm.text.stream import pack_corpus
 
@@ -54,7 +54,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None]) -> LaunchRe
     _check_tracking(uri)
     needs = {cell.experiment.resources for cell in plan.cells}
     home = folder_of(plan, storage)
-    with session.cluster(needs, plan.launch.concurrency, len(plan.cells)) as room:
+    with cluster(needs, plan.launch.concurrency, len(plan.cells)) as room:
         show(f"Ray on {room.cluster}, {_counted(room.concurrency)} at once{_dashboard(room.dashboard)}")
         prepared = {key: prepare(recipe, storage, pack_corpus, show) for key, recipe in texts.items()}
         configs = {cell.id: run_config(plan, cell, prepared[text_key(cell.experiment)]) for cell in plan.cells}
@@ -76,7 +76,7 @@ def folder_of(plan: Plan, storage: Path) -> Path:
 
 def _check_tracking(uri: str) -> None:
     """A server that does not answer is told before anything is prepared."""
-    from bwlm.grid.session import check_answers
+    from bwlm.grid.cluster import check_answers
 
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https") and parts.hostname:
@@ -108,7 +108,7 @@ def _enlist(
     for planned in cells:
         if planned.folder.exists():
             known = planned.folder.config()
-            config = going_on(known, configs[planned.cell.id])
+            config = going_on(known, configs[planned.cell.id], begun=planned.status.step > 0)
             check_same(planned, differences(known.identity, config.identity), plan)
             if config != known and not planned.is_done and planned.folder.lease_holder() is None:
                 planned.folder.reconfigure(config)

@@ -14,8 +14,8 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from bwlm.grid.progress import Progress
-from bwlm.grid.session import ask_to_end
 from bwlm.grid.spec import SchedulerSettings
+from bwlm.grid.worker import ask_to_end
 from bwlm.paths import write_atomic
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.lineage import ExperimentFolder, Status
@@ -23,17 +23,15 @@ from bwlm.train.termination import TERMINATED, Termination
 
 log = logging.getLogger(__name__)
 
-_GRACE_SECONDS = 20.0
-"""How long a launch that was asked to end waits for its cells: longer than a step and a checkpoint should take."""
-
 
 class CellScheduler(FIFOScheduler):  # type: ignore[misc]
     """First in, first out. Once this process is asked to end, the cells that run are asked too, and no other begins."""
 
-    def __init__(self, storage: Path, termination: Termination) -> None:
+    def __init__(self, storage: Path, termination: Termination, grace_seconds: float) -> None:
         super().__init__()
         self._storage = storage
         self._termination = termination
+        self._grace_seconds = grace_seconds
         self._told: set[str] = set()
         self._deadline: float | None = None
 
@@ -45,7 +43,7 @@ class CellScheduler(FIFOScheduler):  # type: ignore[misc]
         if not self._termination.asked:
             return super().choose_trial_to_run(tune_controller)
         if self._deadline is None:
-            self._deadline = time.monotonic() + _GRACE_SECONDS
+            self._deadline = time.monotonic() + self._grace_seconds
         for trial in list(tune_controller.get_live_trials()):
             if trial.status == Trial.RUNNING:
                 self._tell(trial.config["cell"])
@@ -76,9 +74,10 @@ class DirectionwiseASHA(CellScheduler):
         strata: dict[str, str],
         storage: Path,
         termination: Termination,
+        grace_seconds: float,
     ) -> None:
         """`strata` names, for each cell, the group within which it competes."""
-        super().__init__(storage, termination)
+        super().__init__(storage, termination, grace_seconds)
         self._strata = strata
         self._rungs = {
             stratum: ASHAScheduler(

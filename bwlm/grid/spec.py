@@ -53,6 +53,9 @@ class LaunchSettings(Settings):
         None, ge=1, description="cells at once; default: as many as the cluster has room for"
     )
     retries: int = Field(2, ge=0, description="how often a cell that crashed is taken up again")
+    grace_seconds: float = Field(
+        20.0, ge=0, description="after SIGTERM, for a step and a checkpoint; what has not ended by then is left behind"
+    )
     max_cells: int = Field(1000, ge=1, le=100_000, description="a grid of more cells is refused")
     storage: str | None = Field(None, description="folder of experiments; default: BWLM_STORAGE, else runs/")
     tracking_uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else SQLite below the storage")
@@ -200,12 +203,21 @@ def _is_given(document: Document, name: str) -> bool:
 
 
 def available_gpus() -> int:
-    """CUDA devices that torch can use. It is asked only where a driver is: its import takes seconds."""
+    """CUDA devices of this machine. torch is asked only where a driver is: its import takes seconds.
+
+    Raises `UserError` where torch cannot use them: nobody wants to learn that from the speed.
+    """
     if not Path("/dev/nvidiactl").exists():
         return 0
-    from bwlm.model.compute import count_gpus
+    from bwlm.model.compute import can_use_gpus, count_gpus
 
-    return count_gpus()
+    found = count_gpus()
+    if found and not can_use_gpus():
+        raise UserError(
+            f"this machine has {found} GPUs that torch cannot use: update the driver, or install a torch that it "
+            "can run; resources.gpus_per_worker=0 trains on the CPU"
+        )
+    return found
 
 
 def available_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

@@ -17,8 +17,8 @@ from ray.tune.tune_config import TuneConfig
 from bwlm.grid.cells import PlannedCell
 from bwlm.grid.progress import Progress
 from bwlm.grid.scheduling import CellScheduler, CellStates, DirectionwiseASHA
-from bwlm.grid.session import train_cell, trial_resources
 from bwlm.grid.spec import Plan, rivals
+from bwlm.grid.worker import train_cell, trial_resources
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.record.tracking import Tracking
 from bwlm.train.termination import TERMINATED, Termination
@@ -33,8 +33,7 @@ def train_cells(
 
     Raises `SystemExit` with `TERMINATED` if this process is asked to end: once its cells have, or after a grace time.
     """
-    # the longest first: what is left at the end is short, so workers do not idle
-    unfinished = sorted((planned for planned in cells if not planned.is_done), key=lambda planned: -planned.cell.flops)
+    unfinished = _in_order([planned for planned in cells if not planned.is_done])
     if not unfinished:
         return
     folders = [planned.folder for planned in unfinished]
@@ -56,6 +55,17 @@ def train_cells(
         monitor.finish()
 
 
+def _in_order(cells: list[PlannedCell]) -> list[PlannedCell]:
+    """The longest first, so that what is left at the end is short and workers do not idle.
+
+    Beside another launch from its other end: else both would come to the same cell each time one ends, and one waits.
+    """
+    ordered = sorted(cells, key=lambda planned: -planned.cell.flops)
+    held = {planned.cell.id for planned in ordered if planned.folder.lease_holder() is not None}
+    free = [planned for planned in ordered if planned.cell.id not in held]
+    return [*reversed(free), *(planned for planned in ordered if planned.cell.id in held)] if held else ordered
+
+
 def _tune(
     plan: Plan,
     cells: list[PlannedCell],
@@ -69,10 +79,16 @@ def _tune(
         shared = {"storage": str(storage), "scratch": scratch}
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(train_cell, lambda config: trial_resources(resources[config["cell"]])),
-            param_space={**shared, "cell": ray.tune.grid_search(list(resources))},
+            param_space={
+                **shared,
+                "cell": ray.tune.grid_search(list(resources)),
+                # what is reserved is what is used, whatever another launch has written into the cell's folder since
+                "resources": ray.tune.sample_from(lambda config: resources[config["cell"]].model_dump()),
+            },
             tune_config=TuneConfig(
                 max_concurrent_trials=concurrency,
-                reuse_actors=True,
+                # a group of workers does not hear that its trial was stopped: it ends with the trial's process
+                reuse_actors=all(one.workers == 1 for one in resources.values()),
                 scheduler=_scheduler(plan, cells, storage, termination),
             ),
             run_config=ray.tune.RunConfig(
@@ -88,10 +104,10 @@ def _tune(
 
 def _scheduler(plan: Plan, cells: list[PlannedCell], storage: Path, termination: Termination) -> CellScheduler:
     if plan.scheduler.kind == "fifo":
-        return CellScheduler(storage, termination)
+        return CellScheduler(storage, termination, plan.launch.grace_seconds)
     strata = {planned.cell.id: rivals(planned.cell.experiment) for planned in cells}
     longest = max(planned.cell.steps for planned in cells)
-    return DirectionwiseASHA(plan.scheduler, longest, strata, storage, termination)
+    return DirectionwiseASHA(plan.scheduler, longest, strata, storage, termination, plan.launch.grace_seconds)
 
 
 @contextlib.contextmanager

@@ -28,8 +28,8 @@ DeviceType = Literal["cpu", "cuda"]
 _MICRO_TOKENS = {"cpu": 2**12, "cuda": 2**15}
 """Tokens of one forward pass, where memory allows them."""
 
-_KEPT_BYTES = 34
-"""That the backward pass needs of each token, channel and layer in bfloat16 (Korthikanti et al. 2022, arXiv:2205.05198,
+_KEPT_BYTES: dict[Precision, int] = {"bfloat16": 34, "float32": 68}
+"""That the backward pass needs of each token, channel and layer (Korthikanti et al. 2022, arXiv:2205.05198,
 equation 1, without attention's scores)."""
 _KEPT_SHARE = 0.5
 """Of a GPU's memory, for what the backward pass needs."""
@@ -106,7 +106,7 @@ def choose_compute(wanted: Wanted, hardware: Hardware, peak: float, shape: GPTCo
     """`peak` in FLOP/s of one worker, `rows` of one worker and step."""
     device, why = hardware.device, {"device": hardware.name}
     precision, why["precision"] = _precision(wanted.precision, hardware)
-    micro_rows = wanted.micro_rows or max(1, _micro_tokens(hardware, shape) // shape.sequence_length)
+    micro_rows = wanted.micro_rows or max(1, _micro_tokens(hardware, precision, shape) // shape.sequence_length)
     micro_rows = min(micro_rows, rows)
     why["device batch"] = f"{micro_rows} of {rows} rows in a pass" + _forced(wanted.micro_rows)
     attention, why["attention"] = _attention(wanted.attention, device, precision, shape, micro_rows)
@@ -118,9 +118,9 @@ def choose_compute(wanted: Wanted, hardware: Hardware, peak: float, shape: GPTCo
     return Compute(precision, attention, chunk, compiled, micro_rows, 0, why).with_threads(hardware.threads)
 
 
-def _micro_tokens(hardware: Hardware, shape: GPTConfig) -> int:
+def _micro_tokens(hardware: Hardware, precision: Precision, shape: GPTConfig) -> int:
     """A power of two."""
-    fit = _KEPT_SHARE * hardware.memory / (_KEPT_BYTES * shape.width * shape.depth)
+    fit = _KEPT_SHARE * hardware.memory / (_KEPT_BYTES[precision] * shape.width * shape.depth)
     most = _MICRO_TOKENS[hardware.device]
     return most if fit >= most else 2 ** max(0, math.floor(math.log2(fit)))
 
@@ -190,18 +190,28 @@ def look_at_hardware(device: DeviceType, threads: int) -> tuple[Hardware, float]
 
 
 def count_gpus() -> int:
-    """Those that torch can use here."""
+    """Those of this machine."""
     import torch
 
     return torch.cuda.device_count()
 
+
+def can_use_gpus() -> bool:
+    """Whether torch and the driver go together."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+_COMPILER_SECONDS = 600.0
 
 _COMPILE_SOMETHING = """
 import sys, torch
 try:
     torch.compile(lambda x: torch.tanh(x) + 1)(torch.ones(64, device=sys.argv[1]))
 except Exception as error:
-    sys.exit((str(error).strip() or type(error).__name__).splitlines()[0])
+    if "out of memory" not in str(error):  # another process fills the GPU: no word on the compiler
+        sys.exit((str(error).strip() or type(error).__name__).splitlines()[0])
 """
 
 
@@ -210,9 +220,13 @@ def why_not_compile(device: DeviceType) -> str:
 
     In a process of its own, since a compiler leaves helpers behind.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", _COMPILE_SOMETHING, device], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", _COMPILE_SOMETHING, device]
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=_COMPILER_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return f"no end within {_COMPILER_SECONDS:.0f} s"
     return (done.stderr.strip().splitlines() or ["it died"])[-1] if done.returncode else ""
 
 

@@ -64,12 +64,13 @@ class TrainStep:
         segments: Tensor | None = None,
         stop: bool = False,
         predict: bool = False,
-        see_gradients: Callable[[], None] = lambda: None,
+        before_update: Callable[[Tensor], None] = lambda token_losses: None,
     ) -> StepResult:
         """Gradients of the mean loss over all ranks' targets, clipped, and one update unless they are not finite.
 
         inputs, targets and segments [R, T]; a target of -1 is none. `stop` says that this rank was asked to end.
-        `see_gradients` is called when they are complete and not yet clipped.
+        `before_update` is called when they are complete and not yet clipped, with what will be `token_losses`: what is
+        read from the device there does not wait for the update.
         """
         counts = torch.tensor([0, stop], device=inputs.device)
         counts[0] = (targets >= 0).sum()
@@ -85,11 +86,10 @@ class TrainStep:
             each.append(losses.each)
             predicted.append(losses.predicted)
         self._sum_over_ranks(total)
-        see_gradients()
+        token_losses = torch.cat(each)
+        before_update(token_losses)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip)
-        result = StepResult(
-            float(total / counts[0]), float(norm), torch.cat(each), torch.cat(predicted), bool(counts[1])
-        )
+        result = StepResult(float(total / counts[0]), float(norm), token_losses, torch.cat(predicted), bool(counts[1]))
         if result.is_finite:
             self.optimizer.step()
         self.optimizer.zero_grad()

@@ -174,22 +174,31 @@ def _step(
     phase.optimizer.set_schedule(multiplier, muon_momentum(step), weight_decay_schedule(step, phase.steps))
     rates = {f"lr_{name}": rate for name, rate in phase.optimizer.learning_rates().items()}
     segments = tensors["segments"] if phase.masked else None
-    view = observer.step(step + 1, tensors)
-    result = step_of(
-        tensors["inputs"], tensors["targets"], segments, session.stopping(), view.predict, view.see_gradients
-    )
+    view, split = observer.step(step + 1, tensors), dict[str, float]()
+
+    def before_update(token_losses: Tensor) -> None:
+        view.see_gradients()
+        split.update(_split(phase, session, batch, token_losses))
+
+    result = step_of(tensors["inputs"], tensors["targets"], segments, session.stopping(), view.predict, before_update)
     if not result.is_finite:
         rows = ", ".join(map(str, phase.rows_at(step)))
         raise TrainingDiverged(
             f"loss {result.loss} and gradient norm {result.grad_norm} at step {step + 1}, "
             f"on rows {rows}; lower lr, or look at these rows with `bwlm data inspect`"
         )
-    metrics = {"train_loss": result.loss, "grad_norm": result.grad_norm, "lr_multiplier": multiplier, **rates}
-    for name, sums in phase.split_loss(batch, result.token_losses).items():
+    metrics = {"train_loss": result.loss, "grad_norm": result.grad_norm, "lr_multiplier": multiplier, **rates, **split}
+    return result, metrics, view
+
+
+def _split(phase: Phase, session: Session, batch: Batch, token_losses: Tensor) -> dict[str, float]:
+    """The training loss over all ranks, by what the phase tells apart."""
+    losses = {}
+    for name, sums in phase.split_loss(batch, token_losses).items():
         if session.world > 1:
             dist.all_reduce(sums)
-        metrics[f"train_loss_{name}"] = float(sums[0] / sums[1])
-    return result, metrics, view
+        losses[f"train_loss_{name}"] = float(sums[0] / sums[1])
+    return losses
 
 
 def _multiplier(step: int, phase: Phase) -> float:

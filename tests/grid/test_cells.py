@@ -9,7 +9,7 @@ import pytest
 
 from bwlm.config import Experiment
 from bwlm.errors import UserError
-from bwlm.grid import session
+from bwlm.grid import hardware
 from bwlm.grid.cells import going_on
 from bwlm.model.compute import Compute
 from bwlm.record.fingerprint import differences, identity
@@ -21,7 +21,7 @@ COMPUTE = Compute("bfloat16", "blocked", 512, True, 4, 2)
 @pytest.fixture(autouse=True)
 def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Works, without the seconds of a trial (tests/model/test_compute.py)."""
-    monkeypatch.setattr(session, "_why_not_compile", lambda device: "")
+    monkeypatch.setattr(hardware, "_why_not_compile", lambda device: "")
 
 
 def run(precision: str = "bfloat16", **settings: Any) -> RunConfig:
@@ -57,7 +57,7 @@ def test_another_precision_that_is_asked_for_is_another_run() -> None:
 def test_a_compiled_run_goes_on_where_the_compiler_fails_unless_compiling_was_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(session, "_why_not_compile", lambda device: f"no g++ for {device}")
+    monkeypatch.setattr(hardware, "_why_not_compile", lambda device: f"no g++ for {device}")
     taken = going_on(run(), run()).compute
     assert not taken.compile
     assert taken.reasons["compile"] == "off: torch.compile fails here (no g++ for cpu)"

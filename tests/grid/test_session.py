@@ -12,9 +12,10 @@ import ray
 
 from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
-from bwlm.grid import session
+from bwlm.grid import cluster, worker
+from bwlm.grid.cluster import _connect, cpus_of_cell
 from bwlm.grid.launch import _check_tracking
-from bwlm.grid.session import _connect, cpus_of_cell, train_worker
+from bwlm.grid.worker import train_worker
 from tests.runs import NewRun
 
 
@@ -33,13 +34,13 @@ def test_a_machine_too_busy_for_ray_is_told_in_a_line(monkeypatch: pytest.Monkey
     def init(**options: object) -> None:
         raise Exception(told)
 
-    monkeypatch.setattr(session.ray, "init", init)
+    monkeypatch.setattr(cluster.ray, "init", init)
     told = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
     with pytest.raises(UserError, match=r"Ray did not start within 30 s.*run the same command"):
-        session._start(2)
+        cluster._start(2)
     told = "something else"
     with pytest.raises(Exception, match="something else"):
-        session._start(2)
+        cluster._start(2)
 
 
 def test_the_address_for_jobs_is_not_the_cluster() -> None:
@@ -62,16 +63,16 @@ def test_a_worker_that_waits_for_its_run_leaves_when_it_is_asked_to_end(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = new_run()
-    monkeypatch.setattr(session.RaySession, "stopping", lambda self: True)
+    monkeypatch.setattr(worker.RaySession, "stopping", lambda self: True)
     with folder.lease():
-        train_worker({"storage": str(folder.path.parent), "cell": folder.id})
+        train_worker({"storage": str(folder.path.parent), "cell": folder.id, "resources": {}})
     assert folder.status().state == "waiting"
 
 
 def test_a_real_clusters_workers_keep_their_watch_for_nodes_that_go() -> None:
-    """They import this room too; only a cluster that is this machine needs no watch."""
+    """They import this package too; only a cluster that is this machine needs no watch."""
     name = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-    code = f"import os, bwlm.grid.session; print({name!r} in os.environ)"
+    code = f"import os, bwlm.grid.cluster; print({name!r} in os.environ)"
     environment = {key: value for key, value in os.environ.items() if key != name}
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "False"

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import ray
 
-from bwlm.grid import scheduling, session
+from bwlm.grid import worker
 from bwlm.grid.launch import run_plan
 from bwlm.grid.spec import load_grid
 from bwlm.record.checkpoint import checkpoint_steps
@@ -126,7 +126,6 @@ def test_a_grid_whose_driver_is_asked_to_end_saves_every_cell(
 def test_a_driver_does_not_wait_for_a_worker_that_hangs(
     grid_file: GridFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduling, "_GRACE_SECONDS", 0.5)
     stuck: list[int] = []
 
     def hang(pid: int) -> None:
@@ -137,7 +136,7 @@ def test_a_driver_does_not_wait_for_a_worker_that_hangs(
     storage = tmp_path / "storage"
     try:
         with once_at_step(storage, CELL, 5, hang), pytest.raises(SystemExit) as ended:
-            run_plan(load_grid(grid_file(**SETTINGS), []), storage, lambda _: None)
+            run_plan(load_grid(grid_file(**SETTINGS), ["launch.grace_seconds=0.5"]), storage, lambda _: None)
         assert ended.value.code == 143
     finally:
         for pid in stuck:
@@ -154,18 +153,18 @@ def test_a_worker_of_another_node_is_asked_there(monkeypatch: pytest.MonkeyPatch
     worker = Worker.remote()
     pid = ray.get(worker.pid.remote())
     host = ray.nodes()[0]["NodeManagerHostname"]
-    monkeypatch.setattr(session.socket, "gethostname", lambda: "elsewhere")
-    session.ask_to_end(f"{host}:{pid}")
+    monkeypatch.setattr(worker.socket, "gethostname", lambda: "elsewhere")
+    worker.ask_to_end(f"{host}:{pid}")
     psutil.Process(pid).wait(timeout=120)
-    session.ask_to_end(f"{host}:{pid}")  # nobody is there any more
-    session.ask_to_end("nowhere:1")
-    session.ask_to_end(f"{host}:?")
+    worker.ask_to_end(f"{host}:{pid}")  # nobody is there any more
+    worker.ask_to_end("nowhere:1")
+    worker.ask_to_end(f"{host}:?")
 
 
 def test_no_other_process_is_ended() -> None:
     bystander = subprocess.Popen(["sleep", "600"])
     try:
-        session.ask_to_end(f"{session.socket.gethostname()}:{bystander.pid}")
+        worker.ask_to_end(f"{worker.socket.gethostname()}:{bystander.pid}")
         with pytest.raises(subprocess.TimeoutExpired):
             bystander.wait(timeout=0.5)
     finally:

@@ -278,18 +278,18 @@ def test_training_that_is_looked_at_is_the_same_to_the_last_bit(loss_chunk: int)
     def train(**options: Any) -> tuple[list[float], GPT]:
         model = lively(loss_chunk=loss_chunk)
         step = TrainStep(model, build_optimizers(model, 1.0, 0.0, "muon"), 1, 1.0)
-        given = {name: value(model) if name == "see_gradients" else value for name, value in options.items()}
+        given = {name: value(model) if name == "before_update" else value for name, value in options.items()}
         return [step(some_ids(seed), some_ids(seed + 1), **given).loss for seed in range(4)], model
 
     def watched(model: GPT) -> Any:
-        def see() -> None:
+        def see(_: torch.Tensor) -> None:
             assert all(p.grad is not None for p in model.parameters())
             gradient_statistics(model)
             look(model)
 
         return see
 
-    (plain, one), (seen, other) = train(), train(predict=True, see_gradients=watched)
+    (plain, one), (seen, other) = train(), train(predict=True, before_update=watched)
     assert seen == plain
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
@@ -300,7 +300,7 @@ def test_gradients_are_seen_whole_and_before_they_are_clipped() -> None:
     norms: list[float] = []
     step = TrainStep(model, build_optimizers(model, 1.0, 0.0, "muon"), 1, 1e-3)
     result = step(
-        some_ids(), some_ids(3), see_gradients=lambda: norms.append(gradient_statistics(model)["norm"].norm().item())
+        some_ids(), some_ids(3), before_update=lambda _: norms.append(gradient_statistics(model)["norm"].norm().item())
     )
     (whole.loss(some_ids(), some_ids(3)).total / (B * T)).backward()
     assert norms == pytest.approx([gradient_statistics(whole)["norm"].norm().item()], rel=1e-4)

@@ -1,0 +1,192 @@
+"""The Ray cluster: this machine's own or one that is there, and how many cells it has room for."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import ray
+
+from bwlm.config import ResourceSettings
+from bwlm.errors import UserError
+from bwlm.grid.spec import available_cores
+from bwlm.model.compute import count_gpus
+
+log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 1.0
+
+_SPARE_CPUS = 1.0
+"""Logical CPUs left for Ray Data's tasks: without one, a cell waits for its first batch for ever."""
+
+TRIAL_CPUS = 0.1
+"""What the trial that drives several workers asks for itself."""
+
+
+def cpus_of_cell(resources: ResourceSettings) -> float:
+    """Logical CPUs that one cell holds while it runs."""
+    return resources.workers * resources.cpus_per_worker + (TRIAL_CPUS if resources.workers > 1 else 0)
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many cells run at once, and on what."""
+
+    concurrency: int
+    dashboard: str | None
+    cluster: str
+    """`this machine` or the address of a cluster."""
+
+
+@contextlib.contextmanager
+def cluster(needs: Collection[ResourceSettings], concurrency: int | None, cells: int) -> Iterator[Room]:
+    """Connects to the cluster at RAY_ADDRESS, or starts a private one on this machine for the time of the block.
+
+    `needs` are the resources of the cells, each kind once. Raises `UserError` if the cluster can never place one of
+    them, or not as many at once as `concurrency` asks for: Ray itself would wait for ever without a word.
+    """
+    if ray.is_initialized():
+        yield _room_on_cluster(needs, concurrency, cells, None)
+        return
+    for noisy in ("ray.data", "ray._private.authentication"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            context = _connect(address)
+            yield _room_on_cluster(needs, concurrency, cells, context.dashboard_url)
+        else:
+            # no node of a cluster that is this machine is ever drained: one process less for each group of workers.
+            # Not at import, which a real cluster's workers do too
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+            # a trial driver sleeps: it needs a logical CPU share to be placed, but no core of this machine
+            cores = available_cores() + TRIAL_CPUS
+            chosen = _concurrency(needs, concurrency, cells, cores, count_gpus(), "this machine")
+            # Ray Data's tasks and the trial drivers need logical CPUs of their own, or nothing would ever start
+            logical = math.ceil(chosen * (max(map(cpus_of_cell, needs)) + TRIAL_CPUS) + _SPARE_CPUS)
+            context = _start(logical)
+            yield Room(chosen, context.dashboard_url, "this machine")
+    finally:
+        ray.shutdown()
+
+
+def _start(logical_cpus: int) -> Any:
+    """A cluster that is this machine."""
+    try:
+        return _init(address="local", num_cpus=logical_cpus, include_dashboard=True)
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # Ray has no class for it, and no setting for its 30 seconds
+            raise
+        raise UserError(
+            "Ray did not start within 30 s, so this machine is busy with something else: run the same command once it "
+            "is less so, or on a cluster (RAY_ADDRESS)"
+        ) from None
+
+
+def _connect(address: str) -> Any:
+    """Joins a cluster, or says in one line why that cannot work: Ray would try for minutes."""
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"RAY_ADDRESS: {address} takes jobs only: use `ray job submit`, or RAY_ADDRESS=auto on the cluster"
+        )
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        check_answers(host, int(port), f"RAY_ADDRESS: {address}", "start the cluster, or unset RAY_ADDRESS")
+    try:
+        return _init(address=address)
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"RAY_ADDRESS: {address}: {str(error).splitlines()[0]}") from None
+
+
+def _init(**options: Any) -> Any:
+    """`ray.init`, which replaces the handler of SIGTERM: a command's own one stays."""
+    ours = signal.getsignal(signal.SIGTERM)
+    context = ray.init(**options, logging_level="warning", log_to_driver=False)
+    if callable(ours) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ours)
+    return context
+
+
+def check_answers(host: str, port: int, what: str, mend: str) -> None:
+    """Raises `UserError` within seconds if nothing listens at an address."""
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError as error:
+        raise UserError(f"{what} does not answer ({error.strerror or error}): {mend}") from None
+
+
+def _room_on_cluster(
+    needs: Collection[ResourceSettings], concurrency: int | None, cells: int, dashboard: str | None
+) -> Room:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = sum(node.get("CPU", 0) for node in nodes) - _SPARE_CPUS
+    gpus = sum(node.get("GPU", 0) for node in nodes)
+    for resources in needs:
+        places = sum(_places(node, resources) for node in nodes)
+        if places < resources.workers:
+            raise UserError(
+                f"resources.workers: {resources.workers} workers of {resources.cpus_per_worker} CPUs and "
+                f"{resources.gpus_per_worker} GPUs asked for, but the cluster has room for {int(places)}: "
+                "lower resources or add nodes"
+            )
+    chosen = _concurrency(needs, concurrency, cells, cpus, gpus, "the cluster")
+    chosen = min(chosen, _room_now(max(map(cpus_of_cell, needs))))
+    unused = gpus and not any(resources.gpus_per_worker for resources in needs)
+    hint = f", whose {int(gpus)} GPUs no cell asks for (resources.gpus_per_worker)" if unused else ""
+    return Room(chosen, dashboard, f"{ray.get_runtime_context().gcs_address}{hint}")
+
+
+def _room_now(cpus: float) -> int:
+    """Cells of so many CPUs that fit beside the cluster's other work; waits until one does.
+
+    A cell that took the last CPU would wait for its rows for ever, and so would those of the other work.
+    """
+    while (free := float(ray.available_resources().get("CPU", 0)) - _SPARE_CPUS) < cpus:
+        _tell_once(f"waiting for {cpus + _SPARE_CPUS:g} free CPUs: other work holds those of the cluster")
+        time.sleep(_LOOK_SECONDS)
+    return int(free // cpus)
+
+
+@cache
+def _tell_once(message: str) -> None:
+    log.warning("%s", message)
+
+
+def _places(node: dict[str, float], resources: ResourceSettings) -> float:
+    """Workers that fit on one node."""
+    places = node.get("CPU", 0) // resources.cpus_per_worker
+    return min(places, node.get("GPU", 0) // resources.gpus_per_worker) if resources.gpus_per_worker else places
+
+
+def _concurrency(
+    needs: Collection[ResourceSettings], wanted: int | None, cells: int, cpus: float, gpus: float, where: str
+) -> int:
+    """Cells at once: as many of the largest kind as fit, so that none of them ever waits for room."""
+    fits = min(_fitting(resources, cpus, gpus, where) for resources in needs)
+    if wanted is not None and wanted > fits:
+        raise UserError(f"launch.concurrency: {wanted} cells at once, but {where} has room for {fits}: lower it")
+    return max(1, min(wanted or fits, cells))
+
+
+def _fitting(resources: ResourceSettings, cpus: float, gpus: float, where: str) -> int:
+    fits = int(cpus // cpus_of_cell(resources))
+    need = f"{resources.workers} x {resources.cpus_per_worker} CPUs"
+    if resources.gpus_per_worker:
+        fits = min(fits, int(gpus // (resources.workers * resources.gpus_per_worker)))
+        need += f" and {resources.gpus_per_worker} GPUs"
+    if fits < 1:
+        raise UserError(
+            f"resources.workers: a cell needs {need}, but {where} has {int(cpus)} CPUs and {int(gpus)} GPUs to give: "
+            "lower resources.workers, resources.cpus_per_worker or resources.gpus_per_worker, or take a larger cluster"
+        )
+    return fits

@@ -1,0 +1,71 @@
+"""How a run will compute, chosen for the hardware of its workers: this machine's, or a node's of the cluster."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import cache
+
+import ray
+
+from bwlm.config import Experiment
+from bwlm.errors import UserError
+from bwlm.model.compute import Compute, DeviceType, Hardware, Wanted, choose_compute, look_at_hardware, why_not_compile
+from bwlm.model.shape import GPTConfig
+
+
+def plan_compute(experiment: Experiment, shape: GPTConfig, steps: int) -> Compute:
+    """How a run will compute on its workers; what its settings leave open is chosen for the hardware."""
+    asked, resources = experiment.compute, experiment.resources
+    wanted = Wanted(
+        None if asked.precision == "auto" else asked.precision,
+        None if asked.attention == "auto" else asked.attention,
+        asked.fused_loss,
+        asked.compile,
+        asked.device_batch_size,
+    )
+    hardware, peak = _worker_hardware("cuda" if resources.gpus_per_worker else "cpu", resources.cpus_per_worker)
+    rows = experiment.budget.batch_tokens // shape.sequence_length // resources.workers
+    chosen = compiled_if_it_can(choose_compute(wanted, hardware, peak, shape, rows, steps), experiment)
+    return replace(chosen, reasons=chosen.reasons | {"allocator": _allocator()})
+
+
+def compiled_if_it_can(compute: Compute, experiment: Experiment) -> Compute:
+    """The same, but not compiled where the compiler of the workers fails. Raises `UserError` if compiling was set."""
+    device: DeviceType = "cuda" if experiment.resources.gpus_per_worker else "cpu"
+    if not compute.compile or not (broken := _why_not_compile(device)):
+        return compute
+    if experiment.compute.compile:
+        raise UserError(
+            f"compute.compile: true, but torch.compile fails here ({broken}): install it, or leave the choice open"
+        )
+    reason = f"off: torch.compile fails here ({broken})"
+    return replace(compute, compile=False, reasons=compute.reasons | {"compile": reason})
+
+
+def _allocator() -> str:
+    if os.environ.get("RAY_ADDRESS"):
+        return "as the environment of the cluster's nodes sets it (docs/performance.md)"
+    kept = (
+        "freed memory stays in the process" if os.environ["MALLOC_MMAP_MAX_"] == "0" else "as the environment sets it"
+    )
+    return f"{kept} (MALLOC_TRIM_THRESHOLD_={os.environ['MALLOC_TRIM_THRESHOLD_']})"
+
+
+@cache
+def _worker_hardware(device: DeviceType, threads: int) -> tuple[Hardware, float]:
+    """What a worker finds, and its peak in FLOP/s: on this machine, or on a node of the cluster that has it."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return look_at_hardware(device, threads)
+    look = ray.remote(look_at_hardware).options(num_cpus=threads, num_gpus=1 if device == "cuda" else 0)
+    found: tuple[Hardware, float] = ray.get(look.remote(device, threads))
+    return found
+
+
+@cache
+def _why_not_compile(device: DeviceType) -> str:
+    """A compiler that is there may still fail, and a long run must not die of a choice that nobody made."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return why_not_compile(device)
+    look = ray.remote(why_not_compile).options(num_cpus=1, num_gpus=1 if device == "cuda" else 0)
+    return str(ray.get(look.remote(device)))
