@@ -97,10 +97,15 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 def test_the_study_says_what_its_losses_say() -> None:
     study = ROOT / "docs" / "studies" / "arrow"
-    [found], _ = gaps_from(study / "losses.parquet")
+    pairs, _ = gaps_from(study / "losses.parquet")
+    found, *with_both = pairs
     assert found.seed_interval is not None
     low, high = sorted(-end for end in found.seed_interval)
     words = " ".join((study / "README.md").read_text().split())
     assert f"backward is better by {-found.gap_nats:.4f} nats per token ({-found.gap_percent:.2f} %)" in words
     assert f"95 % over seeds {low:.4f} .. {high:.4f}**, p = {found.p:.3f} over {len(found.seeds)} seeds" in words
-    assert f"**{found.verdict}**" in (study / "RESEARCH_REPORT.md").read_text()
+    for one, name in zip(with_both, ("forward", "backward"), strict=True):
+        assert (one.a, one.b) == (name, "bidirectional")
+        assert re.search(rf"{one.gap_nats:.4f} (nats )?\({one.gap_percent:.2f} %\) worse than {name}", words)
+    report = (study / "RESEARCH_REPORT.md").read_text()
+    assert report.count(f"**{found.verdict}**") == 2 * len(pairs)
