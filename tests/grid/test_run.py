@@ -225,6 +225,22 @@ def test_asha_stops_cells_within_a_direction_only(grid_file: GridFile, tmp_path:
     assert files(storage) == before
 
 
+@pytest.mark.slow
+def test_asha_loses_no_cell_of_several_workers(grid_file: GridFile, tmp_path: Path) -> None:
+    """A group of workers does not hear of the stop, so its trial's process cannot be the next one's."""
+    path = grid_file(
+        axes={"direction": ["forward"], "depth": [1], "lr": [1.0, 0.001, 0.0005, 0.0001], "seed": [0]},
+        budget={"steps": 30, "batch_tokens": 512},
+        evaluation={"every": 5, "tokens": 1024},
+        resources={"workers": 2},
+        scheduler={"kind": "asha", "grace_steps": 5},
+        launch={"concurrency": 1},
+    )
+    result = run(path, tmp_path / "storage")
+    assert result.complete
+    assert {cell.state for cell in result.cells} == {"finished", "stopped"}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

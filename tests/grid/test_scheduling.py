@@ -1,4 +1,4 @@
-"""What is noted of a cell when it ends, where the disk takes no note."""
+"""In which order cells are trained, and what is noted of one when it ends."""
 
 from __future__ import annotations
 
@@ -9,10 +9,33 @@ from typing import Any, cast
 
 import pytest
 
+from bwlm.grid.cells import PlannedCell
 from bwlm.grid.scheduling import CellStates
+from bwlm.grid.spec import Cell
+from bwlm.grid.training import _in_order
 from bwlm.record.lineage import ExperimentFolder, Status
 from bwlm.train.termination import Termination
 from tests.analysis.storage import make_cell
+
+
+def planned(storage: Path, depth: int) -> PlannedCell:
+    folder = make_cell(storage, "forward", depth=depth)
+    config = folder.config()
+    return PlannedCell(Cell(folder.id, config.experiment, config.steps), folder, Status(), [])
+
+
+def test_the_longest_come_first_but_beside_another_launch_the_shortest(tmp_path: Path) -> None:
+    """Two launches that took the same order would come to the same cell each time one ends."""
+    cells = [planned(tmp_path, depth) for depth in (2, 4, 1, 3)]
+
+    def order() -> list[int]:
+        return [one.cell.experiment.depth for one in _in_order(cells)]
+
+    assert order() == [4, 3, 2, 1]
+    with cells[1].folder.lease():
+        assert order() == [1, 2, 3, 4]
+    with cells[2].folder.lease():
+        assert order() == [2, 3, 4, 1]
 
 
 class Heard:

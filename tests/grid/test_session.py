@@ -6,16 +6,20 @@ import os
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import ray
+import torch
 
 from bwlm.config import ResourceSettings
-from bwlm.errors import UserError
+from bwlm.errors import RunError, UserError
 from bwlm.grid import cluster, worker
 from bwlm.grid.cluster import _connect, cpus_of_cell
 from bwlm.grid.launch import _check_tracking
 from bwlm.grid.worker import train_worker
+from bwlm.record.lineage import ExperimentFolder, Status
+from bwlm.train import base
 from tests.runs import NewRun
 
 
@@ -67,6 +71,53 @@ def test_a_worker_that_waits_for_its_run_leaves_when_it_is_asked_to_end(
     with folder.lease():
         train_worker({"storage": str(folder.path.parent), "cell": folder.id, "resources": {}})
     assert folder.status().state == "waiting"
+
+
+def test_a_worker_uses_what_its_launch_reserved(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another launch may have written other resources into the run's folder meanwhile."""
+    folder, seen = new_run(resources={"workers": 3, "cpus_per_worker": 5, "gpus_per_worker": 1}), list[Any]()
+
+    def run_base(folder: ExperimentFolder, session: Any, stream: Any) -> Status:
+        seen.append((session.world, session.device.type, torch.get_num_threads()))
+        return Status("stopped")
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(base, "run_base", run_base)
+    config = {"storage": str(folder.path.parent), "cell": folder.id, "resources": {"cpus_per_worker": 2}}
+    try:
+        train_worker(config)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [(1, "cpu", 2)]
+
+
+def test_an_end_that_cannot_be_noted_is_raised_for_tune_to_count(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the cell would be taken for one that was asked to end, and begin again for ever."""
+    folder = new_run()
+    monkeypatch.setattr(base, "run_base", lambda *_: Status("failed", "disk full", 3))
+    with pytest.raises(RunError, match="disk full; this end cannot be noted in "):
+        train_worker({"storage": str(folder.path.parent), "cell": folder.id, "resources": {}})
+
+
+def test_a_stopped_cell_has_time_to_write_its_records() -> None:
+    """In a worker, whose environment a cluster sets, not the launch: past 2 s Tune would drop the next cell."""
+    code = "import os, bwlm.grid.worker; print(os.environ['TUNE_FUNCTION_THREAD_TIMEOUT_S'])"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TUNE_")}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert int(shown.stdout) >= 600
+
+
+def test_a_launch_waits_for_room_beside_other_work_and_takes_no_more(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cells of 2 CPUs, and one that is spared for rows."""
+    free = iter([0.5, 2.9, 7.5])
+    monkeypatch.setattr(cluster.ray, "available_resources", lambda: {"CPU": next(free)})
+    monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
+    assert cluster._room_now(2.0) == 3
+    assert caplog.messages == ["waiting for 3 free CPUs: other work holds those of the cluster"]
 
 
 def test_a_real_clusters_workers_keep_their_watch_for_nodes_that_go() -> None:

@@ -17,6 +17,7 @@ from bwlm.config import CONTROL_SOURCES, MERGE_FREE_VOCABULARY, Experiment
 from bwlm.errors import UserError
 from bwlm.grid import spec
 from bwlm.grid.spec import Grid, Plan, available_cores, load_grid, resolve_steps, rivals
+from bwlm.model import compute
 from tests.grid.settings_table import MARK, PAGE, table
 
 GRIDS = sorted((Path(__file__).parents[2] / "grids").glob("*.yaml"))
@@ -413,6 +414,18 @@ def test_a_machines_gpus_are_used_unless_told_otherwise(
     assert asked("resources.gpus_per_worker=1") == {1}
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert asked() == {0}  # what a cluster has is not known here
+
+
+def test_gpus_that_torch_cannot_use_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(compute, "count_gpus", lambda: 8)
+    monkeypatch.setattr(compute, "can_use_gpus", lambda: True)
+    assert spec.available_gpus() == 8
+    monkeypatch.setattr(compute, "can_use_gpus", lambda: False)
+    with pytest.raises(UserError, match=r"8 GPUs that torch cannot use: update the driver, .*gpus_per_worker=0"):
+        spec.available_gpus()
+    monkeypatch.setattr(compute, "count_gpus", lambda: 0)
+    assert spec.available_gpus() == 0
 
 
 def test_a_warmup_that_does_not_fit_is_refused(grid_file: Path) -> None:

@@ -75,6 +75,10 @@ def test_a_pass_fits_a_gpus_memory(gigabytes: int, depth: int, rows: int) -> Non
     hardware = replace(GPU, memory=gigabytes * 1e9)
     assert choose(hardware=hardware, depth=depth, sequence_length=2048).micro_rows == rows
     assert choose(Wanted(micro_rows=7), hardware, depth, sequence_length=2048).micro_rows == 7
+    in_float32 = choose(
+        Wanted(precision="float32"), replace(hardware, memory=2e9 * gigabytes), depth, sequence_length=2048
+    )
+    assert in_float32.micro_rows == rows
 
 
 def test_it_compiles_where_that_saves_twice_its_cost() -> None:
