@@ -19,12 +19,13 @@ import yaml
 
 from bwlm import cli
 from bwlm.analysis.power import detectable_gap
-from bwlm.config import Experiment, parse_yaml
+from bwlm.config import Experiment
 from bwlm.grid.spec import plan_experiment
 from bwlm.model.compute import Compute
 from bwlm.record.fingerprint import identity
 from bwlm.record.journal import Journal
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
+from bwlm.settings_file import parse_yaml
 from tests.shell import Answer, Shell, check_mistake
 
 BWLM = Path(sys.executable).parent / "bwlm"

@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from bwlm.config import (
+from bwlm.config import Experiment, Recipe, Settings
+from bwlm.errors import UserError, nearest
+from bwlm.settings_file import (
     Document,
-    Experiment,
-    Recipe,
-    Settings,
     dump_yaml,
     field_names,
     load_yaml,
@@ -23,7 +22,6 @@ from bwlm.config import (
     parse_yaml,
     validate,
 )
-from bwlm.errors import UserError, nearest
 
 
 def value_of(text: str) -> object:

@@ -14,11 +14,11 @@ from bwlm.analysis.result import markdown_table
 from bwlm.analysis.stats import DIFFERENT, Gap, Size
 from bwlm.analysis.tables import BestRate, load_losses, sizes, with_losses
 from bwlm.analysis.verdict import GAP_HEADER, gap_columns
+from bwlm.config import CONTROL_SOURCES, NULL, PRODUCTS
 from bwlm.record.lineage import ExperimentFolder, list_experiments, readable
 from bwlm.text.controls import null_floor, null_nll_of_rows
 from bwlm.text.packing import PackedRows
 
-NULL, POSITIVE = "builtin:null", "builtin:products"
 FARTHEST = 0.1
 """Bits per symbol above the null corpus' entropy within which a model has learned it: (H(pi) - h) / ln 2 = 2.9 above is
 one that knows only how frequent symbols are."""
@@ -40,7 +40,7 @@ def control_runs(storage: Path) -> dict[tuple[str, str], list[ExperimentFolder]]
     found: dict[tuple[str, str], list[ExperimentFolder]] = {}
     for folder in readable(list_experiments(storage))[0]:
         config = folder.config()
-        if config.experiment.data.source in (NULL, POSITIVE):
+        if config.experiment.data.source in CONTROL_SOURCES:
             found.setdefault((config.experiment.data.source, config.grid or ""), []).append(folder)
     return dict(sorted(found.items()))
 
@@ -116,7 +116,7 @@ _CONTROL = {True: "passed", False: "**failed**", None: "no study"}
 
 _NO_CONTROL = {
     NULL: f"a reversible corpus ({NULL}), on which no gap may be found",
-    POSITIVE: f"a one-way corpus ({POSITIVE}), on which one must",
+    PRODUCTS: f"a one-way corpus ({PRODUCTS}), on which one must",
 }
 _RUN_CONTROLS = "With this storage, `bwlm grid run grids/controls.yaml` runs them; the next report shows them."
 
@@ -135,7 +135,7 @@ def controls_section(folders: list[ExperimentFolder], findings: Findings) -> lis
         rows += [[c.name, grid, *gap_columns(c.gap)[:6], _CONTROL[c.passed], c.why] for c in controls]
         notes += [f"{source}: no pair was compared"] if not controls else []
         notes += found.skipped + _of_other_code(source, of, folders) + _floor_words(floor)
-    lacking = [name for name in (NULL, POSITIVE) if name not in {source for source, _ in runs}]
+    lacking = [name for name in CONTROL_SOURCES if name not in {source for source, _ in runs}]
     parts = ["## Controls"]
     parts += [markdown_table(["control", "grid", *GAP_HEADER[:6], "result", "why"], rows)] if rows else []
     parts += ["\n".join(f"- {note}" for note in notes)] if notes else []

@@ -11,8 +11,9 @@ import pandas as pd
 from bwlm.analysis.charts.losses import comparison_curves
 from bwlm.analysis.findings import best_rates
 from bwlm.analysis.result import Analysis
-from bwlm.analysis.stats import DIRECTION_ORDER, FEWEST_SEEDS, counted, paired_t
+from bwlm.analysis.stats import FEWEST_SEEDS, counted, paired_t
 from bwlm.analysis.tables import load_curves, sizes
+from bwlm.config import DIRECTIONS
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder
 
@@ -118,7 +119,7 @@ def differences(curves: pd.DataFrame) -> pd.DataFrame:
     """
     parts = []
     for size, of_size in curves.groupby("size"):
-        names = [name for name in DIRECTION_ORDER if name in set(of_size["direction"])]
+        names = [name for name in DIRECTIONS if name in set(of_size["direction"])]
         for name in names[1:]:
             apart = _losses_by_seed(of_size, name) - _losses_by_seed(of_size, names[0])
             apart = apart.dropna(axis="columns", how="all").dropna()
@@ -177,7 +178,7 @@ def efficiency(curves: pd.DataFrame) -> pd.DataFrame:
         reachable = max(run["loss"].min() for _, run in of_size.groupby("run"))
         start = max(run["loss"].iloc[0] for _, run in of_size.groupby("run"))
         levels = np.linspace(start, reachable, _LEVELS + 1)[1:]
-        names = [name for name in DIRECTION_ORDER if name in set(of_size["direction"])]
+        names = [name for name in DIRECTIONS if name in set(of_size["direction"])]
         for level in levels:
             needed = {name: _needed(of_size[of_size["direction"] == name], float(level)) for name in names}
             rows += [

@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pandas as pd
 
-from bwlm.analysis.stats import COLUMNS, DIRECTION_ORDER, Gap, counted, gap, judge
+from bwlm.analysis.stats import COLUMNS, Gap, counted, gap, judge
 from bwlm.analysis.tables import (
     PER_DIRECTION,
     BestRate,
@@ -21,6 +21,7 @@ from bwlm.analysis.tables import (
     tried_rates,
     with_losses,
 )
+from bwlm.config import DIRECTIONS
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder
 
@@ -126,7 +127,7 @@ def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
         return [], [ONE_WINDOW]
     found, problems = [], []
     for size, rows in test.groupby("size"):
-        present = [name for name in DIRECTION_ORDER if name in set(rows["direction"])]
+        present = [name for name in DIRECTIONS if name in set(rows["direction"])]
         if len(present) < 2 and PER_DIRECTION not in str(size):
             problems.append(f"{size}: only {present[0]} has a best learning rate, and a gap needs two directions")
         for a, b in combinations(present, 2):

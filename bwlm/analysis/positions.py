@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from bwlm.analysis.charts.insides import position_chart
 from bwlm.analysis.logs import LoggedRun, from_each
 from bwlm.analysis.result import Analysis
+from bwlm.config import own_readings
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.packing import PackedRows
 
@@ -45,10 +46,7 @@ def positions(folders: list[ExperimentFolder]) -> Analysis:
 def by_place(run: LoggedRun) -> pd.DataFrame:
     """kind, bin (its lower edge, a power of two, or a share), tokens, loss (nats), accuracy (share)."""
     readings = list(run.fixed("validation", "reading"))
-    own = [
-        readings.index(name)
-        for name in (("forward", "backward") if run.direction == "bidirectional" else (run.direction,))
-    ]
+    own = [readings.index(name) for name in own_readings(run.direction)]
     loss = run.last("validation", "loss")[own].mean(0).astype(np.float64)
     correct = run.last("validation", "correct")[own].mean(0)
     segment, document, token = (run.fixed("validation", name) for name in ("segment", "document", "token"))

@@ -29,9 +29,10 @@ from bwlm.analysis.sections import (
 from bwlm.analysis.select import shortest_names
 from bwlm.analysis.tables import CELL_HEADER, BestRate, cell_columns, load_cell, sizes
 from bwlm.analysis.verdict import GAP_HEADER, gap_caption, gap_columns, gap_frame, gap_line
-from bwlm.config import Experiment, written_settings
+from bwlm.config import Experiment
 from bwlm.paths import write_atomic
 from bwlm.record.lineage import ExperimentFolder, cells_of, grid_folder, list_experiments, readable
+from bwlm.settings_file import written_settings
 
 REPORT = "RESEARCH_REPORT.md"
 GRID_FILE = "grid.yaml"

@@ -27,6 +27,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.stats import t as student_t
 
+from bwlm.config import DIRECTIONS
 from bwlm.errors import UserError, nearest
 
 Size = int | str
@@ -39,7 +40,6 @@ NO_DIFFERENCE: Final = "no difference seen"
 TOO_FEW_SEEDS: Final = "too few seeds to tell"
 
 COLUMNS: Final = ("run", "direction", "seed", "size", "document", "nll", "tokens", "bytes")
-DIRECTION_ORDER: Final = ("forward", "backward", "bidirectional", "permuted")
 FEWEST_SEEDS: Final = 3  # paired seeds below which no verdict is given
 FEWEST_DOCUMENTS: Final = 10  # below it `Gap.bootstrap` is not to be shown: drawn from one, it has no width at all
 CONFIDENCE: Final = 0.95  # of every interval
@@ -505,5 +505,5 @@ def _listed(items: Iterable[object]) -> str:
 
 def direction_rank(direction: str) -> tuple[int, str]:
     """For sorting: the known directions in their order, then any others by name."""
-    known = direction in DIRECTION_ORDER
-    return (DIRECTION_ORDER.index(direction) if known else len(DIRECTION_ORDER), direction)
+    known = direction in DIRECTIONS
+    return (DIRECTIONS.index(direction) if known else len(DIRECTIONS), direction)

@@ -11,8 +11,9 @@ import pandas as pd
 
 from bwlm.analysis.charts.losses import transfer_chart
 from bwlm.analysis.result import Analysis
-from bwlm.analysis.stats import CONFIDENCE, DIRECTION_ORDER, paired_t
+from bwlm.analysis.stats import CONFIDENCE, paired_t
 from bwlm.analysis.tables import load_losses, sizes
+from bwlm.config import DIRECTIONS
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder
 
@@ -85,7 +86,7 @@ def other_readings(runs: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for (size, lr, direction), group in runs.groupby(["size", "lr", "direction"]):
-        if direction not in DIRECTION_ORDER[:3]:
+        if direction not in DIRECTIONS[:3]:
             continue
         wide = group.pivot(index="run", columns="reading", values="loss")
         own, other = READINGS[::-1] if direction == "backward" else READINGS

@@ -19,8 +19,9 @@ data_app = typer.Typer(help="Prepare text, or look at it as a model will.", no_a
 
 
 def _recipe(settings: list[str] | None, storage: str | None) -> tuple[Recipe, Path]:
-    from bwlm.config import Recipe, override, parse_yaml, validate
+    from bwlm.config import Recipe
     from bwlm.paths import check_writable, storage_root
+    from bwlm.settings_file import override, parse_yaml, validate
 
     document = override(parse_yaml("", "--set"), settings or [])
     root = storage_root(storage)

@@ -9,8 +9,9 @@ from itertools import combinations, product
 from typing import Any
 
 from bwlm.analysis.power import POWER, detectable_gap
-from bwlm.analysis.stats import DIRECTION_ORDER, FEWEST_SEEDS, counted
+from bwlm.analysis.stats import FEWEST_SEEDS, counted
 from bwlm.analysis.tables import ONE_WAY, PER_DIRECTION, doubled, size_labels
+from bwlm.config import DIRECTIONS
 from bwlm.grid.cells import text_key
 from bwlm.grid.spec import Cell, Plan
 from bwlm.record.fingerprint import identity
@@ -42,7 +43,7 @@ def planned_pairs(plan: Plan) -> list[PlannedPair]:
     return [
         _planned(size, a, seeds[of_a][a], b, seeds[of_b][b])
         for size, of_a, of_b in [*((size, size, size) for size in sorted(seeds)), *twice]
-        for a, b in combinations(DIRECTION_ORDER, 2)
+        for a, b in combinations(DIRECTIONS, 2)
         if a in seeds[of_a] and b in seeds[of_b] and (of_a == of_b or (a in ONE_WAY and b == "bidirectional"))
     ]
 

@@ -17,27 +17,12 @@ from typing import Any, Literal
 import psutil
 from pydantic import Field
 
-from bwlm.config import (
-    Depth,
-    DirectionName,
-    Document,
-    Experiment,
-    LearningRate,
-    Recipe,
-    Seed,
-    Settings,
-    assign,
-    dump_yaml,
-    field_names,
-    holds,
-    load_yaml,
-    override,
-    validate,
-)
+from bwlm.config import Depth, DirectionName, Experiment, LearningRate, Recipe, Seed, Settings
 from bwlm.errors import UserError, nearest
 from bwlm.model.shape import GPTConfig, batch_tokens_for, count_parameters, flops_per_token
 from bwlm.paths import LONGEST_ID, check_id
 from bwlm.record.lineage import shape_of
+from bwlm.settings_file import Document, assign, dump_yaml, field_names, holds, load_yaml, override, validate
 
 
 class SchedulerSettings(Settings):

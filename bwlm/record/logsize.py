@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from bwlm.config import DIRECTIONS, Experiment
+from bwlm.config import DIRECTIONS, Experiment, own_readings
 from bwlm.model.shape import GPTConfig
 from bwlm.record.schema import GROUPS, Column
 
@@ -53,12 +53,8 @@ def raw_bytes(experiment: Experiment, shape: GPTConfig, steps: int) -> dict[str,
 
 def _kept(experiment: Experiment, group: str) -> list[Column]:
     """The columns of one entry: losses by reading are those of the run's own readings."""
-    other = {f"loss_{reading}" for reading in DIRECTIONS} - {f"loss_{reading}" for reading in _own(experiment)}
-    return [column for name, column in GROUPS[group].columns.items() if name not in other]
-
-
-def _own(experiment: Experiment) -> tuple[str, ...]:
-    return ("forward", "backward") if experiment.direction == "bidirectional" else (experiment.direction,)
+    others = {f"loss_{reading}" for reading in DIRECTIONS if reading not in own_readings(experiment.direction)}
+    return [column for name, column in GROUPS[group].columns.items() if name not in others]
 
 
 def _entries(experiment: Experiment, group: str, steps: int) -> int:
@@ -72,10 +68,10 @@ def _entries(experiment: Experiment, group: str, steps: int) -> int:
 
 def _sizes(experiment: Experiment, shape: GPTConfig) -> dict[str, int]:
     """How long each of the schema's axes is."""
-    length, depth, own = shape.sequence_length, shape.depth, _own(experiment)
+    length, depth, own = shape.sequence_length, shape.depth, own_readings(experiment.direction)
     windows = max(1, experiment.evaluation.tokens // length)
     return {
-        "R": (experiment.budget.batch_tokens or 0) // length,
+        "R": experiment.budget.batch_tokens // length,
         "T": length,
         "P": 2 + _MATRICES_PER_LAYER * depth,
         "S": 1 + _PLACES_PER_LAYER * depth,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bwlm.config import ResearchLogSettings
+from bwlm.config import ResearchLogSettings, own_readings
 from bwlm.errors import Interrupted, RunError, UserError
 from bwlm.evaluate.inside import InsideView
 from bwlm.evaluate.loss import LossEvaluation, Measured, SegmentLosses
@@ -21,7 +21,7 @@ from bwlm.model.optim import build_optimizers
 from bwlm.record.checkpoint import refuse_foreign
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
 from bwlm.text.batches import Batch, DirectedPlan, open_rows
-from bwlm.text.direction import SpecialIds, is_marked, own_readings
+from bwlm.text.direction import SpecialIds, is_marked
 from bwlm.text.plan import RowPlan
 from bwlm.text.tokenizer import Tokenizer
 from bwlm.train.loop import Evaluated, Phase, train

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bwlm.analysis.controls import NULL, POSITIVE, above_floor, judge_control
+from bwlm.analysis.controls import above_floor, judge_control
 from bwlm.analysis.findings import find
 from bwlm.analysis.report import write_grid_report
 from bwlm.analysis.stats import Gap
 from bwlm.analysis.tables import BestRate
+from bwlm.config import NULL, PRODUCTS
 from bwlm.record.lineage import ExperimentFolder, Status, write_cells
 from bwlm.text.controls import null_floor, null_nll
 from bwlm.text.packing import Manifest, PackedRows, ShardCounts, Split, cut, write_rows
@@ -58,13 +59,13 @@ def test_the_null_control_says_nothing_of_models_that_have_not_learned_it(above:
     [(0.1, "different", True), (-0.1, "different", False), (0.1, "no difference seen", False)],
 )
 def test_the_positive_control_must_be_found_and_in_its_direction(gap: float, verdict: str, passed: bool) -> None:
-    [control] = judge_control(POSITIVE, [replace(GAP, gap_nats=gap, verdict=verdict)], 0.01, {})
+    [control] = judge_control(PRODUCTS, [replace(GAP, gap_nats=gap, verdict=verdict)], 0.01, {})
     assert (control.name, control.passed) == ("positive", passed)
 
 
 def test_permuted_must_cost_more_than_forward_and_is_not_held_against_backward() -> None:
     pairs = [replace(GAP, a=a, b="permuted", gap_nats=0.5, verdict="different") for a in ("forward", "backward")]
-    for source in (NULL, POSITIVE):
+    for source in (NULL, PRODUCTS):
         [control] = judge_control(source, pairs, 0.01, {})
         assert (control.name, control.gap.a, control.passed) == ("permuted", "forward", True)
 
@@ -102,7 +103,7 @@ def test_a_report_shows_the_controls_of_its_storage(tmp_path: Path) -> None:
     text = report()
     assert text.count("| passed |") == 1
     assert "\nNot run: a one-way corpus (builtin:products), on which one must. With this storage" in text
-    cells(tmp_path, POSITIVE, 2.0)
+    cells(tmp_path, PRODUCTS, 2.0)
     text = report()
     assert "Not run" not in text
     assert text.count("| passed |") == 2
@@ -128,7 +129,7 @@ def test_how_far_a_null_control_is_counts_the_runs_that_are_compared(tmp_path: P
 
 
 def test_the_report_of_the_controls_themselves_has_no_gap_to_hold_them_against(tmp_path: Path) -> None:
-    null, positive = cells(tmp_path, NULL, 0.0), cells(tmp_path, POSITIVE, 2.0)
+    null, positive = cells(tmp_path, NULL, 0.0), cells(tmp_path, PRODUCTS, 2.0)
     write_cells(tmp_path, "controls", [folder.id for folder in [*null, *positive]])
     text = write_grid_report(tmp_path, "controls")[0].read_text()
     assert "no gap is claimed to be below" in text
@@ -163,7 +164,7 @@ def test_controls_that_failed_are_told_and_those_of_two_grids_stand_side_by_side
     assert text.count("| null | again | d1 ") == 1
     assert text.count("| null | ") == 2
     assert "other code" not in text
-    cells(tmp_path, POSITIVE, 2.0, code=2)
+    cells(tmp_path, PRODUCTS, 2.0, code=2)
     assert (
         "- builtin:products: trained with other code than the study" in write_grid_report(tmp_path, "g")[0].read_text()
     )

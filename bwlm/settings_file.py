@@ -1,0 +1,269 @@
+"""Settings from YAML files and `--set`; a field knows its line, so that an error names file, line, field and fix."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from bwlm.config import HORIZONS, Settings
+from bwlm.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Document:
+    """A YAML mapping, and where each dotted field was given."""
+
+    name: str
+    content: dict[str, Any]
+    places: Mapping[str, str]
+    """`file:line`, or `--set field`."""
+
+    def place(self, field: str) -> str:
+        """Where the nearest enclosing field was given."""
+        while field and field not in self.places:
+            field = field.rpartition(".")[0]
+        return self.places.get(field, self.name)
+
+    def where(self, field: str) -> str:
+        """`file:line: field`, `--set field` or `--field`."""
+        place = self.place(field)
+        return place if place in (f"--set {field}", f"--{field}") else f"{place}: {field}"
+
+
+_MOST_DIGITS = 1000
+_INT = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_WORDS: dict[str, Any] = {
+    "true": True,
+    "false": False,
+    "null": None,
+    "~": None,
+    "": None,
+    ".nan": float("nan"),
+    ".inf": float("inf"),
+    "-.inf": float("-inf"),
+}
+
+
+def _scalar(node: yaml.ScalarNode) -> Any:
+    """YAML 1.2's core schema: 6e-4 is a float, 010 is ten, yes is a word."""
+    text = node.value
+    if node.style is not None:
+        return text
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    if _INT.fullmatch(text) and len(text) < _MOST_DIGITS:
+        return int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    return text
+
+
+class _Loader(yaml.SafeLoader):
+    """Builds nodes only, and each of them once: an alias can make a small file ask for billions."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            problem = f"aliases (*{event.anchor}) are not read: write the value out"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
+
+
+def _build(node: yaml.Node, path: str, name: str, lines: dict[str, int]) -> Any:
+    if path:
+        lines[path] = node.start_mark.line + 1
+    if isinstance(node, yaml.ScalarNode):
+        return _scalar(node)
+    if isinstance(node, yaml.SequenceNode):
+        return [
+            _build(child, f"{path}.{index}" if path else str(index), name, lines)
+            for index, child in enumerate(node.value)
+        ]
+    assert isinstance(node, yaml.MappingNode)
+    content: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.value == "<<":
+            raise UserError(f"{name}:{line}: keys must be plain words")
+        key = key_node.value
+        field = f"{path}.{key}" if path else key
+        if key in content:
+            raise UserError(f"{name}:{line}: {field}: given twice (first on line {lines[field]}); keep one")
+        content[key] = _build(value_node, field, name, lines)
+        lines[field] = line
+    return content
+
+
+def parse_yaml(text: str, name: str) -> Document:
+    """Raises `UserError` naming file and line on bad syntax, duplicate keys or a file that is not a mapping."""
+    lines: dict[str, int] = {}
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        content = {} if node is None else _build(node, "", name, lines)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__
+        raise UserError(f"{name}{line}: not valid YAML ({problem})") from None
+    except RecursionError:
+        raise UserError(f"{name}: not valid YAML (nested too deeply)") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{name}: must hold fields (name: value), not a {type(content).__name__}")
+    document = Document(name, content, {field: f"{name}:{line}" for field, line in lines.items()})
+    _spread_dotted(document)
+    return document
+
+
+def _spread_dotted(document: Document) -> None:
+    """Moves `model.head_dim: 32` below `model`, as if it stood there."""
+    dotted = {key: document.content.pop(key) for key in list(document.content) if "." in key}
+    for field, value in dotted.items():
+        if holds(document.content, field):
+            raise UserError(f"{document.where(field)}: given twice, dotted and in its section; keep one")
+        assign(document.content, field, value, document.where(field))
+
+
+def holds(content: Any, field: str) -> bool:
+    """Whether nested dictionaries give a dotted field."""
+    first, _, rest = field.partition(".")
+    return isinstance(content, dict) and first in content and (not rest or holds(content[first], rest))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the words that `parse_yaml` would otherwise read as something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def word(self, text: str) -> yaml.ScalarNode:
+        is_word = text.isprintable() and isinstance(_scalar(yaml.ScalarNode("", text)), str)
+        style = None if is_word else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.word)
+
+
+def dump_yaml(content: Mapping[str, Any]) -> str:
+    """Text that `parse_yaml` reads as `content`."""
+    return str(yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
+
+
+def load_yaml(path: Path) -> Document:
+    """Reads a YAML file; raises `UserError` naming it if it is missing, unreadable or not UTF-8."""
+    try:
+        return parse_yaml(path.read_text("utf-8"), str(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """`a.b=c` as (`a.b`, value), the value read as YAML would read it."""
+    field, equals, text = setting.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", field):
+        raise UserError(f"--set {setting}: write it as field=value, for instance --set model.sequence_length=256")
+    return field, parse_yaml(f"value: {text}" if text.strip() else "value:", f"--set {field}").content["value"]
+
+
+def assign(content: dict[str, Any], field: str, value: Any, where: str) -> None:
+    """Sets a dotted field in nested dictionaries. Below `axes` the rest of the field is one name."""
+    parents, last = field.split(".")[:-1], field.rpartition(".")[2]
+    if field.startswith("axes."):
+        parents, last = ["axes"], field.removeprefix("axes.")
+    for parent in parents:
+        below = content.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise UserError(f"{where}: '{parent}' holds no fields of its own")
+        content = below
+    content[last] = value
+
+
+def override(document: Document, settings: list[str]) -> Document:
+    """The document with `--set` settings laid over it; a horizon given there replaces the file's."""
+    content, places = copy.deepcopy(document.content), dict(document.places)
+    given = [parse_setting(setting) for setting in settings]
+    horizons = {f"budget.{name}" for name in HORIZONS}
+    if any(field in horizons for field, _ in given) and isinstance(content.get("budget"), dict):
+        content["budget"] = {name: value for name, value in content["budget"].items() if name not in HORIZONS}
+    for field, value in given:
+        assign(content, field, value, f"--set {field}")
+        places = {known: place for known, place in places.items() if not f"{known}.".startswith(f"{field}.")}
+        above = field
+        while above and above not in places:
+            places[above] = f"--set {field}"
+            above = above.rpartition(".")[0]
+    return Document(document.name, content, places)
+
+
+_PLAIN = re.compile(r"[\w./-]+(:[\w./-]+)*")
+"""Text that YAML reads as itself unless it is one of its words or numbers."""
+
+
+def written_settings(content: Mapping[str, Any], section: str = "") -> list[str]:
+    """Nested settings as `--set` takes them: `a.b=c`."""
+    written = []
+    for name, value in content.items():
+        field = f"{section}{name}"
+        if isinstance(value, Mapping):
+            written += written_settings(value, f"{field}.")
+        else:
+            is_plain = isinstance(value, str) and _PLAIN.fullmatch(value) and parse_setting(f"f={value}")[1] == value
+            written.append(f"{field}={value if is_plain else json.dumps(value)}")
+    return written
+
+
+# ---- validating ----
+
+T = TypeVar("T", bound=Settings)
+
+
+def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted field of a settings class, sections included."""
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Settings):
+            yield from field_names(info.annotation, f"{prefix}{name}.")
+
+
+def validate(model: type[T], content: Mapping[str, Any], document: Document) -> T:
+    """Raises `UserError`: one line with file, line, field, what is wrong and the nearest valid name."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise UserError(explain(error, model, document)) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel], document: Document) -> str:
+    errors = error.errors()
+    # a misspelt field is also a missing one: the spelling is what helps
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    field = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if not field:  # what concerns two sections names its field itself
+        field, _, message = message.partition(": ")
+    where = document.where(field)
+    if first["type"] == "extra_forbidden":
+        section, _, name = field.rpartition(".")
+        siblings = [f.rpartition(".")[2] for f in field_names(model) if f.rpartition(".")[0] == section]
+        return f"{where}: unknown field{nearest(name, siblings) or ' (known: ' + ', '.join(siblings) + ')'}"
+    if first["type"] == "missing":
+        return f"{where}: missing; add it"
+    if first["type"] == "literal_error":
+        choices = first["ctx"]["expected"]
+        guess = nearest(str(first["input"]), re.findall(r"'([^']*)'", choices))
+        return f"{where}: {first['input']!r} is not one of {choices}{guess}"
+    shown = "" if isinstance(first["input"], dict) else f" (found {first['input']!r})"
+    return f"{where}: {message[0].lower()}{message[1:]}{shown}"
