@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bwlm.config import ResearchLogSettings, own_readings
 from bwlm.errors import Interrupted, RunError, UserError
-from bwlm.evaluate.inside import InsideView
-from bwlm.evaluate.loss import LossEvaluation, Measured, SegmentLosses
+from bwlm.evaluate.loss import SegmentLosses
 from bwlm.model.gpt import GPT
-from bwlm.model.observe import evaluating
 from bwlm.model.optim import build_optimizers
 from bwlm.record.checkpoint import refuse_foreign
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
 from bwlm.text.batches import Batch, DirectedPlan, open_rows
 from bwlm.text.direction import SpecialIds, is_marked
 from bwlm.text.plan import RowPlan
-from bwlm.text.tokenizer import Tokenizer
 from bwlm.train.loop import Evaluated, Phase, train
-from bwlm.train.records import Entries, cannot_write
+from bwlm.train.records import cannot_write
 from bwlm.train.session import Session, together
+from bwlm.train.validation import Validation
 
 Stream = Callable[[DirectedPlan, int, int], Iterator[Batch]]
 """Yields a rank's batches of steps first..last-1: Ray Data, or the in-process reader of tests."""
@@ -42,97 +36,6 @@ def build_model(config: RunConfig, device: torch.device) -> GPT:
         torch.compiler.reset()
         model.compile_training()
     return model.to(device)
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Measures a model of one direction on the validation windows, in both readings and its own."""
-
-    evaluation: LossEvaluation
-    inside: InsideView
-    research_log: ResearchLogSettings
-    direction: str
-
-    @classmethod
-    def of(cls, config: RunConfig, device: torch.device) -> Validation:
-        tokenizer = Tokenizer.load(Path(config.tokenizer))
-        experiment = config.experiment
-        evaluation = LossEvaluation(
-            rows=open_rows(config.corpus, "validation"),
-            special=SpecialIds.of(tokenizer),
-            token_bytes=tokenizer.token_bytes().astype(np.int64),
-            tokens=experiment.evaluation.tokens,
-            batch_rows=config.compute.micro_rows,
-            device=device,
-            masked=experiment.model.document_mask,
-        )
-        inside = InsideView(
-            evaluation.rows,
-            evaluation.windows,
-            evaluation.special,
-            experiment.research_log.representations,
-            device,
-            evaluation.masked,
-        )
-        return cls(evaluation, inside, experiment.research_log, experiment.direction)
-
-    @property
-    def readings(self) -> tuple[str, ...]:
-        """Forward, backward and, where it is neither, the direction's own."""
-        return tuple(dict.fromkeys(("forward", "backward", *own_readings(self.direction))))
-
-    def measure(self, model: GPT) -> dict[str, Measured]:
-        """What the windows cost, by reading."""
-        with evaluating(model):
-            return {name: self.evaluation.measure(model, name, is_marked(self.direction)) for name in self.readings}
-
-    def misled(self, model: GPT) -> dict[str, SegmentLosses]:
-        """What the windows cost a model of both directions when the marker says the other one: does it switch?"""
-        if not is_marked(self.direction):
-            return {}
-        other = {"forward": "backward", "backward": "forward"}
-        with evaluating(model):
-            return {
-                f"{name}_marked_{told}": self.evaluation.measure(model, name, True, told)[0]
-                for name, told in other.items()
-            }
-
-    def fixed(self) -> dict[str, Any]:
-        """What the entries of the research log are of, for the whole run."""
-        readings, own = np.array(self.readings), np.array(own_readings(self.direction))
-        fixed: dict[str, Any] = {f"validation/{name}": values for name, values in self.evaluation.tokens_of().items()}
-        fixed |= {f"representations/{name}": values for name, values in self.inside.tokens_of().items()}
-        return fixed | {"validation/reading": readings, "attention/reading": own, "representations/reading": own}
-
-    def entries(self, model: GPT, measured: dict[str, Measured]) -> Entries:
-        """What the research log is to keep of a validation; states and attention in the direction's own readings."""
-        entries: Entries = {}
-        own, marked, wanted = own_readings(self.direction), is_marked(self.direction), self.research_log
-        if wanted.validation:
-            tokens = [measured[name][1] for name in self.readings]
-            entries["validation"] = {
-                "loss": np.stack([found.nll for found in tokens]),
-                "correct": np.stack([found.correct for found in tokens]),
-            }
-        if wanted.attention:
-            looked = [vars(self.inside.attention(model, name, marked)) for name in own]
-            entries["attention"] = {name: torch.stack([found[name] for found in looked]).numpy() for name in looked[0]}
-        if wanted.representations:
-            states = np.stack([self.inside.states(model, name, marked) for name in own])
-            if states.size:  # segments of one or two tokens have none inside
-                entries["representations"] = {"states": states}
-        return entries
-
-    def metrics(self, losses: dict[str, SegmentLosses]) -> dict[str, float]:
-        """`val_bpb` and `val_loss` of the own direction (a bidirectional model: the mean of both), and by reading."""
-        figures = {name: measured.summary() for name, measured in losses.items()}
-        own = [figures[name] for name in own_readings(self.direction)]
-        metrics = {f"val_{key}": sum(f[key] for f in own) / len(own) for key in own[0]}
-        tuning = [losses[name].even_windows().summary()["bpb"] for name in own_readings(self.direction)]
-        metrics["val_bpb_tuning"] = sum(tuning) / len(tuning)
-        for name in ("forward", "backward"):
-            metrics |= {f"val_{key}_{name}": value for key, value in figures[name].items()}
-        return metrics
 
 
 def loss_by_direction(direction: str, special: SpecialIds, batch: Batch, losses: Tensor) -> dict[str, Tensor]:

@@ -25,8 +25,9 @@ from bwlm.text.batches import Batch, DirectedPlan, open_rows
 from bwlm.text.direction import SpecialIds, is_marked
 from bwlm.text.plan import RowPlan
 from bwlm.text.prepare import Prepared
-from bwlm.train.base import Validation, build_model, rows_per_step, run_base
+from bwlm.train.base import build_model, rows_per_step, run_base
 from bwlm.train.session import AloneSession
+from bwlm.train.validation import Validation
 from tests.runs import STEPS, NewRun, in_process, losses, weights_digest
 from tests.train.test_base import Killed, killed_at
 from tests.train.test_worlds import train
