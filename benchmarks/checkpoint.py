@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bwlm.model.gpt import GPT
-from bwlm.model.optim import build_optimizers
+from bwlm.model.optim import build_optimizer
 from bwlm.model.shape import GPTConfig
 from bwlm.model.step import TrainStep
 from bwlm.record.checkpoint import KeepPolicy, Snapshot, copy_to_host, load_newest, write_checkpoint
@@ -43,7 +43,7 @@ class Run:
     def __init__(self, depth: int, folder: Path) -> None:
         self.model = GPT(GPTConfig.from_depth(depth, VOCABULARY, WIDTH))
         self.model.init_weights(0)
-        self.optimizer = build_optimizers(self.model)
+        self.optimizer = build_optimizer(self.model)
         self.folder = folder
         self.saver = CheckpointSaver(folder, KEEP)
         self._step = TrainStep(self.model, self.optimizer, ROWS, grad_clip=1.0)

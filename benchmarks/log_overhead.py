@@ -24,7 +24,7 @@ from bwlm.config import ResearchLogSettings
 from bwlm.evaluate.inside import ATTENTION_WINDOWS, MAP_POSITIONS, STATE_WINDOWS
 from bwlm.model.gpt import GPT
 from bwlm.model.observe import attention_statistics, evaluating
-from bwlm.model.optim import build_optimizers
+from bwlm.model.optim import build_optimizer
 from bwlm.model.shape import GPTConfig
 from bwlm.model.step import TrainStep
 from bwlm.record.researchlog import ResearchLog
@@ -48,7 +48,7 @@ class Bench:
         self.model.init_weights(0)
         if arguments.compile:
             self.model.compile_training()
-        self.step_of = TrainStep(self.model, build_optimizers(self.model, 1.0, 0.0, "muon"), arguments.rows, 1.0)
+        self.step_of = TrainStep(self.model, build_optimizer(self.model, 1.0, 0.0, "muon"), arguments.rows, 1.0)
         ids = torch.randint(0, arguments.vocab, (arguments.rows, arguments.time + 1))
         self.tensors = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "segments": torch.zeros_like(ids[:, 1:])}
         self.rows = np.arange(arguments.rows)

@@ -58,7 +58,7 @@ def with_ray(storage: Path, name: str, arguments: argparse.Namespace) -> float:
 def bare(folder: ExperimentFolder) -> float:
     import torch
 
-    from bwlm.model.optim import build_optimizers
+    from bwlm.model.optim import build_optimizer
     from bwlm.model.step import TrainStep
     from bwlm.text.batches import DirectedPlan, open_rows
     from bwlm.text.direction import SpecialIds
@@ -69,7 +69,7 @@ def bare(folder: ExperimentFolder) -> float:
     config = folder.config()
     torch.set_num_threads(config.compute.threads)
     model = build_model(config, torch.device("cpu"))
-    step = TrainStep(model, build_optimizers(model), config.compute.micro_rows, config.experiment.optim.grad_clip)
+    step = TrainStep(model, build_optimizer(model), config.compute.micro_rows, config.experiment.optim.grad_clip)
     rows = RowPlan(len(open_rows(config.corpus, "train")), rows_per_step(config), config.experiment.seed)
     special = SpecialIds.of(Tokenizer.load(Path(config.tokenizer)))
     plan = DirectedPlan(config.corpus, "forward", special, rows)

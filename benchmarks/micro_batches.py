@@ -13,7 +13,7 @@ import time
 import torch
 
 from bwlm.model.gpt import GPT
-from bwlm.model.optim import build_optimizers
+from bwlm.model.optim import build_optimizer
 from bwlm.model.shape import GPTConfig
 
 ROWS, WIDTH, VOCABULARY, STEPS = 16, 256, 2048, 10
@@ -22,7 +22,7 @@ ROWS, WIDTH, VOCABULARY, STEPS = 16, 256, 2048, 10
 def rate(depth: int, micro_rows: int) -> float:
     model = GPT(GPTConfig.from_depth(depth, VOCABULARY, WIDTH), torch.bfloat16)
     model.init_weights(0)
-    optimizer = build_optimizers(model)
+    optimizer = build_optimizer(model)
     ids = torch.randint(0, VOCABULARY, (ROWS, WIDTH), generator=torch.Generator().manual_seed(0))
 
     def step() -> None:

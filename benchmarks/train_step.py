@@ -40,7 +40,7 @@ from bwlm.model.compute import (
     peak_flops,
 )
 from bwlm.model.gpt import GPT
-from bwlm.model.optim import build_optimizers
+from bwlm.model.optim import build_optimizer
 from bwlm.model.shape import GPTConfig, flops_per_token
 from bwlm.model.step import TrainStep
 
@@ -119,7 +119,7 @@ def bwlm_step(variant: Variant, shape: Shape, device: torch.device) -> Step:
     if chosen.compile:
         model.compile_training()
     model.to(device)
-    return TrainStep(model, build_optimizers(model), chosen.micro_rows, grad_clip=1.0)
+    return TrainStep(model, build_optimizer(model), chosen.micro_rows, grad_clip=1.0)
 
 
 def nanochat_step(variant: Variant, shape: Shape, device: torch.device, checkout: str) -> Step:

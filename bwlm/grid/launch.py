@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from bwlm.analysis.report import GRID_FILE, REPORT, write_experiment_report, write_grid_report
+from bwlm.analysis.stats import counted
 from bwlm.analysis.tables import CellRow, load_cells
 from bwlm.grid.cells import PlannedCell, check_same, find_cells, going_on, run_config, text_key
 from bwlm.grid.spec import Plan
@@ -55,7 +56,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None]) -> LaunchRe
     needs = {cell.experiment.resources for cell in plan.cells}
     home = folder_of(plan, storage)
     with cluster(needs, plan.launch.concurrency, len(plan.cells)) as room:
-        show(f"Ray on {room.cluster}, {_counted(room.concurrency)} at once{_dashboard(room.dashboard)}")
+        show(f"Ray on {room.cluster}, {counted(room.concurrency, 'cell')} at once{_dashboard(room.dashboard)}")
         prepared = {key: prepare(recipe, storage, pack_corpus, show) for key, recipe in texts.items()}
         configs = {cell.id: run_config(plan, cell, prepared[text_key(cell.experiment)]) for cell in plan.cells}
         home.mkdir(parents=True, exist_ok=True)
@@ -84,10 +85,6 @@ def _check_tracking(uri: str) -> None:
         check_answers(
             parts.hostname, port, f"tracking: {parts.hostname}:{port}", "start the server, or unset MLFLOW_TRACKING_URI"
         )
-
-
-def _counted(cells: int) -> str:
-    return "1 cell" if cells == 1 else f"{cells} cells"
 
 
 def _dashboard(address: str | None) -> str:

@@ -123,7 +123,7 @@ class Optimizer:
             yield from part.param_groups
 
 
-def build_optimizers(
+def build_optimizer(
     model: GPT, lr: float = 1.0, weight_decay: float = 0.0, kind: Kind = "muon", rank: int = 0, world: int = 1
 ) -> Optimizer:
     """The optimizer of `model`; `lr` multiplies every group's rate, `weight_decay` acts on the blocks' matrices only.
@@ -160,7 +160,7 @@ def build_optimizers(
     return Optimizer(parts, names, owners)
 
 
-def schedule(
+def lr_schedule(
     step: int,
     steps: int,
     warmup_steps: int | None = None,

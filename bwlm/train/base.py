@@ -11,7 +11,7 @@ from torch import Tensor
 from bwlm.errors import Interrupted, RunError, UserError
 from bwlm.evaluate.loss import SegmentLosses
 from bwlm.model.gpt import GPT
-from bwlm.model.optim import build_optimizers
+from bwlm.model.optim import build_optimizer
 from bwlm.record.checkpoint import refuse_foreign
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
 from bwlm.text.batches import Batch, DirectedPlan, open_rows
@@ -108,7 +108,7 @@ def _base_phase(folder: ExperimentFolder, session: Session, stream: Stream) -> P
     return Phase(
         name=experiment.phase,
         model=model,
-        optimizer=build_optimizers(model, experiment.lr, optim.weight_decay, optim.kind, session.rank, session.world),
+        optimizer=build_optimizer(model, experiment.lr, optim.weight_decay, optim.kind, session.rank, session.world),
         batches=lambda first, last: stream(plan, first, last),
         split_loss=lambda batch, losses: loss_by_direction(experiment.direction, special, batch, losses),
         evaluate=evaluate,

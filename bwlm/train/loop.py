@@ -25,7 +25,7 @@ from bwlm.config import CheckpointSettings, OptimSettings, ResearchLogSettings
 from bwlm.errors import Interrupted, TrainingDiverged, UserError
 from bwlm.model.compute import Compute, peak_flops
 from bwlm.model.gpt import GPT
-from bwlm.model.optim import Optimizer, muon_momentum, schedule, weight_decay_schedule
+from bwlm.model.optim import Optimizer, lr_schedule, muon_momentum, weight_decay_schedule
 from bwlm.model.shape import flops_per_token
 from bwlm.model.step import StepResult, TrainStep
 from bwlm.record.checkpoint import Snapshot, Tensors, copy_to_host, load_checkpoint, load_newest, step_folder
@@ -203,7 +203,7 @@ def _split(phase: Phase, session: Session, batch: Batch, token_losses: Tensor) -
 
 def _multiplier(step: int, phase: Phase) -> float:
     optim = phase.optim
-    return schedule(step, phase.steps, optim.warmup_steps, optim.warmdown_ratio, optim.final_lr_frac)
+    return lr_schedule(step, phase.steps, optim.warmup_steps, optim.warmdown_ratio, optim.final_lr_frac)
 
 
 def _validate(phase: Phase, progress: Progress) -> Evaluated | None:

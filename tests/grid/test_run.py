@@ -21,7 +21,7 @@ from bwlm.errors import UserError
 from bwlm.grid.cells import find_cells, run_config
 from bwlm.grid.launch import LaunchResult, run_plan
 from bwlm.grid.spec import load_grid
-from bwlm.model.optim import build_optimizers
+from bwlm.model.optim import build_optimizer
 from bwlm.paths import read_json
 from bwlm.record.checkpoint import KeepPolicy, Snapshot, copy_to_host, write_checkpoint
 from bwlm.record.journal import read_journal
@@ -181,7 +181,7 @@ def test_a_cell_that_diverges_fails_alone(
     folder.create(config)
     model = build_model(config, torch.device("cpu"))
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
-    states = copy_to_host(model.state_dict()), copy_to_host(build_optimizers(model).state_tensors())
+    states = copy_to_host(model.state_dict()), copy_to_host(build_optimizer(model).state_tensors())
     meta = config.checkpoint_meta() | {"progress": vars(Progress(step=4))}
     write_checkpoint(folder.checkpoints, Snapshot(4, *states, {}, meta), KeepPolicy(2))
     result = run_plan(plan, storage, lambda _: None)

@@ -25,7 +25,7 @@ from bwlm.model.compute import (
     peak_flops,
 )
 from bwlm.model.gpt import GPT
-from bwlm.model.optim import build_optimizers
+from bwlm.model.optim import build_optimizer
 from bwlm.model.shape import GPTConfig, flops_per_token
 from bwlm.model.step import TrainStep
 
@@ -150,7 +150,7 @@ def test_compiled_training_is_the_same_training() -> None:
         model.init_weights(0)
         if compiled:
             model.compile_training()
-        step = TrainStep(model, build_optimizers(model), micro_rows=3, grad_clip=1.0)
+        step = TrainStep(model, build_optimizer(model), micro_rows=3, grad_clip=1.0)
         trained = [step(inputs, targets, segments).loss for _ in range(4)]
         model.eval()
         with torch.no_grad():

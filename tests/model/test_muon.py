@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bwlm.model.gpt import GPT
 from bwlm.model.muon import Float32Muon, build_muon, orthogonalize
-from bwlm.model.optim import build_optimizers
+from bwlm.model.optim import build_optimizer
 from bwlm.model.shape import GPTConfig
 
 SHAPES = [(24, 24), (48, 12), (12, 48)]
@@ -53,5 +53,5 @@ def test_an_update_is_torchs_to_the_precision_of_bfloat16(shape: tuple[int, int]
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_it_is_chosen_by_what_the_model_computes_in(precision: torch.dtype) -> None:
     config = GPTConfig(vocab_size=64, depth=1, width=32, heads=2, kv_heads=1, sequence_length=16)
-    optimizer = build_optimizers(GPT(config, precision))
+    optimizer = build_optimizer(GPT(config, precision))
     assert isinstance(optimizer.parts["muon"], Float32Muon) is (precision == torch.float32)

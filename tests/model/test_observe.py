@@ -22,7 +22,7 @@ from bwlm.model.observe import (
     places,
     statistics,
 )
-from bwlm.model.optim import build_optimizers
+from bwlm.model.optim import build_optimizer
 from bwlm.model.step import TrainStep
 from tests.model.test_gpt import CONFIG, B, T, halves, lively, some_ids
 
@@ -277,7 +277,7 @@ def test_hooks_go_also_when_the_model_fails() -> None:
 def test_training_that_is_looked_at_is_the_same_to_the_last_bit(loss_chunk: int) -> None:
     def train(**options: Any) -> tuple[list[float], GPT]:
         model = lively(loss_chunk=loss_chunk)
-        step = TrainStep(model, build_optimizers(model, 1.0, 0.0, "muon"), 1, 1.0)
+        step = TrainStep(model, build_optimizer(model, 1.0, 0.0, "muon"), 1, 1.0)
         given = {name: value(model) if name == "before_update" else value for name, value in options.items()}
         return [step(some_ids(seed), some_ids(seed + 1), **given).loss for seed in range(4)], model
 
@@ -298,7 +298,7 @@ def test_gradients_are_seen_whole_and_before_they_are_clipped() -> None:
     """Two passes, and a norm that is cut to a thousandth."""
     model, whole = lively(), lively()
     norms: list[float] = []
-    step = TrainStep(model, build_optimizers(model, 1.0, 0.0, "muon"), 1, 1e-3)
+    step = TrainStep(model, build_optimizer(model, 1.0, 0.0, "muon"), 1, 1e-3)
     result = step(
         some_ids(), some_ids(3), before_update=lambda _: norms.append(gradient_statistics(model)["norm"].norm().item())
     )

@@ -12,9 +12,9 @@ from bwlm.model.optim import (
     Kind,
     Optimizer,
     _orthogonalization_cost,
-    build_optimizers,
+    build_optimizer,
+    lr_schedule,
     muon_momentum,
-    schedule,
     weight_decay_schedule,
 )
 from bwlm.model.shape import GPTConfig
@@ -48,7 +48,7 @@ def train_step(model: GPT, optimizer: Optimizer, seed: int, step: int = 0) -> fl
     ids, targets = batch(seed)
     loss = model.loss(ids, targets)[0] / targets.numel()
     loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.set_schedule(schedule(step, 100), muon_momentum(step))
+    optimizer.set_schedule(lr_schedule(step, 100), muon_momentum(step))
     optimizer.step()
     optimizer.zero_grad()
     return float(loss.detach())
@@ -57,7 +57,7 @@ def train_step(model: GPT, optimizer: Optimizer, seed: int, step: int = 0) -> fl
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns_a_batch_by_heart(kind: Kind) -> None:
     model = new_model()
-    optimizer = build_optimizers(model, kind=kind)
+    optimizer = build_optimizer(model, kind=kind)
     losses = [train_step(model, optimizer, seed=1, step=step) for step in range(40)]
     assert losses[0] == pytest.approx(4.16, abs=0.02)
     assert losses[-1] < 0.5
@@ -66,14 +66,14 @@ def test_it_learns_a_batch_by_heart(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopping_and_going_on_changes_no_bit(kind: Kind) -> None:
     straight = new_model()
-    optimizer = build_optimizers(straight, kind=kind, weight_decay=0.1)
+    optimizer = build_optimizer(straight, kind=kind, weight_decay=0.1)
     for step in range(3):
         train_step(straight, optimizer, seed=step, step=step)
     weights = {name: weight.clone() for name, weight in straight.state_dict().items()}
     state = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
 
     resumed = new_model(seed=9)
-    other = build_optimizers(resumed, kind=kind, weight_decay=0.1)
+    other = build_optimizer(resumed, kind=kind, weight_decay=0.1)
     train_step(resumed, other, seed=7)  # nothing of a past of its own may stay
     resumed.load_state_dict(weights)
     other.load_state_tensors(state)
@@ -87,7 +87,7 @@ def test_stopping_and_going_on_changes_no_bit(kind: Kind) -> None:
 
 def test_state_made_at_the_start_is_what_torch_would_make() -> None:
     ours, theirs = new_model(), new_model()
-    optimizer, plain = build_optimizers(ours), build_optimizers(theirs)
+    optimizer, plain = build_optimizer(ours), build_optimizer(theirs)
     for part in plain.parts.values():
         part.state.clear()
     names = optimizer.state_tensors().keys()
@@ -101,13 +101,13 @@ def test_state_made_at_the_start_is_what_torch_would_make() -> None:
 
 
 def test_state_names_are_flat_and_complete() -> None:
-    names = set(build_optimizers(new_model()).state_tensors())
+    names = set(build_optimizer(new_model()).state_tensors())
     assert "muon/blocks.0.attention.query.weight/momentum_buffer" in names
     assert {
         f"adamw/{weight}.weight/{key}" for weight in ("embedding", "lm_head") for key in ("step", "exp_avg")
     } < names
     assert len(names) == 2 * 6 + 2 * 3
-    everything = set(build_optimizers(new_model(), kind="adamw").state_tensors())
+    everything = set(build_optimizer(new_model(), kind="adamw").state_tensors())
     assert len(everything) == 3 * (2 * 6 + 2)
     assert all(name.startswith("adamw/") for name in everything)
 
@@ -122,11 +122,11 @@ def test_state_names_are_flat_and_complete() -> None:
     ],
 )
 def test_state_that_does_not_fit_is_refused_whole(spoil: Callable[[dict[str, Tensor]], Any], message: str) -> None:
-    source = build_optimizers(model := new_model())
+    source = build_optimizer(model := new_model())
     train_step(model, source, seed=0)
     state = dict(source.state_tensors())
     spoil(state)
-    target = build_optimizers(new_model())
+    target = build_optimizer(new_model())
     with pytest.raises(ValueError, match=message):
         target.load_state_tensors(state)
     assert not any(tensor.any() for tensor in target.state_tensors().values())
@@ -135,14 +135,14 @@ def test_state_that_does_not_fit_is_refused_whole(spoil: Callable[[dict[str, Ten
 def test_rates_are_nanochats_for_the_width() -> None:
     # a width of 192 is a quarter of 768: AdamW's rates are doubled
     model = new_model(config=GPTConfig.from_depth(3, vocab_size=64, sequence_length=8))
-    rates = build_optimizers(model, lr=0.5).learning_rates()
+    rates = build_optimizer(model, lr=0.5).learning_rates()
     assert rates == pytest.approx({"matrix": 0.01, "embedding": 0.2, "unembedding": 0.004})
-    rates = build_optimizers(model, kind="adamw").learning_rates()
+    rates = build_optimizer(model, kind="adamw").learning_rates()
     assert rates == pytest.approx({"matrix": 1.2e-3, "embedding": 0.4, "unembedding": 0.008})
 
 
 def test_a_schedule_scales_from_the_first_rates_and_sets_muons_momentum() -> None:
-    optimizer = build_optimizers(new_model())
+    optimizer = build_optimizer(new_model())
     before = optimizer.learning_rates()
     optimizer.set_schedule(0.5, 0.85)
     optimizer.set_schedule(0.25, 0.9)
@@ -164,7 +164,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 def test_matrices_move_as_muon_is_published(name: str, scale: float) -> None:
     """Nesterov momentum, orthogonalised, times sqrt(max(1, rows / columns)): two steps by hand, within bf16."""
     model = lively_model()
-    optimizer = build_optimizers(model)
+    optimizer = build_optimizer(model)
     weight = next(weight for key, weight in model.named_parameters() if f"blocks.1.{PLACE[name]}.{name}." in key)
     expected, momentum_buffer = weight.detach().clone(), torch.zeros_like(weight)
     for step, momentum in enumerate((0.5, 0.9)):
@@ -185,7 +185,7 @@ def test_matrices_move_as_muon_is_published(name: str, scale: float) -> None:
 def test_weight_decay_pulls_at_the_matrices_alone(kind: Kind) -> None:
     def after(weight_decay: float) -> dict[str, Tensor]:
         model = new_model()
-        train_step(model, build_optimizers(model, weight_decay=weight_decay, kind=kind), seed=0)
+        train_step(model, build_optimizer(model, weight_decay=weight_decay, kind=kind), seed=0)
         return model.state_dict()
 
     plain, decayed = after(0.0), after(0.5)
@@ -201,11 +201,11 @@ def test_weight_decay_pulls_at_the_matrices_alone(kind: Kind) -> None:
 def test_misuse_is_refused() -> None:
     for lr in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="lr"):
-            build_optimizers(new_model(), lr=lr)
+            build_optimizer(new_model(), lr=lr)
     with pytest.raises(ValueError, match="weight_decay"):
-        build_optimizers(new_model(), weight_decay=-0.1)
+        build_optimizer(new_model(), weight_decay=-0.1)
     with pytest.raises(ValueError, match="kind"):
-        build_optimizers(new_model(), kind="sgd")  # type: ignore[arg-type]
+        build_optimizer(new_model(), kind="sgd")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -214,16 +214,16 @@ def test_misuse_is_refused() -> None:
 )
 def test_schedule_by_hand(step: int, multiplier: float) -> None:
     # 10 steps up, constant, the last 50 of 100 down to a fifth: 0.2 + 0.8 x (100 - step) / 50
-    assert schedule(step, 100, 10, 0.5, 0.2) == pytest.approx(multiplier)
+    assert lr_schedule(step, 100, 10, 0.5, 0.2) == pytest.approx(multiplier)
 
 
 def test_schedule_defaults_by_hand() -> None:
-    assert schedule(0, 1000) == pytest.approx(1 / 40)
-    assert schedule(39, 1000) == schedule(350, 1000) == 1.0
-    assert schedule(675, 1000) == pytest.approx(0.525)
-    assert schedule(0, 50) == pytest.approx(1 / 5)  # a tenth of the steps
-    assert schedule(0, 4) == 1.0  # a tenth of few steps is none
-    assert schedule(0, 1, warmdown_ratio=0.0) == schedule(99, 100, warmdown_ratio=0.0) == 1.0
+    assert lr_schedule(0, 1000) == pytest.approx(1 / 40)
+    assert lr_schedule(39, 1000) == lr_schedule(350, 1000) == 1.0
+    assert lr_schedule(675, 1000) == pytest.approx(0.525)
+    assert lr_schedule(0, 50) == pytest.approx(1 / 5)  # a tenth of the steps
+    assert lr_schedule(0, 4) == 1.0  # a tenth of few steps is none
+    assert lr_schedule(0, 1, warmdown_ratio=0.0) == lr_schedule(99, 100, warmdown_ratio=0.0) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_schedule_defaults_by_hand() -> None:
 )
 def test_impossible_schedules_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"\d"):
-        schedule(**({"step": 0, "steps": 100} | arguments))
+        lr_schedule(**({"step": 0, "steps": 100} | arguments))
 
 
 @pytest.mark.parametrize(("step", "momentum"), [(0, 0.85), (150, 0.90), (300, 0.95), (10_000, 0.95)])
@@ -256,7 +256,7 @@ def test_each_matrix_has_one_owner_and_the_work_is_even() -> None:
         owned = [
             {
                 name.split("/")[1]
-                for name in build_optimizers(model, rank=rank, world=world)._own_state()
+                for name in build_optimizer(model, rank=rank, world=world)._own_state()
                 if "muon" in name
             }
             for rank in range(world)
@@ -269,16 +269,16 @@ def test_each_matrix_has_one_owner_and_the_work_is_even() -> None:
 
 def test_more_ranks_than_matrices_leave_some_without() -> None:
     model = new_model(config=GPTConfig(vocab_size=64, depth=1, width=32, heads=2, kv_heads=2, sequence_length=16))
-    idle = build_optimizers(model, rank=7, world=8)
+    idle = build_optimizer(model, rank=7, world=8)
     assert "muon" not in idle.parts
-    assert "muon" in build_optimizers(model, rank=0, world=8).parts
+    assert "muon" in build_optimizer(model, rank=0, world=8).parts
 
 
 def test_state_of_all_ranks_loads_on_each() -> None:
     """A rank takes what it owns, and nothing less than all of it."""
-    state = build_optimizers(new_model()).state_tensors()
+    state = build_optimizer(new_model()).state_tensors()
     for rank in range(2):
-        sharded = build_optimizers(new_model(), rank=rank, world=2)
+        sharded = build_optimizer(new_model(), rank=rank, world=2)
         marked = {name: torch.full_like(value, 3.0) for name, value in state.items()}
         sharded.load_state_tensors(marked)
         assert all((value == 3.0).all() for value in sharded._own_state().values())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bwlm.model.gpt import GPT
-from bwlm.model.optim import build_optimizers
+from bwlm.model.optim import build_optimizer
 from bwlm.model.shape import GPTConfig
 from bwlm.model.step import StepResult, TrainStep
 
@@ -31,7 +31,7 @@ def fresh(micro_rows: int, grad_clip: float = 1.0) -> TrainStep:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    return TrainStep(model, build_optimizers(model), micro_rows, grad_clip)
+    return TrainStep(model, build_optimizer(model), micro_rows, grad_clip)
 
 
 @pytest.mark.parametrize("micro_rows", [1, 2, 4, 5, 6, 100])
