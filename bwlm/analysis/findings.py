@@ -7,9 +7,8 @@ from itertools import combinations
 
 import pandas as pd
 
-from bwlm.analysis.stats import COLUMNS, Gap, counted, gap, judge
+from bwlm.analysis.stats import COLUMNS, PER_DIRECTION, Gap, counted, gap, is_pair, judge
 from bwlm.analysis.tables import (
-    PER_DIRECTION,
     BestRate,
     TriedRate,
     best_learning_rates,
@@ -131,8 +130,8 @@ def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
         if len(present) < 2 and PER_DIRECTION not in str(size):
             problems.append(f"{size}: only {present[0]} has a best learning rate, and a gap needs two directions")
         for a, b in combinations(present, 2):
-            if PER_DIRECTION in str(size) and b != "bidirectional":
-                continue  # they are compared at their own size
+            if not is_pair(str(size), b):
+                continue
             try:  # with the pair's rows alone: what is wrong with another must not silence this one
                 found.append(gap(rows[rows["direction"].isin([a, b])], a, b, str(size)))
             except UserError as error:

@@ -22,8 +22,8 @@ from bwlm.analysis.scaling_law import (
     scaling_parameters,
     unknowns,
 )
-from bwlm.analysis.stats import QUANTILES, FloatArray, Gap, Size, counted, direction_rank
-from bwlm.analysis.tables import PER_DIRECTION, best_on_test, load_gap_table, sizes, varying_settings, with_losses
+from bwlm.analysis.stats import PER_DIRECTION, QUANTILES, FloatArray, Gap, Size, counted, direction_rank
+from bwlm.analysis.tables import best_on_test, load_gap_table, sizes, varying_settings, with_losses
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder
 

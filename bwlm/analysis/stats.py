@@ -40,6 +40,8 @@ NO_DIFFERENCE: Final = "no difference seen"
 TOO_FEW_SEEDS: Final = "too few seeds to tell"
 
 COLUMNS: Final = ("run", "direction", "seed", "size", "document", "nll", "tokens", "bytes")
+PER_DIRECTION: Final = ", bidirectional at equal tokens per direction"
+"""Ends the size of pairs whose bidirectional runs have read twice the tokens; the others meet at their own size too."""
 FEWEST_SEEDS: Final = 3  # paired seeds below which no verdict is given
 FEWEST_DOCUMENTS: Final = 10  # below it `Gap.bootstrap` is not to be shown: drawn from one, it has no width at all
 CONFIDENCE: Final = 0.95  # of every interval
@@ -371,13 +373,18 @@ def _check_resamples(resamples: int) -> None:
 
 
 def _pairs(runs: _Runs) -> list[tuple[Size, str, str]]:
-    """Every size and two of its directions; runs that stand at two sizes, to meet others at each, are a pair once."""
-    found: dict[object, tuple[Size, str, str]] = {}
-    for size in sorted(runs, key=lambda size: (isinstance(size, str), size)):
-        for a, b in combinations(sorted(runs[size], key=direction_rank), 2):
-            of_pair = [run for direction in (a, b) for run in runs[size][direction].values()]
-            found.setdefault(tuple((run.name, run.nll_d.tobytes()) for run in of_pair), (size, a, b))
-    return list(found.values())
+    """Every size and two of its directions."""
+    return [
+        (size, a, b)
+        for size in sorted(runs, key=lambda size: (isinstance(size, str), size))
+        for a, b in combinations(sorted(runs[size], key=direction_rank), 2)
+        if is_pair(size, b)
+    ]
+
+
+def is_pair(size: Size, b: str) -> bool:
+    """Whether `b`, the later of two directions, is compared at a size: at one `PER_DIRECTION` only bidirectional is."""
+    return PER_DIRECTION not in str(size) or b == "bidirectional"
 
 
 def _measure(runs: _Runs, a: str, b: str, size: Size, resamples: int, seed: int) -> Gap:

@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bwlm.analysis.stats import PER_DIRECTION
 from bwlm.errors import UserError
 from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder
@@ -283,9 +284,6 @@ def best_on_test(table: pd.DataFrame, best: list[BestRate]) -> pd.DataFrame:
 
 
 ONE_WAY = ("forward", "backward")
-
-PER_DIRECTION = ", bidirectional at equal tokens per direction"
-"""Marks the size of pairs in which the bidirectional runs have read twice the tokens."""
 
 
 def equal_per_direction(test: pd.DataFrame, folders: list[ExperimentFolder], labels: dict[str, str]) -> pd.DataFrame:

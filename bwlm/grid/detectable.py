@@ -9,8 +9,8 @@ from itertools import combinations, product
 from typing import Any
 
 from bwlm.analysis.power import POWER, detectable_gap
-from bwlm.analysis.stats import FEWEST_SEEDS, counted
-from bwlm.analysis.tables import ONE_WAY, PER_DIRECTION, doubled, size_labels
+from bwlm.analysis.stats import FEWEST_SEEDS, PER_DIRECTION, counted
+from bwlm.analysis.tables import ONE_WAY, doubled, size_labels
 from bwlm.config import DIRECTIONS
 from bwlm.grid.cells import text_key
 from bwlm.grid.spec import Cell, Plan

@@ -16,8 +16,7 @@ from bwlm.analysis.gap_over_size import GapTrend, gap_by_size
 from bwlm.analysis.scaling import analyse, scaling
 from bwlm.analysis.scaling_fit import COLUMNS, fit, hold_out
 from bwlm.analysis.scaling_law import Law, objective, scaling_parameters
-from bwlm.analysis.stats import Gap
-from bwlm.analysis.tables import PER_DIRECTION
+from bwlm.analysis.stats import PER_DIRECTION, Gap
 from bwlm.errors import UserError
 from bwlm.model.shape import GPTConfig
 from tests.analysis.storage import STEPS, finish, make_cell

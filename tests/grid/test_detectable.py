@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bwlm.analysis.tables import PER_DIRECTION
+from bwlm.analysis.stats import PER_DIRECTION
 from bwlm.grid.detectable import PlannedPair, detectable, detectable_words, planned_pairs
 from bwlm.grid.spec import Plan, load_grid
 

@@ -213,7 +213,7 @@ def test_the_file_describes_itself(path: Path) -> None:
 
 
 def test_what_holds_for_no_whole_run_is_refused(path: Path) -> None:
-    for name, message in [("gradients/norm", "of gradients do: parameter"), ("losses/x", "of losses do: none")]:
+    for name, message in [("gradients/norm", "gradients has: parameter"), ("losses/x", "losses has: none")]:
         with pytest.raises(ValueError, match=rf"{name}: no dataset that holds for a whole run; {message}"):
             ResearchLog(path, fixed={name: [1]})
     ResearchLog(path).close()  # and the lock is free
