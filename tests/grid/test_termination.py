@@ -150,8 +150,8 @@ def test_a_worker_of_another_node_is_asked_there(monkeypatch: pytest.MonkeyPatch
         def pid(self) -> int:
             return os.getpid()
 
-    worker = Worker.remote()
-    pid = ray.get(worker.pid.remote())
+    actor = Worker.remote()
+    pid = ray.get(actor.pid.remote())
     host = ray.nodes()[0]["NodeManagerHostname"]
     monkeypatch.setattr(worker.socket, "gethostname", lambda: "elsewhere")
     worker.ask_to_end(f"{host}:{pid}")
