@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -114,7 +115,7 @@ def _totals(shards: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def cost_section(folders: list[ExperimentFolder]) -> list[str]:
-    """Time, tokens and FLOPs that the runs took, by direction. Energy is not measured."""
+    """Time, tokens, FLOPs and, of runs whose GPU told its power, energy, by direction."""
     rows = []
     for folder in folders:
         curve = load_curves(folder)
@@ -128,14 +129,26 @@ def cost_section(folders: list[ExperimentFolder]) -> list[str]:
                     "FLOPs": float(last["flops"]),
                     "hours of steps": curve["step_seconds"].sum() / 3600,
                     "hours of validation": validation / 3600,
+                    "kWh of GPUs": _energy(folder, curve),
                 }
             )
     if not rows:
         return ["## Cost", "Nothing has been trained yet."]
-    table = pd.DataFrame(rows).groupby("direction", sort=False).sum().reset_index()
+    table = pd.DataFrame(rows).groupby("direction", sort=False).sum(min_count=1).reset_index()
+    unknown = table["kWh of GPUs"].isna().all()
+    energy = "not known: no GPU told its power" if unknown else "that of GPUs during steps, all like rank 0's"
+    table = table.drop(columns="kWh of GPUs") if unknown else table
     for name in ("tokens", "FLOPs"):
         table[name] = [f"{value:.3g}" for value in table[name]]
-    return ["## Cost", frame_to_markdown(table), "Hours are those of workers. Energy is not measured."]
+    return ["## Cost", frame_to_markdown(table), f"Hours are those of workers. Energy is {energy}."]
+
+
+def _energy(folder: ExperimentFolder, curve: pd.DataFrame) -> float:
+    """kWh of all ranks' GPUs in training steps; NaN where their power was not told."""
+    if "gpu_watts" not in curve:
+        return math.nan
+    joules = (curve["gpu_watts"].ffill().bfill() * curve["step_seconds"]).sum()
+    return float(joules) * folder.config().experiment.resources.workers / 3.6e6
 
 
 def repeat_section(folders: list[ExperimentFolder], command: str) -> list[str]:

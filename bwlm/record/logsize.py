@@ -52,8 +52,9 @@ def raw_bytes(experiment: Experiment, shape: GPTConfig, steps: int) -> dict[str,
 
 
 def _kept(experiment: Experiment, group: str) -> list[Column]:
-    """The columns of one entry: losses by reading are those of the run's own readings."""
+    """The columns of one entry: losses by reading are those of the run's own readings, power is a GPU's."""
     others = {f"loss_{reading}" for reading in DIRECTIONS if reading not in own_readings(experiment.direction)}
+    others |= set() if experiment.resources.gpus_per_worker else {"gpu_watts"}
     return [column for name, column in GROUPS[group].columns.items() if name not in others]
 
 

@@ -72,6 +72,7 @@ GROUPS = {
             "mfu": _scalar("share", "model FLOPs over the hardware's peak"),
             "step_seconds": _scalar("s", "of the step itself"),
             "memory_bytes": _scalar("bytes", "resident on a CPU, the most that tensors took on a GPU"),
+            "gpu_watts": _scalar("W", "power of rank 0's GPU, where its driver tells"),
         },
     ),
     "tokens": Group(

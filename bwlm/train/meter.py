@@ -109,4 +109,13 @@ class Meter:
             "memory_bytes": memory,
             "research_log_bytes": sum(path.stat().st_size for path in records),
             "disk_free_bytes": shutil.disk_usage(self._folder).free,
+            **(_power(self._device) if on_gpu else {}),
         }
+
+
+def _power(device: torch.device) -> dict[str, float]:
+    """Watts of this rank's GPU, where its driver tells."""
+    try:
+        return {"gpu_watts": torch.cuda.power_draw(device) / 1000}
+    except Exception:  # NVML has many reasons, and a figure that is missing must not end a run
+        return {}

@@ -7,6 +7,7 @@ import re
 import shlex
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,12 @@ from bwlm.analysis.findings import find
 from bwlm.analysis.losses import gaps_from
 from bwlm.analysis.report import LOSSES, PAGE, REPORT, train_command, write_experiment_report, write_grid_report
 from bwlm.analysis.result import frame_to_markdown, markdown_table
+from bwlm.analysis.sections import cost_section
 from bwlm.analysis.verdict import GAP_HEADER, gap_columns
+from bwlm.config import Experiment, ResourceSettings
 from bwlm.grid.spec import plan_experiment
 from bwlm.paths import read_json
+from bwlm.record.journal import Journal
 from bwlm.record.lineage import ExperimentFolder, Status, write_cells
 from tests.analysis.storage import finish, make_cell
 
@@ -528,3 +532,22 @@ def test_bidirectional_cells_are_compared_at_equal_tokens_in_all_and_per_directi
     assert found[once, "forward", "bidirectional"] == pytest.approx(0.2)
     assert found[per_direction, "forward", "bidirectional"] == pytest.approx(-0.1, abs=0.002)
     assert found[per_direction, "backward", "bidirectional"] == pytest.approx(-0.2, abs=0.002)
+
+
+def test_energy_is_told_of_runs_whose_gpu_told_its_power(tmp_path: Path) -> None:
+    """20 steps of half a second at 400 W, and 3 of the first looks are missing: 4000 J on each of two workers."""
+    folder = make_cell(tmp_path, "forward")
+    folder.reconfigure(replace(config := folder.config(), experiment=with_workers(config.experiment, 2)))
+    assert "Energy is not known: no GPU told its power." in cost_section([finish(folder, {"forward": [20.0]})])[-1]
+    journal = Journal(folder.path)
+    for step in range(1, 21):
+        watts = {"gpu_watts": 400.0} if step > 3 else {}
+        journal.append(step, {"tokens": 1.0, "flops": 1.0, "step_seconds": 0.5, **watts})
+    journal.close()
+    _, table, words = cost_section([folder])
+    assert float(table.splitlines()[-1].split("|")[-2]) == pytest.approx(8000 / 3.6e6, abs=1e-4)
+    assert "Energy is that of GPUs during steps" in words
+
+
+def with_workers(experiment: Experiment, workers: int) -> Experiment:
+    return experiment.model_copy(update={"resources": ResourceSettings(workers=workers)})

@@ -83,3 +83,14 @@ def test_memory_records_and_disk_are_looked_at_once_a_second(tmp_path: Path, clo
     assert "memory_bytes" not in meter.stepped(1.0, 1, 1.0)
     clock[0] += 1.5
     assert "memory_bytes" in meter.stepped(1.0, 1, 1.0)
+
+
+def test_power_is_told_where_the_driver_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 350_500)
+    assert module._power(torch.device("cuda", 0)) == {"gpu_watts": 350.5}
+
+    def silent(device: torch.device) -> int:
+        raise RuntimeError("NVML: not supported")
+
+    monkeypatch.setattr(torch.cuda, "power_draw", silent)
+    assert module._power(torch.device("cuda", 0)) == {}
