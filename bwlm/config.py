@@ -15,11 +15,6 @@ Phase = Literal["base"]
 DIRECTIONS: tuple[str, ...] = get_args(DirectionName)
 
 
-def own_readings(direction: str) -> tuple[str, ...]:
-    """The readings whose mean is a direction's own figure."""
-    return ("forward", "backward") if direction == "bidirectional" else (direction,)
-
-
 NULL, PRODUCTS = CONTROL_SOURCES = ("builtin:null", "builtin:products")
 MERGE_FREE_VOCABULARY = 264
 """256 bytes and 8 special tokens: a tokenizer without merges."""

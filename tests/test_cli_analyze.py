@@ -375,5 +375,9 @@ def test_a_rate_whose_cells_have_not_all_begun_is_not_the_best_yet(shell: Shell)
     assert answer.code == 0
     assert "excluded: forward d1 lr 1: 1 of 4 cells gave no result" in answer.err
     assert "not begun, and left out: g_forward_d1_lr1_s3" in answer.err
-    for question in ("compare", "scaling"):
-        assert "Traceback" not in shell("analyze", question, "g_*").err
+    curves = shell.json("analyze", "compare", "g_*", "--output", "c.csv")
+    assert {row["seeds"] for row in curves["table"] if row["direction"] == "forward"} == {3}  # of rate 2, not of rate 1
+    assert all("3 seeds" in line for line in curves["findings"])
+    refused = shell("analyze", "scaling", "g_*")
+    assert refused.code == 2
+    assert "forward has 1 size and 1 token budget" in refused.err

@@ -96,7 +96,7 @@ def test_imports_point_down(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_heavy_libraries_stay_in_their_rooms(name: str) -> None:
+def test_heavy_libraries_stay_in_their_packages(name: str) -> None:
     for target in imports(MODULES[name]):
         for library, places in HEAVY.items():
             if target == library or target.startswith(f"{library}."):

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from bwlm.analysis.charts.insides import position_chart
 from bwlm.analysis.logs import LoggedRun, from_each
 from bwlm.analysis.result import Analysis
-from bwlm.config import own_readings
 from bwlm.record.lineage import ExperimentFolder
+from bwlm.text.direction import own_readings
 from bwlm.text.packing import PackedRows
 
 KINDS = (

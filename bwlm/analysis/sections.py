@@ -134,7 +134,11 @@ def cost_section(folders: list[ExperimentFolder]) -> list[str]:
             )
     if not rows:
         return ["## Cost", "Nothing has been trained yet."]
-    table = pd.DataFrame(rows).groupby("direction", sort=False).sum(min_count=1).reset_index()
+    by_direction = pd.DataFrame(rows).groupby("direction", sort=False)
+    table = by_direction.sum()
+    # of some runs alone it would be too little
+    table["kWh of GPUs"] = by_direction["kWh of GPUs"].agg(lambda of_runs: of_runs.sum(skipna=False))
+    table = table.reset_index()
     unknown = table["kWh of GPUs"].isna().all()
     energy = "not known: no GPU told its power" if unknown else "that of GPUs during steps, all like rank 0's"
     table = table.drop(columns="kWh of GPUs") if unknown else table

@@ -72,7 +72,9 @@ def going_on(known: RunConfig, asked: RunConfig, begun: bool = True) -> RunConfi
 
     settings = asked.experiment
     update = {"resources": settings.resources, "checkpoint": settings.checkpoint, "compute": settings.compute}
-    compute = known.compute if begun and settings.compute == known.experiment.compute else asked.compute
+    # sizes and kernels are chosen for a precision: those for another one are not this run's
+    stays = begun or asked.compute.precision != known.compute.precision
+    compute = known.compute if stays and settings.compute == known.experiment.compute else asked.compute
     identity = dict(asked.identity)
     if settings.compute.precision == "auto":
         compute = replace(compute, precision=known.compute.precision)

@@ -140,21 +140,26 @@ def _room_on_cluster(
                 "lower resources or add nodes"
             )
     chosen = _concurrency(needs, concurrency, cells, cpus, gpus, "the cluster")
-    chosen = min(chosen, _room_now(max(map(cpus_of_cell, needs))))
+    gpus_of_cell = max(resources.workers * resources.gpus_per_worker for resources in needs)
+    chosen = min(chosen, _room_now(max(map(cpus_of_cell, needs)), gpus_of_cell))
     unused = gpus and not any(resources.gpus_per_worker for resources in needs)
     hint = f", whose {int(gpus)} GPUs no cell asks for (resources.gpus_per_worker)" if unused else ""
     return Room(chosen, dashboard, f"{ray.get_runtime_context().gcs_address}{hint}")
 
 
-def _room_now(cpus: float) -> int:
-    """Cells of so many CPUs that fit beside the cluster's other work; waits until one does.
+def _room_now(cpus: float, gpus: int) -> int:
+    """Cells of so many CPUs and GPUs that fit beside the cluster's other work; waits until one does.
 
     A cell that took the last CPU would wait for its rows for ever, and so would those of the other work.
     """
-    while (free := float(ray.available_resources().get("CPU", 0)) - _SPARE_CPUS) < cpus:
-        _tell_once(f"waiting for {cpus + _SPARE_CPUS:g} free CPUs: other work holds those of the cluster")
+    while True:
+        free = ray.available_resources()
+        fits = (free.get("CPU", 0) - _SPARE_CPUS) // cpus
+        fits = min(fits, free.get("GPU", 0) // gpus) if gpus else fits
+        if fits >= 1:
+            return int(fits)
+        _tell_once(f"waiting for {cpus + _SPARE_CPUS:g} CPUs and {gpus} GPUs of the cluster that no other work holds")
         time.sleep(_LOOK_SECONDS)
-    return int(free // cpus)
 
 
 @cache

@@ -18,7 +18,7 @@ from typing import Any
 from bwlm.config import Experiment
 
 _PACKAGE = Path(__file__).parent.parent
-TRAINING_ROOMS = ("model", "text", "train", "evaluate")
+TRAINING_PACKAGES = ("model", "text", "train", "evaluate")
 _NOT_IDENTITY: Any = {
     "data": True,
     "budget": True,
@@ -60,7 +60,7 @@ def _imports(path: Path) -> Iterator[str]:
             names = [f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)]
         for name in names:
             package, _, module = name.partition(".")
-            if package == "bwlm" and module.split(".")[0] in TRAINING_ROOMS:
+            if package == "bwlm" and module.split(".")[0] in TRAINING_PACKAGES:
                 yield module
 
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from bwlm.config import DIRECTIONS, Experiment, own_readings
+from bwlm.config import DIRECTIONS, Experiment
 from bwlm.model.shape import GPTConfig
 from bwlm.record.schema import GROUPS, Column
 
@@ -53,9 +53,13 @@ def raw_bytes(experiment: Experiment, shape: GPTConfig, steps: int) -> dict[str,
 
 def _kept(experiment: Experiment, group: str) -> list[Column]:
     """The columns of one entry: losses by reading are those of the run's own readings, power is a GPU's."""
-    others = {f"loss_{reading}" for reading in DIRECTIONS if reading not in own_readings(experiment.direction)}
+    others = {f"loss_{reading}" for reading in DIRECTIONS if reading not in _own(experiment)}
     others |= set() if experiment.resources.gpus_per_worker else {"gpu_watts"}
     return [column for name, column in GROUPS[group].columns.items() if name not in others]
+
+
+def _own(experiment: Experiment) -> tuple[str, ...]:
+    return ("forward", "backward") if experiment.direction == "bidirectional" else (experiment.direction,)
 
 
 def _entries(experiment: Experiment, group: str, steps: int) -> int:
@@ -69,7 +73,7 @@ def _entries(experiment: Experiment, group: str, steps: int) -> int:
 
 def _sizes(experiment: Experiment, shape: GPTConfig) -> dict[str, int]:
     """How long each of the schema's axes is."""
-    length, depth, own = shape.sequence_length, shape.depth, own_readings(experiment.direction)
+    length, depth, own = shape.sequence_length, shape.depth, _own(experiment)
     windows = max(1, experiment.evaluation.tokens // length)
     return {
         "R": experiment.budget.batch_tokens // length,

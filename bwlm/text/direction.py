@@ -104,6 +104,11 @@ def is_marked(direction: str) -> bool:
     return direction == "bidirectional"
 
 
+def own_readings(direction: str) -> tuple[str, ...]:
+    """The readings whose mean is the direction's own figure."""
+    return ("forward", "backward") if direction == "bidirectional" else (direction,)
+
+
 def readings(direction: str, rows: Rows, seed: int) -> Ints:
     """[S] how each segment is read in training; a bidirectional coin is a hash of (seed, epoch, segment id)."""
     if direction == "bidirectional":

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from bwlm.config import ResearchLogSettings, own_readings
+from bwlm.config import ResearchLogSettings
 from bwlm.evaluate.inside import InsideView
 from bwlm.evaluate.loss import LossEvaluation, Measured, SegmentLosses
 from bwlm.model.gpt import GPT
 from bwlm.model.observe import evaluating
 from bwlm.record.lineage import RunConfig
 from bwlm.text.batches import open_rows
-from bwlm.text.direction import SpecialIds, is_marked
+from bwlm.text.direction import SpecialIds, is_marked, own_readings
 from bwlm.text.tokenizer import Tokenizer
 from bwlm.train.records import Entries
 

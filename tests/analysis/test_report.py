@@ -547,6 +547,8 @@ def test_energy_is_told_of_runs_whose_gpu_told_its_power(tmp_path: Path) -> None
     _, table, words = cost_section([folder])
     assert float(table.splitlines()[-1].split("|")[-2]) == pytest.approx(8000 / 3.6e6, abs=1e-4)
     assert "Energy is that of GPUs during steps" in words
+    silent = finish(make_cell(tmp_path, "forward", seed=1), {"forward": [20.0]})
+    assert "Energy is not known" in cost_section([folder, silent])[-1], "of some runs alone it would be too little"
 
 
 def with_workers(experiment: Experiment, workers: int) -> Experiment:

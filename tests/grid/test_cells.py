@@ -44,9 +44,12 @@ def test_where_it_runs_and_what_it_keeps_is_taken_over_and_how_it_computes_stays
 
 
 def test_a_run_that_has_not_begun_computes_as_this_machine_does_best() -> None:
-    """But for its precision, which is part of what it is."""
-    known, asked = run(), replace(run("float32"), compute=Compute("float32", "sdpa", 0, False, 2, 1))
-    assert going_on(known, asked, begun=False).compute == Compute("bfloat16", "sdpa", 0, False, 2, 1).with_threads(1)
+    """Unless that would be in another precision, which is part of what the run is and which sizes were chosen for."""
+    known, asked = run(), replace(run(), compute=Compute("bfloat16", "sdpa", 0, False, 2, 1))
+    assert going_on(known, asked, begun=False).compute == asked.compute.with_threads(1)
+    assert going_on(known, asked).compute == COMPUTE.with_threads(1)
+    other = replace(run("float32"), compute=Compute("float32", "sdpa", 0, False, 2, 1))
+    assert going_on(known, other, begun=False).compute == COMPUTE.with_threads(1)
 
 
 def test_how_it_computes_changes_where_that_is_asked_for() -> None:

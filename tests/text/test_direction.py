@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bwlm.config import DIRECTIONS, own_readings
+from bwlm.config import DIRECTIONS
 from bwlm.errors import UserError
 from bwlm.model.gpt import GPT
 from bwlm.model.shape import GPTConfig
@@ -28,6 +28,7 @@ from bwlm.text.direction import (
     check_direction,
     is_marked,
     lay_out,
+    own_readings,
     read_row,
     readings,
     restore,

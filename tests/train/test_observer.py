@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from bwlm.config import own_readings
 from bwlm.evaluate.inside import InsideView
 from bwlm.model.gpt import GPT
 from bwlm.model.observe import activation_statistics
@@ -22,7 +21,7 @@ from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder, Status
 from bwlm.record.researchlog import ResearchLog, open_log
 from bwlm.text.batches import Batch, DirectedPlan, open_rows
-from bwlm.text.direction import SpecialIds, is_marked
+from bwlm.text.direction import SpecialIds, is_marked, own_readings
 from bwlm.text.plan import RowPlan
 from bwlm.text.prepare import Prepared
 from bwlm.train.base import build_model, rows_per_step, run_base
