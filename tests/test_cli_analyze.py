@@ -365,8 +365,8 @@ def test_a_bad_option_is_one_line(options: list[str], message: str, shell: Shell
 
 def test_a_rate_whose_cells_have_not_all_begun_is_not_the_best_yet(shell: Shell) -> None:
     """Those that finished may be the ones that went well; the report of the grid says the same."""
-    for lr, nll in ((1.0, 20.0), (2.0, 30.0)):
-        for seed in range(3):
+    for lr, nll, seeds in ((1.0, 20.0, 3), (2.0, 30.0, 2)):
+        for seed in range(seeds):
             for direction in ("forward", "backward"):
                 text = np.random.default_rng(seed).uniform(0, 1, 8) + nll
                 finish(make_cell(shell.storage, direction, seed, lr), {direction: list(text)})
@@ -376,8 +376,7 @@ def test_a_rate_whose_cells_have_not_all_begun_is_not_the_best_yet(shell: Shell)
     assert "excluded: forward d1 lr 1: 1 of 4 cells gave no result" in answer.err
     assert "not begun, and left out: g_forward_d1_lr1_s3" in answer.err
     curves = shell.json("analyze", "compare", "g_*", "--output", "c.csv")
-    assert {row["seeds"] for row in curves["table"] if row["direction"] == "forward"} == {3}  # of rate 2, not of rate 1
-    assert all("3 seeds" in line for line in curves["findings"])
+    assert {row["seeds"] for row in curves["table"] if row["direction"] == "forward"} == {2}  # of rate 2, not of rate 1
     refused = shell("analyze", "scaling", "g_*")
     assert refused.code == 2
     assert "forward has 1 size and 1 token budget" in refused.err
