@@ -1,6 +1,7 @@
 """What Ray's loop costs a step: `bwlm train`, against the same steps driven by nothing but a `for`, in turn.
 
     python benchmarks/loop_overhead.py [--rounds 3] [--steps 200] [--batch-tokens 4096] [--threads N]
+    python benchmarks/loop_overhead.py --depth 12 --time 2048 --batch-tokens 131072 --steps 40      # on a GPU
 
 The whole loop is Ray Data's stream, the trial's reports, the journal and MLflow's feeding; the bare one has the same
 model, rows and threads, its batches made before the clock starts. It runs twice: beside an idle cluster like the one
@@ -40,15 +41,16 @@ def between(ends: list[float]) -> float:
 def with_ray(storage: Path, name: str, arguments: argparse.Namespace) -> float:
     """Trains, and returns seconds a step from the journal's time stamps (milliseconds)."""
     settings = {
-        "model.sequence_length": 512,
+        "model.sequence_length": arguments.time,
         "budget.steps": arguments.steps,
         "budget.batch_tokens": arguments.batch_tokens,
         "evaluation.every": 0,
-        "evaluation.tokens": 4096,
+        "evaluation.tokens": arguments.batch_tokens,
         "checkpoint.every": 0,
         "resources.cpus_per_worker": arguments.threads,
     }
-    command = [COMMAND, "train", "--direction", "forward", "--depth", "4", "--id", name, "--storage", storage]
+    depth = str(arguments.depth)
+    command = [COMMAND, "train", "--direction", "forward", "--depth", depth, "--id", name, "--storage", storage]
     for field, value in settings.items():
         command += ["--set", f"{field}={value}"]
     subprocess.run(command, check=True, capture_output=True)
@@ -68,7 +70,8 @@ def bare(folder: ExperimentFolder) -> float:
 
     config = folder.config()
     torch.set_num_threads(config.compute.threads)
-    model = build_model(config, torch.device("cpu"))
+    device = torch.device("cuda" if config.experiment.resources.gpus_per_worker else "cpu")
+    model = build_model(config, device)
     step = TrainStep(model, build_optimizer(model), config.compute.micro_rows, config.experiment.optim.grad_clip)
     rows = RowPlan(len(open_rows(config.corpus, "train")), rows_per_step(config), config.experiment.seed)
     special = SpecialIds.of(Tokenizer.load(Path(config.tokenizer)))
@@ -79,7 +82,7 @@ def bare(folder: ExperimentFolder) -> float:
     ]
     ends = []
     for batch in batches:
-        step(batch["inputs"], batch["targets"])
+        step(batch["inputs"].to(device), batch["targets"].to(device))
         ends.append(time.perf_counter())
     return between(ends)
 
@@ -99,6 +102,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--time", type=int, default=512)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)

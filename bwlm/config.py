@@ -137,13 +137,22 @@ class ResourceSettings(Settings):
         description="threads of a worker; default: this machine's cores, shared; 1 on a cluster",
         json_schema_extra=_hide_default,
     )
-    gpus_per_worker: int = Field(
+    gpus_per_worker: float = Field(
         0,
         ge=0,
         le=1,
-        description="default: 1 where this machine has one for each worker; 0 on a cluster",
+        description="a part: one that cells share; default: 1 where this machine has one for each worker; 0 on a cluster",
         json_schema_extra=_hide_default,
     )
+
+    @model_validator(mode="after")
+    def _whole_gpus_for_several(self) -> ResourceSettings:
+        if self.workers > 1 and self.gpus_per_worker not in (0, 1):
+            raise ValueError(
+                f"gpus_per_worker: several workers need a GPU each: 1, or 0 for none (found {self.gpus_per_worker:g}, "
+                f"workers {self.workers})"
+            )
+        return self
 
 
 class Recipe(Settings):

@@ -140,7 +140,7 @@ def cost_section(folders: list[ExperimentFolder]) -> list[str]:
     table["kWh of GPUs"] = by_direction["kWh of GPUs"].agg(lambda of_runs: of_runs.sum(skipna=False))
     table = table.reset_index()
     unknown = table["kWh of GPUs"].isna().all()
-    energy = "not known: no GPU told its power" if unknown else "that of GPUs during steps, all like rank 0's"
+    energy = "not known: no GPU told its power" if unknown else "that of GPUs during steps, all like rank 0's; of a shared one, a run's part"
     table = table.drop(columns="kWh of GPUs") if unknown else table
     for name in ("tokens", "FLOPs"):
         table[name] = [f"{value:.3g}" for value in table[name]]
@@ -148,11 +148,12 @@ def cost_section(folders: list[ExperimentFolder]) -> list[str]:
 
 
 def _energy(folder: ExperimentFolder, curve: pd.DataFrame) -> float:
-    """kWh of all ranks' GPUs in training steps; NaN where their power was not told."""
+    """kWh of all ranks' GPUs in training steps, of one that is shared this run's part; NaN where power was not told."""
     if "gpu_watts" not in curve:
         return math.nan
     joules = (curve["gpu_watts"].ffill().bfill() * curve["step_seconds"]).sum()
-    return float(joules) * folder.config().experiment.resources.workers / 3.6e6
+    resources = folder.config().experiment.resources
+    return float(joules) * resources.workers * resources.gpus_per_worker / 3.6e6
 
 
 def repeat_section(folders: list[ExperimentFolder], command: str) -> list[str]:

@@ -29,6 +29,8 @@ _LOOK_SECONDS = 1.0
 _SPARE_CPUS = 1.0
 """Logical CPUs left for Ray Data's tasks: without one, a cell waits for its first batch for ever."""
 
+_ROUNDING = 1e-6  # a tenth of a GPU can be given ten times
+
 TRIAL_CPUS = 0.1
 """What the trial that drives several workers asks for itself."""
 
@@ -136,7 +138,7 @@ def _room_on_cluster(
         if places < resources.workers:
             raise UserError(
                 f"resources.workers: {resources.workers} workers of {resources.cpus_per_worker} CPUs and "
-                f"{resources.gpus_per_worker} GPUs asked for, but the cluster has room for {int(places)}: "
+                f"{resources.gpus_per_worker:g} GPUs asked for, but the cluster has room for {int(places)}: "
                 "lower resources or add nodes"
             )
     chosen = _concurrency(needs, concurrency, cells, cpus, gpus, "the cluster")
@@ -147,7 +149,7 @@ def _room_on_cluster(
     return Room(chosen, dashboard, f"{ray.get_runtime_context().gcs_address}{hint}")
 
 
-def _room_now(cpus: float, gpus: int) -> int:
+def _room_now(cpus: float, gpus: float) -> int:
     """Cells of so many CPUs and GPUs that fit beside the cluster's other work; waits until one does.
 
     A cell that took the last CPU would wait for its rows for ever, and so would those of the other work.
@@ -155,10 +157,10 @@ def _room_now(cpus: float, gpus: int) -> int:
     while True:
         free = ray.available_resources()
         fits = (free.get("CPU", 0) - _SPARE_CPUS) // cpus
-        fits = min(fits, free.get("GPU", 0) // gpus) if gpus else fits
+        fits = min(fits, free.get("GPU", 0) / gpus + _ROUNDING) if gpus else fits
         if fits >= 1:
             return int(fits)
-        _tell_once(f"waiting for {cpus + _SPARE_CPUS:g} CPUs and {gpus} GPUs of the cluster that no other work holds")
+        _tell_once(f"waiting for {cpus + _SPARE_CPUS:g} CPUs and {gpus:g} GPUs of the cluster that no other work holds")
         time.sleep(_LOOK_SECONDS)
 
 
@@ -170,7 +172,14 @@ def _tell_once(message: str) -> None:
 def _places(node: dict[str, float], resources: ResourceSettings) -> float:
     """Workers that fit on one node."""
     places = node.get("CPU", 0) // resources.cpus_per_worker
-    return min(places, node.get("GPU", 0) // resources.gpus_per_worker) if resources.gpus_per_worker else places
+    if resources.gpus_per_worker:
+        places = min(places, _parts(node.get("GPU", 0), resources.gpus_per_worker))
+    return places
+
+
+def _parts(gpus: float, each: float) -> int:
+    """How often a part of a GPU, or some of them, can be given: a part never lies on two."""
+    return int(gpus) * int(1 / each + _ROUNDING) if each < 1 else int(gpus // each)
 
 
 def _concurrency(
@@ -187,8 +196,8 @@ def _fitting(resources: ResourceSettings, cpus: float, gpus: float, where: str) 
     fits = int(cpus // cpus_of_cell(resources))
     need = f"{resources.workers} x {resources.cpus_per_worker} CPUs"
     if resources.gpus_per_worker:
-        fits = min(fits, int(gpus // (resources.workers * resources.gpus_per_worker)))
-        need += f" and {resources.gpus_per_worker} GPUs"
+        fits = min(fits, _parts(gpus, resources.workers * resources.gpus_per_worker))
+        need += f" and {resources.gpus_per_worker:g} GPUs"
     if fits < 1:
         raise UserError(
             f"resources.workers: a cell needs {need}, but {where} has {int(cpus)} CPUs and {int(gpus)} GPUs to give: "

@@ -25,6 +25,8 @@ def plan_compute(experiment: Experiment, shape: GPTConfig, steps: int) -> Comput
         asked.device_batch_size,
     )
     hardware, peak = _worker_hardware("cuda" if resources.gpus_per_worker else "cpu", resources.cpus_per_worker)
+    if 0 < (part := resources.gpus_per_worker) < 1:
+        hardware = replace(hardware, name=f"{part:g} of a {hardware.name}", memory=part * hardware.memory)
     rows = experiment.budget.batch_tokens // shape.sequence_length // resources.workers
     chosen = compiled_if_it_can(choose_compute(wanted, hardware, peak, shape, rows, steps), experiment)
     return replace(chosen, reasons=chosen.reasons | {"allocator": _allocator()})

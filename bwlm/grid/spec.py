@@ -221,7 +221,7 @@ def _with_threads(cell: Cell, cores: int) -> Cell:
     return _resourced(cell, cpus_per_worker=max(1, cores // resources.workers))
 
 
-def _resourced(cell: Cell, **update: int) -> Cell:
+def _resourced(cell: Cell, **update: float) -> Cell:
     resources = cell.experiment.resources.model_copy(update=update)
     return replace(cell, experiment=cell.experiment.model_copy(update={"resources": resources}))
 

@@ -61,6 +61,8 @@ class RaySession:
         self.world = context.get_world_size() if context else 1
         if resources.gpus_per_worker:
             self.device = ray.train.torch.get_device() if several else torch.device("cuda", 0)
+            # a cell that wants more than its part fails alone, and not those beside it
+            torch.cuda.set_per_process_memory_fraction(resources.gpus_per_worker, self.device)
         else:
             self.device = torch.device("cpu")
         self._steps = steps

@@ -1,8 +1,8 @@
 """Causal self-attention over whole rows, by one of two kernels that compute the same.
 
-'sdpa' is torch's `scaled_dot_product_attention`: flash attention on a GPU. 'blocked' is for CPUs, where torch's own
-kernel multiplies slowly: blocks of queries against the keys up to them, as plain batched matmuls, with the
-probabilities kept for the backward pass. It holds about B H T^2 / 2 of them, so it is not for very long rows.
+'sdpa' is torch's `scaled_dot_product_attention`: on a GPU flash attention, its own or cuDNN's. 'blocked' is for CPUs,
+where torch's kernel multiplies slowly: blocks of queries against the keys up to them, as plain batched matmuls, with
+the probabilities kept for the backward pass. It holds about B H T^2 / 2 of them, so it is not for very long rows.
 
 Axes: B batch, T time, H heads, K kv heads, D head dimension, S keys up to the end of a block, Q queries of a block.
 """

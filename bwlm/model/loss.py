@@ -87,7 +87,11 @@ def chunk_gradient(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, 
     wanted = p.gather(1, index).squeeze(1)
     total = p.exp_().sum(1)
     losses = torch.where(valid, total.log() - wanted, 0.0)
-    p.mul_((valid / total)[:, None]).scatter_add_(1, index, -valid.to(p.dtype)[:, None])
+    p.mul_((valid / total)[:, None])
+    if torch.compiler.is_compiling():  # a scatter ends a kernel, so that p would travel through a GPU's memory twice
+        p = p - (torch.arange(p.size(1), device=p.device) == targets[:, None]).to(p.dtype)
+    else:
+        p.scatter_add_(1, index, -valid.to(p.dtype)[:, None])
     return losses, p.mul_(z.square_().neg_().add_(1)).to(x.dtype), logits
 
 

@@ -1,8 +1,12 @@
-"""Muon by the precision of the model: torch's own always orthogonalizes in bfloat16, whatever the hardware."""
+"""Muon with all matrices of one shape in one batched product, in the precision of the model.
+
+torch's own takes one matrix at a time, always in bfloat16: on a GPU its launches take 1.8 to 7 times as long as the
+products, and a CPU that only emulates bfloat16 takes up to 18 times as long as in float32 (benchmarks/RESULTS.md).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,53 +18,54 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 _EPS = 1e-7
 
+_MOST_ELEMENTS = 2**26
+"""Of one product: what it holds besides the gradients is some times that, and larger matrices fill a GPU alone."""
 
-class Float32Muon(torch.optim.Muon):
-    """torch's update, orthogonalized in float32, as nanochat's is where it computes in float32.
 
-    A CPU that only emulates bfloat16 takes up to 18 times as long for torch's (benchmarks/RESULTS.md).
-    """
+class Muon(torch.optim.Muon):
+    """torch's update and state: heavy-ball momentum with Nesterov's look ahead, orthogonalized, and decoupled decay."""
+
+    def __init__(self, group: dict[str, Any], weight_decay: float, precision: torch.dtype) -> None:
+        """`group` of matrices as torch takes it; they are orthogonalized in `precision`."""
+        # 'original' scales a matrix's update by sqrt(max(1, rows / columns)), as nanochat's Muon does
+        super().__init__([group], momentum=0.95, weight_decay=weight_decay, adjust_lr_fn="original")
+        self._precision = precision
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
-            for matrix in group["params"]:
-                if matrix.grad is None:
-                    continue
-                if "momentum_buffer" not in (state := self.state[matrix]):
-                    state["momentum_buffer"] = torch.zeros_like(matrix)
-                buffer = state["momentum_buffer"]
-                buffer.lerp_(matrix.grad, 1 - group["momentum"])
-                update = orthogonalize(matrix.grad.lerp(buffer, group["momentum"]))
-                rows, columns = matrix.shape
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+            for matrices in _batches([matrix for matrix in group["params"] if matrix.grad is not None]):
+                self._update(matrices, group)
+
+    def _update(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        buffers = [self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix)) for matrix in matrices]
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+        ahead = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
+        updates = orthogonalize(ahead.to(self._precision)).to(ahead.dtype)
+        rows, columns = matrices[0].shape
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(matrices, updates.unbind(), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """[M, N] to about the nearest matrix with orthonormal rows or columns, in the precision that it has."""
-    tall = matrix.size(0) > matrix.size(1)
-    x = matrix.T if tall else matrix
-    x = x / x.norm().clamp_min(_EPS)
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """[K, M, N] to about the nearest ones with orthonormal rows or columns, in the precision that they have."""
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(_EPS)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
-def build_muon(group: dict[str, Any], weight_decay: float, precision: torch.dtype) -> torch.optim.Muon:
-    """Muon of one group of matrices for a model that computes in `precision`."""
-    kind = Float32Muon if precision == torch.float32 else torch.optim.Muon
-    # 'original' scales a matrix's update by sqrt(max(1, rows / columns)), as nanochat's Muon does
-    return kind(
-        [group],
-        momentum=0.95,
-        nesterov=True,
-        ns_coefficients=COEFFICIENTS,
-        ns_steps=ITERATIONS,
-        eps=_EPS,
-        weight_decay=weight_decay,
-        adjust_lr_fn="original",
-    )
+def _batches(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Matrices of one shape, in their order."""
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for matrix in matrices:
+        by_shape.setdefault(matrix.shape, []).append(matrix)
+    for alike in by_shape.values():
+        most = max(1, _MOST_ELEMENTS // alike[0].numel())
+        yield from (alike[start : start + most] for start in range(0, len(alike), most))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bwlm.model.gpt import GPT
-from bwlm.model.muon import build_muon
+from bwlm.model.muon import Muon
 
 Kind = Literal["muon", "adamw"]
 
@@ -149,7 +149,7 @@ def build_optimizer(
         mine = [matrix for matrix in matrices if owners.get(matrix, rank) == rank]
         if mine:  # a shallow model on many ranks leaves some of them without
             group = _group("matrix", mine, lr * MUON_RATE)
-            parts["muon"] = build_muon(group, weight_decay, model.compute_dtype)
+            parts["muon"] = Muon(group, weight_decay, model.compute_dtype)
     elif kind == "adamw":
         matrix_group = _group("matrix", matrices, for_width * ADAMW_MATRIX_RATE)
         adamw_groups.insert(0, matrix_group | {"betas": (0.9, 0.95), "weight_decay": weight_decay})

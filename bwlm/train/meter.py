@@ -114,7 +114,7 @@ class Meter:
 
 
 def _power(device: torch.device) -> dict[str, float]:
-    """Watts of this rank's GPU, where its driver tells."""
+    """Watts of this rank's GPU, whoever else uses it, where its driver tells."""
     try:
         return {"gpu_watts": torch.cuda.power_draw(device) / 1000}
     except Exception:  # NVML has many reasons, and a figure that is missing must not end a run

@@ -405,13 +405,18 @@ def test_a_machines_gpus_are_used_unless_told_otherwise(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(spec, "available_gpus", lambda: gpus)
 
-    def asked(*settings: str) -> set[int]:
+    def asked(*settings: str) -> set[float]:
         cells = load_grid(grid_file, [f"resources.workers={workers}", *settings]).cells
         return {cell.experiment.resources.gpus_per_worker for cell in cells}
 
     assert asked() == {each}
     assert asked("resources.gpus_per_worker=0") == {0}
     assert asked("resources.gpus_per_worker=1") == {1}
+    if workers == 1:
+        assert asked("resources.gpus_per_worker=0.25") == {0.25}
+    else:
+        with pytest.raises(UserError, match=r"resources: gpus_per_worker: several workers need a GPU each.*0\.25"):
+            asked("resources.gpus_per_worker=0.25")
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert asked() == {0}  # what a cluster has is not known here
 

@@ -1,15 +1,13 @@
-"""Muon in float32: the same update as torch's to bfloat16's precision, and chosen by the model's."""
+"""Muon in batches: the update of torch's, which takes one matrix at a time, in either precision."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bwlm.model.gpt import GPT
-from bwlm.model.muon import Float32Muon, build_muon, orthogonalize
-from bwlm.model.optim import build_optimizer
-from bwlm.model.shape import GPTConfig
+from bwlm.model import muon
+from bwlm.model.muon import Muon, orthogonalize
 
 SHAPES = [(24, 24), (48, 12), (12, 48)]
 
@@ -20,38 +18,38 @@ def random(shape: tuple[int, int], seed: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_singular_values_end_near_one_and_their_vectors_stay(shape: tuple[int, int]) -> None:
-    matrix = random(shape, 0)
-    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    found = u.T @ orthogonalize(matrix) @ v.T
-    values = found.diagonal()
-    assert values.min() > 0.6
-    assert values.max() < 1.3
-    assert (found - torch.diag(values)).abs().max() < 1e-4
+    matrices = torch.stack([random(shape, seed) * 10**seed for seed in range(3)])
+    for matrix, orthogonal in zip(matrices, orthogonalize(matrices), strict=True):
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        found = u.T @ orthogonal @ v.T
+        values = found.diagonal()
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+        assert (found - torch.diag(values)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_an_update_is_torchs_to_the_precision_of_bfloat16(shape: tuple[int, int]) -> None:
-    """Over steps in which rate and momentum change, with weight decay."""
-    ours, theirs = (torch.nn.Parameter(random(shape, 1)) for _ in range(2))
-    optimizers = {
-        matrix: build_muon({"params": [matrix], "lr": 0.02}, 0.1, precision)
-        for matrix, precision in ((ours, torch.float32), (theirs, torch.bfloat16))
-    }
-    assert isinstance(optimizers[ours], Float32Muon)
-    assert not isinstance(optimizers[theirs], Float32Muon)
-    for matrix, optimizer in optimizers.items():
+@pytest.mark.parametrize("most", [2**26, 1, 2 * 24 * 24], ids=["all at once", "one by one", "two by two"])
+@pytest.mark.parametrize(("precision", "error"), [(torch.float32, 0.02), (torch.bfloat16, 0.005)])
+def test_an_update_is_torchs_for_every_matrix(
+    precision: torch.dtype, error: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over steps in which rate and momentum change, with weight decay; one matrix has no gradient at one of them."""
+    monkeypatch.setattr(muon, "_MOST_ELEMENTS", most)
+    start = [random(shape, seed) for seed, shape in enumerate(SHAPES * 3)]
+    ours, theirs = ([nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    optimizers = [
+        (ours, Muon({"params": ours, "lr": 0.02}, 0.1, precision)),
+        (theirs, torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="original")),
+    ]
+    for matrices, optimizer in optimizers:
         for step in range(4):
             optimizer.param_groups[0] |= {"lr": 0.02 / (step + 1), "momentum": 0.85 + 0.02 * step}
-            matrix.grad = random(shape, 10 + step)
+            for number, matrix in enumerate(matrices):
+                matrix.grad = None if (step, number) == (2, 3) else random(SHAPES[number % 3], 10 * step + number)
             optimizer.step()
-    buffers = [optimizer.state[matrix]["momentum_buffer"] for matrix, optimizer in optimizers.items()]
-    assert torch.equal(*buffers)
-    moved = (random(shape, 1) - theirs).norm()
-    assert 0 < (ours - theirs).norm() < 0.02 * moved
-
-
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_it_is_chosen_by_what_the_model_computes_in(precision: torch.dtype) -> None:
-    config = GPTConfig(vocab_size=64, depth=1, width=32, heads=2, kv_heads=1, sequence_length=16)
-    optimizer = build_optimizer(GPT(config, precision))
-    assert isinstance(optimizer.parts["muon"], Float32Muon) is (precision == torch.float32)
+    for before, own, their in zip(start, ours, theirs, strict=True):
+        buffers = (optimizer.state[m]["momentum_buffer"] for m, (_, optimizer) in zip((own, their), optimizers))
+        assert torch.equal(*buffers)
+        moved = (before - their).norm()
+        assert 0 < moved
+        assert (own - their).norm() < error * moved
