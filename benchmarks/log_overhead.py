@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from bwlm.config import ResearchLogSettings
@@ -28,6 +27,7 @@ from bwlm.model.optim import build_optimizer
 from bwlm.model.shape import GPTConfig
 from bwlm.model.step import TrainStep
 from bwlm.record.researchlog import ResearchLog
+from bwlm.text.plan import RowPlan
 from bwlm.train.observer import Observer
 from bwlm.train.session import AloneSession
 
@@ -51,13 +51,13 @@ class Bench:
         self.step_of = TrainStep(self.model, build_optimizer(self.model, 1.0, 0.0, "muon"), arguments.rows, 1.0)
         ids = torch.randint(0, arguments.vocab, (arguments.rows, arguments.time + 1))
         self.tensors = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "segments": torch.zeros_like(ids[:, 1:])}
-        self.rows = np.arange(arguments.rows)
+        self.plan = RowPlan(10**6, arguments.rows, seed=0)
         observer = self.observer(ALL)
         self.log = ResearchLog(folder / "base.h5", fixed=observer.fixed())
         self.number = 0
 
     def observer(self, settings: ResearchLogSettings) -> Observer:
-        return Observer(self.model, settings, AloneSession(), masked=False)
+        return Observer(self.model, settings, AloneSession(), False, lambda step: self.plan.at(step)[0])
 
     def step(self, settings: ResearchLogSettings) -> dict[str, float]:
         """One step, and the seconds of its parts."""
@@ -71,7 +71,7 @@ class Bench:
         result = self.step_of(self.tensors["inputs"], self.tensors["targets"], None, False, view.predict, see)
         spent["step"] = time.perf_counter() - began
         metrics = {"train_loss": result.loss, "grad_norm": result.grad_norm, "tokens": 1.0, "lr_multiplier": 1.0}
-        spent["gather"] = seconds(lambda: view.entries(result, metrics, self.rows))
+        spent["gather"] = seconds(lambda: view.entries(result, metrics))
         for group, columns in view.seen.items():
             spent[f"write {group}"] = seconds(lambda g=group, c=columns: self.log.write(g, self.number, **c))
         return spent

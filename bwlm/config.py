@@ -141,7 +141,7 @@ class ResourceSettings(Settings):
         0,
         ge=0,
         le=1,
-        description="a part: one that cells share; default: 1 where this machine has one for each worker; 0 on a cluster",
+        description="0.25: four cells share one; default: 1 where this machine has one for each worker; 0 on a cluster",
         json_schema_extra=_hide_default,
     )
 

@@ -140,7 +140,11 @@ def cost_section(folders: list[ExperimentFolder]) -> list[str]:
     table["kWh of GPUs"] = by_direction["kWh of GPUs"].agg(lambda of_runs: of_runs.sum(skipna=False))
     table = table.reset_index()
     unknown = table["kWh of GPUs"].isna().all()
-    energy = "not known: no GPU told its power" if unknown else "that of GPUs during steps, all like rank 0's; of a shared one, a run's part"
+    energy = (
+        "not known: no GPU told its power"
+        if unknown
+        else "that of GPUs during steps, all like rank 0's; of a shared one, a run's part"
+    )
     table = table.drop(columns="kWh of GPUs") if unknown else table
     for name in ("tokens", "FLOPs"):
         table[name] = [f"{value:.3g}" for value in table[name]]

@@ -85,7 +85,7 @@ def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str,
     step_of = TrainStep(phase.model, phase.optimizer, phase.compute.micro_rows, phase.optim.grad_clip, session.world)
     peak = peak_flops(session.device, phase.compute.precision) * session.world
     meter = Meter(progress, phase.steps, flops_per_token(phase.model.config), peak, session.device, folder.path)
-    observer = Observer(phase.model, phase.research_log, session, phase.masked)
+    observer = Observer(phase.model, phase.research_log, session, phase.masked, phase.rows_at)
     opened = together(session, lambda: _records(phase, folder, session, observer.fixed(), progress.step))
     with opened or nullcontext() as records:
         for batch in phase.batches(progress.step, phase.steps):
@@ -93,7 +93,7 @@ def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str,
             result, metrics, view = _step(phase, step_of, batch, progress.step, observer)
             seconds = time.perf_counter() - began
             metrics |= meter.stepped(result.loss, batch["inputs"].size * session.world, seconds)
-            entries = view.entries(result, metrics, phase.rows_at(view.number - 1))
+            entries = view.entries(result, metrics)
             if validation := _validate(phase, progress):
                 metrics |= validation.metrics
                 entries |= validation.entries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,8 @@ class Observer:
     settings: ResearchLogSettings
     session: Session
     masked: bool
+    rows_at: Callable[[int], NDArray[np.int64]]
+    """Those of the whole batch, rank after rank, of a step counted from 0"""
 
     def fixed(self) -> dict[str, Any]:
         """What the groups of steps hold for the whole run."""
@@ -92,15 +95,15 @@ class StepView:
             found = activation_statistics(observer.model, self.tensors["inputs"][rows], segments)
             self.seen["activations"] = _arrays(found)
 
-    def entries(self, result: StepResult, metrics: dict[str, float], rows: NDArray[np.int64]) -> Entries:
-        """What rank 0 writes of the step; a collective. `rows` are those of the whole batch, rank after rank."""
+    def entries(self, result: StepResult, metrics: dict[str, float]) -> Entries:
+        """What rank 0 writes of the step; a collective."""
         if self.predict:
-            self._see_tokens(result, rows)
+            self._see_tokens(result)
         if self.observer.is_due("scalars", self.number):
             self.seen["train"] = {name: metrics[key] for name, key in _SCALARS.items() if key in metrics}
         return self.seen
 
-    def _see_tokens(self, result: StepResult, rows: NDArray[np.int64]) -> None:
+    def _see_tokens(self, result: StepResult) -> None:
         session = self.observer.session
         ids = torch.stack([self.tensors["inputs"], self.tensors["targets"], result.predicted]).int()
         everywhere, losses = _gathered(ids, session), _gathered(result.token_losses.half(), session)
@@ -111,7 +114,7 @@ class StepView:
         ranks = np.repeat(np.arange(session.world, dtype=np.int16), len(losses[0]))
         self.seen["tokens"] = {
             "rank": ranks,
-            "row": rows,
+            "row": self.observer.rows_at(self.number - 1),  # takes a millisecond
             "input": read,
             "target": target,
             "predicted": predicted,

@@ -23,7 +23,7 @@ from bwlm.analysis.report import LOSSES, PAGE, REPORT, train_command, write_expe
 from bwlm.analysis.result import frame_to_markdown, markdown_table
 from bwlm.analysis.sections import cost_section
 from bwlm.analysis.verdict import GAP_HEADER, gap_columns
-from bwlm.config import Experiment, ResourceSettings
+from bwlm.config import ResourceSettings
 from bwlm.grid.spec import plan_experiment
 from bwlm.paths import read_json
 from bwlm.record.journal import Journal

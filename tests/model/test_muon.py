@@ -48,8 +48,8 @@ def test_an_update_is_torchs_for_every_matrix(
                 matrix.grad = None if (step, number) == (2, 3) else random(SHAPES[number % 3], 10 * step + number)
             optimizer.step()
     for before, own, their in zip(start, ours, theirs, strict=True):
-        buffers = (optimizer.state[m]["momentum_buffer"] for m, (_, optimizer) in zip((own, their), optimizers))
-        assert torch.equal(*buffers)
+        ours_of, theirs_of = (optimizer.state for _, optimizer in optimizers)
+        assert torch.equal(ours_of[own]["momentum_buffer"], theirs_of[their]["momentum_buffer"])
         moved = (before - their).norm()
-        assert 0 < moved
+        assert moved > 0
         assert (own - their).norm() < error * moved

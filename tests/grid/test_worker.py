@@ -1,9 +1,8 @@
-"""Where cells run: addresses that cannot work are told in a line, and a worker waits no longer than it is asked to."""
+"""A worker of a cell: it uses what was reserved for it, waits no longer than it is asked to, and keeps no memory."""
 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from typing import Any
@@ -13,54 +12,14 @@ import ray
 import torch
 
 from bwlm.config import ResourceSettings
-from bwlm.errors import RunError, UserError
-from bwlm.grid import cluster, worker
-from bwlm.grid.cluster import _connect, cpus_of_cell
-from bwlm.grid.launch import _check_tracking
+from bwlm.errors import RunError
+from bwlm.grid import hardware, worker
+from bwlm.grid.hardware import plan_compute
 from bwlm.grid.worker import train_worker
-from bwlm.record.lineage import ExperimentFolder, Status
+from bwlm.model.compute import Compute, Hardware
+from bwlm.record.lineage import ExperimentFolder, Status, shape_of
 from bwlm.train import base
 from tests.runs import NewRun
-
-
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def test_a_cluster_that_is_not_there() -> None:
-    with pytest.raises(UserError, match=r"RAY_ADDRESS: 127.0.0.1:\d+ does not answer .*unset RAY_ADDRESS"):
-        _connect(f"127.0.0.1:{closed_port()}")
-
-
-def test_a_machine_too_busy_for_ray_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def init(**options: object) -> None:
-        raise Exception(told)
-
-    monkeypatch.setattr(cluster.ray, "init", init)
-    told = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
-    with pytest.raises(UserError, match=r"Ray did not start within 30 s.*run the same command"):
-        cluster._start(2)
-    told = "something else"
-    with pytest.raises(Exception, match="something else"):
-        cluster._start(2)
-
-
-def test_the_address_for_jobs_is_not_the_cluster() -> None:
-    with pytest.raises(UserError, match="takes jobs only: use `ray job submit`"):
-        _connect("http://127.0.0.1:8265")
-
-
-def test_a_tracking_server_that_is_not_there() -> None:
-    with pytest.raises(UserError, match=r"tracking: 127.0.0.1:\d+ does not answer .*unset MLFLOW_TRACKING_URI"):
-        _check_tracking(f"http://user:secret@127.0.0.1:{closed_port()}")
-    _check_tracking("sqlite:////tmp/x.db")
-
-
-def test_what_a_cell_holds() -> None:
-    assert cpus_of_cell(ResourceSettings(workers=1, cpus_per_worker=2)) == 2
-    assert cpus_of_cell(ResourceSettings(workers=3, cpus_per_worker=2)) == pytest.approx(6.1)
 
 
 def test_a_worker_that_waits_for_its_run_leaves_when_it_is_asked_to_end(
@@ -91,6 +50,31 @@ def test_a_worker_uses_what_its_launch_reserved(new_run: NewRun, monkeypatch: py
     assert seen == [(1, "cpu", 2)]
 
 
+def test_a_part_of_a_gpu_has_its_part_of_the_memory(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Depth 20 needs 1.2 MB a token: a tenth of an H200 holds 7 GB of them, a whole one more than a pass takes."""
+    gpu = Hardware("cuda", "NVIDIA H200", native_bfloat16=True, compiler="", memory=141e9)
+    monkeypatch.setattr(hardware, "_worker_hardware", lambda device, threads: (gpu, 989e12))
+    experiment = new_run().config().experiment
+    large = experiment.model_copy(
+        update={"depth": 20, "budget": experiment.budget.model_copy(update={"batch_tokens": 2**20})}
+    )
+
+    def planned(part: float) -> Compute:
+        resources = ResourceSettings(gpus_per_worker=part)
+        return plan_compute(large.model_copy(update={"resources": resources}), shape_of(large), 10)
+
+    time = experiment.model.sequence_length
+    assert (planned(1).micro_rows * time, planned(0.1).micro_rows * time) == (2**15, 2**12)
+    assert planned(0.1).reasons["device"] == "0.1 of a NVIDIA H200"
+
+    limited = list[tuple[float, str]]()
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda part, device: limited.append((part, str(device)))
+    )
+    worker.RaySession(10, ResourceSettings(gpus_per_worker=0.1))
+    assert limited == [(0.1, "cuda:0")]
+
+
 def test_an_end_that_cannot_be_noted_is_raised_for_tune_to_count(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,27 +91,6 @@ def test_a_stopped_cell_has_time_to_write_its_records() -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TUNE_")}
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert int(shown.stdout) >= 600
-
-
-def test_a_launch_waits_for_room_beside_other_work_and_takes_no_more(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Cells of 2 CPUs, and one that is spared for rows."""
-    free = iter([{}, {"CPU": 2.9}, {"CPU": 7.5}, {"CPU": 7.5}, {"CPU": 7.5, "GPU": 2.0}])
-    monkeypatch.setattr(cluster.ray, "available_resources", lambda: next(free))
-    monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
-    assert cluster._room_now(2.0, 0) == 3
-    assert caplog.messages == ["waiting for 3 CPUs and 0 GPUs of the cluster that no other work holds"]
-    assert cluster._room_now(2.0, 1) == 2
-
-
-def test_a_real_clusters_workers_keep_their_watch_for_nodes_that_go() -> None:
-    """They import this package too; only a cluster that is this machine needs no watch."""
-    name = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-    code = f"import os, bwlm.grid.cluster; print({name!r} in os.environ)"
-    environment = {key: value for key, value in os.environ.items() if key != name}
-    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "False"
 
 
 def test_a_worker_keeps_no_memory_for_each_thread_that_trained_in_it(ray_cluster: str) -> None:

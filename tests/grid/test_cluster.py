@@ -1,0 +1,87 @@
+"""Ray's place: addresses that cannot work are told in a line, and a launch takes no more room than there is."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from bwlm.config import ResourceSettings
+from bwlm.errors import UserError
+from bwlm.grid import cluster
+from bwlm.grid.cluster import _connect, cpus_of_cell
+from bwlm.grid.launch import _check_tracking
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_cluster_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"RAY_ADDRESS: 127.0.0.1:\d+ does not answer .*unset RAY_ADDRESS"):
+        _connect(f"127.0.0.1:{closed_port()}")
+
+
+def test_a_machine_too_busy_for_ray_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: object) -> None:
+        raise Exception(told)
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    told = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
+    with pytest.raises(UserError, match=r"Ray did not start within 30 s.*run the same command"):
+        cluster._start(2)
+    told = "something else"
+    with pytest.raises(Exception, match="something else"):
+        cluster._start(2)
+
+
+def test_the_address_for_jobs_is_not_the_cluster() -> None:
+    with pytest.raises(UserError, match="takes jobs only: use `ray job submit`"):
+        _connect("http://127.0.0.1:8265")
+
+
+def test_a_tracking_server_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"tracking: 127.0.0.1:\d+ does not answer .*unset MLFLOW_TRACKING_URI"):
+        _check_tracking(f"http://user:secret@127.0.0.1:{closed_port()}")
+    _check_tracking("sqlite:////tmp/x.db")
+
+
+def test_what_a_cell_holds() -> None:
+    assert cpus_of_cell(ResourceSettings(workers=1, cpus_per_worker=2)) == 2
+    assert cpus_of_cell(ResourceSettings(workers=3, cpus_per_worker=2)) == pytest.approx(6.1)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "each", "workers", "cells"), [(1, 1, 1, 1), (1, 0.25, 1, 4), (2, 0.4, 1, 4), (3, 0.1, 1, 30), (5, 1, 2, 2)]
+)
+def test_cells_share_a_gpu_and_none_lies_on_two(gpus: int, each: float, workers: int, cells: int) -> None:
+    needs = ResourceSettings(gpus_per_worker=each, workers=workers)
+    assert cluster._fitting(needs, cpus=64, gpus=gpus, where="the cluster") == cells
+    assert cluster._places({"CPU": 64, "GPU": gpus}, needs) == cells * workers + gpus % workers
+
+
+def test_a_launch_waits_for_room_beside_other_work_and_takes_no_more(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cells of 2 CPUs, and one that is spared for rows."""
+    free = iter([{}, {"CPU": 2.9}, {"CPU": 7.5}, {"CPU": 7.5}, {"CPU": 7.5, "GPU": 2.0}, {"CPU": 7.5, "GPU": 0.5}])
+    monkeypatch.setattr(cluster.ray, "available_resources", lambda: next(free))
+    monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
+    assert cluster._room_now(2.0, 0) == 3
+    assert caplog.messages == ["waiting for 3 CPUs and 0 GPUs of the cluster that no other work holds"]
+    assert cluster._room_now(2.0, 1) == 2
+    assert cluster._room_now(2.0, 0.25) == 2, "half of a GPU is free, another cell has the rest"
+
+
+def test_a_real_clusters_workers_keep_their_watch_for_nodes_that_go() -> None:
+    """They import this package too; only a cluster that is this machine needs no watch."""
+    name = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+    code = f"import os, bwlm.grid.cluster; print({name!r} in os.environ)"
+    environment = {key: value for key, value in os.environ.items() if key != name}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "False"
