@@ -65,11 +65,8 @@ def going_on(known: RunConfig, asked: RunConfig, begun: bool = True) -> RunConfi
     """A run that exists, with what this launch says of where and how fast it goes on.
 
     How it computes was chosen when it was planned, maybe on another machine, and stays once it has begun unless it is
-    asked for anew; precision, which is part of what a run is, stays where it was left open. Where compiling
-    fails, a compiled run goes on uncompiled, and differs in rounding from there on.
+    asked for anew; precision, which is part of what a run is, stays where it was left open.
     """
-    from bwlm.grid.hardware import compiled_if_it_can  # Ray takes seconds, and to look at cells takes none of it
-
     settings = asked.experiment
     update = {"resources": settings.resources, "checkpoint": settings.checkpoint, "compute": settings.compute}
     # sizes and kernels are chosen for a precision: those for another one are not this run's
@@ -79,7 +76,7 @@ def going_on(known: RunConfig, asked: RunConfig, begun: bool = True) -> RunConfi
     if settings.compute.precision == "auto":
         compute = replace(compute, precision=known.compute.precision)
         identity["precision"] = known.identity["precision"]
-    compute = compiled_if_it_can(compute.with_threads(settings.resources.cpus_per_worker), settings)
+    compute = compute.with_threads(settings.resources.cpus_per_worker)
     return replace(known, experiment=known.experiment.model_copy(update=update), identity=identity, compute=compute)
 
 

@@ -12,6 +12,7 @@ from bwlm.config import Experiment
 from bwlm.errors import UserError
 from bwlm.model.compute import Compute, DeviceType, Hardware, Wanted, choose_compute, look_at_hardware, why_not_compile
 from bwlm.model.shape import GPTConfig
+from bwlm.record.lineage import RunConfig
 
 
 def plan_compute(experiment: Experiment, shape: GPTConfig, steps: int) -> Compute:
@@ -28,21 +29,25 @@ def plan_compute(experiment: Experiment, shape: GPTConfig, steps: int) -> Comput
     if 0 < (part := resources.gpus_per_worker) < 1:
         hardware = replace(hardware, name=f"{part:g} of a {hardware.name}", memory=part * hardware.memory)
     rows = experiment.budget.batch_tokens // shape.sequence_length // resources.workers
-    chosen = compiled_if_it_can(choose_compute(wanted, hardware, peak, shape, rows, steps), experiment)
+    chosen = choose_compute(wanted, hardware, peak, shape, rows, steps)
     return replace(chosen, reasons=chosen.reasons | {"allocator": _allocator()})
 
 
-def compiled_if_it_can(compute: Compute, experiment: Experiment) -> Compute:
-    """The same, but not compiled where the compiler of the workers fails. Raises `UserError` if compiling was set."""
+def compiled_if_it_can(config: RunConfig) -> RunConfig:
+    """The same, but not compiled where the compiler of the workers fails. Raises `UserError` if compiling was set.
+
+    A run that has begun compiled then goes on uncompiled, and differs in rounding from there on.
+    """
+    experiment, compute = config.experiment, config.compute
     device: DeviceType = "cuda" if experiment.resources.gpus_per_worker else "cpu"
     if not compute.compile or not (broken := _why_not_compile(device)):
-        return compute
+        return config
     if experiment.compute.compile:
         raise UserError(
             f"compute.compile: true, but torch.compile fails here ({broken}): install it, or leave the choice open"
         )
     reason = f"off: torch.compile fails here ({broken})"
-    return replace(compute, compile=False, reasons=compute.reasons | {"compile": reason})
+    return replace(config, compute=replace(compute, compile=False, reasons=compute.reasons | {"compile": reason}))
 
 
 def _allocator() -> str:

@@ -101,14 +101,17 @@ def _enlist(
 
     A grid has a run of its own above those of its cells. Raises `UserError` where a cell exists with other settings.
     """
+    from bwlm.grid.hardware import compiled_if_it_can
+
     cells = find_cells(plan, storage)
     for planned in cells:
+        asked = configs[planned.cell.id]
         if planned.folder.exists():
             known = planned.folder.config()
-            config = going_on(known, configs[planned.cell.id], begun=planned.status.step > 0)
-            check_same(planned, differences(known.identity, config.identity), plan)
-            if config != known and not planned.is_done and planned.folder.lease_holder() is None:
-                planned.folder.reconfigure(config)
+            asked = going_on(known, asked, begun=planned.status.step > 0)
+            check_same(planned, differences(known.identity, asked.identity), plan)
+        if not planned.is_done:
+            configs[planned.cell.id] = compiled_if_it_can(asked)
     tracking = Tracking(uri, storage)
     parent = None
     if plan.grid_text is not None:
@@ -120,6 +123,8 @@ def _enlist(
     for planned in cells:
         if not planned.folder.exists():
             planned.folder.create(configs[planned.cell.id])
+        elif not planned.is_done and planned.folder.lease_holder() is None:
+            planned.folder.reconfigure(configs[planned.cell.id])
         runs += [tracking.child_run(planned.folder, parent, _dataset(prepared[text_key(planned.cell.experiment)]))]
     return cells, tracking, parent or runs[0]
 

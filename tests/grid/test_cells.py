@@ -11,6 +11,7 @@ from bwlm.config import Experiment
 from bwlm.errors import UserError
 from bwlm.grid import hardware
 from bwlm.grid.cells import going_on
+from bwlm.grid.hardware import compiled_if_it_can
 from bwlm.model.compute import Compute
 from bwlm.record.fingerprint import differences, identity
 from bwlm.record.lineage import RunConfig
@@ -67,11 +68,11 @@ def test_a_compiled_run_goes_on_where_the_compiler_fails_unless_compiling_was_se
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hardware, "_why_not_compile", lambda device: f"no g++ for {device}")
-    taken = going_on(run(), run()).compute
+    taken = compiled_if_it_can(run()).compute
     assert not taken.compile
     assert taken.reasons["compile"] == "off: torch.compile fails here (no g++ for cpu)"
-    assert replace(taken, compile=True, reasons={}) == replace(COMPUTE.with_threads(taken.threads), reasons={})
+    assert replace(taken, compile=True, reasons={}) == COMPUTE
     with pytest.raises(
         UserError, match=r"^compute\.compile: true, but torch\.compile fails here \(no g\+\+ for cpu\): "
     ):
-        going_on(run(), run(compute={"compile": True}))
+        compiled_if_it_can(run(compute={"compile": True}))

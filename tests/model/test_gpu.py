@@ -1,0 +1,33 @@
+"""What a GPU trains is what a CPU does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bwlm.model.gpt import GPT
+from bwlm.model.optim import build_optimizer
+from bwlm.model.shape import GPTConfig
+from bwlm.model.step import TrainStep
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def losses(device: str, precision: torch.dtype = torch.float32, compiled: bool = False) -> list[float]:
+    """Of ten steps on one batch, in two passes of two rows."""
+    ids = torch.randint(0, 1024, (4, 257), generator=torch.Generator().manual_seed(1)).to(device)
+    model = GPT(GPTConfig.from_depth(3, 1024, 256), precision, "sdpa", loss_chunk=512)
+    model.init_weights(0)
+    if compiled:
+        model.compile_training()
+    model.to(device)
+    step = TrainStep(model, build_optimizer(model), micro_rows=2, grad_clip=1.0)
+    return [step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()).loss for _ in range(10)]
+
+
+def test_in_float32_to_its_precision() -> None:
+    assert losses("cuda") == pytest.approx(losses("cpu"), abs=1e-4)
+
+
+def test_compiled_in_bfloat16_to_the_precision_of_that() -> None:
+    assert losses("cuda", torch.bfloat16, compiled=True) == pytest.approx(losses("cpu"), abs=5e-3)
