@@ -51,6 +51,7 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
     "MALLOC_ARENA_MAX": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 LONG = 10**6  # steps: a run in which compilation pays
 
@@ -229,7 +230,7 @@ def measure(name: str, shape: Shape, steps: int, peer: str | None, profile: bool
 
 def run_apart(name: str, shape: Shape, arguments: argparse.Namespace, cache: str) -> dict[str, float]:
     variant = VARIANTS[name]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
     environment |= {"TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": str(shape.threads)}
     environment |= KEEP_MEMORY if variant.keep_memory else {}
     if variant.build == "nanochat" and variant.precision != "auto":
