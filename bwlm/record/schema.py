@@ -71,7 +71,7 @@ GROUPS = {
             "tokens_per_second": _scalar("tokens/s", "of this launch, validation left out"),
             "mfu": _scalar("share", "model FLOPs over the hardware's peak"),
             "step_seconds": _scalar("s", "of the step itself"),
-            "memory_bytes": _scalar("bytes", "resident on a CPU, the most that tensors took on a GPU"),
+            "memory_bytes": _scalar("bytes", "resident on a CPU, most of tensors on a GPU; looked at once a second"),
             "gpu_watts": _scalar("W", "power of rank 0's GPU, where its driver tells"),
         },
     ),

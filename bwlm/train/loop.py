@@ -93,7 +93,7 @@ def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str,
             result, metrics, view = _step(phase, step_of, batch, progress.step, observer)
             seconds = time.perf_counter() - began
             metrics |= meter.stepped(result.loss, batch["inputs"].size * session.world, seconds)
-            entries = view.entries(result, metrics)
+            entries = view.entries(result, meter.resources | metrics)
             if validation := _validate(phase, progress):
                 metrics |= validation.metrics
                 entries |= validation.entries

@@ -55,6 +55,8 @@ class Meter:
         self._device = device
         self._folder = folder
         self._looked = 0.0
+        self.resources: dict[str, float] = {}
+        """What the last look at memory, disk and power found."""
         self._timed_from = self._last = time.monotonic()
         self._seconds = 0.0
         self._tokens = 0
@@ -92,14 +94,15 @@ class Meter:
             metrics["seconds_left"] = (now - self._timed_from) / timed * (self._steps - progress.step)
         if now - self._looked >= _LOOK_SECONDS:
             self._looked = now
-            metrics |= self._resources()
+            self.resources = self._look()
+            metrics |= self.resources
         return metrics
 
     def validated(self) -> None:
         """The time since the last step was not for training."""
         self._last = time.monotonic()
 
-    def _resources(self) -> dict[str, float]:
+    def _look(self) -> dict[str, float]:
         """Bytes: what this process holds, from earlier cells too (on a GPU the most that this run's tensors took); the
         run's records; the disk's rest."""
         on_gpu = self._device.type == "cuda"

@@ -81,6 +81,7 @@ def test_memory_records_and_disk_are_looked_at_once_a_second(tmp_path: Path, clo
     assert first["memory_bytes"] > 2**20
     assert first["disk_free_bytes"] > 0
     assert "memory_bytes" not in meter.stepped(1.0, 1, 1.0)
+    assert meter.resources["memory_bytes"] == first["memory_bytes"]
     clock[0] += 1.5
     assert "memory_bytes" in meter.stepped(1.0, 1, 1.0)
 

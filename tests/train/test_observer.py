@@ -115,9 +115,12 @@ def test_scalars_are_the_journals(new_run: NewRun) -> None:
     names |= {f"loss_{reading}": f"train_loss_{reading}" for reading in ("forward", "backward")}
     columns = {name.removeprefix("train/") for name in found if name.startswith("train/")} - {"step"}
     assert {"loss_forward", "loss_backward", "grad_norm", "lr_matrix", "tokens", "flops"} <= columns
+    assert np.isfinite(found["train/memory_bytes"]).all()
+    last = dict[str, float]()  # memory is looked at once a second: the log has the last look, whatever its interval
     for index, entry in enumerate(read_journal(folder.path)):
+        last |= entry.metrics
         for column in columns:
-            value = entry.metrics.get(names.get(column, column), np.nan)
+            value = last.get(names.get(column, column), np.nan)
             np.testing.assert_equal(float(found[f"train/{column}"][index]), float(value), err_msg=column)
 
 
