@@ -100,6 +100,7 @@ def test_an_experiment_is_a_cell_without_a_grid(train: Train, grid_file: GridFil
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_asked_to_end_it_goes_on_with_the_same_command(train: Train, corpus: Path, tmp_path: Path) -> None:
     """First with a Ray of its own, as on a laptop."""
     storage = tmp_path / "storage"
