@@ -115,11 +115,14 @@ def test_directions_read_the_same_rows_and_differ(grid_file: GridFile, tmp_path:
     assert one != other
 
 
-def test_two_workers_train_as_one(grid_file: GridFile, tmp_path: Path) -> None:
-    path = grid_file(axes={"direction": ["forward"], "resources.workers": [1, 2]}, depth=1, evaluation={"tokens": 4096})
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_workers_train_as_one(grid_file: GridFile, tmp_path: Path, compiled: bool) -> None:
+    axes = {"direction": ["forward"], "resources.workers": [1, 2]}
+    path = grid_file(axes=axes, depth=1, evaluation={"tokens": 4096}, compute={"compile": compiled})
     storage = tmp_path / "storage"
     result = run(path, storage)
     assert [cell.state for cell in result.cells] == ["finished"] * 2
+    assert {ExperimentFolder(storage, cell.id).config().compute.compile for cell in result.cells} == {compiled}
     one, two = (losses(storage, f"g_forward_d1_lr1_s0_workers{n}") for n in (1, 2))
     assert len(two) == 12
     assert two[0] == pytest.approx(one[0], rel=1e-5)
