@@ -69,13 +69,24 @@ def test_a_launch_waits_for_room_beside_other_work_and_takes_no_more(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Cells of 2 CPUs, and one that is spared for rows."""
-    free = iter([{}, {"CPU": 2.9}, {"CPU": 7.5}, {"CPU": 7.5}, {"CPU": 7.5, "GPU": 2.0}, {"CPU": 7.5, "GPU": 0.5}])
+    free = iter(
+        [
+            {},
+            {"CPU": 2.9},
+            {"CPU": 7.5},
+            {"CPU": 7.5},
+            {"CPU": 7.5, "GPU": 2.0},
+            {"CPU": 7.5, "GPU": 0.5},
+            {"CPU": 23.0, "GPU": 1.0},
+        ]
+    )
     monkeypatch.setattr(cluster.ray, "available_resources", lambda: next(free))
     monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
     assert cluster._room_now(2.0, 0) == 3
     assert caplog.messages == ["waiting for 3 CPUs and 0 GPUs of the cluster that no other work holds"]
     assert cluster._room_now(2.0, 1) == 2
     assert cluster._room_now(2.0, 0.25) == 2, "half of a GPU is free, another cell has the rest"
+    assert cluster._room_now(2.0, 0.1) == 10, "not nine, as 1.0 // 0.1 is"
 
 
 def test_a_real_clusters_workers_keep_their_watch_for_nodes_that_go() -> None:
