@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DirectionName = Literal["forward", "backward", "bidirectional", "permuted"]
 Phase = Literal["base"]
+Reversal = Literal["whole", "turns"]
 DIRECTIONS: tuple[str, ...] = get_args(DirectionName)
 
 

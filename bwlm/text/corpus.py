@@ -23,15 +23,14 @@ from bwlm.errors import UserError, nearest
 _PYDOCS = "builtin:pydocs"
 BUILTINS = (_PYDOCS, *CONTROL_SOURCES)
 _ROWS_AT_ONCE = 256
-_GIVE = "give a folder, glob, file or URI of parquet shards"
 _MEND = "write the shard again or take it out of data.source"
-_STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created")
+_STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created", "blob_id")
 """What file systems call that which changes with a file."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A parquet file; size and stamp tell when it changed."""
+    """A file of data; size and stamp tell when it changed."""
 
     uri: str
     size: int
@@ -61,9 +60,9 @@ def find_corpus(data: DataSettings, cache: Path, progress: Callable[[str], None]
         )
     if data.source.startswith("builtin:"):
         raise UserError(f"data.source: {data.source!r} is not a built-in corpus{nearest(data.source, BUILTINS)}")
-    shards = _list_shards(data.source, "data.source")
+    shards = list_files(data.source, "data.source")
     if data.validation is not None:
-        held_out = _list_shards(data.validation, "data.validation")
+        held_out = list_files(data.validation, "data.validation")
         train = [shard for shard in shards if shard not in set(held_out)]
         if not train:
             raise UserError(
@@ -93,23 +92,31 @@ def _write_builtin(source: str, folder: Path, progress: Callable[[str], None]) -
     return target
 
 
-def _list_shards(source: str, field: str) -> list[Shard]:
-    shards = _remote(source, field) if "://" in source else _local(source, field)
+def list_files(source: str, field: str, endings: tuple[str, ...] = (".parquet",)) -> list[Shard]:
+    """The files of a folder, glob, file or URI whose names have one of these endings, in the order of their names.
+
+    A path of one file is taken whatever its ending. Raises `UserError` naming `field` where there is none.
+    """
+    shards = _remote(source, field, endings) if "://" in source else _local(source, field, endings)
     if not shards:
-        raise UserError(f"{field}: no .parquet file in {source}: {_GIVE}")
+        raise UserError(f"{field}: no {' or '.join(endings)} file in {source}: {_give(endings)}")
     return shards
 
 
-def _local(source: str, field: str) -> list[Shard]:
+def _give(endings: tuple[str, ...]) -> str:
+    return f"give a folder, glob, file or URI of {' or '.join(endings)} files"
+
+
+def _local(source: str, field: str, endings: tuple[str, ...]) -> list[Shard]:
     path = Path(source).expanduser()
     if path.is_dir():
-        paths = sorted(path.glob("*.parquet"))
+        paths = sorted(found for found in path.iterdir() if found.name.endswith(endings))
     elif path.exists():
         paths = [path]
     elif glob.has_magic(source):
-        paths = [Path(found) for found in sorted(_glob(str(path))) if found.endswith(".parquet")]
+        paths = [Path(found) for found in sorted(_glob(str(path))) if found.endswith(endings)]
     else:
-        raise UserError(f"{field}: {source} does not exist: {_GIVE}")
+        raise UserError(f"{field}: {source} does not exist: {_give(endings)}")
     stats = [(path.absolute(), path.stat()) for path in paths]
     return [Shard(str(path), stat.st_size, str(stat.st_mtime_ns)) for path, stat in stats]
 
@@ -118,19 +125,19 @@ def _glob(pattern: str) -> list[str]:
     return glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
 
 
-def _remote(source: str, field: str) -> list[Shard]:
+def _remote(source: str, field: str, endings: tuple[str, ...]) -> list[Shard]:
     try:
         filesystem, path = fsspec.core.url_to_fs(source)
-        single = path.endswith(".parquet") and not glob.has_magic(path)
-        pattern = path if single or glob.has_magic(path) else f"{path.rstrip('/')}/*.parquet"
-        paths = [path] if single else sorted(name for name in filesystem.glob(pattern) if name.endswith(".parquet"))
+        single = path.endswith(endings) and not glob.has_magic(path)
+        pattern = path if glob.has_magic(path) else f"{path.rstrip('/')}/*"
+        paths = [path] if single else sorted(name for name in filesystem.glob(pattern) if name.endswith(endings))
         infos = [filesystem.info(name) for name in paths]
     except FileNotFoundError:
-        raise UserError(f"{field}: {source} does not exist: {_GIVE}") from None
+        raise UserError(f"{field}: {source} does not exist: {_give(endings)}") from None
     except ImportError as error:
         raise UserError(f"{field}: {source}: {error}") from None
     except Exception as error:  # every file system has errors of its own, and they share no base
-        raise UserError(f"{field}: {source} cannot be listed ({_first_line(error)}): check the address") from None
+        raise UserError(f"{field}: {source} cannot be listed ({first_line(error)}): check the address") from None
     return [
         Shard(filesystem.unstrip_protocol(name), int(info.get("size") or 0), _stamp(info))
         for name, info in zip(paths, infos, strict=True)
@@ -141,15 +148,16 @@ def _stamp(info: dict[str, Any]) -> str:
     return next((str(info[name]) for name in _STAMPS if info.get(name) is not None), "")
 
 
-def _open(uri: str) -> pq.ParquetFile:
+def open_parquet(uri: str, mend: str = _MEND) -> pq.ParquetFile:
+    """Opens a path or URI. Raises `UserError` with the advice `mend` if it is missing, cut off or not parquet."""
     try:
         if "://" in uri:
             return _open_remote(uri)
         return pq.ParquetFile(uri, memory_map=True, page_checksum_verification=True)
     except FileNotFoundError:
-        raise UserError(f"{uri}: the shard does not exist: {_MEND}") from None
+        raise UserError(f"{uri}: the shard does not exist: {mend}") from None
     except Exception as error:
-        raise UserError(f"{uri}: not a readable parquet file; is it cut off? ({_first_line(error)}): {_MEND}") from None
+        raise UserError(f"{uri}: not a readable parquet file; is it cut off? ({first_line(error)}): {mend}") from None
 
 
 def _open_remote(uri: str) -> pq.ParquetFile:
@@ -162,14 +170,15 @@ def _open_remote(uri: str) -> pq.ParquetFile:
         return pq.ParquetFile(pa.BufferReader(filesystem.cat_file(path)), page_checksum_verification=True)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough to be quoted in one of ours."""
     return (str(error) or type(error).__name__).split("\n")[0].strip().rstrip(".")
 
 
 def check_shards(corpus: Corpus) -> None:
     """Reads every shard's footer; raises `UserError` naming the shard that is broken or lacks the text column."""
     for shard in (*corpus.train, *corpus.validation):
-        with _open(shard.uri) as file:
+        with open_parquet(shard.uri) as file:
             schema = file.schema_arrow
             if corpus.text_column not in schema.names:
                 raise UserError(
@@ -189,7 +198,7 @@ def read_texts(uri: str, column: str) -> Iterator[list[str]]:
     Raises `UserError` naming the shard, and the row where it can, for damage and for text that is not UTF-8. A bit that
     flipped inside a value is noticed only in files with page checksums, which writers of parquet leave out by default.
     """
-    with _open(uri) as file:
+    with open_parquet(uri) as file:
         row = 0
         try:
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[column]):
@@ -198,7 +207,7 @@ def read_texts(uri: str, column: str) -> Iterator[list[str]]:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{uri}: damaged after row {row} ({_first_line(error)}): {_MEND}") from None
+            raise UserError(f"{uri}: damaged after row {row} ({first_line(error)}): {_MEND}") from None
 
 
 def _decoded(values: pa.Array, uri: str, column: str, first_row: int) -> list[Any]:

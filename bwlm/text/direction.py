@@ -143,27 +143,50 @@ def _positions(lengths: Ints, reading: Ints, width: int) -> Ints:
     return position
 
 
-def arrange(tokens: Ints, reading: str, width: int) -> Ints:
-    """One segment's tokens in the order in which a model reads them; `width` is T."""
-    positions = _positions(np.array([len(tokens)]), np.array([READINGS.index(reading)]), width)
+def _places(lengths: Ints, reading: Ints, width: int, parts: Ints | None) -> Ints:
+    """`_positions` where each of `parts` [P] is read for itself, in its place; none is empty or crosses a segment."""
+    if parts is None:
+        return _positions(lengths, reading, width)
+    starts = np.cumsum(parts) - parts
+    segment = np.searchsorted(np.cumsum(lengths), starts, side="right")
+    before = (np.cumsum(lengths) - lengths)[segment]
+    return np.repeat(starts - before, parts) + _positions(parts, reading[segment], width)
+
+
+def arrange(tokens: Ints, reading: str, width: int, parts: Ints | None = None) -> Ints:
+    """One segment's tokens in the order in which a model reads them; `width` is T.
+
+    With `parts` [P], lengths that add up to the segment's, each part is read for itself.
+    """
+    positions = _places(np.array([len(tokens)]), np.array([READINGS.index(reading)]), width, parts)
     arranged = np.empty_like(tokens)
     arranged[positions] = tokens
     return arranged
 
 
-def restore(arranged: Ints, reading: str, width: int) -> Ints:
+def restore(arranged: Ints, reading: str, width: int, parts: Ints | None = None) -> Ints:
     """Inverse of `arrange`: back in reading order."""
-    return arranged[_positions(np.array([len(arranged)]), np.array([READINGS.index(reading)]), width)]
+    return arranged[_places(np.array([len(arranged)]), np.array([READINGS.index(reading)]), width, parts)]
 
 
 def lay_out(
-    rows: Rows, reading: Ints, marked: bool, special: SpecialIds, width: int, markers: Ints | None = None
+    rows: Rows,
+    reading: Ints,
+    marked: bool,
+    special: SpecialIds,
+    width: int,
+    markers: Ints | None = None,
+    parts: Ints | None = None,
+    targets: NDArray[np.bool_] | None = None,
 ) -> Directed:
     """Lays rows out for a model that takes `width` = T inputs.
 
     `reading` is [S]; `marked` puts the marker of each segment's reading after its BOS, or that of `markers` [S], to see
-    what a model makes of a wrong one. BOS is a target only after a
-    segment that is a whole document and has a successor in its row; markers and padding never are.
+    what a model makes of a wrong one. With `parts` [P], lengths that add up to those of the segments, each part is read
+    for itself and stays in its place.
+
+    BOS is a target only after a segment that is a whole document and has a successor in its row; markers and padding
+    never are. With `targets` [N], tokens where it is true are targets and nothing else.
     """
     head = 1 + marked
     sizes = rows.lengths + head
@@ -176,16 +199,16 @@ def lay_out(
     ids = np.full((rows.count, width + 1), special.pad, dtype=np.int32)
     scored = np.zeros((rows.count, width + 1), dtype=bool)
     opening = rows.row * (width + 1) + starts
-    slots = np.repeat(opening + head, rows.lengths) + _positions(rows.lengths, reading, width)
+    slots = np.repeat(opening + head, rows.lengths) + _places(rows.lengths, reading, width, parts)
     ids.flat[opening] = special.bos
     if marked:
         told = reading if markers is None else markers
         ids.flat[opening + 1] = np.where(told == FORWARD, special.forward, special.backward)
     ids.flat[slots] = rows.tokens
-    scored.flat[slots] = True
+    scored.flat[slots] = True if targets is None else targets
 
     followed = np.append(~first[1:], False) if len(sizes) else first
-    true_end = followed & rows.whole
+    true_end = followed & rows.whole & (targets is None)
     next_opening = opening + sizes
     scored.flat[next_opening[true_end]] = True
 

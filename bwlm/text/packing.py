@@ -8,6 +8,8 @@ of text becomes one Arrow file of rows; a manifest lists them with counts and di
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +25,9 @@ from bwlm.text.direction import HEAD_SLOTS, Ints, Rows
 MANIFEST_VERSION = 1
 BATCH_ROWS = 1024
 """Rows of each record batch of a packed file, so that a row is found without reading others."""
+
+_WAITING = 256
+"""Documents among which the next one of a row is chosen where none may be split."""
 
 _SMALLEST = HEAD_SLOTS + 1
 """A remainder below this many slots is padding: no segment with text fits in it."""
@@ -47,6 +52,34 @@ def cut(documents: Iterable[tuple[int, NDArray[np.uint32]]], width: int) -> Iter
             free -= len(piece) + HEAD_SLOTS
     if row:
         yield row
+
+
+def pack_whole(documents: Iterable[tuple[int, NDArray[np.uint32]]], width: int) -> Iterator[list[Piece]]:
+    """Yields the documents of each row of `width` + 1 slots, none of them split; each fits into a row.
+
+    A row begins with the first document that waits and takes, as long as one fits, the longest of the next
+    `_WAITING`: best fit, as in nanochat. What is left over is padding.
+    """
+    waiting: deque[tuple[int, NDArray[np.uint32]]] = deque()
+    source = iter(documents)
+    while True:
+        waiting.extend(itertools.islice(source, _WAITING - len(waiting)))
+        if not waiting:
+            return
+        row, free = [waiting.popleft()], width + 1
+        assert len(row[0][1]) + HEAD_SLOTS <= free, "a document that is longer than a row"
+        free -= len(row[0][1]) + HEAD_SLOTS
+        while (fitting := _longest(waiting, free - HEAD_SLOTS)) is not None:
+            row.append(waiting[fitting])
+            del waiting[fitting]
+            free -= len(row[-1][1]) + HEAD_SLOTS
+        yield [(document, 0, True, tokens) for document, tokens in row]
+
+
+def _longest(documents: Iterable[tuple[int, NDArray[np.uint32]]], room: int) -> int | None:
+    """Index of the longest document that fits, the first of equals."""
+    fitting = [(len(tokens), -index) for index, (_, tokens) in enumerate(documents) if len(tokens) <= room]
+    return -max(fitting)[1] if fitting else None
 
 
 @dataclass

@@ -67,12 +67,49 @@ class RowPlan:
 
     def at(self, step: int, rank: int = 0, world: int = 1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(row index, epoch) of each row that `rank` of `world` reads at `step`, in the order of the whole batch."""
-        assert self.rows_per_step % world == 0
-        share = self.rows_per_step // world
-        place = step * self.rows_per_step + rank * share + np.arange(share, dtype=np.int64)
-        epochs, positions = place // self.rows, place % self.rows
-        chosen = np.empty(share, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            chosen[here] = permute(positions[here], self.rows, self.seed, int(epoch))
-        return chosen, epochs
+        return _draw(_places(step, self.rows_per_step, rank, world), self.rows, self.seed)
+
+
+@dataclass(frozen=True)
+class MixturePlan:
+    """Which packed rows of several sources make the batch of a step, numbered one source after the other.
+
+    Each epoch takes `drawn` rows of each source, in an order of its own, and goes on in the source where the epoch
+    before ended: a source of weight 0.5 is read every two epochs, one of weight 3 three times in each.
+    """
+
+    rows: tuple[int, ...]
+    drawn: tuple[int, ...]
+    rows_per_step: int
+    seed: int
+
+    def at(self, step: int, rank: int = 0, world: int = 1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """As `RowPlan.at`; a row's epoch is that of its source, so that it differs each time the row comes."""
+        mixed, epochs = _draw(_places(step, self.rows_per_step, rank, world), sum(self.drawn), self.seed)
+        drawn = np.array(self.drawn)
+        starts = np.cumsum(drawn) - drawn
+        sources = np.searchsorted(starts, mixed, side="right") - 1
+        chosen, of_source = np.empty_like(mixed), np.empty_like(epochs)
+        for source in np.unique(sources):
+            here = sources == source
+            places = epochs[here] * drawn[source] + mixed[here] - starts[source]
+            index, of_source[here] = _draw(places, self.rows[source], self.seed, int(source) + 1)
+            chosen[here] = sum(self.rows[:source]) + index
+        return chosen, of_source
+
+
+def _places(step: int, rows_per_step: int, rank: int, world: int) -> NDArray[np.int64]:
+    """Where the rows of a rank's share stand in the endless sequence of rows."""
+    assert rows_per_step % world == 0
+    share = rows_per_step // world
+    return step * rows_per_step + rank * share + np.arange(share, dtype=np.int64)
+
+
+def _draw(places: NDArray[np.int64], rows: int, *key: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(row, epoch) at places of the endless sequence that visits each row once an epoch, in orders given by `key`."""
+    epochs, positions = places // rows, places % rows
+    chosen = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        chosen[here] = permute(positions[here], rows, *key, int(epoch))
+    return chosen, epochs

@@ -111,9 +111,9 @@ def _write(folder: Path, packages: Sequence[str], progress: Callable[[str], None
     if (folder / MANIFEST).exists():
         return PydocsManifest.read(folder)
     refuse_foreign(folder)
-    modules = _find_modules(packages)
+    modules = find_modules(packages)
     progress(f"reading the docstrings of {len(modules)} modules")
-    shards = _deal({**_topics(), **_module_documents(_read_docstrings(modules))})
+    shards = _deal({**_topics(), **_module_documents(read_docstrings(modules))})
     manifest = PydocsManifest(format=FORMAT_VERSION, versions=_versions(packages), **counts(shards))
     progress(f"writing {manifest.documents} documents of {manifest.characters / 1e6:.1f} M characters")
     write_shards(folder, shards, asdict(manifest))
@@ -138,7 +138,7 @@ def _installed(name: str) -> importlib.metadata.Distribution | None:
         return None
 
 
-def _find_modules(packages: Iterable[str]) -> dict[str, str]:
+def find_modules(packages: Iterable[str]) -> dict[str, str]:
     """Dotted module name -> source file, sorted by name."""
     found = {}
     for package in packages:
@@ -165,7 +165,7 @@ def _module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _read_docstrings(modules: dict[str, str]) -> dict[str, list[Docstring]]:
+def read_docstrings(modules: dict[str, str]) -> dict[str, list[Docstring]]:
     """Docstrings of each module, the modules in the order given."""
     processes = min(8, os.cpu_count() or 1)
     shares = [list(modules.values())[index::processes] for index in range(processes)]
@@ -237,13 +237,20 @@ def _module_documents(read: dict[str, list[Docstring]]) -> dict[str, str]:
 def _deal(documents: dict[str, str]) -> list[list[str]]:
     """Shards of texts, the last one for validation; which one, and the order in it, follow from a name's hash alone."""
     shards: list[list[str]] = [[] for _ in range(TRAIN_SHARDS + 1)]
-    hashes = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) for name in documents}
-    for name in sorted(documents, key=lambda name: (hashes[name], name)):
+    for name in sorted(documents, key=lambda name: (_hash(name), name)):
         text = documents[name].encode(errors="ignore").decode()
         if SMALLEST_DOCUMENT <= len(text) <= LARGEST_DOCUMENT:
-            validation = hashes[name] % VALIDATION_SHARE == 0
-            shards[TRAIN_SHARDS if validation else hashes[name] // VALIDATION_SHARE % TRAIN_SHARDS].append(text)
+            shards[TRAIN_SHARDS if held_out(name) else _hash(name) // VALIDATION_SHARE % TRAIN_SHARDS].append(text)
     return shards
+
+
+def held_out(name: str) -> bool:
+    """Whether the document of this name, a topic's or a module's, is validation."""
+    return _hash(name) % VALIDATION_SHARE == 0
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
 
 
 if __name__ == "__main__":

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bwlm.text.plan import RowPlan, counter_hash, permute, splitmix64
+from bwlm.text.plan import MixturePlan, RowPlan, counter_hash, permute, splitmix64
 
 law = settings(derandomize=True, deadline=None, max_examples=60)
 seeds = st.integers(0, 2**31 - 1)
 plans = st.builds(RowPlan, rows=st.integers(1, 300), rows_per_step=st.sampled_from([4, 8, 12, 40]), seed=seeds)
 
 
-def read(plan: RowPlan, first: int, last: int, rank: int = 0, world: int = 1) -> tuple[np.ndarray, np.ndarray]:
+mixtures = st.builds(
+    lambda sources, per_step, seed: MixturePlan(*(tuple(part) for part in zip(*sources, strict=True)), per_step, seed),
+    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 150)), min_size=1, max_size=4),
+    st.sampled_from([4, 8, 12, 40]),
+    seeds,
+)
+
+
+def read(
+    plan: RowPlan | MixturePlan, first: int, last: int, rank: int = 0, world: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """(row, epoch) of steps first..last-1, one after the other."""
     parts = [plan.at(step, rank, world) for step in range(first, last)]
     return np.concatenate([rows for rows, _ in parts]), np.concatenate([epochs for _, epochs in parts])
@@ -75,18 +87,38 @@ def test_each_epoch_visits_every_row_once(plan: RowPlan, epochs: int) -> None:
 
 
 @law
-@given(plans, st.integers(0, 10**9), st.sampled_from([2, 4]))
-def test_workers_share_one_order(plan: RowPlan, step: int, world: int) -> None:
+@given(mixtures, st.integers(1, 4))
+def test_each_epoch_of_a_mixture_draws_what_each_source_owes(plan: MixturePlan, epochs: int) -> None:
+    """And a source is read evenly: no row comes again before all others of its source did."""
+    size = sum(plan.drawn)
+    rows, of_source = read(plan, 0, -(-size * epochs // plan.rows_per_step))
+    ends = np.cumsum(plan.rows)
+    sources = np.searchsorted(ends, rows, side="right")
+    for epoch in range(epochs):
+        here = slice(epoch * size, (epoch + 1) * size)
+        assert np.bincount(sources[here], minlength=len(ends)).tolist() == list(plan.drawn)
+    for source, count in enumerate(plan.rows):
+        read_here = rows[: epochs * size][sources[: epochs * size] == source] - (ends[source] - count)
+        epoch_here = of_source[: epochs * size][sources[: epochs * size] == source]
+        times = np.bincount(read_here, minlength=count)
+        assert times.max() - times.min() <= 1
+        pairs = list(zip(read_here.tolist(), epoch_here.tolist(), strict=True))
+        assert len(set(pairs)) == len(pairs)  # what depends on the epoch differs each time
+
+
+@law
+@given(st.one_of(plans, mixtures), st.integers(0, 10**9), st.sampled_from([2, 4]))
+def test_workers_share_one_order(plan: RowPlan | MixturePlan, step: int, world: int) -> None:
     shares = [plan.at(step, rank, world) for rank in range(world)]
     for part, whole in enumerate(plan.at(step)):
         assert np.array_equal(np.concatenate([share[part] for share in shares]), whole)
 
 
 @law
-@given(plans, st.integers(0, 50), st.integers(1, 5))
-def test_a_plan_starts_at_any_step(plan: RowPlan, first: int, steps: int) -> None:
+@given(st.one_of(plans, mixtures), st.integers(0, 50), st.integers(1, 5))
+def test_a_plan_starts_at_any_step(plan: RowPlan | MixturePlan, first: int, steps: int) -> None:
     rows, epochs = read(plan, 0, first + steps)
-    later_rows, later_epochs = read(RowPlan(plan.rows, plan.rows_per_step, plan.seed), first, first + steps)
+    later_rows, later_epochs = read(replace(plan), first, first + steps)
     assert np.array_equal(later_rows, rows[first * plan.rows_per_step :])
     assert np.array_equal(later_epochs, epochs[first * plan.rows_per_step :])
 
@@ -113,3 +145,5 @@ def test_the_order_stays_what_it_was() -> None:
     assert rows.tolist() == [382, 592, 93, 341, 926, 189]
     assert epochs.tolist() == [1] * 6
     assert RowPlan(10, 4, 7).at(2)[1].tolist() == [0, 0, 1, 1]
+    mixture = MixturePlan((3, 5), (6, 2), 8, 3)
+    assert [mixture.at(step)[0].tolist() for step in range(2)] == [[0, 4, 2, 1, 0, 2, 3, 1], [5, 7, 0, 2, 2, 1, 0, 1]]

@@ -157,7 +157,7 @@ def test_tests_and_vendored_code_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_standard_library_is_among_the_sources() -> None:
-    modules = pydocs._find_modules(["python"])
+    modules = pydocs.find_modules(["python"])
     assert Path(modules["json.decoder"]).name == "decoder.py"
     assert {"json", "asyncio.tasks"} <= set(modules)
     assert not [name for name in modules if "site-packages" in name or name.startswith("test.")]
@@ -223,7 +223,7 @@ def test_reading_children_import_from_where_the_caller_does(tmp_path: Path, monk
     (tmp_path / "bwlm" / "__init__.py").write_text("raise SystemExit(3)")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(subprocess.CalledProcessError, match="exit status 3"):
-        pydocs._read_docstrings({})
+        pydocs.read_docstrings({})
 
 
 def test_reading_children_keep_quiet_about_other_peoples_code(
@@ -232,7 +232,7 @@ def test_reading_children_keep_quiet_about_other_peoples_code(
     source = tmp_path / "odd.py"
     source.write_text('"""Odd."""\n"\\d"\n')
     monkeypatch.setenv("PYTHONWARNINGS", "always")
-    assert pydocs._read_docstrings({"odd": str(source)}) == {"odd": [("", "Odd.")]}
+    assert pydocs.read_docstrings({"odd": str(source)}) == {"odd": [("", "Odd.")]}
     assert capfd.readouterr().err == ""
 
 

@@ -1,0 +1,49 @@
+"""Tasks: data sets as conversations for mid-training and SFT, and rewards that can be checked for RL.
+
+    docs_qa.py     builtin:docs_qa      what functions and classes of the installed libraries do
+    arithmetic.py  builtin:arithmetic   sums, differences and products (verifiable)
+    spelling.py    builtin:spelling     words letter by letter (verifiable)
+    gsm8k.py       gsm8k                word problems of grade school (verifiable)
+    arc.py         arc_easy, arc_challenge     multiple choice: school science
+    mmlu.py        mmlu                 multiple choice: 57 subjects
+    messages.py    smoltalk, FileTask   conversations that files already hold
+    task.py  files.py  choices.py       what a task is; rows and splits of files; how choices read
+
+What is built in needs no file and no network; the others are read from the hub, or from a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bwlm.errors import UserError, nearest
+from tasks.arc import ARC_CHALLENGE, ARC_EASY
+from tasks.arithmetic import Arithmetic
+from tasks.docs_qa import DocsQA
+from tasks.gsm8k import GSM8K
+from tasks.messages import SMOLTALK, FileTask
+from tasks.mmlu import MMLU
+from tasks.spelling import Spelling
+from tasks.task import Conversation, Message, Split, Task, Verifiable, Writes
+
+__all__ = [
+    "TASKS",
+    "Conversation",
+    "FileTask",
+    "Message",
+    "Split",
+    "Task",
+    "Verifiable",
+    "Writes",
+    "find_task",
+]
+
+_ALL: tuple[Task, ...] = (DocsQA(), Arithmetic(), Spelling(), GSM8K(), ARC_EASY, ARC_CHALLENGE, MMLU, SMOLTALK)
+TASKS: Mapping[str, Task] = {task.name: task for task in _ALL}
+
+
+def find_task(name: str) -> Task:
+    """Raises `UserError` with the nearest name if there is none of this one."""
+    if name not in TASKS:
+        raise UserError(f"tasks: {name!r} is not a task{nearest(name, TASKS)}: name one of {', '.join(TASKS)}")
+    return TASKS[name]

@@ -1,0 +1,63 @@
+"""Multiple choice: how a question with its choices reads, and a task of such questions.
+
+The text is nanochat's (tasks/common.py, `render_mc`): the letter stands behind its choice, without a space before it,
+so that it is the same token as in the answer; small models bind the two better that way. Letters follow the order of
+the choices, also where the data set numbers them.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from bwlm.errors import UserError
+from tasks.files import DataSet, Row
+from tasks.task import Conversation, Split, exchange
+
+FORMAT_VERSION = 1
+"""Counts up whenever the same rows would give other conversations."""
+
+LETTERS = string.ascii_uppercase
+
+
+@dataclass(frozen=True)
+class ChoiceQuestion:
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    """Index of the right choice."""
+
+    def prompt(self) -> str:
+        """What the user says."""
+        lines = [f"- {choice}={letter}" for choice, letter in zip(self.choices, LETTERS, strict=False)]
+        asked = "Respond only with the letter of the correct answer."
+        return "\n".join([f"Multiple Choice question: {self.question}", *lines, "", asked])
+
+    def conversation(self) -> Conversation:
+        return exchange(self.prompt(), LETTERS[self.answer])
+
+
+def choice_question(row: Row, question: str, choices: list[str], answer: int) -> ChoiceQuestion:
+    """Raises `UserError` for a row with fewer than 2 choices or more than letters, or whose answer is none of them."""
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise UserError(f"{row.place}: choices: must be 2 to {len(LETTERS)} (found {len(choices)})")
+    if not 0 <= answer < len(choices):
+        raise UserError(f"{row.place}: answer: must be the index of one of {len(choices)} choices (found {answer})")
+    return ChoiceQuestion(question, tuple(choices), answer)
+
+
+@dataclass(frozen=True)
+class MultipleChoice:
+    name: str
+    data: DataSet
+    parse: Callable[[Row], ChoiceQuestion]
+
+    def questions(self, split: Split, path: str | None = None) -> Iterator[ChoiceQuestion]:
+        return map(self.parse, self.data.rows(split, path))
+
+    def conversations(self, split: Split, path: str | None = None) -> Iterator[Conversation]:
+        return map(ChoiceQuestion.conversation, self.questions(split, path))
+
+    def key(self, path: str | None = None) -> str:
+        return self.data.key(path, self.name, FORMAT_VERSION)

@@ -1,0 +1,200 @@
+"""Rows of a data set in parquet or JSONL files, and which of them are validation.
+
+A folder is split by the first word of its files' names, as the hub names them (`train-00000-of-00001.parquet`):
+`validation`, `valid`, `val` or `dev` is validation; `test` is validation only where nothing else is, and is otherwise
+left for evaluation; every other file is for training. Where that leaves one of the splits empty (one file, only tests,
+no names of the kind), all files are one pool, of which one row in 20 is validation: those where the first 64 bits of
+SHA-256 of the columns that are read, as JSON with sorted keys, are divisible by 20. Equal rows fall on one side.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+
+from bwlm.errors import UserError, nearest
+from bwlm.text.corpus import Shard, first_line, list_files, open_parquet
+from tasks.task import Split, draw, recipe_key
+
+HELD_OUT = 20
+"""One row in so many is validation where files do not say which are."""
+
+PARQUET = ".parquet"
+JSONL = (".jsonl", ".jsonl.gz")
+_VALIDATION = frozenset({"validation", "valid", "val", "dev"})
+_TEST = frozenset({"test"})
+_ROWS_AT_ONCE = 256
+_MEND = "write the file again or take it away"
+_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "nothing"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a file holds at a place; reading a field of another type raises `UserError` with file, row and field."""
+
+    place: str
+    """The file, and the row counted from 0 (parquet) or the line counted from 1 (JSONL)."""
+    values: Mapping[str, Any]
+
+    def get(self, field: str) -> Any:
+        if field not in self.values:
+            raise UserError(
+                f"{self.place}: no field {field!r}{nearest(field, self.values)}: it has {', '.join(self.values)}"
+            )
+        return self.values[field]
+
+    def text(self, field: str) -> str:
+        value = self.get(field)
+        if not isinstance(value, str):
+            raise self.fault(field, "a string", value)
+        return value
+
+    def texts(self, field: str) -> list[str]:
+        value = self.get(field)
+        if not isinstance(value, list):
+            raise self.fault(field, "a list of strings", value)
+        for index, text in enumerate(value):
+            if not isinstance(text, str):
+                raise self.fault(f"{field}[{index}]", "a string", text)
+        return value
+
+    def integer(self, field: str) -> int:
+        value = self.get(field)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.fault(field, "an integer", value)
+        return value
+
+    def within(self, field: str) -> Row:
+        """The object in a field, as a row of its own at the same place."""
+        value = self.get(field)
+        if not isinstance(value, dict):
+            raise self.fault(field, "an object", value)
+        return Row(f"{self.place}: {field}", value)
+
+    def fault(self, field: str, wanted: str, found: Any) -> UserError:
+        """An error to raise."""
+        kind = _KINDS.get(type(found), f"{found!r:.40}")
+        return UserError(f"{self.place}: {field}: must be {wanted} (found {kind})")
+
+
+@dataclass(frozen=True)
+class Splits:
+    train: tuple[Shard, ...]
+    validation: tuple[Shard, ...]
+    """The same files if they are one pool."""
+
+    @property
+    def pooled(self) -> bool:
+        return self.train == self.validation
+
+
+def split_files(files: list[Shard]) -> Splits:
+    """Which files are of which split, by their names alone."""
+    words = {file: _first_word(file) for file in files}
+    test = tuple(file for file in files if words[file] in _TEST)
+    validation = tuple(file for file in files if words[file] in _VALIDATION) or test
+    train = tuple(file for file in files if words[file] not in _TEST | _VALIDATION)
+    if train and validation:
+        return Splits(train, validation)
+    return Splits(tuple(files), tuple(files))
+
+
+def _first_word(file: Shard) -> str:
+    return re.split(r"[^a-z]", PurePosixPath(file.uri).name.lower(), maxsplit=1)[0]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Where a task's rows come from."""
+
+    field: str
+    """The setting that names the files, for errors: `tasks.gsm8k.path`."""
+    address: str
+    """Read if no path is given: a folder on the hub."""
+    columns: tuple[str, ...]
+    subset: str = ""
+    """The folder below `address` that holds the files; it may stand below a path too, as in a copy of the hub's."""
+
+    def rows(self, split: Split, path: str | None = None) -> Iterator[Row]:
+        """The rows of a split, file by file. Raises `UserError`, naming the file and where it can the row."""
+        splits = self._splits(path)
+        for file in splits.train if split == "train" else splits.validation:
+            for row in _read(file.uri, self.columns):
+                if not splits.pooled or self._held_out(row) == (split == "validation"):
+                    yield row
+
+    def key(self, path: str | None, *recipe: Any) -> str:
+        """A short hash of both splits' files with their sizes and stamps, and of what else makes the conversations."""
+        return recipe_key(*recipe, HELD_OUT, asdict(self._splits(path)))
+
+    def _splits(self, path: str | None) -> Splits:
+        files = self._list(path)
+        for file in files:
+            if not file.uri.endswith((PARQUET, *JSONL)):
+                raise UserError(f"{self.field}: {file.uri}: name a {PARQUET}, {' or '.join(JSONL)} file")
+        return split_files(files)
+
+    def _list(self, path: str | None) -> list[Shard]:
+        if path is not None:
+            below = Path(path).expanduser() / self.subset
+            return list_files(str(below) if self.subset and below.is_dir() else path, self.field, (PARQUET, *JSONL))
+        try:
+            return list_files(f"{self.address}/{self.subset}".rstrip("/"), self.field, (PARQUET, *JSONL))
+        except UserError as error:
+            copy = ", or give the path of a copy" if self.address.startswith("hf://") else ""
+            raise UserError(f"{error}{copy}") from None
+
+    def _held_out(self, row: Row) -> bool:
+        read = {column: row.values.get(column) for column in self.columns}
+        return draw(json.dumps(read, sort_keys=True, default=str)) % HELD_OUT == 0
+
+
+def _read(uri: str, columns: tuple[str, ...]) -> Iterator[Row]:
+    return _read_parquet(uri, columns) if uri.endswith(PARQUET) else _read_jsonl(uri)
+
+
+def _read_parquet(uri: str, columns: tuple[str, ...]) -> Iterator[Row]:
+    with open_parquet(uri, _MEND) as file:
+        names = file.schema_arrow.names
+        for column in columns:
+            if column not in names:
+                raise UserError(f"{uri}: no column {column!r}{nearest(column, names)}: it has {', '.join(names)}")
+        number = 0
+        try:
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(columns)):
+                for values in batch.to_pylist():
+                    yield Row(f"{uri}: row {number}", values)
+                    number += 1
+        except Exception as error:
+            raise UserError(f"{uri}: damaged after row {number} ({first_line(error)}): {_MEND}") from None
+
+
+def _read_jsonl(uri: str) -> Iterator[Row]:
+    number = 0
+    try:
+        with fsspec.open(uri, "rb", compression="gzip" if uri.endswith(".gz") else None) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _parse(line, f"{uri}: line {number}")
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{uri}: cannot be read after line {number} ({first_line(error)}): {_MEND}") from None
+
+
+def _parse(line: bytes, place: str) -> Row:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not valid JSON ({first_line(error)})") from None
+    if isinstance(values, list):  # nanochat writes a conversation as the list of its messages
+        values = {"messages": values}
+    if not isinstance(values, dict):
+        raise UserError(f"{place}: must be an object or a list of messages (found {_KINDS.get(type(values), values)})")
+    return Row(place, values)

@@ -1,0 +1,54 @@
+"""Conversations that files already hold: a user's own, and SmolTalk.
+
+A row has a column `messages`, a list of objects with `role` and `content`; other fields are left out. A line of JSONL
+may also be that list alone, as nanochat writes it. The order of turns is checked where conversations are rendered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tasks.files import DataSet, Row
+from tasks.task import Conversation, Message, Split
+
+FORMAT_VERSION = 1
+"""Counts up whenever the same files would give other conversations."""
+
+_COLUMN = "messages"
+
+
+class FileTask:
+    """Conversations of a file, a folder, a glob or a URI, parquet or JSONL (`.jsonl`, `.jsonl.gz`).
+
+    `name` is what errors and settings call it; by default the path itself.
+    """
+
+    def __init__(self, path: str, name: str | None = None, subset: str = "") -> None:
+        self.name = name or path
+        self._data = DataSet(f"tasks.{name}.path" if name else "tasks", path, (_COLUMN,), subset)
+
+    def conversations(self, split: Split, path: str | None = None) -> Iterator[Conversation]:
+        """Raises `UserError` with file, row and field for messages that are no list and entries that lack a string."""
+        return map(_messages, self._data.rows(split, path))
+
+    def key(self, path: str | None = None) -> str:
+        return self._data.key(path, _COLUMN, FORMAT_VERSION)
+
+
+def _messages(row: Row) -> Conversation:
+    found = row.get(_COLUMN)
+    if not isinstance(found, list):
+        raise row.fault(_COLUMN, "a list of messages", found)
+    return [_message(row, f"{_COLUMN}[{index}]", entry) for index, entry in enumerate(found)]
+
+
+def _message(row: Row, field: str, entry: Any) -> Message:
+    if not isinstance(entry, dict):
+        raise row.fault(field, "an object with role and content", entry)
+    fields = Row(f"{row.place}: {field}", entry)
+    return {"role": fields.text("role"), "content": fields.text("content")}
+
+
+SMOLTALK = FileTask("hf://datasets/HuggingFaceTB/smol-smoltalk", "smoltalk", subset="data")
+"""SmolTalk for small models: Allal et al. 2025, SmolLM2 (arXiv 2502.02737)."""

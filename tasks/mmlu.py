@@ -1,0 +1,20 @@
+"""MMLU: questions of 57 subjects with four choices (Hendrycks et al. 2021, arXiv 2009.03300).
+
+The hub's training questions, `auxiliary_train`, are of other data sets; its `validation` and `dev` validate here.
+"""
+
+from __future__ import annotations
+
+from tasks.choices import ChoiceQuestion, MultipleChoice, choice_question
+from tasks.files import DataSet, Row
+
+
+def _parse(row: Row) -> ChoiceQuestion:
+    return choice_question(row, row.text("question"), row.texts("choices"), row.integer("answer"))
+
+
+MMLU = MultipleChoice(
+    "mmlu",
+    DataSet("tasks.mmlu.path", "hf://datasets/cais/mmlu", ("question", "choices", "answer"), subset="all"),
+    _parse,
+)

@@ -1,0 +1,325 @@
+"""Files of a task: found wherever they lie, split by their names or by hash, and every fault told with its place."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bwlm.errors import UserError
+from bwlm.text.corpus import Shard
+from tasks.files import HELD_OUT, split_files
+from tasks.gsm8k import GSM8K
+from tasks.messages import SMOLTALK, FileTask
+from tasks.task import Conversation, Split, exchange
+
+TALKS = [exchange(f"Question {index}?", f"Answer {index}.") for index in range(400)]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+
+def write(path: Path, conversations: list[Conversation]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"messages": conversations, "source": ["x"] * len(conversations)}), path)
+    else:
+        lines = "".join(json.dumps({"source": "x", "messages": talk}) + "\n" for talk in conversations)
+        path.write_bytes(gzip.compress(lines.encode()) if path.suffix == ".gz" else lines.encode())
+    return path
+
+
+def read(source: Path | str) -> tuple[list[Conversation], list[Conversation]]:
+    task = FileTask(str(source))
+    return list(task.conversations("train")), list(task.conversations("validation"))
+
+
+def sorted_talks(conversations: list[Conversation]) -> list[Conversation]:
+    return sorted(conversations, key=TALKS.index)
+
+
+# ---- formats and places ----
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".jsonl", ".jsonl.gz"])
+def test_formats_hold_the_same_and_split_the_same(ending: str, tmp_path: Path) -> None:
+    train, validation = read(write(tmp_path / f"talks{ending}", TALKS))
+    assert sorted_talks(train + validation) == TALKS
+    assert [talk for talk in TALKS if talk in validation] == validation, "in the order of the file"
+    assert len(validation) == pytest.approx(len(TALKS) / HELD_OUT, rel=0.5)
+    assert (train, validation) == read(write(tmp_path / "other" / "talks.jsonl", TALKS))
+
+
+def test_which_rows_validate_does_not_follow_from_their_place(tmp_path: Path) -> None:
+    _, validation = read(write(tmp_path / "talks.jsonl", TALKS))
+    _, reversed_ = read(write(tmp_path / "reversed.jsonl", TALKS[::-1]))
+    _, twice = read(write(tmp_path / "twice.jsonl", TALKS + TALKS))
+    assert validation == reversed_[::-1]
+    assert twice == validation * 2
+
+
+def test_a_folder_a_glob_and_a_uri(tmp_path: Path) -> None:
+    folder = write(tmp_path / "talks" / "train-00000-of-00002.parquet", TALKS[:100]).parent
+    write(folder / "train-00001-of-00002.jsonl", TALKS[100:200])
+    write(folder / "test-00000-of-00001.jsonl.gz", TALKS[200:])
+    (folder / "README.md").write_text("Not data.")
+    expected = (TALKS[:200], TALKS[200:])
+    for source in (folder, f"{folder}/*", f"file://{folder}", f"file://{folder}/*"):
+        assert read(source) == expected
+    train, validation = read(f"{folder}/train*")
+    assert sorted_talks(train + validation) == TALKS[:200]
+
+
+def test_a_home_and_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "talks.jsonl", TALKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read("talks.jsonl") == read("~/talks.jsonl") == read(tmp_path / "talks.jsonl")
+    assert FileTask("talks.jsonl").key() == FileTask("~/talks.jsonl").key()
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[str]:
+    filesystem = fsspec.filesystem("memory")
+    for name, talks in (("train.parquet", TALKS[:50]), ("val.jsonl.gz", TALKS[50:60]), ("val.txt", [])):
+        filesystem.put(str(write(tmp_path / name, talks)), f"/bwlm-talks/{name}")
+    yield "memory://bwlm-talks"
+    filesystem.rm("/bwlm-talks", recursive=True)
+
+
+def test_any_file_system_of_fsspec(memory: str) -> None:
+    assert read(memory) == (TALKS[:50], TALKS[50:60])
+    key = FileTask(memory).key()
+    assert FileTask(memory).key() == key
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe("/bwlm-talks/train.parquet", filesystem.cat("/bwlm-talks/train.parquet"))
+    assert FileTask(memory).key() != key
+
+
+def test_a_subset_is_found_below_a_path_or_at_it(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "train-00000-of-00001.parquet", TALKS[:9])
+    write(tmp_path / "data" / "test-00000-of-00001.parquet", TALKS[9:12])
+    for path in (tmp_path, tmp_path / "data"):
+        assert list(SMOLTALK.conversations("train", str(path))) == TALKS[:9]
+        assert list(SMOLTALK.conversations("validation", str(path))) == TALKS[9:12]
+
+
+def test_nanochats_lines_are_lists_of_messages(tmp_path: Path) -> None:
+    (tmp_path / "identity.jsonl").write_text("".join(json.dumps(talk) + "\n\n" for talk in TALKS))
+    assert read(tmp_path / "identity.jsonl") == read(write(tmp_path / "talks.jsonl", TALKS))
+
+
+def test_other_fields_of_a_message_are_left_out(tmp_path: Path) -> None:
+    talk = [{"role": "system", "content": "Be kind.", "name": "x"}, {"content": "Hé 🙂", "role": "user", "n": 1}]
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talk}))
+    train, validation = read(tmp_path / "talks.jsonl")
+    assert train + validation == [
+        [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hé 🙂"}],
+    ]
+
+
+def test_no_row_is_no_conversation(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "talks.jsonl", [])) == ([], [])
+
+
+# ---- splits by name ----
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "validation"),
+    [
+        ("train-00000-of-00001 test-00000-of-00001", "train-00000-of-00001", "test-00000-of-00001"),
+        ("train validation test", "train", "validation"),
+        ("train val test", "train", "val"),
+        ("train valid_2 dev", "train", "valid_2 dev"),
+        ("auxiliary_train-0 dev-0 test-0 validation-0", "auxiliary_train-0", "dev-0 validation-0"),
+        ("TRAIN.a Test.b", "TRAIN.a", "Test.b"),
+        ("chat train test", "chat train", "test"),
+        ("chat test", "chat", "test"),
+        ("values testimonials device", "values testimonials device", None),
+        ("values testimonials test", "values testimonials", "test"),
+        ("train", "train", None),
+        ("train_a train_b", "train_a train_b", None),
+        ("test", "test", None),
+        ("test validation", "test validation", None),
+        ("a b", "a b", None),
+    ],
+)
+def test_splits_of_a_folder(names: str, train: str, validation: str | None) -> None:
+    files = {name: Shard(f"/test/train/{name}.parquet", 1, "") for name in names.split()}
+    splits = split_files(list(files.values()))
+    assert splits.train == tuple(files[name] for name in train.split())
+    assert splits.validation == tuple(files[name] for name in (validation or train).split())
+    assert splits.pooled == (validation is None)
+
+
+# ---- keys ----
+
+
+def test_the_key_names_files_sizes_stamps_and_task(tmp_path: Path) -> None:
+    first, second = (write(tmp_path / name, TALKS[:9]) for name in ("train.jsonl", "test.jsonl"))
+    task = FileTask(str(tmp_path))
+    keys = [task.key()]
+    assert task.key() == FileTask("elsewhere").key(str(tmp_path)) == keys[0]
+    os.utime(first, ns=(1, 1))
+    keys.append(task.key())
+    with first.open("a") as file:
+        file.write("\n")
+    os.utime(first, ns=(1, 1))
+    keys.append(task.key())
+    second.rename(tmp_path / "other.jsonl")
+    keys.append(task.key())
+    keys.append(GSM8K().key(str(tmp_path)))
+    assert len(set(keys)) == len(keys)
+
+
+class Hub:
+    """A file system that tells of a file what the hub's does."""
+
+    blob_id = "0"
+
+    def glob(self, pattern: str) -> list[str]:
+        assert pattern == "datasets/openai/gsm8k/main/*"
+        return ["datasets/openai/gsm8k/main/train-00000-of-00001.parquet", "datasets/openai/gsm8k/main/README.md"]
+
+    def info(self, name: str) -> dict[str, Any]:
+        return {"name": name, "size": 9, "type": "file", "blob_id": self.blob_id, "last_commit": None}
+
+    def unstrip_protocol(self, name: str) -> str:
+        return f"hf://{name}"
+
+
+def test_the_key_names_the_content_that_the_hub_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub()
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda address: (hub, address.removeprefix("hf://")))
+    key = GSM8K().key()
+    assert GSM8K().key() == key
+    hub.blob_id = "1"
+    assert GSM8K().key() != key
+
+
+# ---- faults ----
+
+
+def refusal(source: Path | str, task: Any = None) -> str:
+    read_task = task or FileTask("hub", "mine")
+    with pytest.raises(UserError) as error:  # noqa: PT012 - which split a bad row falls to is its hash's
+        for split in SPLITS:
+            list(read_task.conversations(split, str(source)))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+    kinds = ".parquet or .jsonl or .jsonl.gz"
+    assert refusal(tmp_path / "none") == (
+        f"tasks.mine.path: {tmp_path}/none does not exist: give a folder, glob, file or URI of {kinds} files"
+    )
+    assert f"no {kinds} file in {tmp_path}:" in refusal(tmp_path)
+    assert refusal("memory://bwlm-no-talks").startswith(f"tasks.mine.path: no {kinds} file in memory://bwlm-no-talks")
+    assert refusal(tmp_path / "none", GSM8K()).startswith("tasks.gsm8k.path: ")
+    with pytest.raises(UserError, match=rf"^tasks: {tmp_path}/none\.jsonl does not exist: "):
+        FileTask(f"{tmp_path}/none.jsonl").key()
+
+
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "chat.json").write_text("{}")
+    assert refusal(tmp_path / "chat.json") == (
+        f"tasks.mine.path: {tmp_path}/chat.json: name a .parquet, .jsonl or .jsonl.gz file"
+    )
+
+
+def test_the_hub_out_of_reach_says_what_else_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", fail)
+    with pytest.raises(UserError) as error:
+        next(GSM8K().conversations("train"))
+    assert str(error.value) == (
+        "tasks.gsm8k.path: hf://datasets/openai/gsm8k/main cannot be listed (no route to host): check the address, "
+        "or give the path of a copy"
+    )
+
+
+def test_parquet_without_the_column_names_the_nearest(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"mesages": ["x"], "id": [1]}), tmp_path / "talks.parquet")
+    assert refusal(tmp_path) == (
+        f"{tmp_path}/talks.parquet: no column 'messages' (did you mean 'mesages'?): it has mesages, id"
+    )
+    pq.write_table(pa.table({"questions": ["x"], "answer": ["y"]}), tmp_path / "talks.parquet")
+    assert "no column 'question' (did you mean 'questions'?)" in refusal(tmp_path, GSM8K())
+
+
+ROW = "[{'role': 'user', 'content': 'x'}]".replace("'", '"')
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"mesages": []}', "no field 'messages' (did you mean 'mesages'?): it has mesages"),
+        ('{"messages": "x"}', "messages: must be a list of messages (found a string)"),
+        ('{"messages": null}', "messages: must be a list of messages (found nothing)"),
+        ('{"messages": ["x"]}', "messages[0]: must be an object with role and content (found a string)"),
+        ('[{"role": "user", "content": "x"}, {"role": "user"}]', "messages[1]: no field 'content': it has role"),
+        (
+            '[{"rle": "user", "content": "x"}]',
+            "messages[0]: no field 'role' (did you mean 'rle'?): it has rle, content",
+        ),
+        ('[{"role": 3, "content": "x"}]', "messages[0]: role: must be a string (found 3)"),
+        ('[{"role": "user", "content": ["x"]}]', "messages[0]: content: must be a string (found a list)"),
+        ('[{"role": "user", "content": null}]', "messages[0]: content: must be a string (found nothing)"),
+        ("7", "must be an object or a list of messages (found 7)"),
+        ('"x"', "must be an object or a list of messages (found a string)"),
+    ],
+)
+def test_a_line_that_is_no_conversation(line: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "talks.jsonl").write_text(f"{ROW}\n\n{line}\n{ROW}\n")
+    assert refusal(tmp_path) == f"{tmp_path}/talks.jsonl: line 3: {told}"
+
+
+@pytest.mark.parametrize("line", ["{'messages': []}", "[" * 10**5, "[}", "NULL"], ids=len)
+def test_a_line_that_is_not_json(line: str, tmp_path: Path) -> None:
+    (tmp_path / "talks.jsonl").write_text(f"{ROW}\n{line}\n")
+    assert re.fullmatch(rf"{tmp_path}/talks\.jsonl: line 2: not valid JSON \(.+\)", refusal(tmp_path))
+
+
+def test_a_line_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "talks.jsonl").write_bytes(ROW.encode() + b'\n[{"role": "user", "content": "\xff"}]\n')
+    assert re.fullmatch(rf"{tmp_path}/talks\.jsonl: line 2: not valid JSON \('utf-8' codec .*\)", refusal(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("column", "told"),
+    [
+        (pa.array(["x", "y"]), "row 0: messages: must be a list of messages (found a string)"),
+        (
+            pa.array([[{"role": "user", "content": "x"}], None]),
+            "row 1: messages: must be a list of messages (found nothing)",
+        ),
+        (
+            pa.array([[{"role": "user", "content": "x"}], [{"role": "user", "content": None}]]),
+            "row 1: messages[0]: content: must be a string (found nothing)",
+        ),
+        (pa.array([[{"role": "user"}]]), "row 0: messages[0]: no field 'content': it has role"),
+    ],
+)
+def test_a_row_of_parquet_that_is_no_conversation(column: pa.Array, told: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"messages": column}), tmp_path / "talks.parquet")
+    assert refusal(tmp_path) == f"{tmp_path}/talks.parquet: {told}"
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    for name in ("talks.parquet", "talks.jsonl.gz"):
+        whole = write(tmp_path / name, TALKS).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        assert refusal(tmp_path / name).startswith(f"{tmp_path / name}: ")
+    (tmp_path / "talks.jsonl.gz").write_bytes(b"not gzip")
+    assert "talks.jsonl.gz: cannot be read after line 0 (Not a gzipped file" in refusal(tmp_path / "talks.jsonl.gz")
