@@ -16,6 +16,8 @@ from torch import Tensor
 # (Jordan et al., https://kellerjordan.github.io/posts/muon)
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
+STRETCHES = (2, 2, 1)
+"""The iterations of a wide matrix between fresh products of its rows: rounding grows inside a stretch."""
 _EPS = 1e-7
 
 _MOST_ELEMENTS = 2**26
@@ -54,11 +56,43 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(_EPS)
+    x = _iterated_by_gram(x) if x.size(-1) >= 2 * x.size(-2) else _iterated(x)
+    return x.mT if tall else x
+
+
+def _iterated(x: Tensor) -> Tensor:
+    """x <- (a + b G + c G^2) x with G = x x^T, for [K, M, N]."""
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x
+
+
+def _iterated_by_gram(x: Tensor) -> Tensor:
+    """What `_iterated` gives, with most products of [M, M] alone: a fifth less work where N is four times M.
+
+    The polynomial P of G commutes with G, so the next G is P G P, and the next x a product of such P and x (Zhang,
+    Amsel, Chen and Dao, Gram Newton-Schulz, https://dao-lab.ai/blog/2026/gram-newton-schulz).
+    """
+    a, b, c = COEFFICIENTS
+    for iterations in STRETCHES:
+        gram, whole = x @ x.mT, None
+        for left in reversed(range(iterations)):
+            p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # P less its a on the diagonal
+            whole = _plus_diagonal(p, a) if whole is None else torch.baddbmm(whole, p, whole, beta=a)
+            if left:
+                half = torch.baddbmm(gram, p, gram, beta=a)
+                gram = torch.baddbmm(half, half, p, beta=a)
+        assert whole is not None
+        x = whole @ x
+    return x
+
+
+def _plus_diagonal(matrices: Tensor, value: float) -> Tensor:
+    out = matrices.clone()
+    out.diagonal(dim1=-2, dim2=-1).add_(value)
+    return out
 
 
 def _batches(matrices: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -28,8 +28,27 @@ def test_singular_values_end_near_one_and_their_vectors_stay(shape: tuple[int, i
         assert (found - torch.diag(values)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0, 2.0])
+def test_wide_matrices_end_where_the_plain_iteration_ends(decay: float) -> None:
+    """Whatever the spectrum: in float32 the same, in bfloat16 about as near to that as the plain one."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = 64, 256
+    u, v = (torch.linalg.qr(torch.randn(4, size, rows, generator=generator))[0] for size in (rows, columns))
+    values = torch.arange(1.0, rows + 1) ** -decay
+    wide = (u * (values / values.norm())) @ v.mT
+    exact = muon._iterated(wide.double())
+    assert (muon._iterated_by_gram(wide) - exact).norm() < 1e-4 * exact.norm()
+    assert (orthogonalize(wide) == muon._iterated_by_gram(wide / wide.norm(dim=(-2, -1), keepdim=True))).all()
+
+    def off(found: Tensor) -> Tensor:
+        return (found.double() - exact).norm() / exact.norm()
+
+    rounded = wide.bfloat16()
+    assert off(muon._iterated_by_gram(rounded)) < 2 * off(muon._iterated(rounded)) + 0.01
+
+
 @pytest.mark.parametrize("most", [2**26, 1, 2 * 24 * 24], ids=["all at once", "one by one", "two by two"])
-@pytest.mark.parametrize(("precision", "error"), [(torch.float32, 0.02), (torch.bfloat16, 0.005)])
+@pytest.mark.parametrize(("precision", "error"), [(torch.float32, 0.02), (torch.bfloat16, 0.03)])
 def test_an_update_is_torchs_for_every_matrix(
     precision: torch.dtype, error: float, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
