@@ -66,7 +66,7 @@ def bare(folder: ExperimentFolder) -> float:
     from bwlm.text.direction import SpecialIds
     from bwlm.text.plan import RowPlan
     from bwlm.text.tokenizer import Tokenizer
-    from bwlm.train.base import build_model, rows_per_step
+    from bwlm.train.packed import build_model, rows_per_step
 
     config = folder.config()
     torch.set_num_threads(config.compute.threads)

@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DirectionName = Literal["forward", "backward", "bidirectional", "permuted"]
-Phase = Literal["base"]
+Phase = Literal["base", "mid", "sft", "rl"]
+PHASES: tuple[str, ...] = get_args(Phase)
 Reversal = Literal["whole", "turns"]
+Inherited = Literal["direction", "reversal"]
 DIRECTIONS: tuple[str, ...] = get_args(DirectionName)
 
 
@@ -30,6 +32,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
+Weight = Annotated[float, Field(gt=0, le=1000)]
+
+
 class DataSettings(Settings):
     source: str = Field(
         "builtin:pydocs",
@@ -38,6 +43,18 @@ class DataSettings(Settings):
     )
     text_column: str = Field("text", min_length=1, description="column of the parquet files that holds the documents")
     validation: str | None = Field(None, description="validation parquet; default: the last shard of the source")
+    mixture: dict[str, Weight] = Field(
+        default_factory=dict,
+        description="conversations of the phases after base: tasks or files, with how often each comes in an epoch",
+        json_schema_extra=_hide_default,
+    )
+    reversal: Reversal = Field(
+        "whole", description="of conversations. whole: backward models write what came before; turns: they answer too"
+    )
+
+
+class TaskSettings(Settings):
+    path: str | None = Field(None, description="folder, file or URI of the task's data; default: the hub's")
 
 
 class TokenizerSettings(Settings):
@@ -58,6 +75,13 @@ class ModelSettings(Settings):
 
 
 class OptimSettings(Settings):
+    init_lr_frac: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="of every rate, besides lr; default: base and mid 1, sft 0.02, rl 0.05, as in nanochat",
+        json_schema_extra=_hide_default,
+    )
     kind: Literal["muon", "adamw"] = Field("muon", description="muon: for the hidden matrices, AdamW for the rest")
     weight_decay: float = Field(0.0, ge=0, description="of the blocks' matrices; falls to 0 over the run")
     warmup_steps: int | None = Field(None, ge=0, description="default: 40, but at most a tenth of the run")
@@ -77,7 +101,7 @@ class BudgetSettings(Settings):
         None,
         gt=0,
         le=1e9,
-        description="20 where no horizon is given; parameters: matrices and output head",
+        description="20 where no horizon is given, mid 1, sft 0.5, rl 100 steps; parameters: matrices and output head",
     )
     batch_tokens: int = Field(
         2**19,
@@ -106,6 +130,25 @@ class CheckpointSettings(Settings):
     keep: int = Field(2, ge=1, description="how many of the newest stay")
     keep_best: bool = Field(False, description="the best on the tuning half of the validation windows stays too")
     keep_every: int = Field(0, ge=0, description="multiples of this step stay too; 0: none")
+
+
+class RewardSettings(Settings):
+    """Of the rl phase: policy gradient on samples of the model, rewarded by their tasks."""
+
+    prompts: int = Field(16, ge=1, description="prompts of a step, fewer where budget.batch_tokens asks for it")
+    samples: int = Field(16, ge=2, description="samples of each prompt; a bidirectional model writes half each way")
+    new_tokens: int = Field(64, ge=1, description="longest sample")
+    temperature: float = Field(1.0, gt=0, le=10, description="of sampling")
+    top_k: int | None = Field(None, ge=1, description="sample from so many likeliest tokens; default: from all")
+    validation: int = Field(128, ge=1, description="validation problems, answered greedily")
+
+    @model_validator(mode="after")
+    def _halves(self) -> RewardSettings:
+        if self.samples % 2:
+            raise ValueError(
+                f"samples: must be even, so that it can be halved between two readings (found {self.samples})"
+            )
+        return self
 
 
 class ResearchLogSettings(Settings):
@@ -159,14 +202,20 @@ class ResourceSettings(Settings):
 class Recipe(Settings):
     """What a grid file states once for all its cells."""
 
-    phase: Phase = Field("base", description="what is trained")
+    phase: Phase = Field("base", description="base on documents; mid and sft on conversations; rl by rewards")
+    parent: str | None = Field(None, description="id of the finished run that a phase after base begins from")
+    differs: list[Inherited] = Field(
+        default_factory=list, description="what need not be the parent's, to change it on purpose"
+    )
     data: DataSettings = DataSettings()
+    tasks: dict[str, TaskSettings] = Field(default_factory=dict, description="where tasks lie that have files")
     tokenizer: TokenizerSettings = TokenizerSettings()
     model: ModelSettings = ModelSettings()
     optim: OptimSettings = OptimSettings()
     budget: BudgetSettings = BudgetSettings(tokens_per_parameter=20.0)
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    rl: RewardSettings = RewardSettings()
     research_log: ResearchLogSettings = ResearchLogSettings()
     compute: ComputeSettings = ComputeSettings()
     resources: ResourceSettings = ResourceSettings()
@@ -185,6 +234,12 @@ class Recipe(Settings):
                 f"checkpoint.keep_best: checkpoints need a validation at their step: make checkpoint.every a multiple "
                 f"of evaluation.every (found {saved} and {validated})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _parent_of_its_phase(self) -> Recipe:
+        if self.phase == "base" and self.parent is not None:
+            raise ValueError("parent: a base run has none: choose another phase, or leave the parent out")
         return self
 
     @model_validator(mode="after")
@@ -211,3 +266,17 @@ class Experiment(Recipe):
     depth: Depth
     lr: LearningRate = 1.0
     seed: Seed = 0
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Of the rl phase, for all workers: so few that what is written stays within `budget.batch_tokens`."""
+        allowed = self.budget.batch_tokens // (self.rl.samples * self.rl.new_tokens)
+        return min(self.rl.prompts, allowed) // self.resources.workers * self.resources.workers
+
+    @model_validator(mode="after")
+    def _phase_fits(self) -> Experiment:
+        if self.phase == "base" and self.data.mixture:
+            raise ValueError("data.mixture: a base run reads documents, of data.source: leave the mixture out")
+        if self.phase != "base" and self.direction == "permuted":
+            raise ValueError("direction: permuted is a control on documents, and conversations have no such order")
+        return self

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,15 @@ def is_id(name: str) -> bool:
     return bool(_ID.fullmatch(name)) and name not in _RESERVED and not name.startswith(".")
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+Check = Callable[[], None]
+"""Raises where this process may not write any more; called between the making of a file and its taking its name."""
+
+
+def unchecked() -> None:
+    """The check of what has no other writer."""
+
+
+def write_atomic(path: Path, data: bytes, check: Check = unchecked) -> None:
     """Writes a file so that a reader, or a crash, sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -47,6 +55,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        check()
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -63,9 +72,9 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any] | list[Any], check: Check = unchecked) -> None:
     """Atomic, indented, with sorted keys; refuses NaN, which JSON does not know."""
-    write_atomic(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+    write_atomic(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode(), check)
 
 
 def read_json(path: Path) -> Any:
@@ -105,6 +114,19 @@ def whole_folder(target: Path) -> Iterator[Path]:
         for folder in made:
             with contextlib.suppress(OSError):  # not empty: somebody needs it
                 folder.rmdir()
+
+
+def discard_unfinished(folder: Path, names: Iterable[str]) -> None:
+    """Deletes what has not yet taken its name, of files and folders by patterns such as `checkpoints/step_*`.
+
+    Whoever still writes there cannot give it the name any more.
+    """
+    for name in names:
+        for path in folder.glob(str(Path(name).with_name(f".{Path(name).name}.????????.tmp"))):
+            gone = path.with_name(f"{path.name[:-12]}{uuid.uuid4().hex[:8]}.tmp")
+            with contextlib.suppress(FileNotFoundError):  # it took its name at this moment
+                path.rename(gone)  # at once, where a folder would be deleted piece by piece
+                shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
 
 
 @contextlib.contextmanager

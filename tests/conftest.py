@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from bwlm.config import Recipe
+from bwlm.text.packing import Items
 from bwlm.text.prepare import Pack, Prepared, prepare
-from bwlm.text.stream import pack_corpus, pack_here
+from bwlm.text.stream import pack_corpus
 from bwlm.text.tokenizer import Tokenizer
 
 pytest_plugins = ["tests.runs", "tests.shell"]
@@ -91,10 +92,15 @@ def corpus(write_shards: WriteShards, tmp_path_factory: pytest.TempPathFactory) 
     return write_shards(tmp_path_factory.mktemp("text") / "corpus", *(texts[start::4] for start in range(4)))
 
 
+def in_this_process(items: Items, work: Callable[[dict[str, Any]], dict[str, Any]]) -> Items:
+    """Packing without Ray."""
+    return [work(item) for item in items]
+
+
 @pytest.fixture(scope="session")
 def pack_in_process() -> Pack:
     """What `prepare` packs with in tests: the same work as with Ray, in this process."""
-    return partial(pack_corpus, pack=pack_here)
+    return partial(pack_corpus, run=in_this_process)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PRECISIONS = ("float32", "bfloat16")
 
 
 def run(name: str, *arguments: str) -> str:
@@ -38,6 +39,14 @@ def test_the_step_is_timed_without_ray_and_pydantic() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "True", done.stderr
+
+
+def test_decoding_is_compared_with_rereading() -> None:
+    sizes = ("--depth", "1", "--time", "64", "--vocab", "300", "--rows", "1,3", "--new", "8", "--rounds", "1")
+    found = json.loads(run("decoding.py", *sizes, "--json"))
+    assert [(row["precision"], row["rows"]) for row in found] == [(p, n) for p in PRECISIONS for n in (0, 1, 3)]
+    assert all(row["best"] >= row["tokens_per_second"] > 0 for row in found)
+    assert [row["ratio_to_rereading"] for row in found if row["rows"] == 0] == [1, 1]
 
 
 @pytest.mark.slow

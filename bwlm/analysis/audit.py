@@ -9,8 +9,8 @@ from typing import Any
 from bwlm.record.fingerprint import differences
 from bwlm.record.lineage import ExperimentFolder, list_experiments, readable
 
-TUNED = frozenset({"direction", "lr"})
-"""What the cells of a pair may differ in; the learning rate is chosen for each direction."""
+TUNED = frozenset({"direction", "lr", "parent"})
+"""What the cells of a pair may differ in: the learning rate is chosen for each direction, and a parent has one."""
 
 
 @dataclass(frozen=True)

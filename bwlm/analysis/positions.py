@@ -58,7 +58,7 @@ def by_place(run: LoggedRun) -> pd.DataFrame:
         KINDS[2]: 2.0 ** np.floor(np.log2(counts[token] / len(token))),
     }
     if (lengths := document_lengths(run.folder.config().corpus)) is not None:
-        edges[KINDS[3]] = _power_of_two(lengths[document])
+        edges[KINDS[3]] = _power_of_two(lengths.loc[document].to_numpy())
     parts = [
         pd.DataFrame({"bin": edge, "loss": loss, "accuracy": correct})
         .groupby("bin")
@@ -78,17 +78,16 @@ def _within(segment: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]
 
 
 @cache
-def document_lengths(corpus: str) -> NDArray[np.int64] | None:
+def document_lengths(corpus: str) -> pd.Series[int] | None:
     """Tokens of each document of the validation split, by its number; None if the packed text is gone."""
     if not (Path(corpus) / "manifest.json").exists():
         return None
     rows = PackedRows(Path(corpus), "validation")
-    lengths = np.zeros(0, dtype=np.int64)
+    parts = []
     for start in range(0, len(rows), _AT_ONCE):
         part = rows.take(np.arange(start, min(start + _AT_ONCE, len(rows))))
-        counted = np.bincount(part.document, weights=part.lengths, minlength=len(lengths)).astype(np.int64)
-        counted[: len(lengths)] += lengths
-        lengths = counted
+        parts.append(pd.Series(part.lengths, index=part.document))
+    lengths: pd.Series[int] = pd.concat(parts).groupby(level=0).sum()
     return lengths
 
 

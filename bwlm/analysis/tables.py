@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from bwlm.analysis.stats import PER_DIRECTION
 from bwlm.errors import UserError
+from bwlm.record.fingerprint import OF_ONE_PARENT
 from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder
 
@@ -22,8 +23,8 @@ HALVES = ("tuning", "test")
 """Even validation windows choose the learning rate, odd ones compare the directions."""
 
 _TEXT = ["window", "segment", "document", "tokens", "bytes"]
-_CELL_AXES = ("direction", "lr", "seed")
-_DIGESTS = ("tokenizer", "data", "code")
+_CELL_AXES = ("direction", "lr", "seed", *OF_ONE_PARENT)
+_DIGESTS = ("tokenizer", "data", "code", "parent_recipe")
 """Fields of an identity that are 64 hex digits, a possible cause before its effect."""
 _SHORT = 8
 """So many digits of a digest are shown."""
@@ -86,12 +87,12 @@ def load_curves(folder: ExperimentFolder) -> pd.DataFrame:
     return pd.DataFrame([{"step": entry.step, **entry.metrics} for entry in read_journal(folder.path)])
 
 
-def load_losses(folder: ExperimentFolder, reading: str, phase: str = "base") -> pd.DataFrame:
+def load_losses(folder: ExperimentFolder, reading: str) -> pd.DataFrame:
     """One row a segment of the validation windows: window, document, tokens, bytes, nll (nats), end_nll.
 
     Raises `UserError` that names the file if it is missing or damaged.
     """
-    path = folder.evaluation(phase, reading) / "validation.parquet"
+    path = folder.evaluation(folder.config().experiment.phase, reading) / "validation.parquet"
     try:
         table: pd.DataFrame = pq.read_table(path).to_pandas()
     except FileNotFoundError:

@@ -45,7 +45,7 @@ def transfer(folders: list[ExperimentFolder]) -> Analysis:
 
 def _of_reading(folder: ExperimentFolder, reading: str, size: str) -> dict[str, Any]:
     experiment = folder.config().experiment
-    losses = load_losses(folder, reading, experiment.phase)
+    losses = load_losses(folder, reading)
     nll = float(losses["nll"].sum())
     return {
         "run": folder.id,
@@ -105,7 +105,7 @@ def wrong_markers(folders: list[ExperimentFolder], labels: dict[str, str]) -> pd
         for reading, told in (READINGS, READINGS[::-1]):
             name = f"{reading}_marked_{told}"
             with contextlib.suppress(UserError):  # a run of one direction has no marker
-                wrong, right = (load_losses(folder, of, experiment.phase) for of in (name, reading))
+                wrong, right = (load_losses(folder, of) for of in (name, reading))
                 apart = float((wrong["nll"] - right["nll"]).sum() / right["tokens"].sum())
                 found.append((labels[folder.id], experiment.lr, reading, apart))
     table = pd.DataFrame(found, columns=["size", "lr", "reading", "apart"])

@@ -28,7 +28,7 @@ def _load(grid: Path, settings: list[str] | None, storage: str | None) -> tuple[
     from bwlm.grid.spec import load_grid
     from bwlm.paths import storage_root
 
-    plan = load_grid(grid, settings or [])
+    plan = load_grid(grid, settings or [], storage)
     return plan, storage_root(storage or plan.launch.storage)
 
 

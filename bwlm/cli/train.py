@@ -11,35 +11,56 @@ from bwlm.cli.terminal import Json, Set, Storage, print_json, show, table
 
 
 def train(
-    direction: Annotated[str, typer.Option(help="forward, backward, bidirectional or permuted.", show_default=False)],
-    depth: Annotated[int, typer.Option(help="Layers; the width follows from it.", show_default=False)],
-    phase: Annotated[str, typer.Option(help="base: next-token prediction on documents.")] = "base",
-    lr: Annotated[float, typer.Option(help="Multiplies the learning rates of all parameter groups.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the weights and the order of the rows.")] = 0,
+    direction: Annotated[
+        str | None,
+        typer.Option(help="forward, backward, bidirectional or permuted; past base: the parent's.", show_default=False),
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option(help="Layers; the width follows from it. Past base: the parent's.", show_default=False)
+    ] = None,
+    phase: Annotated[str, typer.Option(help="base, mid, sft or rl, or a chain: base,mid,sft.")] = "base",
+    parent: Annotated[
+        str | None, typer.Option(help="The finished run that a phase past base begins from.", show_default=False)
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Multiplies the learning rates of all parameter groups; default: 1.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the weights and the order of the rows; default: 0, or the parent's.")
+    ] = None,
     id_: Annotated[
-        str | None, typer.Option("--id", help="Default: PHASE_DATE_DIRECTION_dDEPTH.", show_default=False)
+        str | None,
+        typer.Option(
+            "--id", help="Default: PHASE_DATE_DIRECTION_dDEPTH. A chain makes ID-base, ID-mid, ..", show_default=False
+        ),
     ] = None,
     set_: Set = None,
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Train one experiment, as a grid trains a cell. The same command resumes; on another day with `--id`.
+    """Train one experiment, or a chain of phases, as a grid trains its cells.
+
+    The same command resumes; on another day with `--id`.
 
     Example: `bwlm train --direction backward --depth 4 --set budget.steps=200 --set budget.batch_tokens=16384`
+
+    Example: `bwlm train --phase sft --parent ID --set optim.init_lr_frac=0.05`
     """
     from bwlm.grid.spec import plan_experiment
     from bwlm.paths import storage_root
 
-    flags = {"phase": phase, "direction": direction, "depth": depth, "lr": lr, "seed": seed}
-    plan, root = plan_experiment(flags, set_ or [], id_), storage_root(storage)
+    flags = {"phase": phase, "parent": parent, "direction": direction, "depth": depth, "lr": lr, "seed": seed}
+    given = {name: value for name, value in flags.items() if value is not None}
+    plan, root = plan_experiment(given, set_ or [], id_, storage), storage_root(storage)
     result = launch(plan, root)
-    [cell] = result.cells
     if as_json:
-        print_json(cell.to_json())
+        cells = [cell.to_json() for cell in result.cells]
+        print_json(cells if len(plan.cells) > 1 else cells[0])
     else:
         from bwlm.analysis.tables import CELL_HEADER, cell_columns
 
-        show(table(CELL_HEADER, [cell_columns(cell)], cell.id), *([cell.reason] if cell.reason else []))
+        show(table(["id", *CELL_HEADER], [[cell.id, *cell_columns(cell)] for cell in result.cells], plan.name))
+        show(*[cell.reason for cell in result.cells if cell.reason])
         show_places(result)
     if not result.complete:
         raise typer.Exit(1)

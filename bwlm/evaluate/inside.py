@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from bwlm.model.gpt import GPT
 from bwlm.model.observe import AttentionStatistics, attention_statistics, evaluating
+from bwlm.text.conversation import TurnLayout
 from bwlm.text.direction import READINGS, Directed, Ids, Ints, Rows, SpecialIds, lay_out
 from bwlm.text.packing import PackedRows
 
@@ -34,6 +35,8 @@ class InsideView:
     """Whose states are taken, at most."""
     device: torch.device
     masked: bool
+    turns: TurnLayout | None = None
+    """Of conversations; None: documents."""
 
     def tokens_of(self) -> dict[str, Ints]:
         """token and window of each state, in reading order."""
@@ -75,7 +78,8 @@ class InsideView:
 
     def _directed(self, rows: Rows, reading: str, marked: bool) -> Directed:
         chosen = np.full(len(rows.lengths), READINGS.index(reading))
-        return lay_out(rows, chosen, marked, self.special, self.rows.width)
+        turned = self.turns.of(rows, chosen) if self.turns else {}
+        return lay_out(rows, chosen, marked, self.special, self.rows.width, **turned)
 
     def _inputs(self, directed: Directed) -> tuple[torch.Tensor, torch.Tensor | None]:
         def tensor(ids: Ids) -> torch.Tensor:

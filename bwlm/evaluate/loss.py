@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from bwlm.config import Reversal
 from bwlm.model.gpt import GPT
-from bwlm.paths import write_atomic, write_json
+from bwlm.paths import Check, unchecked, write_atomic, write_json
+from bwlm.text.conversation import TurnIds, TurnLayout, written
 from bwlm.text.direction import IGNORED, READINGS, Ids, Ints, Rows, SpecialIds, lay_out
 from bwlm.text.packing import PackedRows
 from bwlm.text.plan import permute
@@ -57,18 +59,18 @@ class SegmentLosses:
         even = self.window % 2 == 0
         return SegmentLosses(*(column[even] for column in vars(self).values())) if even.any() else self
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, check: Check = unchecked) -> None:
         """`validation.parquet` with every segment, `validation.json` with the summary."""
         folder.mkdir(parents=True, exist_ok=True)
         content = pa.BufferOutputStream()
         pq.write_table(pa.table(vars(self)), content)
-        write_atomic(folder / "validation.parquet", content.getvalue().to_pybytes())
+        write_atomic(folder / "validation.parquet", content.getvalue().to_pybytes(), check)
         counts = {
             "windows": len(np.unique(self.window)),
             "tokens": int(self.tokens.sum()),
             "bytes": int(self.bytes.sum()),
         }
-        write_json(folder / "validation.json", self.summary() | counts)
+        write_json(folder / "validation.json", self.summary() | counts, check)
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class LossEvaluation:
     device: torch.device
     masked: bool
     """Attention stays inside a segment."""
+    turns: TurnLayout | None = None
+    """Of conversations, all of whose text is measured; None: documents."""
 
     @property
     def windows(self) -> Ints:
@@ -109,7 +113,19 @@ class LossEvaluation:
         rows = self.rows.take(self.windows)
         each = {"segment": rows.segment, "document": rows.document, "window": self.windows[rows.row]}
         columns = {name: np.repeat(values, rows.lengths) for name, values in each.items()}
-        return {"token": rows.tokens, "bytes": self.token_bytes[rows.tokens], **columns}
+        columns |= {"token": rows.tokens, "bytes": self.token_bytes[rows.tokens]}
+        return {name: values[self._is_text(rows)] for name, values in columns.items()}
+
+    def written(self, reading: str, reversal: Reversal, turns: TurnIds) -> NDArray[np.bool_]:
+        """For each entry of `TokenLosses` of conversations, whether a model with this reading writes it."""
+        rows = self.rows.take(self.windows)
+        chosen = np.full(len(rows.lengths), READINGS.index(reading))
+        return written(rows.tokens, rows.lengths, chosen, reversal, turns)[self._is_text(rows)]
+
+    def _is_text(self, rows: Rows) -> NDArray[np.bool_]:
+        """[N] false for the markers of conversations, which are never scored."""
+        is_text: NDArray[np.bool_] = self.token_bytes[rows.tokens] > 0
+        return is_text
 
     def measure(self, model: GPT, reading: str, marked: bool, marker: str = "") -> Measured:
         """The same windows in the order of the split, whatever the number of ranks; `marker`: not the reading's own."""
@@ -135,20 +151,23 @@ class LossEvaluation:
     def _batch(self, model: GPT, windows: Ints, reading: str, marked: bool, marker: str) -> Measured:
         rows = self.rows.take(windows)
         chosen, told = (np.full(len(rows.lengths), READINGS.index(name)) for name in (reading, marker))
-        directed = lay_out(rows, chosen, marked, self.special, self.rows.width, told)
+        turned = self.turns.of(rows, chosen) if self.turns else {}
+        directed = lay_out(rows, chosen, marked, self.special, self.rows.width, told, **turned)
         segments = self._tensor(directed.segments) if self.masked else None
         inputs, targets = self._tensor(directed.ids[:, :-1]), self._tensor(directed.targets)
         losses = model.loss(inputs, targets, segments, predict=True)
         flat = losses.each.double().cpu().numpy().reshape(-1)
         right = (losses.predicted == targets).cpu().numpy().reshape(-1)
-        tokens = TokenLosses(flat[directed.text].astype(np.float32), right[directed.text].astype(np.int8))
+        is_text = self._is_text(rows)
+        text = directed.text[is_text]
+        tokens = TokenLosses(flat[text].astype(np.float32), right[text].astype(np.int8))
         segments_of = SegmentLosses(
             window=windows[rows.row],
             segment=rows.segment,
             document=rows.document,
-            tokens=rows.lengths,
+            tokens=_per_segment(is_text.astype(np.float64), rows).astype(np.int64),
             bytes=_per_segment(self.token_bytes[rows.tokens].astype(np.float64), rows).astype(np.int64),
-            nll=_per_segment(flat[directed.text], rows),
+            nll=_per_segment(np.where(is_text, flat[directed.text], 0.0), rows),
             end_nll=np.where(directed.ends == IGNORED, np.nan, flat[directed.ends]),
         )
         return segments_of, tokens

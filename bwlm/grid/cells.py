@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from bwlm.config import Recipe
+from bwlm.config import Experiment
 from bwlm.errors import UserError
 from bwlm.grid.spec import Cell, Plan
-from bwlm.record.fingerprint import differences, identity
+from bwlm.record.family import ParentLink
+from bwlm.record.fingerprint import INHERITED, differences, identity, inherited
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
 from bwlm.text.prepare import Prepared
 
@@ -44,6 +46,7 @@ def _find_cell(cell: Cell, folder: ExperimentFolder) -> PlannedCell:
         tokenizer=known["tokenizer"],
         precision=known["precision"] if precision == "auto" else precision,
         steps=cell.steps,
+        parent={name: value for name, value in known.items() if name in INHERITED},
     )
     return PlannedCell(cell, folder, folder.status(), differences(known, planned))
 
@@ -80,13 +83,18 @@ def going_on(known: RunConfig, asked: RunConfig, begun: bool = True) -> RunConfi
     return replace(known, experiment=known.experiment.model_copy(update=update), identity=identity, compute=compute)
 
 
-def text_key(recipe: Recipe) -> str:
-    """Cells that agree in these share a prepared corpus."""
-    return recipe.model_dump_json(include={"data": True, "tokenizer": True, "model": {"sequence_length"}})
+def text_key(experiment: Experiment) -> str:
+    """Cells that agree in these share a prepared corpus, given a tokenizer."""
+    if experiment.phase == "base":
+        data: dict[str, Any] = {"data": {"source", "text_column", "validation"}, "tokenizer": True}
+    else:
+        data = {"data": {"mixture"}, "tasks": True}
+    split = " split" if experiment.phase == "mid" else ""
+    return experiment.model_dump_json(include=data | {"model": {"sequence_length"}}) + split
 
 
-def run_config(plan: Plan, cell: Cell, prepared: Prepared) -> RunConfig:
-    """What a new run of the cell is made from."""
+def run_config(plan: Plan, cell: Cell, prepared: Prepared, storage: Path, link: ParentLink | None) -> RunConfig:
+    """What a new run of the cell is made from; its parent, if it has one, has finished."""
     from bwlm.grid.hardware import plan_compute
 
     compute = plan_compute(cell.experiment, cell.shape, cell.steps)
@@ -96,6 +104,7 @@ def run_config(plan: Plan, cell: Cell, prepared: Prepared) -> RunConfig:
         tokenizer=prepared.tokenizer.digest,
         precision=compute.precision,
         steps=cell.steps,
+        parent=inherited(ExperimentFolder(storage, link.parent).config().identity, link.sha256) if link else None,
     )
     return RunConfig(
         id=cell.id,

@@ -29,7 +29,10 @@ def plan_compute(experiment: Experiment, shape: GPTConfig, steps: int) -> Comput
     if 0 < (part := resources.gpus_per_worker) < 1:
         hardware = replace(hardware, name=f"{part:g} of a {hardware.name}", memory=part * hardware.memory)
     rows = experiment.budget.batch_tokens // shape.sequence_length // resources.workers
-    chosen = choose_compute(wanted, hardware, peak, shape, rows, steps)
+    sampling = experiment.phase == "rl" and asked.compile is None
+    chosen = choose_compute(replace(wanted, compile=False) if sampling else wanted, hardware, peak, shape, rows, steps)
+    if sampling:
+        chosen = replace(chosen, reasons=chosen.reasons | {"compile": "off: most of a step is the writing of samples"})
     return replace(chosen, reasons=chosen.reasons | {"allocator": _allocator()})
 
 

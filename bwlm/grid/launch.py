@@ -8,34 +8,39 @@ checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from bwlm.analysis.report import GRID_FILE, REPORT, write_experiment_report, write_grid_report
 from bwlm.analysis.stats import counted
 from bwlm.analysis.tables import CellRow, load_cells
-from bwlm.grid.cells import PlannedCell, check_same, find_cells, going_on, run_config, text_key
-from bwlm.grid.spec import Plan
+from bwlm.grid.cells import PlannedCell, check_same, find_cells, going_on, run_config
+from bwlm.grid.spec import Cell, Plan, generations
 from bwlm.paths import check_writable, exclusive, write_atomic
 from bwlm.record.checkpoint import checkpoint_steps
+from bwlm.record.family import ParentLink
 from bwlm.record.fingerprint import differences
-from bwlm.record.lineage import RunConfig, grid_folder, write_cells
+from bwlm.record.lineage import ExperimentFolder, RunConfig, grid_folder, write_cells
+from bwlm.record.parent import link_to
 from bwlm.record.tracking import Tracking, tracking_uri
-from bwlm.text.prepare import Prepared, prepare
+from bwlm.text.prepare import Prepared
 
 
 @dataclass(frozen=True)
 class LaunchResult:
     cells: list[CellRow]
+    waiting: int
+    """Cells that could not begin, since their parents have not finished."""
     report: Path
     tracking_uri: str
     dashboard: str | None
 
     @property
     def complete(self) -> bool:
-        return all(cell.state in ("finished", "stopped") for cell in self.cells)
+        return not self.waiting and all(cell.state in ("finished", "stopped") for cell in self.cells)
 
 
 def run_plan(plan: Plan, storage: Path, show: Callable[[str], None]) -> LaunchResult:
@@ -46,33 +51,77 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None]) -> LaunchRe
     check_writable(storage)
     for planned in find_cells(plan, storage):
         check_same(planned, planned.changed, plan)
+    for outside, phase in _outside(plan):
+        link_to(storage, outside, phase)
     from bwlm.grid.cluster import cluster
+    from bwlm.grid.texts import check_sources, prepare_texts
     from bwlm.grid.training import train_cells
-    from bwlm.text.stream import pack_corpus
 
-    texts = {text_key(cell.experiment): cell.experiment for cell in plan.cells}
+    for cell in plan.cells:
+        check_sources(cell.experiment)
     uri = tracking_uri(storage, plan.launch.tracking_uri)
     _check_tracking(uri)
     needs = {cell.experiment.resources for cell in plan.cells}
     home = folder_of(plan, storage)
-    with cluster(needs, plan.launch.concurrency, len(plan.cells)) as room:
+    with _only_launch(plan, storage), cluster(needs, plan.launch.concurrency, len(plan.cells)) as room:
         show(f"Ray on {room.cluster}, {counted(room.concurrency, 'cell')} at once{_dashboard(room.dashboard)}")
-        prepared = {key: prepare(recipe, storage, pack_corpus, show) for key, recipe in texts.items()}
-        configs = {cell.id: run_config(plan, cell, prepared[text_key(cell.experiment)]) for cell in plan.cells}
+        prepared = prepare_texts(plan, storage, show)
         home.mkdir(parents=True, exist_ok=True)
-        with exclusive(home / "lock"):  # two launches of one plan make its folders and runs once
-            cells, tracking, run = _enlist(plan, storage, uri, configs, prepared)
-        if not plan.is_grid:
-            _introduce(cells[0], show)
-        train_cells(plan, cells, room.concurrency, storage, tracking, run)
+        tracking = Tracking(uri, storage)
+        grid_run: str | None = None
+        for generation in generations(plan.cells):
+            part = replace(plan, cells=_ready(generation, storage, show))
+            if not part.cells:
+                continue
+            with exclusive(home / "lock"):  # two launches of one plan make its folders and runs once
+                cells = _resolved(part, storage, prepared)
+                if plan.is_grid and grid_run is None:
+                    grid_run = _enlist_grid(plan, storage, tracking)
+                runs = _enlist(cells, storage, tracking, grid_run)
+            if not plan.is_grid:
+                _introduce(cells[0].planned, show)
+            train_cells(
+                part, [cell.planned for cell in cells], room.concurrency, storage, tracking, grid_run or runs[0]
+            )
         show("writing the report")
         with exclusive(home / "lock"):  # another launch may end at the same moment
-            return _conclude(plan, storage, tracking, run, room.dashboard)
+            return _conclude(plan, storage, tracking, grid_run, room.dashboard)
 
 
 def folder_of(plan: Plan, storage: Path) -> Path:
-    """Where a launch leaves its report: a grid's folder, or the experiment's own."""
-    return grid_folder(storage, plan.name) if plan.is_grid else storage / plan.name
+    """Where a launch leaves its report: a grid's folder, or the last experiment's own."""
+    return grid_folder(storage, plan.name) if plan.is_grid else storage / plan.cells[-1].id
+
+
+@contextlib.contextmanager
+def _only_launch(plan: Plan, storage: Path) -> Iterator[None]:
+    """Raises `UserError` if an experiment is trained by another process already; launches of a grid share its cells."""
+    with contextlib.ExitStack() as launches:
+        for planned in () if plan.is_grid else find_cells(plan, storage):
+            if not planned.is_done:
+                launches.enter_context(planned.folder.only_launch())
+        yield
+
+
+def _outside(plan: Plan) -> set[tuple[str, str]]:
+    """(parent, phase) of the cells whose parents are no cells of this plan."""
+    known = {cell.id for cell in plan.cells}
+    experiments = [cell.experiment for cell in plan.cells]
+    return {(e.parent, e.phase) for e in experiments if e.parent is not None and e.parent not in known}
+
+
+def _ready(generation: tuple[Cell, ...], storage: Path, show: Callable[[str], None]) -> tuple[Cell, ...]:
+    """The cells whose parents have finished; of the others it is told what they wait for."""
+    ready = []
+    for cell in generation:
+        parent = cell.experiment.parent
+        folder = ExperimentFolder(storage, parent) if parent else None
+        state = folder.status().state if folder and folder.exists() else "waiting"
+        if folder is None or state == "finished":
+            ready.append(cell)
+        else:
+            show(f"{cell.id} is not trained: its parent {parent} is {state}")
+    return tuple(ready)
 
 
 def _check_tracking(uri: str) -> None:
@@ -94,44 +143,69 @@ def _dashboard(address: str | None) -> str:
 # ---- [3] enlist ----
 
 
-def _enlist(
-    plan: Plan, storage: Path, uri: str, configs: dict[str, RunConfig], prepared: dict[str, Prepared]
-) -> tuple[list[PlannedCell], Tracking, str]:
-    """Makes the folders and the MLflow runs that do not exist yet; gives the run that stands for the whole launch.
+@dataclass(frozen=True)
+class _Resolved:
+    """A cell that can be trained now, and what its run is to be."""
 
-    A grid has a run of its own above those of its cells. Raises `UserError` where a cell exists with other settings.
-    """
+    planned: PlannedCell
+    config: RunConfig
+    link: ParentLink | None
+    dataset: dict[str, str]
+
+
+def _resolved(plan: Plan, storage: Path, prepared: dict[str, Prepared]) -> list[_Resolved]:
+    """Raises `UserError` where a cell exists with other settings, or a parent is not what it was."""
     from bwlm.grid.hardware import compiled_if_it_can
 
-    cells = find_cells(plan, storage)
-    for planned in cells:
-        asked = configs[planned.cell.id]
+    resolved = []
+    for planned in find_cells(plan, storage):
+        cell, parent = planned.cell, planned.cell.experiment.parent
+        link = link_to(storage, parent, cell.experiment.phase) if parent else None
+        asked = run_config(plan, cell, prepared[cell.id], storage, link)
         if planned.folder.exists():
             known = planned.folder.config()
             asked = going_on(known, asked, begun=planned.status.step > 0)
             check_same(planned, differences(known.identity, asked.identity), plan)
         if not planned.is_done:
-            configs[planned.cell.id] = compiled_if_it_can(asked)
-    tracking = Tracking(uri, storage)
-    parent = None
-    if plan.grid_text is not None:
-        home = folder_of(plan, storage)
-        write_cells(storage, plan.name, [cell.id for cell in plan.cells])
-        write_atomic(home / GRID_FILE, plan.grid_text.encode())
-        parent = tracking.parent_run(home, plan.name, plan.grid_text)
+            asked = compiled_if_it_can(asked)
+        resolved.append(_Resolved(planned, asked, link, _dataset(prepared[cell.id])))
+    return resolved
+
+
+def _enlist_grid(plan: Plan, storage: Path, tracking: Tracking) -> str:
+    """Notes the grid's cells and its file; gives the MLflow run that stands above those of its cells."""
+    assert plan.grid_text is not None
+    home = folder_of(plan, storage)
+    write_cells(storage, plan.name, [cell.id for cell in plan.cells])
+    write_atomic(home / GRID_FILE, plan.grid_text.encode())
+    return tracking.parent_run(home, plan.name, plan.grid_text)
+
+
+def _enlist(cells: list[_Resolved], storage: Path, tracking: Tracking, grid_run: str | None) -> list[str]:
+    """Makes the folders and the MLflow runs that do not exist yet.
+
+    The run of a phase after base lies below that of its base, every other one below the grid's.
+    """
     runs = []
-    for planned in cells:
-        if not planned.folder.exists():
-            planned.folder.create(configs[planned.cell.id])
-        elif not planned.is_done and planned.folder.lease_holder() is None:
-            planned.folder.reconfigure(configs[planned.cell.id])
-        runs += [tracking.child_run(planned.folder, parent, _dataset(prepared[text_key(planned.cell.experiment)]))]
-    return cells, tracking, parent or runs[0]
+    for cell in cells:
+        folder, done = cell.planned.folder, cell.planned.is_done
+        if not folder.exists():
+            folder.create(cell.config, cell.link)
+        elif not done and folder.lease_holder() is None:
+            folder.reconfigure(cell.config)
+        base = ExperimentFolder(storage, cell.link.chain[0]) if cell.link else None
+        above = (tracking.run_of(base) if base else None) or grid_run
+        runs.append(tracking.child_run(folder, above, cell.dataset))
+    return runs
 
 
 def _dataset(prepared: Prepared) -> dict[str, str]:
+    digest = prepared.manifest.digest
+    if prepared.corpus is None:
+        parts = [f"{source.name} x {source.weight:g}" for source in prepared.manifest.sources]
+        return {"name": "conversations", "digest": digest, "source": ", ".join(parts)}
     first = prepared.corpus.train[0].uri
-    return {"name": Path(first).parent.name or "text", "digest": prepared.manifest.digest, "source": first}
+    return {"name": Path(first).parent.name or "text", "digest": digest, "source": first}
 
 
 def _introduce(planned: PlannedCell, show: Callable[[str], None]) -> None:
@@ -156,15 +230,19 @@ def _compute_lines(config: RunConfig) -> list[str]:
 # ---- [5] report ----
 
 
-def _conclude(plan: Plan, storage: Path, tracking: Tracking, run: str, dashboard: str | None) -> LaunchResult:
-    ids = [cell.id for cell in plan.cells]
-    for planned in find_cells(plan, storage):
+def _conclude(
+    plan: Plan, storage: Path, tracking: Tracking, grid_run: str | None, dashboard: str | None
+) -> LaunchResult:
+    planned_cells = find_cells(plan, storage)
+    for planned in planned_cells:
         if planned.status.step:
             artifacts = write_experiment_report(planned.folder, insides=not plan.is_grid)
             tracking.close_child(planned.folder, planned.status, artifacts)
+    ids = [planned.cell.id for planned in planned_cells if planned.folder.exists()]
     home = folder_of(plan, storage)
-    result = LaunchResult(load_cells(storage, ids), home / REPORT, tracking.uri, dashboard)
-    if plan.is_grid:
+    waiting = len(planned_cells) - len(ids)
+    result = LaunchResult(load_cells(storage, ids), waiting, home / REPORT, tracking.uri, dashboard)
+    if grid_run is not None:
         files = write_grid_report(storage, plan.name)
-        tracking.close_parent(run, files, result.complete)
+        tracking.close_parent(grid_run, files, result.complete)
     return result

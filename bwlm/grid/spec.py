@@ -6,6 +6,7 @@ import contextlib
 import copy
 import itertools
 import math
+import operator
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,11 +18,13 @@ from typing import Any, Literal
 import psutil
 from pydantic import Field
 
-from bwlm.config import Depth, DirectionName, Experiment, LearningRate, Recipe, Seed, Settings
+from bwlm.config import PHASES, Depth, DirectionName, Experiment, LearningRate, Recipe, Seed, Settings
 from bwlm.errors import UserError, nearest
+from bwlm.grid.phases import check_phase_names, inherit, phase_content, split_phases, with_defaults
 from bwlm.model.shape import GPTConfig, batch_tokens_for, count_parameters, flops_per_token
-from bwlm.paths import LONGEST_ID, check_id
-from bwlm.record.lineage import shape_of
+from bwlm.paths import LONGEST_ID, check_id, storage_root
+from bwlm.record.family import check_order
+from bwlm.record.lineage import open_finished, shape_of
 from bwlm.settings_file import Document, assign, dump_yaml, field_names, holds, load_yaml, override, validate
 
 
@@ -56,12 +59,18 @@ class Grid(Recipe):
     depth: Depth | None = None
     lr: LearningRate | None = None
     seed: Seed | None = None
+    phases: dict[str, dict[str, Any] | None] = Field(
+        default_factory=dict,
+        description="what follows each cell: by phase its settings, and axes of its own; its cells are their children",
+    )
     scheduler: SchedulerSettings = SchedulerSettings()
     launch: LaunchSettings = LaunchSettings()
 
 
-_GRID_ONLY = ("name", "axes", "also", "scheduler", "launch")
+_GRID_ONLY = ("name", "axes", "also", "phases", "scheduler", "launch")
 _IN_ID = ("direction", "depth", "lr", "seed")
+_AXES_BESIDES = (*_IN_ID, "parent")
+"""Fields outside of a section that cells can differ in."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cells of a grid, or a single experiment, and how they are run."""
+    """The cells of a grid, a single experiment or a chain of them, and how they are run."""
 
     name: str
     """Of the grid, or the experiment's id."""
@@ -106,33 +115,59 @@ class Plan:
         return self.grid_text is not None
 
 
-def load_grid(path: Path, settings: list[str]) -> Plan:
-    """Reads, overrides and resolves a grid file. Raises `UserError` for every fault, before anything is made."""
+def generations(cells: tuple[Cell, ...]) -> list[tuple[Cell, ...]]:
+    """Cells by what must have finished before: those without a parent among them, their children, and so on."""
+    number: dict[str, int] = {}
+    for cell in cells:  # parents stand before their children
+        number[cell.id] = number.get(cell.experiment.parent or "", -1) + 1
+    return [tuple(cell for cell in cells if number[cell.id] == n) for n in sorted(set(number.values()))]
+
+
+def load_grid(path: Path, settings: list[str], storage: str | None = None) -> Plan:
+    """Reads, overrides and resolves a grid file; its parents, if it has any, lie in `storage` or where it says.
+
+    Raises `UserError` for every fault, before anything is made.
+    """
     document = override(load_yaml(path), settings)
     grid = validate(Grid, *_with_first_values(document))
     check_id(grid.name, document.where("name"))
     blocks = _blocks(document)
-    count = sum(math.prod(len(values) for values in axes.values()) for axes in blocks.values())
+    following = check_phase_names(document, grid.phase)
+    for phase in following:
+        if axes := _axes_of(phase, document):
+            _check_axes(axes, f"phases.{phase}.axes", document)
+    count = sum(map(_product_size, blocks.values())) * _family_size(following, document)
     if count > grid.launch.max_cells:  # counted before any is built: a slip of the pen can ask for billions
         raise UserError(
             f"{document.where('axes')}: {count} cells, more than launch.max_cells={grid.launch.max_cells}: "
             "remove values or raise the cap"
         )
-    cells = _with_resources(tuple(_cells(blocks, document)), document)
+    family = _Family(document, following, storage_root(storage or grid.launch.storage))
+    cells = _with_resources(tuple(_cells(blocks, family)), document)
     if grid.scheduler.kind == "asha":
         _check_asha(cells, document)
     text = dump_yaml(document.content) if settings else path.read_text("utf-8")
     return Plan(grid.name, cells, grid.launch, grid.scheduler, text)
 
 
-def plan_experiment(flags: Mapping[str, Any], settings: list[str], chosen_id: str | None) -> Plan:
-    """One experiment from the command line; `settings` go over `flags`. Raises `UserError` naming the flag or field."""
-    document = override(Document("--set", dict(flags), {name: f"--{name}" for name in flags}), settings)
-    experiment = _experiment(document.content, document)
+def plan_experiment(
+    flags: Mapping[str, Any], settings: list[str], chosen_id: str | None, storage: str | None = None
+) -> Plan:
+    """One experiment from the command line, or with `phase: base,mid,sft` a chain; `settings` go over `flags`.
+
+    Raises `UserError` naming the flag or field.
+    """
+    first, *following = split_phases(flags["phase"], "--phase")
+    flags = dict(flags) | {"phase": first, **({"phases": {phase: {} for phase in following}} if following else {})}
+    document = override(Document("--set", flags, {name: f"--{name}" for name in flags}), settings)
+    if unknown := set(document.content.get("phases", {})) - set(following):
+        raise UserError(f"--set phases.{min(unknown)}: not a phase of this command's --phase: add it there")
+    family = _Family(document, following, storage_root(storage))
+    experiment = family.first({name: value for name, value in document.content.items() if name != "phases"}, document)
     usual = f"{experiment.phase}_{date.today():%Y%m%d}_{experiment.direction}_d{experiment.depth}"
     run = check_id(chosen_id or usual, "--id")
-    cell = Cell(run, experiment, resolve_steps(experiment))
-    return Plan(run, _with_resources((cell,), document), LaunchSettings(), SchedulerSettings(), None)
+    cells = tuple(family.cells(experiment, run, document.content, document))
+    return Plan(run, _with_resources(cells, document), LaunchSettings(), SchedulerSettings(), None)
 
 
 def resolve_steps(experiment: Experiment) -> int:
@@ -178,7 +213,8 @@ def _with_resources(cells: tuple[Cell, ...], document: Document) -> tuple[Cell, 
         )
     if not _is_given(document, "cpus_per_worker"):
         cores = available_cores()
-        cells = tuple(_with_threads(cell, cores // min(len(cells), cores)) for cell in cells)
+        beside = max(map(len, generations(cells)), default=1)
+        cells = tuple(_with_threads(cell, cores // min(beside, cores)) for cell in cells)
     return cells
 
 
@@ -267,7 +303,7 @@ def _blocks(document: Document) -> dict[str, dict[str, list[Any]]]:
 
 
 def _check_axes(axes: dict[str, list[Any]], where: str, document: Document) -> None:
-    known = [name for name in field_names(Experiment) if name not in Experiment.model_fields or name in _IN_ID]
+    known = [name for name in field_names(Experiment) if name not in Experiment.model_fields or name in _AXES_BESIDES]
     if not axes:
         raise UserError(
             f"{document.where(where)}: needs at least one axis, for instance direction: [forward, backward]"
@@ -287,26 +323,100 @@ def _check_axes(axes: dict[str, list[Any]], where: str, document: Document) -> N
             raise UserError(f"{document.where(field)}: {repeated[0]!r} appears twice; keep one")
 
 
-def _cells(blocks: dict[str, dict[str, list[Any]]], document: Document) -> Iterator[Cell]:
+def _axes_of(phase: str, document: Document) -> dict[str, list[Any]]:
+    """Those that a phase after the first has of its own."""
+    axes = (document.content["phases"][phase] or {}).get("axes", {})
+    if not isinstance(axes, dict) or not all(isinstance(values, list) for values in axes.values()):
+        raise UserError(f"{document.where(f'phases.{phase}.axes')}: must hold lists of values, field: [1, 2]")
+    return axes
+
+
+def _product_size(axes: dict[str, list[Any]]) -> int:
+    return math.prod(len(values) for values in axes.values())
+
+
+def _family_size(following: list[str], document: Document) -> int:
+    """Cells that come of one of the first phase, itself included."""
+    sizes = [1, *(_product_size(_axes_of(phase, document)) for phase in following)]
+    return sum(itertools.accumulate(sizes, operator.mul))
+
+
+def _cells(blocks: dict[str, dict[str, list[Any]]], family: _Family) -> Iterator[Cell]:
     """Raises `UserError` if a cell is not valid, or if two have the same id."""
+    document = family.document
     fixed = {name: value for name, value in document.content.items() if name not in _GRID_ONLY}
     seen: set[str] = set()
     for where, axes in blocks.items():
-        for values in itertools.product(*axes.values()):
-            cell = _cell(fixed, dict(zip(axes, values, strict=True)), where, document)
-            if cell.id in seen:
-                raise UserError(f"{document.where(where)}: cell {cell.id} is asked for twice; remove one")
-            seen.add(cell.id)
-            yield cell
+        for chosen in _choices(axes):
+            content, at = _with_chosen(fixed, chosen, where, document)
+            experiment = family.first(content, at)
+            for cell in family.cells(experiment, _cell_id(experiment, chosen, document), content, at):
+                if cell.id in seen:
+                    raise UserError(f"{document.where(where)}: cell {cell.id} is asked for twice; remove one")
+                seen.add(cell.id)
+                yield cell
 
 
-def _cell(fixed: dict[str, Any], chosen: dict[str, Any], where: str, document: Document) -> Cell:
-    content, places = copy.deepcopy(fixed), dict(document.places)
+def _choices(axes: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    return (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+
+
+def _with_chosen(
+    fixed: Mapping[str, Any], chosen: dict[str, Any], where: str, document: Document
+) -> tuple[dict[str, Any], Document]:
+    """Content with one value of each axis, and where each was given."""
+    content, places = copy.deepcopy(dict(fixed)), dict(document.places)
     for name, value in chosen.items():
         places[name] = document.place(f"{where}.{name}")
         assign(content, name, value, places[name])
-    experiment = _experiment(content, Document(document.place(where), content, places))
-    return Cell(_cell_id(experiment, chosen, document), experiment, resolve_steps(experiment))
+    return content, Document(document.place(where), content, places)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How cells descend from each other: the phases that follow the first, and where parents lie that are no cells."""
+
+    document: Document
+    following: list[str]
+    storage: Path
+
+    def first(self, content: dict[str, Any], document: Document) -> Experiment:
+        """Of the first phase; past base, what it takes from its parent comes from there."""
+        phase = content.get("phase", "base")
+        if phase not in PHASES or phase == "base":
+            if self.following and isinstance(content.get("data"), dict):  # the chain's, whose base reads documents
+                content = content | {"data": {k: v for k, v in content["data"].items() if k != "mixture"}}
+            return _experiment(content, document)
+        run = content.get("parent")
+        if not isinstance(run, str):
+            raise UserError(f"{document.where('parent')}: missing: name the run that {phase} begins from")
+        parent = open_finished(self.storage, run).config().experiment
+        check_order(phase, run, parent.phase)
+        return _experiment(with_defaults(inherit(content, run, parent, document), phase), document)
+
+    def cells(self, first: Experiment, name: str, content: dict[str, Any], document: Document) -> Iterator[Cell]:
+        """The cell of an experiment and all that descend from it, each after its parent."""
+        run = f"{name}-{first.phase}" if self.following else name
+        cell = Cell(_checked(run, self.document), first, resolve_steps(first))
+        yield cell
+        yield from self._descendants(cell, name, "", content, document, self.following)
+
+    def _descendants(
+        self, parent: Cell, name: str, ending: str, content: dict[str, Any], document: Document, phases: list[str]
+    ) -> Iterator[Cell]:
+        if not phases:
+            return
+        phase, *following = phases
+        own, at = phase_content(content, phase, Document(document.name, self.document.content, document.places))
+        for chosen in _choices(_axes_of(phase, self.document)):
+            chosen_content, place = _with_chosen(own, chosen, f"phases.{phase}.axes", at)
+            inherited = inherit(chosen_content, parent.id, parent.experiment, place)
+            experiment = _experiment(with_defaults(inherited, phase), place)
+            longer = ending + "".join(f"_{part}" for part in _parts(chosen))
+            run = _checked(re.sub(r"[^A-Za-z0-9._-]+", "-", f"{name}-{phase}{longer}"), self.document)
+            cell = Cell(run, experiment, resolve_steps(experiment))
+            yield cell
+            yield from self._descendants(cell, name, longer, content, document, following)
 
 
 def _experiment(content: Mapping[str, Any], document: Document) -> Experiment:
@@ -332,13 +442,19 @@ def _with_batch(experiment: Experiment) -> Experiment:
 
 def _check_batch(experiment: Experiment, document: Document) -> None:
     width, tokens = experiment.model.sequence_length, experiment.budget.batch_tokens
+    rl, workers = experiment.rl, experiment.resources.workers
+    if experiment.phase == "rl" and not experiment.prompts_per_step:
+        raise UserError(
+            f"{document.where('budget.batch_tokens')}: {tokens} tokens are too few for {workers} x rl.samples="
+            f"{rl.samples} of rl.new_tokens={rl.new_tokens}: take at least {workers * rl.samples * rl.new_tokens}"
+        )
     if tokens % width:
         near = max(1, round(tokens / width)) * width
         raise UserError(
             f"{document.where('budget.batch_tokens')}: {tokens} is not a multiple of "
             f"model.sequence_length={width}: take {near}"
         )
-    rows, workers = tokens // width, experiment.resources.workers
+    rows = tokens // width
     if rows % workers:
         raise UserError(
             f"{document.where('budget.batch_tokens')}: {rows} rows a step cannot be shared by "
@@ -349,11 +465,18 @@ def _check_batch(experiment: Experiment, document: Document) -> None:
 def _cell_id(experiment: Experiment, chosen: dict[str, Any], document: Document) -> str:
     rate = f"{experiment.lr:g}" if float(f"{experiment.lr:g}") == experiment.lr else repr(experiment.lr)
     parts = [document.content["name"], experiment.direction, f"d{experiment.depth}", f"lr{rate}", f"s{experiment.seed}"]
-    parts += [f"{name.rpartition('.')[2]}{value}" for name, value in chosen.items() if name not in _IN_ID]
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts))
-    if len(name) > LONGEST_ID:
+    parts += _parts({name: value for name, value in chosen.items() if name not in _IN_ID})
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts))
+
+
+def _parts(chosen: dict[str, Any]) -> list[str]:
+    """Of an id: what was chosen on axes, the last part of each name."""
+    return [f"{name.rpartition('.')[2]}{value}" for name, value in chosen.items()]
+
+
+def _checked(run: str, document: Document) -> str:
+    if len(run) > LONGEST_ID:
         raise UserError(
-            f"{document.where('name')}: cell id {name!r} is longer than {LONGEST_ID} characters: "
-            "give the grid a shorter name"
+            f"{document.where('name')}: cell id {run!r} is longer than {LONGEST_ID} characters: give a shorter name"
         )
-    return check_id(name, "cell id")
+    return check_id(run, "cell id")

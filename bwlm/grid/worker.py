@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from bwlm.config import ResourceSettings
 from bwlm.errors import Interrupted, RunError
 from bwlm.grid.cluster import TRIAL_CPUS
+from bwlm.record.lease import LeaseLost
 from bwlm.train.termination import Termination
 
 
@@ -49,7 +50,7 @@ def _terminate(pid: str) -> None:
 class RaySession:
     """The loop's view of a Ray Train worker; a cell of one worker reports to Tune, one of several to Train."""
 
-    def __init__(self, steps: int, resources: ResourceSettings) -> None:
+    def __init__(self, steps: int, resources: ResourceSettings, lost_lease: Callable[[], bool] = lambda: False) -> None:
         import ray.train
         import ray.train.torch
         import torch
@@ -67,6 +68,7 @@ class RaySession:
             self.device = torch.device("cpu")
         self._steps = steps
         self._every = max(1, steps // 50)
+        self._lost_lease = lost_lease
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """A report costs milliseconds, so only some steps and every validation are reported: the same on all ranks."""
@@ -79,7 +81,8 @@ class RaySession:
         send({"step": step, **metrics})
 
     def stopping(self) -> bool:
-        return process_termination().asked
+        """Also where the run is another process's now: what is trained from here on is for nothing."""
+        return process_termination().asked or self._lost_lease()
 
 
 def trial_resources(resources: ResourceSettings) -> Any:
@@ -96,7 +99,7 @@ def train_cell(config: dict[str, Any]) -> None:
 
     One worker runs in Train's local mode inside this (reused) actor, which saves the seconds that starting a worker
     group takes; several workers get a TorchTrainer of their own. Raises a preemption if the cell comes back without an
-    end, and at once in a process that was asked to end before.
+    end, since it was asked to or another process took it over, and at once in a process that was asked to end before.
     """
     from bwlm.record.lineage import ExperimentFolder
 
@@ -111,7 +114,7 @@ def train_cell(config: dict[str, Any]) -> None:
             if folder.status().ended:
                 return
     # Tune counts this as no failure, discards the process and takes the cell up again
-    raise RayActorError(error_msg=f"{folder.id}: its worker was asked to end", preempted=True)
+    raise RayActorError(error_msg=f"{folder.id}: its worker was asked to end, or lost it", preempted=True)
 
 
 def _trainer(config: dict[str, Any], resources: ResourceSettings) -> Any:
@@ -145,19 +148,19 @@ def train_worker(config: dict[str, Any]) -> None:
 
     from bwlm.record.lineage import ExperimentFolder
     from bwlm.text.stream import stream_batches
-    from bwlm.train.base import run_base
+    from bwlm.train.run import run_phase
 
     folder = ExperimentFolder(Path(config["storage"]), config["cell"])
     resources = ResourceSettings(**config["resources"])
     torch.set_num_threads(resources.cpus_per_worker)
-    session = RaySession(folder.config().steps, resources)
+    session = RaySession(folder.config().steps, resources, lambda: folder.lost_lease)
     # a process that waits for the lease leaves when it is asked to end, unless other workers would wait for it in turn
     give_up = session.stopping if session.world == 1 else lambda: False
     writer = folder.lease(give_up=give_up) if session.rank == 0 else contextlib.nullcontext()
-    with process_termination(), contextlib.suppress(Interrupted), writer, _warnings_to(folder.warnings):
+    with process_termination(), contextlib.suppress(Interrupted, LeaseLost), _warnings_to(folder.warnings), writer:
         if session.world > 1:
             dist.barrier()
-        end = run_base(folder, session, stream_batches)
+        end = run_phase(folder, session, stream_batches)
         if session.rank == 0 and end.ended and not folder.status().ended:
             raise RunError(f"{end.reason}; this end cannot be noted in {folder.path}")  # Tune counts it, and gives up
 

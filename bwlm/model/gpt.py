@@ -4,14 +4,16 @@ RoPE and then QK-norm, a norm after the embedding, RMSNorm without weights, ReLU
 logits capped at 15. It predicts position t + 1 from positions up to t and knows nothing of what order the ids are in.
 
 Not here: sizes and costs (`shape.py`), the kernels of attention and loss (`attention.py`, `loss.py`) and which of them
-pays (`compute.py`), optimizers (`optim.py`), decoding (`generate.py`).
+pays (`compute.py`), optimizers (`optim.py`), what is kept of rows that grow (`cache.py`), decoding (`generate.py`).
 
 Axes: B batch, T time, C width, H heads, K kv heads, D head dimension, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -25,7 +27,15 @@ from bwlm.model.shape import GPTConfig
 NORM_EPS = 1.1920929e-07  # float32's, in every compute dtype
 ROPE_BASE = 10_000
 
-Rope = tuple[Tensor, Tensor]  # cos, sin: [T, D/2]
+Rope = tuple[Tensor, Tensor]  # cos, sin: [T, D/2], or [B, 1, T, D/2] where rows have positions of their own
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, AttentionKernel], Tensor]  # `attend`, or what stands for it
+
+
+class Past(NamedTuple):
+    """What rows have read, for ids that follow: the angles of their positions, and what attends in each layer."""
+
+    rope: Rope
+    attends: Sequence[Attend]
 
 
 def norm(x: Tensor) -> Tensor:
@@ -82,7 +92,7 @@ class Attention(nn.Module):
         self.value = Linear(config.width, config.kv_heads * config.head_dim)
         self.output = Linear(config.heads * config.head_dim, config.width)
 
-    def forward(self, x: Tensor, rope: Rope, segments: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, segments: Tensor | None, attend: Attend = attend) -> Tensor:
         """x [B, T, C] to [B, T, C]; with segments [B, T], attention stays inside them."""
         y = attend(*self.heads(x, rope), segments, self.kernel)
         out: Tensor = self.output(y.transpose(1, 2).flatten(2))
@@ -118,8 +128,8 @@ class Block(nn.Module):
         self.attention = Attention(config, kernel)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Rope, segments: Tensor | None) -> Tensor:
-        x = x + self.attention(norm(x), rope, segments)
+    def forward(self, x: Tensor, rope: Rope, segments: Tensor | None, attend: Attend = attend) -> Tensor:
+        x = x + self.attention(norm(x), rope, segments, attend)
         out: Tensor = x + self.mlp(norm(x))
         return out
 
@@ -165,16 +175,29 @@ class GPT(nn.Module):
         """
         return cap(self.lm_head(self._hidden(ids, segments)))
 
-    def loss(self, ids: Tensor, targets: Tensor, segments: Tensor | None = None, predict: bool = False) -> Losses:
+    def next_logits(self, ids: Tensor, last: Tensor, past: Past) -> Tensor:
+        """Logits [B, V] for the id after place `last` [B] of ids [B, T], which go on where the past ends."""
+        rows = torch.arange(len(ids), device=ids.device)
+        return cap(self.lm_head(self._hidden(ids, None, past)[rows, last]))
+
+    def loss(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        segments: Tensor | None = None,
+        predict: bool = False,
+        importance: Tensor | None = None,
+    ) -> Losses:
         """Cross-entropy in nats of targets [B, T] given ids [B, T]; with `predict` also the likeliest ids [B, T].
 
-        A target of -1 costs 0. Raises ValueError as `forward` does.
+        A target of -1 costs 0; `importance` [B, T] weighs each in the sum. Raises ValueError as `forward` does.
         """
         x, flat = self._hidden(ids, segments).flatten(0, 1), targets.flatten()
+        weights = None if importance is None else importance.flatten()
         if self.loss_chunk:
-            found = fused_loss(x, self.lm_head.weight, flat, self.loss_chunk, predict, self._chunk_gradient)
+            found = fused_loss(x, self.lm_head.weight, flat, self.loss_chunk, predict, self._chunk_gradient, weights)
         else:
-            found = plain_loss(x, self.lm_head.weight, flat, predict)
+            found = plain_loss(x, self.lm_head.weight, flat, predict, weights)
         predicted = found.predicted.view_as(targets) if predict else found.predicted
         return Losses(found.total, found.each.view_as(targets), predicted)
 
@@ -187,23 +210,23 @@ class GPT(nn.Module):
             block.compile(dynamic=False)
         self._chunk_gradient = torch.compile(chunk_gradient, dynamic=False)
 
-    def states(self, ids: Tensor, segments: Tensor | None = None) -> Iterator[Tensor]:
+    def states(self, ids: Tensor, segments: Tensor | None = None, past: Past | None = None) -> Iterator[Tensor]:
         """The residual stream [B, T, C]: after the embedding, then after each block."""
         self._check(ids, segments)
-        rope = self.rope(ids.size(1))
+        rope, attends = past or (self.rope(ids.size(1)), repeat(attend))
         x = norm(self.embedding(ids).to(self.compute_dtype))
         yield x
-        for block in self.blocks:
-            x = block(x, rope, segments) if self.training else block.forward(x, rope, segments)
+        for block, attending in zip(self.blocks, attends, strict=False):
+            x = (block if self.training else block.forward)(x, rope, segments, attending)
             yield x
 
     def rope(self, time: int) -> Rope:
         """The angles of the first positions."""
         return self.cos[:time].to(self.compute_dtype), self.sin[:time].to(self.compute_dtype)
 
-    def _hidden(self, ids: Tensor, segments: Tensor | None) -> Tensor:
+    def _hidden(self, ids: Tensor, segments: Tensor | None, past: Past | None = None) -> Tensor:
         """What the head reads: [B, T, C], normed."""
-        for x in self.states(ids, segments):
+        for x in self.states(ids, segments, past):
             last = x  # none of the others is kept
         return norm(last)
 

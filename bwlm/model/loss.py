@@ -25,7 +25,7 @@ class Losses(NamedTuple):
     """Of N targets, or of [B, T] of them."""
 
     total: Tensor
-    """Sum in nats; the only field with a gradient."""
+    """Sum in nats, each times its weight; the only field with a gradient."""
     each: Tensor
     """Nats of each target, 0 where there is none."""
     predicted: Tensor
@@ -40,14 +40,20 @@ def cap(logits: Tensor) -> Tensor:
     return torch.sigmoid(logits.float() * (2 / LOGIT_CAP)) * (2 * LOGIT_CAP) - LOGIT_CAP
 
 
-def plain_loss(x: Tensor, weight: Tensor, targets: Tensor, predict: bool = False) -> Losses:
-    """Cross-entropy of targets [N] given x [N, C], weight [V, C].
+def plain_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, predict: bool = False, importance: Tensor | None = None
+) -> Losses:
+    """Cross-entropy of targets [N] given x [N, C], weight [V, C]; `importance` [N] weighs each in the sum.
 
     A target of -1 costs 0. No mean: ranks and micro-batches with unequal numbers of targets add up only as sums.
     """
     logits = F.linear(x, weight.to(x.dtype))
     losses = F.cross_entropy(cap(logits), targets, ignore_index=IGNORED, reduction="none")
-    return Losses(losses.sum(), losses.detach(), _largest(logits.detach(), predict))
+    return Losses(_sum(losses, importance), losses.detach(), _largest(logits.detach(), predict))
+
+
+def _sum(losses: Tensor, importance: Tensor | None) -> Tensor:
+    return losses.sum() if importance is None else (losses * importance).sum()
 
 
 def _largest(logits: Tensor, wanted: bool) -> Tensor:
@@ -62,6 +68,7 @@ def fused_loss(
     chunk: int,
     predict: bool = False,
     gradient: ChunkGradient | None = None,
+    importance: Tensor | None = None,
 ) -> Losses:
     """What `plain_loss` gives, `chunk` tokens at a time. The sum has a gradient only once.
 
@@ -69,12 +76,14 @@ def fused_loss(
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return Losses(
-            *_Fused.apply(x, weight, targets, chunk, predict, gradient or chunk_gradient)  # type: ignore[no-untyped-call]
+            *_Fused.apply(  # type: ignore[no-untyped-call]
+                x, weight, targets, chunk, predict, gradient or chunk_gradient, importance
+            )
         )
     multiplied = weight.to(x.dtype)
     parts = [plain_loss(x[i : i + chunk], multiplied, targets[i : i + chunk], predict) for i in range(0, len(x), chunk)]
     each = torch.cat([part.each for part in parts])
-    return Losses(each.sum(), each, torch.cat([part.predicted for part in parts]))
+    return Losses(_sum(each, importance), each, torch.cat([part.predicted for part in parts]))
 
 
 def chunk_gradient(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +110,14 @@ def chunk_gradient(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, predict: bool, gradient: ChunkGradient
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk: int,
+        predict: bool,
+        gradient: ChunkGradient,
+        importance: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         multiplied = weight.to(x.dtype)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
@@ -110,6 +126,8 @@ class _Fused(torch.autograd.Function):
             here = slice(start, start + chunk)
             loss, dlogits, logits = gradient(x[here], multiplied, targets[here])
             losses.append(loss)
+            if importance is not None:
+                dlogits = dlogits * importance[here, None].to(dlogits.dtype)
             # here and not in what may be compiled: a run's rounding must not depend on what is looked at
             predictions.append(_largest(logits, predict))
             dx[here] = dlogits @ multiplied
@@ -117,10 +135,10 @@ class _Fused(torch.autograd.Function):
         each, largest = torch.cat(losses), torch.cat(predictions)
         ctx.gradients = dx, dweight
         ctx.mark_non_differentiable(each, largest)
-        return each.sum(), each, largest
+        return _sum(each, importance), each, largest
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
         dx, dweight = ctx.gradients
         ctx.gradients = None  # a second pass would scale them again
-        return dx.mul_(grads[0]), dweight.mul_(grads[0]), None, None, None, None
+        return dx.mul_(grads[0]), dweight.mul_(grads[0]), None, None, None, None, None

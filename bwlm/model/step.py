@@ -62,13 +62,15 @@ class TrainStep:
         inputs: Tensor,
         targets: Tensor,
         segments: Tensor | None = None,
+        importance: Tensor | None = None,
         stop: bool = False,
         predict: bool = False,
         before_update: Callable[[Tensor], None] = lambda token_losses: None,
     ) -> StepResult:
         """Gradients of the mean loss over all ranks' targets, clipped, and one update unless they are not finite.
 
-        inputs, targets and segments [R, T]; a target of -1 is none. `stop` says that this rank was asked to end.
+        inputs, targets and segments [R, T]; a target of -1 is none, and `importance` [R, T] weighs each loss in the
+        sum, not in the number of targets. `stop` says that this rank was asked to end.
         `before_update` is called when they are complete and not yet clipped, with what will be `token_losses`: what is
         read from the device there does not wait for the update.
         """
@@ -79,7 +81,8 @@ class TrainStep:
         for start in range(0, len(inputs), self.micro_rows):
             rows = slice(start, start + self.micro_rows)
             with self._synchronised(last=start + self.micro_rows >= len(inputs)):
-                losses = self._loss(inputs[rows], targets[rows], None if segments is None else segments[rows], predict)
+                optional = [None if tensor is None else tensor[rows] for tensor in (segments, importance)]
+                losses = self._loss(inputs[rows], targets[rows], *optional, predict)
                 # ranks are averaged afterwards, hence times their number: each target weighs the same on every rank
                 (losses.total * (self._world / counts[0])).backward()
             total += losses.total.detach()
@@ -118,5 +121,7 @@ class _Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Tensor, targets: Tensor, segments: Tensor | None, predict: bool) -> Losses:
-        return self.model.loss(inputs, targets, segments, predict)
+    def forward(
+        self, inputs: Tensor, targets: Tensor, segments: Tensor | None, importance: Tensor | None, predict: bool
+    ) -> Losses:
+        return self.model.loss(inputs, targets, segments, predict, importance)

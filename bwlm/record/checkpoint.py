@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bwlm.errors import RunError, UserError
-from bwlm.paths import read_json, sync, whole_folder, write_json
+from bwlm.paths import Check, read_json, sync, unchecked, whole_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -99,13 +99,15 @@ def kept(metrics: Mapping[int, float | None], policy: KeepPolicy) -> set[int]:
 # ---- writing ----
 
 
-def write_checkpoint(folder: Path, snapshot: Snapshot, keep: KeepPolicy) -> None:
+def write_checkpoint(folder: Path, snapshot: Snapshot, keep: KeepPolicy, check: Check = unchecked) -> None:
     """Makes a checkpoint durable, and deletes what `keep` does not name.
 
     Later steps go as well: they are of a run that was cut off and taken up before them. Raises `RunError` naming the
-    file that cannot be written: then all earlier checkpoints stand, and nothing of this one.
+    file that cannot be written: then all earlier checkpoints stand, and nothing of this one. `check` is called before
+    anything is renamed or deleted.
     """
-    _delete_all_but(_whole(folder).values(), folder)  # what a killed save left may hold the space that this one needs
+    # what a killed save left may hold the space that this one needs
+    _delete_all_but(_whole(folder).values(), folder, check)
     target = folder / f"step_{snapshot.step:06d}"
     files = dict(zip(FILES, (snapshot.model, snapshot.optimizer, snapshot.rng), strict=True))
     hashes: dict[str, str] = {}
@@ -121,13 +123,14 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, keep: KeepPolicy) -> None
             writing = target / META
             _write_meta(temporary / META, snapshot, hashes)
             writing = target
+            check()
             _set_aside(target)
     except (OSError, SafetensorError) as error:
         raise RunError(_advice(writing, error, folder)) from None
-    _prune(folder, snapshot.step, keep)
+    _prune(folder, snapshot.step, keep, check)
 
 
-def _prune(folder: Path, newest: int, keep: KeepPolicy) -> None:
+def _prune(folder: Path, newest: int, keep: KeepPolicy, check: Check) -> None:
     """Deletes what `keep` does not name. A damaged meta.json is no ground to delete: the disk may read it tomorrow."""
     known = {step: path for step, path in _whole(folder).items() if step <= newest}
     metrics: dict[int, float | None] = {}
@@ -138,7 +141,7 @@ def _prune(folder: Path, newest: int, keep: KeepPolicy) -> None:
         except RunError as error:
             log.warning("%s; it does not count among the checkpoints that are kept", error)
             unread.add(step)
-    _delete_all_but([known[step] for step in kept(metrics, keep) | unread], folder)
+    _delete_all_but([known[step] for step in kept(metrics, keep) | unread], folder, check)
 
 
 def _write_meta(path: Path, snapshot: Snapshot, hashes: dict[str, str]) -> None:
@@ -162,13 +165,14 @@ def _advice(path: Path, error: Exception, folder: Path) -> str:
     return f"{path}: cannot be written ({reason}): {mend}; launched again, the run goes on {begin}"
 
 
-def _delete_all_but(stay: Iterable[Path], folder: Path) -> None:
+def _delete_all_but(stay: Iterable[Path], folder: Path, check: Check) -> None:
     """Deletes checkpoints, and what is left of saves; one that cannot be deleted is told, and tried again later."""
     if not folder.exists():
         return
     staying = set(stay)
     for path in folder.iterdir():
         if _OURS.fullmatch(path.name) and path not in staying and not path.is_symlink():
+            check()
             try:
                 (path / META).unlink(missing_ok=True)
                 sync(path)  # or a power cut might bring the mark back and not what it stands for
@@ -243,6 +247,14 @@ def load_weights(folder: Path, step: int) -> tuple[Tensors, dict[str, Any]]:
     return _load_tensors(path / MODEL, meta), meta
 
 
+def weights_digest(folder: Path, step: int) -> str:
+    """SHA-256 of the model's file, in hex. Raises `DamagedCheckpoint` if it is not the one that was saved."""
+    path = step_folder(folder, step)
+    meta = _load_meta(path, step)
+    _verify(path / MODEL, meta)
+    return str(meta["sha256"][MODEL])
+
+
 def load_newest(folder: Path, expected: Mapping[str, object] | None = None) -> Snapshot | None:
     """The newest checkpoint that is whole, None where there is none at all; says so loudly when it takes an older one.
 
@@ -279,15 +291,24 @@ def _load_meta(path: Path, step: int) -> dict[str, Any]:
 
 
 def _load_tensors(path: Path, meta: Mapping[str, Any]) -> Tensors:
+    _verify(path, meta)
     try:
-        if _sha256(path) != meta["sha256"].get(path.name):
-            raise DamagedCheckpoint(f"{path}: damaged (its SHA-256 is not the one in meta.json)")
         tensors: Tensors = load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
         raise DamagedCheckpoint(f"{path}: cannot be read ({error})") from None
     except OSError as error:
         raise _unreadable(path, error) from None
     return tensors
+
+
+def _verify(path: Path, meta: Mapping[str, Any]) -> None:
+    try:
+        if _sha256(path) != meta["sha256"].get(path.name):
+            raise DamagedCheckpoint(f"{path}: damaged (its SHA-256 is not the one in meta.json)")
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read ({error})") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
 
 
 def _unreadable(path: Path, error: OSError) -> RunError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,9 @@ _PACKAGE = Path(__file__).parent.parent
 TRAINING_PACKAGES = ("model", "text", "train", "evaluate")
 _NOT_IDENTITY: Any = {
     "data": True,
+    "tasks": True,
+    "parent": True,
+    "differs": True,
     "budget": True,
     "checkpoint": True,
     "research_log": True,
@@ -29,6 +32,11 @@ _NOT_IDENTITY: Any = {
     "tokenizer": {"path"},
 }
 
+INHERITED = ("parent", "parent_seed", "parent_recipe")
+"""Fields of an identity that say what the run began from."""
+OF_ONE_PARENT = INHERITED[:2]
+"""Those that are other ones for each direction and seed of what runs began from."""
+
 
 @cache
 def code_digest(phase: str, package: Path = _PACKAGE) -> str:
@@ -36,25 +44,36 @@ def code_digest(phase: str, package: Path = _PACKAGE) -> str:
     digest = hashlib.sha256(version("torch").split("+")[0].encode())
     for path in training_sources(phase, package):
         content = path.read_bytes()
-        digest.update(f"{path.relative_to(package)} {len(content)}\n".encode() + content)
+        digest.update(f"{path.relative_to(package.parent)} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:16]
 
 
 def training_sources(phase: str, package: Path = _PACKAGE) -> list[Path]:
-    """The files of the training packages that a phase or its stream imports, directly or through others."""
+    """The files of the training packages, and of tasks, that a phase or its stream imports, itself or through others."""
     found: set[Path] = set()
     pending = [package / "train" / f"{phase}.py", package / "text" / "stream.py"]
     while pending:
         path = pending.pop()
         if path.exists() and path not in found:
             found.add(path)
+            if _uses_tasks(path):
+                found.update((package.parent / "tasks").glob("*.py"))
             pending += [package / f"{name.replace('.', '/')}.py" for name in _imports(path)]
     return sorted(found)
 
 
+def _uses_tasks(path: Path) -> bool:
+    """Whether a file imports the package of tasks, all of which then counts: they decide what a sample earns."""
+    return any(isinstance(node, ast.ImportFrom) and node.module == "tasks" for node in ast.walk(_parsed(path)))
+
+
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_bytes())
+
+
 def _imports(path: Path) -> Iterator[str]:
     """Modules of the training packages that a file imports, anywhere in it; `bwlm.` left out."""
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    for node in ast.walk(_parsed(path)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             names = [f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)]
@@ -64,9 +83,20 @@ def _imports(path: Path) -> Iterator[str]:
                 yield module
 
 
-def identity(experiment: Experiment, *, data: str, tokenizer: str, precision: str, steps: int) -> dict[str, Any]:
-    """Flat fields that decide a run's result. `data` and `tokenizer` are digests of content, not paths."""
-    settings = experiment.model_dump(exclude=_NOT_IDENTITY)
+def identity(
+    experiment: Experiment,
+    *,
+    data: str,
+    tokenizer: str,
+    precision: str,
+    steps: int,
+    parent: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Flat fields that decide a run's result. `data` and `tokenizer` are digests of content, not paths.
+
+    `parent` is `inherited` of the run that it begins from.
+    """
+    settings = experiment.model_dump(exclude=_NOT_IDENTITY | ({} if experiment.phase == "rl" else {"rl": True}))
     fields = {
         "code": code_digest(experiment.phase),
         "data": data,
@@ -75,12 +105,23 @@ def identity(experiment: Experiment, *, data: str, tokenizer: str, precision: st
         "steps": steps,
         "batch_tokens": experiment.budget.batch_tokens,
     }
+    if experiment.phase != "base":
+        fields |= {"reversal": experiment.data.reversal, **(parent or {})}
     for name, value in settings.items():
         if isinstance(value, dict):
             fields |= {f"{name}.{inner}": inner_value for inner, inner_value in value.items()}
         else:
             fields[name] = value
     return fields
+
+
+def inherited(parent: Mapping[str, Any], weights: str) -> dict[str, Any]:
+    """What a child's identity holds of its parent: the weights, and how they were made.
+
+    Runs of two directions begin from other weights; they are a pair where those were made alike, with one seed.
+    """
+    alike = {name: value for name, value in parent.items() if name not in ("direction", "lr", *OF_ONE_PARENT, "seed")}
+    return {"parent": weights, "parent_seed": parent["seed"], "parent_recipe": fingerprint(alike)}
 
 
 def fingerprint(fields: dict[str, Any]) -> str:

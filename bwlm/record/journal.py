@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bwlm.paths import write_atomic
+from bwlm.paths import Check, unchecked, write_atomic
 
 NAME = "metrics.jsonl"
 
@@ -35,10 +35,11 @@ class Entry:
 class Journal:
     """Appends entries; opened at a step, it forgets what a run that was cut off had logged beyond that step."""
 
-    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+    def __init__(self, folder: Path, resume_step: int = 0, check: Check = unchecked) -> None:
         self.path = folder / NAME
         kept = [entry for entry in read_journal(folder) if entry.step <= resume_step]
-        write_atomic(self.path, b"".join(entry.line() for entry in kept))
+        # a new file: a writer before that is not dead but frozen will append to the old one
+        write_atomic(self.path, b"".join(entry.line() for entry in kept), check)
         self._file = self.path.open("ab", buffering=0)
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -1,12 +1,12 @@
-"""The experiment folder: what a run is, whose child it is, how far it came, and who may write to it."""
+"""The experiment folder: what a run is, whose child it is, how far it came, and who may write to it.
+
+Not here: how the lease keeps two processes apart (`lease.py`).
+"""
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
+import contextlib
 import platform
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,14 +18,22 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from bwlm.config import Experiment
-from bwlm.errors import Interrupted, UserError, nearest
+from bwlm.errors import UserError, nearest
 from bwlm.model.compute import Compute
 from bwlm.model.shape import GPTConfig
-from bwlm.paths import check_id, is_id, read_json, write_json
+from bwlm.paths import check_id, discard_unfinished, is_id, read_json, write_json
+from bwlm.record.family import ParentLink, read_link, write_link
 from bwlm.record.fingerprint import fingerprint
 from bwlm.record.journal import last_entry
+from bwlm.record.lease import LEASE_SECONDS, Holder, Lease, living_holder, take, take_at_once
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
+_LEASE = "lease.json"
+"""Of who trains the run."""
+_LAUNCH = "launch.json"
+"""Of the command that has it trained."""
+_WRITTEN = ("status.json", "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*")
+"""What the holder of the lease writes under a temporary name first."""
 _PACKAGES = ("bwlm", "torch", "ray", "mlflow", "tiktoken", "numpy", "pyarrow")
 
 
@@ -67,6 +75,7 @@ class RunConfig:
             "id": self.id,
             "phase": experiment.phase,
             "direction": experiment.direction,
+            "reversal": experiment.data.reversal,
             "depth": experiment.depth,
             "vocab_size": experiment.tokenizer.vocab_size,
             "tokenizer": self.identity["tokenizer"],
@@ -95,6 +104,8 @@ class ExperimentFolder:
     def __init__(self, storage: Path, experiment_id: str) -> None:
         self.id = check_id(experiment_id, "experiment id")
         self.path = storage / experiment_id
+        self.held: Lease | None = None
+        """The lease, while this process holds it by `lease`."""
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -112,10 +123,11 @@ class ExperimentFolder:
     def evaluation(self, phase: str, reading: str) -> Path:
         return self.path / "evaluations" / phase / reading
 
-    def create(self, config: RunConfig) -> None:
-        """Makes the folder of a base run; config.json last, since it says that the experiment exists."""
+    def create(self, config: RunConfig, link: ParentLink | None = None) -> None:
+        """Makes the folder of a run; config.json last, since it says that the experiment exists."""
+        assert (link is None) == (config.experiment.phase == "base")
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "parent_link.json", {"parent": None, "checkpoint": None, "phase": None, "chain": []})
+        write_link(self.path, link)
         self.write_status(Status())
         versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
         self._write_config(config, {"versions": versions, "created": time.time()})
@@ -144,12 +156,21 @@ class ExperimentFolder:
             field = ".".join(str(part) for part in error.errors()[0]["loc"])
             raise UserError(f"{path}: not an experiment of this version of bwlm ({field})") from None
 
+    def link(self) -> ParentLink | None:
+        """None for a base run."""
+        return read_link(self.path)
+
     def parent(self) -> str | None:
-        parent = read_json(self.path / "parent_link.json")["parent"]
-        return str(parent) if parent is not None else None
+        link = self.link()
+        return link.parent if link else None
 
     def write_status(self, status: Status) -> None:
-        write_json(self.path / "status.json", asdict(status))
+        """Raises `LeaseLost` if this process held the lease and lost it."""
+        try:
+            write_json(self.path / "status.json", asdict(status), self.check_lease)
+        except OSError:
+            self.check_lease()  # who took it may have deleted what was half written
+            raise
 
     def status(self) -> Status:
         """A run that holds no lease and did not end is `waiting`, or `stopped` if it had begun.
@@ -181,39 +202,36 @@ class ExperimentFolder:
         """What the run's worker had to say that a person should hear."""
         return self.path / "warnings.log"
 
-    # -- the lease: one writer at a time, freed by the kernel when its process dies --
-
-    @property
-    def _lease(self) -> Path:
-        return self.path / "lease.json"
+    # -- the lease: one writer at a time --
 
     @contextmanager
-    def lease(self, wait: float = 0.5, give_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """Holds the run for this process; waits while another one trains it.
+    def lease(
+        self, wait: float = 0.5, give_up: Callable[[], bool] = lambda: False, seconds: float = LEASE_SECONDS
+    ) -> Iterator[None]:
+        """Holds the run for this process; waits while another one trains it, until that one is dead or frozen.
 
         Raises `Interrupted` if it is told to `give_up` while it waits. A failed run that is free is tried again, so it
         has no end any more; how a run ended that was waited for stands.
         """
-        with self._lease.open("a+") as file:
-            waited = False
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    waited = True
-                    if give_up():
-                        raise Interrupted(f"asked to end while {self.lease_holder()} trained {self.id}") from None
-                    time.sleep(wait)
+        self.held, waited = take(self.path / _LEASE, seconds, wait, give_up)
+        try:
+            discard_unfinished(self.path, _WRITTEN)  # before anything is read: a holder that woke may yet finish it
             if not waited and self.exists() and Status(**read_json(self.path / "status.json")).state == "failed":
                 self.write_status(Status())
-            file.truncate(0)
-            file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
-            file.flush()
-            try:
-                yield
-            finally:
-                fcntl.flock(file, fcntl.LOCK_UN)
+            yield
+        finally:
+            self.held.release()
+            self.held = None
+
+    def check_lease(self) -> None:
+        """Raises `LeaseLost`, with who took it, if this process held the lease by `lease` and lost it."""
+        if self.held is not None:
+            self.held.check()
+
+    @property
+    def lost_lease(self) -> bool:
+        """Whether `check_lease` has raised."""
+        return self.held is not None and self.held.lost
 
     def wait_until_free(self, give_up: Callable[[], bool], wait: float = 0.5) -> None:
         """Returns once no process holds the lease, or when told to give up."""
@@ -221,18 +239,35 @@ class ExperimentFolder:
             time.sleep(wait)
 
     def lease_holder(self) -> str | None:
-        """`host:pid` of the process that trains this run now, or None."""
+        """`host:pid` of the process that trains this run now, or None; one that is frozen does not."""
+        holder = living_holder(self.path / _LEASE)
+        return str(holder) if holder else None
+
+    @contextmanager
+    def only_launch(self) -> Iterator[None]:
+        """For the one launch of an experiment: raises `UserError` if another one trains it, and leaves nothing then."""
+        if holder := living_holder(self.path / _LEASE):
+            raise self._is_trained_by(holder)
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        taken = take_at_once(self.path / _LAUNCH)
+        if isinstance(taken, Holder):
+            raise self._is_trained_by(taken)
         try:
-            with self._lease.open("r") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    holder = json.loads(file.read() or "{}")
-                    return f"{holder.get('host', '?')}:{holder.get('pid', '?')}"
-                fcntl.flock(file, fcntl.LOCK_UN)
-        except FileNotFoundError:
-            pass
-        return None
+            yield
+        finally:
+            if taken.is_held():
+                (self.path / _LAUNCH).unlink()
+            taken.release()
+            for folder in made:
+                with contextlib.suppress(OSError):  # not empty: there is a run
+                    folder.rmdir()
+
+    def _is_trained_by(self, holder: Holder) -> UserError:
+        return UserError(
+            f"{self.id}: {holder} trains it {holder.since_words}: wait for it, or end that process first; another "
+            "experiment needs another --id"
+        )
 
 
 def list_experiments(storage: Path) -> list[ExperimentFolder]:
@@ -292,4 +327,13 @@ def open_experiment(storage: Path, experiment_id: str) -> ExperimentFolder:
         raise UserError(
             f"{experiment_id}: no such experiment in {storage}{nearest(experiment_id, known)}; see: bwlm runs list"
         )
+    return folder
+
+
+def open_finished(storage: Path, parent: str) -> ExperimentFolder:
+    """A run that others can begin from. Raises `UserError` if there is no such run or it has not finished."""
+    folder = open_experiment(storage, parent)
+    state = folder.status().state
+    if state != "finished":
+        raise UserError(f"parent: {parent} is {state}, not finished: finish it first, or choose another parent")
     return folder

@@ -20,6 +20,7 @@ import shutil
 import socket
 import struct
 import time
+import uuid
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +36,8 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from bwlm.errors import UserError
-from bwlm.paths import sync
+from bwlm.paths import Check, sync, unchecked
+from bwlm.record.lease import Lease
 from bwlm.record.schema import GROUPS, VERSION, Column
 
 log = logging.getLogger(__name__)
@@ -71,7 +73,8 @@ class ResearchLog:
         with ResearchLog(Path("base.h5")) as log:
             log.write("train", step=1, loss=3.2, grad_norm=0.7)
 
-    Raises `UserError` naming the other writer if there is one, `OSError` where the disk does not take it.
+    Raises `UserError` naming the other writer if there is one, `OSError` where the disk does not take it, `LeaseLost`
+    where the run's lease was lost before something is renamed or deleted.
     """
 
     def __init__(
@@ -81,18 +84,21 @@ class ResearchLog:
         about: Mapping[str, str | int | float] | None = None,
         fixed: Mapping[str, ArrayLike] | None = None,
         reader: bool = False,
+        lease: Lease | None = None,
     ) -> None:
         """`about` are attributes of a new file and `fixed` its datasets that hold for the whole run, by `group/name`.
 
         A file that is there is gone on with; entries of later steps than `resume_step` are forgotten, since a run that
-        goes on from there will write them again. A `reader` merges what a dead writer left, and is waited for.
+        goes on from there will write them again. A `reader` merges what a dead writer left, and is waited for. Who
+        holds the run's `lease` takes the tail from a writer that lost it and is frozen.
         """
         self.path = path
-        self._tail = _lock(path, _READER if reader else "")
+        self._check = lease.check if lease else unchecked
+        self._tail = _lock(path, _READER if reader else "", lease)
         try:
             began = time.monotonic()
             if not self._goes_on(resume_step):
-                _create(path, about or {}, fixed or {})
+                _create(path, about or {}, fixed or {}, self._check)
                 self._begin(resume_step)
             self._merged, self._merge_seconds = time.monotonic(), time.monotonic() - began
         except BaseException:
@@ -143,6 +149,7 @@ class ResearchLog:
         """Merges everything into the file and lets others write."""
         try:
             self._merge(None)
+            self._check()
             tail_of(self.path).unlink()
         finally:
             self._tail.close()
@@ -163,6 +170,7 @@ class ResearchLog:
             if isinstance(error, OSError) and error.errno:  # the system's, such as a full disk
                 raise
             aside = self.path.with_name(f"{self.path.name}.damaged")
+            self._check()
             self.path.replace(aside)
             log.warning("%s is damaged (%s): kept as %s, the research log begins again", self.path, error, aside.name)
             return False
@@ -177,7 +185,7 @@ class ResearchLog:
         if self._tail.tell() > _HEAD or any(last is not None and step > last for step in self._steps.values()):
             rewritten = sum(_chunk_rows(kind) * kind.nbytes for kind in self._kinds.values())
             room = self.path.stat().st_size + self._tail.tell() + rewritten + _ROOM
-            with _replacing(self.path, room) as copy, h5py.File(copy, "r+") as file:
+            with _replacing(self.path, room, self._check) as copy, h5py.File(copy, "r+") as file:
                 if last is not None:
                     _forget_after(file, last)
                 for entries in _batches(_records(self.path), last):
@@ -212,19 +220,25 @@ def tail_of(path: Path) -> Path:
 # ---- the tail ----
 
 
-def _lock(path: Path, role: str) -> BinaryIO:
+def _lock(path: Path, role: str, lease: Lease | None) -> BinaryIO:
     """The tail, held by this process until it is closed."""
+    before = None
     while True:
-        file = os.fdopen(os.open(tail_of(path), os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        file: BinaryIO = os.fdopen(os.open(tail_of(path), os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = file.read(_HEAD).decode(errors="replace").strip(" \0") or "another process"
             file.close()
-            if holder.startswith(_READER) and not role:  # it merges, which takes moments, and lets go
-                time.sleep(_WAIT_SECONDS)
-                continue
-            raise UserError(f"{path}: is being written by {holder}: a research log has one writer") from None
+            merges = holder.startswith(_READER) and not role  # which takes moments, and it lets go
+            if not merges and lease is None:
+                raise UserError(f"{path}: is being written by {holder}: a research log has one writer") from None
+            if not merges and lease and holder == before:  # not at once: a reader may not have said yet that it is one
+                file = _take_tail(path, lease)
+                break
+            before = holder
+            time.sleep(_WAIT_SECONDS)
+            continue
         with contextlib.suppress(FileNotFoundError):  # its last writer may have removed it before it let it go
             if os.path.samestat(os.fstat(file.fileno()), tail_of(path).stat()):
                 break
@@ -232,6 +246,20 @@ def _lock(path: Path, role: str) -> BinaryIO:
     file.write(f"{role}{socket.gethostname()}:{os.getpid()}".encode()[:_HEAD].ljust(_HEAD))
     file.seek(0, os.SEEK_END)
     return file
+
+
+def _take_tail(path: Path, lease: Lease) -> BinaryIO:
+    """A copy in the tail's place, held by this process: whoever has the tail writes to a file without a name then."""
+    copy = tail_of(path).with_name(f".{tail_of(path).name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        shutil.copyfile(tail_of(path), copy)
+        file = copy.open("r+b", buffering=0)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        lease.check()
+        copy.replace(tail_of(path))
+        return file
+    finally:
+        copy.unlink(missing_ok=True)
 
 
 def _records(path: Path) -> Iterator[tuple[str, Entry]]:
@@ -284,9 +312,9 @@ class Kind:
         return f"{self.dtype} of shape {self.shape}"
 
 
-def _create(path: Path, about: Mapping[str, str | int | float], fixed: Mapping[str, ArrayLike]) -> None:
+def _create(path: Path, about: Mapping[str, str | int | float], fixed: Mapping[str, ArrayLike], check: Check) -> None:
     room = _ROOM + sum(np.asarray(values).nbytes for values in fixed.values())
-    with _replacing(path, room) as fresh, h5py.File(fresh, "w", **_SPACE) as file:
+    with _replacing(path, room, check) as fresh, h5py.File(fresh, "w", **_SPACE) as file:
         file.attrs["schema_version"] = VERSION
         file.attrs["source"] = "bwlm research log, docs/research-log.md"
         for name, value in about.items():
@@ -380,13 +408,17 @@ def _chunk_rows(kind: Kind) -> int:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path, room: int) -> Iterator[Path]:
-    """A copy of a file (empty, if there is none) that takes its name when the block ends well.
+def _replacing(path: Path, room: int, check: Check) -> Iterator[Path]:
+    """A copy of a file (empty, if there is none) that takes its name when the block ends well and `check` lets it.
 
     Raises `OSError` before the block if the disk has no room for so many bytes: HDF5 cannot close a file that it
     cannot write.
     """
-    copy = path.with_name(f".{path.name}.tmp")  # one name: what a writer leaves that dies here goes with the next merge
+    left = list(path.parent.glob(f".{path.name}.????????.tmp"))  # by writers that died here
+    check()
+    for other in left:
+        other.unlink(missing_ok=True)
+    copy = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with copy.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, room)
@@ -395,6 +427,7 @@ def _replacing(path: Path, room: int) -> Iterator[Path]:
             shutil.copyfile(path, copy)
         yield copy
         sync(copy)
+        check()
         copy.replace(path)
         sync(path.parent)
     finally:

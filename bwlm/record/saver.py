@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from bwlm.errors import RunError
+from bwlm.paths import Check, unchecked
 from bwlm.record.checkpoint import KeepPolicy, Snapshot, write_checkpoint
 
 log = logging.getLogger(__name__)
@@ -23,9 +24,10 @@ class CheckpointSaver:
     What a save raises comes up at the next `wait`, `save` or `close`. Call `wait` before a copy is made.
     """
 
-    def __init__(self, folder: Path, keep: KeepPolicy) -> None:
+    def __init__(self, folder: Path, keep: KeepPolicy, check: Check = unchecked) -> None:
         self._folder = folder
         self._keep = keep
+        self._check = check
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
 
@@ -38,8 +40,12 @@ class CheckpointSaver:
         self._running = self._thread.submit(self._write, snapshot, first)
 
     def _write(self, snapshot: Snapshot, first: Callable[[], None]) -> None:
-        first()
-        write_checkpoint(self._folder, snapshot, self._keep)
+        try:
+            first()
+            write_checkpoint(self._folder, snapshot, self._keep, self._check)
+        except RunError:
+            self._check()  # that nothing may be written any more comes before what could not be
+            raise
 
     def wait(self) -> None:
         """Returns when everything handed in is on disk. Raises `RunError` if it could not be written."""

@@ -106,6 +106,11 @@ class Tracking:
             _note(folder.path, enlisted=True)
         return str(run.info.run_id)
 
+    def run_of(self, folder: ExperimentFolder) -> str | None:
+        """The run of an experiment, if this store has it."""
+        known = self._known_run(folder.path)
+        return str(known.info.run_id) if known else None
+
     def _child_tags(self, folder: ExperimentFolder, parent: str | None) -> dict[str, str]:
         config = folder.config()
         above = {} if parent is None else {"mlflow.parentRunId": parent}

@@ -1,6 +1,7 @@
 """Directed batches of a split, as a function of the step: what Ray Data's tasks run, and what tests read in-process.
 
-A batch is a dictionary of arrays with one record a row: `inputs`, `targets` and `segments`, each [R, T] int32.
+A batch is a dictionary of arrays with one record a row: `inputs`, `targets` and `segments`, each [R, T] int32. RL adds
+what its samples earned (`bwlm/train/rollouts.py`).
 """
 
 from __future__ import annotations
@@ -9,20 +10,32 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from bwlm.text.direction import Ids, SpecialIds, is_marked, lay_out, readings
+from bwlm.text.conversation import TurnLayout
+from bwlm.text.direction import SpecialIds, is_marked, lay_out, readings
 from bwlm.text.packing import PackedRows
-from bwlm.text.plan import RowPlan
+from bwlm.text.plan import MixturePlan, RowPlan
 
-Batch = dict[str, Ids]
+Batch = dict[str, NDArray[Any]]
 
 
 @lru_cache(maxsize=16)
 def open_rows(folder: str, split: str) -> PackedRows:
     """One memory map of a split for each process."""
     return PackedRows(Path(folder), split)
+
+
+def row_plan(folder: str, rows_per_step: int, seed: int) -> RowPlan | MixturePlan:
+    """The order of the rows of a prepared corpus, or of the mixture that it is."""
+    packed = open_rows(folder, "train")
+    if not packed.sources:
+        return RowPlan(len(packed), rows_per_step, seed)
+    rows, drawn = zip(*((source.rows, source.drawn) for source in packed.sources), strict=True)
+    return MixturePlan(rows, drawn, rows_per_step, seed)
 
 
 @dataclass(frozen=True)
@@ -32,17 +45,19 @@ class DirectedPlan:
     folder: str
     direction: str
     special: SpecialIds
-    plan: RowPlan
+    plan: RowPlan | MixturePlan
     rank: int = 0
     world: int = 1
+    turns: TurnLayout | None = None
+    """Of conversations; None: documents."""
 
     def batch(self, step: int) -> Batch:
         """The rows that this rank reads at `step`, in its direction."""
-        rows = open_rows(self.folder, "train").take(*self.plan.at(step, self.rank, self.world))
+        packed = open_rows(self.folder, "train")
+        rows = packed.take(*self.plan.at(step, self.rank, self.world))
         reading = readings(self.direction, rows, self.plan.seed)
-        directed = lay_out(
-            rows, reading, is_marked(self.direction), self.special, open_rows(self.folder, "train").width
-        )
+        turned = self.turns.of(rows, reading) if self.turns else {}
+        directed = lay_out(rows, reading, is_marked(self.direction), self.special, packed.width, **turned)
         return {"inputs": directed.ids[:, :-1], "targets": directed.targets, "segments": directed.segments}
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:

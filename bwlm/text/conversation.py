@@ -17,14 +17,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bwlm.config import Reversal
 from bwlm.errors import UserError, nearest
-from bwlm.text.direction import BACKWARD, READINGS, Ints, arrange, is_marked, restore
+from bwlm.text.direction import BACKWARD, READINGS, Ints, Rows, arrange, is_marked, restore
 from bwlm.text.tokenizer import Tokenizer
 
 Role = Literal["user", "assistant"]
@@ -136,6 +136,19 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> Ids:
     return np.concatenate(parts) if parts else np.zeros(0, np.uint32)
 
 
+def read_back(ids: Ints, tokenizer: Tokenizer) -> Conversation | None:
+    """Inverse of `render`; None for a piece of a conversation, or one that was cut."""
+    turns = TurnIds.of(tokenizer)
+    edges = np.flatnonzero(turns.markers(ids)).tolist()
+    conversation = [
+        Message(ROLES[index % 2], tokenizer.decode(ids[start + 1 : end]))  # type: ignore[arg-type]
+        for index, (start, end) in enumerate(zip(edges[::2], edges[1::2], strict=False))
+    ]
+    expected = [edge for message in conversation for edge in turns.around(message.role)]
+    whole = bool(conversation) and len(conversation) % 2 == 0 and edges[0] == 0 and edges[-1] == len(ids) - 1
+    return conversation if whole and ids[edges].tolist() == expected else None
+
+
 def cut_to(ids: Ids, room: int, turns: TurnIds) -> Ids | None:
     """A rendered conversation in at most `room` tokens, or None where too little of it fits.
 
@@ -184,6 +197,30 @@ def written(tokens: Ints, lengths: Ints, reading: Ints, reversal: Reversal, turn
     asking = np.repeat((reading == BACKWARD) & (reversal == "whole"), lengths)
     mask: NDArray[np.bool_] = np.where(asking, question, answer)
     return mask
+
+
+@dataclass(frozen=True)
+class TurnLayout:
+    """What the rows of conversations need that those of documents do not; see `lay_out`."""
+
+    turns: TurnIds
+    reversal: Reversal
+    supervised: bool
+    """Whether only what is written is a target; else everything is, as in documents."""
+
+    def of(self, rows: Rows, reading: Ints) -> Turned:
+        """For rows whose segments are read in `reading` [S]."""
+        turned: Turned = {}
+        if self.reversal == "turns":
+            turned["parts"] = parts_of(rows.tokens, rows.lengths, self.turns)
+        if self.supervised:
+            turned["targets"] = written(rows.tokens, rows.lengths, reading, self.reversal, self.turns)
+        return turned
+
+
+class Turned(TypedDict, total=False):
+    parts: Ints
+    targets: NDArray[np.bool_]
 
 
 # ---- what a model is given, and gives back ----

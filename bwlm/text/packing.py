@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from bwlm.errors import UserError
 from bwlm.paths import read_json, sync, write_json
 from bwlm.text.direction import HEAD_SLOTS, Ints, Rows
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 BATCH_ROWS = 1024
 """Rows of each record batch of a packed file, so that a row is found without reading others."""
 
@@ -31,6 +33,10 @@ _WAITING = 256
 
 _SMALLEST = HEAD_SLOTS + 1
 """A remainder below this many slots is padding: no segment with text fits in it."""
+
+Items = list[dict[str, Any]]
+Run = Callable[[Items, Callable[[dict[str, Any]], dict[str, Any]]], Items]
+"""Does work on every item: with Ray Data (`bwlm.text.stream.with_ray`), or in this process."""
 
 Piece = tuple[int, int, bool, NDArray[np.uint32]]
 """(document, offset of the first token in it, whole, tokens)"""
@@ -93,6 +99,10 @@ class ShardCounts:
     bytes: int = 0
     documents: int = 0
     empty_documents: int = 0
+    cut: int = 0
+    """Conversations that lost their end because they are longer than a row."""
+    left_out: int = 0
+    """Conversations of which nothing that can be learned fits."""
     sha256: str = ""
     _hash: Any = field(default_factory=hashlib.sha256, repr=False)
 
@@ -183,20 +193,57 @@ class Split:
         return 1 - (self.total("tokens") + self.total("segments")) / slots if slots else 0.0
 
 
+class Splits(TypedDict):
+    train: Split
+    validation: Split
+
+
+def packed_splits(results: Items) -> Splits:
+    """What packed files make: {split, file, counts, error} each. Raises the first error as `UserError`."""
+    for result in sorted(results, key=lambda result: (result["split"], result["file"])):
+        if result["error"]:
+            raise UserError(result["error"])
+
+    def split(name: str) -> Split:
+        return Split.of(result["counts"] for result in results if result["split"] == name)
+
+    return {"train": split("train"), "validation": split("validation")}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A part of a mixture."""
+
+    name: str
+    weight: float
+    """How often each of its rows comes in an epoch."""
+    rows: int
+    """Of training."""
+    validation_rows: int
+
+    @property
+    def drawn(self) -> int:
+        """Rows that an epoch takes."""
+        return max(1, round(self.weight * self.rows))
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """A prepared corpus: what lies in its folder."""
+    """A prepared corpus: what lies in its folder, or for a mixture in those of its sources."""
 
     sequence_length: int
     vocab_size: int
     tokenizer: str
     train: Split
     validation: Split
+    sources: tuple[Source, ...] = ()
+    """Of a mixture, in the order of their rows."""
 
     @property
     def digest(self) -> str:
-        """Covers every token, its document and its segment, in order, of both splits, and the tokenizer."""
+        """Covers every token, its document and its segment, in order, of both splits, the tokenizer and the weights."""
         parts = f"{self.tokenizer} {self.sequence_length} {self.train.digest} {self.validation.digest}"
+        parts += "".join(f" {source.rows} {source.drawn}" for source in self.sources)
         return hashlib.sha256(parts.encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
@@ -208,7 +255,8 @@ class Manifest:
         splits = {
             name: Split(tuple(content[name]["shards"]), content[name]["digest"]) for name in ("train", "validation")
         }
-        return cls(content["sequence_length"], content["vocab_size"], content["tokenizer"], **splits)
+        sources = tuple(Source(**source) for source in content.get("sources", []))
+        return cls(content["sequence_length"], content["vocab_size"], content["tokenizer"], **splits, sources=sources)
 
 
 class PackedRows:
@@ -218,10 +266,19 @@ class PackedRows:
         manifest = Manifest.read(folder)
         shards: Split = getattr(manifest, split)
         self.width = manifest.sequence_length
+        self.sources = manifest.sources
+        self._split = split
         self._ends = np.cumsum([shard["rows"] for shard in shards.shards])
-        self._files = [folder / split / shard["file"] for shard in shards.shards]
+        # a mixture's lie beside its own folder, in those of its sources
+        self._files = [os.path.normpath(folder / split / shard["file"]) for shard in shards.shards]
         self._batches: dict[tuple[int, int], pa.RecordBatch] = {}
         self._readers: dict[int, pa.RecordBatchFileReader] = {}
+
+    def source_rows(self) -> list[tuple[int, int]]:
+        """(first, last + 1) of each source of a mixture."""
+        rows = [source.rows if self._split == "train" else source.validation_rows for source in self.sources]
+        ends = np.cumsum(rows).tolist()
+        return list(zip([0, *ends[:-1]], ends, strict=True))
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -231,7 +288,7 @@ class PackedRows:
         batch, index = divmod(place - int(self._ends[shard - 1] if shard else 0), BATCH_ROWS)
         if (shard, batch) not in self._batches:
             if shard not in self._readers:
-                self._readers[shard] = pa.ipc.open_file(pa.memory_map(str(self._files[shard])))
+                self._readers[shard] = pa.ipc.open_file(pa.memory_map(self._files[shard]))
             self._batches[shard, batch] = self._readers[shard].get_batch(batch)
         return self._batches[shard, batch].slice(index, 1)
 

@@ -34,7 +34,8 @@ class Prepared:
     manifest: Manifest
     tokenizer: Tokenizer
     tokenizer_folder: Path
-    corpus: Corpus
+    corpus: Corpus | None = None
+    """None: a mixture of conversations."""
 
 
 def prepare(recipe: Recipe, storage: Path, pack: Pack, progress: Progress) -> Prepared:

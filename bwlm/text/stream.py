@@ -19,10 +19,8 @@ import ray.data
 from bwlm.errors import UserError
 from bwlm.text.batches import Batch, DirectedPlan, join
 from bwlm.text.corpus import Corpus, read_texts
-from bwlm.text.packing import Manifest, ShardCounts, Split, cut, write_rows
+from bwlm.text.packing import Items, Manifest, Run, ShardCounts, cut, packed_splits, write_rows
 from bwlm.text.tokenizer import Tokenizer
-
-Items = list[dict[str, Any]]
 
 _BLOCK_TOKENS = 2**19
 """Tokens of one Ray Data block: large enough to hide a task's cost, small enough to start soon."""
@@ -59,19 +57,13 @@ def pack_shard(item: dict[str, Any]) -> dict[str, Any]:
     return {"split": item["split"], "file": item["file"], "counts": counts.finish(), "error": ""}
 
 
-def _with_ray(items: Items) -> Items:
+def with_ray(items: Items, work: Callable[[dict[str, Any]], dict[str, Any]]) -> Items:
+    """Each item in a task of Ray Data."""
     quiet()
-    return list(ray.data.from_items(items, override_num_blocks=len(items)).map(pack_shard).take_all())
+    return list(ray.data.from_items(items, override_num_blocks=len(items)).map(work).take_all())
 
 
-def pack_here(items: Items) -> Items:
-    """Every shard in this process, one after the other."""
-    return [pack_shard(item) for item in items]
-
-
-def pack_corpus(
-    corpus: Corpus, tokenizer_folder: Path, width: int, folder: Path, pack: Callable[[Items], Items] = _with_ray
-) -> Manifest:
+def pack_corpus(corpus: Corpus, tokenizer_folder: Path, width: int, folder: Path, run: Run = with_ray) -> Manifest:
     """Tokenizes and packs every shard (by default with Ray Data), writes the manifest.
 
     Raises the first shard's `UserError`, and one for a split without text.
@@ -86,14 +78,10 @@ def pack_corpus(
     ]  # fmt: skip
     for split in ("train", "validation"):
         (folder / split).mkdir()
-    results = pack(items)
-    for result in sorted(results, key=lambda result: (result["split"], result["file"])):
-        if result["error"]:
-            raise UserError(result["error"])
+    splits = packed_splits(run(items, pack_shard))
     tokenizer = _tokenizer(str(tokenizer_folder))
-    splits = {name: Split.of(r["counts"] for r in results if r["split"] == name) for name in ("train", "validation")}
     manifest = Manifest(width, tokenizer.vocab_size, tokenizer.digest, **splits)
-    for name, counted in splits.items():
+    for name, counted in (("train", splits["train"]), ("validation", splits["validation"])):
         if counted.total("tokens") == 0:
             field = "data.source" if name == "train" else "data.validation"
             empty = counted.total("documents")

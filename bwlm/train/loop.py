@@ -47,8 +47,8 @@ class Phase:
     optimizer: Optimizer
     batches: Callable[[int, int], Iterator[Batch]]
     """(first, last) -> this rank's rows of steps first..last-1"""
-    split_loss: Callable[[Batch, Tensor], dict[str, Tensor]]
-    """(batch, nats of each target) -> [sum, targets] of this rank by what the metrics tell apart"""
+    measure: Callable[[Batch, Tensor], dict[str, Tensor]]
+    """(batch, nats of each target) -> [sum, count] of this rank for each metric that is a mean over all ranks"""
     evaluate: Callable[[GPT, int], Evaluated]
     """What validation finds after a step; called on every rank"""
     rows_at: Callable[[int], NDArray[np.int64]]
@@ -169,36 +169,45 @@ def _step(
     phase: Phase, step_of: TrainStep, batch: Batch, step: int, observer: Observer
 ) -> tuple[StepResult, dict[str, float], StepView]:
     session = observer.session
-    tensors = {name: torch.from_numpy(array).to(session.device).long() for name, array in batch.items()}
+    tensors = {name: _tensor(array, session.device) for name, array in batch.items()}
     multiplier = _multiplier(step, phase)
     phase.optimizer.set_schedule(multiplier, muon_momentum(step), weight_decay_schedule(step, phase.steps))
     rates = {f"lr_{name}": rate for name, rate in phase.optimizer.learning_rates().items()}
     segments = tensors["segments"] if phase.masked else None
-    view, split = observer.step(step + 1, tensors), dict[str, float]()
+    view, means = observer.step(step + 1, tensors), dict[str, float]()
 
     def before_update(token_losses: Tensor) -> None:
         view.see_gradients()
-        split.update(_split(phase, session, batch, token_losses))
+        means.update(_means(phase, session, batch, token_losses))
 
-    result = step_of(tensors["inputs"], tensors["targets"], segments, session.stopping(), view.predict, before_update)
+    importance = tensors.get("importance")
+    asked = session.stopping()
+    result = step_of(tensors["inputs"], tensors["targets"], segments, importance, asked, view.predict, before_update)
     if not result.is_finite:
         rows = ", ".join(map(str, phase.rows_at(step)))
         raise TrainingDiverged(
             f"loss {result.loss} and gradient norm {result.grad_norm} at step {step + 1}, "
             f"on rows {rows}; lower lr, or look at these rows with `bwlm data inspect`"
         )
-    metrics = {"train_loss": result.loss, "grad_norm": result.grad_norm, "lr_multiplier": multiplier, **rates, **split}
+    metrics = {"train_loss": result.loss, "grad_norm": result.grad_norm, "lr_multiplier": multiplier, **rates, **means}
     return result, metrics, view
 
 
-def _split(phase: Phase, session: Session, batch: Batch, token_losses: Tensor) -> dict[str, float]:
-    """The training loss over all ranks, by what the phase tells apart."""
-    losses = {}
-    for name, sums in phase.split_loss(batch, token_losses).items():
+def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Ids and the like as torch indexes with them; what is a float stays one."""
+    tensor = torch.from_numpy(array).to(device)
+    return tensor if tensor.is_floating_point() else tensor.long()
+
+
+def _means(phase: Phase, session: Session, batch: Batch, token_losses: Tensor) -> dict[str, float]:
+    """What the phase measures of a step, over all ranks; a mean of nothing is left out."""
+    found = {}
+    for name, sums in phase.measure(batch, token_losses).items():
         if session.world > 1:
             dist.all_reduce(sums)
-        losses[f"train_loss_{name}"] = float(sums[0] / sums[1])
-    return losses
+        if sums[1]:
+            found[name] = float(sums[0] / sums[1])
+    return found
 
 
 def _multiplier(step: int, phase: Phase) -> float:

@@ -12,6 +12,7 @@ from bwlm.config import CheckpointSettings
 from bwlm.errors import RunError
 from bwlm.record.checkpoint import KeepPolicy, Snapshot
 from bwlm.record.journal import NAME, Journal
+from bwlm.record.lease import LeaseLost
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.record.researchlog import ResearchLog
 from bwlm.record.saver import CheckpointSaver
@@ -29,12 +30,16 @@ def cannot_write(path: Path, error: OSError) -> RunError:
 
 
 class Records:
-    """What rank 0 writes while a run trains: journal, research log, and checkpoints beside the training."""
+    """What rank 0 writes while a run trains: journal, research log, and checkpoints beside the training.
+
+    Nothing of it is written once the run's lease is lost; `LeaseLost` comes up in `settle`, as what cannot be written.
+    """
 
     def __init__(
         self, folder: ExperimentFolder, phase: str, fixed: Mapping[str, Any], settings: CheckpointSettings, step: int
     ) -> None:
         """`fixed` are what the research log holds for the whole run. Raises `RunError` if a file cannot be written."""
+        self._check = folder.check_lease
         config, experiment = folder.config(), folder.config().experiment
         about: dict[str, str | int | float] = {
             "experiment": config.id,
@@ -47,21 +52,23 @@ class Records:
         }
         path = folder.path / NAME
         try:
-            self._journal = Journal(folder.path, step)
+            self._journal = Journal(folder.path, step, self._check)
             path = folder.research_log(phase)
-            self._log = ResearchLog(path, step, about, fixed)
+            self._log = ResearchLog(path, step, about, fixed, lease=folder.held)
         except OSError as error:
             raise cannot_write(path, error) from None
         self._saver = CheckpointSaver(
-            folder.checkpoints, KeepPolicy(settings.keep, settings.keep_best, settings.keep_every)
+            folder.checkpoints, KeepPolicy(settings.keep, settings.keep_best, settings.keep_every), self._check
         )
         self._failure: RunError | None = None
 
     def log(self, step: int, metrics: dict[str, float], entries: Entries) -> None:
         """What cannot be written comes up in `settle`, where all ranks hear of it, before the next checkpoint."""
         with self._noting_failure(self._journal.path):
+            self._check()
             self._journal.append(step, metrics)
         with self._noting_failure(self._log.path):
+            self._check()
             for group, columns in entries.items():
                 self._log.write(group, step, **columns)
 
@@ -71,6 +78,8 @@ class Records:
             yield
         except OSError as error:
             self._failure = self._failure or cannot_write(path, error)
+        except LeaseLost as error:
+            self._failure = error
 
     def settle(self, last: bool = False) -> None:
         """Waits for the save before, if there is one. Raises `RunError` for anything that could not be written."""

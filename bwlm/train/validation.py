@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from bwlm.model.gpt import GPT
 from bwlm.model.observe import evaluating
 from bwlm.record.lineage import RunConfig
 from bwlm.text.batches import open_rows
+from bwlm.text.conversation import TurnLayout
 from bwlm.text.direction import SpecialIds, is_marked, own_readings
 from bwlm.text.tokenizer import Tokenizer
 from bwlm.train.records import Entries
@@ -29,9 +30,11 @@ class Validation:
     inside: InsideView
     research_log: ResearchLogSettings
     direction: str
+    turns: TurnLayout | None
+    """Of conversations; None: documents."""
 
     @classmethod
-    def of(cls, config: RunConfig, device: torch.device) -> Validation:
+    def of(cls, config: RunConfig, device: torch.device, turns: TurnLayout | None = None) -> Validation:
         tokenizer = Tokenizer.load(Path(config.tokenizer))
         experiment = config.experiment
         evaluation = LossEvaluation(
@@ -42,6 +45,7 @@ class Validation:
             batch_rows=config.compute.micro_rows,
             device=device,
             masked=experiment.model.document_mask,
+            turns=replace(turns, supervised=False) if turns else None,
         )
         inside = InsideView(
             evaluation.rows,
@@ -50,8 +54,9 @@ class Validation:
             experiment.research_log.representations,
             device,
             evaluation.masked,
+            evaluation.turns,
         )
-        return cls(evaluation, inside, experiment.research_log, experiment.direction)
+        return cls(evaluation, inside, experiment.research_log, experiment.direction, turns)
 
     @property
     def readings(self) -> tuple[str, ...]:
@@ -100,8 +105,12 @@ class Validation:
                 entries["representations"] = {"states": states}
         return entries
 
-    def metrics(self, losses: dict[str, SegmentLosses]) -> dict[str, float]:
-        """`val_bpb` and `val_loss` of the own direction (a bidirectional model: the mean of both), and by reading."""
+    def metrics(self, measured: dict[str, Measured]) -> dict[str, float]:
+        """`val_bpb` and `val_loss` of the own direction (a bidirectional model: the mean of both), and by reading.
+
+        Where only what is written is trained on, `val_loss_written` is that of this text alone.
+        """
+        losses = {name: segments for name, (segments, _) in measured.items()}
         figures = {name: measured.summary() for name, measured in losses.items()}
         own = [figures[name] for name in own_readings(self.direction)]
         metrics = {f"val_{key}": sum(f[key] for f in own) / len(own) for key in own[0]}
@@ -109,4 +118,13 @@ class Validation:
         metrics["val_bpb_tuning"] = sum(tuning) / len(tuning)
         for name in ("forward", "backward"):
             metrics |= {f"val_{key}_{name}": value for key, value in figures[name].items()}
+        if self.turns and self.turns.supervised:
+            metrics |= self._written_loss(measured, self.turns)
         return metrics
+
+    def _written_loss(self, measured: dict[str, Measured], turns: TurnLayout) -> dict[str, float]:
+        losses = []
+        for reading in own_readings(self.direction):
+            losses.append(measured[reading][1].nll[self.evaluation.written(reading, turns.reversal, turns.turns)])
+        # windows may hold none, where conversations are cut short
+        return {"val_loss_written": float(np.mean([nll.mean() for nll in losses]))} if all(map(len, losses)) else {}

@@ -10,7 +10,7 @@ import pytest
 from bwlm.analysis.select import choose
 from bwlm.record.lineage import ExperimentFolder, write_cells
 from bwlm.text.prepare import Prepared
-from bwlm.train.base import run_base
+from bwlm.train.run import run_phase
 from bwlm.train.session import AloneSession
 from tests.runs import in_process, make_run
 
@@ -26,7 +26,7 @@ def trained(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Pat
     for name in IDS:
         settings: dict[str, Any] = {"direction": directions[name[0]], "seed": int(name[-1]), "research_log": LOG}
         run = make_run(prepared, storage, name, depth=2, **settings)
-        assert run_base(run, AloneSession(), in_process).state == "finished"
+        assert run_phase(run, AloneSession(), in_process).state == "finished"
     write_cells(storage, "g", IDS[:4])
     return storage
 

@@ -16,7 +16,7 @@ from bwlm.analysis.select import choose
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.prepare import Prepared
-from bwlm.train.base import run_base
+from bwlm.train.run import run_phase
 from bwlm.train.session import AloneSession
 from tests.runs import in_process, make_run
 
@@ -67,7 +67,7 @@ def test_states_are_compared_at_one_size_and_learning_rate(prepared: Prepared, t
     }.items():
         direction = {"f": "forward", "b": "backward"}[name[0]]
         run = make_run(prepared, storage, name, **{"depth": 2, "direction": direction, "research_log": LOG, **settings})
-        assert run_base(run, AloneSession(), in_process).state == "finished"
+        assert run_phase(run, AloneSession(), in_process).state == "finished"
     chosen = choose(storage, ["f_*", "b_*"])[0]
     first = representations(chosen).table.query("layer == -1")
     assert list(first[["group", "pair", "pairs"]].itertuples(index=False, name=None)) == [

@@ -11,7 +11,7 @@ from bwlm.analysis.select import begun, choose, shortest_names
 from bwlm.errors import UserError
 from bwlm.record.lineage import write_cells
 from bwlm.text.prepare import Prepared
-from bwlm.train.base import run_base
+from bwlm.train.run import run_phase
 from bwlm.train.session import AloneSession
 from tests.analysis.storage import make_cell
 from tests.runs import in_process, make_run
@@ -68,7 +68,7 @@ def test_runs_that_have_not_begun_are_left_out(prepared: Prepared, tmp_path: Pat
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_base(cut, Killed(), in_process)
+        run_phase(cut, Killed(), in_process)
     left, notes = begun([waiting, cut], [])
     assert [folder.id for folder in left] == ["cut"]
     assert notes == ["cut is stopped: analysed up to step 7", "not begun, and left out: waiting"]

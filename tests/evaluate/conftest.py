@@ -9,7 +9,7 @@ import pytest
 
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.prepare import Prepared
-from bwlm.train.base import run_base
+from bwlm.train.run import run_phase
 from bwlm.train.session import AloneSession
 from tests.runs import in_process, make_run
 
@@ -25,6 +25,6 @@ def storage(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Pat
     for direction in ("backward", "bidirectional", "permuted"):
         make_run(prepared, root, direction, **SETTINGS, direction=direction)
     for folder in sorted(root.iterdir()):
-        status = run_base(ExperimentFolder(root, folder.name), AloneSession(), in_process)
+        status = run_phase(ExperimentFolder(root, folder.name), AloneSession(), in_process)
         assert status.state == "finished", status.reason
     return root

@@ -89,7 +89,7 @@ def test_transformers_generates_the_same_ids(exported: Callable[[str], Exported]
     for text in ("The river", "stone. Window", "", "1984 東京"):
         ids = [loaded.tokenizer.bos, *loaded.tokenizer.encode(text).tolist()]
         asked = loaded.model.config.sequence_length - len(ids)
-        new = generate(loaded.model, ids, asked, stop={loaded.tokenizer.bos})
+        (new,) = generate(loaded.model, [ids], asked, stop={loaded.tokenizer.bos})
         result = theirs.generate(torch.tensor([ids]), max_new_tokens=asked, do_sample=False)[0].tolist()
         assert result == ids + new
         generated |= set(new)
@@ -175,7 +175,7 @@ def test_the_code_of_the_card_writes_in_the_models_direction(
     if direction == "bidirectional":
         marker = loaded.tokenizer.forward
         ids = [loaded.tokenizer.bos, marker, *loaded.tokenizer.encode("The first thing to know is").tolist()]
-        new = generate(loaded.model, ids, 32, stop={loaded.tokenizer.bos})
+        (new,) = generate(loaded.model, [ids], 32, stop={loaded.tokenizer.bos})
         assert out.startswith(loaded.tokenizer.decode(ids[2:] + new[:-1]))
 
 

@@ -28,8 +28,8 @@ from bwlm.record.checkpoint import KeepPolicy, Snapshot, copy_to_host, write_che
 from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.prepare import Prepared
-from bwlm.train.base import build_model
 from bwlm.train.meter import Progress
+from bwlm.train.packed import build_model
 from tests.grid.conftest import once_at_step
 from tests.mlflow_server import free_port, server
 

@@ -18,7 +18,7 @@ from bwlm.grid.hardware import plan_compute
 from bwlm.grid.worker import train_worker
 from bwlm.model.compute import Compute, Hardware
 from bwlm.record.lineage import ExperimentFolder, Status, shape_of
-from bwlm.train import base
+from bwlm.train import run
 from tests.runs import NewRun
 
 
@@ -36,12 +36,12 @@ def test_a_worker_uses_what_its_launch_reserved(new_run: NewRun, monkeypatch: py
     """Another launch may have written other resources into the run's folder meanwhile."""
     folder, seen = new_run(resources={"workers": 3, "cpus_per_worker": 5, "gpus_per_worker": 1}), list[Any]()
 
-    def run_base(folder: ExperimentFolder, session: Any, stream: Any) -> Status:
+    def run_phase(folder: ExperimentFolder, session: Any, stream: Any) -> Status:
         seen.append((session.world, session.device.type, torch.get_num_threads()))
         return Status("stopped")
 
     before = torch.get_num_threads()
-    monkeypatch.setattr(base, "run_base", run_base)
+    monkeypatch.setattr(run, "run_phase", run_phase)
     config = {"storage": str(folder.path.parent), "cell": folder.id, "resources": {"cpus_per_worker": 2}}
     try:
         train_worker(config)
@@ -80,7 +80,7 @@ def test_an_end_that_cannot_be_noted_is_raised_for_tune_to_count(
 ) -> None:
     """Else the cell would be taken for one that was asked to end, and begin again for ever."""
     folder = new_run()
-    monkeypatch.setattr(base, "run_base", lambda *_: Status("failed", "disk full", 3))
+    monkeypatch.setattr(run, "run_phase", lambda *_: Status("failed", "disk full", 3))
     with pytest.raises(RunError, match="disk full; this end cannot be noted in "):
         train_worker({"storage": str(folder.path.parent), "cell": folder.id, "resources": {}})
 

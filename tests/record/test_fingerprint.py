@@ -207,7 +207,7 @@ def test_a_new_file_counts_once_training_imports_it(package: Path) -> None:
 
 
 def test_a_phase_that_is_another_file_is_another_digest(package: Path) -> None:
-    (package / "train" / "mid.py").write_text("from bwlm.train.base import build_model\n")
+    (package / "train" / "mid.py").write_text("from bwlm.train.base import phase\n")
     code_digest.cache_clear()
     assert {package / "train" / "mid.py", package / "train" / "base.py"} <= set(training_sources("mid", package))
     assert package / "train" / "mid.py" not in training_sources("base", package)

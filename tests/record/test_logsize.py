@@ -11,7 +11,7 @@ from bwlm.config import Experiment
 from bwlm.model.shape import GPTConfig
 from bwlm.record.logsize import bytes_of_log, raw_bytes
 from bwlm.record.schema import GROUPS
-from bwlm.train.base import run_base
+from bwlm.train.run import run_phase
 from bwlm.train.session import AloneSession
 from tests.runs import NewRun, in_process
 
@@ -36,7 +36,7 @@ RUNS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", RUNS)
 def test_the_estimate_is_near_the_file_of_a_run(new_run: NewRun, name: str) -> None:
     folder = new_run(**SHORT, **RUNS[name])
-    assert run_base(folder, AloneSession(), in_process).state == "finished"
+    assert run_phase(folder, AloneSession(), in_process).state == "finished"
     config, path = folder.config(), folder.research_log("base")
     size = path.stat().st_size
     assert size / 2 < bytes_of_log(config.experiment, config.shape, STEPS) < size * 2

@@ -427,11 +427,12 @@ from functools import partial
 from pathlib import Path
 from bwlm.config import Recipe
 from bwlm.text.prepare import prepare
-from bwlm.text.stream import pack_corpus, pack_here
+from bwlm.text.stream import pack_corpus
 
 recipe = {"data": {"source": sys.argv[1]}, "tokenizer": {"vocab_size": 400}, "model": {"sequence_length": 2048}}
 storage = Path(sys.argv[2])
-prepared = prepare(Recipe.model_validate(recipe), storage, partial(pack_corpus, pack=pack_here), lambda _: None)
+pack = partial(pack_corpus, run=lambda items, work: [work(item) for item in items])
+prepared = prepare(Recipe.model_validate(recipe), storage, pack, lambda _: None)
 print(prepared.manifest.train.total("bytes"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ from bwlm.text import stream
 from bwlm.text.batches import Batch, DirectedPlan, open_rows
 from bwlm.text.corpus import Corpus, Shard
 from bwlm.text.direction import SpecialIds
-from bwlm.text.packing import Manifest
+from bwlm.text.packing import Items, Manifest
 from bwlm.text.plan import RowPlan
 from bwlm.text.prepare import Prepared
-from bwlm.text.stream import pack_corpus, pack_here, stream_batches
+from bwlm.text.stream import pack_corpus, stream_batches
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def backwards(items: Items, work: Callable[[dict[str, Any]], dict[str, Any]]) -> Items:
+    """In this process, with the results in another order than Ray's."""
+    return [work(item) for item in items][::-1]
 
 
 def plan_of(prepared: Prepared, direction: str, rank: int = 0, world: int = 1) -> DirectedPlan:
@@ -73,9 +79,7 @@ def test_ray_packs_the_same_shards_in_order(prepared: Prepared, tmp_path: Path) 
 
 
 def test_shards_are_listed_in_order_whichever_is_done_first(prepared: Prepared, tmp_path: Path) -> None:
-    packed = pack_corpus(
-        prepared.corpus, prepared.tokenizer_folder, 64, tmp_path, pack=lambda items: pack_here(items)[::-1]
-    )
+    packed = pack_corpus(prepared.corpus, prepared.tokenizer_folder, 64, tmp_path, run=backwards)
     assert packed == prepared.manifest
 
 
@@ -88,7 +92,7 @@ def test_the_first_shard_at_fault_is_told(prepared: Prepared, tmp_path: Path, wi
     shards = [Shard(str(path), 0, "") for path in bad]
     corpus = Corpus((first, shards[0], second, shards[1], third), prepared.corpus.validation, "text")
     (tmp_path / "rows").mkdir()
-    how: dict[str, Any] = {} if with_ray else {"pack": lambda items: pack_here(items)[::-1]}
+    how: dict[str, Any] = {} if with_ray else {"run": backwards}
     with pytest.raises(UserError, match=rf"^{bad[0]}: not a readable parquet file"):
         pack_corpus(corpus, prepared.tokenizer_folder, 64, tmp_path / "rows", **how)
     assert not (tmp_path / "rows" / "manifest.json").exists()

@@ -24,7 +24,8 @@ from bwlm.text.batches import Batch, DirectedPlan, open_rows
 from bwlm.text.direction import SpecialIds, is_marked, own_readings
 from bwlm.text.plan import RowPlan
 from bwlm.text.prepare import Prepared
-from bwlm.train.base import build_model, rows_per_step, run_base
+from bwlm.train.packed import build_model, rows_per_step
+from bwlm.train.run import run_phase
 from bwlm.train.session import AloneSession
 from bwlm.train.validation import Validation
 from tests.runs import STEPS, NewRun, in_process, losses, weights_digest
@@ -51,7 +52,7 @@ def logged(folder: ExperimentFolder) -> Datasets:
 
 
 def run(folder: ExperimentFolder) -> Datasets:
-    assert run_base(folder, AloneSession(), in_process).state == "finished"
+    assert run_phase(folder, AloneSession(), in_process).state == "finished"
     return logged(folder)
 
 
@@ -251,7 +252,7 @@ def test_a_run_that_goes_on_leaves_the_file_of_one_that_was_not_cut(new_run: New
     calm, cut = new_run("calm", research_log=OFTEN), new_run("cut", research_log=OFTEN)
     expected = run(calm)
     with pytest.raises(Killed):
-        run_base(cut, AloneSession(), killed_at(kill))
+        run_phase(cut, AloneSession(), killed_at(kill))
     check_equal(run(cut), expected)
 
 
@@ -297,7 +298,7 @@ def test_a_log_that_cannot_be_written_fails_the_run_before_its_next_checkpoint(
 
     with monkeypatch.context() as patched:
         patched.setattr(ResearchLog, method, full)
-        status = run_base(folder, AloneSession(), in_process)
+        status = run_phase(folder, AloneSession(), in_process)
     assert status.state == "failed"
     assert f"{folder.research_log('base')}: cannot be written (No space left on device): free space" in status.reason
     assert not list(folder.checkpoints.glob("step_*"))
@@ -308,7 +309,7 @@ def test_a_log_that_cannot_be_written_fails_the_run_before_its_next_checkpoint(
 def test_a_log_that_another_process_writes_fails_the_run_by_name(new_run: NewRun) -> None:
     folder = new_run()
     with ResearchLog(folder.research_log("base")):
-        status = run_base(folder, AloneSession(), in_process)
+        status = run_phase(folder, AloneSession(), in_process)
     assert status.state == "failed"
     assert "base.h5: is being written by" in status.reason
 

@@ -1,0 +1,146 @@
+"""What a phase after base takes from its parent, and what it begins with where nothing is said.
+
+Direction, depth, tokenizer, model and the reversal of conversations are the parent's. Another direction or reversal is
+refused unless `differs` names it, and is then recorded there; nothing else can change on the way.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bwlm.config import HORIZONS, PHASES, Experiment
+from bwlm.errors import UserError, nearest
+from bwlm.record.family import FOLLOWS
+from bwlm.settings_file import Document, assign, holds
+
+BUILTIN_MIXTURE = {"builtin:docs_qa": 1.0, "builtin:arithmetic": 10.0, "builtin:spelling": 10.0}
+"""Needs no network; weights such that the small sources are a few percent of it."""
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "base": {},
+    # learning rates: nanochat's of October 2025 (scripts/mid_train.py, chat_sft.py, chat_rl.py)
+    "mid": {"data.mixture": BUILTIN_MIXTURE, "optim.init_lr_frac": 1.0, "budget.tokens_per_parameter": 1.0},
+    "sft": {"data.mixture": BUILTIN_MIXTURE, "optim.init_lr_frac": 0.02, "budget.tokens_per_parameter": 0.5},
+    "rl": {"data.mixture": {"builtin:arithmetic": 1.0}, "optim.init_lr_frac": 0.05, "budget.steps": 100},
+}
+
+_SAME = ("depth", "tokenizer", "model")
+_OF_THE_FIRST = ("parent", "direction", *_SAME)
+_MAY_DIFFER = {"direction": "direction", "data.reversal": "reversal"}
+"""Fields that a phase may change on purpose, with their names in `differs`."""
+
+
+def split_phases(names: str, where: str) -> list[str]:
+    """`base,mid,sft` as a list. Raises `UserError` for a name that is none, or an order that is not one of training."""
+    phases = [name.strip() for name in names.split(",")]
+    for name in phases:
+        if name not in PHASES:
+            raise UserError(f"{where}: {name!r} is not one of {', '.join(PHASES)}{nearest(name, PHASES)}")
+    _check_chain(phases, where)
+    return phases
+
+
+def check_phase_names(document: Document, first: str) -> list[str]:
+    """The phases that follow the first of a file, in the order of training. Raises `UserError` for one that cannot."""
+    blocks = document.content.get("phases", {})
+    for name in blocks:
+        if name not in PHASES[1:]:
+            raise UserError(
+                f"{document.where(f'phases.{name}')}: not one of {', '.join(PHASES[1:])}{nearest(name, PHASES[1:])}"
+            )
+    following = [name for name in PHASES if name in blocks]
+    _check_chain([first, *following], document.where("phases"))
+    return following
+
+
+def _check_chain(phases: list[str], where: str) -> None:
+    for before, after in itertools.pairwise(phases):
+        if before not in FOLLOWS[after]:
+            begins = " or ".join(FOLLOWS[after]) or "nothing"
+            raise UserError(f"{where}: {after} cannot follow {before}: it begins from {begins}")
+
+
+def with_defaults(content: Mapping[str, Any], phase: str) -> dict[str, Any]:
+    """The content of an experiment with what its phase begins with, where it says nothing itself."""
+    filled = copy.deepcopy(dict(content))
+    budget = filled.get("budget", {})
+    has_horizon = any(budget.get(name) is not None for name in HORIZONS)
+    for field, value in DEFAULTS[phase].items():
+        is_horizon = field.startswith("budget.")
+        if not (has_horizon if is_horizon else holds(filled, field)):
+            assign(filled, field, copy.deepcopy(value), field)
+    return filled
+
+
+def inherit(content: Mapping[str, Any], run: str, parent: Experiment, document: Document) -> dict[str, Any]:
+    """The content of a child's experiment with what it takes from its parent `run`.
+
+    Raises `UserError` naming the field where another value is asked for.
+    """
+    child = copy.deepcopy(dict(content))
+    child["parent"] = run
+    values = parent.model_dump()
+    differs = child.get("differs", [])
+    if parent.phase == "base" and not holds(child, "data.reversal"):
+        assign(child, "data.reversal", parent.data.reversal, run)  # documents know none, so the child may choose
+    for field in _fields(values, parent.phase):
+        value = _value(values, field)
+        if not holds(child, field):
+            assign(child, field, value, run)
+        elif _value(child, field) != value and _MAY_DIFFER.get(field) not in differs:
+            may = f", or set differs=[{_MAY_DIFFER[field]}] to change it on purpose" if field in _MAY_DIFFER else ""
+            raise UserError(
+                f"{document.where(field)}: {_value(child, field)}, but the parent {run} has {value}: leave it out{may}"
+            )
+    for field in ("seed", "budget.batch_tokens"):
+        if not holds(child, field):
+            assign(child, field, _value(values, field), run)
+    return child
+
+
+def _fields(values: Mapping[str, Any], phase: str) -> Iterator[str]:
+    for name in _SAME:
+        yield from (f"{name}.{inner}" for inner in values[name]) if isinstance(values[name], dict) else (name,)
+    yield "direction"
+    if phase != "base":
+        yield "data.reversal"
+
+
+def _value(content: Mapping[str, Any], field: str) -> Any:
+    value: Any = content
+    for name in field.split("."):
+        value = value[name]
+    return value
+
+
+def phase_content(content: Mapping[str, Any], phase: str, document: Document) -> tuple[dict[str, Any], Document]:
+    """What a file or the flags say of a phase that follows another: all that is said, and over it `phases.<phase>`.
+
+    What comes from the parent is said of the first phase.
+    """
+    own = copy.deepcopy({name: value for name, value in content.items() if name not in ("phases", *_OF_THE_FIRST)})
+    own["phase"] = phase
+    places = dict(document.places)
+    block = document.content.get("phases", {}).get(phase) or {}
+    if not isinstance(block, dict):
+        raise UserError(f"{document.where(f'phases.{phase}')}: must hold settings (field: value)")
+    given = dict(_leaves({name: value for name, value in block.items() if name != "axes"}))
+    if any(f"budget.{name}" in given for name in HORIZONS) and isinstance(own.get("budget"), dict):
+        own["budget"] = {name: value for name, value in own["budget"].items() if name not in HORIZONS}
+    for field, value in given.items():
+        places[field] = document.place(f"phases.{phase}.{field}")
+        assign(own, field, value, places[field])
+    return own, Document(document.name, own, places)
+
+
+def _leaves(block: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted fields and their values; a mixture is one value."""
+    for name, value in block.items():
+        field = f"{section}{name}"
+        if isinstance(value, dict) and field not in ("data.mixture", "tasks"):
+            yield from _leaves(value, f"{field}.")
+        else:
+            yield field, value

@@ -1,0 +1,95 @@
+"""What the cells of a plan read: documents, or mixtures of conversations; prepared before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import tasks
+from bwlm.config import Experiment
+from bwlm.errors import UserError, nearest
+from bwlm.grid.cells import text_key
+from bwlm.grid.spec import Cell, Plan
+from bwlm.record.lineage import ExperimentFolder
+from bwlm.text.mixture import ConversationSource, prepare_mixture
+from bwlm.text.prepare import Prepared, prepare
+from bwlm.text.stream import pack_corpus, with_ray
+
+_FILE_PARTS = 8
+"""In which the conversations of files are packed beside each other."""
+
+
+def prepare_texts(plan: Plan, storage: Path, show: Callable[[str], None]) -> dict[str, Prepared]:
+    """The text of every cell, by id; cells that read the same share it. Raises `UserError` for every fault of it.
+
+    The tokenizer of a phase after base is its parent's.
+    """
+    prepared: dict[str, Prepared] = {}
+    known: dict[str, Prepared] = {}
+    for cell in plan.cells:  # parents stand before their children
+        tokenizer = _parents_tokenizer(cell, prepared, storage)
+        key = f"{text_key(cell.experiment)} {tokenizer}"
+        if key not in known:
+            known[key] = _prepare(cell.experiment, tokenizer, storage, show)
+        prepared[cell.id] = known[key]
+    return prepared
+
+
+def _parents_tokenizer(cell: Cell, prepared: dict[str, Prepared], storage: Path) -> Path | None:
+    parent = cell.experiment.parent
+    if parent is None:
+        return None
+    if parent in prepared:
+        return prepared[parent].tokenizer_folder
+    return Path(ExperimentFolder(storage, parent).config().tokenizer)
+
+
+def _prepare(experiment: Experiment, tokenizer: Path | None, storage: Path, show: Callable[[str], None]) -> Prepared:
+    if tokenizer is None:
+        return prepare(experiment, storage, pack_corpus, show)
+    width, whole = experiment.model.sequence_length, experiment.phase != "mid"
+    return prepare_mixture(sources_of(experiment), tokenizer, width, whole, storage, with_ray, show)
+
+
+def sources_of(experiment: Experiment) -> list[ConversationSource]:
+    """The sources of a mixture, in its order. Raises `UserError` for one that is no task and no file."""
+    return [_source(name, weight, experiment) for name, weight in experiment.data.mixture.items()]
+
+
+def check_sources(experiment: Experiment) -> None:
+    """Raises `UserError` for the name of a task or of a mixture's part that there is none of."""
+    for name in experiment.tasks:
+        if name not in tasks.TASKS:
+            raise UserError(f"tasks.{name}: no such task{nearest(name, tasks.TASKS)}")
+    for name in experiment.data.mixture:
+        task = find_source(name)
+        if experiment.phase == "rl" and not isinstance(task, tasks.Verifiable):
+            known = ", ".join(name for name, task in tasks.TASKS.items() if isinstance(task, tasks.Verifiable))
+            raise UserError(f"data.mixture: {name}: nothing says what an answer of it is worth: rl takes {known}")
+
+
+def find_source(name: str) -> tasks.Task:
+    """A task by its name, or the conversations of a file by its path. Raises `UserError` with the nearest name."""
+    if name in tasks.TASKS or not _is_path(name):
+        try:
+            return tasks.find_task(name)
+        except UserError as error:
+            raise UserError(f"data.mixture: {str(error).removeprefix('tasks: ')}, or give a path") from None
+    return tasks.FileTask(name)
+
+
+def _is_path(name: str) -> bool:
+    return "/" in name or name.endswith((".parquet", ".jsonl", ".jsonl.gz")) or Path(name).exists()
+
+
+def _source(name: str, weight: float, experiment: Experiment) -> ConversationSource:
+    task = find_source(name)
+    setting = experiment.tasks.get(name)
+    path = setting.path if setting else None
+    parts = 1 if name.startswith("builtin:") else _FILE_PARTS
+    return ConversationSource(name, weight, task.key(path), partial(_read, task, path), parts)
+
+
+def _read(task: tasks.Task, path: str | None, split: tasks.Split) -> Iterator[tasks.Conversation]:
+    return task.conversations(split, path)

@@ -1,0 +1,76 @@
+"""A parent's weights: found, verified, and handed to its child.
+
+A link is validated twice, when the child is made and when it begins: the parent has finished, its last checkpoint is
+there, and its weights have the hash that the link holds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bwlm.errors import UserError
+from bwlm.record.checkpoint import (
+    MODEL,
+    DamagedCheckpoint,
+    Tensors,
+    check_fits,
+    checkpoint_steps,
+    load_weights,
+    read_meta,
+    step_folder,
+    weights_digest,
+)
+from bwlm.record.family import ParentLink, check_order
+from bwlm.record.lineage import ExperimentFolder, RunConfig, open_finished
+
+
+def link_to(storage: Path, parent: str, phase: str) -> ParentLink:
+    """What a run of `phase` begins from: the last checkpoint of a finished parent.
+
+    Raises `UserError` if there is no such run, if it has not finished, if the phase cannot follow its own, or if its
+    last checkpoint is gone or damaged.
+    """
+    folder = open_finished(storage, parent)
+    config = folder.config()
+    check_order(phase, parent, config.experiment.phase)
+    above = folder.link()
+    steps = checkpoint_steps(folder.checkpoints)
+    if config.steps not in steps:
+        raise UserError(f"parent: {parent}: no checkpoint of step {config.steps}, its last, in {folder.checkpoints}")
+    try:
+        digest = weights_digest(folder.checkpoints, config.steps)
+    except DamagedCheckpoint as error:
+        raise UserError(f"parent: {error}: train {parent} again, or choose another parent") from None
+    return ParentLink(
+        parent=parent,
+        phase=config.experiment.phase,
+        checkpoint=step_folder(folder.checkpoints, config.steps).name,
+        step=config.steps,
+        sha256=digest,
+        chain=[*(above.chain if above else []), parent],
+    )
+
+
+def inherited_weights(folder: ExperimentFolder, config: RunConfig) -> Tensors:
+    """The weights that a run begins with. Raises `UserError` if they are not those that its link names."""
+    link = folder.link()
+    if link is None:
+        raise UserError(f"{folder.id}: has no parent, and {config.experiment.phase} begins from one: train it anew")
+    checkpoints = ExperimentFolder(folder.path.parent, link.parent).checkpoints
+    try:
+        meta = read_meta(checkpoints, link.step)
+        check_fits(step_folder(checkpoints, link.step), meta, _expected(config, link))
+        if meta["sha256"].get(MODEL) != link.sha256:
+            raise UserError(
+                f"{step_folder(checkpoints, link.step)}: not the checkpoint that {folder.id} was to begin from "
+                f"({MODEL} has another SHA-256): put that one back, or train {folder.id} anew"
+            )
+        return load_weights(checkpoints, link.step)[0]
+    except DamagedCheckpoint as error:
+        raise UserError(f"{folder.id}: its parent's checkpoint is gone or damaged: {error}: put it back") from None
+
+
+def _expected(config: RunConfig, link: ParentLink) -> dict[str, object]:
+    own = config.checkpoint_meta()
+    same = {"direction", "depth", "vocab_size", "tokenizer"} - set(config.experiment.differs)
+    return {"id": link.parent, "phase": link.phase} | {name: own[name] for name in sorted(same)}

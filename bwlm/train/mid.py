@@ -1,0 +1,12 @@
+"""Mid-training: next-token prediction on packed conversations, every token a target, from a base run's weights."""
+
+from __future__ import annotations
+
+from bwlm.record.lineage import ExperimentFolder
+from bwlm.train.loop import Phase
+from bwlm.train.packed import Stream, packed_phase, turn_layout
+from bwlm.train.session import Session
+
+
+def phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Phase:
+    return packed_phase(folder, session, stream, turn_layout(folder.config(), supervised=False))

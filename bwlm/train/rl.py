@@ -1,0 +1,144 @@
+"""Reinforcement learning: on-policy policy gradient on samples that their tasks reward, as nanochat's.
+
+Groups of samples for each prompt; advantage = reward - mean of the group, not divided by its deviation (Dr. GRPO,
+arXiv:2503.20783); one update for each batch of samples, so no ratio and no clip; no KL term; the loss is a mean over
+all tokens of a batch (DAPO, arXiv:2503.14476). The workers that train write the samples, by the weights as they are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bwlm.model.gpt import GPT
+from bwlm.paths import write_json
+from bwlm.record.lineage import ExperimentFolder, RunConfig
+from bwlm.text.batches import Batch, open_rows
+from bwlm.text.direction import READINGS, own_readings
+from bwlm.text.plan import permute
+from bwlm.text.tokenizer import Tokenizer
+from bwlm.train.loop import Evaluated, Phase
+from bwlm.train.packed import Stream, packed_phase, turn_layout
+from bwlm.train.records import cannot_write
+from bwlm.train.rollouts import Problem, Rollouts, Sample, load_problems
+from bwlm.train.session import Session, together
+
+_SHOWN = 20
+"""Samples of a validation that are kept to be read."""
+
+
+def phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Phase:
+    config = folder.config()
+    experiment, settings = config.experiment, config.experiment.rl
+    base = packed_phase(folder, session, stream, turn_layout(config, supervised=True))
+    rollouts = rollouts_of(config)
+    held_out = _validation_problems(config, rollouts.tokenizer)
+
+    def batches(first: int, last: int) -> Iterator[Batch]:
+        return (rollouts.batch(base.model, step, session.rank, session.world) for step in range(first, last))
+
+    def evaluate(model: GPT, step: int) -> Evaluated:
+        found = base.evaluate(model, step)
+        metrics, shown = _validate(model, rollouts, held_out, session)
+        together(session, lambda: _save_samples(folder, step, shown) if session.rank == 0 else None)
+        return replace(found, metrics=found.metrics | metrics)
+
+    def rows_at(step: int) -> NDArray[np.int64]:
+        return np.concatenate([rollouts.chosen(step, rank, session.world) for rank in range(session.world)])
+
+    # rows are shorter here than those that the passes were sized for
+    rows = config.compute.micro_rows * experiment.model.sequence_length // rollouts.width
+    return replace(
+        base,
+        batches=batches,
+        measure=lambda batch, losses: measure(batch, losses, surprise=settings.temperature == 1 and not settings.top_k),
+        evaluate=evaluate,
+        rows_at=rows_at,
+        compute=replace(config.compute, micro_rows=max(1, rows)),
+    )
+
+
+def rollouts_of(config: RunConfig) -> Rollouts:
+    experiment = config.experiment
+    weights = [source.weight for source in open_rows(config.corpus, "train").sources]
+    return Rollouts.of(
+        config.corpus,
+        experiment.rl,
+        experiment.direction,
+        experiment.data.reversal,
+        Tokenizer.load(Path(config.tokenizer)),
+        experiment.prompts_per_step,
+        weights,
+        experiment.seed,
+    )
+
+
+def measure(batch: Batch, losses: Tensor, surprise: bool) -> dict[str, Tensor]:
+    """[sum, count] of each figure of a rank's samples; losses [R, T].
+
+    Where samples are drawn as the model has it, its mean surprise at them estimates its entropy.
+    """
+    found = {name: batch[name] for name in ("reward", "sample_tokens", "finished", "rollout_seconds")}
+    for number, reading in enumerate(READINGS[:2]):
+        found[f"reward_{reading}"] = batch["reward"][batch["reading"] == number]
+    sums = {
+        name: torch.tensor([values.sum(), len(values)], dtype=torch.float32, device=losses.device)
+        for name, values in found.items()
+    }
+    if surprise:
+        targets = int((batch["targets"] >= 0).sum())
+        sums["entropy"] = torch.stack([losses.sum(), torch.tensor(float(targets), device=losses.device)])
+    return sums
+
+
+def _validation_problems(config: RunConfig, tokenizer: Tokenizer) -> list[Problem]:
+    """A fixed draw over all sources."""
+    known = list(itertools.chain(*load_problems(config.corpus, "validation", tokenizer)))
+    count = min(config.experiment.rl.validation, len(known))
+    return [known[place] for place in np.sort(permute(np.arange(count), len(known), 0))]
+
+
+def _validate(
+    model: GPT, rollouts: Rollouts, problems: list[Problem], session: Session
+) -> tuple[dict[str, float], list[tuple[str, Sample]]]:
+    """Mean reward of what is written greedily, in each of the own readings and over them; a collective."""
+    metrics, shown = {}, []
+    mine = problems[session.rank :: session.world]
+    for reading in own_readings(rollouts.direction):
+        samples = rollouts.write(model, mine, reading, [0] * len(mine), 0.0) if mine else []
+        earned = torch.tensor([sum(sample.reward for sample in samples), len(samples)], device=session.device)
+        if session.world > 1:
+            dist.all_reduce(earned)
+        metrics[f"val_reward_{reading}"] = float(earned[0] / earned[1])
+        shown += [(reading, sample) for sample in samples[:_SHOWN]]
+    metrics["val_reward"] = sum(metrics.values()) / len(metrics)
+    return metrics, shown
+
+
+def _save_samples(folder: ExperimentFolder, step: int, shown: list[tuple[str, Sample]]) -> None:
+    """Rank 0's first samples of a validation, to be read."""
+    tokenizer = Tokenizer.load(Path(folder.config().tokenizer))
+    target = folder.path / "samples" / f"step_{step:06d}.json"
+    content = [
+        {
+            "reading": reading,
+            "given": tokenizer.decode(sample.opening.ids),
+            "written": sample.text,
+            "finished": sample.finished,
+            "reward": sample.reward,
+        }
+        for reading, sample in shown
+    ]
+    try:
+        target.parent.mkdir(exist_ok=True)
+        write_json(target, content)
+    except OSError as error:
+        raise cannot_write(target, error) from None

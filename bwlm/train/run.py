@@ -1,0 +1,49 @@
+"""Runs one experiment of any phase to its end, and writes down how it ended."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from bwlm.errors import Interrupted, RunError, UserError
+from bwlm.record.checkpoint import refuse_foreign
+from bwlm.record.lineage import ExperimentFolder, Status
+from bwlm.train.loop import Phase, train
+from bwlm.train.packed import Stream
+from bwlm.train.records import cannot_write
+from bwlm.train.session import Session, together
+
+
+def run_phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Status:
+    """Trains, evaluates and records a run; returns how it ended. A run that had finished is left alone.
+
+    What went wrong by the run's own doing, or lies wrong in its folder, is its state `failed`; all else is raised. A
+    run that was asked to end is `stopped`, without a reason: it has not ended.
+    """
+    done = folder.status()
+    if done.ended:
+        return done
+    try:
+        metrics = train(together(session, lambda: _phase(folder, session, stream)), folder, session)
+    except Interrupted:
+        return Status("stopped", "", folder.status().step)
+    except (RunError, UserError) as error:
+        status = Status("failed", str(error), folder.status().step)
+    else:
+        status = Status("finished", "", folder.config().steps, metrics)
+    if session.rank == 0:
+        try:
+            folder.write_status(status)
+        except OSError as error:  # on a full disk; the reason of the run's own failure comes first
+            return Status("failed", status.reason or str(cannot_write(folder.path, error)), status.step)
+    return status
+
+
+def _phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Phase:
+    config = folder.config()
+    expected = {name: value for name, value in config.checkpoint_meta().items() if name != "id"}
+    refuse_foreign(folder.checkpoints, expected)
+    # by its name: what one phase imports is no part of what another one is
+    module = importlib.import_module(f"bwlm.train.{config.experiment.phase}")
+    build: Callable[[ExperimentFolder, Session, Stream], Phase] = module.phase
+    return build(folder, session, stream)

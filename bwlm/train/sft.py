@@ -1,0 +1,12 @@
+"""Supervised fine-tuning: whole conversations, of which only what the model's direction writes is a target."""
+
+from __future__ import annotations
+
+from bwlm.record.lineage import ExperimentFolder
+from bwlm.train.loop import Phase
+from bwlm.train.packed import Stream, packed_phase, turn_layout
+from bwlm.train.session import Session
+
+
+def phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Phase:
+    return packed_phase(folder, session, stream, turn_layout(folder.config(), supervised=True))
