@@ -1,10 +1,10 @@
-# Targets: install, demo, test, test-slow, check, format
+# Targets: install, demo, tour, test, test-slow, check, format
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install demo test test-with-ray test-without-ray test-slow check format clean
+.PHONY: install demo tour test test-with-ray test-without-ray test-slow check format clean
 
 install: $(VENV)/.installed
 
@@ -16,6 +16,10 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 
 demo: install
 	$(BIN)/bwlm grid run grids/demo.yaml
+
+tour: install
+	$(BIN)/bwlm grid run grids/tour.yaml
+	$(BIN)/bwlm runs tree tour
 
 # small matrices wait longer for a second thread than it saves, the more so beside other work
 test test-slow: export OMP_NUM_THREADS := 1

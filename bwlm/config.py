@@ -25,7 +25,7 @@ MERGE_FREE_VOCABULARY = 264
 
 def _hide_default(schema: dict[str, Any]) -> None:
     """Where a field that is left out is resolved for the run, its value here is no default that a user ever gets."""
-    schema.pop("default")
+    schema.pop("default", None)
 
 
 class Settings(BaseModel):
@@ -45,7 +45,7 @@ class DataSettings(Settings):
     validation: str | None = Field(None, description="validation parquet; default: the last shard of the source")
     mixture: dict[str, Weight] = Field(
         default_factory=dict,
-        description="conversations of the phases after base: tasks or files, with how often each comes in an epoch",
+        description="after base: tasks or files of conversations, how often each comes in an epoch; default: by phase",
         json_schema_extra=_hide_default,
     )
     reversal: Reversal = Field(
@@ -145,9 +145,7 @@ class RewardSettings(Settings):
     @model_validator(mode="after")
     def _halves(self) -> RewardSettings:
         if self.samples % 2:
-            raise ValueError(
-                f"samples: must be even, so that it can be halved between two readings (found {self.samples})"
-            )
+            raise ValueError(f"samples: must be even, for halves in two readings (found {self.samples})")
         return self
 
 
@@ -270,13 +268,18 @@ class Experiment(Recipe):
     @property
     def prompts_per_step(self) -> int:
         """Of the rl phase, for all workers: so few that what is written stays within `budget.batch_tokens`."""
-        allowed = self.budget.batch_tokens // (self.rl.samples * self.rl.new_tokens)
-        return min(self.rl.prompts, allowed) // self.resources.workers * self.resources.workers
+        return min(self.rl.prompts, self.budget.batch_tokens // (self.rl.samples * self.rl.new_tokens))
 
     @model_validator(mode="after")
     def _phase_fits(self) -> Experiment:
         if self.phase == "base" and self.data.mixture:
             raise ValueError("data.mixture: a base run reads documents, of data.source: leave the mixture out")
+        if self.phase != "base" and not self.data.mixture:
+            raise ValueError("data.mixture: empty: name a task or a file of conversations, and how often it comes")
         if self.phase != "base" and self.direction == "permuted":
             raise ValueError("direction: permuted is a control on documents, and conversations have no such order")
+        if self.phase == "rl" and self.direction == "bidirectional" and self.rl.samples < 4:
+            raise ValueError(
+                "rl.samples: half are written in each reading, and are compared with each other: take 4 or more"
+            )
         return self

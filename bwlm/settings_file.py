@@ -178,11 +178,14 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     return field, parse_yaml(f"value: {text}" if text.strip() else "value:", f"--set {field}").content["value"]
 
 
+_BELOW_AXES = re.compile(r"((?:phases\.\w+\.)?axes)\.(.+)")
+
+
 def assign(content: dict[str, Any], field: str, value: Any, where: str) -> None:
     """Sets a dotted field in nested dictionaries. Below `axes` the rest of the field is one name."""
     parents, last = field.split(".")[:-1], field.rpartition(".")[2]
-    if field.startswith("axes."):
-        parents, last = ["axes"], field.removeprefix("axes.")
+    if below_axes := _BELOW_AXES.fullmatch(field):
+        parents, last = below_axes[1].split("."), below_axes[2]
     for parent in parents:
         below = content.setdefault(parent, {})
         if not isinstance(below, dict):

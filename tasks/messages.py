@@ -30,7 +30,11 @@ class FileTask:
 
     def conversations(self, split: Split, path: str | None = None) -> Iterator[Conversation]:
         """Raises `UserError` with file, row and field for messages that are no list and entries that lack a string."""
-        return map(_messages, self._data.rows(split, path))
+        return (messages for _, messages in self.placed(split, path))
+
+    def placed(self, split: Split, path: str | None = None) -> Iterator[tuple[str, Conversation]]:
+        """Each with its file and row, for what is to be told of it."""
+        return ((row.place, _messages(row)) for row in self._data.rows(split, path))
 
     def key(self, path: str | None = None) -> str:
         return self._data.key(path, _COLUMN, FORMAT_VERSION)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,22 @@ import pytest
 from bwlm.config import Experiment
 from bwlm.model.compute import Compute
 from bwlm.record.checkpoint import load_newest
-from bwlm.record.fingerprint import identity
+from bwlm.record.fingerprint import identity, inherited
 from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder, RunConfig
+from bwlm.record.parent import link_to
+from bwlm.settings_file import Document
 from bwlm.text.batches import Batch, DirectedPlan
+from bwlm.text.mixture import ConversationSource, prepare_mixture
 from bwlm.text.prepare import Prepared
+from bwlm.train.run import run_phase
+from bwlm.train.session import AloneSession
+from tasks import TASKS
 
 STEPS = 12
 NewRun = Callable[..., ExperimentFolder]
+NewFamily = Callable[[str], ExperimentFolder]
+NewChild = Callable[..., ExperimentFolder]
 
 
 def in_process(plan: DirectedPlan, first: int, last: int) -> Iterator[Batch]:
@@ -81,6 +91,122 @@ def new_run(prepared: Prepared, tmp_path: Path) -> NewRun:
 
     def make(name: str = "run", **settings: Any) -> ExperimentFolder:
         return make_run(prepared, tmp_path, name, **settings)
+
+    return make
+
+
+# ---- runs that begin from others ----
+
+CHILD: dict[str, Any] = {
+    "lr": 4.0,
+    "optim": {"init_lr_frac": 1.0},
+    "budget": {"steps": STEPS},
+    "evaluation": {"every": 5, "tokens": 1024},
+    "checkpoint": {"every": 4, "keep": 3},
+    "rl": {"prompts": 2, "samples": 4, "new_tokens": 6, "validation": 5},
+}
+
+
+def make_child(
+    parent: ExperimentFolder, phase: str, mixture: Prepared, name: str = "", **settings: Any
+) -> ExperimentFolder:
+    """Makes a run of `phase` beside the finished run that it begins from, as a launch would; waiting.
+
+    Settings go over a tiny default, as in `make_run`.
+    """
+    from bwlm.grid.phases import inherit, with_defaults  # the room sets this process' environment for Ray
+
+    content: dict[str, Any] = dict(CHILD) | {"phase": phase}
+    content["data"] = {"mixture": {source.name: source.weight for source in mixture.manifest.sources}}
+    for field, value in settings.items():
+        section, _, inner = field.partition("__")
+        content[section] = content.get(section, {}) | {inner: value} if inner else value
+    above = parent.config()
+    document = Document("test", content, {})
+    experiment = Experiment.model_validate(
+        inherit(with_defaults(content, phase), parent.id, above.experiment, document)
+    )
+    steps, compute = experiment.budget.steps, compute_of(experiment)
+    assert steps is not None
+    folder = ExperimentFolder(parent.path.parent, name or f"{parent.id}-{phase}")
+    link = link_to(parent.path.parent, parent.id, phase, folder.id)
+    fields = identity(
+        experiment,
+        data=mixture.manifest.digest,
+        tokenizer=mixture.tokenizer.digest,
+        precision=compute.precision,
+        steps=steps,
+        parent=inherited(above.identity, link.sha256),
+    )
+    corpus, tokenizer = str(mixture.folder), str(mixture.tokenizer_folder)
+    folder.create(RunConfig(folder.id, experiment, fields, steps, compute, corpus, tokenizer), link)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_base(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> NewFamily:
+    """(direction) -> a finished base run, trained once. Read only."""
+    storage = tmp_path_factory.mktemp("bases")
+    trained: dict[str, ExperimentFolder] = {}
+
+    def base(direction: str) -> ExperimentFolder:
+        if direction not in trained:
+            folder = make_run(prepared, storage, direction, direction=direction, lr=4.0)
+            assert run_phase(folder, AloneSession(), in_process).state == "finished"
+            trained[direction] = folder
+        return trained[direction]
+
+    return base
+
+
+@pytest.fixture
+def new_family(trained_base: NewFamily, tmp_path: Path) -> NewFamily:
+    """(direction) -> a finished base run in this test's own storage, for children beside it."""
+
+    def copied(direction: str) -> ExperimentFolder:
+        folder = ExperimentFolder(tmp_path, direction)
+        if not folder.exists():
+            shutil.copytree(trained_base(direction).path, folder.path)
+        return folder
+
+    return copied
+
+
+def exchanges(words: Callable[[random.Random, int], str], seed: int, count: int) -> list[list[dict[str, str]]]:
+    """Conversations of one or two exchanges."""
+    rng = random.Random(seed)
+    roles = [("user", "assistant") * rng.randint(1, 2) for _ in range(count)]
+    return [[{"role": role, "content": words(rng, rng.randint(1, 5))} for role in talk] for talk in roles]
+
+
+@pytest.fixture(scope="session")
+def mixture_for(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepared]:
+    """(phase) -> conversations: of words as in the tests' corpus, and sums, differences and products; for rl these.
+
+    Read only.
+    """
+    from tests.conftest import english, in_this_process  # which reads this module
+
+    held = {"train": exchanges(english, 0, 120), "validation": exchanges(english, 1, 40)}
+    arithmetic = TASKS["builtin:arithmetic"]
+    talks = ConversationSource("talks.jsonl", 1.0, "7a1c50" + "0" * 10, lambda split: iter(held[split]))
+    sums = ConversationSource("builtin:arithmetic", 0.5, arithmetic.key(), arithmetic.conversations)
+    storage = tmp_path_factory.mktemp("mixtures")
+
+    def mixture(phase: str) -> Prepared:
+        sources = [sums] if phase == "rl" else [talks, sums]
+        width, folder = prepared.manifest.sequence_length, prepared.tokenizer_folder
+        return prepare_mixture(sources, folder, width, phase != "mid", storage, in_this_process, lambda _: None)
+
+    return mixture
+
+
+@pytest.fixture
+def new_child(mixture_for: Callable[[str], Prepared]) -> NewChild:
+    """(parent, phase, name, **settings) -> a run that waits, on the tests' conversations."""
+
+    def make(parent: ExperimentFolder, phase: str, name: str = "", **settings: Any) -> ExperimentFolder:
+        return make_child(parent, phase, mixture_for(phase), name, **settings)
 
     return make
 

@@ -291,7 +291,8 @@ def test_what_is_wrong_is_told_in_one_line(text: str, message: str) -> None:
 
 def test_an_unknown_field_with_no_near_name_lists_the_known_ones() -> None:
     assert refusal("optim: {zzz: 1}").endswith(
-        "unknown field (known: kind, weight_decay, warmup_steps, warmdown_ratio, final_lr_frac, grad_clip)"
+        "unknown field (known: init_lr_frac, kind, weight_decay, warmup_steps, warmdown_ratio, final_lr_frac, "
+        "grad_clip)"
     )
 
 

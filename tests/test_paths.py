@@ -21,6 +21,7 @@ from bwlm.errors import UserError
 from bwlm.paths import (
     check_id,
     check_writable,
+    discard_unfinished,
     exclusive,
     read_json,
     storage_root,
@@ -137,6 +138,21 @@ def test_a_killed_writer_never_leaves_a_part(tmp_path: Path) -> None:
 
 
 # ---- JSON ----
+
+
+def test_what_is_discarded_never_takes_its_name(tmp_path: Path) -> None:
+    """Whoever passed its check before the discarding finds nothing to rename; another's files are left alone."""
+    (tmp_path / "other").write_text("stays")
+
+    def discard() -> None:
+        (tmp_path / ".other.0123abcd.tmp").touch()
+        discard_unfinished(tmp_path, ["late", "in/*"])
+
+    with pytest.raises(FileNotFoundError):
+        write_atomic(tmp_path / "late", b"x", discard)
+    with pytest.raises(FileNotFoundError), whole_folder(tmp_path / "in" / "side"):
+        discard()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".other.0123abcd.tmp", "other"]
 
 
 def test_json_is_stable_and_refuses_nan(tmp_path: Path) -> None:

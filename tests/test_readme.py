@@ -20,6 +20,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 ELSEWHERE = {
     "make demo": "the demo grid is planned in tests/grid/test_spec.py, and a whole grid runs in tests/grid/test_run.py",
     "make test": "this",
+    "make tour": "the grid is planned in tests/grid/test_spec.py, and families run in tests/grid/test_phases.py",
     "ray job submit": "tests/grid/test_job.py",
     "python benchmarks/": "tests/test_benchmarks.py",
 }

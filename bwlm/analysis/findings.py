@@ -7,6 +7,7 @@ from itertools import combinations
 
 import pandas as pd
 
+from bwlm.analysis.cells import load_cell
 from bwlm.analysis.stats import COLUMNS, PER_DIRECTION, Gap, counted, gap, is_pair, judge
 from bwlm.analysis.tables import (
     BestRate,
@@ -14,7 +15,6 @@ from bwlm.analysis.tables import (
     best_learning_rates,
     best_on_test,
     equal_per_direction,
-    load_cell,
     load_gap_table,
     sizes,
     tried_rates,
@@ -24,6 +24,7 @@ from bwlm.config import DIRECTIONS
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder
 
+COMPARED_PHASES = ("base", "mid")
 ONE_WINDOW = "one validation window leaves none to compare on: raise evaluation.tokens"
 
 
@@ -52,7 +53,12 @@ class Findings:
 
 
 def find(folders: list[ExperimentFolder]) -> Findings:
-    """Best learning rate per direction and size, and the paired gaps between directions at their best rates."""
+    """Best learning rate per direction and size, and the paired gaps between directions at their best rates.
+
+    Of phases that learn all of a text. In SFT and RL directions learn to write different parts of a conversation: what
+    all of it costs them says little of either.
+    """
+    folders = [folder for folder in folders if folder.config().experiment.phase in COMPARED_PHASES]
     cells = {folder.id: load_cell(folder) for folder in folders}
     finished, unreadable = with_losses([folder for folder in folders if cells[folder.id].state == "finished"])
     skipped = [
@@ -73,6 +79,7 @@ def find(folders: list[ExperimentFolder]) -> Findings:
 
 def best_rates(folders: list[ExperimentFolder]) -> list[BestRate]:
     """Those of `find`, without comparing directions."""
+    folders = [folder for folder in folders if folder.config().experiment.phase in COMPARED_PHASES]
     finished, _ = with_losses([folder for folder in folders if folder.status().state == "finished"])
     return _rates(folders, finished, sizes(folders))[2] if finished else []
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from bwlm.analysis.audit import comparable
 from bwlm.analysis.baseline import baseline_section
+from bwlm.analysis.cells import CELL_HEADER, cell_columns, load_cell
 from bwlm.analysis.charts.look import save_chart
 from bwlm.analysis.charts.losses import gap_chart, learning_curves
 from bwlm.analysis.controls import controls_section
@@ -27,7 +28,8 @@ from bwlm.analysis.sections import (
     repeat_section,
 )
 from bwlm.analysis.select import shortest_names
-from bwlm.analysis.tables import CELL_HEADER, BestRate, cell_columns, load_cell, sizes
+from bwlm.analysis.tables import BestRate, sizes
+from bwlm.analysis.variants import variants_section
 from bwlm.analysis.verdict import GAP_HEADER, gap_caption, gap_columns, gap_frame, gap_line
 from bwlm.config import Experiment
 from bwlm.paths import write_atomic
@@ -66,6 +68,7 @@ def _grid_sections(
     analyses, pictures = analysis_sections(chosen, home, names)
     command = _grid_command(storage, name)
     parts = [
+        *variants_section(folders),
         *controls_section(folders, findings),
         *audit_section(folders),
         *configuration_section(folders),

@@ -1,12 +1,11 @@
-"""Tables of what runs left behind: cells with their figures, learning curves, the loss of every document."""
+"""Tables of what runs left behind: learning curves, the loss of every document, the best learning rate."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bwlm.analysis.stats import PER_DIRECTION
+from bwlm.config import PHASES
 from bwlm.errors import UserError
 from bwlm.record.fingerprint import OF_ONE_PARENT
 from bwlm.record.journal import read_journal
@@ -28,58 +28,6 @@ _DIGESTS = ("tokenizer", "data", "code", "parent_recipe")
 """Fields of an identity that are 64 hex digits, a possible cause before its effect."""
 _SHORT = 8
 """So many digits of a digest are shown."""
-
-
-@dataclass(frozen=True)
-class CellRow:
-    """One experiment, as lists and scripts see it."""
-
-    id: str
-    phase: str
-    direction: str
-    depth: int
-    lr: float
-    seed: int
-    parent: str | None
-    state: str
-    reason: str
-    step: int
-    metrics: dict[str, float]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def load_cell(folder: ExperimentFolder) -> CellRow:
-    experiment, status = folder.config().experiment, folder.status()
-    return CellRow(
-        id=folder.id,
-        phase=experiment.phase,
-        direction=experiment.direction,
-        depth=experiment.depth,
-        lr=experiment.lr,
-        seed=experiment.seed,
-        parent=folder.parent(),
-        state=status.state,
-        reason=status.reason,
-        step=status.step,
-        metrics=status.metrics,
-    )
-
-
-CELL_HEADER = ["direction", "depth", "lr", "seed", "state", "loss", "bpb", "bpb forward", "bpb backward", "tokens/s"]
-
-
-def cell_columns(cell: CellRow) -> list[str]:
-    """A cell's line in the table of a grid; loss in nats per token, bits per byte in its own and in both readings."""
-    shown = [("val_loss", ".4f"), ("val_bpb", ".4f"), ("val_bpb_forward", ".4f"), ("val_bpb_backward", ".4f")]
-    figures = [format(cell.metrics[k], style) if k in cell.metrics else "" for k, style in shown]
-    speed = f"{cell.metrics['tokens_per_second']:,.0f}" if "tokens_per_second" in cell.metrics else ""
-    return [cell.direction, str(cell.depth), f"{cell.lr:g}", str(cell.seed), cell.state, *figures, speed]
-
-
-def load_cells(storage: Path, ids: list[str]) -> list[CellRow]:
-    return [load_cell(ExperimentFolder(storage, name)) for name in ids]
 
 
 def load_curves(folder: ExperimentFolder) -> pd.DataFrame:
@@ -162,7 +110,20 @@ def size_labels(identities: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """A label for what cells must agree in to be compared: all that varies but direction, learning rate and seed.
 
     The depth is always in it, so what follows from the depth is left out; so is a digest that follows from the rest.
+    Where there are several phases theirs is in it, and what follows from it is left out.
     """
+    phases = sorted({str(fields["phase"]) for fields in identities.values()}, key=PHASES.index)
+    of_phase = {
+        phase: {run: fields for run, fields in identities.items() if fields["phase"] == phase} for phase in phases
+    }
+    if len(phases) < 2:
+        return _labels_of_phase(identities)
+    return {
+        run: f"{phase} {label}" for phase, fields in of_phase.items() for run, label in _labels_of_phase(fields).items()
+    }
+
+
+def _labels_of_phase(identities: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     varying = varying_settings(identities)
     labels = {
         run: " ".join([f"d{fields['depth']}", *(f"{name}={fields.get(name)}" for name in varying)])

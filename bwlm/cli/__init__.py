@@ -1,4 +1,4 @@
-"""The one command line: `bwlm grid|train|runs|analyze|export|tokenizer|data`, thin over all other packages."""
+"""The one command line: `bwlm grid|train|eval|runs|analyze|export|tokenizer|data`, thin over all other packages."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 
 from bwlm.cli.analyze import analyze_app
 from bwlm.cli.data import data_app, tokenizer_app
+from bwlm.cli.eval import evaluate
 from bwlm.cli.export import export
 from bwlm.cli.grid import grid_app
 from bwlm.cli.runs import runs_app
@@ -31,6 +32,7 @@ app.add_typer(grid_app, name="grid")
 app.command("train")(train)
 app.add_typer(runs_app, name="runs")
 app.add_typer(analyze_app, name="analyze")
+app.command("eval")(evaluate)
 app.command("export")(export)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")

@@ -186,6 +186,17 @@ def scaling(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
 
 @analyze_app.command()
+def rewards(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
+    """Reward over the steps of RL, of samples and of greedy answers to validation problems.
+
+    Example: `bwlm analyze rewards arithmetic_rl`
+    """
+    from bwlm.analysis.rewards import rewards
+
+    _run(rewards, runs, output, storage, as_json)
+
+
+@analyze_app.command()
 def report(names: Runs, storage: Storage = None, as_json: Json = False) -> None:
     """Write RESEARCH_REPORT.md and .html: of a grid, or of single experiments.
 

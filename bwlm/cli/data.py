@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bwlm.cli.terminal import Json, Set, Storage, print_json, say, show, table
-from bwlm.errors import UserError
+from bwlm.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from bwlm.config import Recipe
@@ -18,7 +19,11 @@ tokenizer_app = typer.Typer(help="Train or look at a tokenizer.", no_args_is_hel
 data_app = typer.Typer(help="Prepare text, or look at it as a model will.", no_args_is_help=True)
 
 
-def _recipe(settings: list[str] | None, storage: str | None) -> tuple[Recipe, Path]:
+def _recipe(
+    settings: list[str] | None,
+    storage: str | None,
+    filled: Callable[[dict[str, Any]], dict[str, Any]] = lambda content: content,
+) -> tuple[Recipe, Path]:
     from bwlm.config import Recipe
     from bwlm.paths import check_writable, storage_root
     from bwlm.settings_file import override, parse_yaml, validate
@@ -26,7 +31,7 @@ def _recipe(settings: list[str] | None, storage: str | None) -> tuple[Recipe, Pa
     document = override(parse_yaml("", "--set"), settings or [])
     root = storage_root(storage)
     check_writable(root)
-    return validate(Recipe, document.content, document), root
+    return validate(Recipe, filled(document.content), document), root
 
 
 def _prepared(settings: list[str] | None, storage: str | None) -> Prepared:
@@ -73,22 +78,32 @@ def _figure(value: float) -> str:
 @data_app.command("inspect")
 def data_inspect(
     direction: Annotated[str | None, typer.Option(help="Only this direction; default: all.")] = None,
-    rows: Annotated[int, typer.Option(min=1, max=10_000, help="How many rows of the plan.")] = 2,
+    rows: Annotated[int, typer.Option(min=1, max=10_000, help="How many rows of the plan, or conversations.")] = 2,
+    phase: Annotated[
+        str, typer.Option(help="base: rows of documents. mid, sft, rl: conversations, and what of them is written.")
+    ] = "base",
     set_: Set = None,
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Show the first rows that a run with seed 0 reads, decoded in each direction.
+    """Show the first rows that a run with seed 0 reads, decoded in each direction; or conversations.
 
     Example: `bwlm data inspect --direction backward --rows 1`
+
+    Example: `bwlm data inspect --phase sft --rows 1 --set data.reversal=turns`
     """
-    from bwlm.config import DIRECTIONS
+    from bwlm.config import DIRECTIONS, PHASES
     from bwlm.text.direction import check_direction
     from bwlm.text.inspect import inspect_rows
 
-    wanted = [check_direction(direction)] if direction else list(DIRECTIONS)
+    if phase not in PHASES:
+        raise UserError(f"--phase: {phase!r} is not one of {', '.join(PHASES)}{nearest(phase, PHASES)}")
+    known = [name for name in DIRECTIONS if phase == "base" or name != "permuted"]
+    wanted = [check_direction(direction)] if direction else known
     if as_json and direction is None:
         raise UserError("--json: say which --direction")
+    if phase != "base":
+        return _inspect_conversations(wanted, rows, phase, set_, storage, as_json)
     prepared = _prepared(set_, storage)
     shown = {name: inspect_rows(prepared, name, rows) for name in wanted}
     if as_json:
@@ -100,6 +115,58 @@ def data_inspect(
             show(f"[bold]row {index}, {name}[/bold]")
             print(text.replace("\n", "⏎"))
     return None
+
+
+def _inspect_conversations(
+    directions: list[str], count: int, phase: str, settings: list[str] | None, storage: str | None, as_json: bool
+) -> None:
+    from itertools import islice
+
+    from bwlm.grid.phases import with_defaults
+    from bwlm.grid.texts import sources_of
+    from bwlm.text.conversation import check_conversation
+    from bwlm.text.inspect import inspect_conversation
+    from bwlm.text.prepare import get_tokenizer
+
+    recipe, root = _recipe(settings, storage, lambda content: with_defaults(content, phase))
+    _, _, tokenizer = get_tokenizer(recipe, root / "cache", say)
+    found = [
+        check_conversation(messages, f"{source.name}: train conversation {index}")
+        for source in sources_of(recipe)
+        for index, messages in enumerate(islice(source.read("train"), count))
+    ]
+    shown = [
+        {name: inspect_conversation(one, name, recipe.data.reversal, phase != "mid", tokenizer) for name in directions}
+        for one in found
+    ]
+    if as_json:
+        return print_json([one[directions[0]] for one in shown])
+    for number, one in enumerate(shown):
+        for name, readings in one.items():
+            for reading in readings:
+                marked = f", marked {reading['reading']}" if name == "bidirectional" else ""
+                show(f"[bold]conversation {number}, {name}{marked}[/bold]")
+                _show_supervised(reading["text"], reading["supervised"])
+    show("in green on a terminal, else between « and »: what a model is trained to write")
+    return None
+
+
+def _show_supervised(texts: list[str], supervised: list[bool]) -> None:
+    """Spans of tokens that are targets are coloured on a terminal, and between marks elsewhere."""
+    from itertools import groupby
+
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    line = Text()
+    for is_target, group in groupby(zip(texts, supervised, strict=True), key=lambda pair: pair[1]):
+        text = "".join(text for text, _ in group).replace("\n", "⏎")
+        if is_target:
+            line.append(text if console.is_terminal else f"«{text}»", style="bold green")
+        else:
+            line.append(text)
+    console.print(line, soft_wrap=True)
 
 
 @tokenizer_app.command("train")

@@ -79,7 +79,7 @@ def grid_status(grid: GridFile, set_: Set = None, storage: Storage = None, as_js
 
     Example: `bwlm grid status grids/demo.yaml --json`
     """
-    from bwlm.analysis.tables import CELL_HEADER, cell_columns, load_cell
+    from bwlm.analysis.cells import CELL_HEADER, cell_columns, load_cell
     from bwlm.grid.cells import find_cells
 
     plan, root = _load(grid, set_, storage)
@@ -143,21 +143,23 @@ def _reason(planned: PlannedCell) -> str:
 
 
 def _show_result(plan: Plan, root: Path, result: LaunchResult, grid: Path) -> None:
+    from bwlm.analysis.cells import CELL_HEADER, cell_columns
     from bwlm.analysis.findings import BEST_HEADER, best_columns, find
     from bwlm.analysis.report import left_behind, left_behind_words
-    from bwlm.analysis.tables import CELL_HEADER, cell_columns
+    from bwlm.analysis.variants import variants
     from bwlm.analysis.verdict import GAP_HEADER, gap_caption, gap_columns
     from bwlm.record.lineage import ExperimentFolder
 
-    findings = find([ExperimentFolder(root, cell.id) for cell in result.cells])
-    show(table(CELL_HEADER, [cell_columns(cell) for cell in result.cells], f"{plan.name}: cells"))
-    show(
-        table(
-            BEST_HEADER,
-            [best_columns(rate) for rate in findings.best],
-            "Best learning rate (chosen on the tuning half)",
-        )
-    )
+    folders = [ExperimentFolder(root, cell.id) for cell in result.cells]
+    findings = find(folders)
+    bases = [cell_columns(cell) for cell in result.cells if cell.phase == "base"]
+    if bases:
+        show(table(CELL_HEADER, bases, f"{plan.name}: cells"))
+    for one in variants(folders):
+        show(table(one.header, one.rows, f"{plan.name}: {one.phase}"))
+    if findings.best:
+        best = [best_columns(rate) for rate in findings.best]
+        show(table(BEST_HEADER, best, "Best learning rate (chosen on the tuning half)"))
     if findings.gaps:
         show(table(GAP_HEADER, [gap_columns(gap) for gap in findings.gaps], gap_caption(findings)))
     for line in findings.skipped:

@@ -1,36 +1,216 @@
-"""`bwlm runs`: what was trained."""
+"""`bwlm runs`: what was trained, and what descends from what."""
 
 from __future__ import annotations
 
+import contextlib
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
-from bwlm.cli.terminal import Json, Storage, print_json, say, show, table
+from bwlm.cli.terminal import (
+    Json,
+    Storage,
+    confirmed,
+    fits,
+    print_json,
+    say,
+    show,
+    show_fields,
+    show_tree,
+    show_under_titles,
+    table,
+)
+from bwlm.errors import UserError
 
-runs_app = typer.Typer(help="What was trained.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from bwlm.analysis.cells import CellRow
+    from bwlm.record.lineage import ExperimentFolder
+
+runs_app = typer.Typer(help="What was trained, and what descends from what.", no_args_is_help=True)
+
+Run = Annotated[str, typer.Argument(metavar="ID", help="The experiment.", show_default=False)]
 
 
 @runs_app.command("list")
-def runs_list(storage: Storage = None, as_json: Json = False) -> None:
+def runs_list(
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=VALUE",
+            help="Only runs of which this holds; quoted, also with != < > <= >=. Fields: id, phase, direction, parent, "
+            "state (words, also globs), depth, lr, seed, step and any metric. Repeatable: all must hold.",
+        ),
+    ] = None,
+    sort: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD", help="Any of these fields; -FIELD: from the highest. Default: id."),
+    ] = None,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
     """Every experiment with its state, step and figures.
 
+    A run without a metric fulfils no condition on it, and is sorted last.
+
     Example: `bwlm runs list --json`
+
+    Example: `bwlm runs list --where phase=sft --where 'val_bpb<2.5' --sort val_bpb`
     """
-    from bwlm.analysis.tables import CELL_HEADER, cell_columns, load_cell
+    from bwlm.analysis.cells import load_readable
+    from bwlm.analysis.conditions import choose_cells
+    from bwlm.paths import storage_root
+    from bwlm.record.lineage import list_experiments
+
+    root = storage_root(storage)
+    known, left_out = load_readable(list_experiments(root))
+    cells = choose_cells(known, where or [], sort)
+    for line in left_out:
+        say(line)
+    if as_json:
+        return print_json([cell.to_json() for cell in cells])
+    _show_list(cells)
+    shown = f"{len(cells)} of {len(known)}" if where else f"{len(cells)}"
+    show(f"{shown} experiment{'s' * (len(known) != 1)} in {root}")
+    return None
+
+
+def _show_list(cells: list[CellRow]) -> None:
+    from bwlm.analysis.cells import CELL_HEADER, cell_columns
+
+    header = ["phase", "state", "step", *CELL_HEADER[5:]]
+    rows = [[cell.phase, cell.state, str(cell.step), *cell_columns(cell)[5:]] for cell in cells]
+    if any("val_reward" in cell.metrics for cell in cells):
+        header.append("reward")
+        rows = [[*row, _figure(cell, "val_reward")] for cell, row in zip(cells, rows, strict=True)]
+    names, named = ["id"], [[cell.id] for cell in cells]
+    if any(cell.parent for cell in cells):
+        names, named = ["id", "parent"], [[cell.id, cell.parent or ""] for cell in cells]
+    wide = table([*names, *header], [[*name, *row] for name, row in zip(named, rows, strict=True)])
+    if fits(wide):
+        show(wide)
+    else:
+        short = [title.removeprefix("bpb ") for title in header]
+        show_under_titles(table(short, rows), [", child of ".join(filter(None, name)) for name in named])
+
+
+def _figure(cell: CellRow, metric: str) -> str:
+    return format(cell.metrics[metric], ".4f") if metric in cell.metrics else ""
+
+
+@runs_app.command("tree")
+def runs_tree(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="ID", help="Its ancestors and descendants alone; also a grid, or a glob.", show_default=False
+        ),
+    ] = None,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
+    """What begins from what, each with its phase, direction, depth, best figure and state.
+
+    The best figure is the lowest val_bpb of the run's validations, in RL the highest val_reward, with its step where
+    that is not the run's last. Phases are validated on texts of their own: compare it with runs of the same phase.
+    Without ID, four or more runs of a grid from which none begins are one line.
+
+    Example: `bwlm runs tree`
+
+    Example: `bwlm runs tree mine-sft --json`
+    """
+    from bwlm.analysis.overview import family_of, load_members
+    from bwlm.analysis.select import choose
+    from bwlm.cli.family import branches
     from bwlm.paths import storage_root
     from bwlm.record.lineage import list_experiments, readable
 
     root = storage_root(storage)
+    chosen = choose(root, [name])[0] if name is not None else None
     folders, left_out = readable(list_experiments(root))
     for line in left_out:
         say(line)
-    cells = [load_cell(folder) for folder in folders]
+    family = family_of(folders)
+    if chosen is not None:
+        family = family.around(folder.id for folder in chosen)
+    members = load_members(root, family.trees())
     if as_json:
-        return print_json([cell.to_json() for cell in cells])
-    show(
-        table(
-            ["id", "state", "step", *CELL_HEADER[5:]],
-            [[c.id, c.state, str(c.step), *cell_columns(c)[5:]] for c in cells],
-        )
-    )
-    show(f"{len(cells)} experiment{'s' * (len(cells) != 1)} in {root}")
+        return print_json([member.to_json() for member in members])
+    show_tree(branches(members, gathered=name is None))
+    if not members:
+        show(f"0 experiments in {root}")
     return None
+
+
+@runs_app.command("show")
+def runs_show(run: Run, storage: Storage = None, as_json: Json = False) -> None:
+    """All that is known of one experiment: state, family, what it changed against its parent, figures, files.
+
+    Example: `bwlm runs show mine`
+    """
+    from bwlm.analysis.overview import describe
+    from bwlm.cli.overview import sections
+    from bwlm.paths import storage_root
+    from bwlm.record.lineage import open_experiment
+
+    known = describe(open_experiment(storage_root(storage), run))
+    if as_json:
+        return print_json(known)
+    for number, (title, fields) in enumerate(sections(known)):
+        show(*[""] * (number > 0))
+        show_fields(title, fields)
+    return None
+
+
+@runs_app.command("delete")
+def runs_delete(
+    run: Run,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    storage: Storage = None,
+) -> None:
+    """Delete an experiment's folder: checkpoints, research log, evaluations, report. Its MLflow run stays.
+
+    Refused while other runs begin from it, or a process trains it. A grid's cell can be deleted: the grid's next launch
+    trains it again. A deletion that is killed is finished by the same command.
+
+    Example: `bwlm runs delete mine --yes`
+    """
+    from bwlm.paths import storage_root
+    from bwlm.record.lineage import ExperimentFolder, open_experiment
+    from bwlm.record.removal import check_deletable, delete, discard_deleted, unfinished_deletions
+
+    root = storage_root(storage)
+    if not ExperimentFolder(root, run).path.exists() and unfinished_deletions(root, run):
+        discard_deleted(root)
+        return show(f"{run} is deleted: what an earlier deletion had left of it is gone")
+    folder = open_experiment(root, run)
+    check_deletable(folder)
+    what, besides = _what_goes(folder), _what_stays(folder)
+    if not yes and not confirmed(f"Delete {folder.path} ({what})?"):
+        say(f"{run} is left as it was")
+        raise typer.Exit(1)
+    delete(folder)
+    return show(f"{run} is deleted ({what})", *besides)
+
+
+def _what_goes(folder: ExperimentFolder) -> str:
+    from bwlm.analysis.overview import bytes_in
+    from bwlm.cli.overview import size_words
+
+    size = size_words(bytes_in(folder.path))
+    with contextlib.suppress(UserError):  # a run that cannot be read can be deleted all the same
+        status = folder.status()
+        return f"{status.state} at step {status.step:,}, {size}"
+    return size
+
+
+def _what_stays(folder: ExperimentFolder) -> list[str]:
+    from bwlm.record.tracking import noted_run
+
+    stays = []
+    with contextlib.suppress(UserError):
+        if run := noted_run(folder.path):
+            stays.append(f"its MLflow run {run} stays")
+    with contextlib.suppress(UserError):
+        if grid := folder.config().grid:
+            stays.append(f"grid {grid} trains it again when it is launched")
+    return stays

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bwlm.errors import UserError
+
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
+    from rich.tree import Tree
 
 Set = Annotated[
     list[str] | None,
@@ -22,6 +28,8 @@ Storage = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 
 _WIDEST = 1000  # columns
+_LEFT = ("id", "cell", "phase", "parent", "direction", "state", "size", "pair", "verdict", "reason")
+"""Headers of columns that begin on the left: words."""
 
 
 def say(message: str) -> None:
@@ -40,17 +48,45 @@ def print_json(content: Any) -> None:
     print(json.dumps(content, indent=2, allow_nan=False))
 
 
-def show(*renderables: Any) -> None:
+def confirmed(question: str) -> bool:
+    """Asks a person. Raises `UserError` where there is none."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UserError("nobody can be asked here: add --yes")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    try:
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return False
+
+
+def _console() -> Console:
     from rich.console import Console
-    from rich.measure import Measurement
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 200
+    return console
+
+
+def _needed(console: Console, renderable: Any) -> int:
+    """The width at which nothing of it is wrapped or cut off."""
+    from rich.measure import Measurement
+
+    return Measurement.get(console, console.options.update(max_width=_WIDEST), renderable).maximum
+
+
+def fits(renderable: Any) -> bool:
+    """Whether it is no wider than the terminal; where there is none, anything is."""
+    console = _console()
+    return not console.is_terminal or _needed(console, renderable) <= console.width
+
+
+def show(*renderables: Any) -> None:
+    console = _console()
     for renderable in renderables:
         # a figure or an id that is cut off is worth nothing: a narrow terminal wraps the line instead
-        needed = Measurement.get(console, console.options.update(max_width=_WIDEST), renderable).maximum
-        console.width = max(console.width, needed)
+        console.width = max(console.width, _needed(console, renderable))
         console.print(renderable, soft_wrap=isinstance(renderable, str))
 
 
@@ -64,10 +100,101 @@ def table(header: list[str], rows: list[list[str]], title: str | None = None) ->
     for column in header:
         table.add_column(
             column,
-            justify="left"
-            if column in ("id", "cell", "direction", "state", "size", "pair", "verdict", "reason")
-            else "right",
+            justify="left" if column in _LEFT else "right",
         )
     for row in rows:
         table.add_row(*[escape(cell.replace("**", "")) for cell in row])
     return table
+
+
+def show_under_titles(table: Table, titles: Sequence[str]) -> None:
+    """A table in which a title stands above each row."""
+    console = _console()
+    console.width = max(console.width, _needed(console, table))
+    lines = ["".join(segment.text for segment in line) for line in console.render_lines(table, pad=False)]
+    head, rule, *rows = [line.rstrip() for line in lines if line.strip()]
+    for line in (head, rule, *(line for pair in zip(titles, rows, strict=True) for line in pair)):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def show_fields(title: str, fields: Sequence[tuple[str, str]]) -> None:
+    """A name and what it is, line by line; on a terminal long ones are wrapped beside their names."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console()
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    if not console.is_terminal:  # one line each for whatever reads it
+        room = max(len(name) for name, _ in fields)
+        for name, value in fields:
+            print(f"  {name:{room}}  {value}")
+        return
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in fields:
+        grid.add_row(Text(f"  {name}"), Text(value))
+    console.print(grid)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A line of a tree."""
+
+    name: str
+    columns: list[str] = field(default_factory=list)
+    note: str = ""
+    """On a line of its own."""
+    children: list[Branch] = field(default_factory=list)
+
+
+_GUIDE = 4
+"""Columns by which rich moves a child to the right."""
+
+
+def show_tree(branches: list[Branch]) -> None:
+    """Names with their columns aligned; where a terminal is too narrow for that, these stand below the name.
+
+    What is not a terminal gets ASCII.
+    """
+    from rich.tree import Tree
+
+    console, lines = _console(), list(_levels(branches, 0))
+    room = max((_GUIDE * level + len(line.name) for level, line in lines if line.columns), default=0)
+    widths = [
+        max(map(len, column)) for column in zip(*(line.columns for _, line in lines if line.columns), strict=True)
+    ]
+    aligned = not console.is_terminal or room + sum(width + 2 for width in widths) <= console.width
+    top = Tree("", hide_root=True)
+    for branch in branches:
+        _grow(top, branch, [room, *widths] if aligned else [])
+    # an id that is cut in two is worth nothing: a narrow terminal wraps the line instead
+    console.width = max([console.width, *(_GUIDE * level + len(line.name) for level, line in lines)])
+    options = console.options
+    if not console.is_terminal:
+        options.encoding = "ascii"
+    for line in console.render_lines(top, options, pad=False):
+        console.print("".join(segment.text for segment in line).rstrip(), markup=False, soft_wrap=True)
+
+
+def _levels(branches: list[Branch], level: int) -> Iterator[tuple[int, Branch]]:
+    for branch in branches:
+        yield level, branch
+        yield from _levels(branch.children, level + 1)
+
+
+def _grow(tree: Tree, branch: Branch, widths: list[int]) -> None:
+    """`widths` of the aligned columns, the name's first; none: below each other."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    name, below = branch.name, [branch.note]
+    if widths and branch.columns:
+        columns = zip([branch.name, *branch.columns], widths, strict=True)
+        name = "  ".join(column.ljust(width) for column, width in columns)
+    else:
+        below.insert(0, ", ".join(filter(None, branch.columns)))
+    child = tree.add(Group(Text(name), *(Padding(Text(line), (0, 0, 0, 2)) for line in below if line)))
+    for other in branch.children:
+        _grow(child, other, [widths[0] - _GUIDE, *widths[1:]] if widths else [])

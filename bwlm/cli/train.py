@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
+from bwlm.cli.eval import evaluate
 from bwlm.cli.launch import launch, show_places
 from bwlm.cli.terminal import Json, Set, Storage, print_json, show, table
+from bwlm.errors import UserError
 
 
 def train(
@@ -18,7 +20,9 @@ def train(
     depth: Annotated[
         int | None, typer.Option(help="Layers; the width follows from it. Past base: the parent's.", show_default=False)
     ] = None,
-    phase: Annotated[str, typer.Option(help="base, mid, sft or rl, or a chain: base,mid,sft.")] = "base",
+    phase: Annotated[
+        str, typer.Option(help="base, mid, sft, rl, or a chain: base,mid,sft; eval: see `bwlm eval`.")
+    ] = "base",
     parent: Annotated[
         str | None, typer.Option(help="The finished run that a phase past base begins from.", show_default=False)
     ] = None,
@@ -49,6 +53,10 @@ def train(
     from bwlm.grid.spec import plan_experiment
     from bwlm.paths import storage_root
 
+    if phase == "eval":
+        if parent is None:
+            raise UserError("--parent: missing: name the run to evaluate")
+        return evaluate(parent, storage=storage, as_json=as_json)
     flags = {"phase": phase, "parent": parent, "direction": direction, "depth": depth, "lr": lr, "seed": seed}
     given = {name: value for name, value in flags.items() if value is not None}
     plan, root = plan_experiment(given, set_ or [], id_, storage), storage_root(storage)
@@ -57,10 +65,11 @@ def train(
         cells = [cell.to_json() for cell in result.cells]
         print_json(cells if len(plan.cells) > 1 else cells[0])
     else:
-        from bwlm.analysis.tables import CELL_HEADER, cell_columns
+        from bwlm.analysis.cells import CELL_HEADER, cell_columns
 
         show(table(["id", *CELL_HEADER], [[cell.id, *cell_columns(cell)] for cell in result.cells], plan.name))
         show(*[cell.reason for cell in result.cells if cell.reason])
         show_places(result)
     if not result.complete:
         raise typer.Exit(1)
+    return None

@@ -59,18 +59,18 @@ class SegmentLosses:
         even = self.window % 2 == 0
         return SegmentLosses(*(column[even] for column in vars(self).values())) if even.any() else self
 
-    def save(self, folder: Path, check: Check = unchecked) -> None:
-        """`validation.parquet` with every segment, `validation.json` with the summary."""
+    def save(self, folder: Path, check: Check = unchecked, name: str = "validation") -> None:
+        """`<name>.parquet` with every segment, `<name>.json` with the summary."""
         folder.mkdir(parents=True, exist_ok=True)
         content = pa.BufferOutputStream()
         pq.write_table(pa.table(vars(self)), content)
-        write_atomic(folder / "validation.parquet", content.getvalue().to_pybytes(), check)
+        write_atomic(folder / f"{name}.parquet", content.getvalue().to_pybytes(), check)
         counts = {
             "windows": len(np.unique(self.window)),
             "tokens": int(self.tokens.sum()),
             "bytes": int(self.bytes.sum()),
         }
-        write_json(folder / "validation.json", self.summary() | counts, check)
+        write_json(folder / f"{name}.json", self.summary() | counts, check)
 
 
 @dataclass(frozen=True)

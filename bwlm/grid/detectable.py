@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
 
+from bwlm.analysis.findings import COMPARED_PHASES
 from bwlm.analysis.power import POWER, detectable_gap
 from bwlm.analysis.stats import FEWEST_SEEDS, PER_DIRECTION, counted
 from bwlm.analysis.tables import ONE_WAY, doubled, size_labels
@@ -32,12 +33,13 @@ class PlannedPair:
 
 def planned_pairs(plan: Plan) -> list[PlannedPair]:
     """Every size x pair of directions of a plan, as `analysis.findings.find` will pair its cells."""
-    identities = {cell.id: _identity(cell) for cell in plan.cells}
+    cells = [cell for cell in plan.cells if cell.experiment.phase in COMPARED_PHASES]
+    identities = {cell.id: _identity(cell) for cell in cells}
     labels = size_labels(identities)
     pairs = doubled({labels[run]: fields for run, fields in identities.items()})
     twice = [(f"{once}{PER_DIRECTION}", once, other) for once, other in pairs]
     seeds: dict[str, dict[str, dict[float, set[int]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(set)))
-    for cell in plan.cells:
+    for cell in cells:
         experiment = cell.experiment
         seeds[labels[cell.id]][experiment.direction][experiment.lr].add(experiment.seed)
     return [

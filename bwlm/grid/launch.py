@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from bwlm.analysis.cells import CellRow, load_cells
 from bwlm.analysis.report import GRID_FILE, REPORT, write_experiment_report, write_grid_report
 from bwlm.analysis.stats import counted
-from bwlm.analysis.tables import CellRow, load_cells
 from bwlm.grid.cells import PlannedCell, check_same, find_cells, going_on, run_config
 from bwlm.grid.spec import Cell, Plan, generations
 from bwlm.paths import check_writable, exclusive, write_atomic
@@ -51,8 +51,10 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None]) -> LaunchRe
     check_writable(storage)
     for planned in find_cells(plan, storage):
         check_same(planned, planned.changed, plan)
-    for outside, phase in _outside(plan):
-        link_to(storage, outside, phase)
+    ids = {cell.id for cell in plan.cells}
+    for cell in plan.cells:
+        if (parent := cell.experiment.parent) is not None and parent not in ids:
+            link_to(storage, parent, cell.experiment.phase, cell.id)
     from bwlm.grid.cluster import cluster
     from bwlm.grid.texts import check_sources, prepare_texts
     from bwlm.grid.training import train_cells
@@ -89,8 +91,8 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None]) -> LaunchRe
 
 
 def folder_of(plan: Plan, storage: Path) -> Path:
-    """Where a launch leaves its report: a grid's folder, or the last experiment's own."""
-    return grid_folder(storage, plan.name) if plan.is_grid else storage / plan.cells[-1].id
+    """Where a launch keeps its lock: a grid's folder, or the first experiment's own."""
+    return grid_folder(storage, plan.name) if plan.is_grid else storage / plan.cells[0].id
 
 
 @contextlib.contextmanager
@@ -100,14 +102,15 @@ def _only_launch(plan: Plan, storage: Path) -> Iterator[None]:
         for planned in () if plan.is_grid else find_cells(plan, storage):
             if not planned.is_done:
                 launches.enter_context(planned.folder.only_launch())
+        if not plan.is_grid:
+            launches.callback(_discard_lock, folder_of(plan, storage))
         yield
 
 
-def _outside(plan: Plan) -> set[tuple[str, str]]:
-    """(parent, phase) of the cells whose parents are no cells of this plan."""
-    known = {cell.id for cell in plan.cells}
-    experiments = [cell.experiment for cell in plan.cells]
-    return {(e.parent, e.phase) for e in experiments if e.parent is not None and e.parent not in known}
+def _discard_lock(home: Path) -> None:
+    """Of an experiment that was not made after all, whose folder would stay for it alone."""
+    if not (home / "config.json").exists():
+        (home / "lock").unlink(missing_ok=True)
 
 
 def _ready(generation: tuple[Cell, ...], storage: Path, show: Callable[[str], None]) -> tuple[Cell, ...]:
@@ -160,7 +163,7 @@ def _resolved(plan: Plan, storage: Path, prepared: dict[str, Prepared]) -> list[
     resolved = []
     for planned in find_cells(plan, storage):
         cell, parent = planned.cell, planned.cell.experiment.parent
-        link = link_to(storage, parent, cell.experiment.phase) if parent else None
+        link = link_to(storage, parent, cell.experiment.phase, cell.id) if parent else None
         asked = run_config(plan, cell, prepared[cell.id], storage, link)
         if planned.folder.exists():
             known = planned.folder.config()
@@ -239,7 +242,7 @@ def _conclude(
             artifacts = write_experiment_report(planned.folder, insides=not plan.is_grid)
             tracking.close_child(planned.folder, planned.status, artifacts)
     ids = [planned.cell.id for planned in planned_cells if planned.folder.exists()]
-    home = folder_of(plan, storage)
+    home = folder_of(plan, storage) if plan.is_grid or not ids else storage / ids[-1]
     waiting = len(planned_cells) - len(ids)
     result = LaunchResult(load_cells(storage, ids), waiting, home / REPORT, tracking.uri, dashboard)
     if grid_run is not None:

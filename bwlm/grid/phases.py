@@ -23,11 +23,25 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "base": {},
     # learning rates: nanochat's of October 2025 (scripts/mid_train.py, chat_sft.py, chat_rl.py)
     "mid": {"data.mixture": BUILTIN_MIXTURE, "optim.init_lr_frac": 1.0, "budget.tokens_per_parameter": 1.0},
-    "sft": {"data.mixture": BUILTIN_MIXTURE, "optim.init_lr_frac": 0.02, "budget.tokens_per_parameter": 0.5},
-    "rl": {"data.mixture": {"builtin:arithmetic": 1.0}, "optim.init_lr_frac": 0.05, "budget.steps": 100},
+    "sft": {
+        "data.mixture": BUILTIN_MIXTURE,
+        "optim.init_lr_frac": 0.02,
+        "budget.tokens_per_parameter": 0.5,
+        "model.document_mask": True,
+    },
+    "rl": {
+        "data.mixture": {"builtin:arithmetic": 1.0},
+        "optim.init_lr_frac": 0.05,
+        "budget.steps": 100,
+        "model.document_mask": True,
+    },
 }
+"""A chat is alone in its row, so conversations of SFT do not see each other. Where they did, a model that read a few
+rows many times learnt which answer comes next in the row, and knew nothing of a question that stood alone."""
 
 _SAME = ("depth", "tokenizer", "model")
+_OWN = ("seed", "budget.batch_tokens", "model.document_mask")
+"""Taken from the parent too, where nothing else is said."""
 _OF_THE_FIRST = ("parent", "direction", *_SAME)
 _MAY_DIFFER = {"direction": "direction", "data.reversal": "reversal"}
 """Fields that a phase may change on purpose, with their names in `differs`."""
@@ -46,14 +60,29 @@ def split_phases(names: str, where: str) -> list[str]:
 def check_phase_names(document: Document, first: str) -> list[str]:
     """The phases that follow the first of a file, in the order of training. Raises `UserError` for one that cannot."""
     blocks = document.content.get("phases", {})
-    for name in blocks:
+    if not isinstance(blocks, dict):
+        raise UserError(f"{document.where('phases')}: must hold settings by phase, as in phases.sft.seed=1")
+    for name, block in blocks.items():
+        where = document.where(f"phases.{name}")
         if name not in PHASES[1:]:
-            raise UserError(
-                f"{document.where(f'phases.{name}')}: not one of {', '.join(PHASES[1:])}{nearest(name, PHASES[1:])}"
-            )
+            raise UserError(f"{where}: not one of {', '.join(PHASES[1:])}{nearest(name, PHASES[1:])}")
+        if not isinstance(block, dict | None):
+            raise UserError(f"{where}: must hold settings (field: value)")
+        _check_block(block or {}, name, document)
     following = [name for name in PHASES if name in blocks]
     _check_chain([first, *following], document.where("phases"))
     return following
+
+
+def _check_block(block: Mapping[str, Any], name: str, document: Document) -> None:
+    """Raises `UserError` where it says what the chain says."""
+    axes = block.get("axes")
+    chosen = [f"axes.{field}" for field in axes] if isinstance(axes, dict) else []
+    for field in (*block, *chosen):
+        if field.removeprefix("axes.") in ("phase", "parent"):
+            raise UserError(
+                f"{document.where(f'phases.{name}.{field}')}: follows from the order of the phases: leave it out"
+            )
 
 
 def _check_chain(phases: list[str], where: str) -> None:
@@ -66,8 +95,8 @@ def _check_chain(phases: list[str], where: str) -> None:
 def with_defaults(content: Mapping[str, Any], phase: str) -> dict[str, Any]:
     """The content of an experiment with what its phase begins with, where it says nothing itself."""
     filled = copy.deepcopy(dict(content))
-    budget = filled.get("budget", {})
-    has_horizon = any(budget.get(name) is not None for name in HORIZONS)
+    budget = filled.get("budget")
+    has_horizon = isinstance(budget, dict) and any(budget.get(name) is not None for name in HORIZONS)
     for field, value in DEFAULTS[phase].items():
         is_horizon = field.startswith("budget.")
         if not (has_horizon if is_horizon else holds(filled, field)):
@@ -83,7 +112,8 @@ def inherit(content: Mapping[str, Any], run: str, parent: Experiment, document: 
     child = copy.deepcopy(dict(content))
     child["parent"] = run
     values = parent.model_dump()
-    differs = child.get("differs", [])
+    named = child.get("differs")
+    differs = named if isinstance(named, list) else []  # what is no list is told when all is validated
     if parent.phase == "base" and not holds(child, "data.reversal"):
         assign(child, "data.reversal", parent.data.reversal, run)  # documents know none, so the child may choose
     for field in _fields(values, parent.phase):
@@ -95,7 +125,7 @@ def inherit(content: Mapping[str, Any], run: str, parent: Experiment, document: 
             raise UserError(
                 f"{document.where(field)}: {_value(child, field)}, but the parent {run} has {value}: leave it out{may}"
             )
-    for field in ("seed", "budget.batch_tokens"):
+    for field in _OWN:
         if not holds(child, field):
             assign(child, field, _value(values, field), run)
     return child
@@ -103,7 +133,10 @@ def inherit(content: Mapping[str, Any], run: str, parent: Experiment, document: 
 
 def _fields(values: Mapping[str, Any], phase: str) -> Iterator[str]:
     for name in _SAME:
-        yield from (f"{name}.{inner}" for inner in values[name]) if isinstance(values[name], dict) else (name,)
+        if isinstance(values[name], dict):
+            yield from (field for inner in values[name] if (field := f"{name}.{inner}") not in _OWN)
+        else:
+            yield name
     yield "direction"
     if phase != "base":
         yield "data.reversal"
@@ -124,9 +157,7 @@ def phase_content(content: Mapping[str, Any], phase: str, document: Document) ->
     own = copy.deepcopy({name: value for name, value in content.items() if name not in ("phases", *_OF_THE_FIRST)})
     own["phase"] = phase
     places = dict(document.places)
-    block = document.content.get("phases", {}).get(phase) or {}
-    if not isinstance(block, dict):
-        raise UserError(f"{document.where(f'phases.{phase}')}: must hold settings (field: value)")
+    block = document.content["phases"][phase] or {}
     given = dict(_leaves({name: value for name, value in block.items() if name != "axes"}))
     if any(f"budget.{name}" in given for name in HORIZONS) and isinstance(own.get("budget"), dict):
         own["budget"] = {name: value for name, value in own["budget"].items() if name not in HORIZONS}

@@ -42,6 +42,10 @@ _DETAILS = (
         ("train_loss", "loss of this step {:.3f}"),
         ("train_loss_forward", "forward {:.3f}"),
         ("train_loss_backward", "backward {:.3f}"),
+        ("reward", "reward {:.3f}"),
+        ("sample_tokens", "{:.1f} tokens a sample"),
+        ("finished", "{:.0%} finished"),
+        ("entropy", "entropy {:.2f}"),
         ("grad_norm", "grad norm {:.3g}"),
     ),
     (
@@ -109,6 +113,7 @@ class Progress:
         self._running.pop(cell, None)
         self._ended[cell] = status
         bpb = f", val_bpb {status.metrics['val_bpb']:.4f}" if "val_bpb" in status.metrics else ""
+        bpb += f", val_reward {status.metrics['val_reward']:.3f}" if "val_reward" in status.metrics else ""
         reason = f" ({status.reason})" if status.reason else ""
         self._line(f"{len(self._ended)}/{len(self._cells)} {cell}: {status.state}{reason}{bpb}")
 

@@ -132,10 +132,7 @@ def load_grid(path: Path, settings: list[str], storage: str | None = None) -> Pl
     grid = validate(Grid, *_with_first_values(document))
     check_id(grid.name, document.where("name"))
     blocks = _blocks(document)
-    following = check_phase_names(document, grid.phase)
-    for phase in following:
-        if axes := _axes_of(phase, document):
-            _check_axes(axes, f"phases.{phase}.axes", document)
+    following = _following(document, grid.phase)
     count = sum(map(_product_size, blocks.values())) * _family_size(following, document)
     if count > grid.launch.max_cells:  # counted before any is built: a slip of the pen can ask for billions
         raise UserError(
@@ -160,8 +157,13 @@ def plan_experiment(
     first, *following = split_phases(flags["phase"], "--phase")
     flags = dict(flags) | {"phase": first, **({"phases": {phase: {} for phase in following}} if following else {})}
     document = override(Document("--set", flags, {name: f"--{name}" for name in flags}), settings)
-    if unknown := set(document.content.get("phases", {})) - set(following):
+    for name in ("direction", "depth"):
+        if document.content["phase"] == "base" and name not in document.content:
+            raise UserError(f"--{name}: missing: a base run has no parent to take it from")
+    blocks = document.content.get("phases", {})
+    if isinstance(blocks, dict) and (unknown := set(blocks) - set(following)):
         raise UserError(f"--set phases.{min(unknown)}: not a phase of this command's --phase: add it there")
+    following = _following(document, document.content["phase"])
     family = _Family(document, following, storage_root(storage))
     experiment = family.first({name: value for name, value in document.content.items() if name != "phases"}, document)
     usual = f"{experiment.phase}_{date.today():%Y%m%d}_{experiment.direction}_d{experiment.depth}"
@@ -302,7 +304,20 @@ def _blocks(document: Document) -> dict[str, dict[str, list[Any]]]:
     return blocks
 
 
-def _check_axes(axes: dict[str, list[Any]], where: str, document: Document) -> None:
+def _following(document: Document, first: str) -> list[str]:
+    """The phases after the first. Raises `UserError` for one that cannot follow, or has axes that cannot be."""
+    following = check_phase_names(document, first)
+    for phase in following:
+        if axes := _axes_of(phase, document):
+            _check_axes(axes, f"phases.{phase}.axes", document, document.content["phases"][phase])
+    return following
+
+
+def _check_axes(
+    axes: dict[str, list[Any]], where: str, document: Document, beside: Mapping[str, Any] | None = None
+) -> None:
+    """`beside` are the settings that the axes would contradict; by default the whole file's."""
+    section = where.rpartition("axes")[0]
     known = [name for name in field_names(Experiment) if name not in Experiment.model_fields or name in _AXES_BESIDES]
     if not axes:
         raise UserError(
@@ -312,9 +327,10 @@ def _check_axes(axes: dict[str, list[Any]], where: str, document: Document) -> N
         field = f"{where}.{name}"
         if name not in known:
             raise UserError(f"{document.where(field)}: not a setting that cells can differ in{nearest(name, known)}")
-        if holds(document.content, name):
+        if holds(document.content if beside is None else beside, name):
             raise UserError(
-                f"{document.where(name)}: fixed here and an axis in {where}: keep one (--set {where}.{name}=[..])"
+                f"{document.where(section + name)}: fixed here and an axis in {where}: keep one "
+                f"(--set {where}.{name}=[..])"
             )
         if not values:
             raise UserError(f"{document.where(field)}: needs a list of values, for instance [1, 2]")
@@ -392,7 +408,7 @@ class _Family:
             raise UserError(f"{document.where('parent')}: missing: name the run that {phase} begins from")
         parent = open_finished(self.storage, run).config().experiment
         check_order(phase, run, parent.phase)
-        return _experiment(with_defaults(inherit(content, run, parent, document), phase), document)
+        return _experiment(inherit(with_defaults(content, phase), run, parent, document), document)
 
     def cells(self, first: Experiment, name: str, content: dict[str, Any], document: Document) -> Iterator[Cell]:
         """The cell of an experiment and all that descend from it, each after its parent."""
@@ -410,8 +426,8 @@ class _Family:
         own, at = phase_content(content, phase, Document(document.name, self.document.content, document.places))
         for chosen in _choices(_axes_of(phase, self.document)):
             chosen_content, place = _with_chosen(own, chosen, f"phases.{phase}.axes", at)
-            inherited = inherit(chosen_content, parent.id, parent.experiment, place)
-            experiment = _experiment(with_defaults(inherited, phase), place)
+            content_of_phase = with_defaults(chosen_content, phase)
+            experiment = _experiment(inherit(content_of_phase, parent.id, parent.experiment, place), place)
             longer = ending + "".join(f"_{part}" for part in _parts(chosen))
             run = _checked(re.sub(r"[^A-Za-z0-9._-]+", "-", f"{name}-{phase}{longer}"), self.document)
             cell = Cell(run, experiment, resolve_steps(experiment))
@@ -442,12 +458,9 @@ def _with_batch(experiment: Experiment) -> Experiment:
 
 def _check_batch(experiment: Experiment, document: Document) -> None:
     width, tokens = experiment.model.sequence_length, experiment.budget.batch_tokens
-    rl, workers = experiment.rl, experiment.resources.workers
-    if experiment.phase == "rl" and not experiment.prompts_per_step:
-        raise UserError(
-            f"{document.where('budget.batch_tokens')}: {tokens} tokens are too few for {workers} x rl.samples="
-            f"{rl.samples} of rl.new_tokens={rl.new_tokens}: take at least {workers * rl.samples * rl.new_tokens}"
-        )
+    workers = experiment.resources.workers
+    if experiment.phase == "rl":
+        _check_prompts(experiment, document)
     if tokens % width:
         near = max(1, round(tokens / width)) * width
         raise UserError(
@@ -459,6 +472,22 @@ def _check_batch(experiment: Experiment, document: Document) -> None:
         raise UserError(
             f"{document.where('budget.batch_tokens')}: {rows} rows a step cannot be shared by "
             f"resources.workers={workers}: take a multiple of {workers * width}"
+        )
+
+
+def _check_prompts(experiment: Experiment, document: Document) -> None:
+    """Every worker writes for as many prompts; how many they are in all must not depend on the workers."""
+    rl, workers, prompts = experiment.rl, experiment.resources.workers, experiment.prompts_per_step
+    written = rl.samples * rl.new_tokens
+    if prompts < workers and prompts < rl.prompts:
+        raise UserError(
+            f"{document.where('budget.batch_tokens')}: {experiment.budget.batch_tokens} tokens are too few for "
+            f"{workers} x rl.samples={rl.samples} of rl.new_tokens={rl.new_tokens}: take at least {workers * written}"
+        )
+    if prompts % workers:
+        raise UserError(
+            f"{document.where('rl.prompts')}: {prompts} prompts a step cannot be shared by {workers} workers: "
+            f"take {max(1, prompts // workers) * workers}"
         )
 
 
@@ -477,6 +506,7 @@ def _parts(chosen: dict[str, Any]) -> list[str]:
 def _checked(run: str, document: Document) -> str:
     if len(run) > LONGEST_ID:
         raise UserError(
-            f"{document.where('name')}: cell id {run!r} is longer than {LONGEST_ID} characters: give a shorter name"
+            f"{document.where('name')}: cell id {run!r} is longer than {LONGEST_ID} characters: "
+            "give the grid a shorter name"
         )
     return check_id(run, "cell id")

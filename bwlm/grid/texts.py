@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import tasks
-from bwlm.config import Experiment
+from bwlm.config import Experiment, Recipe
 from bwlm.errors import UserError, nearest
 from bwlm.grid.cells import text_key
 from bwlm.grid.spec import Cell, Plan
 from bwlm.record.lineage import ExperimentFolder
+from bwlm.text.conversation import check_conversation
 from bwlm.text.mixture import ConversationSource, prepare_mixture
 from bwlm.text.prepare import Prepared, prepare
 from bwlm.text.stream import pack_corpus, with_ray
@@ -52,9 +53,9 @@ def _prepare(experiment: Experiment, tokenizer: Path | None, storage: Path, show
     return prepare_mixture(sources_of(experiment), tokenizer, width, whole, storage, with_ray, show)
 
 
-def sources_of(experiment: Experiment) -> list[ConversationSource]:
+def sources_of(recipe: Recipe) -> list[ConversationSource]:
     """The sources of a mixture, in its order. Raises `UserError` for one that is no task and no file."""
-    return [_source(name, weight, experiment) for name, weight in experiment.data.mixture.items()]
+    return [_source(name, weight, recipe) for name, weight in recipe.data.mixture.items()]
 
 
 def check_sources(experiment: Experiment) -> None:
@@ -83,13 +84,18 @@ def _is_path(name: str) -> bool:
     return "/" in name or name.endswith((".parquet", ".jsonl", ".jsonl.gz")) or Path(name).exists()
 
 
-def _source(name: str, weight: float, experiment: Experiment) -> ConversationSource:
+def _source(name: str, weight: float, recipe: Recipe) -> ConversationSource:
     task = find_source(name)
-    setting = experiment.tasks.get(name)
+    setting = recipe.tasks.get(name)
     path = setting.path if setting else None
     parts = 1 if name.startswith("builtin:") else _FILE_PARTS
     return ConversationSource(name, weight, task.key(path), partial(_read, task, path), parts)
 
 
 def _read(task: tasks.Task, path: str | None, split: tasks.Split) -> Iterator[tasks.Conversation]:
-    return task.conversations(split, path)
+    if not isinstance(task, tasks.FileTask):
+        yield from task.conversations(split, path)
+        return
+    for place, messages in task.placed(split, path):
+        check_conversation(messages, place)  # here, where the row is known
+        yield messages

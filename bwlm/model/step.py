@@ -69,6 +69,9 @@ class TrainStep:
     ) -> StepResult:
         """Gradients of the mean loss over all ranks' targets, clipped, and one update unless they are not finite.
 
+        Nor is there one where they are all zero, as where no sample of RL is better than another: of its momentum alone
+        Muon would move the weights as far as ever.
+
         inputs, targets and segments [R, T]; a target of -1 is none, and `importance` [R, T] weighs each loss in the
         sum, not in the number of targets. `stop` says that this rank was asked to end.
         `before_update` is called when they are complete and not yet clipped, with what will be `token_losses`: what is
@@ -93,7 +96,7 @@ class TrainStep:
         before_update(token_losses)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip)
         result = StepResult(float(total / counts[0]), float(norm), token_losses, torch.cat(predicted), bool(counts[1]))
-        if result.is_finite:
+        if result.is_finite and result.grad_norm > 0:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return result

@@ -5,7 +5,8 @@ step_000400/  model.safetensors  optimizer.safetensors  rng.safetensors
 
 meta.json is the commit mark: it is written last and deleted first, and a folder without it is not a checkpoint. The
 folder takes its name whole, and only then do older ones go. One process writes to a folder of checkpoints, any number
-may read. Not here: saving while training goes on, which is `saver.py`.
+may read. Imports torch only where it handles tensors, so that checkpoints are listed without it. Not here: saving while
+training goes on, which is `saver.py`.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from bwlm.errors import RunError, UserError
 from bwlm.paths import Check, read_json, sync, unchecked, whole_folder, write_json
 
+if TYPE_CHECKING:
+    import torch
+
 log = logging.getLogger(__name__)
 
-Tensors = dict[str, torch.Tensor]
+Tensors: TypeAlias = "dict[str, torch.Tensor]"
 MODEL, OPTIMIZER, RNG, META = "model.safetensors", "optimizer.safetensors", "rng.safetensors", "meta.json"
 FILES = (MODEL, OPTIMIZER, RNG)
 
@@ -60,10 +62,25 @@ class Snapshot:
 
 def copy_to_host(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """Contiguous copies on the CPU, also of tensors that lie there; the only part of a save that holds up training."""
+    import torch
+
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
+
+
+def save_file(tensors: Tensors, path: Path) -> None:
+    from safetensors import torch as of_torch
+
+    of_torch.save_file(tensors, path)
+
+
+def load_file(path: Path) -> Tensors:
+    from safetensors import torch as of_torch
+
+    tensors: Tensors = of_torch.load_file(path)
+    return tensors
 
 
 # ---- which checkpoints stay ----
@@ -293,12 +310,11 @@ def _load_meta(path: Path, step: int) -> dict[str, Any]:
 def _load_tensors(path: Path, meta: Mapping[str, Any]) -> Tensors:
     _verify(path, meta)
     try:
-        tensors: Tensors = load_file(path)
+        return load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
         raise DamagedCheckpoint(f"{path}: cannot be read ({error})") from None
     except OSError as error:
         raise _unreadable(path, error) from None
-    return tensors
 
 
 def _verify(path: Path, meta: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ Not here: whether a parent's checkpoint is what the link says, which needs its f
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,19 @@ def read_link(folder: Path) -> ParentLink | None:
         if content["parent"] is None:
             return None
         link = ParentLink(**content)
+        _check_types(link)
     except (KeyError, TypeError):
         raise UserError(f"{path}: not the link to a parent: put the file of this run back") from None
     check_id(link.parent, f"{path}: parent")
     return link
+
+
+def _check_types(link: ParentLink) -> None:
+    """Raises TypeError: JSON may hold anything."""
+    names = [link.parent, link.checkpoint, link.sha256, *link.chain]
+    numbers_and_lists = type(link.step) is int and isinstance(link.chain, list)
+    if not all(isinstance(name, str) for name in names) or link.phase not in FOLLOWS or not numbers_and_lists:
+        raise TypeError
 
 
 def check_order(phase: str, parent: str, parent_phase: str) -> None:
@@ -67,3 +77,85 @@ def skipped(phase: str, parent_phase: str) -> list[str]:
     """Phases between a run's and its parent's that it goes without."""
     order = list(FOLLOWS)
     return order[order.index(parent_phase) + 1 : order.index(phase)]
+
+
+# ---- who descends from whom ----
+
+
+@dataclass(frozen=True)
+class Kin:
+    """A run with what descends from it."""
+
+    id: str
+    children: tuple[Kin, ...] = ()
+    note: str = ""
+    """Why it stands at the top although its link names a parent."""
+
+
+class Family:
+    """The runs of a storage by their links, of which some may name a run that is gone, or lead back to where they came.
+
+    Nothing here follows a link twice, so that no damage makes it run for ever.
+    """
+
+    def __init__(self, parents: Mapping[str, str | None]) -> None:
+        """`parents` names each run's; None for a base run."""
+        self._parents = dict(sorted(parents.items()))
+        self._children: dict[str, list[str]] = {}
+        for run, parent in self._parents.items():
+            if parent is not None:
+                self._children.setdefault(parent, []).append(run)
+
+    def children(self, run: str) -> list[str]:
+        """By id; also of a run that is gone."""
+        return self._children.get(run, [])
+
+    def ancestors(self, run: str) -> list[str]:
+        """From its parent up to the base, or to where a link is damaged."""
+        above: list[str] = []
+        parent = self._parents.get(run)
+        while parent is not None and parent in self._parents and parent != run and parent not in above:
+            above.append(parent)
+            parent = self._parents[parent]
+        return above
+
+    def descendants(self, run: str) -> list[str]:
+        """Its children and theirs, nearest first."""
+        found = [run]
+        for other in found:
+            found += [child for child in self.children(other) if child not in found]
+        return found[1:]
+
+    def around(self, runs: Iterable[str]) -> Family:
+        """These runs alone, with their ancestors and descendants."""
+        kept = {kin for run in runs for kin in (run, *self.ancestors(run), *self.descendants(run))}
+        return Family({run: parent for run, parent in self._parents.items() if run in kept})
+
+    def trees(self) -> list[Kin]:
+        """Each run once, below its parent; at the top base runs, and those whose parent is gone or their descendant."""
+        seen: set[str] = set()
+        found = []
+        for run, parent in self._parents.items():
+            if parent not in self._parents:
+                note = "" if parent is None else f"its parent {parent} is not here"
+                found.append(self._tree(run, note, seen))
+        for run in self._parents:
+            if run not in seen:  # its ancestors are a circle: whoever is highest in it gets the rest
+                circle = self._circle(run)
+                note = f"damaged links go in a circle: {' > '.join([*circle, circle[0]])}"
+                found.append(self._tree(circle[0], note, seen))
+        return sorted(found, key=lambda kin: kin.id)
+
+    def _tree(self, run: str, note: str, seen: set[str]) -> Kin:
+        seen.add(run)
+        return Kin(run, tuple(self._tree(child, "", seen) for child in self.children(run) if child not in seen), note)
+
+    def _circle(self, run: str) -> list[str]:
+        """Parents before their children, from the first by id; of a run whose ancestors are one."""
+        trail = [run]
+        while (parent := self._parents[trail[-1]]) not in trail:
+            assert parent is not None
+            trail.append(parent)
+        circle = trail[trail.index(parent) :][::-1]
+        first = circle.index(min(circle))
+        return circle[first:] + circle[:first]

@@ -49,7 +49,7 @@ def code_digest(phase: str, package: Path = _PACKAGE) -> str:
 
 
 def training_sources(phase: str, package: Path = _PACKAGE) -> list[Path]:
-    """The files of the training packages, and of tasks, that a phase or its stream imports, itself or through others."""
+    """The files of the training packages, and of tasks, that a phase or its stream imports, directly or not."""
     found: set[Path] = set()
     pending = [package / "train" / f"{phase}.py", package / "text" / "stream.py"]
     while pending:

@@ -70,6 +70,18 @@ def read_journal(folder: Path) -> Iterator[Entry]:
         return
 
 
+def entries_holding(folder: Path, metric: str) -> Iterator[Entry]:
+    """Entries that hold a metric, in their order; of the other lines, which may be most, nothing is parsed."""
+    mark = f'"{metric}"'.encode()
+    try:
+        with (folder / NAME).open("rb") as file:
+            for line in file:
+                if mark in line and (entry := _parse(line)) and metric in entry.metrics:
+                    yield entry
+    except FileNotFoundError:
+        return
+
+
 def last_entry(folder: Path, holding: str = "") -> Entry | None:
     """The newest entry, or the newest that holds a metric; reads no more of the file than it must."""
     mark = f'"{holding}"'.encode() if holding else b""

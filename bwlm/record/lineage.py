@@ -28,11 +28,11 @@ from bwlm.record.journal import last_entry
 from bwlm.record.lease import LEASE_SECONDS, Holder, Lease, living_holder, take, take_at_once
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
-_LEASE = "lease.json"
+LEASE = "lease.json"
 """Of who trains the run."""
-_LAUNCH = "launch.json"
+LAUNCH = "launch.json"
 """Of the command that has it trained."""
-_WRITTEN = ("status.json", "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*")
+_WRITTEN = ("status.json", "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*", "samples/*")
 """What the holder of the lease writes under a temporary name first."""
 _PACKAGES = ("bwlm", "torch", "ray", "mlflow", "tiktoken", "numpy", "pyarrow")
 
@@ -213,7 +213,7 @@ class ExperimentFolder:
         Raises `Interrupted` if it is told to `give_up` while it waits. A failed run that is free is tried again, so it
         has no end any more; how a run ended that was waited for stands.
         """
-        self.held, waited = take(self.path / _LEASE, seconds, wait, give_up)
+        self.held, waited = take(self.path / LEASE, seconds, wait, give_up)
         try:
             discard_unfinished(self.path, _WRITTEN)  # before anything is read: a holder that woke may yet finish it
             if not waited and self.exists() and Status(**read_json(self.path / "status.json")).state == "failed":
@@ -240,24 +240,28 @@ class ExperimentFolder:
 
     def lease_holder(self) -> str | None:
         """`host:pid` of the process that trains this run now, or None; one that is frozen does not."""
-        holder = living_holder(self.path / _LEASE)
+        holder = living_holder(self.path / LEASE)
         return str(holder) if holder else None
+
+    def busy_with(self) -> Holder | None:
+        """The process that has this run trained now, or where its launch is gone the worker that trains it."""
+        return living_holder(self.path / LAUNCH) or living_holder(self.path / LEASE)
 
     @contextmanager
     def only_launch(self) -> Iterator[None]:
         """For the one launch of an experiment: raises `UserError` if another one trains it, and leaves nothing then."""
-        if holder := living_holder(self.path / _LEASE):
+        if holder := self.busy_with():
             raise self._is_trained_by(holder)
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
-        taken = take_at_once(self.path / _LAUNCH)
+        taken = take_at_once(self.path / LAUNCH)
         if isinstance(taken, Holder):
             raise self._is_trained_by(taken)
         try:
             yield
         finally:
             if taken.is_held():
-                (self.path / _LAUNCH).unlink()
+                (self.path / LAUNCH).unlink()
             taken.release()
             for folder in made:
                 with contextlib.suppress(OSError):  # not empty: there is a run
@@ -282,16 +286,32 @@ def list_experiments(storage: Path) -> list[ExperimentFolder]:
 
 
 def readable(folders: Iterable[ExperimentFolder]) -> tuple[list[ExperimentFolder], list[str]]:
-    """The experiments whose config and status can be read, and of each other why not: one must not hide the rest."""
+    """The experiments whose records can be read, and of each other why not: one must not hide the rest."""
     found, reasons = [], []
     for folder in folders:
         try:
             folder.config()
             folder.status()
+            folder.link()
             found.append(folder)
         except UserError as error:
             reasons.append(f"{folder.id} is left out: {error}")
     return found, reasons
+
+
+def parents_in(storage: Path) -> dict[str, str | None]:
+    """The parent of every run below a storage root, None for one that has none.
+
+    By its link; where that is damaged, by its settings, so that nobody takes it for nobody's child.
+    """
+    return {folder.id: _parent_of(folder) for folder in list_experiments(storage)}
+
+
+def _parent_of(folder: ExperimentFolder) -> str | None:
+    for asked in (folder.parent, lambda: folder.config().experiment.parent):
+        with contextlib.suppress(UserError):
+            return asked()
+    return None
 
 
 def grid_folder(storage: Path, name: str) -> Path:

@@ -31,6 +31,10 @@ _FRAME = 200_000
 """Bytes of HDF5's own accounts: names, attributes, indices of chunks."""
 
 
+_OF_SAMPLES = ("reward", "sample_tokens", "finished", "entropy", "rollout_seconds")
+"""Scalars of RL."""
+
+
 def bytes_of_log(experiment: Experiment, shape: GPTConfig, steps: int) -> int:
     """What `<phase>.h5` will take when a run of so many steps has ended.
 
@@ -52,8 +56,13 @@ def raw_bytes(experiment: Experiment, shape: GPTConfig, steps: int) -> dict[str,
 
 
 def _kept(experiment: Experiment, group: str) -> list[Column]:
-    """The columns of one entry: losses by reading are those of the run's own readings, power is a GPU's."""
-    others = {f"loss_{reading}" for reading in DIRECTIONS if reading not in _own(experiment)}
+    """The columns of one entry: figures by reading are those of the run's own readings, power is a GPU's."""
+    others = {f"{name}_{reading}" for name in ("loss", "reward") for reading in DIRECTIONS}
+    if experiment.phase == "rl":
+        others -= {f"reward_{reading}" for reading in _own(experiment)}
+    else:
+        others -= {f"loss_{reading}" for reading in _own(experiment)}
+        others |= set(_OF_SAMPLES) if group == "train" else set()
     others |= set() if experiment.resources.gpus_per_worker else {"gpu_watts"}
     return [column for name, column in GROUPS[group].columns.items() if name not in others]
 
@@ -75,9 +84,12 @@ def _sizes(experiment: Experiment, shape: GPTConfig) -> dict[str, int]:
     """How long each of the schema's axes is."""
     length, depth, own = shape.sequence_length, shape.depth, _own(experiment)
     windows = max(1, experiment.evaluation.tokens // length)
+    rows, time = experiment.budget.batch_tokens // length, length
+    if experiment.phase == "rl":  # a prompt, whose length is the text's, and what follows it
+        rows, time = experiment.prompts_per_step * experiment.rl.samples, min(length, 2 * experiment.rl.new_tokens)
     return {
-        "R": experiment.budget.batch_tokens // length,
-        "T": length,
+        "R": rows,
+        "T": time,
         "P": 2 + _MATRICES_PER_LAYER * depth,
         "S": 1 + _PLACES_PER_LAYER * depth,
         "B": _BINS,

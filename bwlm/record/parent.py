@@ -24,16 +24,21 @@ from bwlm.record.family import ParentLink, check_order
 from bwlm.record.lineage import ExperimentFolder, RunConfig, open_finished
 
 
-def link_to(storage: Path, parent: str, phase: str) -> ParentLink:
-    """What a run of `phase` begins from: the last checkpoint of a finished parent.
+def link_to(storage: Path, parent: str, phase: str, child: str) -> ParentLink:
+    """What a run `child` of `phase` begins from: the last checkpoint of a finished parent.
 
-    Raises `UserError` if there is no such run, if it has not finished, if the phase cannot follow its own, or if its
-    last checkpoint is gone or damaged.
+    Raises `UserError` if there is no such run, if it has not finished, if the phase cannot follow its own, if it
+    descends from the child itself, or if its last checkpoint is gone or damaged.
     """
     folder = open_finished(storage, parent)
     config = folder.config()
     check_order(phase, parent, config.experiment.phase)
     above = folder.link()
+    chain = [*(above.chain if above else []), parent]
+    if child in chain:
+        raise UserError(
+            f"{child}: would begin from its own descendant ({' > '.join(chain)}): choose another id or another parent"
+        )
     steps = checkpoint_steps(folder.checkpoints)
     if config.steps not in steps:
         raise UserError(f"parent: {parent}: no checkpoint of step {config.steps}, its last, in {folder.checkpoints}")
@@ -47,7 +52,7 @@ def link_to(storage: Path, parent: str, phase: str) -> ParentLink:
         checkpoint=step_folder(folder.checkpoints, config.steps).name,
         step=config.steps,
         sha256=digest,
-        chain=[*(above.chain if above else []), parent],
+        chain=chain,
     )
 
 

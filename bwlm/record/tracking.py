@@ -303,6 +303,12 @@ def _noted(folder: Path) -> dict[str, Any]:
     return dict(read_json(path)) if path.exists() else {}
 
 
+def noted_run(folder: Path) -> str | None:
+    """Id of the MLflow run that an experiment was given, which may be gone by now; None if it got none."""
+    found = _noted(folder).get("run_id")
+    return str(found) if found else None
+
+
 def _note(folder: Path, **changes: Any) -> None:
     write_json(folder / "mlflow.json", _noted(folder) | changes)
 

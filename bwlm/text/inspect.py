@@ -1,15 +1,29 @@
-"""A few rows as a model reads them, for a person or a script to look at."""
+"""A few rows, or a conversation, as a model reads them, for a person or a script to look at."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from bwlm.config import Reversal
 from bwlm.text.batches import DirectedPlan, open_rows
-from bwlm.text.direction import SpecialIds, is_marked, lay_out, read_row, readings
+from bwlm.text.conversation import Conversation, TurnIds, TurnLayout, render
+from bwlm.text.direction import (
+    HEAD_SLOTS,
+    READINGS,
+    Rows,
+    SpecialIds,
+    is_marked,
+    lay_out,
+    own_readings,
+    read_row,
+    readings,
+)
 from bwlm.text.plan import RowPlan
 from bwlm.text.prepare import Prepared
+from bwlm.text.tokenizer import Tokenizer
 
 
 def inspect_rows(prepared: Prepared, direction: str, count: int) -> dict[str, Any]:
@@ -35,3 +49,32 @@ def inspect_rows(prepared: Prepared, direction: str, count: int) -> dict[str, An
             }
         )
     return {"bos": special.bos, "direction": direction, "rows": shown}
+
+
+def inspect_conversation(
+    conversation: Conversation, direction: str, reversal: Reversal, supervised: bool, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """A conversation as a model reads it, once for each reading of the direction.
+
+    `ids` from BOS on, the `text` of each, and in `supervised` whether it is a target: what is written, or all.
+    """
+    shown = []
+    layout = TurnLayout(TurnIds.of(tokenizer), reversal, supervised)
+    rows = one_row(render(conversation, tokenizer))
+    for reading in own_readings(direction):
+        number = np.array([READINGS.index(reading)])
+        width = len(rows.tokens) + HEAD_SLOTS
+        turned = layout.of(rows, number)
+        directed = lay_out(rows, number, is_marked(direction), SpecialIds.of(tokenizer), width, **turned)
+        length = len(rows.tokens) + 1 + is_marked(direction)
+        ids = directed.ids[0, :length]
+        targets = [False, *(directed.targets[0, : length - 1] >= 0).tolist()]
+        texts = [tokenizer.decode([token]) for token in ids]
+        shown.append({"reading": reading, "ids": ids.tolist(), "supervised": targets, "text": texts})
+    return shown
+
+
+def one_row(ids: NDArray[np.uint32]) -> Rows:
+    """A row that holds one segment alone."""
+    first = np.zeros(1, dtype=np.int64)
+    return Rows(1, ids.astype(np.int64), np.array([len(ids)]), first, first, first, first == 0, first)

@@ -25,6 +25,7 @@ from bwlm.text.packing import (
     ShardCounts,
     Source,
     Split,
+    Unsplit,
     cut,
     pack_whole,
     packed_splits,
@@ -38,7 +39,7 @@ _SOURCE_BITS = 32
 
 Name = Literal["train", "validation"]
 SPLITS: tuple[Name, ...] = ("train", "validation")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Counts up whenever the same conversations would give other rows."""
 
 
@@ -130,9 +131,10 @@ def _pack_part(
     tokenizer = Tokenizer.load(Path(tokenizer_folder))
     counts = ShardCounts(f"part_{item['part']:05d}.arrow")
     rendered = _render_part(source, item, tokenizer, counts, width + 1 - HEAD_SLOTS if whole else None)
+    rows = pack_whole(rendered, width) if whole else cut(((document, ids) for document, ids, _ in rendered), width)
     target = Path(item["folder"]) / item["split"] / counts.file
     try:
-        write_rows(target, (pack_whole if whole else cut)(rendered, width), tokenizer.vocab_size, counts)
+        write_rows(target, rows, tokenizer.vocab_size, counts)
     except UserError as error:
         return {"split": item["split"], "file": counts.file, "counts": {}, "error": str(error)}
     return {"split": item["split"], "file": counts.file, "counts": counts.finish(), "error": ""}
@@ -140,8 +142,8 @@ def _pack_part(
 
 def _render_part(
     source: ConversationSource, item: dict[str, Any], tokenizer: Tokenizer, counts: ShardCounts, room: int | None
-) -> Iterator[tuple[int, Any]]:
-    """(document, ids) of each conversation, cut to `room` tokens where there is one."""
+) -> Iterator[Unsplit]:
+    """Each conversation, cut to `room` tokens where there is one."""
     turns, token_bytes = TurnIds.of(tokenizer), tokenizer.token_bytes()
     first = int(source.key[:6], 16) << _SOURCE_BITS
     for index, messages in enumerate(source.read(item["split"])):
@@ -153,9 +155,10 @@ def _render_part(
         if ids is None:
             counts.left_out += 1
             continue
-        counts.cut += len(ids) < len(whole)
+        is_whole = len(ids) == len(whole)
+        counts.cut += not is_whole
         counts.bytes += int(token_bytes[ids].sum())
-        yield first + index, ids
+        yield first + index, ids, is_whole
 
 
 def _lost(name: str, manifest: Manifest) -> Iterator[str]:

@@ -40,6 +40,8 @@ Run = Callable[[Items, Callable[[dict[str, Any]], dict[str, Any]]], Items]
 
 Piece = tuple[int, int, bool, NDArray[np.uint32]]
 """(document, offset of the first token in it, whole, tokens)"""
+Unsplit = tuple[int, NDArray[np.uint32], bool]
+"""(document, tokens, whether they are all of it: what was cut short has no end that may be learned)"""
 
 
 def cut(documents: Iterable[tuple[int, NDArray[np.uint32]]], width: int) -> Iterator[list[Piece]]:
@@ -60,13 +62,13 @@ def cut(documents: Iterable[tuple[int, NDArray[np.uint32]]], width: int) -> Iter
         yield row
 
 
-def pack_whole(documents: Iterable[tuple[int, NDArray[np.uint32]]], width: int) -> Iterator[list[Piece]]:
+def pack_whole(documents: Iterable[Unsplit], width: int) -> Iterator[list[Piece]]:
     """Yields the documents of each row of `width` + 1 slots, none of them split; each fits into a row.
 
     A row begins with the first document that waits and takes, as long as one fits, the longest of the next
     `_WAITING`: best fit, as in nanochat. What is left over is padding.
     """
-    waiting: deque[tuple[int, NDArray[np.uint32]]] = deque()
+    waiting: deque[Unsplit] = deque()
     source = iter(documents)
     while True:
         waiting.extend(itertools.islice(source, _WAITING - len(waiting)))
@@ -79,12 +81,12 @@ def pack_whole(documents: Iterable[tuple[int, NDArray[np.uint32]]], width: int) 
             row.append(waiting[fitting])
             del waiting[fitting]
             free -= len(row[-1][1]) + HEAD_SLOTS
-        yield [(document, 0, True, tokens) for document, tokens in row]
+        yield [(document, 0, whole, tokens) for document, tokens, whole in row]
 
 
-def _longest(documents: Iterable[tuple[int, NDArray[np.uint32]]], room: int) -> int | None:
+def _longest(documents: Iterable[Unsplit], room: int) -> int | None:
     """Index of the longest document that fits, the first of equals."""
-    fitting = [(len(tokens), -index) for index, (_, tokens) in enumerate(documents) if len(tokens) <= room]
+    fitting = [(len(tokens), -index) for index, (_, tokens, _) in enumerate(documents) if len(tokens) <= room]
     return -max(fitting)[1] if fitting else None
 
 
@@ -243,7 +245,7 @@ class Manifest:
     def digest(self) -> str:
         """Covers every token, its document and its segment, in order, of both splits, the tokenizer and the weights."""
         parts = f"{self.tokenizer} {self.sequence_length} {self.train.digest} {self.validation.digest}"
-        parts += "".join(f" {source.rows} {source.drawn}" for source in self.sources)
+        parts += "".join(f" {source.rows} {float(source.weight)!r}" for source in self.sources)
         return hashlib.sha256(parts.encode()).hexdigest()
 
     def write(self, folder: Path) -> None:

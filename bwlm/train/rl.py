@@ -22,7 +22,8 @@ from bwlm.model.gpt import GPT
 from bwlm.paths import write_json
 from bwlm.record.lineage import ExperimentFolder, RunConfig
 from bwlm.text.batches import Batch, open_rows
-from bwlm.text.direction import READINGS, own_readings
+from bwlm.text.conversation import TurnIds, restore_conversation
+from bwlm.text.direction import READINGS, is_marked, own_readings
 from bwlm.text.plan import permute
 from bwlm.text.tokenizer import Tokenizer
 from bwlm.train.loop import Evaluated, Phase
@@ -114,7 +115,8 @@ def _validate(
     mine = problems[session.rank :: session.world]
     for reading in own_readings(rollouts.direction):
         samples = rollouts.write(model, mine, reading, [0] * len(mine), 0.0) if mine else []
-        earned = torch.tensor([sum(sample.reward for sample in samples), len(samples)], device=session.device)
+        sums = [sum(sample.reward for sample in samples), len(samples)]
+        earned = torch.tensor(sums, dtype=torch.float64, device=session.device)  # also of a rank that has none
         if session.world > 1:
             dist.all_reduce(earned)
         metrics[f"val_reward_{reading}"] = float(earned[0] / earned[1])
@@ -124,13 +126,20 @@ def _validate(
 
 
 def _save_samples(folder: ExperimentFolder, step: int, shown: list[tuple[str, Sample]]) -> None:
-    """Rank 0's first samples of a validation, to be read."""
-    tokenizer = Tokenizer.load(Path(folder.config().tokenizer))
+    """Rank 0's first samples of a validation, to be read: all of it is in reading order."""
+    config = folder.config()
+    tokenizer, reversal = Tokenizer.load(Path(config.tokenizer)), config.experiment.data.reversal
+    head = 1 + is_marked(config.experiment.direction)
+
+    def given(sample: Sample, reading: str) -> str:
+        read = np.array(sample.opening.ids[head:])
+        return tokenizer.decode(restore_conversation(read, reading, reversal, TurnIds.of(tokenizer)))
+
     target = folder.path / "samples" / f"step_{step:06d}.json"
     content = [
         {
             "reading": reading,
-            "given": tokenizer.decode(sample.opening.ids),
+            "given": given(sample, reading),
             "written": sample.text,
             "finished": sample.finished,
             "reward": sample.reward,
@@ -139,6 +148,6 @@ def _save_samples(folder: ExperimentFolder, step: int, shown: list[tuple[str, Sa
     ]
     try:
         target.parent.mkdir(exist_ok=True)
-        write_json(target, content)
+        write_json(target, content, folder.check_lease)
     except OSError as error:
         raise cannot_write(target, error) from None

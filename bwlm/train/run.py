@@ -18,7 +18,8 @@ def run_phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Sta
     """Trains, evaluates and records a run; returns how it ended. A run that had finished is left alone.
 
     What went wrong by the run's own doing, or lies wrong in its folder, is its state `failed`; all else is raised. A
-    run that was asked to end is `stopped`, without a reason: it has not ended.
+    run that was asked to end is `stopped`, without a reason: it has not ended. The end of one that was lost to another
+    process is not ours to write: `LeaseLost` is raised, on rank 0.
     """
     done = folder.status()
     if done.ended:

@@ -8,13 +8,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from bwlm.analysis.cells import load_cell, load_cells
 from bwlm.analysis.tables import (
     BestRate,
     TriedRate,
     best_learning_rates,
     best_on_test,
-    load_cell,
-    load_cells,
     load_curves,
     load_gap_table,
     own_losses,

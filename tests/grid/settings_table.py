@@ -30,7 +30,7 @@ def _lines(settings: type[BaseModel], section: str = "") -> Iterator[str]:
 
 
 def _default(field: FieldInfo) -> str:
-    value = None if "default:" in str(field.description) else field.default
+    value = None if "default:" in str(field.description) or field.default_factory else field.default
     return "" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

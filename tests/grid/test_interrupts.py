@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bwlm.analysis.tables import load_cells
+from bwlm.analysis.cells import load_cells
 from bwlm.grid.launch import run_plan
 from bwlm.grid.spec import load_grid
 from bwlm.record.journal import last_entry, read_journal

@@ -15,7 +15,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from bwlm.analysis.tables import load_cells
+from bwlm.analysis.cells import load_cells
 from bwlm.cli import main
 from bwlm.errors import UserError
 from bwlm.grid import hardware
@@ -181,10 +181,10 @@ def test_a_cell_that_diverges_fails_alone(
 ) -> None:
     path, storage = grid_file(), tmp_path / "storage"
     plan = load_grid(path, [])
-    monkeypatch.setattr("bwlm.grid.launch.prepare", lambda *_: prepared)
+    monkeypatch.setattr("bwlm.grid.texts.prepare", lambda *_: prepared)
     # a checkpoint of step 4 whose head is not a number any more
     folder = ExperimentFolder(storage, plan.cells[0].id)
-    config = run_config(plan, plan.cells[0], prepared)
+    config = run_config(plan, plan.cells[0], prepared, storage, None)
     folder.create(config)
     model = build_model(config, torch.device("cpu"))
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from bwlm.grid.spec import load_grid
 from bwlm.record.checkpoint import checkpoint_steps, step_folder
 from bwlm.record.journal import last_entry, read_journal
 from bwlm.record.lineage import ExperimentFolder, Status
-from tests.grid.conftest import BWLM, GridFile, private_environment, reap, runs
+from tests.grid.conftest import BWLM, GridFile, holder, private_environment, reap, runs
 
 # of the grid that `grid_file` writes
 SETTINGS = {
@@ -97,6 +101,55 @@ def test_an_experiment_is_a_cell_without_a_grid(train: Train, grid_file: GridFil
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("bwlm: x: exists with other settings (steps: 12 -> 13): take another --id, or remove ")
     assert (storage / "x" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def refusal(pid: int) -> str:
+    since = r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d \(\d+ seconds ago\)"
+    mend = "wait for it, or end that process first; another experiment needs another --id"
+    return rf"bwlm: x: {re.escape(socket.gethostname())}:{pid} trains it {since}: {mend}\n"
+
+
+def test_an_experiment_that_is_trained_already_is_refused_before_ray_starts(train: Train, tmp_path: Path) -> None:
+    """By the lease of a worker, as where a grid trains it or its launch is gone; nothing is made."""
+    folder = ExperimentFolder(tmp_path / "storage", "x")
+    folder.path.mkdir(parents=True)
+    with folder.lease():
+        before = sorted((tmp_path / "storage").rglob("*"))
+        code, out, err = train("x")
+        assert (code, out) == (2, "")
+        assert re.fullmatch(refusal(os.getpid()), err)
+        assert sorted((tmp_path / "storage").rglob("*")) == before
+
+
+def test_a_second_launch_of_an_experiment_is_refused_from_the_beginning_of_the_first(
+    train: Train, corpus: Path, tmp_path: Path, ray_cluster: str
+) -> None:
+    storage, folder = tmp_path / "storage", ExperimentFolder(tmp_path / "storage", "x")
+    settings = {"budget__steps": 4000, "evaluation__every": 0}
+    command = [BWLM, *arguments(corpus, storage, "x", **settings)]
+    environment = private_environment(storage) | {"RAY_ADDRESS": ray_cluster}
+    with (tmp_path / "driver.log").open("ab") as log:
+        first = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+    def until(true: Callable[[], Any]) -> None:
+        while not true():
+            assert first.poll() is None, (tmp_path / "driver.log").read_text()[-2000:]
+            time.sleep(0.05)
+
+    for begun in (
+        lambda: (folder.path / "launch.json").exists(),  # its text is still to be prepared
+        lambda: last_entry(folder.path),
+    ):
+        until(begun)
+        code, out, err = train("x", **settings)
+        assert (code, out) == (2, "")
+        assert re.fullmatch(refusal(first.pid), err)
+    assert holder(folder) not in (None, first.pid)
+
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=300) == 143
+    assert not (folder.path / "launch.json").exists()
+    assert folder.status().state == "stopped"
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray.exceptions import RayActorError
 
 from bwlm.config import ResourceSettings
 from bwlm.errors import RunError
@@ -17,6 +18,7 @@ from bwlm.grid import hardware, worker
 from bwlm.grid.hardware import plan_compute
 from bwlm.grid.worker import train_worker
 from bwlm.model.compute import Compute, Hardware
+from bwlm.record.lease import LeaseLost
 from bwlm.record.lineage import ExperimentFolder, Status, shape_of
 from bwlm.train import run
 from tests.runs import NewRun
@@ -30,6 +32,37 @@ def test_a_worker_that_waits_for_its_run_leaves_when_it_is_asked_to_end(
     with folder.lease():
         train_worker({"storage": str(folder.path.parent), "cell": folder.id, "resources": {}})
     assert folder.status().state == "waiting"
+
+
+def test_a_worker_whose_run_was_taken_leaves_its_end_to_the_taker(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes back as one that was asked to end: Tune counts no failure, and takes the cell up again."""
+    folder, stopping = new_run(), []
+
+    def loses_it(taken: ExperimentFolder, session: Any, stream: Any) -> Status:
+        stopping.append(session.stopping())
+        (folder.path / "lease.json").write_text('{"host": "elsewhere", "pid": 7}')
+        with pytest.raises(LeaseLost, match="elsewhere:7 writes to it"):
+            taken.check_lease()
+        stopping.append(session.stopping())  # so that all its ranks end
+        taken.write_status(Status("failed", "an end of its own", 3))
+        return Status("failed")
+
+    monkeypatch.setattr(run, "run_phase", loses_it)
+    train_worker({"storage": str(folder.path.parent), "cell": folder.id, "resources": {}})
+    assert stopping == [False, True]
+    assert folder.status().state == "waiting"
+    assert not list(folder.path.glob(".*.tmp"))
+
+    class Trainer:
+        def fit(self) -> None:
+            return
+
+    monkeypatch.setattr(worker, "_trainer", lambda *_: Trainer())
+    with pytest.raises(RayActorError) as raised:
+        worker.train_cell({"storage": str(folder.path.parent), "cell": folder.id, "resources": {}})
+    assert raised.value.preempted
 
 
 def test_a_worker_uses_what_its_launch_reserved(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,16 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     assert all(parameter.grad is None for parameter in step.model.parameters())
 
 
+def test_a_step_without_any_gradient_changes_nothing() -> None:
+    """Of its momentum alone Muon would move the weights as far as ever, however long ago it was told anything."""
+    step = fresh(6)
+    step(*batch())
+    before = {name: weight.clone() for name, weight in step.model.state_dict().items()}
+    result = step(*batch(), importance=torch.zeros(6, 16))
+    assert (result.loss, result.grad_norm) == (0, 0)
+    assert all(torch.equal(weight, before[name]) for name, weight in step.model.state_dict().items())
+
+
 def test_it_passes_on_that_somebody_was_asked_to_stop() -> None:
     step = fresh(6)
     assert not step(*batch()).asked_to_stop

@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from bwlm.config import Experiment
+from bwlm.config import Experiment, TaskSettings
 from bwlm.record import fingerprint as module
-from bwlm.record.fingerprint import code_digest, differences, fingerprint, identity, training_sources
+from bwlm.record.fingerprint import code_digest, differences, fingerprint, identity, inherited, training_sources
 
 PACKAGE = Path(module.__file__).parent.parent
 
 # validated where it is saved, so that every rule of what is kept may be asked for
 BASE = Experiment.model_validate({"direction": "forward", "depth": 2, "evaluation": {"every": 50}})
+CHILD = Experiment.model_validate(
+    {"phase": "rl", "direction": "forward", "depth": 2, "parent": "p", "data": {"mixture": {"builtin:arithmetic": 1.0}}}
+)
 GIVEN: dict[str, Any] = {"data": "d1", "tokenizer": "t1", "precision": "float32", "steps": 100}
 
 # Every field of an experiment, with a value that is not the default's. A new field must be put into one of these.
@@ -30,6 +33,7 @@ CHANGES_THE_RESULT: dict[str, Any] = {
     "model.head_dim": 32,
     "model.kv_heads": 1,
     "model.document_mask": True,
+    "optim.init_lr_frac": 0.5,
     "optim.kind": "adamw",
     "optim.weight_decay": 0.1,
     "optim.warmup_steps": 3,
@@ -39,6 +43,14 @@ CHANGES_THE_RESULT: dict[str, Any] = {
     "budget.batch_tokens": 4096,
     "evaluation.every": 7,
     "evaluation.tokens": 99,
+}
+OF_RL: dict[str, Any] = {
+    "rl.prompts": 3,
+    "rl.samples": 4,
+    "rl.new_tokens": 5,
+    "rl.temperature": 0.5,
+    "rl.top_k": 6,
+    "rl.validation": 7,
 }
 SAYS_WHERE_OR_HOW_FAST: dict[str, Any] = {
     "data.source": "elsewhere",  # its digest is what counts
@@ -68,6 +80,11 @@ SAYS_WHERE_OR_HOW_FAST: dict[str, Any] = {
     "compute.compile": True,
     "checkpoint.keep_best": True,
     "checkpoint.keep_every": 300,
+    "data.mixture": {"gsm8k": 1.0},  # its digest is what counts
+    "data.reversal": "turns",  # of conversations, which a base run has none of
+    "tasks": {"gsm8k": TaskSettings(path="elsewhere")},
+    "parent": "another",  # its weights are what counts
+    "differs": ["direction"],  # the direction itself is what counts
 }
 
 
@@ -82,8 +99,8 @@ def leaves(model: type[BaseModel], prefix: str = "") -> set[str]:
     return found
 
 
-def changed(field: str, value: Any) -> Experiment:
-    content = BASE.model_dump()
+def changed(field: str, value: Any, base: Experiment = BASE) -> Experiment:
+    content = base.model_dump()
     section, _, name = field.rpartition(".")
     part = content[section] if section else content
     if section == "budget" and name != "batch_tokens":
@@ -98,8 +115,8 @@ def print_of(experiment: Experiment, **given: Any) -> str:
 
 
 def test_every_field_has_been_decided() -> None:
-    # phase has one value so far, so no other can be tried; it is in the identity all the same
-    assert leaves(Experiment) == CHANGES_THE_RESULT.keys() | SAYS_WHERE_OR_HOW_FAST.keys() | {"phase"}
+    decided = CHANGES_THE_RESULT.keys() | SAYS_WHERE_OR_HOW_FAST.keys() | OF_RL.keys() | {"phase"}
+    assert leaves(Experiment) == decided
     assert "phase" in identity(BASE, **GIVEN)
     assert not CHANGES_THE_RESULT.keys() & SAYS_WHERE_OR_HOW_FAST.keys()
 
@@ -114,7 +131,33 @@ def test_what_changes_the_result_changes_the_fingerprint(field: str, value: Any)
 
 @pytest.mark.parametrize(("field", "value"), SAYS_WHERE_OR_HOW_FAST.items())
 def test_what_says_where_or_how_fast_does_not(field: str, value: Any) -> None:
+    of_children = field in ("data.mixture", "parent", "differs")
+    base = CHILD if of_children else BASE
+    assert print_of(changed(field, value, base)) == print_of(base)
+
+
+@pytest.mark.parametrize(("field", "value"), OF_RL.items())
+def test_what_rl_is_changes_the_fingerprint_of_rl_alone(field: str, value: Any) -> None:
+    assert print_of(changed(field, value, CHILD)) != print_of(CHILD)
     assert print_of(changed(field, value)) == print_of(BASE)
+
+
+def test_a_childs_identity_holds_its_parents_weights_and_how_they_were_made() -> None:
+    parents = {
+        name: identity(Experiment.model_validate({"depth": 2, **settings}), **GIVEN)
+        for name, settings in {
+            "forward": {"direction": "forward"},
+            "backward": {"direction": "backward", "lr": 2.0},
+            "other seed": {"direction": "forward", "seed": 1},
+            "other text": {"direction": "forward", "model": {"head_dim": 32}},
+        }.items()
+    }
+    of = {name: inherited(parent, weights=f"sha of {name}") for name, parent in parents.items()}
+    assert len({print_of(CHILD, parent=fields) for fields in of.values()}) == 4
+    assert differences(of["forward"], of["backward"]) == ["parent: sha of forward -> sha of backward"]
+    assert [line.split(":")[0] for line in differences(of["forward"], of["other seed"])] == ["parent", "parent_seed"]
+    assert [line.split(":")[0] for line in differences(of["forward"], of["other text"])] == ["parent", "parent_recipe"]
+    assert print_of(changed("data.reversal", "turns", CHILD)) != print_of(CHILD)
 
 
 @pytest.mark.parametrize("name", GIVEN)

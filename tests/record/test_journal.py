@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bwlm.record.journal import NAME, Entry, Journal, entries_after, last_entry, read_journal
+from bwlm.record.journal import NAME, Entry, Journal, entries_after, entries_holding, last_entry, read_journal
 
 
 def write(folder: Path, first: int, last: int, resume: int = 0) -> None:
@@ -48,6 +48,22 @@ def test_an_entry_can_be_read_as_soon_as_it_is_appended(tmp_path: Path) -> None:
         journal.append(step, {})
         assert steps(tmp_path)[-1] == step
     journal.close()
+
+
+def test_entries_that_hold_a_metric(tmp_path: Path) -> None:
+    assert list(entries_holding(tmp_path, "val_bpb")) == []
+    journal = Journal(tmp_path)
+    for step, metrics in enumerate([{"loss": 3.0}, {"val_bpb": 2.5}, {"val_bpb_forward": 2.0}, {"val_bpb": 2.25}], 1):
+        journal.append(step, metrics)
+    journal.close()
+    with (tmp_path / NAME).open("a") as file:
+        file.write(
+            '{"step": 5, "time": 0, "metrics": {"loss": 1}, "note": "val_bpb"}\n{"step": 6, "metrics": {"val_bpb"'
+        )
+    assert [(entry.step, entry.metrics["val_bpb"]) for entry in entries_holding(tmp_path, "val_bpb")] == [
+        (2, 2.5),
+        (4, 2.25),
+    ]
 
 
 def test_what_is_not_finite_is_left_out(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""The lease: a living holder keeps it, a dead one frees it at once, a frozen one loses it and cannot write when it wakes."""
+"""A living holder keeps a lease, a dead one frees it at once, a frozen one loses it and hears of it when it wakes."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -42,21 +43,21 @@ for line in sys.stdin:
         print(error, flush=True)
 """
 _RACER = """
-import json, sys, time
+import json, os, sys
 from pathlib import Path
-from bwlm.record.lease import take
-from bwlm.errors import Interrupted
-folder, won = Path(sys.argv[1]), {}
-print("ready", flush=True)
-sys.stdin.readline()
-for race in range(int(sys.argv[2])):
-    path = folder / str(race) / "lease.json"
-    over = path.with_name("over")
-    try:
-        won[race], _ = take(path, 60, 0.001, over.exists)
-        over.touch()
-    except Interrupted:
+from bwlm.record.lease import Lease, take_at_once
+folder, number, races, racers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+won = {}
+for race in range(races):
+    here = folder / str(race)
+    (here / "start" / number).touch()
+    while len(os.listdir(here / "start")) < racers:
         pass
+    taken = take_at_once(here / "lease.json")
+    if isinstance(taken, Lease):
+        won[race] = taken
+print(json.dumps(list(won)), flush=True)
+sys.stdin.readline()
 print(json.dumps([race for race, lease in won.items() if lease.is_held()]), flush=True)
 sys.stdin.readline()
 """
@@ -164,20 +165,23 @@ def test_a_holder_that_is_killed_while_it_is_frozen_frees_it_at_once(path: Path)
 
 
 def test_of_several_that_take_it_at_once_exactly_one_has_it(path: Path) -> None:
-    """Of the lease of a frozen holder, and of one that is free."""
-    races = 30
+    """Of the leases of a frozen holder, and of free ones."""
+    races, racers = 60, 3
     paths = [path.parent / str(race) / "lease.json" for race in range(races)]
     for one in paths:
-        one.parent.mkdir()
-    with holder(*paths[: races // 2], seconds=0.05) as frozen, python(_RACER, path.parent, races) as first:
-        with python(_RACER, path.parent, races) as second, python(_RACER, path.parent, races) as third:
-            racers = [first, second, third]
-            assert [heard(racer) for racer in racers] == ["ready"] * 3
-            freeze(frozen)
-            for racer in racers:
+        (one.parent / "start").mkdir(parents=True)
+    with contextlib.ExitStack() as processes:
+        frozen = processes.enter_context(holder(*paths[: races // 2], seconds=0.05))
+        freeze(frozen)
+        wait_until(lambda: all(living_holder(one) is None for one in paths))
+        racing = [
+            processes.enter_context(python(_RACER, path.parent, number, races, racers)) for number in range(racers)
+        ]
+        for moment in ("taken", "still held"):
+            won = [race for racer in racing for race in json.loads(heard(racer))]
+            assert sorted(won) == list(range(races)), moment
+            for racer in racing:
                 tell(racer)
-            won = [race for racer in racers for race in json.loads(heard(racer))]
-            assert sorted(won) == list(range(races))
 
 
 # ---- alive ----

@@ -20,9 +20,10 @@ import pytest
 from bwlm.config import Experiment
 from bwlm.errors import Interrupted, UserError
 from bwlm.model.compute import Compute
-from bwlm.paths import read_json, write_json
+from bwlm.paths import Check, read_json, write_json
 from bwlm.record.fingerprint import fingerprint
 from bwlm.record.journal import Journal
+from bwlm.record.lease import LeaseLost
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status, list_experiments, open_experiment
 
 
@@ -70,20 +71,24 @@ def test_what_is_written_is_read_back(folder: ExperimentFolder) -> None:
         "parent": None,
         "checkpoint": None,
         "phase": None,
+        "step": None,
+        "sha256": None,
         "chain": [],
     }
 
 
 def test_an_experiment_exists_from_its_last_file_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bwlm.record.family
     import bwlm.record.lineage
 
     written: list[str] = []
 
-    def note(path: Path, content: dict[str, object]) -> None:
+    def note(path: Path, content: dict[str, object], *check: Check) -> None:
         written.append(path.name)
-        write_json(path, content)
+        write_json(path, content, *check)
 
-    monkeypatch.setattr(bwlm.record.lineage, "write_json", note)
+    for module in (bwlm.record.family, bwlm.record.lineage):
+        monkeypatch.setattr(module, "write_json", note)
     make(tmp_path)
     assert written[-1] == "config.json"
     assert set(written) == {"parent_link.json", "status.json", "config.json"}
@@ -284,6 +289,29 @@ def test_asking_for_the_holder_does_not_take_the_lease_from_a_waiter(folder: Exp
     stop.set()
     asking.join()
     assert time.monotonic() - began < 5
+
+
+def test_who_lost_the_lease_writes_no_status_any_more(folder: ExperimentFolder) -> None:
+    own, nobody = Status("failed", "its own", 3), ExperimentFolder(folder.path.parent, folder.id)
+    with folder.lease():
+        folder.write_status(own)
+        assert not folder.lost_lease
+        (folder.path / "lease.json").write_text('{"host": "elsewhere", "pid": 7, "since": 1.7e9}')
+        with pytest.raises(LeaseLost, match=r"^run: elsewhere:7 writes to it since "):
+            folder.write_status(Status())
+        assert folder.lost_lease
+        assert nobody.status() == own
+    nobody.write_status(Status())  # who never held it has nothing to lose
+
+
+def test_who_takes_the_lease_deletes_what_the_holder_before_left_half_written(folder: ExperimentFolder) -> None:
+    mine = [".status.json.0123abcd.tmp", ".base.h5.0123abcd.tmp", "evaluations/base/forward/.x.json.0123abcd.tmp"]
+    others = [".RESEARCH_REPORT.md.0123abcd.tmp", ".mlflow.json.0123abcd.tmp"]  # of launches, which hold no lease
+    for name in (*mine, *others, "checkpoints/.step_000004.0123abcd.tmp/meta.json"):
+        (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder.path / name).touch()
+    with folder.lease():
+        assert sorted(path.name for path in folder.path.rglob("*.tmp")) == others
 
 
 def test_a_lease_says_since_when(folder: ExperimentFolder) -> None:

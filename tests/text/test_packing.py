@@ -221,11 +221,14 @@ def test_padding_of_long_documents_is_under_one_percent(tmp_path: Path) -> None:
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 30), max_size=80), st.integers(31, 64))
 def test_whole_documents_fill_rows_and_none_is_split_or_lost(lengths: list[int], width: int) -> None:
-    documents = [(index, np.full(length, index, dtype=np.uint32)) for index, length in enumerate(lengths)]
+    documents = [
+        (index, np.full(length, index, dtype=np.uint32), index % 3 > 0) for index, length in enumerate(lengths)
+    ]
     rows = list(pack_whole(iter(documents), width))
     packed = [piece for row in rows for piece in row]
     assert sorted(document for document, _, _, _ in packed) == list(range(len(lengths)))
-    assert all(offset == 0 and whole and len(tokens) == lengths[document] for document, offset, whole, tokens in packed)
+    assert all(offset == 0 and len(ids) == lengths[document] for document, offset, _, ids in packed)
+    assert all(whole == (document % 3 > 0) for document, _, whole, _ in packed)  # as it was told
     free = [width + 1 - sum(len(piece[3]) + HEAD_SLOTS for piece in row) for row in rows]
     assert min(free, default=0) >= 0
     if sum(lengths) and len(lengths) <= 250:  # all wait at once: what comes later would not have fitted
@@ -234,6 +237,6 @@ def test_whole_documents_fill_rows_and_none_is_split_or_lost(lengths: list[int],
 
 
 def test_a_row_takes_the_longest_that_fits() -> None:
-    documents = [(index, np.zeros(length, dtype=np.uint32)) for index, length in enumerate([5, 4, 9, 2, 9, 8])]
+    documents = [(index, np.zeros(length, dtype=np.uint32), True) for index, length in enumerate([5, 4, 9, 2, 9, 8])]
     rows = [[document for document, _, _, _ in row] for row in pack_whole(iter(documents), 19)]  # 20 slots
     assert rows == [[0, 2], [1, 4], [3, 5]]  # with their two slots 7 + 11, where 4 more do not fit, 6 + 11, 4 + 10

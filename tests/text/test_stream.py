@@ -9,15 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bwlm.config import Reversal
 from bwlm.errors import UserError
 from bwlm.text import stream
-from bwlm.text.batches import Batch, DirectedPlan, open_rows
+from bwlm.text.batches import Batch, DirectedPlan, open_rows, row_plan
+from bwlm.text.conversation import TurnIds, TurnLayout
 from bwlm.text.corpus import Corpus, Shard
 from bwlm.text.direction import SpecialIds
+from bwlm.text.mixture import ConversationSource, prepare_mixture
 from bwlm.text.packing import Items, Manifest
 from bwlm.text.plan import RowPlan
 from bwlm.text.prepare import Prepared
-from bwlm.text.stream import pack_corpus, stream_batches
+from bwlm.text.stream import pack_corpus, stream_batches, with_ray
+from tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -59,6 +63,29 @@ def test_streamed_rows_are_those_read_in_process(
     monkeypatch.setattr(stream, "_BLOCK_TOKENS", 2 * 8 // world * 64)
     plan = plan_of(prepared, direction, rank, world)
     assert_equal(list(stream_batches(plan, first, last)), list(plan.batches(first, last)))
+
+
+@pytest.mark.parametrize(("direction", "reversal"), [("bidirectional", "whole"), ("backward", "turns")])
+def test_conversations_are_streamed_as_they_are_read_in_process(
+    mixture_for: Callable[[str], Prepared], monkeypatch: pytest.MonkeyPatch, direction: str, reversal: Reversal
+) -> None:
+    """With what is turned around in them, and what is a target."""
+    monkeypatch.setattr(stream, "_BLOCK_TOKENS", 2 * 4 * 64)
+    mixture = mixture_for("sft")
+    layout = TurnLayout(TurnIds.of(mixture.tokenizer), reversal, supervised=True)
+    rows, special = row_plan(str(mixture.folder), 8, 3), SpecialIds.of(mixture.tokenizer)
+    plan = DirectedPlan(str(mixture.folder), direction, special, rows, 1, 2, layout)
+    assert_equal(list(stream_batches(plan, 2, 7)), list(plan.batches(2, 7)))
+
+
+def test_conversations_are_packed_as_in_process(mixture_for: Callable[[str], Prepared], tmp_path: Path) -> None:
+    mixture, arithmetic = mixture_for("rl"), TASKS["builtin:arithmetic"]
+    [share] = mixture.manifest.sources
+    source = ConversationSource(arithmetic.name, share.weight, arithmetic.key(), arithmetic.conversations)
+    width, folder = mixture.manifest.sequence_length, mixture.tokenizer_folder
+    packed = prepare_mixture([source], folder, width, True, tmp_path, with_ray, lambda _: None)
+    assert packed.manifest == mixture.manifest
+    assert packed.manifest.digest == mixture.manifest.digest
 
 
 def test_one_block_for_all(prepared: Prepared) -> None:

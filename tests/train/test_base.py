@@ -294,8 +294,11 @@ def test_loss_by_direction_by_hand() -> None:
     }
     losses = torch.tensor([[0.0, 1.0, 2.0, 4.0, 0.0, 8.0, 0.0, 0.0]])
     sums = loss_by_direction("bidirectional", special, batch, losses)
-    assert {name: values.tolist() for name, values in sums.items()} == {"forward": [7, 3], "backward": [8, 1]}
-    assert loss_by_direction("permuted", special, batch, losses)["permuted"].tolist() == [15, 4]
+    assert {name: values.tolist() for name, values in sums.items()} == {
+        "train_loss_forward": [7, 3],
+        "train_loss_backward": [8, 1],
+    }
+    assert loss_by_direction("permuted", special, batch, losses)["train_loss_permuted"].tolist() == [15, 4]
 
 
 class AskedAt(AloneSession):

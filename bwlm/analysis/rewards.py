@@ -1,0 +1,74 @@
+"""What RL came to: reward, length and surprise over the steps, by direction."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from bwlm.analysis.charts.rewards import reward_chart
+from bwlm.analysis.result import Analysis
+from bwlm.analysis.stats import counted
+from bwlm.analysis.tables import load_curves
+from bwlm.errors import UserError
+from bwlm.record.lineage import ExperimentFolder
+
+FIGURES = ("reward", "sample_tokens", "finished", "entropy")
+_ENDS = 10
+"""Steps of which the beginning and the end of a run are means."""
+
+
+def rewards(folders: list[ExperimentFolder]) -> Analysis:
+    """Mean reward of each step's samples, and of greedy answers to validation problems.
+
+    Raises `UserError` if none of the runs is of the rl phase and has begun.
+    """
+    chosen = [folder for folder in folders if folder.config().experiment.phase == "rl"]
+    parts = [part for folder in chosen if not (part := _of_run(folder)).empty]
+    if not parts:
+        raise UserError("analyze rewards: none of these runs is of phase rl and has rewards: name some that are")
+    table = pd.concat(parts, ignore_index=True)
+    ends = _ends(table)
+    title = "Reward over the steps of RL"
+    others = len(folders) - len(chosen)
+    notes = [f"left out: {counted(others, 'run')} of other phases"] if others else []
+    return Analysis("rewards", title, _sentences(ends), table, reward_chart(table, title), notes, shown=ends)
+
+
+def _of_run(folder: ExperimentFolder) -> pd.DataFrame:
+    """A row a step: step, the figures, and val_reward where there was a validation."""
+    curves = load_curves(folder)
+    if "reward" not in curves:
+        return pd.DataFrame()
+    experiment = folder.config().experiment
+    kept = ["step", *FIGURES, "val_reward"]
+    return curves.reindex(columns=kept).assign(run=folder.id, direction=experiment.direction, seed=experiment.seed)
+
+
+def _ends(table: pd.DataFrame) -> pd.DataFrame:
+    """A row a run: its reward over the first and the last steps, and at its last validation."""
+    rows = []
+    for run, part in table.groupby("run", sort=False):
+        steps = part.sort_values("step")
+        validated = steps["val_reward"].dropna()
+        rows.append(
+            {
+                "run": run,
+                "direction": steps["direction"].iloc[0],
+                "reward at first": steps["reward"].head(_ENDS).mean(),
+                "reward at last": steps["reward"].tail(_ENDS).mean(),
+                "validation": validated.iloc[-1] if len(validated) else None,
+                "finished": steps["finished"].tail(_ENDS).mean(),
+                "steps": int(steps["step"].max()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _sentences(ends: pd.DataFrame) -> list[str]:
+    found = []
+    for direction, part in ends.groupby("direction", sort=False):
+        first, last = part["reward at first"], part["reward at last"]
+        found.append(
+            f"{direction}: mean reward {first.mean():.3f} over the first {_ENDS} steps, {last.mean():.3f} over the "
+            f"last {_ENDS}; it rose in {(last > first).sum()} of {len(part)} runs"
+        )
+    return found

@@ -1,0 +1,48 @@
+"""The family of runs as a tree: `bwlm runs tree`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from bwlm.cli.terminal import Branch
+
+if TYPE_CHECKING:
+    from bwlm.analysis.overview import Best, Leaves, Member
+
+
+def branches(members: list[Member], gathered: bool) -> list[Branch]:
+    """`gathered`: the many leaves of a grid as one line."""
+    from bwlm.analysis.overview import Leaves, gather
+
+    shown: list[Member | Leaves] = gather(members) if gathered else list(members)
+    return [_leaves(one) if isinstance(one, Leaves) else _member(one, gathered) for one in shown]
+
+
+def _member(member: Member, gathered: bool) -> Branch:
+    cell = member.cell
+    columns = [cell.phase, cell.direction, f"d{cell.depth}", best_words(member.best, cell.step), state_words(member)]
+    return Branch(cell.id, columns, member.note, branches(list(member.children), gathered))
+
+
+def _leaves(leaves: Leaves) -> Branch:
+    states = Counter(member.cell.state for member in leaves.members)
+    told = f"all {min(states)}" if len(states) == 1 else ", ".join(f"{n} {state}" for state, n in states.most_common())
+    phase = leaves.members[0].cell.phase
+    return Branch(
+        f"{len(leaves.members)} {phase} runs of grid {leaves.grid}, {told}; each: bwlm runs tree {leaves.grid}"
+    )
+
+
+def state_words(member: Member) -> str:
+    cell = member.cell
+    if cell.state in ("finished", "waiting"):
+        return cell.state
+    return f"{cell.state} at step {cell.step:,} of {member.steps:,}"
+
+
+def best_words(best: Best | None, step: int) -> str:
+    """The step only where it is not the run's last."""
+    if best is None:
+        return ""
+    return f"{best.metric} {best.value:.4f}" + (f" at step {best.step:,}" if best.step != step else "")

@@ -1,0 +1,116 @@
+"""All that is known of one run, in words: `bwlm runs show`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+Fields = list[tuple[str, str]]
+
+
+def sections(run: dict[str, Any]) -> list[tuple[str, Fields]]:
+    """Titles and fields of what `bwlm.analysis.overview.describe` gives; what is empty is left out."""
+    found = [
+        (_headline(run), _itself(run)),
+        ("family", _family(run)),
+        (f"set otherwise than in {run['parent']}", _changes(run["changed"] or {})),
+        ("figures", [(name, f"{value:.6g}") for name, value in sorted(run["metrics"].items())]),
+        ("made from", _made_from(run)),
+        ("kept", _kept(run)),
+    ]
+    return [(title, fields) for title, fields in found if fields]
+
+
+def _headline(run: dict[str, Any]) -> str:
+    ended = f": {run['reason']}" if run["reason"] else ""
+    return f"{run['id']}: {run['state']}, step {run['step']:,} of {run['steps']:,}{ended}"
+
+
+def _itself(run: dict[str, Any]) -> Fields:
+    best = run["best"]
+    fields = [
+        ("phase", run["phase"]),
+        ("direction", run["direction"]),
+        ("depth", f"{run['depth']}, {run['parameters']:,} parameters"),
+        ("lr, seed", f"{run['lr']:g}, {run['seed']}"),
+        ("tokens", f"{run['tokens']:,} in {run['steps']:,} steps"),
+        ("best", f"{best['metric']} {best['value']:.4f} at step {best['step']:,}" if best else ""),
+        ("grid", run["grid"] or ""),
+        ("held by", _holder(run["holder"])),
+    ]
+    return [(name, value) for name, value in fields if value]
+
+
+def _holder(holder: dict[str, Any] | None) -> str:
+    from bwlm.record.lease import Holder
+
+    if holder is None:
+        return ""
+    known = Holder(**holder)
+    return f"{known}, {known.since_words}"
+
+
+def _family(run: dict[str, Any]) -> Fields:
+    link = run["link"]
+    fields = []
+    if link:
+        gone = "" if run["parent_is_here"] else ": not here, or damaged"
+        begins = f"{link['phase']}, its {link['checkpoint']}, weights {link['sha256'][:12]}"
+        fields = [("parent", f"{link['parent']} ({begins}){gone}"), ("chain", " > ".join([*link["chain"], run["id"]]))]
+    if run["skips"]:
+        fields.append(("skips", ", ".join(run["skips"])))
+    return [*fields, ("children", ", ".join(run["children"]) or "none")]
+
+
+def _changes(changed: dict[str, dict[str, Any]]) -> Fields:
+    return [(name, f"{_value(values['parent'])} -> {_value(values['own'])}") for name, values in changed.items()]
+
+
+def _value(value: Any) -> str:
+    if value is None or value in ([], {}):
+        return "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} x {_value(inner)}" for name, inner in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _made_from(run: dict[str, Any]) -> Fields:
+    data, tokenizer, compute = run["data"], run["tokenizer"], run["compute"]
+    texts = data.get("source") or _value(data["mixture"])
+    compiled = "compiled" if compute["compile"] else "not compiled"
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(run["versions"].items()))
+    created = run["created"]
+    fields = [
+        ("data", f"{texts} (digest {data['digest'][:12]})"),
+        ("tokenizer", f"{tokenizer['vocab_size']:,} ids (digest {tokenizer['digest'][:12]})"),
+        ("code", run["code"]),
+        ("computes", f"{compute['precision']}, {compute['attention']} attention, {compiled}"),
+        ("fingerprint", run["fingerprint"]),
+        ("created", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(created)) if created else ""),
+        ("versions", versions),
+    ]
+    return [(name, value) for name, value in fields if value]
+
+
+def _kept(run: dict[str, Any]) -> Fields:
+    checkpoints = [f"step {saved['step']:,} ({size_words(saved['bytes'])})" for saved in run["checkpoints"]]
+    files = run["files"]
+    logs = [f"{name} ({size_words(size)})" for name, size in files.items() if name.endswith(".h5")]
+    reports = [name for name in files if name.startswith("RESEARCH_REPORT")]
+    return [
+        ("folder", f"{run['folder']} ({size_words(run['bytes'])})"),
+        ("checkpoints", ", ".join(checkpoints) or "none"),
+        ("research log", ", ".join(logs) or "none"),
+        ("report", ", ".join(reports) or "none"),
+        ("evaluations", ", ".join(run["evaluations"]) or "none"),
+        ("besides", ", ".join(name for name in files if not name.endswith(".h5") and name not in reports)),
+        ("MLflow run", run["mlflow_run"] or "none"),
+    ]
+
+
+def size_words(size: int) -> str:
+    """1234567 -> 1.2 MB"""
+    for bound, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= bound:
+            return f"{size / bound:.1f} {unit}"
+    return f"{size} B"

@@ -1,0 +1,71 @@
+"""Deleting a run: all of it or nothing, whenever the process that does it is killed.
+
+A folder is not emptied file by file where it lies: one that had lost its config but not yet its checkpoints would be no
+experiment, and still the next run of that id would go on from them. It takes another name first, in one step, under
+which nothing looks for a run. What a kill leaves of it then, the next deletion takes along.
+
+Not here: MLflow, whose runs stay.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from contextlib import ExitStack
+from pathlib import Path
+
+from bwlm.errors import UserError
+from bwlm.paths import sync
+from bwlm.record.family import Family
+from bwlm.record.lease import Holder, take_at_once
+from bwlm.record.lineage import LAUNCH, LEASE, ExperimentFolder, parents_in
+
+_NAMED = 3
+"""So many children are named."""
+
+
+def check_deletable(folder: ExperimentFolder) -> None:
+    """Raises `UserError` if runs begin from it, or a process trains it."""
+    if folder.path.is_symlink():
+        raise UserError(f"{folder.path}: a link to {folder.path.readlink()}: delete both by hand")
+    if children := Family(parents_in(folder.path.parent)).children(folder.id):
+        more = f" and {len(children) - _NAMED} more" if len(children) > _NAMED else ""
+        begin = "begins from it: delete that" if len(children) == 1 else "begin from it: delete those"
+        raise UserError(f"{folder.id}: {', '.join(children[:_NAMED])}{more} {begin} first")
+    if holder := folder.busy_with():
+        raise _is_busy(folder, holder)
+
+
+def delete(folder: ExperimentFolder) -> None:
+    """Deletes a run's folder. Raises `UserError` as `check_deletable`, or if the disk refuses."""
+    check_deletable(folder)
+    gone = folder.path.with_name(f".{folder.id}.{uuid.uuid4().hex[:8]}.deleted")
+    try:
+        with ExitStack() as leases:
+            for name in (LEASE, LAUNCH):  # so that nobody begins to train it, or finds it half gone
+                taken = take_at_once(folder.path / name)
+                if isinstance(taken, Holder):
+                    raise _is_busy(folder, taken)
+                leases.callback(taken.release)
+            folder.path.rename(gone)
+        sync(gone.parent)  # or a power cut might bring the name back, and not all that it stood for
+    except OSError as error:
+        raise UserError(f"{folder.path}: cannot be deleted ({error.strerror})") from None
+    discard_deleted(folder.path.parent)
+    if gone.exists():
+        raise UserError(f"{folder.id} is deleted, but not all of it could be: remove {gone} by hand")
+
+
+def unfinished_deletions(storage: Path, experiment_id: str = "*") -> list[Path]:
+    """What killed processes left of runs that they deleted."""
+    return sorted(storage.glob(f".{experiment_id}.{'[0-9a-f]' * 8}.deleted"))
+
+
+def discard_deleted(storage: Path) -> None:
+    """Deletes the files of deleted runs; another process may be at it too."""
+    for path in unfinished_deletions(storage):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_busy(folder: ExperimentFolder, holder: Holder) -> UserError:
+    return UserError(f"{folder.id}: {holder} trains it {holder.since_words}: wait for it, or end that process first")

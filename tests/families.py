@@ -1,0 +1,64 @@
+"""Families of runs that nobody trained: a child as a launch would make it, with what its end left behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bwlm.config import Experiment
+from bwlm.paths import read_json, write_json
+from bwlm.record.family import LINK, ParentLink
+from bwlm.record.journal import Journal
+from bwlm.record.lineage import ExperimentFolder, Status
+
+MIXTURE = {"builtin:arithmetic": 1.0}
+
+
+def untrained_child(
+    parent: ExperimentFolder, name: str, phase: str, grid: str | None = None, **settings: Any
+) -> ExperimentFolder:
+    """Makes `name` beside its parent, with the parent's settings but for those given."""
+    above, link = parent.config(), parent.link()
+    content = above.experiment.model_dump() | {"phase": phase, "parent": parent.id} | settings
+    content["data"] = content["data"] | {"mixture": MIXTURE}
+    folder = ExperimentFolder(parent.path.parent, name)
+    folder.create(
+        replace(
+            above, id=name, grid=grid, experiment=Experiment.model_validate(content), identity=above.identity | settings
+        ),
+        ParentLink(
+            parent=parent.id,
+            phase=above.experiment.phase,
+            checkpoint=f"step_{above.steps:06d}",
+            step=above.steps,
+            sha256="ab" * 32,
+            chain=[*(link.chain if link else []), parent.id],
+        ),
+    )
+    return folder
+
+
+def validated(folder: ExperimentFolder, **figures: dict[int, float]) -> ExperimentFolder:
+    """Notes in its journal, and in its end, what was measured by metric and step; it has finished then."""
+    last: dict[str, float] = {}
+    journal = Journal(folder.path)
+    for step in sorted({step for by_step in figures.values() for step in by_step}):
+        now = {name: by_step[step] for name, by_step in figures.items() if step in by_step}
+        journal.append(step, {"train_loss": 3.0, **now})
+        last |= now
+    journal.close()
+    folder.write_status(Status("finished", "", folder.config().steps, last))
+    return folder
+
+
+def in_grid(folder: ExperimentFolder, grid: str) -> ExperimentFolder:
+    content = read_json(folder.path / "config.json")
+    write_json(folder.path / "config.json", content | {"grid": grid})
+    return folder
+
+
+def link_anew(storage: Path, run: str, parent: str) -> None:
+    """As no launch would: damage, or a slip of whoever edits it."""
+    content = read_json(storage / run / LINK)
+    write_json(storage / run / LINK, content | {"parent": parent})
