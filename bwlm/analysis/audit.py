@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from bwlm.record.fingerprint import differences
+from bwlm.record.fingerprint import VARIED, differences
 from bwlm.record.lineage import ExperimentFolder, list_experiments, readable
 
-TUNED = frozenset({"direction", "lr", "parent"})
-"""What the cells of a pair may differ in: the learning rate is chosen for each direction, and a parent has one."""
+TUNED = frozenset(VARIED) - {"seed", "parent_seed"}
+"""What the cells of a pair may differ in."""
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from bwlm.analysis.findings import ONE_WINDOW
+from bwlm.analysis.findings import COMPARED_PHASES, ONE_WINDOW
 from bwlm.analysis.result import markdown_table
 from bwlm.analysis.stats import Gap, gap, judge
 from bwlm.analysis.tables import load_gap_table, sizes, with_losses
 from bwlm.analysis.verdict import GAP_HEADER, gap_columns, gap_sentence
 from bwlm.errors import UserError
+from bwlm.record.fingerprint import VARIED
 from bwlm.record.lineage import ExperimentFolder, list_experiments, readable
 
-_FREE = ("direction", "seed")
+_FREE = frozenset(VARIED) - {"lr"}
 
 
 def baseline_section(folder: ExperimentFolder) -> list[str]:
     """The gap to the forward baseline for a report, or why there is none and what to do for it."""
     title = "## Against the forward baseline"
-    if folder.config().experiment.direction == "forward":
+    experiment = folder.config().experiment
+    if experiment.phase not in COMPARED_PHASES:
+        return [title, f"Not compared: in {experiment.phase} each direction learns to write text of its own."]
+    if experiment.direction == "forward":
         return [title, "This run reads forward: it is the baseline of the other directions with its settings."]
     if folder.status().state != "finished":
         return [title, f"Nothing yet: the run is {folder.status().state}."]

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from bwlm.analysis.charts.losses import comparison_curves
-from bwlm.analysis.findings import best_rates
+from bwlm.analysis.findings import COMPARED_PHASES, best_rates
 from bwlm.analysis.result import Analysis
 from bwlm.analysis.stats import FEWEST_SEEDS, counted, paired_t
 from bwlm.analysis.tables import load_curves, sizes
@@ -24,6 +24,10 @@ _SMOOTHED = 25
 _POINTS = 120
 """Points of a curve in the chart."""
 _LEVELS = 3
+_EFFICIENCY = [
+    *("size", "loss", "direction", "seeds", "tokens", "flops"),
+    *("against", "ratio", "ratio_low", "ratio_high", "averaged"),
+]
 _DIFFERENCE = ["tokens", "difference", "low", "high", "size", "direction", "against", "seeds"]
 _OF_ONE_RUN = 200
 """Points of a single run's curve."""
@@ -32,25 +36,42 @@ _OF_ONE_RUN = 200
 def compare(folders: list[ExperimentFolder]) -> Analysis:
     """Curves with bands over seeds, and the tokens and FLOPs to reach a loss (learning efficiency).
 
-    Raises `UserError` if no run has logged a step.
+    Directions are held against each other in base and mid alone: in SFT each learns to write text of its own.
+
+    Raises `UserError` if no run has logged a step, or if all are of RL.
     """
-    curves = smoothed_curves(folders)
+    learning = told_by_loss(folders)
+    if not learning:
+        raise UserError("nothing to compare: in RL a loss says nothing of learning; see `bwlm analyze rewards`")
+    curves = smoothed_curves(learning)
     if curves.empty:
         raise UserError("nothing to compare: no step has been logged yet")
-    chosen = at_best_rates(curves, {(rate.size, rate.direction): rate.lr for rate in best_rates(folders)})
+    several = curves["direction"].nunique() > 1
+    same_text = {folder.id for folder in learning if folder.config().experiment.phase in COMPARED_PHASES}
+    held = curves[curves["run"].isin(same_text)] if several else curves
+    chosen = at_best_rates(held, {(rate.size, rate.direction): rate.lr for rate in best_rates(learning)})
     table, apart = efficiency(chosen), differences(chosen)
     title = "Learning curves"
-    without = sorted({folder.id for folder in folders if folder.status().step} - set(curves["run"]))
+    without = sorted({folder.id for folder in learning if folder.status().step} - set(curves["run"]))
     notes = [f"{run}: its metrics.jsonl holds no step, so it is left out" for run in without]
+    if others := len(folders) - len(learning):
+        notes.append(f"left out: {counted(others, 'run')} of RL, whose rewards `bwlm analyze rewards` shows")
+    if apart_from := curves["run"].nunique() - held["run"].nunique():
+        notes.append(f"{counted(apart_from, 'run')} of SFT: directions write text of their own there, so only curves")
     found = [*_sentences(table), *_difference_sentences(apart)]
     return Analysis("compare", title, found, table, comparison_curves(bands(curves), apart, title), notes)
+
+
+def told_by_loss(folders: list[ExperimentFolder]) -> list[ExperimentFolder]:
+    """All but those of RL: the loss of a policy gradient goes nowhere while rewards rise."""
+    return [folder for folder in folders if folder.config().experiment.phase != "rl"]
 
 
 def smoothed_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
     """A row a step: run, size, direction, lr, seed, step, tokens, flops, seconds, loss and, if measured, val_loss.
 
-    Losses are in nats per token; `loss` is the training loss, averaged about its step over `averaged` tokens: an
-    average of the past would lag behind a falling loss.
+    Losses are in nats per token that is learnt, in SFT those that a direction writes; `loss` is the training loss,
+    averaged about its step over `averaged` tokens: an average of the past would lag behind a falling loss.
     """
     labels, parts = sizes(folders), []
     for folder in folders:
@@ -58,6 +79,7 @@ def smoothed_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
         if curve.empty:
             continue
         experiment = folder.config().experiment
+        learnt = "val_loss_written" if experiment.phase == "sft" else "val_loss"
         window = max(1, len(curve) // _SMOOTHED)
         parts.append(
             pd.DataFrame(
@@ -73,7 +95,7 @@ def smoothed_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
                     "seconds": curve["step_seconds"].cumsum(),
                     "averaged": window * curve["tokens"].diff().median() if len(curve) > 1 else curve["tokens"],
                     "loss": curve["train_loss"].rolling(window, center=True, min_periods=1).mean(),
-                    "val_loss": curve.get("val_loss", math.nan),
+                    "val_loss": curve.get(learnt, math.nan),
                 }
             )
         )
@@ -82,7 +104,7 @@ def smoothed_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
 
 def single_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
     """The input of `charts.losses.learning_curves`: few enough steps to be drawn, all validations among them."""
-    curves = smoothed_curves(folders)
+    curves = smoothed_curves(told_by_loss(folders))
     if curves.empty:
         return curves
     place = curves.groupby("run").cumcount()
@@ -185,7 +207,7 @@ def efficiency(curves: pd.DataFrame) -> pd.DataFrame:
                 _row(str(size), float(level), name, needed, names[0]) | {"averaged": of_size["averaged"].max()}
                 for name in names
             ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=_EFFICIENCY)
 
 
 def at_best_rates(curves: pd.DataFrame, best: dict[tuple[str, str], float]) -> pd.DataFrame:

@@ -78,10 +78,11 @@ def find(folders: list[ExperimentFolder]) -> Findings:
 
 
 def best_rates(folders: list[ExperimentFolder]) -> list[BestRate]:
-    """Those of `find`, without comparing directions."""
+    """Those of `find`, without comparing directions; sizes have the labels that they have among all of the runs."""
+    labels = sizes(folders)
     folders = [folder for folder in folders if folder.config().experiment.phase in COMPARED_PHASES]
     finished, _ = with_losses([folder for folder in folders if folder.status().state == "finished"])
-    return _rates(folders, finished, sizes(folders))[2] if finished else []
+    return _rates(folders, finished, labels)[2] if finished else []
 
 
 def _rates(

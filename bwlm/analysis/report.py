@@ -14,12 +14,13 @@ from bwlm.analysis.cells import CELL_HEADER, cell_columns, load_cell
 from bwlm.analysis.charts.look import save_chart
 from bwlm.analysis.charts.losses import gap_chart, learning_curves
 from bwlm.analysis.controls import controls_section
-from bwlm.analysis.curves import single_curves
-from bwlm.analysis.findings import BEST_HEADER, Findings, best_columns, find
+from bwlm.analysis.curves import single_curves, told_by_loss
+from bwlm.analysis.findings import BEST_HEADER, COMPARED_PHASES, Findings, best_columns, find
 from bwlm.analysis.losses import write_losses
 from bwlm.analysis.page import to_page
 from bwlm.analysis.result import markdown_table
 from bwlm.analysis.sections import (
+    analyses_of,
     analysis_sections,
     audit_section,
     configuration_section,
@@ -48,7 +49,9 @@ def write_grid_report(storage: Path, name: str) -> list[Path]:
     folders, left_out = readable(ExperimentFolder(storage, run) for run in cells_of(storage, name))
     findings = find(folders)
     findings = replace(findings, without_result=left_out + findings.without_result)
-    charts = save_chart(learning_curves(single_curves(folders), f"{name}: learning curves"), folder, "curves")
+    charts = list[Path]()
+    if told_by_loss(folders) or not folders:
+        charts += save_chart(learning_curves(single_curves(folders), f"{name}: learning curves"), folder, "curves")
     if findings.gaps:
         charts += save_chart(gap_chart(gap_frame(findings.gaps), f"{name}: gaps between directions"), folder, "gaps")
         charts.append(write_losses(findings.losses, folder / LOSSES))
@@ -61,11 +64,19 @@ def write_grid_report(storage: Path, name: str) -> list[Path]:
 def _grid_sections(
     name: str, folders: list[ExperimentFolder], findings: Findings, home: Path
 ) -> tuple[list[str], list[Path]]:
-    """What follows the verdict; insides are shown of the cells at each direction's best learning rate."""
-    chosen = _at_best_rates(folders, findings.best) or folders
+    """What follows the verdict; insides are shown of what it is about, at each direction's best learning rate."""
     storage = home.parent.parent
-    names = [name] if chosen == folders else shortest_names(storage, [folder.id for folder in chosen])
-    analyses, pictures = analysis_sections(chosen, home, names)
+
+    def analysed(chosen: list[ExperimentFolder], commands: list[str]) -> tuple[list[str], list[Path]]:
+        names = [name] if chosen == folders else shortest_names(storage, [folder.id for folder in chosen])
+        return analysis_sections(commands, chosen, home, names)
+
+    compared = [folder for folder in folders if folder.config().experiment.phase in COMPARED_PHASES]
+    chosen = _at_best_rates(compared, findings.best) or compared or folders
+    analyses, pictures = analysed(chosen, analyses_of(chosen))
+    if rewarded := [folder for folder in folders if folder.config().experiment.phase == "rl" and folder not in chosen]:
+        rewards, chart = analysed(rewarded, ["rewards"])
+        analyses, pictures = [*rewards, *analyses], [*chart, *pictures]
     command = _grid_command(storage, name)
     parts = [
         *variants_section(folders),
@@ -98,10 +109,11 @@ def write_experiment_report(folder: ExperimentFolder, insides: bool = True) -> l
     cells they are seldom looked at.
     """
     cell, config = load_cell(folder), folder.config()
-    charts = save_chart(learning_curves(single_curves([folder]), f"{folder.id}: learning curve"), folder.path, "curves")
+    learnt, charts = _learning(folder)
     more, pictures = [_WITHOUT_INSIDES.format(run=folder.id)], list[Path]()
     if insides:
-        analyses, pictures = analysis_sections([folder], folder.path, [folder.id])
+        commands = [command for command in analyses_of([folder]) if command != "rewards"]
+        analyses, pictures = analysis_sections(commands, [folder], folder.path, [folder.id])
         more = [*baseline_section(folder), *analyses]
     settings = markdown_table(["setting", "value"], [(k, v) for k, v in sorted(config.identity.items())])
     text = "\n\n".join(
@@ -111,7 +123,7 @@ def write_experiment_report(folder: ExperimentFolder, insides: bool = True) -> l
             + (f" {cell.reason}" if cell.reason else ""),
             markdown_table(CELL_HEADER, [cell_columns(cell)]),
             "Loss is in nats per token, bpb in bits per UTF-8 byte of the validation windows.",
-            "![learning curve](curves.svg) ([in the browser](curves.html))",
+            *learnt,
             _lineage(folder),
             *data_section([folder]),
             *audit_section(comparable(folder), of=folder),
@@ -122,6 +134,14 @@ def write_experiment_report(folder: ExperimentFolder, insides: bool = True) -> l
         ]
     )
     return [*_write(f"{text}\n", folder.path, f"bwlm: {folder.id}"), *charts, *pictures]
+
+
+def _learning(folder: ExperimentFolder) -> tuple[list[str], list[Path]]:
+    """How its loss fell, or in RL its reward rose; and the pictures."""
+    if not told_by_loss([folder]):
+        return analysis_sections(["rewards"], [folder], folder.path, [folder.id])
+    chart = learning_curves(single_curves([folder]), f"{folder.id}: learning curve")
+    return ["![learning curve](curves.svg) ([in the browser](curves.html))"], save_chart(chart, folder.path, "curves")
 
 
 def _lineage(folder: ExperimentFolder) -> str:
@@ -190,8 +210,8 @@ def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings, o
         parts += ["\n".join(f"- {line}" for line in findings.at_edge)]
     if findings.excluded:
         parts += ["\n".join(f"- {line}" for line in findings.excluded), _EXCLUSION]
-    parts += ["## Learning curves", "![learning curves](curves.svg) ([in the browser](curves.html))"]
-    parts += ["Lines are smoothed training losses of single runs, points their validation losses (own reading)."]
+    if told_by_loss(folders) or not folders:
+        parts += ["## Learning curves", "![learning curves](curves.svg) ([in the browser](curves.html))", _CURVES]
     parts += ["## Cells", markdown_table(["id", *CELL_HEADER], [[c.id, *cell_columns(c)] for c in cells])]
     if findings.without_result:
         parts += ["Cells without a result:", "\n".join(f"- {line}" for line in findings.without_result)]
@@ -204,6 +224,10 @@ readings, at equal total tokens. `different` is said only if the paired t-test o
 of this report, gives p < 0.05; the intervals are of each pair by itself, so one may leave out zero where the verdict,
 which reads all pairs together, sees no difference. The noise floor is the same statistic between seeds of one
 direction."""
+
+
+_CURVES = """Lines are smoothed training losses of single runs, points their validation losses (own reading); in SFT
+both are of what a direction writes."""
 
 
 _CHOICE = """Chosen for each direction by the mean over seeds on the tuning half (even validation windows); the verdict

@@ -16,6 +16,7 @@ from bwlm.analysis.insides import over_time
 from bwlm.analysis.positions import positions
 from bwlm.analysis.representations import representations
 from bwlm.analysis.result import Analysis, frame_to_markdown, markdown_table
+from bwlm.analysis.rewards import rewards
 from bwlm.analysis.select import begun
 from bwlm.analysis.stats import counted
 from bwlm.analysis.tables import load_curves
@@ -30,6 +31,7 @@ _ROWS = 40
 """Rows of a table that a report shows; the rest is for the command that makes all of it."""
 
 _ANALYSES: dict[str, tuple[str, Analyse, bool]] = {
+    "rewards": ("Rewards", rewards, True),
     "compare": ("Learning efficiency", compare, True),
     "transfer": ("Both readings", transfer, True),
     "positions": ("Where the loss lies", positions, False),
@@ -40,14 +42,24 @@ _ANALYSES: dict[str, tuple[str, Analyse, bool]] = {
 """By command: title, analysis, and whether its tables are for reading."""
 
 
-def analysis_sections(folders: list[ExperimentFolder], home: Path, names: list[str]) -> tuple[list[str], list[Path]]:
+def analyses_of(folders: list[ExperimentFolder]) -> list[str]:
+    """Those that tell something of such runs: RL is told by rewards, and not by losses."""
+    phases = {folder.config().experiment.phase for folder in folders}
+    wanted = {"rewards": "rl" in phases, "compare": phases != {"rl"}}
+    return [command for command in _ANALYSES if wanted.get(command, True)]
+
+
+def analysis_sections(
+    commands: list[str], folders: list[ExperimentFolder], home: Path, names: list[str]
+) -> tuple[list[str], list[Path]]:
     """Markdown of what each analysis finds, and its pictures below `home`; `names` are what a person would type."""
     try:
         folders, _ = begun(folders, [])
     except UserError:
         folders = []
     parts, pictures = [], []
-    for command, (title, analyse, with_tables) in _ANALYSES.items():
+    for command in commands:
+        title, analyse, with_tables = _ANALYSES[command]
         again = f"`bwlm analyze {command} {shlex.join(names)}`"
         parts.append(f"## {title}")
         try:
@@ -82,7 +94,7 @@ def configuration_section(folders: list[ExperimentFolder]) -> list[str]:
 
 
 def data_section(folders: list[ExperimentFolder]) -> list[str]:
-    """Each corpus that the runs read: its source, digest and size."""
+    """Each corpus that the runs read: its source or mixture, digest and size."""
     rows = {}
     for folder in folders:
         config = folder.config()
@@ -90,8 +102,9 @@ def data_section(folders: list[ExperimentFolder]) -> list[str]:
             continue
         content = read_json(manifest)
         counts = {split: _totals(content[split]["shards"]) for split in ("train", "validation")}
+        data = config.experiment.data
         rows[content["digest"]] = {
-            "source": config.experiment.data.source,
+            "source": data.source if config.experiment.phase == "base" else _mixture(data.mixture),
             "vocabulary": config.experiment.tokenizer.vocab_size,
             "row": config.experiment.model.sequence_length,
             **{f"{split} {what}": f"{n:,}" for split, of in counts.items() for what, n in of.items()},
@@ -108,6 +121,10 @@ def data_section(folders: list[ExperimentFolder]) -> list[str]:
         "## Data",
         markdown_table(["", *columns], [[name, *(row[name] for row in rows.values())] for name in names]),
     ]
+
+
+def _mixture(weights: dict[str, float]) -> str:
+    return ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
 
 
 def _totals(shards: list[dict[str, Any]]) -> dict[str, int]:

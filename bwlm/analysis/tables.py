@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from bwlm.analysis.stats import PER_DIRECTION
 from bwlm.config import PHASES
 from bwlm.errors import UserError
-from bwlm.record.fingerprint import OF_ONE_PARENT
+from bwlm.record.fingerprint import VARIED
 from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder
 
@@ -23,7 +23,6 @@ HALVES = ("tuning", "test")
 """Even validation windows choose the learning rate, odd ones compare the directions."""
 
 _TEXT = ["window", "segment", "document", "tokens", "bytes"]
-_CELL_AXES = ("direction", "lr", "seed", *OF_ONE_PARENT)
 _DIGESTS = ("tokenizer", "data", "code", "parent_recipe")
 """Fields of an identity that are 64 hex digits, a possible cause before its effect."""
 _SHORT = 8
@@ -144,7 +143,7 @@ def varying_settings(identities: Mapping[str, Mapping[str, Any]]) -> list[str]:
     def varies(name: str, depth: int) -> bool:
         return len({str(fields.get(name)) for fields in identities.values() if fields["depth"] == depth}) > 1
 
-    names = sorted(known - {*_CELL_AXES, *_DIGESTS, "depth"})
+    names = sorted(known - {*VARIED, *_DIGESTS, "depth"})
     return [name for name in names if any(varies(name, depth) for depth in depths)]
 
 
@@ -273,7 +272,7 @@ def doubled(identities: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]
 
 
 def _same_but_budget(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    free = dict.fromkeys((*_CELL_AXES, "steps"))
+    free = dict.fromkeys((*VARIED, "steps"))
     return {**one, **free} == {**other, **free}
 
 

@@ -42,7 +42,6 @@ _DETAILS = (
         ("train_loss", "loss of this step {:.3f}"),
         ("train_loss_forward", "forward {:.3f}"),
         ("train_loss_backward", "backward {:.3f}"),
-        ("reward", "reward {:.3f}"),
         ("sample_tokens", "{:.1f} tokens a sample"),
         ("finished", "{:.0%} finished"),
         ("entropy", "entropy {:.2f}"),
@@ -150,7 +149,8 @@ class Progress:
             f" · about {duration(left)} left" if left is not None else "",
         )
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for name in ("cell", "step", "", "loss", "val bpb", "tokens/s"):
+        learnt = "reward" if any("reward" in result for result in running.values()) else "loss"
+        for name in ("cell", "step", "", learnt, "val bpb", "tokens/s"):
             table.add_column(name, justify="left" if name == "cell" else "right", no_wrap=True)
         for name, result in running.items():
             table.add_row(*self._row(name, result))
@@ -163,13 +163,20 @@ class Progress:
         bar = ProgressBar(total=steps, completed=result["step"], width=20)
         shown = [
             format(result[key], style) if key in result else "–"
-            for key, style in (("train_loss_smooth", ".3f"), ("val_bpb", ".4f"), ("tokens_per_second", ",.0f"))
+            for key, style in ((_learnt(result), ".3f"), ("val_bpb", ".4f"), ("tokens_per_second", ",.0f"))
         ]
         return (name, f"{result['step']}/{steps}", bar, *shown)
 
 
+def _learnt(result: Mapping[str, Any]) -> str:
+    """The metric that tells how far learning is: in RL the loss, a policy gradient's, does not."""
+    return "reward" if "reward" in result else "train_loss_smooth"
+
+
 def _details(result: Mapping[str, Any]) -> list[str]:
     """What a single experiment tells besides: how it learns, at what rates, and what it takes."""
+    if "reward" in result:
+        result = {name: value for name, value in result.items() if not name.startswith("train_loss")}
     lines = []
     for parts in _DETAILS:
         told = [words.format(result[key] if ":" in words else si(result[key])) for key, words in parts if key in result]
@@ -179,6 +186,8 @@ def _details(result: Mapping[str, Any]) -> list[str]:
 
 def _step_words(result: Mapping[str, Any], steps: int) -> str:
     """step 120/400, loss 3.412, val_bpb 2.3100, 23,456 tokens/s"""
-    named = {"train_loss_smooth": "loss {:.3f}", "val_bpb": "val_bpb {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
+    learnt = _learnt(result)
+    named = {learnt: "reward {:.3f}" if learnt == "reward" else "loss {:.3f}"}
+    named |= {"val_bpb": "val_bpb {:.4f}", "val_reward": "val_reward {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
     figures = [words.format(result[key]) for key, words in named.items() if key in result]
     return ", ".join([f"step {result['step']:,}/{steps:,}", *figures])

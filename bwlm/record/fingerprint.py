@@ -36,6 +36,8 @@ INHERITED = ("parent", "parent_seed", "parent_recipe")
 """Fields of an identity that say what the run began from."""
 OF_ONE_PARENT = INHERITED[:2]
 """Those that are other ones for each direction and seed of what runs began from."""
+VARIED = ("direction", "lr", "seed", *OF_ONE_PARENT)
+"""In what the runs of a comparison differ: direction, what is tuned for it, seed, and so what they began from."""
 
 
 @cache
@@ -120,7 +122,7 @@ def inherited(parent: Mapping[str, Any], weights: str) -> dict[str, Any]:
 
     Runs of two directions begin from other weights; they are a pair where those were made alike, with one seed.
     """
-    alike = {name: value for name, value in parent.items() if name not in ("direction", "lr", *OF_ONE_PARENT, "seed")}
+    alike = {name: value for name, value in parent.items() if name not in VARIED}
     return {"parent": weights, "parent_seed": parent["seed"], "parent_recipe": fingerprint(alike)}
 
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from bwlm.config import Experiment
 from bwlm.model.compute import Compute
 from bwlm.record.journal import Journal
+from bwlm.record.family import ParentLink
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
 
 COMPUTE = Compute("float32", "sdpa", 0, False, 8, 1)
@@ -27,14 +28,15 @@ def make_cell(
     lr: float = 1.0,
     depth: int = 1,
     source: str = "somewhere",
+    phase: str = "base",
     **identity: Any,
 ) -> ExperimentFolder:
     """A cell that waits."""
     identity |= {"data": source.translate({58: "-", 47: "-"})} if source != "somewhere" else {}
-    extra = "".join(f"_{name}{value}" for name, value in identity.items())
+    extra = "".join(f"_{name}{value}" for name, value in identity.items()) + ("" if phase == "base" else f"-{phase}")
     name = f"g_{direction}_d{depth}_lr{lr:g}_s{seed}{extra}"
     fields = {
-        "phase": "base",
+        "phase": phase,
         "direction": direction,
         "depth": depth,
         "lr": lr,
@@ -42,10 +44,12 @@ def make_cell(
         "steps": STEPS * depth,
         **identity,
     }
-    content = {"direction": direction, "depth": depth, "lr": lr, "seed": seed, "data": {"source": source}}
+    content = {"phase": phase, "direction": direction, "depth": depth, "lr": lr, "seed": seed}
+    content["data"] = {"source": source} if phase == "base" else {"mixture": {"builtin:arithmetic": 1.0}}
     experiment = Experiment.model_validate(content | {"tokenizer": {"vocab_size": 264}})
     folder = ExperimentFolder(storage, name)
-    folder.create(RunConfig(name, experiment, fields, fields["steps"], COMPUTE, "/corpus", "/tokenizer", "g"))
+    link = None if phase == "base" else ParentLink("p", "base", "step_000020", 20, "0" * 64, ["p"])
+    folder.create(RunConfig(name, experiment, fields, fields["steps"], COMPUTE, "/corpus", "/tokenizer", "g"), link)
     return folder
 
 
@@ -61,7 +65,7 @@ def write_losses(folder: ExperimentFolder, reading: str, nll: Sequence[float]) -
         "nll": np.asarray(nll, dtype=np.float64),
         "end_nll": np.where(np.arange(count) % 2, 1.0, np.nan),
     }
-    path = folder.evaluation("base", reading)
+    path = folder.evaluation(folder.config().experiment.phase, reading)
     path.mkdir(parents=True)
     pq.write_table(pa.table(dict(columns)), path / "validation.parquet")
 

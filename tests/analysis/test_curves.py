@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from bwlm.analysis.curves import _sentences, at_best_rates, compare, differences, efficiency
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.analysis.curves import _sentences, at_best_rates, compare, differences, efficiency, single_curves
+from bwlm.errors import UserError
+from bwlm.record.journal import Journal
+from bwlm.record.lineage import ExperimentFolder, Status
+from tests.analysis.storage import make_cell, write_losses
 
 
 def curve(direction: str, seed: int, losses: list[float]) -> pd.DataFrame:
@@ -100,3 +104,46 @@ def test_curves_are_compared_at_the_rates_of_the_verdict() -> None:
     curves = pd.concat([one, two, curve("backward", 0, [4.0, 3.0, 2.0])], ignore_index=True)
     assert set(at_best_rates(curves, {("d1", "forward"): 1.0})["run"]) == {"r1.0", "backward0"}
     assert set(at_best_rates(curves, {})["run"]) == {"r2.0", "backward0"}
+
+
+def chains(storage: Path) -> list[ExperimentFolder]:
+    """Base runs at two rates, each with its SFT and RL: rate 1 has the lower training loss, 2 what verdicts take."""
+    found = []
+    for direction in ("forward", "backward"):
+        for lr in (1.0, 2.0):
+            base = make_cell(storage, direction, lr=lr)
+            write_losses(base, direction, [30.0 - lr + place % 3 for place in range(8)])
+            base.write_status(Status("finished", "", base.config().steps))
+            found.append(base)
+            found += [make_cell(storage, direction, lr=lr, phase=phase) for phase in ("sft", "rl")]
+            for folder in found[-3:]:
+                journal = Journal(folder.path)
+                for step in (1, 2):
+                    metrics = {"train_loss": lr / step, "val_loss": 6.0, "val_loss_written": 0.75, "reward": 0.5}
+                    journal.append(step, metrics | {"tokens": step, "flops": step, "step_seconds": 1.0})
+                journal.close()
+    return found
+
+
+def test_phases_are_compared_by_what_their_losses_tell(tmp_path: Path) -> None:
+    """Directions learn one text in base alone; SFT learns a part of its text; in RL a loss tells nothing."""
+    folders = chains(tmp_path)
+    found = compare(folders)
+    assert set(found.table["size"]) == {"base d1"}
+    assert found.notes == [
+        "left out: 4 runs of RL, whose rewards `bwlm analyze rewards` shows",
+        "4 runs of SFT: directions write text of their own there, so only curves",
+    ]
+    curves = single_curves(folders)
+    assert set(curves["size"]) == {"base d1", "sft d1"}
+    assert curves.groupby("size")["val_loss"].unique().map(list).to_dict() == {"base d1": [6.0], "sft d1": [0.75]}
+    alone = compare([folder for folder in folders if folder.id.startswith("g_forward_d1_lr1_s0-")])
+    assert set(alone.table["direction"]) == {"forward"}
+    assert alone.notes == ["left out: 1 run of RL, whose rewards `bwlm analyze rewards` shows"]
+    with pytest.raises(UserError, match="in RL a loss says nothing of learning; see `bwlm analyze rewards`"):
+        compare([folder for folder in folders if folder.id.endswith("-rl")])
+
+
+def test_rates_are_the_verdicts_also_beside_other_phases(tmp_path: Path) -> None:
+    """What rate 2 reaches at its end, not what rate 1 does."""
+    assert compare(chains(tmp_path)).table["loss"].min() == 1.0

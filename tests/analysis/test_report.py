@@ -557,3 +557,36 @@ def on(folder: ExperimentFolder, resources: ResourceSettings) -> None:
     config = folder.config()
     experiment = config.experiment.model_copy(update={"resources": resources})
     folder.reconfigure(replace(config, experiment=experiment))
+
+
+def test_a_grid_of_chains_is_told_by_what_each_phase_learns(tmp_path: Path) -> None:
+    """Base by losses and a verdict, RL by rewards; what the insides show is what the verdict is about."""
+    folders = [cell(tmp_path, direction, seed, 0.0) for direction in ("forward", "backward") for seed in range(3)]
+    rewarded = make_cell(tmp_path, "backward", phase="rl")
+    journal = Journal(rewarded.path)
+    for step, reward in ((1, 0.25), (2, 0.5)):
+        journal.append(step, {"train_loss": -0.125, "reward": reward, "tokens": step, "flops": 1, "step_seconds": 1.0})
+    journal.close()
+    text, files = write(tmp_path, [*folders, rewarded])
+    assert "mean reward 0.375 over the first 10 steps" in text
+    assert "`bwlm analyze rewards g_backward_d1_lr1_s0-rl`" in text
+    efficiency = text.split("## Learning efficiency")[1].split("## ")[0]
+    assert "`bwlm analyze compare 'g_forward_d1_lr1_s*' g_backward_d1_lr1_s0 " in efficiency
+    assert "-0.125" not in text
+    assert {"rewards.svg", "compare.svg", "curves.svg"} <= {file.name for file in files}
+    alone, files = write(tmp_path, [rewarded])
+    assert "## Learning curves" not in alone
+    assert "## Learning efficiency" not in alone
+    assert "curves.svg" not in {file.name for file in files}
+
+
+def test_a_run_of_rl_is_told_by_its_rewards(tmp_path: Path) -> None:
+    rewarded = make_cell(tmp_path, "backward", phase="rl")
+    journal = Journal(rewarded.path)
+    journal.append(1, {"train_loss": -0.125, "reward": 0.25, "tokens": 1, "flops": 1, "step_seconds": 1.0})
+    journal.close()
+    text = write_experiment_report(rewarded)[0].read_text()
+    assert "backward: mean reward 0.250" in text
+    assert "![learning curve]" not in text
+    assert "## Learning efficiency" not in text
+    assert "Not compared: in rl each direction learns to write text of its own." in text

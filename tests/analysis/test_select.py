@@ -54,6 +54,8 @@ def test_seeds_are_named_by_a_glob_that_matches_no_other_run(tmp_path: Path) -> 
     assert shortest_names(tmp_path, runs[1:]) == [*runs[1:3], "g_backward_d1_lr1_s*"]
     middle = make_cell(tmp_path, "forward", 0, loud=1).id
     assert shortest_names(tmp_path, [middle]) == ["g_forward_d1_lr1_s*_loud1"]
+    chained = [make_cell(tmp_path, "bidirectional", seed, phase="sft").id for seed in (0, 1)]
+    assert shortest_names(tmp_path, chained) == ["g_bidirectional_d1_lr1_s*-sft"]
 
 
 def test_runs_that_have_not_begun_are_left_out(prepared: Prepared, tmp_path: Path) -> None:

@@ -107,6 +107,26 @@ def test_what_an_earlier_launch_did_is_not_counted_as_speed(
     assert progress._seconds_left() == pytest.approx(60.0)
 
 
+def test_in_rl_the_reward_is_told_and_not_the_loss(
+    cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"step": 20, "train_loss_smooth": -0.001, "train_loss": -0.02, "reward": 0.25, "sample_tokens": 4.0}
+    with Progress(cells[:1], {}) as progress:
+        progress.began(cells[0].id, 0)
+        progress.moved(cells[0].id, figures | {"val_bpb": 2.3, "val_reward": 0.5})
+    told = capsys.readouterr().err
+    assert told.startswith("step 20/40, reward 0.250, val_bpb 2.3000, val_reward 0.500")
+    assert "4.0 tokens a sample" in told
+    assert "loss" not in told
+    progress = Progress(cells, {})
+    progress.began(cells[0].id, 0)
+    progress.moved(cells[0].id, figures)
+    heading, row = seen(progress).splitlines()[1:3]
+    assert "reward" in heading
+    assert "loss" not in heading
+    assert " 0.250 " in row
+
+
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (187, "3:07"), (3723, "1:02:03"), (59.6, "1:00")])
 def test_duration(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
