@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from bwlm.config import Experiment
 from bwlm.model.compute import Compute
-from bwlm.record.journal import Journal
 from bwlm.record.family import ParentLink
+from bwlm.record.journal import Journal
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
 
 COMPUTE = Compute("float32", "sdpa", 0, False, 8, 1)

@@ -107,9 +107,7 @@ def test_what_an_earlier_launch_did_is_not_counted_as_speed(
     assert progress._seconds_left() == pytest.approx(60.0)
 
 
-def test_in_rl_the_reward_is_told_and_not_the_loss(
-    cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_in_rl_the_reward_is_told_and_not_the_loss(cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str]) -> None:
     figures = {"step": 20, "train_loss_smooth": -0.001, "train_loss": -0.02, "reward": 0.25, "sample_tokens": 4.0}
     with Progress(cells[:1], {}) as progress:
         progress.began(cells[0].id, 0)
