@@ -20,7 +20,7 @@ import yaml
 from bwlm import cli
 from bwlm.analysis.power import detectable_gap
 from bwlm.config import Experiment
-from bwlm.grid.spec import plan_experiment
+from bwlm.grid.plan import plan_experiment
 from bwlm.model.compute import Compute
 from bwlm.record.fingerprint import identity
 from bwlm.record.journal import Journal

@@ -133,7 +133,7 @@ def test_no_circles() -> None:
         ("bwlm.analysis.overview", ["torch", "pandas", "scipy"]),
         ("bwlm.analysis.conditions", ["torch", "pandas", "scipy"]),
         ("bwlm.cli", ["torch", "ray", "mlflow", "pandas", "altair"]),
-        ("bwlm.grid.spec", ["torch", "ray", "mlflow", "pandas"]),
+        ("bwlm.grid.plan", ["torch", "ray", "mlflow", "pandas"]),
     ],
 )
 def test_an_import_does_not_pull_in_what_it_does_not_need(module: str, absent: list[str]) -> None:

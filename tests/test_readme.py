@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from bwlm.analysis.losses import gaps_from
-from bwlm.grid.spec import load_grid
+from bwlm.grid.plan import load_grid
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 ELSEWHERE = {
-    "make demo": "the demo grid is planned in tests/grid/test_spec.py, and a whole grid runs in tests/grid/test_run.py",
+    "make demo": "the demo grid is planned in tests/grid/test_plan.py, and a whole grid runs in tests/grid/test_run.py",
     "make test": "this",
-    "make tour": "the grid is planned in tests/grid/test_spec.py, and families run in tests/grid/test_phases.py",
+    "make tour": "the grid is planned in tests/grid/test_plan.py, and families run in tests/grid/test_phases.py",
     "ray job submit": "tests/grid/test_job.py",
     "python benchmarks/": "tests/test_benchmarks.py",
 }

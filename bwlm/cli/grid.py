@@ -25,7 +25,7 @@ GridFile = Annotated[Path, typer.Argument(metavar="GRID.yaml", help="The grid fi
 
 
 def _load(grid: Path, settings: list[str] | None, storage: str | None) -> tuple[Plan, Path]:
-    from bwlm.grid.spec import load_grid
+    from bwlm.grid.plan import load_grid
     from bwlm.paths import storage_root
 
     plan = load_grid(grid, settings or [], storage)

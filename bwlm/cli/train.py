@@ -50,7 +50,7 @@ def train(
 
     Example: `bwlm train --phase sft --parent ID --set optim.init_lr_frac=0.05`
     """
-    from bwlm.grid.spec import plan_experiment
+    from bwlm.grid.plan import plan_experiment
     from bwlm.paths import storage_root
 
     if phase == "eval":

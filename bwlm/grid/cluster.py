@@ -19,7 +19,7 @@ import ray
 
 from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
-from bwlm.grid.spec import available_cores
+from bwlm.grid.machine import available_cores
 from bwlm.model.compute import count_gpus
 
 log = logging.getLogger(__name__)

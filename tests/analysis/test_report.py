@@ -24,7 +24,7 @@ from bwlm.analysis.result import frame_to_markdown, markdown_table
 from bwlm.analysis.sections import cost_section
 from bwlm.analysis.verdict import GAP_HEADER, gap_columns
 from bwlm.config import ResourceSettings
-from bwlm.grid.spec import plan_experiment
+from bwlm.grid.plan import plan_experiment
 from bwlm.paths import read_json
 from bwlm.record.journal import Journal
 from bwlm.record.lineage import ExperimentFolder, Status, write_cells

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bwlm.grid.launch import run_plan
-from bwlm.grid.spec import load_grid
+from bwlm.grid.plan import load_grid
 from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from bwlm.analysis.stats import PER_DIRECTION
 from bwlm.grid.detectable import PlannedPair, detectable, detectable_words, planned_pairs
-from bwlm.grid.spec import Plan, load_grid
+from bwlm.grid.plan import load_grid
+from bwlm.grid.spec import Plan
 
 GRID = """\
 name: bars

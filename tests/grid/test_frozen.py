@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bwlm.grid.launch import LaunchResult, run_plan
-from bwlm.grid.spec import load_grid
+from bwlm.grid.plan import load_grid
 from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder
 from tests.grid.conftest import BWLM, GridFile, holder, once_at_step, private_environment

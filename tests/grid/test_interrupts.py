@@ -15,7 +15,7 @@ import pytest
 
 from bwlm.analysis.cells import load_cells
 from bwlm.grid.launch import run_plan
-from bwlm.grid.spec import load_grid
+from bwlm.grid.plan import load_grid
 from bwlm.record.journal import last_entry, read_journal
 from tests.grid.conftest import BWLM, private_environment, reap, runs
 

@@ -14,7 +14,8 @@ from bwlm.config import Experiment
 from bwlm.errors import UserError
 from bwlm.grid.launch import run_plan
 from bwlm.grid.phases import BUILTIN_MIXTURE
-from bwlm.grid.spec import Plan, generations, load_grid, plan_experiment
+from bwlm.grid.plan import load_grid, plan_experiment
+from bwlm.grid.spec import Plan, generations
 from bwlm.grid.texts import check_sources
 from bwlm.record.lineage import Status
 from tests.runs import NewFamily

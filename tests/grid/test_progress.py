@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from bwlm.grid.plan import load_grid
 from bwlm.grid.progress import Progress, duration
-from bwlm.grid.spec import Cell, load_grid
+from bwlm.grid.spec import Cell
 from bwlm.record.lineage import Status
 
 ROOT = Path(__file__).parent.parent.parent

@@ -21,7 +21,7 @@ from bwlm.errors import UserError
 from bwlm.grid import hardware
 from bwlm.grid.cells import find_cells, run_config
 from bwlm.grid.launch import LaunchResult, run_plan
-from bwlm.grid.spec import load_grid
+from bwlm.grid.plan import load_grid
 from bwlm.model.optim import build_optimizer
 from bwlm.paths import read_json
 from bwlm.record.checkpoint import KeepPolicy, Snapshot, copy_to_host, write_checkpoint

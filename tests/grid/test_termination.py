@@ -17,7 +17,7 @@ import ray
 
 from bwlm.grid import worker
 from bwlm.grid.launch import run_plan
-from bwlm.grid.spec import load_grid
+from bwlm.grid.plan import load_grid
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.journal import last_entry, read_journal
 from bwlm.record.lineage import ExperimentFolder

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 
 from bwlm.cli import main
 from bwlm.grid.launch import run_plan
-from bwlm.grid.spec import load_grid
+from bwlm.grid.plan import load_grid
 from bwlm.record.checkpoint import checkpoint_steps, step_folder
 from bwlm.record.journal import last_entry, read_journal
 from bwlm.record.lineage import ExperimentFolder, Status

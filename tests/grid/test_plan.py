@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 
 from bwlm.config import CONTROL_SOURCES, MERGE_FREE_VOCABULARY, Experiment
 from bwlm.errors import UserError
-from bwlm.grid import spec
-from bwlm.grid.spec import Grid, Plan, available_cores, load_grid, resolve_steps, rivals
+from bwlm.grid import machine
+from bwlm.grid.machine import available_cores
+from bwlm.grid.plan import load_grid
+from bwlm.grid.resolve import resolve_steps
+from bwlm.grid.spec import Grid, Plan, rivals
 from bwlm.model import compute
 from tests.grid.settings_table import MARK, PAGE, table
 
@@ -377,7 +380,7 @@ def test_cells_share_the_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, cells: int, workers: int, threads: int
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(spec, "available_cores", lambda: cores)
+    monkeypatch.setattr(machine, "available_cores", lambda: cores)
     path = tmp_path / "g.yaml"
     axes = f"{{direction: [forward], depth: [1], seed: {list(range(cells))}}}"
     path.write_text(f"name: g\naxes: {axes}\nbudget: {{steps: 1}}\nresources: {{workers: {workers}}}\n")
@@ -403,7 +406,7 @@ def test_a_machines_gpus_are_used_unless_told_otherwise(
     grid_file: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, workers: int, each: int
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(spec, "available_gpus", lambda: gpus)
+    monkeypatch.setattr(machine, "available_gpus", lambda: gpus)
 
     def asked(*settings: str) -> set[float]:
         cells = load_grid(grid_file, [f"resources.workers={workers}", *settings]).cells
@@ -425,12 +428,12 @@ def test_gpus_that_torch_cannot_use_are_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Path, "exists", lambda path: True)
     monkeypatch.setattr(compute, "count_gpus", lambda: 8)
     monkeypatch.setattr(compute, "can_use_gpus", lambda: True)
-    assert spec.available_gpus() == 8
+    assert machine.available_gpus() == 8
     monkeypatch.setattr(compute, "can_use_gpus", lambda: False)
     with pytest.raises(UserError, match=r"8 GPUs that torch cannot use: update the driver, .*gpus_per_worker=0"):
-        spec.available_gpus()
+        machine.available_gpus()
     monkeypatch.setattr(compute, "count_gpus", lambda: 0)
-    assert spec.available_gpus() == 0
+    assert machine.available_gpus() == 0
 
 
 def test_a_warmup_that_does_not_fit_is_refused(grid_file: Path) -> None:
