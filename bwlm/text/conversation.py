@@ -185,7 +185,8 @@ def written(tokens: Ints, lengths: Ints, reading: Ints, reversal: Reversal, turn
 
     Tokens in reading order, segment after segment; `reading` [S]. Who answers writes the assistant's text and
     `<|assistant_end|>`; who asks, which is a model that reads a whole conversation backward, the user's text and
-    `<|user_start|>`, which comes last there.
+    `<|user_start|>`, which comes last there. An answer whose end was cut off, read from there, does not begin with
+    what an answer ends with: that token is none.
     """
     marker = turns.markers(tokens)
     place = np.arange(len(tokens))
@@ -196,6 +197,9 @@ def written(tokens: Ints, lengths: Ints, reading: Ints, reversal: Reversal, turn
     question = (~marker & (opened == turns.user_start)) | (tokens == turns.user_start)
     asking = np.repeat((reading == BACKWARD) & (reversal == "whole"), lengths)
     mask: NDArray[np.bool_] = np.where(asking, question, answer)
+    if reversal == "turns":
+        ends = np.cumsum(lengths)[(reading == BACKWARD) & (lengths > 0)] - 1
+        mask[ends[~marker[ends]]] = False
     return mask
 
 

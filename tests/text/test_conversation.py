@@ -202,6 +202,15 @@ def test_what_is_written_ends_at_the_segment() -> None:
     assert mask.tolist() == [False] * 4 + [True] + [False] * 3 + [True] * 2 + [False] * 5
 
 
+def test_an_answer_that_was_cut_is_not_taken_for_one_that_ends_there() -> None:
+    """Read from where it was cut, it would begin with a token that ends no answer."""
+    cut, whole = np.array([US, 1, UE, AS, 2, 3, 4]), np.array([US, 1, UE, AS, 2, 3, AE])
+    tokens, lengths = np.concatenate([cut, cut, whole, whole[:0]]), np.array([7, 7, 7, 0])
+    mask = written(tokens, lengths, np.array([0, 1, 1, 1]), "turns", TURNS)
+    before = [False] * 4
+    assert mask.tolist() == [*before, True, True, True, *before, True, True, False, *before, True, True, True]
+
+
 @law
 @given(conversations(), st.sampled_from(["forward", "backward", "bidirectional"]), st.sampled_from(REVERSALS))
 def test_training_teaches_exactly_what_chat_gives_and_awaits(
