@@ -35,6 +35,20 @@ def find_cells(plan: Plan, storage: Path) -> list[PlannedCell]:
     return [_find_cell(cell, ExperimentFolder(storage, cell.id)) for cell in plan.cells]
 
 
+def waiting_cells(planned: list[PlannedCell]) -> int:
+    """How many could not begin; not those of a parent that was stopped early, which nobody meant to go on from.
+
+    Parents stand before their children.
+    """
+    out, waiting = set[str](), 0
+    for one in planned:
+        if one.cell.experiment.parent in out or (one.is_done and one.status.state == "stopped"):
+            out.add(one.cell.id)
+        elif not one.folder.exists():
+            waiting += 1
+    return waiting
+
+
 def _find_cell(cell: Cell, folder: ExperimentFolder) -> PlannedCell:
     if not folder.exists():
         return PlannedCell(cell, folder, Status(), [])

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from bwlm.analysis.cells import CellRow, load_cells
 from bwlm.analysis.report import GRID_FILE, REPORT, write_experiment_report, write_grid_report
 from bwlm.analysis.stats import counted
-from bwlm.grid.cells import PlannedCell, check_same, find_cells, going_on, run_config
+from bwlm.grid.cells import PlannedCell, check_same, find_cells, going_on, run_config, waiting_cells
 from bwlm.grid.spec import Cell, Plan, generations
 from bwlm.paths import check_writable, exclusive, write_atomic
 from bwlm.record.checkpoint import checkpoint_steps
@@ -243,7 +243,7 @@ def _conclude(
             tracking.close_child(planned.folder, planned.status, artifacts)
     ids = [planned.cell.id for planned in planned_cells if planned.folder.exists()]
     home = folder_of(plan, storage) if plan.is_grid or not ids else storage / ids[-1]
-    waiting = len(planned_cells) - len(ids)
+    waiting = waiting_cells(planned_cells)
     result = LaunchResult(load_cells(storage, ids), waiting, home / REPORT, tracking.uri, dashboard)
     if grid_run is not None:
         files = write_grid_report(storage, plan.name)

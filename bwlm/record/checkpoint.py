@@ -233,7 +233,7 @@ def check_fits(path: Path, meta: Mapping[str, Any], expected: Mapping[str, objec
         if meta.get(name) != value
     ]
     if other:
-        raise UserError(f"{path}: another model's checkpoint ({'; '.join(other)}): move it out of this experiment")
+        raise UserError(f"{path}: another model's checkpoint ({'; '.join(other)}): move it out of that experiment")
 
 
 def refuse_foreign(folder: Path, expected: Mapping[str, object]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import pytest
 
 from bwlm.config import Experiment
 from bwlm.errors import UserError
+from bwlm.grid.cells import find_cells, waiting_cells
 from bwlm.grid.launch import run_plan
 from bwlm.grid.phases import BUILTIN_MIXTURE
 from bwlm.grid.plan import load_grid, plan_experiment
 from bwlm.grid.spec import Plan, generations
 from bwlm.grid.texts import check_sources
-from bwlm.record.lineage import Status
+from bwlm.record.lineage import ExperimentFolder, Status
 from tests.runs import NewFamily
 from tests.shell import Shell, check_mistake
 from tests.shell import shell as shell
@@ -329,6 +331,24 @@ def test_parents_stand_before_their_children_and_generations_go_by_them(tmp_path
     by_phase = [{cell.experiment.phase for cell in generation} for generation in generations(plan.cells)]
     assert by_phase == [{"base"}, {"mid"}, {"sft"}, {"rl"}]
     assert sum(map(len, generations(plan.cells))) == len(plan.cells)
+
+
+def test_who_descends_from_a_run_that_was_stopped_early_does_not_wait(tmp_path: Path) -> None:
+    """Who descends from one that failed does, and from one that was interrupted: another launch goes on with it."""
+    plan = grid(tmp_path, GRID + FAMILY)
+    below = len(plan.cells) // 2 - 1
+
+    def waiting(status: Status) -> int:
+        planned = find_cells(plan, tmp_path / "runs")
+        folder = ExperimentFolder(tmp_path, planned[0].cell.id)
+        folder.path.mkdir(exist_ok=True)
+        (folder.path / "config.json").touch()
+        return waiting_cells([replace(planned[0], folder=folder, status=status), *planned[1:]])
+
+    others = len(plan.cells) // 2
+    assert waiting(Status("stopped", "by the scheduler at step 3", 3)) == others
+    assert waiting(Status("stopped", "", 3)) == others + below
+    assert waiting(Status("failed", "oh", 3)) == others + below
 
 
 def test_cells_of_phases_count_for_the_cap(tmp_path: Path) -> None:
