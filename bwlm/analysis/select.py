@@ -43,9 +43,14 @@ def _named(storage: Path, name: str, known: list[str]) -> list[str]:
 def shortest_names(storage: Path, ids: list[str]) -> list[str]:
     """What a person would type for these experiments: a glob over seeds where it matches no other."""
     known, wanted = [folder.id for folder in list_experiments(storage)], set(ids)
-    globs = {run: re.sub(r"_s\d+(?=[_-]|$)", "_s*", run) for run in ids}
+    globs = {run: without_seed(run) for run in ids}
     exact = {name for name in globs.values() if set(fnmatch.filter(known, name)) <= wanted}
     return list(dict.fromkeys(globs[run] if globs[run] in exact else run for run in ids))
+
+
+def without_seed(run: str) -> str:
+    """A glob over what seeds an id could name."""
+    return re.sub(r"(_s|_seed)\d+(?=[_-]|$)", r"\1*", run)
 
 
 def begun(folders: list[ExperimentFolder], left_out: list[str]) -> tuple[list[ExperimentFolder], list[str]]:

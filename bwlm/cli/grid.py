@@ -156,7 +156,7 @@ def _show_result(plan: Plan, root: Path, result: LaunchResult, grid: Path) -> No
     if bases:
         show(table(CELL_HEADER, bases, f"{plan.name}: cells"))
     for one in variants(folders):
-        show(table(one.header, one.rows, f"{plan.name}: {one.phase}"))
+        show(table(one.header, one.rows, f"{plan.name}: {one.phase}"), *one.comparisons)
     if findings.best:
         best = [best_columns(rate) for rate in findings.best]
         show(table(BEST_HEADER, best, "Best learning rate (chosen on the tuning half)"))
