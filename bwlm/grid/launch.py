@@ -23,7 +23,7 @@ from bwlm.paths import check_writable, exclusive, write_atomic
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.family import ParentLink
 from bwlm.record.fingerprint import differences
-from bwlm.record.lineage import ExperimentFolder, RunConfig, grid_folder, write_cells
+from bwlm.record.lineage import SAMPLES, ExperimentFolder, RunConfig, grid_folder, write_cells
 from bwlm.record.parent import link_to
 from bwlm.record.tracking import Tracking, tracking_uri
 from bwlm.text.prepare import Prepared
@@ -240,6 +240,7 @@ def _conclude(
     for planned in planned_cells:
         if planned.status.step:
             artifacts = write_experiment_report(planned.folder, insides=not plan.is_grid)
+            artifacts += sorted((planned.folder.path / SAMPLES).glob("*.json"))
             tracking.close_child(planned.folder, planned.status, artifacts)
     ids = [planned.cell.id for planned in planned_cells if planned.folder.exists()]
     home = folder_of(plan, storage) if plan.is_grid or not ids else storage / ids[-1]

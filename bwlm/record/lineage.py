@@ -32,7 +32,12 @@ LEASE = "lease.json"
 """Of who trains the run."""
 LAUNCH = "launch.json"
 """Of the command that has it trained."""
-_WRITTEN = ("status.json", "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*", "samples/*")
+SAMPLES = "samples"
+"""Folder of what was written at validations of RL, to be read."""
+_WRITTEN = (
+    *("status.json", "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*"),
+    f"{SAMPLES}/*",
+)
 """What the holder of the lease writes under a temporary name first."""
 _PACKAGES = ("bwlm", "torch", "ray", "mlflow", "tiktoken", "numpy", "pyarrow")
 

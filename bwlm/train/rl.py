@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bwlm.model.gpt import GPT
 from bwlm.paths import write_json
-from bwlm.record.lineage import ExperimentFolder, RunConfig
+from bwlm.record.lineage import SAMPLES, ExperimentFolder, RunConfig
 from bwlm.text.batches import Batch, open_rows
 from bwlm.text.conversation import TurnIds, restore_conversation
 from bwlm.text.direction import READINGS, is_marked, own_readings
@@ -135,7 +135,7 @@ def _save_samples(folder: ExperimentFolder, step: int, shown: list[tuple[str, Sa
         read = np.array(sample.opening.ids[head:])
         return tokenizer.decode(restore_conversation(read, reading, reversal, TurnIds.of(tokenizer)))
 
-    target = folder.path / "samples" / f"step_{step:06d}.json"
+    target = folder.path / SAMPLES / f"step_{step:06d}.json"
     content = [
         {
             "reading": reading,
