@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bwlm.analysis.loss_table import COLUMNS
 from bwlm.analysis.losses import read_losses
-from bwlm.analysis.stats import COLUMNS, gaps
+from bwlm.analysis.stats import gaps
 from tests.analysis.storage import finish, make_cell
 from tests.analysis.test_stats import GOLDEN, flat_table, table
 from tests.shell import Shell, check_mistake

@@ -10,8 +10,9 @@ from pathlib import Path
 import pandas as pd
 
 from bwlm.analysis.findings import Findings, find
+from bwlm.analysis.loss_table import Size
 from bwlm.analysis.result import markdown_table
-from bwlm.analysis.stats import DIFFERENT, Gap, Size
+from bwlm.analysis.stats import DIFFERENT, Gap
 from bwlm.analysis.tables import BestRate, load_losses, sizes, with_losses
 from bwlm.analysis.verdict import GAP_HEADER, gap_columns
 from bwlm.config import CONTROL_SOURCES, NULL, PRODUCTS

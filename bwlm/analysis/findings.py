@@ -8,7 +8,8 @@ from itertools import combinations
 import pandas as pd
 
 from bwlm.analysis.cells import load_cell
-from bwlm.analysis.stats import COLUMNS, PER_DIRECTION, Gap, counted, gap, is_pair, judge
+from bwlm.analysis.loss_table import COLUMNS
+from bwlm.analysis.stats import PER_DIRECTION, Gap, counted, gap, is_pair, judge
 from bwlm.analysis.tables import (
     BestRate,
     TriedRate,

@@ -9,7 +9,8 @@ from typing import Any, Final, Literal
 import numpy as np
 from scipy.stats import t as student_t
 
-from bwlm.analysis.stats import CONFIDENCE, FEWEST_SEEDS, FloatArray, Gap, Interval, Size, counted, holm
+from bwlm.analysis.loss_table import FloatArray, Size
+from bwlm.analysis.stats import CONFIDENCE, FEWEST_SEEDS, Gap, Interval, counted, holm
 from bwlm.errors import UserError
 
 Trend = Literal["grows", "shrinks", "changes sign", "moves", "cannot be told"]

@@ -11,7 +11,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bwlm.analysis.stats import COLUMNS, Gap, counted, judge, measured_pairs
+from bwlm.analysis.loss_table import COLUMNS
+from bwlm.analysis.stats import Gap, counted, judge, measured_pairs
 from bwlm.errors import UserError
 from bwlm.paths import write_atomic
 

@@ -12,6 +12,7 @@ import pandas as pd
 from bwlm.analysis.charts.scaling import gap_trend_chart, law_chart, scaling_chart
 from bwlm.analysis.findings import Findings, find
 from bwlm.analysis.gap_over_size import GapTrend, gap_by_size
+from bwlm.analysis.loss_table import FloatArray, Size
 from bwlm.analysis.result import Analysis
 from bwlm.analysis.scaling_fit import HeldOut, ScalingFit, checked_runs, fit, hold_out
 from bwlm.analysis.scaling_law import (
@@ -22,7 +23,7 @@ from bwlm.analysis.scaling_law import (
     scaling_parameters,
     unknowns,
 )
-from bwlm.analysis.stats import PER_DIRECTION, QUANTILES, FloatArray, Gap, Size, counted, direction_rank
+from bwlm.analysis.stats import PER_DIRECTION, QUANTILES, Gap, counted, direction_rank
 from bwlm.analysis.tables import best_on_test, load_gap_table, sizes, varying_settings, with_losses
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder

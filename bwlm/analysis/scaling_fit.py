@@ -21,8 +21,9 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
+from bwlm.analysis.loss_table import FloatArray, require_columns
 from bwlm.analysis.scaling_law import Law, Term, fit_law, unknowns
-from bwlm.analysis.stats import QUANTILES, FloatArray, Interval, counted, require_columns
+from bwlm.analysis.stats import QUANTILES, Interval, counted
 from bwlm.errors import UserError, nearest
 
 COLUMNS: Final = ("run", "direction", "seed", "parameters", "tokens", "loss")

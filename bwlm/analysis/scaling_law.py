@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize, nnls
 
-from bwlm.analysis.stats import FloatArray
+from bwlm.analysis.loss_table import FloatArray
 from bwlm.model.shape import GPTConfig, count_parameters
 
 CONVENTION: Final = "N counts the matrices of the blocks and the output layer, without the token embedding"

@@ -1,11 +1,8 @@
 """How far apart two directions are, and whether the seeds agree that they are.
 
-Input is a table of losses, a row per run and document (or per window of a document), with the columns
-
-    run, direction, seed, size, document, nll (nats, summed over text tokens), tokens, bytes
-
-and output is one `Gap` per size and pair of directions: the gap b - a in nats per token, bits per byte and percent, two
-intervals, a noise floor and a verdict in words. Runs are paired by seed and losses by document.
+Input is a table of losses, a row per run and document (`bwlm.analysis.loss_table`), output one `Gap` per size and pair
+of directions: the gap b - a in nats per token, bits per byte and percent, two intervals, a noise floor and a verdict in
+words. Runs are paired by seed and losses by document.
 
 The verdict rests on the seeds alone, by a paired t-test: documents are many, so an interval over documents is narrow
 even where the next seed would turn the sign. It therefore speaks about further seeds on *this* text; the crossed
@@ -23,23 +20,20 @@ from itertools import combinations
 from typing import Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from scipy.stats import t as student_t
 
+from bwlm.analysis.loss_table import FloatArray, LossRun, LossRuns, Size, listed, loss_runs, plain_size
 from bwlm.config import DIRECTIONS
 from bwlm.errors import UserError, nearest
 
-Size = int | str
 Interval = tuple[float, float]
-FloatArray = npt.NDArray[np.float64]
 Verdict = Literal["different", "no difference seen", "too few seeds to tell"]
 
 DIFFERENT: Final = "different"
 NO_DIFFERENCE: Final = "no difference seen"
 TOO_FEW_SEEDS: Final = "too few seeds to tell"
 
-COLUMNS: Final = ("run", "direction", "seed", "size", "document", "nll", "tokens", "bytes")
 PER_DIRECTION: Final = ", bidirectional at equal tokens per direction"
 """Ends the size of pairs whose bidirectional runs have read twice the tokens; the others meet at their own size too."""
 FEWEST_SEEDS: Final = 3  # paired seeds below which no verdict is given
@@ -47,9 +41,7 @@ FEWEST_DOCUMENTS: Final = 10  # below it `Gap.bootstrap` is not to be shown: dra
 CONFIDENCE: Final = 0.95  # of every interval
 QUANTILES: Final = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)  # of a bootstrap, its interval
 
-_CELL: Final = ["size", "direction", "seed"]
 _ROUNDING: Final = 1e-12  # nats per token; gaps and spreads up to this size are floating-point dust
-_LARGEST: Final = 1e15  # of a sum over a document; beyond it doubles no longer hold every whole number
 _CHUNK: Final = 1_000_000  # documents drawn at a time by the bootstrap: about 30 MB at once
 
 
@@ -90,7 +82,7 @@ def gap(losses: pd.DataFrame, a: str, b: str, size: Size, resamples: int = 10_00
     A seed that only one direction has is left out and listed in `dropped_seeds`.
     """
     _check_resamples(resamples)
-    return _measure(_runs(losses), a, b, _plain_size(size), resamples, seed)
+    return _measure(loss_runs(losses), a, b, plain_size(size), resamples, seed)
 
 
 def gaps(losses: pd.DataFrame, resamples: int = 10_000, seed: int = 0, alpha: float = 0.05) -> list[Gap]:
@@ -112,12 +104,12 @@ def measured_pairs(losses: pd.DataFrame, resamples: int = 10_000, seed: int = 0)
     Raises `UserError` where the table itself is wrong, or has no two directions of one size.
     """
     _check_resamples(resamples)
-    runs = _runs(losses)
+    runs = loss_runs(losses)
     pairs = _pairs(runs)
     if not pairs:
         raise UserError(
             f"nothing to compare: no size has runs of two directions (directions found: "
-            f"{_listed({direction for cells in runs.values() for direction in cells})}); add runs of a second direction"
+            f"{listed({direction for cells in runs.values() for direction in cells})}); add runs of a second direction"
         )
     found, problems = [], []
     for size, a, b in pairs:
@@ -233,125 +225,6 @@ def crossed_bootstrap(difference_sd: FloatArray, tokens_d: FloatArray, resamples
 # From a table of losses to the runs in it
 
 
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """One run's losses by document, sorted by document id."""
-
-    name: str
-    documents: list[str]
-    nll_d: FloatArray
-    tokens_d: FloatArray
-    bytes_d: FloatArray
-
-
-_Runs = dict[Size, dict[str, dict[int, _Run]]]  # by size, direction, seed
-
-
-def _runs(losses: pd.DataFrame) -> _Runs:
-    """Check the table and sum the windows of each document."""
-    rows = _checked(losses)
-    _refuse_two_runs_in_a_cell(rows)
-    summed = rows.groupby([*_CELL, "run", "document"], sort=False)[["nll", "tokens", "bytes"]].sum()
-    summed = summed.reset_index().sort_values("document", ignore_index=True)
-    _refuse_empty_documents(summed)
-    column = {str(name): summed[name].to_numpy() for name in summed.columns}
-    runs: _Runs = {}
-    for of_run in summed.groupby(_CELL, sort=False).indices.values():
-        size, direction, seed, name = (column[key][of_run[0]] for key in (*_CELL, "run"))
-        run = _Run(name, list(column["document"][of_run]), *(column[key][of_run] for key in ("nll", "tokens", "bytes")))
-        if run.nll_d.sum() <= 0:
-            raise UserError(f"nll of run '{name}' does not sum to a positive loss: it must be -log p, in nats")
-        runs.setdefault(_plain_size(size), {}).setdefault(direction, {})[int(seed)] = run
-    return runs
-
-
-def _checked(losses: pd.DataFrame) -> pd.DataFrame:
-    """The table with plain types: names and document ids as text, numbers finite, not negative, in double precision."""
-    require_columns(losses, COLUMNS, "the losses")
-    if losses.empty:
-        raise UserError("the losses hold no rows: give a row for each run and document")
-    for name in ("run", "direction", "seed", "size", "document"):
-        blank = losses[name].isna().to_numpy()
-        if blank.any():
-            raise UserError(f"the losses' row {int(blank.argmax()) + 1} has no {name}: fill it in or leave the row out")
-    return pd.DataFrame(
-        {
-            "run": losses["run"].astype(str).to_numpy(),
-            "direction": losses["direction"].astype(str).to_numpy(),
-            "seed": _whole_seeds(losses),
-            "size": [_plain_size(size) for size in losses["size"]],
-            "document": losses["document"].astype(str).to_numpy(),
-        }
-        | {name: _finite(losses, name) for name in ("nll", "tokens", "bytes")}
-    )
-
-
-def require_columns(table: pd.DataFrame, needed: Sequence[str], rows: str) -> None:
-    """Raises `UserError` that names the first column that `rows`, the table in words, lack."""
-    missing = [name for name in needed if name not in table.columns]
-    if missing:
-        raise UserError(
-            f"{rows} lack column '{missing[0]}'{nearest(missing[0], map(str, table.columns))}; "
-            f"needed: {', '.join(needed)}"
-        )
-
-
-def _finite(losses: pd.DataFrame, name: str) -> FloatArray:
-    values = pd.to_numeric(losses[name], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    faults = {
-        "not a finite number": ~np.isfinite(values),
-        "which is negative": values < 0,
-        "more than any text can have": values > _LARGEST,
-    }
-    for fault, wrong in faults.items():
-        if wrong.any():
-            row = losses.iloc[int(wrong.argmax())]
-            raise UserError(
-                f"{name} of document '{row['document']}' in run '{row['run']}' is {row[name]}, {fault}: "
-                "evaluate that run again or leave it out"
-            )
-    return values
-
-
-def _whole_seeds(losses: pd.DataFrame) -> npt.NDArray[np.int64]:
-    seeds = pd.to_numeric(losses["seed"], errors="coerce")
-    values = seeds.to_numpy(dtype=np.float64, na_value=np.nan)
-    wrong = ~np.isfinite(values) | (values != np.rint(values))
-    if wrong.any():
-        row = losses.iloc[int(wrong.argmax())]
-        raise UserError(f"seed of run '{row['run']}' is {row['seed']}: seeds must be whole numbers")
-    return seeds.to_numpy(dtype=np.int64)
-
-
-def _plain_size(size: object) -> Size:
-    if isinstance(size, int | float | np.integer | np.floating) and float(size).is_integer():
-        return int(size)
-    return str(size)
-
-
-def _refuse_two_runs_in_a_cell(rows: pd.DataFrame) -> None:
-    cells = rows[[*_CELL, "run"]].drop_duplicates()
-    clashes = cells[cells.duplicated(_CELL, keep=False)]
-    if not clashes.empty:
-        first = clashes.iloc[0]
-        same = (clashes[_CELL] == first[_CELL]).all(axis=1)
-        raise UserError(
-            f"direction {first['direction']}, seed {first['seed']}, size {first['size']} has several runs: "
-            f"{_listed(clashes['run'][same])}; keep one of them"
-        )
-
-
-def _refuse_empty_documents(summed: pd.DataFrame) -> None:
-    for name in ("tokens", "bytes"):
-        empty = summed[summed[name] <= 0]
-        if not empty.empty:
-            first = empty.sort_values(["run", "document"]).iloc[0]
-            raise UserError(
-                f"document '{first['document']}' in run '{first['run']}' has {first[name]:g} {name} in all: "
-                "leave out documents without text"
-            )
-
-
 # From the runs to one gap
 
 
@@ -372,7 +245,7 @@ def _check_resamples(resamples: int) -> None:
         raise UserError(f"resamples is {resamples}: the bootstrap needs at least 1, and 10000 to be smooth")
 
 
-def _pairs(runs: _Runs) -> list[tuple[Size, str, str]]:
+def _pairs(runs: LossRuns) -> list[tuple[Size, str, str]]:
     """Every size and two of its directions."""
     return [
         (size, a, b)
@@ -387,7 +260,7 @@ def is_pair(size: Size, b: str) -> bool:
     return PER_DIRECTION not in str(size) or b == "bidirectional"
 
 
-def _measure(runs: _Runs, a: str, b: str, size: Size, resamples: int, seed: int) -> Gap:
+def _measure(runs: LossRuns, a: str, b: str, size: Size, resamples: int, seed: int) -> Gap:
     pair = _paired(runs, a, b, size)
     difference_sd = pair.nll_b_sd - pair.nll_a_sd
     tokens = pair.tokens_d.sum()
@@ -413,7 +286,7 @@ def _measure(runs: _Runs, a: str, b: str, size: Size, resamples: int, seed: int)
     )
 
 
-def _paired(runs: _Runs, a: str, b: str, size: Size) -> _Pair:
+def _paired(runs: LossRuns, a: str, b: str, size: Size) -> _Pair:
     """Pair the runs of two directions by seed and their losses by document."""
     runs_a, runs_b = _runs_of(runs, a, size), _runs_of(runs, b, size)
     if a == b:
@@ -421,7 +294,7 @@ def _paired(runs: _Runs, a: str, b: str, size: Size) -> _Pair:
     seeds = sorted(runs_a.keys() & runs_b.keys())
     if not seeds:
         raise UserError(
-            f"{a} (seeds {_listed(runs_a)}) and {b} (seeds {_listed(runs_b)}) share no seed at size {size}: "
+            f"{a} (seeds {listed(runs_a)}) and {b} (seeds {listed(runs_b)}) share no seed at size {size}: "
             "runs are paired by seed, so train both with the same seeds"
         )
     dropped = {
@@ -443,19 +316,19 @@ def _paired(runs: _Runs, a: str, b: str, size: Size) -> _Pair:
     )
 
 
-def _runs_of(runs: _Runs, direction: str, size: Size) -> dict[int, _Run]:
+def _runs_of(runs: LossRuns, direction: str, size: Size) -> dict[int, LossRun]:
     if size not in runs:
-        raise UserError(f"the losses have no size {size!r}; their sizes: {_listed(runs)}")
+        raise UserError(f"the losses have no size {size!r}; their sizes: {listed(runs)}")
     if direction not in runs[size]:
         known = runs[size]
         raise UserError(
             f"the losses have no direction '{direction}' at size {size}{nearest(direction, known)}; "
-            f"their directions: {_listed(known)}"
+            f"their directions: {listed(known)}"
         )
     return runs[size][direction]
 
 
-def _refuse_other_text(one: _Run, other: _Run) -> None:
+def _refuse_other_text(one: LossRun, other: LossRun) -> None:
     """Both runs must cover the same documents, with the same tokens and bytes."""
     if (
         one.documents == other.documents
@@ -472,7 +345,7 @@ def _refuse_other_text(one: _Run, other: _Run) -> None:
     )
 
 
-def _coverage(run: _Run) -> dict[str, str]:
+def _coverage(run: LossRun) -> dict[str, str]:
     """What a run covers of each document, in words."""
     return {
         document: f"has {tokens:.15g} tokens and {size:.15g} bytes of it"
@@ -496,18 +369,13 @@ def _with_verdict(g: Gap, p_adjusted: float, family: int, alpha: float) -> Gap:
 
 def _dropped_words(g: Gap) -> str:
     return "".join(
-        f"; dropped {'seed' if len(seeds) == 1 else 'seeds'} {_listed(seeds)} (only in {direction})"
+        f"; dropped {'seed' if len(seeds) == 1 else 'seeds'} {listed(seeds)} (only in {direction})"
         for direction, seeds in g.dropped_seeds.items()
     )
 
 
 def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _listed(items: Iterable[object]) -> str:
-    """Distinct items in a fixed order: 2, 10, a, b."""
-    return ", ".join(map(str, sorted(set(items), key=lambda item: (isinstance(item, str), item))))
 
 
 def direction_rank(direction: str) -> tuple[int, str]:

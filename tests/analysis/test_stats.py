@@ -17,19 +17,9 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from bwlm.analysis import stats
+from bwlm.analysis.loss_table import FloatArray
 from bwlm.analysis.power import t_test_power
-from bwlm.analysis.stats import (
-    FloatArray,
-    Gap,
-    Verdict,
-    crossed_bootstrap,
-    gap,
-    gaps,
-    holm,
-    judge,
-    noise_floor,
-    paired_t,
-)
+from bwlm.analysis.stats import Gap, Verdict, crossed_bootstrap, gap, gaps, holm, judge, noise_floor, paired_t
 from bwlm.errors import UserError
 
 Nll = Mapping[str, Mapping[int, Sequence[float]]]  # direction -> seed -> nll of each document

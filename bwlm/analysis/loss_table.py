@@ -1,0 +1,150 @@
+"""The table of losses that statistics take, checked, and its runs by size, direction and seed.
+
+A row per run and document (or per window of a document), with the columns `COLUMNS`; nll in nats, summed over the text
+tokens. Raises `UserError` that names the row, run or document at fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from bwlm.errors import UserError, nearest
+
+Size = int | str
+FloatArray = npt.NDArray[np.float64]
+
+COLUMNS: Final = ("run", "direction", "seed", "size", "document", "nll", "tokens", "bytes")
+_CELL: Final = ["size", "direction", "seed"]
+_LARGEST: Final = 1e15  # of a sum over a document; beyond it doubles no longer hold every whole number
+
+
+@dataclass(frozen=True, eq=False)
+class LossRun:
+    """One run's losses by document, sorted by document id."""
+
+    name: str
+    documents: list[str]
+    nll_d: FloatArray
+    tokens_d: FloatArray
+    bytes_d: FloatArray
+
+
+LossRuns = dict[Size, dict[str, dict[int, LossRun]]]  # by size, direction, seed
+
+
+def loss_runs(losses: pd.DataFrame) -> LossRuns:
+    """Check the table and sum the windows of each document."""
+    rows = _checked(losses)
+    _refuse_two_runs_in_a_cell(rows)
+    summed = rows.groupby([*_CELL, "run", "document"], sort=False)[["nll", "tokens", "bytes"]].sum()
+    summed = summed.reset_index().sort_values("document", ignore_index=True)
+    _refuse_empty_documents(summed)
+    column = {str(name): summed[name].to_numpy() for name in summed.columns}
+    runs: LossRuns = {}
+    for of_run in summed.groupby(_CELL, sort=False).indices.values():
+        size, direction, seed, name = (column[key][of_run[0]] for key in (*_CELL, "run"))
+        run = LossRun(
+            name, list(column["document"][of_run]), *(column[key][of_run] for key in ("nll", "tokens", "bytes"))
+        )
+        if run.nll_d.sum() <= 0:
+            raise UserError(f"nll of run '{name}' does not sum to a positive loss: it must be -log p, in nats")
+        runs.setdefault(plain_size(size), {}).setdefault(direction, {})[int(seed)] = run
+    return runs
+
+
+def _checked(losses: pd.DataFrame) -> pd.DataFrame:
+    """The table with plain types: names and document ids as text, numbers finite, not negative, in double precision."""
+    require_columns(losses, COLUMNS, "the losses")
+    if losses.empty:
+        raise UserError("the losses hold no rows: give a row for each run and document")
+    for name in ("run", "direction", "seed", "size", "document"):
+        blank = losses[name].isna().to_numpy()
+        if blank.any():
+            raise UserError(f"the losses' row {int(blank.argmax()) + 1} has no {name}: fill it in or leave the row out")
+    return pd.DataFrame(
+        {
+            "run": losses["run"].astype(str).to_numpy(),
+            "direction": losses["direction"].astype(str).to_numpy(),
+            "seed": _whole_seeds(losses),
+            "size": [plain_size(size) for size in losses["size"]],
+            "document": losses["document"].astype(str).to_numpy(),
+        }
+        | {name: _finite(losses, name) for name in ("nll", "tokens", "bytes")}
+    )
+
+
+def require_columns(table: pd.DataFrame, needed: Sequence[str], rows: str) -> None:
+    """Raises `UserError` that names the first column that `rows`, the table in words, lack."""
+    missing = [name for name in needed if name not in table.columns]
+    if missing:
+        raise UserError(
+            f"{rows} lack column '{missing[0]}'{nearest(missing[0], map(str, table.columns))}; "
+            f"needed: {', '.join(needed)}"
+        )
+
+
+def _finite(losses: pd.DataFrame, name: str) -> FloatArray:
+    values = pd.to_numeric(losses[name], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    faults = {
+        "not a finite number": ~np.isfinite(values),
+        "which is negative": values < 0,
+        "more than any text can have": values > _LARGEST,
+    }
+    for fault, wrong in faults.items():
+        if wrong.any():
+            row = losses.iloc[int(wrong.argmax())]
+            raise UserError(
+                f"{name} of document '{row['document']}' in run '{row['run']}' is {row[name]}, {fault}: "
+                "evaluate that run again or leave it out"
+            )
+    return values
+
+
+def _whole_seeds(losses: pd.DataFrame) -> npt.NDArray[np.int64]:
+    seeds = pd.to_numeric(losses["seed"], errors="coerce")
+    values = seeds.to_numpy(dtype=np.float64, na_value=np.nan)
+    wrong = ~np.isfinite(values) | (values != np.rint(values))
+    if wrong.any():
+        row = losses.iloc[int(wrong.argmax())]
+        raise UserError(f"seed of run '{row['run']}' is {row['seed']}: seeds must be whole numbers")
+    return seeds.to_numpy(dtype=np.int64)
+
+
+def plain_size(size: object) -> Size:
+    if isinstance(size, int | float | np.integer | np.floating) and float(size).is_integer():
+        return int(size)
+    return str(size)
+
+
+def _refuse_two_runs_in_a_cell(rows: pd.DataFrame) -> None:
+    cells = rows[[*_CELL, "run"]].drop_duplicates()
+    clashes = cells[cells.duplicated(_CELL, keep=False)]
+    if not clashes.empty:
+        first = clashes.iloc[0]
+        same = (clashes[_CELL] == first[_CELL]).all(axis=1)
+        raise UserError(
+            f"direction {first['direction']}, seed {first['seed']}, size {first['size']} has several runs: "
+            f"{listed(clashes['run'][same])}; keep one of them"
+        )
+
+
+def _refuse_empty_documents(summed: pd.DataFrame) -> None:
+    for name in ("tokens", "bytes"):
+        empty = summed[summed[name] <= 0]
+        if not empty.empty:
+            first = empty.sort_values(["run", "document"]).iloc[0]
+            raise UserError(
+                f"document '{first['document']}' in run '{first['run']}' has {first[name]:g} {name} in all: "
+                "leave out documents without text"
+            )
+
+
+def listed(items: Iterable[object]) -> str:
+    """Distinct items in a fixed order: 2, 10, a, b."""
+    return ", ".join(map(str, sorted(set(items), key=lambda item: (isinstance(item, str), item))))
