@@ -569,7 +569,7 @@ def test_a_grid_of_chains_is_told_by_what_each_phase_learns(tmp_path: Path) -> N
     journal.close()
     text, files = write(tmp_path, [*folders, rewarded])
     assert "mean reward 0.375 over the first 10 steps" in text
-    assert "`bwlm analyze rewards g_backward_d1_lr1_s0-rl`" in text
+    assert "`bwlm analyze rewards 'g_backward_d1_lr1_s*-rl'`" in text
     efficiency = text.split("## Learning efficiency")[1].split("## ")[0]
     assert "`bwlm analyze compare 'g_forward_d1_lr1_s*' g_backward_d1_lr1_s0 " in efficiency
     assert "-0.125" not in text
