@@ -14,9 +14,9 @@ from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder
 
 GRID = Path(__file__).parents[2] / "grids" / "arithmetic_rl.yaml"
-FIRST, LAST = 8, 16
+FIRST, LAST = 5, 10
 """Steps over which rewards are averaged at the beginning and at the end."""
-RISE = 0.05
+RISE = 0.08
 
 
 def rewards(folder: ExperimentFolder) -> tuple[float, float]:
