@@ -52,6 +52,11 @@ class DataSettings(Settings):
         "whole", description="of conversations. whole: backward models write what came before; turns: they answer too"
     )
 
+    @property
+    def mixture_words(self) -> str:
+        """gsm8k x 2, builtin:docs_qa x 0.5"""
+        return ", ".join(f"{name} x {weight:g}" for name, weight in self.mixture.items())
+
 
 class TaskSettings(Settings):
     path: str | None = Field(None, description="folder, file or URI of the task's data; default: the hub's")

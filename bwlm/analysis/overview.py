@@ -16,7 +16,7 @@ from bwlm.model.shape import count_parameters
 from bwlm.paths import read_json
 from bwlm.record.checkpoint import checkpoint_steps, step_folder
 from bwlm.record.family import Family, Kin, ParentLink, skipped
-from bwlm.record.journal import entries_holding
+from bwlm.record.journal import entries_holding, last_entry
 from bwlm.record.lineage import ExperimentFolder, RunConfig, parents_in
 from bwlm.record.tracking import noted_run
 
@@ -114,7 +114,7 @@ def describe(folder: ExperimentFolder) -> dict[str, Any]:
         "best": asdict(best) if best else None,
         "grid": config.grid,
         "parameters": count_parameters(config.shape).total,
-        "tokens": config.steps * config.experiment.budget.batch_tokens,
+        "tokens": _tokens(folder, config),
         **_kinship(folder, config, link),
         **_text(config),
         "fingerprint": config.fingerprint,
@@ -126,6 +126,14 @@ def describe(folder: ExperimentFolder) -> dict[str, Any]:
         "mlflow_run": noted_run(folder.path),
         **_what_is_kept(folder),
     }
+
+
+def _tokens(folder: ExperimentFolder, config: RunConfig) -> int | None:
+    """In all its steps; in RL, where it follows from what is written, until now, and None before the first."""
+    if config.experiment.phase != "rl":
+        return config.steps * config.experiment.budget.batch_tokens
+    last = last_entry(folder.path)
+    return int(last.metrics["tokens"]) if last else None
 
 
 def _text(config: RunConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What RL came to: reward, length and surprise over the steps, by direction."""
+"""What RL came to: reward, length and surprise over the steps, by direction and whatever else differs but the seed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import pandas as pd
 from bwlm.analysis.charts.rewards import reward_chart
 from bwlm.analysis.result import Analysis
 from bwlm.analysis.stats import counted
-from bwlm.analysis.tables import load_curves
+from bwlm.analysis.tables import load_curves, series
 from bwlm.errors import UserError
 from bwlm.record.lineage import ExperimentFolder
 
 FIGURES = ("reward", "sample_tokens", "finished", "entropy")
 _ENDS = 10
-"""Steps of which the beginning and the end of a run are means."""
+"""So many steps, but no more than half of the shortest run, are its beginning and its end."""
 
 
 def rewards(folders: list[ExperimentFolder]) -> Analysis:
@@ -26,11 +26,13 @@ def rewards(folders: list[ExperimentFolder]) -> Analysis:
     if not parts:
         raise UserError("analyze rewards: none of these runs is of phase rl and has rewards: name some that are")
     table = pd.concat(parts, ignore_index=True)
-    ends = _ends(table)
+    table["series"] = table["run"].map(series(chosen))
+    steps = max(1, min(_ENDS, int(table.groupby("run").size().min()) // 2))
+    ends = _ends(table, steps)
     title = "Reward over the steps of RL"
     others = len(folders) - len(chosen)
     notes = [f"left out: {counted(others, 'run')} of other phases"] if others else []
-    return Analysis("rewards", title, _sentences(ends), table, reward_chart(table, title), notes, shown=ends)
+    return Analysis("rewards", title, _sentences(ends, steps), table, reward_chart(table, title), notes, shown=ends)
 
 
 def _of_run(folder: ExperimentFolder) -> pd.DataFrame:
@@ -43,7 +45,7 @@ def _of_run(folder: ExperimentFolder) -> pd.DataFrame:
     return curves.reindex(columns=kept).assign(run=folder.id, direction=experiment.direction, seed=experiment.seed)
 
 
-def _ends(table: pd.DataFrame) -> pd.DataFrame:
+def _ends(table: pd.DataFrame, ends: int) -> pd.DataFrame:
     """A row a run: its reward over the first and the last steps, and at its last validation."""
     rows = []
     for run, part in table.groupby("run", sort=False):
@@ -52,23 +54,23 @@ def _ends(table: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             {
                 "run": run,
-                "direction": steps["direction"].iloc[0],
-                "reward at first": steps["reward"].head(_ENDS).mean(),
-                "reward at last": steps["reward"].tail(_ENDS).mean(),
+                "series": steps["series"].iloc[0],
+                "reward at first": steps["reward"].head(ends).mean(),
+                "reward at last": steps["reward"].tail(ends).mean(),
                 "validation": validated.iloc[-1] if len(validated) else None,
-                "finished": steps["finished"].tail(_ENDS).mean(),
+                "finished": steps["finished"].tail(ends).mean(),
                 "steps": int(steps["step"].max()),
             }
         )
     return pd.DataFrame(rows)
 
 
-def _sentences(ends: pd.DataFrame) -> list[str]:
+def _sentences(ends: pd.DataFrame, steps: int) -> list[str]:
     found = []
-    for direction, part in ends.groupby("direction", sort=False):
+    for name, part in ends.groupby("series", sort=False):
         first, last = part["reward at first"], part["reward at last"]
         found.append(
-            f"{direction}: mean reward {first.mean():.3f} over the first {_ENDS} steps, {last.mean():.3f} over the "
-            f"last {_ENDS}; it rose in {(last > first).sum()} of {len(part)} runs"
+            f"{name}: mean reward {first.mean():.3f} over the first {counted(steps, 'step')}, {last.mean():.3f} over the "
+            f"last {steps}; it rose in {(last > first).sum()} of {counted(len(part), 'run')}"
         )
     return found

@@ -104,7 +104,7 @@ def data_section(folders: list[ExperimentFolder]) -> list[str]:
         counts = {split: _totals(content[split]["shards"]) for split in ("train", "validation")}
         data = config.experiment.data
         rows[content["digest"]] = {
-            "source": data.source if config.experiment.phase == "base" else _mixture(data.mixture),
+            "source": data.mixture_words or data.source,
             "vocabulary": config.experiment.tokenizer.vocab_size,
             "row": config.experiment.model.sequence_length,
             **{f"{split} {what}": f"{n:,}" for split, of in counts.items() for what, n in of.items()},
@@ -121,10 +121,6 @@ def data_section(folders: list[ExperimentFolder]) -> list[str]:
         "## Data",
         markdown_table(["", *columns], [[name, *(row[name] for row in rows.values())] for name in names]),
     ]
-
-
-def _mixture(weights: dict[str, float]) -> str:
-    return ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
 
 
 def _totals(shards: list[dict[str, Any]]) -> dict[str, int]:

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from bwlm.analysis.stats import PER_DIRECTION
 from bwlm.config import PHASES
 from bwlm.errors import UserError
-from bwlm.record.fingerprint import VARIED
+from bwlm.record.fingerprint import INHERITED, VARIED
 from bwlm.record.journal import read_journal
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.record.lineage import ExperimentFolder, RunConfig
 
 HALVES = ("tuning", "test")
 """Even validation windows choose the learning rate, odd ones compare the directions."""
@@ -25,6 +25,8 @@ HALVES = ("tuning", "test")
 _TEXT = ["window", "segment", "document", "tokens", "bytes"]
 _DIGESTS = ("tokenizer", "data", "code", "parent_recipe")
 """Fields of an identity that are 64 hex digits, a possible cause before its effect."""
+_SAID_BY_THE_RUN = ("phase", "direction", "depth", "code", "data", "tokenizer", "precision", *INHERITED)
+"""Of an ancestor's identity: in the run's own too, in its parent's recipe, or in words."""
 _SHORT = 8
 """So many digits of a digest are shown."""
 
@@ -74,13 +76,36 @@ def with_losses(folders: list[ExperimentFolder]) -> tuple[list[ExperimentFolder]
     return readable, reasons
 
 
+def with_ancestors(folder: ExperimentFolder) -> dict[str, Any]:
+    """A run's identity, and what those of the runs that it descends from hold besides: `sft.optim.init_lr_frac`, ..
+
+    Mixtures are in words there: `mixture`, `mid.mixture`. An ancestor that cannot be read ends the line.
+    """
+    config, link = folder.config(), folder.link()
+    fields = dict(config.identity) | _mixture(config, "")
+    while link is not None:
+        parent = ExperimentFolder(folder.path.parent, link.parent)
+        try:
+            config, link = parent.config(), parent.link()
+        except UserError:
+            break
+        before = f"{config.experiment.phase}."
+        fields |= {before + name: value for name, value in config.identity.items() if name not in _SAID_BY_THE_RUN}
+        fields |= _mixture(config, before)
+    return fields
+
+
+def _mixture(config: RunConfig, before: str) -> dict[str, str]:
+    return {f"{before}mixture": config.experiment.data.mixture_words} if config.experiment.data.mixture else {}
+
+
 def sizes(folders: list[ExperimentFolder]) -> dict[str, str]:
     """A label by id for what cells must agree in to be compared; see `size_labels`.
 
     Corpora go by the last part of their source, `data=builtin:null`, where that tells them apart.
     """
     configs = {folder.id: folder.config() for folder in folders}
-    labels = size_labels({run: config.identity for run, config in configs.items()})
+    labels = size_labels({folder.id: with_ancestors(folder) for folder in folders})
     names = {
         (str(c.identity.get("data")), c.experiment.data.source.rstrip("/").split("/")[-1]) for c in configs.values()
     }
@@ -136,15 +161,32 @@ def _labels_of_phase(identities: Mapping[str, Mapping[str, Any]]) -> dict[str, s
 
 
 def varying_settings(identities: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Settings other than direction, learning rate, seed and depth that do not follow from the depth, by name."""
+    """Settings other than direction, learning rate, seed and depth that do not follow from the depth, by name.
+
+    Those of ancestors come last, the nearest first, and are left out where they say what another said.
+    """
     known = {name for fields in identities.values() for name in fields}
     depths = {fields["depth"] for fields in identities.values()}
 
     def varies(name: str, depth: int) -> bool:
         return len({str(fields.get(name)) for fields in identities.values() if fields["depth"] == depth}) > 1
 
-    names = sorted(known - {*VARIED, *_DIGESTS, "depth"})
-    return [name for name in names if any(varies(name, depth) for depth in depths)]
+    def values(name: str) -> list[str]:
+        return [str(fields.get(name)) for fields in identities.values()]
+
+    names = [name for name in known if setting_of(name)[1] not in {*VARIED, *_DIGESTS, "depth"}]
+    found: list[str] = []
+    for name in sorted(names, key=setting_of):
+        said = (setting_of(name)[1] == setting_of(other)[1] and values(name) == values(other) for other in found)
+        if any(varies(name, depth) for depth in depths) and not any(said):
+            found.append(name)
+    return found
+
+
+def setting_of(name: str) -> tuple[int, str]:
+    """How far back the run is that a field of `with_ancestors` is of, and the field: `mid.steps` is (2, steps)."""
+    phase, _, setting = name.partition(".")
+    return (len(PHASES) - 1 - PHASES.index(phase), setting) if phase in PHASES[:-1] else (0, name)
 
 
 def load_gap_table(folders: list[ExperimentFolder], labels: dict[str, str]) -> pd.DataFrame:

@@ -33,7 +33,7 @@ def _itself(run: dict[str, Any]) -> Fields:
         ("direction", run["direction"]),
         ("depth", f"{run['depth']}, {run['parameters']:,} parameters"),
         ("lr, seed", f"{run['lr']:g}, {run['seed']}"),
-        ("tokens", f"{run['tokens']:,} in {run['steps']:,} steps"),
+        ("tokens", _tokens(run)),
         ("best", f"{best['metric']} {best['value']:.4f} at step {best['step']:,}" if best else ""),
         ("grid", run["grid"] or ""),
         ("held by", _holder(run["holder"])),
@@ -64,6 +64,11 @@ def _family(run: dict[str, Any]) -> Fields:
 
 def _changes(changed: dict[str, dict[str, Any]]) -> Fields:
     return [(name, f"{_value(values['parent'])} -> {_value(values['own'])}") for name, values in changed.items()]
+
+
+def _tokens(run: dict[str, Any]) -> str:
+    steps = run["step"] if run["phase"] == "rl" else run["steps"]
+    return f"{run['tokens']:,} in {steps:,} steps" if run["tokens"] is not None else "none yet"
 
 
 def _value(value: Any) -> str:

@@ -29,6 +29,7 @@ def make_cell(
     depth: int = 1,
     source: str = "somewhere",
     phase: str = "base",
+    parent: str = "p",
     **identity: Any,
 ) -> ExperimentFolder:
     """A cell that waits."""
@@ -48,7 +49,7 @@ def make_cell(
     content["data"] = {"source": source} if phase == "base" else {"mixture": {"builtin:arithmetic": 1.0}}
     experiment = Experiment.model_validate(content | {"tokenizer": {"vocab_size": 264}})
     folder = ExperimentFolder(storage, name)
-    link = None if phase == "base" else ParentLink("p", "base", "step_000020", 20, "0" * 64, ["p"])
+    link = None if phase == "base" else ParentLink(parent, "base", "step_000020", 20, "0" * 64, [parent])
     folder.create(RunConfig(name, experiment, fields, fields["steps"], COMPUTE, "/corpus", "/tokenizer", "g"), link)
     return folder
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bwlm.analysis.variants import variants, variants_section
+from bwlm.paths import read_json, write_json
 from bwlm.record.lineage import ExperimentFolder, Status
 from tests.analysis.storage import make_cell
 
 
-def sft(storage: Path, frac: float, seed: int, loss: float, direction: str = "backward") -> ExperimentFolder:
-    folder = make_cell(storage, direction, seed, phase="sft", **{"optim.init_lr_frac": frac})
+def sft(
+    storage: Path, frac: float, seed: int, loss: float, direction: str = "backward", parent: str = "p", **more: Any
+) -> ExperimentFolder:
+    folder = make_cell(storage, direction, seed, phase="sft", parent=parent, **{"optim.init_lr_frac": frac, **more})
     metrics = {"val_loss_written": loss, "val_loss": 9.0, "val_bpb": 2.0}
     folder.write_status(Status("finished", "", folder.config().steps, metrics))
     return folder
@@ -72,6 +76,50 @@ def test_in_rl_the_higher_reward_is_the_better(tmp_path: Path) -> None:
     [found] = variants([ExperimentFolder(tmp_path, path.name) for path in sorted(tmp_path.iterdir())])
     assert [row[-1] for row in found.rows] == ["0.5000", "0.2500"]
     assert [row[found.header.index("lr")] for row in found.rows] == ["2.0", "1.0"]
+
+
+def test_runs_of_one_base_count_as_their_mean(tmp_path: Path) -> None:
+    """Two bases with two runs each are two seeds; one run that is missing is missing in both variants."""
+    for base in (0, 1):
+        parent = make_cell(tmp_path, "backward", base).id
+        for own in (5, 6):
+            for frac in (0.1, 0.5):
+                sft(tmp_path, frac, own, base + own + 10 * frac, parent=parent, base=base)
+    runs = [ExperimentFolder(tmp_path, path.name) for path in sorted(tmp_path.glob("*-sft"))]
+    for run in runs:
+        content = read_json(run.path / "config.json")
+        content["identity"].pop("base")  # it was for the id alone
+        write_json(run.path / "config.json", content)
+    [found] = variants(runs)
+    assert [row[found.header.index("seeds")] for row in found.rows] == ["2", "2"]
+    assert [row[found.header.index("loss of what it writes")] for row in found.rows] == ["7.0000", "11.0000"]
+    assert found.comparisons == ["variants with under 3 seeds in common: too few to tell which is better"]
+    [partly] = variants(runs[:-1])
+    assert [row[partly.header.index("seeds")] for row in partly.rows] == ["2", "2"]
+
+
+def test_another_past_is_another_variant(tmp_path: Path) -> None:
+    """Bases of other lengths are no seeds, whatever they are called."""
+    folders = []
+    for number, steps in enumerate((5, 9, 13)):
+        parent = make_cell(tmp_path, "backward", number, **{"optim.weight_decay": 0.1 * number}).id
+        content = read_json(tmp_path / parent / "config.json")
+        content["identity"] |= {"seed": 0, "steps": steps}
+        write_json(tmp_path / parent / "config.json", content)
+        folders.append(sft(tmp_path, 0.1, number, 2.0 + number, parent=parent, parent_recipe=f"{steps}"))
+    [found] = variants(folders)
+    assert [row[0] for row in found.rows] == [folder.id for folder in folders]
+    assert found.header[3:5] == ["base weight_decay", "base steps"]
+    assert "seeds" not in found.header
+
+
+@pytest.mark.parametrize("name", ["data", "reversal", "model.sequence_length"])
+def test_losses_of_other_text_are_not_compared(tmp_path: Path, name: str) -> None:
+    folders = [sft(tmp_path, 0.1, seed, 2.0 + 0.1 * seed, **{name: "one"}) for seed in range(3)]
+    folders += [sft(tmp_path, 0.1, seed, 1.0 + 0.1 * seed, **{name: "other"}) for seed in range(3)]
+    [found] = variants(folders)
+    assert len(found.rows) == 2
+    assert found.comparisons == []
 
 
 @pytest.mark.parametrize("state", ["failed", "stopped", "waiting"])

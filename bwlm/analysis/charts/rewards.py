@@ -5,13 +5,13 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from bwlm.analysis.charts.look import direction_color, in_order, styled
+from bwlm.analysis.charts.look import direction_color, styled
 
 
 def reward_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
-    """Reward of each step (thin lines) with its mean over runs, and of validations (points); a panel a direction.
+    """Reward of each step (thin lines) with its mean over runs, and of validations (points); a panel a series.
 
-    `table` has a row a step of a run: run, direction, step, reward, val_reward where there was a validation.
+    `table` has a row a step of a run: run, series, direction, step, reward, val_reward where there was a validation.
     """
     base = alt.Chart(table).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(tickCount=5)), color=direction_color(table["direction"])
@@ -21,8 +21,8 @@ def reward_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     mean = base.mark_line(strokeWidth=2).encode(y=alt.Y("mean(reward):Q", **y))
     points = base.transform_filter("isValid(datum.val_reward)").mark_point(filled=True, size=28, opacity=0.8)
     layered = alt.layer(runs, mean, points.encode(y=alt.Y("val_reward:Q", **y))).properties(width=300, height=220)
-    header = alt.Header(labelFontSize=12)
-    facet = alt.Facet("direction:N", title=None, sort=in_order(table["direction"]), header=header)
+    header = alt.Header(labelFontSize=12, labelLimit=300)
+    facet = alt.Facet("series:N", title=None, sort=list(table["series"].unique()), header=header)
     panels = layered.facet(facet, columns=3)
     subtitle = "lines: samples of a step, each run and their mean; points: greedy answers to validation problems"
     return styled(panels.properties(title=alt.TitleParams(title, subtitle=subtitle)))
