@@ -220,7 +220,7 @@ def written_settings(content: Mapping[str, Any], section: str = "") -> list[str]
     written = []
     for name, value in content.items():
         field = f"{section}{name}"
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and all(map(str.isidentifier, value)):
             written += written_settings(value, f"{field}.")
         else:
             is_plain = isinstance(value, str) and _PLAIN.fullmatch(value) and parse_setting(f"f={value}")[1] == value

@@ -28,9 +28,11 @@ def baseline_section(folder: ExperimentFolder) -> list[str]:
         found = gap_to_forward(folder)
     except UserError as error:
         return [title, f"Nothing yet: {error}."]
+    grid = folder.config().grid
+    family = [f"The report of its grid, {grid}, judges all pairs together: quote that verdict."] if grid else []
     sentence = gap_sentence(found)
     table = markdown_table(GAP_HEADER, [gap_columns(found)])
-    return [title, f"{sentence[0].upper()}{sentence[1:]}.", table, _READING]
+    return [title, f"{sentence[0].upper()}{sentence[1:]}.", *family, table, _READING]
 
 
 def gap_to_forward(folder: ExperimentFolder) -> Gap:
@@ -54,6 +56,7 @@ def gap_to_forward(folder: ExperimentFolder) -> Gap:
         raise UserError(
             f"no finished forward run with these settings and seed {own.experiment.seed} lies in {folder.path.parent}: "
             "train it with `--direction forward` and all else as below"
+            + ("" if own.experiment.phase == "base" else ", from a forward parent that was made as this one's")
         )
     table = load_gap_table(runs, sizes(runs))
     test = table[table["half"].eq("test")].drop(columns="half")

@@ -81,7 +81,7 @@ def _grid_sections(
     parts = [
         *variants_section(folders),
         *controls_section(folders, findings),
-        *audit_section(folders),
+        *audit_section(compared),
         *configuration_section(folders),
         *data_section(folders),
     ]
@@ -126,7 +126,7 @@ def write_experiment_report(folder: ExperimentFolder, insides: bool = True) -> l
             *learnt,
             _lineage(folder),
             *data_section([folder]),
-            *audit_section(comparable(folder), of=folder),
+            *(audit_section(comparable(folder), of=folder) if config.experiment.phase in COMPARED_PHASES else []),
             *more,
             *cost_section([folder]),
             f"## Settings\n\nFingerprint `{config.fingerprint}`.\n\n{settings}",
@@ -147,7 +147,7 @@ def _learning(folder: ExperimentFolder) -> tuple[list[str], list[Path]]:
 def _lineage(folder: ExperimentFolder) -> str:
     config, parent = folder.config(), folder.parent()
     of_grid = f", a cell of the grid {config.grid}" if config.grid else ""
-    return f"## Lineage\n\nA {config.experiment.phase} run{of_grid}; parent: {parent or 'none'}."
+    return f"## Lineage\n\nPhase {config.experiment.phase}{of_grid}; parent: {parent or 'none'}."
 
 
 def _grid_command(storage: Path, name: str) -> str:
@@ -166,10 +166,11 @@ def _command(folder: ExperimentFolder) -> str:
 def train_command(run: str, experiment: Experiment) -> str:
     """`bwlm train` with every setting that is not its default, but where and with how many workers it ran."""
     words = ["bwlm", "train", "--id", run]
-    for flag in ("phase", "direction", "depth", "lr", "seed"):
-        words += [f"--{flag}", str(getattr(experiment, flag))]
+    for flag in ("phase", "parent", "direction", "depth", "lr", "seed"):
+        if (value := getattr(experiment, flag)) is not None:
+            words += [f"--{flag}", str(value)]
     sections = {name for name, value in experiment if isinstance(value, BaseModel)} - {"resources"}
-    given = experiment.model_dump(include=sections, exclude_defaults=True)
+    given = experiment.model_dump(include=sections | {"tasks", "differs"}, exclude_defaults=True)
     return shlex.join([*words, *(word for setting in written_settings(given) for word in ("--set", setting))])
 
 
@@ -186,8 +187,9 @@ def left_behind_words(runs: list[str]) -> list[str]:
 
 def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings, others: list[str]) -> str:
     cells = [load_cell(folder) for folder in folders]
-    parts = [f"# {name}: which way should a language model read?"]
-    parts += ["## Verdict"]
+    own_text = bool(cells) and not any(cell.phase in COMPARED_PHASES for cell in cells)
+    parts = [f"# {name}" if own_text else f"# {name}: which way should a language model read?", "## Verdict"]
+    parts += [_OWN_TEXT] if own_text else []
     if findings.gaps:
         parts += ["\n".join(map(gap_line, findings.gaps, findings.windows))]
         parts += [markdown_table(GAP_HEADER, [gap_columns(found) for found in findings.gaps])]
@@ -197,7 +199,7 @@ def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings, o
             f"Every document's loss lies beside this report: `bwlm analyze gap --from {LOSSES}` judges them again."
         ]
     parts += left_behind_words(others)
-    if not findings.best and not findings.not_compared:
+    if not findings.best and not findings.not_compared and not own_text:
         reason = "no learning rate finished at every seed" if findings.excluded else "no cell has finished yet"
         parts += [f"None: {reason}."]
     if findings.not_compared:
@@ -228,6 +230,10 @@ direction."""
 
 _CURVES = """Lines are smoothed training losses of single runs, points their validation losses (own reading); in SFT
 both are of what a direction writes."""
+
+
+_OWN_TEXT = """None between directions: in SFT and RL each learns to write text of its own. What variants of one
+direction came to follows below."""
 
 
 _CHOICE = """Chosen for each direction by the mean over seeds on the tuning half (even validation windows); the verdict

@@ -69,8 +69,7 @@ def _sentences(ends: pd.DataFrame, steps: int) -> list[str]:
     found = []
     for name, part in ends.groupby("series", sort=False):
         first, last = part["reward at first"], part["reward at last"]
-        found.append(
-            f"{name}: mean reward {first.mean():.3f} over the first {counted(steps, 'step')}, {last.mean():.3f} over the "
-            f"last {steps}; it rose in {(last > first).sum()} of {counted(len(part), 'run')}"
-        )
+        told = f"{first.mean():.3f} over the first {counted(steps, 'step')}, {last.mean():.3f} over the last {steps}"
+        rose = f"it rose in {(last > first).sum()} of {counted(len(part), 'run')}"
+        found.append(f"{name}: mean reward {told}; {rose}")
     return found

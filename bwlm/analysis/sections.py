@@ -65,7 +65,10 @@ def analysis_sections(
         try:
             found = analyse(folders)
         except UserError as error:
-            parts.append(f"Nothing yet ({error}); once there is, {again} makes it.")
+            ended = bool(folders) and all(folder.status().ended for folder in folders)
+            first, *others = str(error).split("; ")
+            told = first + (f", and {len(others)} more like it" if others else "")
+            parts.append(f"Nothing: {told}." if ended else f"Nothing yet ({told}); once there is, {again} makes it.")
             continue
         pictures.append(home / f"{command}.svg")
         found.write(pictures[-1])
@@ -88,8 +91,8 @@ def configuration_section(folders: list[ExperimentFolder]) -> list[str]:
     names = sorted({name for fields in identities for name in fields})
     rows = [(name, ", ".join(dict.fromkeys(str(fields.get(name, "–")) for fields in identities))) for name in names]
     grid = folders[0].config().grid if folders else None
-    phases = " and ".join(dict.fromkeys(folder.config().experiment.phase for folder in folders))
-    lineage = counted(len(folders), f"{phases} run") + (f", children of the MLflow run {grid}" if grid else "")
+    phases = ", ".join(dict.fromkeys(folder.config().experiment.phase for folder in folders))
+    lineage = f"{counted(len(folders), 'run')} ({phases})" + (f", children of the MLflow run {grid}" if grid else "")
     return ["## Configuration and lineage", f"{lineage}.", markdown_table(["setting", "values"], rows)]
 
 

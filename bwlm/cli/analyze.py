@@ -95,14 +95,18 @@ def gap(
 
 def _gaps_of_runs(runs: list[str], storage: str | None) -> tuple[list[Gap], list[str]]:
     from bwlm.analysis.audit import audit
-    from bwlm.analysis.findings import find
+    from bwlm.analysis.findings import COMPARED_PHASES, find
     from bwlm.analysis.select import begun, choose
+    from bwlm.analysis.stats import counted
     from bwlm.paths import storage_root
 
     chosen, left_out = choose(storage_root(storage), runs)
     folders, notes = begun(chosen, left_out)
     findings = find(chosen)  # a rate with a cell that has not begun cannot be the best one yet
-    notes += [*audit(folders).refused, *findings.skipped, *findings.at_edge]
+    compared = [folder for folder in folders if folder.config().experiment.phase in COMPARED_PHASES]
+    if others := len(folders) - len(compared):
+        notes.append(f"{counted(others, 'run')} of SFT or RL: each direction writes text of its own there")
+    notes += [*audit(compared).refused, *findings.skipped, *findings.at_edge]
     if not findings.gaps:
         raise UserError("; ".join(["no pair of directions could be compared", *notes]))
     return findings.gaps, notes

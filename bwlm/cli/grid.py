@@ -55,6 +55,10 @@ def grid_plan(
     if seed_noise is not None and not 0 < seed_noise < math.inf:
         raise UserError(f"--seed-noise: {seed_noise} is not a positive number of nats per token")
     plan, root = _load(grid, set_, storage)
+    from bwlm.grid.texts import check_sources
+
+    for cell in plan.cells:
+        check_sources(cell.experiment)
     from bwlm.grid.detectable import detectable, detectable_words  # scipy takes a second: a mistake is told before
     from bwlm.grid.progress import si
 
@@ -67,7 +71,7 @@ def grid_plan(
     header = ["cell", "params", "tokens", "FLOPs", "log (bytes)", "state", "reason"]
     show(table(header, rows, f"{plan.name}: {len(cells)} cells"))
     total = sum(c["flops"] for c in cells)
-    left = sum(c["flops"] for c in cells if c["state"] not in ("finished", "failed"))
+    left = sum(c["flops"] for c in cells if c["state"] not in ("finished", "failed") and c["reason"] != _STOPPED_ABOVE)
     show(f"{si(total)} FLOPs in all, {si(left)} to do; storage {root}")
     show(detectable_words(seen))
     return None
@@ -119,18 +123,23 @@ def grid_schema() -> None:
     print_json(Grid.model_json_schema())
 
 
+_STOPPED_ABOVE = "what it begins from was stopped early"
+
+
 def _status_document(plan: Plan, root: Path) -> dict[str, Any]:
-    from bwlm.grid.cells import find_cells
+    from bwlm.grid.cells import find_cells, without_parent
     from bwlm.record.logsize import bytes_of_log
 
+    planned = find_cells(plan, root)
+    out = without_parent(planned)
     cells = [
         {
             "id": p.cell.id, "params": p.cell.parameters, "tokens": p.cell.tokens, "flops": p.cell.flops,
             "log_bytes": bytes_of_log(p.cell.experiment, p.cell.shape, p.cell.steps),
-            "state": p.status.state, "reason": _reason(p), "step": p.status.step, "steps": p.cell.steps,
-            "metrics": p.status.metrics,
+            "state": p.status.state, "reason": _STOPPED_ABOVE if p.cell.id in out else _reason(p),
+            "step": p.status.step, "steps": p.cell.steps, "metrics": p.status.metrics,
         }
-        for p in find_cells(plan, root)
+        for p in planned
     ]  # fmt: skip
     return {"grid": plan.name, "cells": cells}
 

@@ -36,17 +36,20 @@ def find_cells(plan: Plan, storage: Path) -> list[PlannedCell]:
 
 
 def waiting_cells(planned: list[PlannedCell]) -> int:
-    """How many could not begin; not those of a parent that was stopped early, which nobody meant to go on from.
+    """How many could not begin; not those of a parent that was stopped early."""
+    out = without_parent(planned)
+    return sum(not one.folder.exists() and one.cell.id not in out for one in planned)
 
-    Parents stand before their children.
-    """
-    out, waiting = set[str](), 0
-    for one in planned:
-        if one.cell.experiment.parent in out or (one.is_done and one.status.state == "stopped"):
+
+def without_parent(planned: list[PlannedCell]) -> set[str]:
+    """Those that descend from a cell that was stopped early, which nobody means to go on from."""
+    stopped, out = set[str](), set[str]()
+    for one in planned:  # parents stand before their children
+        if one.cell.experiment.parent in stopped | out:
             out.add(one.cell.id)
-        elif not one.folder.exists():
-            waiting += 1
-    return waiting
+        elif one.is_done and one.status.state == "stopped":
+            stopped.add(one.cell.id)
+    return out
 
 
 def _find_cell(cell: Cell, folder: ExperimentFolder) -> PlannedCell:

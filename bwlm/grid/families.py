@@ -56,8 +56,11 @@ class Family:
         run = content.get("parent")
         if not isinstance(run, str):
             raise UserError(f"{document.where('parent')}: missing: name the run that {phase} begins from")
-        parent = open_finished(self.storage, run).config().experiment
-        check_order(phase, run, parent.phase)
+        try:
+            parent = open_finished(self.storage, run).config().experiment
+            check_order(phase, run, parent.phase)
+        except UserError as error:
+            raise UserError(f"{document.where('parent')}: {str(error).removeprefix('parent: ')}") from None
         return resolve_experiment(inherit(with_defaults(content, phase), run, parent, document), document)
 
     def cells(self, first: Experiment, name: str, content: dict[str, Any], document: Document) -> Iterator[Cell]:

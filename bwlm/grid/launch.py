@@ -82,6 +82,8 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None]) -> LaunchRe
                 runs = _enlist(cells, storage, tracking, grid_run)
             if not plan.is_grid:
                 _introduce(cells[0].planned, show)
+            elif len(part.cells) < len(plan.cells):
+                show(f"{part.cells[0].experiment.phase}: {counted(len(part.cells), 'cell')} of {len(plan.cells)}")
             train_cells(
                 part, [cell.planned for cell in cells], room.concurrency, storage, tracking, grid_run or runs[0]
             )

@@ -294,6 +294,9 @@ def readable(folders: Iterable[ExperimentFolder]) -> tuple[list[ExperimentFolder
     """The experiments whose records can be read, and of each other why not: one must not hide the rest."""
     found, reasons = [], []
     for folder in folders:
+        if not folder.path.exists():
+            reasons.append(f"{folder.id} is left out: it has not begun")
+            continue
         try:
             folder.config()
             folder.status()

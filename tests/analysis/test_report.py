@@ -23,7 +23,9 @@ from bwlm.analysis.report import LOSSES, PAGE, REPORT, train_command, write_expe
 from bwlm.analysis.result import frame_to_markdown, markdown_table
 from bwlm.analysis.sections import cost_section
 from bwlm.analysis.verdict import GAP_HEADER, gap_columns
+from bwlm.cli.analyze import _gaps_of_runs
 from bwlm.config import ResourceSettings
+from bwlm.errors import UserError
 from bwlm.grid.plan import plan_experiment
 from bwlm.paths import read_json
 from bwlm.record.journal import Journal
@@ -116,10 +118,12 @@ def test_the_report_gives_verdicts_in_words(written: tuple[str, list[Path]]) -> 
     charts = {"curves.svg", "curves.html", "gaps.svg", "gaps.html", "compare.svg", "transfer.svg"}
     assert {file.name for file in files} == {REPORT, PAGE, LOSSES, *charts}
     assert all(f"({name})" in text for name in charts)
-    # the hand-made cells have no research log: each section says what makes it
-    for command in ("positions", "gradients", "activations", "representations"):
-        assert re.search(
-            rf"Nothing yet \(.*no such file.*\); once there is, `bwlm analyze {command} 'g_forward_d1_lr1_s\*' ", text
+    # the hand-made cells have no research log, and have ended
+    for title in ("Where the loss lies", "Gradients", "Activations", "Representations and attention"):
+        section = re.search(rf"## {title}\n\n(.*)\n", text)
+        assert section, title
+        assert re.fullmatch(
+            r"Nothing: .*no such file: this run kept no research log, and \d+ more like it\.", section[1]
         )
 
 
@@ -568,7 +572,7 @@ def test_a_grid_of_chains_is_told_by_what_each_phase_learns(tmp_path: Path) -> N
         journal.append(step, {"train_loss": -0.125, "reward": reward, "tokens": step, "flops": 1, "step_seconds": 1.0})
     journal.close()
     text, files = write(tmp_path, [*folders, rewarded])
-    assert "mean reward 0.375 over the first 10 steps" in text
+    assert "mean reward 0.250 over the first 1 step, 0.500 over the last 1; it rose in 1 of 1 run" in text
     assert "`bwlm analyze rewards 'g_backward_d1_lr1_s*-rl'`" in text
     efficiency = text.split("## Learning efficiency")[1].split("## ")[0]
     assert "`bwlm analyze compare 'g_forward_d1_lr1_s*' g_backward_d1_lr1_s0 " in efficiency
@@ -590,3 +594,17 @@ def test_a_run_of_rl_is_told_by_its_rewards(tmp_path: Path) -> None:
     assert "![learning curve]" not in text
     assert "## Learning efficiency" not in text
     assert "Not compared: in rl each direction learns to write text of its own." in text
+
+
+def test_a_grid_without_base_and_mid_says_that_directions_are_not_compared(tmp_path: Path) -> None:
+    folders = [make_cell(tmp_path, direction, phase="sft") for direction in ("forward", "backward")]
+    for folder in folders:
+        folder.write_status(Status("finished", "", 20, {"val_loss": 3.0, "val_bpb": 1.0, "val_loss_written": 2.0}))
+    text, _ = write(tmp_path, folders)
+    assert text.startswith("# g\n\n## Verdict\n\nNone between directions: in SFT and RL each learns to write text of")
+    assert "no cell has finished" not in text
+    assert "No pair of runs of two directions" in text.split("## Audit")[1]
+    with pytest.raises(
+        UserError, match="could be compared; 2 runs of SFT or RL: each direction writes text of its own"
+    ):
+        _gaps_of_runs([folder.id for folder in folders], str(tmp_path))

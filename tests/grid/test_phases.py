@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from datetime import date
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bwlm.analysis.report import train_command
 from bwlm.config import Experiment
 from bwlm.errors import UserError
 from bwlm.grid.cells import find_cells, waiting_cells
@@ -149,6 +151,24 @@ def test_another_direction_or_reversal_can_be_meant(new_family: NewFamily, tmp_p
     assert reversals == ["turns", "turns", "whole"]
 
 
+def test_a_run_past_base_is_repeated_by_its_command(new_family: NewFamily, tmp_path: Path) -> None:
+    """With its parent, what was changed on purpose, its tasks and mixture."""
+    new_family("forward")
+    settings = [
+        "differs=[direction]", 'data.mixture={"builtin:arithmetic": 2.0, "gsm8k": 0.5, "a b/c.jsonl": 1}',
+        "tasks.gsm8k.path=/a/gsm8k", "optim.init_lr_frac=0.25", "budget.steps=7", "data.reversal=turns",
+    ]  # fmt: skip
+    [cell] = chain("sft", *settings, parent="forward", direction="bidirectional", storage=tmp_path, name="s").cells
+    words = shlex.split(train_command("s", cell.experiment))
+    given = [word for at, word in enumerate(words) if words[at - 1] == "--set"]
+    flags = {word.removeprefix("--"): words[at + 1] for at, word in enumerate(words) if word.startswith("--")}
+    flags |= {name: read(flags[name]) for name, read in (("depth", int), ("lr", float), ("seed", int))}
+    own = {name: value for name, value in flags.items() if name not in ("id", "set")}
+    [again] = plan_experiment(own, given, "s", str(tmp_path)).cells
+    assert again.experiment.model_dump(exclude={"resources"}) == cell.experiment.model_dump(exclude={"resources"})
+    assert flags["parent"] == "forward"
+
+
 NOT_MEANT = "leave it out, or set differs=["
 
 
@@ -211,7 +231,7 @@ def test_a_chain_that_cannot_be_is_told_in_one_line(phase: str, settings: list[s
     ("phase", "flags", "told"),
     [
         ("sft", {}, "parent: missing: name the run that sft begins from"),
-        ("sft", {"parent": "backwrd"}, "backwrd: no such experiment in "),
+        ("sft", {"parent": "backwrd"}, "--parent: backwrd: no such experiment in "),
         ("sft", {"parent": "backwrd"}, "(did you mean 'backward'?); see: bwlm runs list"),
         ("rl", {"parent": "backward"}, "parent: backward is of phase base, but rl begins from sft"),
         ("base", {"parent": "backward", "direction": "forward", "depth": 1}, "--parent: a base run has none"),
@@ -422,7 +442,7 @@ def test_phases_can_follow_a_parent_that_is_there(new_family: NewFamily, tmp_pat
         ("phases: {sft: {}, rl: {}}", "512 tokens are too few for 1 x rl.samples=16 of rl.new_tokens=64: take"),
         ("phase: sft", "parent: missing: name the run that sft begins from"),
         ("phase: sfft", "g.yaml:6: phase: 'sfft' is not one of 'base', 'mid', 'sft' or 'rl' (did you mean 'sft'?)"),
-        ("phase: sft\nparent: nobody", "nobody: no such experiment in "),
+        ("phase: sft\nparent: nobody", "parent: nobody: no such experiment in "),
         ("phase: sft\nphases: {mid: {}}", "g.yaml:7: phases: mid cannot follow sft: it begins from base"),
         ("parent: nobody", "g.yaml:6: parent: a base run has none"),
         ("data: {mixture: {gsm8k: 1.0}}", "g.yaml:6: data.mixture: a base run reads documents"),
