@@ -172,13 +172,16 @@ def test_a_file_that_is_not_there_is_told_before_the_base_is_trained(shell: Shel
 
 
 def test_children_wait_for_a_parent_that_has_not_finished(shell: Shell, train: Train) -> None:
-    """They are named, and nothing is made of them; the report is of what there is. Once it has, branches begin."""
+    """They are named, and nothing is made of them; the report is of what there is. Once it has, branches begin.
+
+    Who was stopped early has no children: nothing is missing, and that is no failure.
+    """
     assert train("base", "talk-base").code == 0
     finished = ExperimentFolder(shell.storage, "talk-base").status()
     ExperimentFolder(shell.storage, "talk-base").write_status(Status("stopped", "by the scheduler at step 2", 2))
     before = left_in(shell.storage)
     answer = train("base,sft,rl", "talk")
-    assert answer.code == 1
+    assert answer.code == 0
     assert "talk-sft is not trained: its parent talk-base is stopped\n" in answer.err
     assert "talk-rl is not trained: its parent talk-sft is waiting\n" in answer.err
     assert f"report     {shell.storage / 'talk-base' / 'RESEARCH_REPORT.md'}\n" in answer.out
