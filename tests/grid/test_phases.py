@@ -487,6 +487,21 @@ def cells_of(shell: Shell, *arguments: str) -> list[dict[str, Any]]:
     return list(shell.json("grid", *arguments)["cells"])
 
 
+@pytest.mark.parametrize(
+    ("phases", "told"),
+    [
+        ("{sft: {data: {mixture: {gsm9k: 1}}}}", "(did you mean 'gsm8k'?)"),
+        (
+            "{sft: {}, rl: {rl: {samples: 2, new_tokens: 4}, data: {mixture: {'builtin:docs_qa': 1}}}}",
+            "data.mixture: builtin:docs_qa: nothing says what an answer of it is worth",
+        ),
+    ],
+)
+def test_a_plan_refuses_what_the_run_would(shell: Shell, phases: str, told: str) -> None:
+    (shell.folder / "g.yaml").write_text(f"{GRID}phases: {phases}\n")
+    check_mistake(shell("grid", "plan", "g.yaml"), told)
+
+
 def test_grid_plan_and_status_show_every_phase(shell: Shell) -> None:
     path = shell.file(GRID + FAMILY)
     planned = cells_of(shell, "plan", path)
