@@ -1,0 +1,98 @@
+"""`bwlm eval`: texts cost a model what its own validation said, in both readings, and nobody else's model is taken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from bwlm.evaluate.load import load_model
+from bwlm.evaluate.texts import TextLoss, evaluate_texts
+from bwlm.paths import read_json
+from bwlm.record.lineage import ExperimentFolder, Status
+from bwlm.train.run import run_phase
+from bwlm.train.session import AloneSession
+from tests.runs import NewChild, NewFamily, in_process
+from tests.shell import Shell, check_mistake
+from tests.shell import shell as shell
+
+BOTH = ("forward", "backward")
+
+
+def finish(folder: ExperimentFolder) -> ExperimentFolder:
+    assert run_phase(folder, AloneSession(), in_process).state == "finished"
+    return folder
+
+
+def evaluated(folder: ExperimentFolder, task: str) -> dict[str, TextLoss]:
+    """By reading; of the run's own corpus."""
+    loaded = load_model(folder.path.parent, folder.id)
+    found = evaluate_texts(loaded, {task: folder.config().corpus}, BOTH, folder)
+    assert [(one.id, one.task, one.direction) for one in found] == [(folder.id, task, reading) for reading in BOTH]
+    return {one.direction: one for one in found}
+
+
+@pytest.mark.parametrize("direction", [*BOTH, "bidirectional"])
+def test_documents_cost_what_the_validation_of_their_run_said(new_family: NewFamily, direction: str) -> None:
+    folder = new_family(direction)
+    known, found = folder.status().metrics, evaluated(folder, "documents")
+    for reading, one in found.items():
+        native = direction in (reading, "bidirectional")
+        assert one.native == native
+        assert one.bpb == pytest.approx(known[f"val_bpb_{reading}"], rel=1e-5)
+        path = folder.evaluation("base", reading)
+        segments = pq.read_table(path / "documents.parquet").to_pandas()
+        assert segments["nll"].sum() / segments["tokens"].sum() == pytest.approx(one.loss, rel=1e-6)
+        assert (segments["tokens"].sum(), segments["bytes"].sum()) == (one.tokens, one.bytes)
+        assert read_json(path / "documents.json")["bpb"] == one.bpb
+    if direction != "bidirectional":
+        other = BOTH[direction == "forward"]
+        assert found[other].bpb > found[direction].bpb + 0.2
+
+
+@pytest.mark.parametrize("reversal", ["whole", "turns"])
+def test_conversations_cost_what_sft_said(new_family: NewFamily, new_child: NewChild, reversal: str) -> None:
+    """All of their text, laid out as the run was trained on it, each alone in its row."""
+    sft = finish(new_child(new_family("backward"), "sft", data__reversal=reversal))
+    known = sft.status().metrics
+    for reading, one in evaluated(sft, "conversations").items():
+        assert one.bpb == pytest.approx(known[f"val_bpb_{reading}"], rel=1e-5)
+        assert one.native == (reading == "backward")
+
+
+def test_the_command_evaluates_a_run_of_any_phase_on_its_mixture_and_its_bases_documents(
+    shell: Shell, new_family: NewFamily, new_child: NewChild
+) -> None:
+    """Also as a phase, and in one direction alone."""
+    sft = finish(new_child(new_family("forward"), "sft"))
+    rl = finish(new_child(sft, "rl"))
+    storage = ("--storage", str(rl.path.parent))
+    answer = shell("eval", rl.id, "--json", *storage)
+    assert answer.code == 0, answer.err
+    rows = json.loads(answer.out)
+    assert [(row["task"], row["direction"], row["native"]) for row in rows] == [
+        (task, reading, reading == "forward") for task in ("documents", "conversations") for reading in BOTH
+    ]
+    conversations = {row["direction"]: row["bpb"] for row in rows if row["task"] == "conversations"}
+    for reading, bpb in conversations.items():
+        assert bpb == pytest.approx(rl.status().metrics[f"val_bpb_{reading}"], rel=1e-5)
+    again = shell("train", "--phase", "eval", "--parent", rl.id, "--json", *storage)
+    assert (again.code, json.loads(again.out)) == (0, rows)
+    shown = shell("eval", rl.id, "--directions", "backward", *storage)
+    assert shown.code == 0
+    assert f"{conversations['backward']:.4f}" in shown.out
+    assert f"{conversations['forward']:.4f}" not in shown.out
+
+
+def test_mistakes_are_told_in_one_line(shell: Shell, new_family: NewFamily, tmp_path: Path) -> None:
+    storage = ("--storage", str(tmp_path))
+    folder = new_family("forward")
+    check_mistake(shell("eval", "forwrd", *storage), "forwrd: no such experiment in")
+    told = "--directions: 'backwards' is not one of forward, backward (did you mean 'backward'?)"
+    check_mistake(shell("eval", "forward", "--directions", "backwards", *storage), told)
+    check_mistake(shell("train", "--phase", "eval", *storage), "--parent: missing: name the run to evaluate")
+    folder.write_status(Status("stopped", "", 3))
+    check_mistake(shell("eval", "forward", *storage), "forward is stopped, not finished")
+    assert not list(folder.path.glob("evaluations/*/*/documents*"))
