@@ -17,6 +17,7 @@ from bwlm.train.session import AloneSession
 from tests.runs import NewChild, NewFamily, in_process
 from tests.shell import Shell, check_mistake
 from tests.shell import shell as shell
+from tests.train.test_phases import trained, validation_of
 
 BOTH = ("forward", "backward")
 
@@ -60,6 +61,18 @@ def test_conversations_cost_what_sft_said(new_family: NewFamily, new_child: NewC
     for reading, one in evaluated(sft, "conversations").items():
         assert one.bpb == pytest.approx(known[f"val_bpb_{reading}"], rel=1e-5)
         assert one.native == (reading == "backward")
+
+
+def test_conversations_are_alone_in_their_rows_for_any_model(new_family: NewFamily, new_child: NewChild) -> None:
+    """Also for one that was trained on documents that see each other: as SFT's validation sees its weights."""
+    base = new_family("forward")
+    sft = new_child(base, "sft")
+    validation, model = validation_of(sft), trained(base)
+    expected = validation.metrics(validation.measure(model))["val_bpb_forward"]
+    loaded = load_model(base.path.parent, base.id)
+    assert not loaded.config.experiment.model.document_mask
+    [found] = evaluate_texts(loaded, {"conversations": sft.config().corpus}, ("forward",), base)
+    assert found.bpb == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_command_evaluates_a_run_of_any_phase_on_its_mixture_and_its_bases_documents(
