@@ -51,7 +51,7 @@ def test_decoding_is_compared_with_rereading() -> None:
 
 @pytest.mark.slow
 def test_what_rays_loop_costs_is_printed() -> None:
-    shown = run("loop_overhead.py", "--rounds", "1", "--steps", "12", "--batch-tokens", "512")
+    shown = run("loop_overhead.py", "--steps", "12", "--seconds", "2", "--batch-tokens", "512")
     assert "the loop costs" in shown
 
 

@@ -14,6 +14,11 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 # a cell that ASHA stops saves and merges its records: past this time Tune would drop the next one that takes its worker
 os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "3600")
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+# Tune's own loggers and its experiment state go to a scratch folder that nothing reads
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")
+# Ray's log monitor lists its folder twice a second instead of ten times
+os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
 # glibc gives freed tensors back to the kernel at once and faults them in again: 1.4x on small CPU models.
 # Read when a process starts, so it reaches the workers that Ray starts from here.
 os.environ.setdefault("MALLOC_MMAP_MAX_", "0")

@@ -23,7 +23,7 @@ from bwlm.record.lineage import ExperimentFolder
 from bwlm.record.tracking import Tracking
 from bwlm.train.termination import TERMINATED, Termination
 
-_DELIVERY_SECONDS = 3.0
+_DELIVERY_SECONDS = 10.0
 
 
 def train_cells(
