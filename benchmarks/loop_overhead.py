@@ -170,6 +170,8 @@ def measure(arguments: argparse.Namespace, storage: Path) -> dict[str, list[floa
                     turns[kind].append((began, time.time()))
                 ends = dict.fromkeys(kinds, ends_of_bare(output)) | {"with Ray": ends_of_whole(storage)}
                 found = {kind: steps_within(turns[kind], ends[kind]) for kind in kinds}
+                assert not steps_within(turns["with Ray"], ends["bare"]), "the bare loop was not stopped"
+                assert not steps_within(turns["bare"], ends["with Ray"]), "the whole loop was not stopped"
         finally:
             let_run(everything, everything)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,10 @@ def test_decoding_is_compared_with_rereading() -> None:
 @pytest.mark.slow
 def test_what_rays_loop_costs_is_printed() -> None:
     shown = run("loop_overhead.py", "--steps", "12", "--seconds", "2", "--batch-tokens", "512")
-    assert "the loop costs" in shown
+    counted = re.findall(r"^(.+): [\d.]+ ms a step \((\d+) steps\)$", shown, re.MULTILINE)
+    assert [kind for kind, _ in counted] == ["with Ray", "bare beside an idle cluster", "bare"]
+    assert all(int(steps) >= 12 for _, steps in counted)
+    assert re.search(r"^the loop costs [+-][\d.]+% of a step", shown, re.MULTILINE)
 
 
 @pytest.mark.slow
