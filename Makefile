@@ -1,10 +1,10 @@
-# Targets: install, demo, tour, test, test-slow, check, format
+# Targets: install, demo, tour, test, test-faults, test-slow, check, format
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install demo tour test test-with-ray test-without-ray test-slow check format clean
+.PHONY: install demo tour test test-with-ray test-without-ray test-faults test-slow check format clean
 
 install: $(VENV)/.installed
 
@@ -22,17 +22,21 @@ tour: install
 	$(BIN)/bwlm runs tree tour
 
 # small matrices wait longer for a second thread than it saves, the more so beside other work
-test test-slow: export OMP_NUM_THREADS := 1
+test test-faults test-slow: export OMP_NUM_THREADS := 1
 
 # what needs Ray mostly waits, so it runs beside the rest; each half is printed when it is done
 test: install
 	$(MAKE) --jobs 2 --keep-going --output-sync=target test-with-ray test-without-ray
 
 test-with-ray:
-	$(BIN)/pytest -m "ray and not slow" -o cache_dir=.pytest_cache/with-ray
+	$(BIN)/pytest -m "ray and not faults and not slow" -o cache_dir=.pytest_cache/with-ray
 
 test-without-ray:
-	$(BIN)/pytest -m "not ray and not slow" -o cache_dir=.pytest_cache/without-ray
+	$(BIN)/pytest -m "not ray and not faults and not slow" -o cache_dir=.pytest_cache/without-ray
+
+# real kills, Ray heads of their own, jobs, servers: they wait for processes and run one after the other
+test-faults: install
+	$(BIN)/pytest -m "faults and not slow" -o cache_dir=.pytest_cache/faults
 
 test-slow: install
 	$(BIN)/pytest -m slow

@@ -28,13 +28,16 @@ pytest_plugins = ["tests.runs", "tests.shell"]
 VOCAB_SIZE = 400
 SEQUENCE_LENGTH = 64
 
-_OWN_RAY = "test_job"
+_FAULTS = Path(__file__).parent / "faults"
+_WITH_A_HEAD = "test_job"
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """`make test` runs what needs Ray, and mostly waits for it, beside the rest."""
-    if "ray_cluster" in item.fixturenames or item.path.stem == _OWN_RAY:
+    """Marks what `make test` runs beside the rest, and what only `make test-faults` runs."""
+    if "ray_cluster" in item.fixturenames:
         item.add_marker(pytest.mark.ray)
+    if item.path.is_relative_to(_FAULTS) or item.path.stem == _WITH_A_HEAD:
+        item.add_marker(pytest.mark.faults)
 
 
 _WORDS = """
