@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from bwlm.model.gpt import GPT
 from bwlm.model.observe import AttentionStatistics, attention_statistics, evaluating
-from bwlm.text.conversation import TurnLayout
-from bwlm.text.direction import READINGS, Directed, Ids, Ints, Rows, SpecialIds, lay_out
+from bwlm.text.conversation import TurnLayout, reversal_of
+from bwlm.text.direction import READINGS, Directed, Ids, Ints, Rows, SpecialIds, is_mirrored, lay_out
 from bwlm.text.packing import PackedRows
 
 STATE_WINDOWS = 8
@@ -79,7 +79,8 @@ class InsideView:
     def _directed(self, rows: Rows, reading: str, marked: bool) -> Directed:
         chosen = np.full(len(rows.lengths), READINGS.index(reading))
         turned = self.turns.of(rows, chosen) if self.turns else {}
-        return lay_out(rows, chosen, marked, self.special, self.rows.width, **turned)
+        mirrored = is_mirrored(reading, reversal_of(self.turns))
+        return lay_out(rows, chosen, marked, self.special, self.rows.width, mirrored=mirrored, **turned)
 
     def _inputs(self, directed: Directed) -> tuple[torch.Tensor, torch.Tensor | None]:
         def tensor(ids: Ids) -> torch.Tensor:

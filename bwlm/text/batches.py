@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bwlm.text.conversation import TurnLayout
-from bwlm.text.direction import SpecialIds, is_marked, lay_out, readings
+from bwlm.text.conversation import TurnLayout, reversal_of
+from bwlm.text.direction import Directed, Rows, SpecialIds, is_marked, is_mirrored, lay_out, readings
 from bwlm.text.packing import PackedRows
 from bwlm.text.plan import MixturePlan, RowPlan
 
@@ -53,12 +53,19 @@ class DirectedPlan:
 
     def batch(self, step: int) -> Batch:
         """The rows that this rank reads at `step`, in its direction."""
-        packed = open_rows(self.folder, "train")
-        rows = packed.take(*self.plan.at(step, self.rank, self.world))
+        directed = self.lay_out(self.rows(step))
+        return {"inputs": directed.ids[:, :-1], "targets": directed.targets, "segments": directed.segments}
+
+    def rows(self, step: int) -> Rows:
+        """The rows that this rank reads at `step`, before any direction."""
+        return open_rows(self.folder, "train").take(*self.plan.at(step, self.rank, self.world))
+
+    def lay_out(self, rows: Rows) -> Directed:
         reading = readings(self.direction, rows, self.plan.seed)
         turned = self.turns.of(rows, reading) if self.turns else {}
-        directed = lay_out(rows, reading, is_marked(self.direction), self.special, packed.width, **turned)
-        return {"inputs": directed.ids[:, :-1], "targets": directed.targets, "segments": directed.segments}
+        width = open_rows(self.folder, "train").width
+        mirrored = is_mirrored(self.direction, reversal_of(self.turns))
+        return lay_out(rows, reading, is_marked(self.direction), self.special, width, mirrored=mirrored, **turned)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """Steps first..last-1, read in this process."""

@@ -222,6 +222,11 @@ class TurnLayout:
         return turned
 
 
+def reversal_of(turns: TurnLayout | None) -> Reversal:
+    """The reversal of rows of conversations; documents, which have no turns, are turned around whole."""
+    return turns.reversal if turns else "whole"
+
+
 class Turned(TypedDict, total=False):
     parts: Ints
     targets: NDArray[np.bool_]

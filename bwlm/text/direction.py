@@ -7,12 +7,17 @@ A segment of text tokens t1..tn becomes
     bidirectional  BOS <|forward|> t1 .. tn   or   BOS <|backward|> tn .. t1, chosen segment by segment
     permuted       BOS and t1..tn in one fixed order, the same everywhere (a control)
 
-The transform acts inside each segment of a row: no token crosses a segment or a row, so at every step every direction
-reads the same text. Axes: R rows, T inputs of a row, S segments, N text tokens.
+No token crosses a segment or a row, so at every step every direction reads the same text. A row that is read backward
+as a whole also lays its segments out in reverse order: its backward layout is the forward layout of its mirror. Else a
+model that attends across segments would read the end of one document just before the beginning of the next in one
+direction, and nothing like it in the other: a gap that the text does not have.
+
+Axes: R rows, T inputs of a row, S segments, N text tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -20,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from bwlm.config import DIRECTIONS
+from bwlm.config import DIRECTIONS, Reversal
 from bwlm.errors import UserError, nearest
 from bwlm.text.plan import counter_hash, splitmix64
 
@@ -36,6 +41,9 @@ FORWARD, BACKWARD, PERMUTED = range(3)
 
 HEAD_SLOTS = 2
 """Slots that packing reserves before a segment's text: BOS and, in the widest direction, a marker."""
+
+CLOSING_SLOTS = 1
+"""Slots that packing reserves at a row's end: BOS, so that the end of the last segment can be a target as any other."""
 
 IGNORED = -1
 """Target id of a position that is not trained or scored."""
@@ -84,13 +92,13 @@ class Directed:
     targets: Ids
     """[R, T] next ids, IGNORED where they are markers, padding or a false end"""
     starts: Ints
-    """[S] slot of each segment's BOS in its row"""
+    """[S] slot of each segment's BOS in its row, segments in the order of the text"""
     text: Ints
     """[N] flat index into [R, T] of the position that predicts each text token, tokens in reading order"""
     ends: Ints
     """[S] flat index into [R, T] of the position that predicts the end of the segment, IGNORED where none is scored"""
     segments: Ids
-    """[R, T] ordinal in its row of the segment that each input belongs to"""
+    """[R, T] ordinal in the laid-out row of the segment that each input belongs to; padding belongs to the last"""
 
 
 def check_direction(name: str) -> str:
@@ -107,6 +115,15 @@ def is_marked(direction: str) -> bool:
 def own_readings(direction: str) -> tuple[str, ...]:
     """The readings whose mean is the direction's own figure."""
     return ("forward", "backward") if direction == "bidirectional" else (direction,)
+
+
+def is_mirrored(name: str, reversal: Reversal = "whole") -> bool:
+    """Whether rows are read backward as a whole, and so lay out their segments in reverse order.
+
+    `name` is the direction of training, or the reading of an evaluation. A bidirectional model trains on rows whose
+    segments are read both ways, and `turns` keeps the order of what is said: both keep the order of segments.
+    """
+    return name == "backward" and reversal == "whole"
 
 
 def readings(direction: str, rows: Rows, seed: int) -> Ints:
@@ -175,45 +192,49 @@ def lay_out(
     marked: bool,
     special: SpecialIds,
     width: int,
+    *,
+    mirrored: bool = False,
     markers: Ints | None = None,
     parts: Ints | None = None,
     targets: NDArray[np.bool_] | None = None,
 ) -> Directed:
     """Lays rows out for a model that takes `width` = T inputs.
 
-    `reading` is [S]; `marked` puts the marker of each segment's reading after its BOS, or that of `markers` [S], to see
-    what a model makes of a wrong one. With `parts` [P], lengths that add up to those of the segments, each part is read
-    for itself and stays in its place.
+    `reading` is [S]; with `mirrored`, the segments of each row stand in reverse order (see `is_mirrored`). `marked`
+    puts the marker of each segment's reading after its BOS, or that of `markers` [S], to see what a model makes of a
+    wrong one. With `parts` [P], lengths that add up to those of the segments, each part is read for itself and stays in
+    its place.
 
-    BOS is a target only after a segment that is a whole document and has a successor in its row; markers and padding
-    never are. With `targets` [N], tokens where it is true are targets and nothing else.
+    BOS is a target exactly after a segment that is a whole document, the last of a row too; markers and padding never
+    are. With `targets` [N], tokens where it is true are targets and nothing else.
     """
     head = 1 + marked
     sizes = rows.lengths + head
-    first = np.ones(len(sizes), dtype=bool)
-    first[1:] = rows.row[1:] != rows.row[:-1]
-    before = np.cumsum(sizes) - sizes
-    starts = before - before[first][np.cumsum(first) - 1] if len(sizes) else before
-    assert (starts + rows.lengths + HEAD_SLOTS <= width + 1).all(), "packing left too little room for a segment"
+    starts, is_last = _starts(rows, sizes, mirrored)
+    assert (starts + rows.lengths + HEAD_SLOTS + CLOSING_SLOTS <= width + 1).all(), (
+        "packing left too little room for a segment"
+    )
+    true_end = rows.whole & (targets is None)
 
-    ids = np.full((rows.count, width + 1), special.pad, dtype=np.int32)
-    scored = np.zeros((rows.count, width + 1), dtype=bool)
+    # flat indices into [R, T+1]
     opening = rows.row * (width + 1) + starts
+    next_opening = opening + sizes
     slots = np.repeat(opening + head, rows.lengths) + _places(rows.lengths, reading, width, parts)
+    ids = np.full((rows.count, width + 1), special.pad, dtype=np.int32)
     ids.flat[opening] = special.bos
+    ids.flat[next_opening[is_last & true_end]] = special.bos
     if marked:
         told = reading if markers is None else markers
         ids.flat[opening + 1] = np.where(told == FORWARD, special.forward, special.backward)
     ids.flat[slots] = rows.tokens
-    scored.flat[slots] = True if targets is None else targets
 
-    followed = np.append(~first[1:], False) if len(sizes) else first
-    true_end = followed & rows.whole & (targets is None)
-    next_opening = opening + sizes
+    scored = np.zeros((rows.count, width + 1), dtype=bool)
+    scored.flat[slots] = True if targets is None else targets
     scored.flat[next_opening[true_end]] = True
 
     opens = np.zeros((rows.count, width + 1), dtype=np.int32)
     opens.flat[opening] = 1
+    # position p of [R, T] predicts slot p + 1 of [R, T+1]; each row before it has one slot more
     owner_row = np.repeat(rows.row, rows.lengths)
     return Directed(
         ids=ids,
@@ -225,16 +246,34 @@ def lay_out(
     )
 
 
+def _starts(rows: Rows, sizes: Ints, mirrored: bool) -> tuple[Ints, NDArray[np.bool_]]:
+    """[S] slot of each segment's BOS in its row, and whether the segment is the last of the laid-out row."""
+    first = np.ones(len(sizes), dtype=bool)
+    first[1:] = rows.row[1:] != rows.row[:-1]
+    last = np.append(first[1:], True)[: len(sizes)]
+    before = np.cumsum(sizes) - sizes
+    starts = before - before[first][np.cumsum(first) - 1] if len(sizes) else before
+    if not mirrored:
+        return starts, last
+    ends = starts + sizes
+    row_sizes = ends[last][np.cumsum(first) - 1] if len(sizes) else ends
+    return row_sizes - ends, first
+
+
 def read_row(ids: Ids, direction: str, special: SpecialIds, width: int) -> list[Ints]:
-    """The segments of a directed row, each back in reading order: the inverse of `lay_out` from the ids alone."""
-    openings = np.flatnonzero(ids == special.bos)
+    """The segments of a directed row of documents that hold text, each in reading order, in the order of the text.
+
+    The inverse of `lay_out` from the ids alone.
+    """
+    borders = np.append(np.flatnonzero(ids == special.bos), len(ids))
     segments = []
-    for start, stop in zip(openings, np.append(openings[1:], len(ids)), strict=True):
+    for start, stop in itertools.pairwise(borders):
         body = ids[start + 1 : stop].astype(np.int64)
         body = body[body != special.pad]
         reading = direction
-        if is_marked(direction):
+        if is_marked(direction) and len(body):
             reading = READINGS[[special.forward, special.backward].index(int(body[0]))]
             body = body[1:]
-        segments.append(restore(body, reading, width))
-    return segments
+        if len(body):  # the BOS that closes a row has nothing behind it
+            segments.append(restore(body, reading, width))
+    return segments[::-1] if is_mirrored(direction) else segments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from bwlm.config import Reversal
 from bwlm.text.batches import DirectedPlan, open_rows
 from bwlm.text.conversation import Conversation, TurnIds, TurnLayout, render
 from bwlm.text.direction import (
+    CLOSING_SLOTS,
     HEAD_SLOTS,
     READINGS,
     Rows,
@@ -19,7 +21,6 @@ from bwlm.text.direction import (
     lay_out,
     own_readings,
     read_row,
-    readings,
 )
 from bwlm.text.plan import RowPlan
 from bwlm.text.prepare import Prepared
@@ -29,26 +30,26 @@ from bwlm.text.tokenizer import Tokenizer
 def inspect_rows(prepared: Prepared, direction: str, count: int) -> dict[str, Any]:
     """The plan's first rows with seed 0: ids and targets of length T, the text read back from the ids, and segments.
 
-    `text` is in reading order, restored from the directed ids alone; `segments` is where each segment begins.
+    `text` is in reading order, restored from the directed ids alone, segments in the order of the text; `segments` are
+    the slots where segments begin, in the order of the layout.
     """
     special = SpecialIds.of(prepared.tokenizer)
     rows_read = open_rows(str(prepared.folder), "train")
     plan = DirectedPlan(str(prepared.folder), direction, special, RowPlan(len(rows_read), count, seed=0))
-    batch = plan.batch(0)
-    rows = rows_read.take(*plan.plan.at(0))
-    directed = lay_out(rows, readings(direction, rows, 0), is_marked(direction), special, rows_read.width)
+    rows = plan.rows(0)
+    directed = plan.lay_out(rows)
     shown = []
     for index in range(count):
         restored = read_row(directed.ids[index], direction, special, rows_read.width)
         shown.append(
             {
-                "ids": batch["inputs"][index].tolist(),
-                "targets": batch["targets"][index].tolist(),
+                "ids": directed.ids[index, :-1].tolist(),
+                "targets": directed.targets[index].tolist(),
                 "text": prepared.tokenizer.decode(np.concatenate(restored)) if restored else "",
-                "segments": directed.starts[rows.row == index].tolist(),
+                "segments": sorted(directed.starts[rows.row == index].tolist()),
             }
         )
-    return {"bos": special.bos, "direction": direction, "rows": shown}
+    return {**asdict(special), "direction": direction, "rows": shown}
 
 
 def inspect_conversation(
@@ -63,7 +64,7 @@ def inspect_conversation(
     rows = one_row(render(conversation, tokenizer))
     for reading in own_readings(direction):
         number = np.array([READINGS.index(reading)])
-        width = len(rows.tokens) + HEAD_SLOTS
+        width = len(rows.tokens) + HEAD_SLOTS + CLOSING_SLOTS
         turned = layout.of(rows, number)
         directed = lay_out(rows, number, is_marked(direction), SpecialIds.of(tokenizer), width, **turned)
         length = len(rows.tokens) + 1 + is_marked(direction)

@@ -29,6 +29,7 @@ from bwlm.text.packing import (
     cut,
     pack_whole,
     packed_splits,
+    room_of,
     write_rows,
 )
 from bwlm.text.prepare import Prepared, Progress
@@ -39,7 +40,7 @@ _SOURCE_BITS = 32
 
 Name = Literal["train", "validation"]
 SPLITS: tuple[Name, ...] = ("train", "validation")
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Counts up whenever the same conversations would give other rows."""
 
 
@@ -130,7 +131,7 @@ def _pack_part(
     """Every `parts`-th conversation of a split in, one file of packed rows out; as `bwlm.text.stream.pack_shard`."""
     tokenizer = Tokenizer.load(Path(tokenizer_folder))
     counts = ShardCounts(f"part_{item['part']:05d}.arrow")
-    rendered = _render_part(source, item, tokenizer, counts, width + 1 - HEAD_SLOTS if whole else None)
+    rendered = _render_part(source, item, tokenizer, counts, room_of(width) - HEAD_SLOTS if whole else None)
     rows = pack_whole(rendered, width) if whole else cut(((document, ids) for document, ids, _ in rendered), width)
     target = Path(item["folder"]) / item["split"] / counts.file
     try:

@@ -1,8 +1,9 @@
 """Packing: documents of tokens -> rows of T+1 slots, before any direction is known.
 
 Rows are filled completely: a document that does not fit is split at the row's end and goes on in the next row as a new
-segment. Nothing is cropped. Each segment reserves `HEAD_SLOTS` slots, so that its text fits in every direction. A shard
-of text becomes one Arrow file of rows; a manifest lists them with counts and digests.
+segment. Nothing is cropped. Each segment reserves `HEAD_SLOTS` slots, so that its text fits in every direction, and
+each row one for the BOS that may close it. A shard of text becomes one Arrow file of rows; a manifest lists them with
+counts and digests.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from numpy.typing import NDArray
 
 from bwlm.errors import UserError
 from bwlm.paths import read_json, sync, write_json
-from bwlm.text.direction import HEAD_SLOTS, Ints, Rows
+from bwlm.text.direction import CLOSING_SLOTS, HEAD_SLOTS, Ints, Rows
 
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 BATCH_ROWS = 1024
 """Rows of each record batch of a packed file, so that a row is found without reading others."""
 
@@ -44,16 +45,21 @@ Unsplit = tuple[int, NDArray[np.uint32], bool]
 """(document, tokens, whether they are all of it: what was cut short has no end that may be learned)"""
 
 
+def room_of(width: int) -> int:
+    """Slots that a row of `width` + 1 has for its segments, their heads included."""
+    return width + 1 - CLOSING_SLOTS
+
+
 def cut(documents: Iterable[tuple[int, NDArray[np.uint32]]], width: int) -> Iterator[list[Piece]]:
     """Yields the segments of each row of `width` + 1 slots; documents without tokens are passed over."""
     row: list[Piece] = []
-    free = width + 1
+    free = room_of(width)
     for document, tokens in documents:
         offset = 0
         while offset < len(tokens):
             if free < _SMALLEST:
                 yield row
-                row, free = [], width + 1
+                row, free = [], room_of(width)
             piece = tokens[offset : offset + free - HEAD_SLOTS]
             row.append((document, offset, len(piece) == len(tokens), piece))
             offset += len(piece)
@@ -74,7 +80,7 @@ def pack_whole(documents: Iterable[Unsplit], width: int) -> Iterator[list[Piece]
         waiting.extend(itertools.islice(source, _WAITING - len(waiting)))
         if not waiting:
             return
-        row, free = [waiting.popleft()], width + 1
+        row, free = [waiting.popleft()], room_of(width)
         assert len(row[0][1]) + HEAD_SLOTS <= free, "a document that is longer than a row"
         free -= len(row[0][1]) + HEAD_SLOTS
         while (fitting := _longest(waiting, free - HEAD_SLOTS)) is not None:
@@ -190,7 +196,7 @@ class Split:
         return sum(int(shard[count]) for shard in self.shards)
 
     def padding_share(self, width: int) -> float:
-        """Share of a one-directional row's slots that hold neither BOS nor text."""
+        """Share of a one-directional row's slots after its last segment, in the first of which a BOS may close it."""
         slots = self.total("rows") * (width + 1)
         return 1 - (self.total("tokens") + self.total("segments")) / slots if slots else 0.0
 

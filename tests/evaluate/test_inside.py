@@ -58,12 +58,17 @@ def rows_by_hand(view: InsideView, reading: str, marked: bool, window: int) -> B
     segments: list[int] = []
     marker = {"forward": special.forward, "backward": special.backward}
     ends = np.cumsum(rows.lengths)
-    for segment, (length, end) in enumerate(zip(rows.lengths, ends, strict=True)):
+    order = range(len(ends))[::-1] if reading == "backward" else range(len(ends))
+    for ordinal, segment in enumerate(order):
+        length, end = rows.lengths[segment], ends[segment]
         ids += [special.bos, *([marker[reading]] if marked else [])]
         for index in arrange(np.arange(length), reading, view.rows.width).tolist():
             where[window, segment, index] = len(ids)
             ids.append(int(rows.tokens[end - length + index]))
-        segments += [segment] * (len(ids) - len(segments))
+        segments += [ordinal] * (len(ids) - len(segments))
+    if rows.whole[order[-1]]:
+        ids.append(special.bos)
+        segments.append(segments[-1])
     missing = view.rows.width + 1 - len(ids)
     return ids + [special.pad] * missing, where, segments + segments[-1:] * missing
 

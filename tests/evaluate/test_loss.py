@@ -50,7 +50,7 @@ def table() -> Any:
 
 @pytest.fixture
 def by_hand(tmp_path: Path) -> PackedRows:
-    """12 slots: a whole document 0 1 1, a piece 2 3, a whole 4 at the row's end; then one piece of seven tokens."""
+    """13 slots: a whole document 0 1 1, a piece 2 3, a whole 4 at the row's end; then one piece of seven tokens."""
     pieces = [
         [(0, 0, True, [0, 1, 1]), (1, 5, False, [2, 3]), (2, 0, True, [4])],
         [(3, 0, False, [0, 0, 0, 0, 3, 3, 2])],
@@ -59,7 +59,7 @@ def by_hand(tmp_path: Path) -> PackedRows:
     (tmp_path / "validation").mkdir()
     counts = ShardCounts("shard_00000.arrow")
     write_rows(tmp_path / "validation" / counts.file, rows, 13, counts)
-    Manifest(11, 13, "", Split.of([]), Split.of([counts.finish()])).write(tmp_path)
+    Manifest(12, 13, "", Split.of([]), Split.of([counts.finish()])).write(tmp_path)
     return PackedRows(tmp_path, "validation")
 
 
@@ -78,7 +78,7 @@ def evaluation(rows: PackedRows, **fields: Any) -> LossEvaluation:
 def test_figures_by_hand(by_hand: PackedRows, reading: str, marked: bool) -> None:
     found, tokens = evaluation(by_hand).measure(table(), reading, marked)
     assert found.window.tolist() == [0, 0, 0, 1]
-    assert found.segment.tolist() == [0, 1, 2, 12]
+    assert found.segment.tolist() == [0, 1, 2, 13]
     assert found.document.tolist() == [0, 1, 2, 3]
     assert found.tokens.tolist() == [3, 2, 1, 7]
     assert found.bytes.tolist() == [1 + 2 + 2, 3 + 1, 4, 4 + 2 + 3]
@@ -86,11 +86,11 @@ def test_figures_by_hand(by_hand: PackedRows, reading: str, marked: bool) -> Non
     # in reading order, whatever the direction; the model always says 3
     assert tokens.nll.tolist() == [0.5, 1, 1, 2, 4, 8, *[0.5] * 4, 4, 4, 2]
     assert tokens.correct.tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 0]
-    # only the first is a whole document with something after it
-    assert found.end_nll[0] == 16.0
-    assert np.isnan(found.end_nll[1:]).all()
+    # the end is scored of whole documents, also of the one that ends its row: the same in every reading
+    assert found.end_nll[[0, 2]].tolist() == [16.0, 16.0]
+    assert np.isnan(found.end_nll[[1, 3]]).all()
     assert found.summary() == pytest.approx(
-        {"loss": 28.5 / 13, "bpb": 28.5 / 22 / math.log(2), "bpb_with_end": 18.5 / 5 / math.log(2)}, rel=1e-12
+        {"loss": 28.5 / 13, "bpb": 28.5 / 22 / math.log(2), "bpb_with_end": 42.5 / 9 / math.log(2)}, rel=1e-12
     )
 
 
@@ -101,8 +101,8 @@ def test_one_bit_a_byte_is_one() -> None:
 
 
 def test_windows_are_taken_up_to_the_tokens_asked_for(by_hand: PackedRows) -> None:
-    windows = {tokens: len(evaluation(by_hand, tokens=tokens).windows) for tokens in (1, 11, 21, 22, 10**9)}
-    assert windows == {1: 1, 11: 1, 21: 1, 22: 2, 10**9: 2}
+    windows = {tokens: len(evaluation(by_hand, tokens=tokens).windows) for tokens in (1, 12, 23, 24, 10**9)}
+    assert windows == {1: 1, 12: 1, 23: 1, 24: 2, 10**9: 2}
 
 
 def test_the_windows_are_a_fixed_draw_over_the_whole_split(real: LossEvaluation) -> None:
@@ -122,12 +122,12 @@ def test_segments_reach_the_model_only_when_attention_stays_inside_them(by_hand:
         evaluation(by_hand, masked=masked, batch_rows=2).measure(model, "backward", True)
         ((ids, targets, segments),) = model.asked
         assert (ids.dtype, targets.dtype) == (torch.int64, torch.int64)
-        assert ids[0].tolist() == [BOS, 12, 1, 1, 0, BOS, 12, 3, 2, BOS, 12]
+        assert ids[0].tolist() == [BOS, 12, 4, BOS, 12, 3, 2, BOS, 12, 1, 1, 0]
         if not masked:
             assert segments is None
         else:
             assert segments is not None
-            assert segments[0].tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+            assert segments[0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
 
 
 def test_saved_as_a_table_and_a_summary(by_hand: PackedRows, tmp_path: Path) -> None:
@@ -175,7 +175,8 @@ def test_sums_are_those_of_each_window_laid_out_directly(
     for window in real.windows[[0, 3, 29]]:
         rows = real.rows.take(np.array([window]))
         ids, owner = [], []
-        for index, tokens in enumerate(np.split(rows.tokens, np.cumsum(rows.lengths)[:-1])):
+        pieces = list(enumerate(np.split(rows.tokens, np.cumsum(rows.lengths)[:-1])))
+        for index, tokens in pieces[::-1] if reading == "backward" else pieces:
             ids += [real.special.bos, *arrange(tokens, reading, 64).tolist()]
             owner += [index] * (len(tokens) + 1)
         inputs = torch.tensor([ids])

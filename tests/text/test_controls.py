@@ -344,7 +344,7 @@ def test_every_symbol_is_one_token_and_packing_keeps_them_all(control: Prepared)
     assert packed.tokens.tolist() == list("".join(texts).encode())
     assert packed.lengths.sum() == sum(map(len, texts))
     assert not packed.whole.any(), "an end that is trained would raise the floor"
-    assert control.manifest.train.padding_share(WIDTH) < 0.01
+    assert control.manifest.train.padding_share(WIDTH) < 0.02  # two slots of 129
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "bidirectional", "permuted"])

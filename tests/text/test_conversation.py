@@ -25,7 +25,7 @@ from bwlm.text.conversation import (
     restore_conversation,
     written,
 )
-from bwlm.text.direction import READINGS, Rows, SpecialIds, is_marked, lay_out, own_readings
+from bwlm.text.direction import HEAD_SLOTS, READINGS, Rows, SpecialIds, is_marked, lay_out, own_readings
 from bwlm.text.tokenizer import Tokenizer
 
 law = settings(derandomize=True, deadline=None, max_examples=80)
@@ -222,7 +222,7 @@ def test_training_teaches_exactly_what_chat_gives_and_awaits(
         number = np.array([READINGS.index(reading)])
         mask = written(rows.tokens, rows.lengths, number, reversal, TURNS)
         parts = parts_of(rows.tokens, rows.lengths, TURNS) if reversal == "turns" else None
-        width = int(rows.lengths[0]) + 1
+        width = int(rows.lengths[0]) + HEAD_SLOTS
         laid = lay_out(rows, number, is_marked(direction), SPECIAL, width, parts=parts, targets=mask)
         ids, targets = laid.ids[0], laid.targets[0]
 

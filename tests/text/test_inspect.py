@@ -19,18 +19,24 @@ from bwlm.text.prepare import Prepared
 def test_rows_are_the_plans_first_with_seed_0(prepared: Prepared, direction: str) -> None:
     shown = inspect_rows(prepared, direction, 5)
     assert json.loads(json.dumps(shown)) == shown
-    assert list(shown) == ["bos", "direction", "rows"]
-    assert (shown["bos"], shown["direction"]) == (prepared.tokenizer.bos, direction)
+    assert list(shown) == ["bos", "pad", "forward", "backward", "direction", "rows"]
+    special = SpecialIds.of(prepared.tokenizer)
+    assert [shown[name] for name in ("bos", "pad", "forward", "backward")] == [
+        special.bos, special.pad, special.forward, special.backward,
+    ]  # fmt: skip
+    assert shown["direction"] == direction
     rows = len(open_rows(str(prepared.folder), "train"))
-    batch = DirectedPlan(
-        str(prepared.folder), direction, SpecialIds.of(prepared.tokenizer), RowPlan(rows, 5, 0)
-    ).batch(0)  # fmt: skip
+    batch = DirectedPlan(str(prepared.folder), direction, special, RowPlan(rows, 5, 0)).batch(0)
     for index, row in enumerate(shown["rows"]):
         assert list(row) == ["ids", "targets", "text", "segments"]
         assert row["ids"] == batch["inputs"][index].tolist()
         assert row["targets"] == batch["targets"][index].tolist()
         assert len(row["ids"]) == len(row["targets"]) == 64
-        assert [at for at, token in enumerate(row["ids"]) if token == shown["bos"]] == row["segments"]
+        openings = [at for at, token in enumerate(row["ids"]) if token == shown["bos"]]
+        closing = openings[len(row["segments"]) :]
+        assert openings[: len(row["segments"])] == row["segments"]
+        assert all(row["targets"][at - 1] == shown["bos"] for at in closing)
+        assert len(closing) <= 1
 
 
 def test_text_is_in_reading_order_whatever_the_direction(prepared: Prepared) -> None:
