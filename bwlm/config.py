@@ -43,6 +43,9 @@ class DataSettings(Settings):
     )
     text_column: str = Field("text", min_length=1, description="column of the parquet files that holds the documents")
     validation: str | None = Field(None, description="validation parquet; default: the last shard of the source")
+    shuffle: bool = Field(
+        True, description="documents of each shard in an order drawn by their shard's content; false: the file's order"
+    )
     mixture: dict[str, Weight] = Field(
         default_factory=dict,
         description="after base: tasks or files of conversations, how often each comes in an epoch; default: by phase",

@@ -21,6 +21,7 @@ from bwlm.analysis.select import begun
 from bwlm.analysis.stats import counted
 from bwlm.analysis.tables import load_curves
 from bwlm.analysis.transfer import transfer
+from bwlm.config import DataSettings
 from bwlm.errors import UserError
 from bwlm.paths import read_json
 from bwlm.record.lineage import ExperimentFolder
@@ -96,6 +97,12 @@ def configuration_section(folders: list[ExperimentFolder]) -> list[str]:
     return ["## Configuration and lineage", f"{lineage}.", markdown_table(["setting", "values"], rows)]
 
 
+def _order_words(data: DataSettings) -> str:
+    if data.mixture or not data.shuffle:
+        return "in the order of their files"
+    return "shuffled inside each shard"
+
+
 def data_section(folders: list[ExperimentFolder]) -> list[str]:
     """Each corpus that the runs read: its source or mixture, digest and size."""
     rows = {}
@@ -110,6 +117,7 @@ def data_section(folders: list[ExperimentFolder]) -> list[str]:
             "source": data.mixture_words or data.source,
             "vocabulary": config.experiment.tokenizer.vocab_size,
             "row": config.experiment.model.sequence_length,
+            "documents": _order_words(data),
             **{f"{split} {what}": f"{n:,}" for split, of in counts.items() for what, n in of.items()},
             "digest": f"`{content['digest'][:12]}`",
         }

@@ -103,7 +103,7 @@ def going_on(known: RunConfig, asked: RunConfig, begun: bool = True) -> RunConfi
 def text_key(experiment: Experiment) -> str:
     """Cells that agree in these share a prepared corpus, given a tokenizer."""
     if experiment.phase == "base":
-        data: dict[str, Any] = {"data": {"source", "text_column", "validation"}, "tokenizer": True}
+        data: dict[str, Any] = {"data": {"source", "text_column", "validation", "shuffle"}, "tokenizer": True}
     else:
         data = {"data": {"mixture"}, "tasks": True}
     split = " split" if experiment.phase == "mid" else ""

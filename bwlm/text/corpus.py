@@ -42,10 +42,13 @@ class Corpus:
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
     text_column: str
+    shuffle: bool = True
+    """Whether the documents of each shard are packed in a drawn order; the tokenizer reads them in the file's."""
 
     def listing(self) -> str:
         """A short hash of which files, at which sizes and times, and which column: names what is made from them."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        listed = {name: value for name, value in asdict(self).items() if name != "shuffle"}
+        return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def find_corpus(data: DataSettings, cache: Path, progress: Callable[[str], None]) -> Corpus:
@@ -55,9 +58,7 @@ def find_corpus(data: DataSettings, cache: Path, progress: Callable[[str], None]
     """
     if data.source in BUILTINS:
         folder = _write_builtin(data.source, cache / "corpora", progress)
-        return find_corpus(
-            DataSettings(source=str(folder), text_column="text", validation=data.validation), cache, progress
-        )
+        return find_corpus(data.model_copy(update={"source": str(folder), "text_column": "text"}), cache, progress)
     if data.source.startswith("builtin:"):
         raise UserError(f"data.source: {data.source!r} is not a built-in corpus{nearest(data.source, BUILTINS)}")
     shards = list_files(data.source, "data.source")
@@ -68,13 +69,13 @@ def find_corpus(data: DataSettings, cache: Path, progress: Callable[[str], None]
             raise UserError(
                 f"data.validation: {data.validation} leaves no shard of data.source to train on: name fewer"
             )
-        return Corpus(tuple(train), tuple(held_out), data.text_column)
+        return Corpus(tuple(train), tuple(held_out), data.text_column, data.shuffle)
     if len(shards) < 2:
         raise UserError(
             f"data.source: {data.source} holds one shard, and the last shard is validation: "
             "add a second or name one in data.validation"
         )
-    return Corpus(tuple(shards[:-1]), tuple(shards[-1:]), data.text_column)
+    return Corpus(tuple(shards[:-1]), tuple(shards[-1:]), data.text_column, data.shuffle)
 
 
 def _write_builtin(source: str, folder: Path, progress: Callable[[str], None]) -> Path:

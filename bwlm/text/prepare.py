@@ -47,8 +47,8 @@ def prepare(recipe: Recipe, storage: Path, pack: Pack, progress: Progress) -> Pr
     before = {path for path in (storage, cache, *cache.glob("*"), *cache.glob("tokenizers/*")) if path.exists()}
     corpus, tokenizer_folder, tokenizer = get_tokenizer(recipe, cache, progress)
     width = recipe.model.sequence_length
-    key = hashlib.sha256(f"{MANIFEST_VERSION} {corpus.listing()} {tokenizer.digest} {width}".encode()).hexdigest()[:16]
-    folder = cache / "packed" / key
+    made_from = f"{MANIFEST_VERSION} {corpus.listing()} {corpus.shuffle} {tokenizer.digest} {width}"
+    folder = cache / "packed" / hashlib.sha256(made_from.encode()).hexdigest()[:16]
     if not (folder / "manifest.json").exists():
         progress(f"tokenizing and packing {len(corpus.train) + len(corpus.validation)} shards")
         try:

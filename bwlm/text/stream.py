@@ -6,8 +6,9 @@ The rows of a step are fixed by the plan, so the stream only says where they are
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,20 @@ from typing import Any
 import numpy as np
 import ray
 import ray.data
+from numpy.typing import NDArray
 
 from bwlm.errors import UserError
 from bwlm.text.batches import Batch, DirectedPlan, join
 from bwlm.text.corpus import Corpus, read_texts
 from bwlm.text.packing import Items, Manifest, Run, ShardCounts, cut, packed_splits, write_rows
+from bwlm.text.plan import counter_hash
 from bwlm.text.tokenizer import Tokenizer
 
 _BLOCK_TOKENS = 2**19
 """Tokens of one Ray Data block: large enough to hide a task's cost, small enough to start soon."""
+
+Document = tuple[int, NDArray[np.uint32]]
+"""(number, tokens)"""
 
 _SHARD_BITS = 32
 """A document's id is its shard's index, shifted by this, plus its row in the shard."""
@@ -35,14 +41,19 @@ def _tokenizer(folder: str) -> Tokenizer:
 
 
 def pack_shard(item: dict[str, Any]) -> dict[str, Any]:
-    """One shard of text in, one file of packed rows out; returns its counts, or {"error"} for a user's mistake."""
+    """One shard of text in, one file of packed rows out; returns its counts, or {"error"} for a user's mistake.
+
+    Documents that are shuffled are held as tokens, of 4 bytes each, until the last of their shard has been read.
+    """
     tokenizer = _tokenizer(item["tokenizer"])
-    counts = ShardCounts(item["file"])
+    counts, content = ShardCounts(item["file"]), hashlib.sha256()
     token_bytes = tokenizer.token_bytes()
 
-    def documents() -> Iterator[tuple[int, Any]]:
+    def documents() -> Iterator[Document]:
         for texts in read_texts(item["uri"], item["column"]):
-            for tokens in tokenizer.encode_batch(texts, threads=1):
+            for text, tokens in zip(texts, tokenizer.encode_batch(texts, threads=1), strict=True):
+                text_bytes = text.encode()
+                content.update(len(text_bytes).to_bytes(8) + text_bytes)
                 document = (item["index"] << _SHARD_BITS) + counts.documents
                 counts.documents += 1
                 counts.empty_documents += len(tokens) == 0
@@ -51,10 +62,23 @@ def pack_shard(item: dict[str, Any]) -> dict[str, Any]:
 
     target = Path(item["folder"]) / item["split"] / item["file"]
     try:
-        write_rows(target, cut(documents(), item["width"]), tokenizer.vocab_size, counts)
+        ordered = _shuffled(documents(), content.digest) if item["shuffle"] else documents()
+        write_rows(target, cut(ordered, item["width"]), tokenizer.vocab_size, counts)
     except UserError as error:
         return {"split": item["split"], "file": item["file"], "counts": {}, "error": str(error)}
     return {"split": item["split"], "file": item["file"], "counts": counts.finish(), "error": ""}
+
+
+def _shuffled(documents: Iterable[Document], digest: Callable[[], bytes]) -> list[Document]:
+    """All documents of a shard, ordered by a hash of the shard's digest and of each document's place in it.
+
+    The content alone decides, so a copy of the shard elsewhere has the same order. Neighbours in a file often belong
+    together; where attention crosses documents, their order would be a part of what is measured.
+    """
+    held = list(documents)
+    key = int.from_bytes(digest()[:8])  # known now that all of them were read
+    order = np.argsort(counter_hash(np.array(key, np.uint64), np.arange(len(held))), kind="stable")
+    return [held[index] for index in order]
 
 
 def with_ray(items: Items, work: Callable[[dict[str, Any]], dict[str, Any]]) -> Items:
@@ -71,7 +95,8 @@ def pack_corpus(corpus: Corpus, tokenizer_folder: Path, width: int, folder: Path
     items = [
         {
             "split": split, "index": index, "uri": shard.uri, "file": f"shard_{index:05d}.arrow", "width": width,
-            "column": corpus.text_column, "tokenizer": str(tokenizer_folder), "folder": str(folder),
+            "column": corpus.text_column, "shuffle": corpus.shuffle,
+            "tokenizer": str(tokenizer_folder), "folder": str(folder),
         }
         for split, shards in (("train", corpus.train), ("validation", corpus.validation))
         for index, shard in enumerate(shards)

@@ -47,7 +47,7 @@ def packed(plan: DirectedPlan, step: int) -> list[list[list[int]]]:
 def test_every_row_and_segment_starts_with_bos(prepared: Prepared, direction: str) -> None:
     plan = plan_of(prepared, direction)
     closed = 0
-    for step, batch in enumerate(plan.batches(0, 10)):
+    for step, batch in enumerate(plan.batches(0, 40)):
         is_bos = batch["inputs"] == plan.special.bos
         assert is_bos[:, 0].all()
         # a segment's ordinal counts up exactly where its BOS stands

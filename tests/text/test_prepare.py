@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from bwlm.config import Recipe
 from bwlm.errors import UserError
 from bwlm.text.corpus import Corpus
-from bwlm.text.packing import Manifest
+from bwlm.text.packing import Manifest, PackedRows
 from bwlm.text.prepare import Pack, Prepared, bytes_per_token, get_tokenizer, prepare
 from bwlm.text.tokenizer import Tokenizer
 
@@ -70,6 +72,44 @@ def test_the_same_text_elsewhere_gives_the_same_digest(
     source: Path, prepared: Prepared, recipe_for: RecipeFor, packer: Packer, tmp_path: Path
 ) -> None:
     assert prepare(recipe_for(source), tmp_path / "storage", packer, quiet).manifest.digest == prepared.manifest.digest
+
+
+def order_of(found: Prepared, split: str) -> list[int]:
+    rows = PackedRows(found.folder, split)
+    return list(dict.fromkeys(rows.take(np.arange(len(rows))).document.tolist()))
+
+
+def test_documents_are_shuffled_inside_their_shard_unless_it_is_said_otherwise(
+    source: Path, recipe_for: RecipeFor, packer: Packer, tmp_path: Path
+) -> None:
+    drawn = prepare(recipe_for(source), tmp_path / "storage", packer, quiet)
+    kept = prepare(recipe_for(source, shuffle=False), tmp_path / "storage", packer, quiet)
+    assert drawn.folder != kept.folder
+    assert drawn.manifest.digest != kept.manifest.digest
+    assert drawn.tokenizer_folder == kept.tokenizer_folder
+    for split in ("train", "validation"):
+        assert order_of(kept, split) == sorted(order_of(kept, split))
+        order = order_of(drawn, split)
+        assert sorted(order) == order_of(kept, split)
+        shards = [number >> 32 for number in order]
+        assert shards == sorted(shards), "no document leaves its shard"
+        assert order != sorted(order)
+
+
+def test_the_drawn_order_is_that_of_the_content(
+    source: Path, recipe_for: RecipeFor, packer: Packer, write_shards: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One changed document gives its whole shard another order, and no other shard."""
+    before = order_of(prepare(recipe_for(source), tmp_path / "storage", packer, quiet), "train")
+    texts = pq.read_table(source / "shard_00001.parquet")["text"].to_pylist()
+    write_shards(tmp_path / "other", [*texts[:-1], texts[-1] + " more"])
+    shutil.copy(tmp_path / "other" / "shard_00000.parquet", source / "shard_00001.parquet")
+    after = order_of(prepare(recipe_for(source), tmp_path / "storage", packer, quiet), "train")
+
+    def by_shard(order: list[int]) -> list[list[int]]:
+        return [[number for number in order if number >> 32 == shard] for shard in range(3)]
+
+    assert [one == other for one, other in zip(by_shard(before), by_shard(after), strict=True)] == [True, False, True]
 
 
 def test_a_changed_source_is_prepared_anew(source: Path, recipe_for: RecipeFor, packer: Packer, tmp_path: Path) -> None:
