@@ -368,7 +368,7 @@ def test_sigterm_ends_a_command_that_trains_nothing(shell: Shell, monkeypatch: p
     monkeypatch.setattr("bwlm.grid.launch.run_plan", ask)
     before = signal.getsignal(signal.SIGTERM)
     answer = shell("grid", "run", shell.file(GOOD))
-    assert answer == (143, "", "bwlm: asked to end; the same command goes on where it was\n")
+    assert answer == (143, "", "bwlm: stopped by SIGTERM; run the same command to resume\n")
     assert signal.getsignal(signal.SIGTERM) == before
 
 

@@ -58,12 +58,12 @@ def main() -> NoReturn:
         sys.exit(2)
     except SystemExit as end:
         if end.code == TERMINATED:
-            say("bwlm: asked to end; the same command goes on where it was")
+            say("bwlm: stopped by SIGTERM; run the same command to resume")
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
     if code == _INTERRUPTED:
-        say("bwlm: interrupted; the same command goes on from the last checkpoints")
+        say("bwlm: interrupted; run the same command to resume")
     sys.exit(code or 0)
 
 

@@ -188,6 +188,6 @@ def _dashboard_hint(result: LaunchResult, grid: Path) -> str:
     if os.environ.get("RAY_ADDRESS"):
         return f"http://{result.dashboard}" if result.dashboard else os.environ["RAY_ADDRESS"]
     where = f"http://{result.dashboard} while it ran; " if result.dashboard else ""
-    activate = f"export PATH={Path(sys.executable).parent}:$PATH"
-    submit = f"ray job submit --working-dir . -- python jobs/run_grid.py {grid}"
-    return f"{where}one that stays, at http://127.0.0.1:8265: {activate}; ray start --head && {submit}"
+    head = f"export PATH={Path(sys.executable).parent}:$PATH RAY_AUTH_MODE=token; ray get-auth-token --generate"
+    submit = f"ray job submit --working-dir . --runtime-env jobs/env.yaml -- python jobs/run_grid.py {grid}"
+    return f"{where}one that stays, at http://127.0.0.1:8265: {head}; ray start --head && {submit}"

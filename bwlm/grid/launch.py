@@ -55,7 +55,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     """Runs every cell that is not done. Raises `UserError` before anything is made where it can never work.
 
     With `accept_code`, cells that other code has begun go on with today's, which their records then say.
-    Raises `SystemExit` with `TERMINATED` if this process is asked to end meanwhile.
+    Raises `SystemExit` with `TERMINATED`, or `KeyboardInterrupt`, if this process is asked to end meanwhile.
     """
     check_writable(storage)
     for planned in find_cells(plan, storage):
@@ -75,7 +75,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     _check_tracking(uri)
     needs = {cell.experiment.resources for cell in plan.cells}
     home = folder_of(plan, storage)
-    with _only_launch(plan, storage), cluster(needs, plan.launch.concurrency, len(plan.cells)) as room:
+    with _only_launch(plan, storage), cluster(needs, plan.launch, len(plan.cells)) as room:
         show(f"Ray on {room.cluster}, {counted(room.concurrency, 'cell')} at once{_dashboard(room.dashboard)}")
         prepared = prepare_texts(plan, storage, show)
         home.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
             elif len(part.cells) < len(plan.cells):
                 show(f"{part.cells[0].experiment.phase}: {counted(len(part.cells), 'cell')} of {len(plan.cells)}")
             train_cells(
-                part, [cell.planned for cell in cells], room.concurrency, storage, tracking, grid_run or runs[0]
+                part, [cell.planned for cell in cells], room.concurrency, storage, tracking, grid_run or runs[0], show
             )
         show("writing the report")
         with exclusive(home / "lock"):  # another launch may end at the same moment
