@@ -47,7 +47,7 @@ def audit(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -
 
     With `of` only the pairs that this run is in.
     """
-    identities = {folder.id: folder.config().identity for folder in folders}
+    identities = {folder.id: folder.config().compared for folder in folders}
     passed, doubled, refused = 0, 0, dict[tuple[str, ...], list[str]]()
     for (one, fields), (other, other_fields) in combinations(identities.items(), 2):
         if (of and of.id not in (one, other)) or not _is_pair(fields, other_fields):

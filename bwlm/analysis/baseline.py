@@ -48,7 +48,7 @@ def gap_to_forward(folder: ExperimentFolder) -> Gap:
         for other in readable(list_experiments(folder.path.parent))[0]
         if other.status().state == "finished"
         and (config := other.config()).experiment.direction in pair
-        and _settings(config.identity) == _settings(own.identity)
+        and _settings(config.compared) == _settings(own.compared)
     ]
     runs, _ = with_losses(same)
     seeds = {run.config().experiment.seed for run in runs if run.config().experiment.direction == "forward"}

@@ -145,7 +145,7 @@ def controls_section(folders: list[ExperimentFolder], findings: Findings) -> lis
 
 
 def _of_other_code(source: str, of: list[ExperimentFolder], study: list[ExperimentFolder]) -> list[str]:
-    ours, theirs = ({folder.config().identity.get("code") for folder in runs} for runs in (study, of))
+    ours, theirs = ({folder.config().code for folder in runs} for runs in (study, of))
     return [] if theirs <= ours else [f"{source}: trained with other code than the study"]
 
 

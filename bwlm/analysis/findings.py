@@ -73,9 +73,23 @@ def find(folders: list[ExperimentFolder]) -> Findings:
     test = pd.concat([losses, equal_per_direction(losses, finished, labels)], ignore_index=True)
     can_choose = best or any(rate.qualifies for rate in tried)
     compared, problems = _compare(test) if can_choose else ([], [])
+    problems += _codes(finished)
     windows = [_windows(test, found) for found in compared]
     at_edge = _at_edge(best, tried)
     return Findings(best, compared, skipped, problems, _excluded(tried), windows, at_edge, test[list(COLUMNS)])
+
+
+def _codes(folders: list[ExperimentFolder]) -> list[str]:
+    """Where runs of one depth were trained by several codes: they have labels, pairs and verdicts of their own."""
+    found: dict[int, dict[str, set[int]]] = {}
+    for config in (folder.config() for folder in folders):
+        found.setdefault(config.experiment.depth, {}).setdefault(config.code, set()).add(config.experiment.seed)
+    return [
+        f"d{depth}: trained by {len(codes)} codes, which are judged apart: "
+        + "; ".join(f"{code} seeds {', '.join(map(str, sorted(seeds)))}" for code, seeds in codes.items())
+        for depth, codes in sorted(found.items())
+        if len(codes) > 1
+    ]
 
 
 def best_rates(folders: list[ExperimentFolder]) -> list[BestRate]:

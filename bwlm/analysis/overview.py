@@ -118,7 +118,7 @@ def describe(folder: ExperimentFolder) -> dict[str, Any]:
         **_kinship(folder, config, link),
         **_text(config),
         "fingerprint": config.fingerprint,
-        "code": config.identity.get("code", ""),
+        "code": config.code,
         "compute": asdict(config.compute),
         "created": noted.get("created"),
         "versions": noted.get("versions", {}),

@@ -115,7 +115,7 @@ def write_experiment_report(folder: ExperimentFolder, insides: bool = True) -> l
         commands = [command for command in analyses_of([folder]) if command != "rewards"]
         analyses, pictures = analysis_sections(commands, [folder], folder.path, [folder.id])
         more = [*baseline_section(folder), *analyses]
-    settings = markdown_table(["setting", "value"], [(k, v) for k, v in sorted(config.identity.items())])
+    settings = markdown_table(["setting", "value"], [(k, v) for k, v in sorted(config.compared.items())])
     text = "\n\n".join(
         [
             f"# {folder.id}",

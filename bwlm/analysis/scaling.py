@@ -48,7 +48,7 @@ def losses_by_size(folders: list[ExperimentFolder], findings: Findings) -> pd.Da
     if not finished or not findings.best:
         raise UserError("scaling: no run has finished")
     configs = {folder.id: folder.config() for folder in finished}
-    _refuse_other_than_sizes({run: config.identity for run, config in configs.items()})
+    _refuse_other_than_sizes({run: config.compared for run, config in configs.items()})
     rows = best_on_test(load_gap_table(finished, sizes(folders)), findings.best)
     summed = rows.groupby(["run", "direction", "seed", "size"], as_index=False)[["nll", "tokens"]].sum()
     return pd.DataFrame(

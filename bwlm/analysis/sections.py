@@ -88,7 +88,7 @@ def audit_section(folders: list[ExperimentFolder], of: ExperimentFolder | None =
 
 def configuration_section(folders: list[ExperimentFolder]) -> list[str]:
     """Every setting that decides what the cells learn, and all its values."""
-    identities = [folder.config().identity for folder in folders]
+    identities = [folder.config().compared for folder in folders]
     names = sorted({name for fields in identities for name in fields})
     rows = [(name, ", ".join(dict.fromkeys(str(fields.get(name, "–")) for fields in identities))) for name in names]
     grid = folders[0].config().grid if folders else None

@@ -82,7 +82,7 @@ def with_ancestors(folder: ExperimentFolder) -> dict[str, Any]:
     Mixtures are in words there: `mixture`, `mid.mixture`. An ancestor that cannot be read ends the line.
     """
     config, link = folder.config(), folder.link()
-    fields = dict(config.identity) | _mixture(config, "")
+    fields = config.compared | _mixture(config, "")
     while link is not None:
         parent = ExperimentFolder(folder.path.parent, link.parent)
         try:
@@ -295,7 +295,7 @@ def equal_per_direction(test: pd.DataFrame, folders: list[ExperimentFolder], lab
     Of all pairs these alone may differ in their budget, and so in their row order.
     """
     parts = []
-    for once, twice in doubled({labels[folder.id]: folder.config().identity for folder in folders}):
+    for once, twice in doubled({labels[folder.id]: folder.config().compared for folder in folders}):
         is_pair = (test["size"].eq(once) & test["direction"].isin(ONE_WAY)) | (
             test["size"].eq(twice) & test["direction"].eq("bidirectional")
         )

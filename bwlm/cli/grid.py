@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bwlm.cli.launch import launch, show_places
-from bwlm.cli.terminal import Json, Set, Storage, print_json, show, table
+from bwlm.cli.terminal import AcceptCode, Json, Set, Storage, print_json, show, table
 from bwlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,13 +97,19 @@ def grid_status(grid: GridFile, set_: Set = None, storage: Storage = None, as_js
 
 
 @grid_app.command("run")
-def grid_run(grid: GridFile, set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
+def grid_run(
+    grid: GridFile,
+    set_: Set = None,
+    storage: Storage = None,
+    accept_code: AcceptCode = False,
+    as_json: Json = False,
+) -> None:
     """Train every cell that is not finished, then compare the directions. The same command resumes.
 
     Example: `bwlm grid run grids/demo.yaml`
     """
     plan, root = _load(grid, set_, storage)
-    result = launch(plan, root)
+    result = launch(plan, root, accept_code)
     if as_json:
         print_json(_status_document(plan, root))
     else:
@@ -148,7 +154,7 @@ def _reason(planned: PlannedCell) -> str:
     """Why a cell ended as it did, or that `run` would refuse it."""
     if planned.changed:
         return f"exists with other settings ({'; '.join(planned.changed)})"
-    return planned.status.reason
+    return planned.other_code or planned.status.reason
 
 
 def _show_result(plan: Plan, root: Path, result: LaunchResult, grid: Path) -> None:

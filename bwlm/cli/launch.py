@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from bwlm.grid.spec import Plan
 
 
-def launch(plan: Plan, root: Path) -> LaunchResult:
+def launch(plan: Plan, root: Path, accept_code: bool) -> LaunchResult:
     from bwlm.grid.launch import run_plan  # pandas, altair and Ray take seconds: a mistake is told before
 
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         say(f"storage: {root}")
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints; stdout is for the result alone
-        return run_plan(plan, root, say)
+        return run_plan(plan, root, say, accept_code)
 
 
 def show_places(result: LaunchResult) -> None:

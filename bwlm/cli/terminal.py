@@ -25,6 +25,10 @@ Set = Annotated[
 Storage = Annotated[
     str | None, typer.Option(help="Folder of experiments; default: BWLM_STORAGE, else runs/.", show_default=False)
 ]
+AcceptCode = Annotated[
+    bool,
+    typer.Option("--accept-code", help="Go on with runs that other code has begun; their records and reports say so."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 
 _WIDEST = 1000  # columns

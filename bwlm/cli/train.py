@@ -8,7 +8,7 @@ import typer
 
 from bwlm.cli.eval import evaluate
 from bwlm.cli.launch import launch, show_places
-from bwlm.cli.terminal import Json, Set, Storage, print_json, show, table
+from bwlm.cli.terminal import AcceptCode, Json, Set, Storage, print_json, show, table
 from bwlm.errors import UserError
 
 
@@ -40,6 +40,7 @@ def train(
     ] = None,
     set_: Set = None,
     storage: Storage = None,
+    accept_code: AcceptCode = False,
     as_json: Json = False,
 ) -> None:
     """Train one experiment, or a chain of phases, as a grid trains its cells.
@@ -60,7 +61,7 @@ def train(
     flags = {"phase": phase, "parent": parent, "direction": direction, "depth": depth, "lr": lr, "seed": seed}
     given = {name: value for name, value in flags.items() if value is not None}
     plan, root = plan_experiment(given, set_ or [], id_, storage), storage_root(storage)
-    result = launch(plan, root)
+    result = launch(plan, root, accept_code)
     if as_json:
         cells = [cell.to_json() for cell in result.cells]
         print_json(cells if len(plan.cells) > 1 else cells[0])

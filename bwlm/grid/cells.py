@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,10 @@ from typing import Any
 from bwlm.config import Experiment
 from bwlm.errors import UserError
 from bwlm.grid.spec import Cell, Plan
+from bwlm.record.checkpoint import checkpoint_steps
+from bwlm.record.code import IDENTITY_VERSION, changed_modules, code_digest
 from bwlm.record.family import ParentLink
-from bwlm.record.fingerprint import INHERITED, differences, identity, inherited
+from bwlm.record.fingerprint import INHERITED, differences, identity, inherited, modules_of
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
 from bwlm.text.prepare import Prepared
 
@@ -24,10 +28,17 @@ class PlannedCell:
     status: Status
     changed: list[str]
     """Settings in which the run that is there differs; its text may differ besides, once that is prepared."""
+    other_code: str = ""
+    """What tells the code that trained the run from today's; '' where they agree."""
 
     @property
     def is_done(self) -> bool:
         return self.status.ended and self.status.state != "failed"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether training goes on from a checkpoint."""
+        return not self.is_done and bool(checkpoint_steps(self.folder.checkpoints))
 
 
 def find_cells(plan: Plan, storage: Path) -> list[PlannedCell]:
@@ -65,14 +76,42 @@ def _find_cell(cell: Cell, folder: ExperimentFolder) -> PlannedCell:
         steps=cell.steps,
         parent={name: value for name, value in known.items() if name in INHERITED},
     )
-    return PlannedCell(cell, folder, folder.status(), differences(known, planned))
+    return PlannedCell(
+        cell, folder, folder.status(), other_settings(known, planned), _other_code(folder.config(), cell.experiment)
+    )
 
 
-def check_same(planned: PlannedCell, changed: list[str], plan: Plan) -> None:
-    """Raises `UserError` if the cell's folder holds a run with other settings."""
-    if not changed:
-        return
+def other_settings(known: Mapping[str, Any], planned: Mapping[str, Any]) -> list[str]:
+    """What two identities differ in besides the code."""
+    return differences({**known, "code": ""}, {**planned, "code": ""})
+
+
+def _other_code(known: RunConfig, experiment: Experiment) -> str:
+    """`code: bwlm.model.gpt changed`, or '' where the code that trains a run today is what trained it."""
+    modules = modules_of(experiment)
+    current = known.accepted_code[-1]["code"] if known.accepted_code else known.identity["code"]
+    if current == code_digest(modules):
+        return ""
+    if known.identity_version < IDENTITY_VERSION:
+        return f"code: trained under identity version {known.identity_version}, which names no modules"
+    changed = changed_modules(known.modules, modules)
+    return f"code: {', '.join(changed)} changed" if changed else "code: another version of torch"
+
+
+def check_same(planned: PlannedCell, changed: list[str], plan: Plan, accept_code: bool) -> None:
+    """Raises `UserError` if the cell's folder holds a run with other settings, or one that other code has begun.
+
+    A run that other code finished stays; one that it has not begun is trained by today's.
+    """
     remove = f"remove {planned.folder.path}"
+    if not changed:
+        if planned.other_code and planned.has_begun and not accept_code:
+            how = planned.other_code.removeprefix("code: ")
+            raise UserError(
+                f"{plan.name}: {planned.cell.id} was begun by other code ({how}): go back to that code, resume with "
+                f"this one by --accept-code, or {remove}"
+            )
+        return
     if plan.is_grid:
         raise UserError(
             f"{plan.name}: cell {planned.cell.id} exists with other settings ({'; '.join(changed)}): "
@@ -97,7 +136,41 @@ def going_on(known: RunConfig, asked: RunConfig, begun: bool = True) -> RunConfi
         compute = replace(compute, precision=known.compute.precision)
         identity["precision"] = known.identity["precision"]
     compute = compute.with_threads(settings.resources.cpus_per_worker)
-    return replace(known, experiment=known.experiment.model_copy(update=update), identity=identity, compute=compute)
+    return replace(
+        known,
+        experiment=known.experiment.model_copy(update=update),
+        identity=identity,
+        compute=compute,
+        identity_version=asked.identity_version,
+        modules=asked.modules,
+    )
+
+
+def with_code_of(known: RunConfig, config: RunConfig, planned: PlannedCell) -> RunConfig:
+    """`config`, as this launch would train an existing run, with the code that trained the run so far.
+
+    A run without a checkpoint begins again, so today's code is all that trains it. Where another code goes on, that is
+    noted, with the step from which it does.
+    """
+    if not planned.is_done and not planned.has_begun:
+        return config
+    accepted = list(known.accepted_code)
+    if planned.has_begun and planned.other_code:
+        accepted.append(
+            {
+                "step": checkpoint_steps(planned.folder.checkpoints)[-1],
+                "time": time.time(),
+                "code": config.identity["code"],
+                "modules": changed_modules(known.modules, config.modules),
+            }
+        )
+    return replace(
+        config,
+        identity=config.identity | {"code": known.identity["code"]},
+        identity_version=known.identity_version,
+        modules=config.modules if planned.has_begun else known.modules,
+        accepted_code=accepted,
+    )
 
 
 def text_key(experiment: Experiment) -> str:
@@ -132,4 +205,6 @@ def run_config(plan: Plan, cell: Cell, prepared: Prepared, storage: Path, link: 
         corpus=str(prepared.folder),
         tokenizer=str(prepared.tokenizer_folder),
         grid=plan.name if plan.is_grid else None,
+        identity_version=IDENTITY_VERSION,
+        modules=modules_of(cell.experiment),
     )

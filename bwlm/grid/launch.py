@@ -17,12 +17,20 @@ from urllib.parse import urlsplit
 from bwlm.analysis.cells import CellRow, load_cells
 from bwlm.analysis.report import GRID_FILE, REPORT, write_experiment_report, write_grid_report
 from bwlm.analysis.stats import counted
-from bwlm.grid.cells import PlannedCell, check_same, find_cells, going_on, run_config, waiting_cells
+from bwlm.grid.cells import (
+    PlannedCell,
+    check_same,
+    find_cells,
+    going_on,
+    other_settings,
+    run_config,
+    waiting_cells,
+    with_code_of,
+)
 from bwlm.grid.spec import Cell, Plan, generations
 from bwlm.paths import check_writable, exclusive, write_atomic
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.family import ParentLink
-from bwlm.record.fingerprint import differences
 from bwlm.record.lineage import SAMPLES, ExperimentFolder, RunConfig, grid_folder, write_cells
 from bwlm.record.parent import link_to
 from bwlm.record.tracking import Tracking, tracking_uri
@@ -43,14 +51,16 @@ class LaunchResult:
         return not self.waiting and all(cell.state in ("finished", "stopped") for cell in self.cells)
 
 
-def run_plan(plan: Plan, storage: Path, show: Callable[[str], None]) -> LaunchResult:
+def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code: bool = False) -> LaunchResult:
     """Runs every cell that is not done. Raises `UserError` before anything is made where it can never work.
 
+    With `accept_code`, cells that other code has begun go on with today's, which their records then say.
     Raises `SystemExit` with `TERMINATED` if this process is asked to end meanwhile.
     """
     check_writable(storage)
     for planned in find_cells(plan, storage):
-        check_same(planned, planned.changed, plan)
+        check_same(planned, planned.changed, plan, accept_code)
+    _tell_other_code(plan, storage, show)
     ids = {cell.id for cell in plan.cells}
     for cell in plan.cells:
         if (parent := cell.experiment.parent) is not None and parent not in ids:
@@ -76,7 +86,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None]) -> LaunchRe
             if not part.cells:
                 continue
             with exclusive(home / "lock"):  # two launches of one plan make its folders and runs once
-                cells = _resolved(part, storage, prepared)
+                cells = _resolved(part, storage, prepared, accept_code)
                 if plan.is_grid and grid_run is None:
                     grid_run = _enlist_grid(plan, storage, tracking)
                 runs = _enlist(cells, storage, tracking, grid_run)
@@ -90,6 +100,16 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None]) -> LaunchRe
         show("writing the report")
         with exclusive(home / "lock"):  # another launch may end at the same moment
             return _conclude(plan, storage, tracking, grid_run, room.dashboard)
+
+
+def _tell_other_code(plan: Plan, storage: Path, show: Callable[[str], None]) -> None:
+    """One line for each way in which the code of finished cells was another; they are not trained again."""
+    found: dict[str, list[str]] = {}
+    for planned in find_cells(plan, storage):
+        if planned.other_code and planned.is_done:
+            found.setdefault(planned.other_code, []).append(planned.cell.id)
+    for how, cells in found.items():
+        show(f"{counted(len(cells), 'cell')} stay as they are ({cells[0]}, ..), finished by other code ({how})")
 
 
 def folder_of(plan: Plan, storage: Path) -> Path:
@@ -158,7 +178,7 @@ class _Resolved:
     dataset: dict[str, str]
 
 
-def _resolved(plan: Plan, storage: Path, prepared: dict[str, Prepared]) -> list[_Resolved]:
+def _resolved(plan: Plan, storage: Path, prepared: dict[str, Prepared], accept_code: bool) -> list[_Resolved]:
     """Raises `UserError` where a cell exists with other settings, or a parent is not what it was."""
     from bwlm.grid.hardware import compiled_if_it_can
 
@@ -170,7 +190,8 @@ def _resolved(plan: Plan, storage: Path, prepared: dict[str, Prepared]) -> list[
         if planned.folder.exists():
             known = planned.folder.config()
             asked = going_on(known, asked, begun=planned.status.step > 0)
-            check_same(planned, differences(known.identity, asked.identity), plan)
+            check_same(planned, other_settings(known.identity, asked.identity), plan, accept_code)
+            asked = with_code_of(known, asked, planned)
         if not planned.is_done:
             asked = compiled_if_it_can(asked)
         resolved.append(_Resolved(planned, asked, link, _dataset(prepared[cell.id])))

@@ -6,19 +6,14 @@ how fast, so they are not in it.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from functools import cache
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from bwlm.config import Experiment
+from bwlm.record.code import code_digest, module_digests
 
-_PACKAGE = Path(__file__).parent.parent
-TRAINING_PACKAGES = ("model", "text", "train", "evaluate")
 _NOT_IDENTITY: Any = {
     "data": True,
     "tasks": True,
@@ -40,49 +35,9 @@ VARIED = ("direction", "lr", "seed", *OF_ONE_PARENT)
 """In what the runs of a comparison differ: direction, what is tuned for it, seed, and so what they began from."""
 
 
-@cache
-def code_digest(phase: str, package: Path = _PACKAGE) -> str:
-    """Over the source that training a phase imports, and torch's version."""
-    digest = hashlib.sha256(version("torch").split("+")[0].encode())
-    for path in training_sources(phase, package):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(package.parent)} {len(content)}\n".encode() + content)
-    return digest.hexdigest()[:16]
-
-
-def training_sources(phase: str, package: Path = _PACKAGE) -> list[Path]:
-    """The files of the training packages, and of tasks, that a phase or its stream imports, directly or not."""
-    found: set[Path] = set()
-    pending = [package / "train" / f"{phase}.py", package / "text" / "stream.py"]
-    while pending:
-        path = pending.pop()
-        if path.exists() and path not in found:
-            found.add(path)
-            if _uses_tasks(path):
-                found.update((package.parent / "tasks").glob("*.py"))
-            pending += [package / f"{name.replace('.', '/')}.py" for name in _imports(path)]
-    return sorted(found)
-
-
-def _uses_tasks(path: Path) -> bool:
-    """Whether a file imports the package of tasks, all of which then counts: they decide what a sample earns."""
-    return any(isinstance(node, ast.ImportFrom) and node.module == "tasks" for node in ast.walk(_parsed(path)))
-
-
-def _parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_bytes())
-
-
-def _imports(path: Path) -> Iterator[str]:
-    """Modules of the training packages that a file imports, anywhere in it; `bwlm.` left out."""
-    for node in ast.walk(_parsed(path)):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            package, _, module = name.partition(".")
-            if package == "bwlm" and module.split(".")[0] in TRAINING_PACKAGES:
-                yield module
+def modules_of(experiment: Experiment) -> dict[str, str]:
+    """The digest of each module that decides the run's result; see `bwlm.record.code`."""
+    return module_digests(experiment.phase, tuple(sorted(experiment.data.mixture)))
 
 
 def identity(
@@ -100,7 +55,7 @@ def identity(
     """
     settings = experiment.model_dump(exclude=_NOT_IDENTITY | ({} if experiment.phase == "rl" else {"rl": True}))
     fields = {
-        "code": code_digest(experiment.phase),
+        "code": code_digest(modules_of(experiment)),
         "data": data,
         "tokenizer": tokenizer,
         "precision": precision,

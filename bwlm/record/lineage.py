@@ -39,6 +39,8 @@ _WRITTEN = (
     f"{SAMPLES}/*",
 )
 """What the holder of the lease writes under a temporary name first."""
+_SINCE_VERSION_2 = ("identity_version", "modules", "accepted_code")
+"""Fields that a config.json of identity version 1 lacks."""
 _PACKAGES = ("bwlm", "torch", "ray", "mlflow", "tiktoken", "numpy", "pyarrow")
 
 
@@ -64,6 +66,22 @@ class RunConfig:
     tokenizer: str
     """Folder of the tokenizer."""
     grid: str | None = None
+    identity_version: int = 1
+    """How `identity["code"]` was made; a run of before this was counted has version 1."""
+    modules: dict[str, str] = field(default_factory=dict)
+    """The digest of each module that `identity["code"]` covers."""
+    accepted_code: list[dict[str, Any]] = field(default_factory=list)
+    """Where the run went on with other code, on its user's word: step, time, code, and the modules that had changed."""
+
+    @property
+    def code(self) -> str:
+        """The digest of the code that trained the run, of all of them where it went on with another."""
+        return "+".join([str(self.identity.get("code", "")), *(accepted["code"] for accepted in self.accepted_code)])
+
+    @property
+    def compared(self) -> dict[str, Any]:
+        """The identity by which runs are compared: with all the code that trained the run."""
+        return self.identity | {"code": self.code}
 
     @property
     def fingerprint(self) -> str:
@@ -138,9 +156,9 @@ class ExperimentFolder:
         self._write_config(config, {"versions": versions, "created": time.time()})
 
     def reconfigure(self, config: RunConfig) -> None:
-        """Takes over settings that say where and how fast the run goes on, not what it is."""
+        """Takes over settings that say where and how fast the run goes on, and by which code, not what it is."""
         before = read_json(self.path / "config.json")
-        assert config.fingerprint == before["fingerprint"], "another run's settings"
+        assert config.identity | {"code": ""} == before["identity"] | {"code": ""}, "another run's settings"
         self._write_config(config, {name: before[name] for name in ("versions", "created")})
 
     def _write_config(self, config: RunConfig, besides: dict[str, Any]) -> None:
@@ -152,7 +170,8 @@ class ExperimentFolder:
         path = self.path / "config.json"
         content = read_json(path)
         try:
-            known = {name: content[name] for name in RunConfig.__dataclass_fields__}
+            known = {name: content[name] for name in RunConfig.__dataclass_fields__ if name not in _SINCE_VERSION_2}
+            known |= {name: content[name] for name in _SINCE_VERSION_2 if name in content}
             experiment = Experiment.model_validate(content["experiment"])
             return RunConfig(**known | {"experiment": experiment, "compute": Compute(**content["compute"])})
         except (KeyError, TypeError):

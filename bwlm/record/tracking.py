@@ -98,8 +98,9 @@ class Tracking:
         """The run of an experiment, with its parameters, tags, data and config; below its grid's if it is a cell."""
         known = self._known_run(folder.path)
         with self._answering():
-            if known is not None and parent is not None and known.data.tags.get("mlflow.parentRunId") != parent:
-                self._client.set_tag(known.info.run_id, "mlflow.parentRunId", parent)
+            for name, value in self._child_tags(folder, parent).items() if known is not None else ():
+                if known.data.tags.get(name) != value:  # another grid's run above, or other code that goes on
+                    self._client.set_tag(known.info.run_id, name, value)
         run = known or self._make_run(folder.path, folder.id, self._child_tags(folder, parent))
         if not _is_enlisted(folder.path):
             self._describe(run, folder, dataset)
@@ -118,6 +119,7 @@ class Tracking:
             "bwlm.experiment_id": config.id,
             "bwlm.parent_experiment": folder.parent() or "",
             "bwlm.fingerprint": config.fingerprint,
+            "bwlm.code": config.code,
             "bwlm.grid": config.grid or "",
         }
 

@@ -1,0 +1,171 @@
+"""The code that decides a run's result: a digest of each module's meaning, so that better words re-key no run.
+
+A digest covers a module's syntax tree without what cannot change a result: docstrings, comments, layout, the
+annotations of functions and the descriptions of settings. Its encoding is ours, and the same on every Python from 3.11
+on: `ast.dump` prints new fields as Python grows. The annotations in class bodies stay, since pydantic and dataclasses
+run them.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeGuard
+
+IDENTITY_VERSION = 2
+"""Counts up whenever unchanged code would get another digest. Version 1 hashed whole files."""
+
+REPOSITORY = Path(__file__).parents[2]
+_FOLLOWED = ("bwlm.model.", "bwlm.text.", "bwlm.train.", "bwlm.evaluate.", "tasks.")
+_ROOTS = ("bwlm.config", "bwlm.record.checkpoint", "bwlm.record.parent", "bwlm.text.stream", "bwlm.train.run")
+"""Settings, the loading of a run's own and its parent's weights, the rows, and the phase."""
+
+_IS_TEXT = "makes the text, whose digest is in the identity"
+NO_RESULT: Mapping[str, str] = {
+    "bwlm.text.controls": _IS_TEXT,
+    "bwlm.text.corpus": _IS_TEXT,
+    "bwlm.text.pydocs": _IS_TEXT,
+    "bwlm.text.shards": _IS_TEXT,
+    "bwlm.model.compute": "chooses how fast; the precision that it chooses is in the identity",
+    "bwlm.train.meter": "tells speed, memory and time left",
+    "bwlm.train.records": "writes down what others computed",
+    "bwlm.train.termination": "ends a run, which then resumes as it was",
+}
+"""Modules that training imports and that change no result, each with the reason."""
+NO_SETTINGS = frozenset({"CheckpointSettings", "ComputeSettings", "ResearchLogSettings", "ResourceSettings"})
+"""Classes of `bwlm.config` that say where, how fast, or what is kept."""
+
+
+@cache
+def module_digests(phase: str, mixture: tuple[str, ...] = (), root: Path = REPOSITORY) -> dict[str, str]:
+    """The digest of every module that decides the result of a phase, by its name, below the folder `root`.
+
+    Of `tasks`, whose rewards RL learns by, those count that `mixture` names, and what they import.
+    """
+    trees: dict[str, ast.Module] = {}
+    pending = [*_ROOTS, f"bwlm.train.{phase}"]
+    while pending:
+        name = pending.pop()
+        path = root / f"{name.replace('.', '/')}.py"
+        if name in trees or name in NO_RESULT or not path.exists():
+            continue
+        trees[name] = ast.parse(path.read_bytes())
+        found = set(_imports(trees[name]))
+        pending += sorted(module for module in found if module.startswith(_FOLLOWED))
+        if "tasks" in found:
+            pending += _tasks_named(mixture, root)
+    return {name: _digest(tree, NO_SETTINGS if name == "bwlm.config" else ()) for name, tree in sorted(trees.items())}
+
+
+def code_digest(modules: Mapping[str, str]) -> str:
+    """Covers all of the modules, and torch's version."""
+    parts = [version("torch").split("+")[0], *(f"{name} {digest}" for name, digest in sorted(modules.items()))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def changed_modules(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """Names of modules whose digests differ, and of those that only one side has."""
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    """Modules and their members that a module imports anywhere, but for types alone."""
+    for node in _running(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield f"{node.module}"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _running(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a tree but those that only a type checker sees."""
+    yield node
+    children = node.orelse if _is_for_types(node) else ast.iter_child_nodes(node)
+    for child in children:
+        yield from _running(child)
+
+
+def _is_for_types(node: ast.AST) -> TypeGuard[ast.If]:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def _tasks_named(mixture: Iterable[str], root: Path) -> list[str]:
+    """Modules of `tasks` that hold one of the names: the registry imports all, and would make all of them count."""
+    found = []
+    for path in sorted((root / "tasks").glob("*.py")):
+        texts = {node.value for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Constant)}
+        if path.stem != "__init__" and texts & set(mixture):
+            found.append(f"tasks.{path.stem}")
+    return found
+
+
+# ---- the encoding ----
+
+
+def _digest(tree: ast.Module, left_out: Iterable[str] = ()) -> str:
+    """Of a module without the classes `left_out`."""
+    body = [node for node in tree.body if not (isinstance(node, ast.ClassDef) and node.name in left_out)]
+    return hashlib.sha256(encoded(ast.Module(body, [])).encode()).hexdigest()[:16]
+
+
+_SILENT = frozenset({"ctx", "kind", "type_comment", "type_ignores", "returns", "simple"})
+"""Fields of nodes that say how something was written, or what a type checker reads."""
+
+
+def encoded(node: Any, in_class: bool = False) -> str:
+    """What a syntax tree means, as text; `in_class`: it stands right in the body of a class.
+
+    Fields go by their names and empty ones are left out, so that a field that a later Python adds changes nothing until
+    it is used. Raises TypeError for a value that no tree has.
+    """
+    if isinstance(node, list):
+        return f"[{' '.join(filter(None, (encoded(each, in_class) for each in _plain(node))))}]"
+    if isinstance(node, ast.AST):
+        return _encoded_node(node, in_class)
+    if node is None or isinstance(node, str | bytes | int | float | complex) or node is Ellipsis:
+        return f"{type(node).__name__}:{node!r}"
+    raise TypeError(f"a syntax tree does not hold {node!r}")
+
+
+def _encoded_node(node: ast.AST, in_class: bool) -> str:
+    if isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+        return ""  # docstrings, of attributes too: no statement that only names a constant does anything
+    if isinstance(node, ast.AnnAssign) and not in_class:
+        return encoded(ast.Assign([node.target], node.value)) if node.value else ""
+    fields = {name: value for name, value in ast.iter_fields(node) if name not in _SILENT and value not in (None, [])}
+    if isinstance(node, ast.arg):
+        fields.pop("annotation", None)
+    if isinstance(node, ast.Constant):  # None is a value here
+        return f"({encoded(node.value)})"
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Field":
+        fields["keywords"] = [word for word in node.keywords if word.arg != "description"]
+    is_class = isinstance(node, ast.ClassDef)
+    parts = [f"{name}={encoded(value, is_class and name == 'body')}" for name, value in sorted(fields.items())]
+    return f"({type(node).__name__} {' '.join(parts)})"
+
+
+def _plain(nodes: list[Any]) -> Iterator[Any]:
+    """A list of a tree without what is for type checkers, and f-strings in one way of writing them.
+
+    Neighbouring texts of an f-string are one, and none is empty: Pythons cut them differently.
+    """
+    if not any(isinstance(node, ast.FormattedValue) for node in nodes):
+        for node in nodes:
+            yield from node.orelse if _is_for_types(node) else [node]
+        return
+    text = ""
+    for node in nodes:
+        if isinstance(node, ast.Constant):
+            text += str(node.value)
+            continue
+        if text:
+            yield ast.Constant(text)
+        text = ""
+        yield node
+    if text:
+        yield ast.Constant(text)
