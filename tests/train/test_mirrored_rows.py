@@ -17,9 +17,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-import bwlm.evaluate.inside
-import bwlm.evaluate.loss
-import bwlm.text.batches
+import bwlm.text.conversation
 from bwlm.analysis.stats import Gap, gap
 from bwlm.config import Recipe
 from bwlm.text.controls import ReversibleChain
@@ -99,8 +97,7 @@ def train(chapters: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Train
         folder = make_run(chapters, storage, name, direction=direction, seed=seed, **TINY, model__document_mask=masked)
         with pytest.MonkeyPatch.context() as patch:
             if kept:
-                for module in (bwlm.text.batches, bwlm.evaluate.loss, bwlm.evaluate.inside):
-                    patch.setattr(module, "is_mirrored", lambda *_: False)
+                patch.setattr(bwlm.text.conversation, "is_mirrored", lambda *_: False)
             assert run_phase(folder, AloneSession(), in_process).state == "finished"
         table = pq.read_table(folder.evaluation("base", direction) / "validation.parquet").to_pandas()
         return table.assign(run=name, direction=direction, seed=seed, size=1)
