@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from bwlm.model.gpt import GPT
 from bwlm.model.observe import AttentionStatistics, attention_statistics, evaluating
-from bwlm.text.conversation import TurnLayout, reversal_of
-from bwlm.text.direction import READINGS, Directed, Ids, Ints, Rows, SpecialIds, is_mirrored, lay_out
+from bwlm.text.conversation import TurnLayout, turned
+from bwlm.text.direction import READINGS, Directed, Ids, Ints, Rows, SpecialIds, lay_out
 from bwlm.text.packing import PackedRows
 
 STATE_WINDOWS = 8
@@ -67,20 +67,18 @@ class InsideView:
         return self.rows.take(windows), windows
 
     def _chosen(self, rows: Rows) -> Ints:
-        """Tokens that are inputs in every direction, evenly over the windows: a row's last token is only a target, and
-        in some direction that is the first or the last of its segment."""
-        index = np.arange(len(rows.tokens))
-        starts = np.cumsum(rows.lengths) - rows.lengths
-        ends = starts + rows.lengths - 1
-        inner = np.setdiff1d(index, np.concatenate([starts, ends]))
-        count = min(self.tokens, len(inner))
-        return inner[np.linspace(0, len(inner) - 1, count).astype(np.int64)] if count else inner
+        """Indices of tokens, evenly over the windows.
+
+        Any token will do: each is an input in every reading, since a row's last slot, which is only a target, is kept
+        for the BOS that closes it.
+        """
+        count = min(self.tokens, len(rows.tokens))
+        return np.linspace(0, len(rows.tokens) - 1, count).astype(np.int64)
 
     def _directed(self, rows: Rows, reading: str, marked: bool) -> Directed:
         chosen = np.full(len(rows.lengths), READINGS.index(reading))
-        turned = self.turns.of(rows, chosen) if self.turns else {}
-        mirrored = is_mirrored(reading, reversal_of(self.turns))
-        return lay_out(rows, chosen, marked, self.special, self.rows.width, mirrored=mirrored, **turned)
+        told = turned(reading, rows, chosen, self.turns)
+        return lay_out(rows, chosen, marked, self.special, self.rows.width, **told)
 
     def _inputs(self, directed: Directed) -> tuple[torch.Tensor, torch.Tensor | None]:
         def tensor(ids: Ids) -> torch.Tensor:

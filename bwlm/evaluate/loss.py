@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from bwlm.config import Reversal
 from bwlm.model.gpt import GPT
 from bwlm.paths import Check, unchecked, write_atomic, write_json
-from bwlm.text.conversation import TurnIds, TurnLayout, reversal_of, written
-from bwlm.text.direction import IGNORED, READINGS, Ids, Ints, Rows, SpecialIds, is_mirrored, lay_out
+from bwlm.text.conversation import TurnIds, TurnLayout, turned, written
+from bwlm.text.direction import IGNORED, READINGS, Ids, Ints, Rows, SpecialIds, lay_out
 from bwlm.text.packing import PackedRows
 from bwlm.text.plan import permute
 
@@ -150,12 +150,9 @@ class LossEvaluation:
     @torch.no_grad()
     def _batch(self, model: GPT, windows: Ints, reading: str, marked: bool, marker: str) -> Measured:
         rows = self.rows.take(windows)
-        chosen, told = (np.full(len(rows.lengths), READINGS.index(name)) for name in (reading, marker))
-        turned = self.turns.of(rows, chosen) if self.turns else {}
-        mirrored = is_mirrored(reading, reversal_of(self.turns))
-        directed = lay_out(
-            rows, chosen, marked, self.special, self.rows.width, mirrored=mirrored, markers=told, **turned
-        )
+        chosen, markers = (np.full(len(rows.lengths), READINGS.index(name)) for name in (reading, marker))
+        told = turned(reading, rows, chosen, self.turns)
+        directed = lay_out(rows, chosen, marked, self.special, self.rows.width, markers=markers, **told)
         segments = self._tensor(directed.segments) if self.masked else None
         inputs, targets = self._tensor(directed.ids[:, :-1]), self._tensor(directed.targets)
         losses = model.loss(inputs, targets, segments, predict=True)

@@ -172,7 +172,9 @@ class ExperimentFolder:
         try:
             known = {name: content[name] for name in RunConfig.__dataclass_fields__ if name not in _SINCE_VERSION_2}
             known |= {name: content[name] for name in _SINCE_VERSION_2 if name in content}
-            experiment = Experiment.model_validate(content["experiment"])
+            # a run of before this setting read its documents in the order of their files
+            data = {"shuffle": False} | content["experiment"]["data"]
+            experiment = Experiment.model_validate(content["experiment"] | {"data": data})
             return RunConfig(**known | {"experiment": experiment, "compute": Compute(**content["compute"])})
         except (KeyError, TypeError):
             raise UserError(f"{path}: not the config of an experiment; move it out of the storage") from None

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bwlm.text.conversation import TurnLayout, reversal_of
-from bwlm.text.direction import Directed, Rows, SpecialIds, is_marked, is_mirrored, lay_out, readings
+from bwlm.text.conversation import TurnLayout, turned
+from bwlm.text.direction import Directed, Rows, SpecialIds, is_marked, lay_out, readings
 from bwlm.text.packing import PackedRows
 from bwlm.text.plan import MixturePlan, RowPlan
 
@@ -61,11 +61,11 @@ class DirectedPlan:
         return open_rows(self.folder, "train").take(*self.plan.at(step, self.rank, self.world))
 
     def lay_out(self, rows: Rows) -> Directed:
+        """Rows as the model of this direction trains on them."""
         reading = readings(self.direction, rows, self.plan.seed)
-        turned = self.turns.of(rows, reading) if self.turns else {}
         width = open_rows(self.folder, "train").width
-        mirrored = is_mirrored(self.direction, reversal_of(self.turns))
-        return lay_out(rows, reading, is_marked(self.direction), self.special, width, mirrored=mirrored, **turned)
+        told = turned(self.direction, rows, reading, self.turns)
+        return lay_out(rows, reading, is_marked(self.direction), self.special, width, **told)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """Steps first..last-1, read in this process."""

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from bwlm.config import Reversal
 from bwlm.errors import UserError, nearest
-from bwlm.text.direction import BACKWARD, READINGS, Ints, Rows, arrange, is_marked, restore
+from bwlm.text.direction import BACKWARD, READINGS, Ints, Rows, arrange, is_marked, is_mirrored, restore
 from bwlm.text.tokenizer import Tokenizer
 
 Role = Literal["user", "assistant"]
@@ -222,14 +222,22 @@ class TurnLayout:
         return turned
 
 
-def reversal_of(turns: TurnLayout | None) -> Reversal:
-    """The reversal of rows of conversations; documents, which have no turns, are turned around whole."""
-    return turns.reversal if turns else "whole"
-
-
 class Turned(TypedDict, total=False):
+    """What `lay_out` is told of rows besides their readings."""
+
+    mirrored: bool
     parts: Ints
     targets: NDArray[np.bool_]
+
+
+def turned(name: str, rows: Rows, reading: Ints, turns: TurnLayout | None) -> Turned:
+    """Arguments of `lay_out` for rows of conversations, or without `turns` of documents.
+
+    `name` is the direction of training, or the reading of an evaluation; `reading` [S] is that of each segment.
+    """
+    if turns is None:
+        return {"mirrored": is_mirrored(name)}
+    return {"mirrored": is_mirrored(name, turns.reversal), **turns.of(rows, reading)}
 
 
 # ---- what a model is given, and gives back ----

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bwlm.config import Reversal
 from bwlm.text.batches import DirectedPlan, open_rows
-from bwlm.text.conversation import Conversation, TurnIds, TurnLayout, render
+from bwlm.text.conversation import Conversation, TurnIds, TurnLayout, render, turned
 from bwlm.text.direction import (
     CLOSING_SLOTS,
     HEAD_SLOTS,
@@ -65,8 +65,8 @@ def inspect_conversation(
     for reading in own_readings(direction):
         number = np.array([READINGS.index(reading)])
         width = len(rows.tokens) + HEAD_SLOTS + CLOSING_SLOTS
-        turned = layout.of(rows, number)
-        directed = lay_out(rows, number, is_marked(direction), SpecialIds.of(tokenizer), width, **turned)
+        told = turned(reading, rows, number, layout)
+        directed = lay_out(rows, number, is_marked(direction), SpecialIds.of(tokenizer), width, **told)
         length = len(rows.tokens) + 1 + is_marked(direction)
         ids = directed.ids[0, :length]
         targets = [False, *(directed.targets[0, : length - 1] >= 0).tolist()]

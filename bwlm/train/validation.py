@@ -101,8 +101,7 @@ class Validation:
             entries["attention"] = {name: torch.stack([found[name] for found in looked]).numpy() for name in looked[0]}
         if wanted.representations:
             states = np.stack([self.inside.states(model, name, marked) for name in own])
-            if states.size:  # segments of one or two tokens have none inside
-                entries["representations"] = {"states": states}
+            entries["representations"] = {"states": states}
         return entries
 
     def metrics(self, measured: dict[str, Measured]) -> dict[str, float]:

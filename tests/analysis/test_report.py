@@ -21,15 +21,16 @@ from bwlm.analysis.findings import find
 from bwlm.analysis.losses import gaps_from
 from bwlm.analysis.report import LOSSES, PAGE, REPORT, train_command, write_experiment_report, write_grid_report
 from bwlm.analysis.result import frame_to_markdown, markdown_table
-from bwlm.analysis.sections import cost_section
+from bwlm.analysis.sections import cost_section, data_section
 from bwlm.analysis.verdict import GAP_HEADER, gap_columns
 from bwlm.cli.analyze import _gaps_of_runs
 from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
 from bwlm.grid.plan import plan_experiment
-from bwlm.paths import read_json
+from bwlm.paths import read_json, write_json
 from bwlm.record.journal import Journal
 from bwlm.record.lineage import ExperimentFolder, Status, write_cells
+from bwlm.text.packing import Manifest, Split
 from tests.analysis.storage import finish, make_cell
 
 WINDOWS = 24
@@ -420,6 +421,24 @@ def test_a_cell_whose_config_is_lost_or_damaged_is_named_and_the_rest_goes_on(tm
     assert "2 seeds" in text.split("\n\n")[2]
     assert f"- {runs[0].id} is left out: {lost}: no such file" in text
     assert f"- {runs[5].id} is left out: {damaged}: not valid JSON" in text
+
+
+@pytest.mark.parametrize(
+    ("phase", "shuffle", "words"),
+    [
+        ("base", True, "shuffled inside each shard"),
+        ("base", False, "in the order of their files"),
+        ("mid", True, "in the order of their files"),
+    ],
+)
+def test_the_order_of_the_documents_is_told(tmp_path: Path, phase: str, shuffle: bool, words: str) -> None:
+    folder = make_cell(tmp_path, "forward", phase=phase)
+    empty = Split.of([])
+    Manifest(64, 264, "", empty, empty).write(tmp_path)
+    content = read_json(folder.path / "config.json")
+    content["experiment"]["data"]["shuffle"] = shuffle
+    write_json(folder.path / "config.json", content | {"corpus": str(tmp_path)})
+    assert f"| documents | {words} |" in data_section([folder])[1]
 
 
 def test_an_experiment_stands_beside_its_forward_baseline(tmp_path: Path) -> None:

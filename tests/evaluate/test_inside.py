@@ -15,7 +15,7 @@ from bwlm.model.gpt import GPT
 from bwlm.model.observe import attention_statistics
 from bwlm.model.shape import GPTConfig
 from bwlm.text.batches import open_rows
-from bwlm.text.direction import READINGS, Rows, SpecialIds, arrange
+from bwlm.text.direction import READINGS, SpecialIds, arrange
 from bwlm.text.prepare import Prepared
 from tests.conftest import SEQUENCE_LENGTH, VOCAB_SIZE
 
@@ -74,15 +74,15 @@ def rows_by_hand(view: InsideView, reading: str, marked: bool, window: int) -> B
 
 
 def chosen_by_hand(view: InsideView) -> list[Place]:
-    """Evenly over the tokens of the first eight windows that are neither first nor last in their segment."""
-    inner = [
+    """Evenly over the tokens of the first eight windows."""
+    places = [
         (int(window), segment, index)
         for window in view.windows[:8]
         for segment, length in enumerate(view.rows.take(np.array([window])).lengths)
-        for index in range(1, length - 1)
+        for index in range(length)
     ]
-    count = min(view.tokens, len(inner))
-    return [inner[int(place)] for place in np.linspace(0, len(inner) - 1, count)]
+    count = min(view.tokens, len(places))
+    return [places[int(place)] for place in np.linspace(0, len(places) - 1, count)]
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -111,8 +111,9 @@ def test_each_state_is_that_of_its_token(
     np.testing.assert_allclose(states[0].astype(np.float32), embedded.detach().numpy(), rtol=2e-3, atol=2e-3)
 
 
-def test_the_tokens_are_inputs_in_every_reading(view: InsideView) -> None:
+def test_all_tokens_are_inputs_in_every_reading(view: InsideView) -> None:
     """A row's last id is only predicted: no state is its."""
+    view = replace(view, tokens=10**6)
     for reading, marked in READ:
         for window in view.windows[:8].tolist():
             where = rows_by_hand(view, reading, marked, window)[1]
@@ -124,8 +125,7 @@ def test_the_tokens_are_inputs_in_every_reading(view: InsideView) -> None:
 def test_as_many_tokens_as_were_asked_for_or_there_are(view: InsideView, model: GPT, tokens: int) -> None:
     view = replace(view, tokens=tokens)
     rows = view.rows.take(view.windows[:8])
-    inner = int(np.maximum(rows.lengths - 2, 0).sum())
-    count = min(tokens, inner)
+    count = min(tokens, len(rows.tokens))
     found: dict[str, NDArray[Any]] = view.tokens_of()
     assert {name: len(values) for name, values in found.items()} == {"token": count, "window": count}
     assert view.states(model, "backward", False).shape[1] == count
@@ -153,22 +153,6 @@ def test_attention_is_that_of_the_first_two_windows_without_padding(
     expected = attention_statistics(model, ids, segments, ids != view.special.pad, MAP_POSITIONS)
     for name, figure in vars(expected).items():
         assert torch.allclose(getattr(found, name), figure, rtol=1e-5), name
-
-
-def test_where_no_segment_has_an_inside_there_are_no_states(
-    view: InsideView, model: GPT, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    take = view.rows.take
-
-    def shortened(windows: NDArray[np.int64]) -> Rows:
-        """The first token of each segment alone."""
-        rows = take(windows)
-        first = np.cumsum(rows.lengths) - rows.lengths
-        return replace(rows, tokens=rows.tokens[first], lengths=np.ones_like(rows.lengths))
-
-    monkeypatch.setattr(view.rows, "take", shortened)
-    assert len(view.tokens_of()["token"]) == 0
-    assert view.states(model, "backward", False).shape == (CONFIG.depth + 1, 0, CONFIG.width)
 
 
 def test_looking_leaves_the_model_in_training(view: InsideView, model: GPT) -> None:

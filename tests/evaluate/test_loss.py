@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from bwlm.config import Reversal
 from bwlm.evaluate import loss as module
 from bwlm.evaluate.loss import LossEvaluation, SegmentLosses
 from bwlm.model.gpt import GPT
 from bwlm.model.loss import Losses
 from bwlm.model.shape import GPTConfig
 from bwlm.text.batches import open_rows
+from bwlm.text.conversation import TurnIds, TurnLayout
 from bwlm.text.direction import IGNORED, SpecialIds, arrange
 from bwlm.text.packing import Manifest, PackedRows, ShardCounts, Split, write_rows
 from bwlm.text.prepare import Prepared
@@ -130,6 +132,21 @@ def test_segments_reach_the_model_only_when_attention_stays_inside_them(by_hand:
             assert segments[0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("reversal", "ids"),
+    [
+        ("whole", [BOS, 12, 4, BOS, 12, 3, 2, BOS, 12, 1, 1, 0]),
+        ("turns", [BOS, 12, 1, 1, 0, BOS, 12, 3, 2, BOS, 12, 4]),
+    ],
+)
+def test_conversations_are_mirrored_as_a_whole_and_stay_in_order_in_turns(
+    by_hand: PackedRows, reversal: Reversal, ids: list[int]
+) -> None:
+    model, turns = table(), TurnLayout(TurnIds(5, 6, 7, 8), reversal, supervised=False)
+    evaluation(by_hand, turns=turns).measure(model, "backward", True)
+    assert model.asked[0][0][0].tolist() == ids
+
+
 def test_saved_as_a_table_and_a_summary(by_hand: PackedRows, tmp_path: Path) -> None:
     found, _ = evaluation(by_hand).measure(table(), "forward", False)
     found.save(tmp_path / "evaluations" / "base" / "forward")
@@ -209,7 +226,9 @@ def test_the_other_reading_scores_the_same_text(real: LossEvaluation, model: GPT
     for name in ("window", "segment", "document", "tokens", "bytes"):
         assert np.array_equal(getattr(forward, name), getattr(backward, name))
         assert np.array_equal(getattr(forward, name), getattr(marked, name))
-    assert np.array_equal(np.isnan(forward.end_nll), np.isnan(marked.end_nll))
+    whole = real.rows.take(real.windows).whole
+    for found in (forward, backward, marked):
+        assert np.array_equal(np.isnan(found.end_nll), ~whole)  # `bpb_with_end` is of the same documents
     assert not np.isclose(forward.nll, backward.nll).all()
     assert not np.isclose(marked.nll, backward.nll).all()
     assert forward.bytes.sum() > forward.tokens.sum() > 1000

@@ -148,6 +148,14 @@ def test_a_config_of_another_version_is_told_with_its_field(folder: ExperimentFo
         folder.config()
 
 
+def test_a_run_of_before_documents_were_shuffled_keeps_their_order(folder: ExperimentFolder) -> None:
+    assert folder.config().experiment.data.shuffle
+    content = read_json(folder.path / "config.json")
+    del content["experiment"]["data"]["shuffle"]
+    write_json(folder.path / "config.json", content)
+    assert not folder.config().experiment.data.shuffle
+
+
 # ---- states ----
 
 

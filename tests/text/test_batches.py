@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from bwlm.config import DIRECTIONS
-from bwlm.text.batches import Batch, DirectedPlan, join, open_rows
+from bwlm.config import DIRECTIONS, Reversal
+from bwlm.text.batches import Batch, DirectedPlan, join, open_rows, row_plan
+from bwlm.text.conversation import TurnIds, TurnLayout
 from bwlm.text.direction import IGNORED, SpecialIds, read_row
 from bwlm.text.plan import RowPlan
 from bwlm.text.prepare import Prepared
@@ -94,6 +96,22 @@ def test_every_bidirectional_segment_has_its_own_marker(prepared: Prepared) -> N
         mixed_rows += sum(len(set(markers[row == one].tolist())) == 2 for one in range(ROWS))
         assert not np.isin(batch["targets"], [plan.special.forward, plan.special.backward]).any()
     assert mixed_rows > 0
+
+
+@pytest.mark.parametrize("reversal", ["whole", "turns"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_segments_stand_in_reverse_order_only_in_rows_that_are_read_backward_as_a_whole(
+    mixture_for: Callable[[str], Prepared], direction: str, reversal: Reversal
+) -> None:
+    mixture = mixture_for("mid")
+    turns = TurnLayout(TurnIds.of(mixture.tokenizer), reversal, supervised=False)
+    rows_of_corpus, special = row_plan(str(mixture.folder), ROWS, SEED), SpecialIds.of(mixture.tokenizer)
+    plan = DirectedPlan(str(mixture.folder), direction, special, rows_of_corpus, turns=turns)
+    rows = plan.rows(0)
+    steps = np.diff(plan.lay_out(rows).starts)[rows.row[1:] == rows.row[:-1]]
+    assert len(steps)
+    is_reversed = direction == "backward" and reversal == "whole"
+    assert (steps < 0).all() if is_reversed else (steps > 0).all()
 
 
 @pytest.mark.parametrize("direction", ["forward", "bidirectional"])
