@@ -34,7 +34,7 @@ def run_phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Sta
         status = Status("finished", "", folder.config().steps, metrics)
     if session.rank == 0:
         try:
-            folder.write_status(status)
+            (folder.finish if status.state == "finished" else folder.write_status)(status)
         except OSError as error:  # on a full disk; the reason of the run's own failure comes first
             return Status("failed", status.reason or str(cannot_write(folder.path, error)), status.step)
     return status

@@ -25,7 +25,7 @@ from bwlm.analysis.tables import load_losses
 from bwlm.analysis.transfer import transfer
 from bwlm.cli import main
 from bwlm.errors import UserError
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.record.lineage import ExperimentFolder, list_experiments
 from bwlm.text.corpus import read_texts
 from bwlm.text.prepare import Prepared
 from tests.runs import make_run
@@ -167,7 +167,7 @@ def test_a_damaged_log_is_named_and_the_rest_goes_on(trained: Path, tmp_path: Pa
     shutil.copytree(trained, storage)
     (storage / "f_s0" / "base.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
     (storage / "b_s1" / "base.h5").unlink()
-    found = positions(choose(storage, ["*"])[0])
+    found = positions(list_experiments(storage))
     assert sorted(note.split(":")[0].removeprefix(f"{storage}/") for note in found.notes) == [
         "b_s1/base.h5",
         "f_s0/base.h5",
@@ -179,11 +179,20 @@ def test_a_damaged_log_is_named_and_the_rest_goes_on(trained: Path, tmp_path: Pa
     }
     with h5py.File(storage / "b_s0" / "base.h5", "r+") as file:  # readable, with something else in its place
         del file["validation/document"]
-    assert any("b_s0/base.h5: damaged (" in note for note in positions(choose(storage, ["*"])[0]).notes)
+    assert any("b_s0/base.h5: damaged (" in note for note in positions(list_experiments(storage)).notes)
     (storage / "b_s0" / "metrics.jsonl").write_text("")
-    assert compare(choose(storage, ["*"])[0]).notes == ["b_s0: its metrics.jsonl holds no step, so it is left out"]
+    emptied = "b_s0: its metrics.jsonl holds no step, so it is left out"
+    assert compare(list_experiments(storage)).notes == [emptied]
     with pytest.raises(UserError, match=r"f_s0/base\.h5: damaged, not readable as HDF5"):
-        positions(choose(storage, ["f_s0"])[0])
+        positions([ExperimentFolder(storage, "f_s0")])
+    whole, told = choose(storage, ["*"])
+    assert {folder.id for folder in whole}.isdisjoint({"f_s0", "b_s0", "b_s1"})
+    assert [line.split(": ")[:3] for line in told] == [
+        ["b_s0 is left out", "it is damaged", "base.h5"],
+        ["b_s1 is left out", "it is damaged", "base.h5"],
+        ["f_s0 is left out", "it is damaged", "base.h5"],
+    ]
+    assert "; metrics.jsonl: 0 bytes, and " in told[0]
 
 
 def flip_chunk(path: Path, column: str) -> None:

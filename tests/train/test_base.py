@@ -202,7 +202,8 @@ def test_an_end_that_cannot_be_noted_keeps_its_reason(new_run: NewRun, monkeypat
         raise RunError("the reason of its own")
 
     fine, failing = new_run("fine"), new_run("failing")
-    monkeypatch.setattr(ExperimentFolder, "write_status", full)
+    for noting in ("finish", "write_status"):
+        monkeypatch.setattr(ExperimentFolder, noting, full)
     finished = run_phase(fine, AloneSession(), in_process)
     assert (finished.state, "No space left" in finished.reason) == ("failed", True)
     failed = run_phase(failing, AloneSession(), broken)
