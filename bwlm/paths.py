@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bwlm.credentials import refuse_secret
 from bwlm.errors import UserError
 
 LONGEST_ID = 128
@@ -152,6 +153,7 @@ def storage_root(storage: str | None) -> Path:
     chosen = storage or os.environ.get("BWLM_STORAGE") or None
     if chosen is None:
         chosen = "~/bwlm-runs" if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else "runs"
+    refuse_secret(chosen, "storage")
     if "://" in chosen and not chosen.startswith("file://"):
         raise UserError(f"storage: {chosen!r} is not a folder: give a local or shared (NFS) path")
     return Path(chosen.removeprefix("file://")).expanduser().absolute()

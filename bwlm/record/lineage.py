@@ -172,7 +172,8 @@ class ExperimentFolder:
         except (KeyError, TypeError):
             raise UserError(f"{path}: not the config of an experiment; move it out of the storage") from None
         except ValidationError as error:
-            field = ".".join(str(part) for part in error.errors()[0]["loc"])
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or first["msg"].removeprefix("Value error, ")
             raise UserError(f"{path}: not an experiment of this version of bwlm ({field})") from None
 
     def link(self) -> ParentLink | None:
