@@ -35,6 +35,7 @@ def prepare_database(path: Path, uri: str, artifacts: str) -> None:
     `artifacts` is the URI below which MLflow keeps the artifacts of its default experiment.
     """
     if not _is_made(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(path.with_name(f".{path.name}.lock")):
             if not _is_made(path):
                 _make(path, artifacts)

@@ -99,6 +99,9 @@ class Status:
     reason: str = ""
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    """The last that were measured, all finite."""
+    diverged: int | None = None
+    """The step whose loss was not finite any more."""
 
     @property
     def ended(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -36,6 +37,7 @@ _METRICS_PER_CALL = 1000  # MLflow's own limit
 _LONGEST_DIGEST = 36  # of a dataset, in MLflow's database
 _LONGEST_REASON = 110
 _MARK = "bwlm.mark"
+_DIVERGED = "bwlm.diverged"
 _STATES: dict[State, str] = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
@@ -177,6 +179,7 @@ class Tracking:
         new = [entry for entry in entries_after(folder.path, delivered) if entry.metrics]
         if new and _noted(folder.path).get("status") != "RUNNING":
             self._client.update_run(run, status="RUNNING")
+            self._tag_divergence(folder.path, run, None)
             _note(folder.path, status="RUNNING", closed=None)
         count = 0
         for entries in _batches(new):
@@ -204,15 +207,24 @@ class Tracking:
     def _close_child(self, folder: ExperimentFolder, status: Status, artifacts: list[Path]) -> None:
         self.deliver(folder)
         run = _noted(folder.path)["run_id"]
-        if last := last_entry(folder.path):
+        if (last := last_entry(folder.path)) and status.diverged is None:
             # with the entry's time stamp, so that MLflow drops them where they were sent before
             final = Entry(last.step, last.time, {f"final_{name}": value for name, value in status.metrics.items()})
             self._client.log_batch(run, metrics=_points([final]))
         self._client.set_tag(run, "bwlm.state", status.state)
         self._client.set_tag(run, "bwlm.reason", status.reason)
+        self._tag_divergence(folder.path, run, status.diverged)
         shown = _STATES.get(status.state, "KILLED")
         self._close(run, artifacts, shown)
         _note(folder.path, status=shown, closed=asdict(status))
+
+    def _tag_divergence(self, folder: Path, run: str, step: int | None) -> None:
+        """Marks a diverged run, so that a search finds it; takes the mark away where it is tried again."""
+        if step is not None:
+            self._client.set_tag(run, _DIVERGED, f"step {step}")
+        elif _noted(folder).get("diverged") is not None:
+            self._client.delete_tag(run, _DIVERGED)
+        _note(folder, diverged=step)
 
     def close_parent(self, run: str, artifacts: list[Path], complete: bool) -> bool:
         """Attaches the report and sets the grid's final state; a warning if the server is away."""
@@ -412,6 +424,8 @@ def _batches(entries: list[Entry]) -> Iterator[list[Entry]]:
 
 
 def _points(entries: list[Entry]) -> list[Any]:
+    """Figures that are not finite are left out: a search sorts NaN last both ways, and infinity returns as a number."""
     from mlflow.entities import Metric
 
-    return [Metric(name, value, e.time, e.step) for e in entries for name, value in e.metrics.items()]
+    measured = [(entry, name, value) for entry in entries for name, value in entry.metrics.items()]
+    return [Metric(name, value, e.time, e.step) for e, name, value in measured if math.isfinite(value)]
