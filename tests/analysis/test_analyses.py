@@ -15,19 +15,22 @@ import pytest
 
 from bwlm.analysis.audit import audit
 from bwlm.analysis.curves import compare
+from bwlm.analysis.findings import find
 from bwlm.analysis.insides import over_time
 from bwlm.analysis.positions import KINDS, document_lengths, positions
 from bwlm.analysis.report import write_experiment_report
 from bwlm.analysis.representations import representations
 from bwlm.analysis.result import Analysis
 from bwlm.analysis.select import choose
-from bwlm.analysis.tables import load_losses
+from bwlm.analysis.tables import byte_counts_of, load_losses
 from bwlm.analysis.transfer import transfer
 from bwlm.cli import main
 from bwlm.errors import UserError
+from bwlm.paths import read_json, write_json
 from bwlm.record.lineage import ExperimentFolder, list_experiments
 from bwlm.text.corpus import read_texts
 from bwlm.text.prepare import Prepared
+from bwlm.text.tokenizer import Tokenizer, byte_counts
 from tests.runs import make_run
 
 ALL: dict[str, Callable[[list[ExperimentFolder]], Analysis]] = {
@@ -160,6 +163,27 @@ def test_what_differs_in_more_than_the_direction_is_refused(
     )
     found = audit([*folders[2:4], twice])
     assert (found.passed, found.doubled, found.refused) == (0, 1, [])
+
+
+def test_pairs_count_the_bytes_of_a_token_alike(trained: Path, tmp_path: Path) -> None:
+    storage = tmp_path / "copy"
+    shutil.copytree(trained, storage)
+    folders = [ExperimentFolder(storage, name) for name in ("f_s0", "b_s0", "f_s1", "b_s1")]
+    counts = {byte_counts_of(folder) for folder in folders}
+    assert counts == {byte_counts(Tokenizer.load(Path(folders[0].config().tokenizer)).token_bytes())}
+    assert (audit(folders).passed, audit(folders).refused) == (2, [])
+    for folder in folders:  # as of another version, which counts otherwise
+        path = folder.evaluation("base", "forward") / "validation.json"
+        if folder.id == "b_s0":
+            write_json(path, read_json(path) | {"token_bytes": "0" * 16})
+        elif folder.id == "b_s1":  # of an earlier version, which does not say
+            write_json(path, {name: value for name, value in read_json(path).items() if name != "token_bytes"})
+    found = audit(folders)
+    assert found.passed == 1
+    assert found.refused == [f"refused: f_s0 and b_s0: differ in bytes per token: {counts.pop()} -> {'0' * 16}"]
+    told = find(folders)
+    assert any("'b_s0'" in line and "by other tables (token_bytes " in line for line in told.not_compared)
+    assert told.gaps == []
 
 
 def test_a_damaged_log_is_named_and_the_rest_goes_on(trained: Path, tmp_path: Path) -> None:
