@@ -8,6 +8,7 @@ checked what can be known without. Not here: which runs an analysis leaves out (
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 
 DIGEST = "digest"
 RECORDS = "records"
-_HASHED = (NAME, "evaluations/*/*/*.parquet", "evaluations/*/*/*.json")
+_HASHED = (NAME, "evaluations/*/*/validation.parquet", "evaluations/*/*/validation.json")
 """Records that analyses read whole, so that hashing them costs little beside it."""
+_State = tuple[Path, int, int]
+"""A file, its size and its time: a grid's report looks at each run once for each of the others."""
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,14 +73,13 @@ def damage(folder: ExperimentFolder, config: RunConfig, status: Status, thorough
     """
     records = folder.records_left()
     found = list(_changed(folder.path, records, thorough))
-    if NAME not in {line.partition(":")[0] for line in found}:
+    if NAME not in records:
         found += _journal_faults(folder.path, status, thorough)
-    if thorough and status.ended:
-        from bwlm.record.researchlog import fault_of_log  # h5py, which a list of runs does without
-
+    log = folder.research_log(config.experiment.phase)
+    if thorough and status.ended and log.exists() and log.name not in {line.partition(":")[0] for line in found}:
         every = config.experiment.research_log.scalars
         due = status.step - status.step % every if every and status.state == "finished" else 0
-        found += fault_of_log(folder.research_log(config.experiment.phase), due)
+        found += _log_faults(_state(log), due)
     return found
 
 
@@ -99,16 +101,38 @@ def _changed(folder: Path, records: Mapping[str, Mapping[str, Any]], thorough: b
             yield f"{name}: gone"
         elif (size := path.stat().st_size) != left["bytes"]:
             yield f"{name}: {size:,} bytes, and {left['bytes']:,} when the run finished"
-        elif thorough and "sha256" in left and sha256_of(path) != left["sha256"]:
+        elif thorough and "sha256" in left and _sha256(_state(path)) != left["sha256"]:
             yield f"{name}: edited since the run finished (its SHA-256 differs)"
 
 
 def _journal_faults(folder: Path, status: Status, thorough: bool) -> Iterator[str]:
-    for fault in faults_of_order(folder, whole=thorough):
-        yield f"{NAME}: {fault}"
+    if (folder / NAME).exists():
+        yield from (f"{NAME}: {fault}" for fault in _order_faults(_state(folder / NAME), thorough))
     last = last_entry(folder)
     if status.ended and last and (last.step < status.step or (status.state == "finished" and last.step > status.step)):
         yield f"{NAME}: ends at step {last.step:,}, and the run {status.state} at step {status.step:,}"
+
+
+def _state(path: Path) -> _State:
+    stat = path.stat()
+    return path, stat.st_size, stat.st_mtime_ns
+
+
+@lru_cache(maxsize=100_000)
+def _sha256(state: _State) -> str:
+    return sha256_of(state[0])
+
+
+@lru_cache(maxsize=100_000)
+def _order_faults(state: _State, whole: bool) -> tuple[str, ...]:
+    return tuple(faults_of_order(state[0].parent, whole))
+
+
+@lru_cache(maxsize=100_000)
+def _log_faults(state: _State, due: int) -> tuple[str, ...]:
+    from bwlm.record.researchlog import fault_of_log  # h5py, which a list of runs does without
+
+    return tuple(fault_of_log(state[0], due))
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -214,12 +214,7 @@ def open_log(path: Path) -> h5py.File:
 
 
 def fault_of_log(path: Path, due: int) -> list[str]:
-    """The fault of a log whose run has ended, if it has one; `due` is the last step of its group `train`, 0: unknown.
-
-    None of a log that is not there.
-    """
-    if not path.exists():
-        return []
+    """The fault of an ended run's log, if it has one; `due` is the last step of its group `train`, 0: unknown."""
     try:
         with h5py.File(path, "r") as file:
             steps = [int(step) for step in file["train/step"][-1:]] if "train/step" in file else []

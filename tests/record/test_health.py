@@ -13,11 +13,12 @@ from typing import Any
 import h5py
 import pytest
 
+from bwlm.analysis.report import write_experiment_report, write_grid_report
 from bwlm.errors import Interrupted, UserError
 from bwlm.paths import read_json, write_json
 from bwlm.record.health import DIGEST, RECORDS
 from bwlm.record.journal import NAME, read_journal
-from bwlm.record.lineage import ExperimentFolder, Status, readable
+from bwlm.record.lineage import ExperimentFolder, Status, readable, write_cells
 from bwlm.train.run import run_phase
 from bwlm.train.session import AloneSession
 from tests.runs import STEPS, NewFamily, NewRun, in_process
@@ -243,3 +244,24 @@ def test_a_long_journal_is_listed_by_its_end(run: ExperimentFolder) -> None:
     run.write_status(Status("finished", "", 1000))
     assert run.damage(thorough=False) == []
     assert run.damage()[0] == f"{NAME}: step 501 follows step 499"
+
+
+def test_a_report_names_a_damaged_run_and_judges_without_it(run: ExperimentFolder, new_family: NewFamily) -> None:
+    other = new_family("backward")
+    storage = run.path.parent
+    write_cells(storage, "g", [run.id, other.id])
+    whole = write_grid_report(storage, "g")[0].read_text()
+    assert "forward against backward" in whole
+    cut(run.path / LAST / "model.safetensors", 0.9)
+    text = write_grid_report(storage, "g")[0].read_text()
+    assert "forward against backward" not in text
+    assert f"forward is left out: it is damaged: {LAST}/model.safetensors: " in text
+    alone = write_experiment_report(run)[0].read_text()
+    assert f"**Damaged**, so that no verdict counts it: {LAST}/model.safetensors: " in alone
+
+
+def test_a_run_is_read_once_however_many_ask_for_it(run: ExperimentFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each cell's report looks at all others of its grid."""
+    assert run.damage() == []
+    monkeypatch.setattr("bwlm.record.health.sha256_of", lambda path: pytest.fail(f"{path} is read again"))
+    assert run.damage() == []
