@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from bwlm.credentials import secrets_in
+
 DirectionName = Literal["forward", "backward", "bidirectional", "permuted"]
 Phase = Literal["base", "mid", "sft", "rl"]
 PHASES: tuple[str, ...] = get_args(Phase)
@@ -29,7 +31,7 @@ def _hide_default(schema: dict[str, Any]) -> None:
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
 Weight = Annotated[float, Field(gt=0, le=1000)]
@@ -225,6 +227,14 @@ class Recipe(Settings):
     research_log: ResearchLogSettings = ResearchLogSettings()
     compute: ComputeSettings = ComputeSettings()
     resources: ResourceSettings = ResourceSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, content: Any) -> Any:
+        """Before anything else, since an error may quote what it found."""
+        if found := next(secrets_in(content), None):
+            raise ValueError(found)
+        return content
 
     @model_validator(mode="after")
     def _checkpoints_to_keep(self) -> Recipe:

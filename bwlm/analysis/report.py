@@ -120,7 +120,8 @@ def write_experiment_report(folder: ExperimentFolder, insides: bool = True) -> l
         [
             f"# {folder.id}",
             f"A {cell.direction} model of depth {cell.depth}, {cell.state} at step {cell.step} of {config.steps}."
-            + (f" {cell.reason}" if cell.reason else ""),
+            + (f" {cell.reason}" if cell.reason else "")
+            + (f" **Damaged**, so that no verdict counts it: {'; '.join(cell.damage)}." if cell.damage else ""),
             markdown_table(CELL_HEADER, [cell_columns(cell)]),
             "Loss is in nats per token, bpb in bits per UTF-8 byte of the validation windows.",
             *learnt,

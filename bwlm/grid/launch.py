@@ -72,7 +72,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     for cell in plan.cells:
         check_sources(cell.experiment)
     uri = tracking_uri(storage, plan.launch.tracking_uri)
-    _check_tracking(uri)
+    _check_tracking(uri, storage)
     needs = {cell.experiment.resources for cell in plan.cells}
     home = folder_of(plan, storage)
     with _only_launch(plan, storage), cluster(needs, plan.launch, len(plan.cells)) as room:
@@ -149,8 +149,8 @@ def _ready(generation: tuple[Cell, ...], storage: Path, show: Callable[[str], No
     return tuple(ready)
 
 
-def _check_tracking(uri: str) -> None:
-    """A server that does not answer is told before anything is prepared."""
+def _check_tracking(uri: str, storage: Path) -> None:
+    """A server that does not answer, or refuses, is told before anything is prepared."""
     from bwlm.grid.cluster import check_answers
 
     parts = urlsplit(uri)
@@ -159,6 +159,7 @@ def _check_tracking(uri: str) -> None:
         check_answers(
             parts.hostname, port, f"tracking: {parts.hostname}:{port}", "start the server, or unset MLFLOW_TRACKING_URI"
         )
+        Tracking(uri, storage)  # it may answer with a refusal, although its /health says that all is well
 
 
 def _dashboard(address: str | None) -> str:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bwlm.config import CONTROL_SOURCES, DataSettings
+from bwlm.credentials import refuse_secret
 from bwlm.errors import UserError, nearest
 
 _PYDOCS = "builtin:pydocs"
@@ -98,6 +99,7 @@ def list_files(source: str, field: str, endings: tuple[str, ...] = (".parquet",)
 
     A path of one file is taken whatever its ending. Raises `UserError` naming `field` where there is none.
     """
+    refuse_secret(source, field)
     shards = _remote(source, field, endings) if "://" in source else _local(source, field, endings)
     if not shards:
         raise UserError(f"{field}: no {' or '.join(endings)} file in {source}: {_give(endings)}")

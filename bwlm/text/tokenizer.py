@@ -197,6 +197,11 @@ class Tokenizer:
         return tokenizer
 
 
+def byte_counts(token_bytes: NDArray[np.integer]) -> str:
+    """A digest of a table of bytes per token id, 16 hex digits: bits per byte compare only where it is equal."""
+    return hashlib.sha256(token_bytes.astype("<i4").tobytes()).hexdigest()[:16]
+
+
 def _join(arrays: list[NDArray[np.uint32]]) -> NDArray[np.uint32]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 

@@ -14,11 +14,11 @@ from bwlm.errors import UserError
 from bwlm.evaluate import load
 from bwlm.evaluate.load import load_model
 from bwlm.model.gpt import GPT
-from bwlm.paths import read_json, write_json
 from bwlm.record.checkpoint import KeepPolicy, load_checkpoint, step_folder, write_checkpoint
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.tokenizer import Tokenizer, train_tokenizer
 from tests.evaluate.conftest import STEPS
+from tests.families import rewrite_config
 from tests.runs import NewRun
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
@@ -31,9 +31,7 @@ def copied(storage: Path, tmp_path: Path) -> ExperimentFolder:
     folder = ExperimentFolder(tmp_path, "forward")
     shutil.copytree(storage / "forward", folder.path)
     shutil.copytree(folder.config().tokenizer, tmp_path / "tokenizer")
-    content = read_json(folder.path / "config.json")
-    write_json(folder.path / "config.json", content | {"tokenizer": str(tmp_path / "tokenizer")})
-    return folder
+    return rewrite_config(folder, tokenizer=str(tmp_path / "tokenizer"))
 
 
 def flip_a_bit(folder: ExperimentFolder, step: int, name: str) -> Path:

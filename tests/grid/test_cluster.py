@@ -76,10 +76,10 @@ def test_the_address_for_jobs_is_not_the_cluster() -> None:
         _connect("http://127.0.0.1:8265")
 
 
-def test_a_tracking_server_that_is_not_there() -> None:
+def test_a_tracking_server_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tracking: 127.0.0.1:\d+ does not answer .*unset MLFLOW_TRACKING_URI"):
-        _check_tracking(f"http://user:secret@127.0.0.1:{closed_port()}")
-    _check_tracking("sqlite:////tmp/x.db")
+        _check_tracking(f"http://user:secret@127.0.0.1:{closed_port()}", tmp_path)
+    _check_tracking("sqlite:////tmp/x.db", tmp_path)
 
 
 def test_what_a_cell_holds() -> None:

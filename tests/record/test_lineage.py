@@ -22,6 +22,7 @@ from bwlm.errors import Interrupted, UserError
 from bwlm.model.compute import Compute
 from bwlm.paths import Check, read_json, write_json
 from bwlm.record.fingerprint import fingerprint
+from bwlm.record.health import sealed
 from bwlm.record.journal import Journal
 from bwlm.record.lease import LeaseLost
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status, list_experiments, open_experiment
@@ -143,7 +144,7 @@ def test_a_config_that_is_none_is_told_with_its_file(content: str, folder: Exper
 def test_a_config_of_another_version_is_told_with_its_field(folder: ExperimentFolder) -> None:
     content = read_json(folder.path / "config.json")
     content["experiment"]["model"]["gone"] = 1
-    write_json(folder.path / "config.json", content)
+    write_json(folder.path / "config.json", sealed(content))
     with pytest.raises(UserError, match=r"config\.json: not an experiment of this version of bwlm \(.*model\.gone"):
         folder.config()
 
