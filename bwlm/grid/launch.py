@@ -216,6 +216,7 @@ def _enlist(cells: list[_Resolved], storage: Path, tracking: Tracking, grid_run:
     runs = []
     for cell in cells:
         folder, done = cell.planned.folder, cell.planned.is_done
+        folder.keep_tokenizer(Path(cell.config.tokenizer))
         if not folder.exists():
             folder.create(cell.config, cell.link)
         elif not done and folder.lease_holder() is None:
@@ -228,9 +229,11 @@ def _enlist(cells: list[_Resolved], storage: Path, tracking: Tracking, grid_run:
 
 def _dataset(prepared: Prepared) -> dict[str, str]:
     digest = prepared.manifest.digest
-    if prepared.corpus is None:
+    if prepared.manifest.sources:
         parts = [f"{source.name} x {source.weight:g}" for source in prepared.manifest.sources]
         return {"name": "conversations", "digest": digest, "source": ", ".join(parts)}
+    if prepared.corpus is None:  # its source is gone
+        return {"name": "text", "digest": digest, "source": str(prepared.folder)}
     first = prepared.corpus.train[0].uri
     return {"name": Path(first).parent.name or "text", "digest": digest, "source": first}
 

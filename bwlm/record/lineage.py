@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from bwlm.config import Experiment
 from bwlm.errors import UserError, nearest
 from bwlm.model.compute import Compute
 from bwlm.model.shape import GPTConfig
-from bwlm.paths import check_id, discard_unfinished, is_id, read_json, write_json
+from bwlm.paths import check_id, discard_unfinished, is_id, read_json, whole_folder, write_json
 from bwlm.record.family import ParentLink, read_link, write_link
 from bwlm.record.fingerprint import fingerprint
 from bwlm.record.health import DIGEST, RECORDS, check_agrees, check_seal, damage, left_behind, sealed
@@ -35,9 +36,11 @@ LAUNCH = "launch.json"
 """Of the command that has it trained."""
 SAMPLES = "samples"
 """Folder of what was written at validations of RL, to be read."""
+TOKENIZER = "tokenizer"
+"""Folder of the run's own copy of its tokenizer."""
 _WRITTEN = (
     *("status.json", "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*"),
-    f"{SAMPLES}/*",
+    *(f"{SAMPLES}/*", TOKENIZER),
 )
 """What the holder of the lease writes under a temporary name first."""
 _SINCE_VERSION_2 = ("identity_version", "modules", "accepted_code")
@@ -65,7 +68,7 @@ class RunConfig:
     steps: int
     compute: Compute
     corpus: str
-    """Folder of the packed corpus."""
+    """Folder of the packed corpus. In the file this and the next path are told from the storage, which may be moved."""
     tokenizer: str
     """Folder of the tokenizer."""
     grid: str | None = None
@@ -169,7 +172,10 @@ class ExperimentFolder:
 
     def _write_config(self, config: RunConfig, besides: dict[str, Any]) -> None:
         content = asdict(config) | {"experiment": config.experiment.model_dump(), "fingerprint": config.fingerprint}
-        write_json(self.path / "config.json", sealed(content | besides))
+        own = self.path / TOKENIZER
+        folders = {"corpus": Path(config.corpus), "tokenizer": own if own.exists() else Path(config.tokenizer)}
+        told = {name: _from_storage(folder, self.path.parent) for name, folder in folders.items()}
+        write_json(self.path / "config.json", sealed(content | told | besides))
 
     def _read_config(self) -> dict[str, Any]:
         """Raises `UserError` naming the file if it is not the config of an experiment, or was edited."""
@@ -183,6 +189,16 @@ class ExperimentFolder:
             raise UserError(f"{path}: not the config of an experiment; move it out of the storage") from None
         return dict(content)
 
+    def keep_tokenizer(self, tokenizer: Path) -> None:
+        """Copies a tokenizer into the run's folder, which then needs no other; a run that has its own keeps it."""
+        own = self.path / TOKENIZER
+        if not self.exists():  # left by a launch that was cut off, which may have asked for another tokenizer
+            shutil.rmtree(own, ignore_errors=True)
+        if not own.exists():
+            with whole_folder(own) as folder:
+                for file in tokenizer.iterdir():
+                    shutil.copyfile(file, folder / file.name)
+
     def config(self) -> RunConfig:
         """Raises `UserError` naming the file if it is not an experiment's, or one of another version of bwlm."""
         path, content = self.path / "config.json", self._read_config()
@@ -192,7 +208,13 @@ class ExperimentFolder:
             # a run of before this setting read its documents in the order of their files
             data = {"shuffle": False} | content["experiment"]["data"]
             experiment = Experiment.model_validate(content["experiment"] | {"data": data})
-            return RunConfig(**known | {"experiment": experiment, "compute": Compute(**content["compute"])})
+            read = {"experiment": experiment, "compute": Compute(**content["compute"])}
+            own = self.path / TOKENIZER
+            folders = {
+                "corpus": _in_storage(content["corpus"], self.path.parent),
+                "tokenizer": str(own) if own.exists() else _in_storage(content["tokenizer"], self.path.parent),
+            }
+            return RunConfig(**known | read | folders)
         except (KeyError, TypeError):
             raise UserError(f"{path}: not the config of an experiment; move it out of the storage") from None
         except ValidationError as error:
@@ -342,6 +364,20 @@ class ExperimentFolder:
             f"{self.id}: {holder} trains it {holder.since_words}: wait for it, or end that process first; another "
             "experiment needs another --id"
         )
+
+
+def _from_storage(folder: Path, storage: Path) -> str:
+    """A path as files tell it: from the storage where it lies below it."""
+    return folder.relative_to(storage).as_posix() if folder.is_relative_to(storage) else str(folder)
+
+
+def _in_storage(told: str, storage: Path) -> str:
+    """The path that a file tells; earlier versions told where the storage's cache was when the run was made."""
+    path = Path(told)
+    moved = storage.joinpath(*path.parts[-3:])
+    if path.is_absolute() and path.parts[-3:-2] == ("cache",) and moved.exists():
+        return str(moved)
+    return str(storage / path)
 
 
 def list_experiments(storage: Path) -> list[ExperimentFolder]:

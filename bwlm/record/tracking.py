@@ -8,12 +8,14 @@ it is made, and a launch that finds a mark without a run asks the store for the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import re
 import shlex
+import sqlite3
 import textwrap
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -62,6 +64,20 @@ def _sqlite_uri(path: Path) -> str:
     return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
 
 
+def _follow_storage(database: Path, known: str, here: str) -> None:
+    """Points a storage's own database to the artifacts beside it: MLflow keeps absolute paths, and storages move.
+
+    Else the artifacts of a moved storage are not found, and new ones are written to where it was.
+    """
+    if known == here or not known.endswith("/mlartifacts"):
+        return
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (here, known))
+        below = "artifact_uri = ? || substr(artifact_uri, ?) WHERE substr(artifact_uri, 1, ?) = ?"
+        connection.execute(f"UPDATE runs SET {below}", (here, len(known) + 1, len(known) + 1, f"{known}/"))
+    log.warning("the storage was moved: MLflow now finds artifacts in %s", database.parent / "mlartifacts")
+
+
 def ui_command(uri: str, bin_folder: Path) -> str:
     """What a person types, or opens, to see the runs."""
     if uri.startswith(("http://", "https://")):
@@ -103,6 +119,9 @@ class Tracking:
         if found.lifecycle_stage != "active":
             restore = f"MLFLOW_TRACKING_URI='{masked(self.uri)}' mlflow experiments restore -x {found.experiment_id}"
             raise UserError(f"tracking: the experiment {EXPERIMENT} of {masked(self.uri)} is deleted: run: {restore}")
+        database = self._storage / "mlflow.db"
+        if self.uri == _sqlite_uri(database):
+            _follow_storage(database, found.artifact_location, (self._storage / "mlartifacts").as_uri())
         return str(found.experiment_id)
 
     def _make_experiment(self, artifacts: str | None) -> str:

@@ -116,7 +116,7 @@ def starting_model(folder: ExperimentFolder, config: RunConfig, device: torch.de
 
 def turn_layout(config: RunConfig, supervised: bool) -> TurnLayout:
     """How a run lays its conversations out; `supervised`: only what is written is a target."""
-    tokenizer = Tokenizer.load(Path(config.tokenizer))
+    tokenizer = Tokenizer.load(Path(config.tokenizer), config.identity["tokenizer"])
     return TurnLayout(TurnIds.of(tokenizer), config.experiment.data.reversal, supervised)
 
 

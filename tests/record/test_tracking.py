@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections import OrderedDict
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -769,3 +770,31 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path: Path, monkeypatch: pyt
         everything = client.search_runs([run.info.experiment_id])
         assert sorted(r.info.run_id for r in everything) == sorted((parent, child))
     assert read_json(folder.path / "mlflow.json")["delivered_step"] == 7
+
+
+# ---- a storage that is moved ----
+
+
+def test_artifacts_of_a_moved_storage_are_found_and_new_ones_lie_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A copy leaves those of its original alone."""
+    old, new = tmp_path / "old, 100% #1", tmp_path / "new"
+    before = Tracking(tracking_uri(old, None), old)
+    parent, child = enlist(before, make(old))
+    shutil.copytree(old, new)
+    shutil.rmtree(old / "mlartifacts")
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._artifact_repos_cache", OrderedDict())
+    store = Tracking(tracking_uri(new, None), new)
+    assert "the storage was moved" in caplog.text
+    client = MlflowClient(store.uri)
+    assert [file.path for file in client.list_artifacts(parent)] == ["grid.yaml"]
+    assert [file.path for file in client.list_artifacts(child)] == ["config.json"]
+    folder = make(new, "g_forward_d2_lr0.5_s3")
+    assert (new / "mlartifacts" / store.child_run(folder, parent, DATASET) / "artifacts" / "config.json").exists()
+    assert not (old / "mlartifacts").exists()
+    caplog.clear()
+    Tracking(tracking_uri(new, None), new)
+    assert caplog.text == ""
+    Tracking(tracking_uri(old, None), new)  # another storage's database, that was chosen
+    assert MlflowClient(tracking_uri(old, None)).get_run(parent).info.artifact_uri.startswith(old.as_uri())
