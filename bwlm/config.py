@@ -81,7 +81,10 @@ class ModelSettings(Settings):
     sequence_length: int = Field(2048, ge=8, le=2**17, description="T, tokens of a row")
     head_dim: int = Field(64, ge=8, multiple_of=2, description="the width, 64 x depth, is so many heads of this")
     kv_heads: int | None = Field(None, ge=1, description="key/value heads; default: as many as query heads")
-    document_mask: bool = Field(False, description="attention stays inside a segment")
+    document_mask: bool = Field(
+        True,
+        description="attention stays inside a segment, where positions begin anew; mid's default: its parent's",
+    )
 
 
 class OptimSettings(Settings):
@@ -175,7 +178,9 @@ class ComputeSettings(Settings):
     """How fast, not what: each is chosen for the hardware and the length of the run unless it is set here."""
 
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of activations; weights are float32")
-    attention: Literal["auto", "sdpa", "blocked"] = Field("auto", description="torch's kernel, or one for CPUs")
+    attention: Literal["auto", "sdpa", "blocked", "flex"] = Field(
+        "auto", description="torch's kernel, one for CPUs, or torch's for compiled training on a GPU inside segments"
+    )
     fused_loss: bool | None = Field(None, description="head and loss in one, without all logits; default: yes")
     compile: bool | None = Field(None, description="torch.compile; default: where it saves more than it costs")
     device_batch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: by device")
