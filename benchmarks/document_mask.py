@@ -27,7 +27,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.train_step import KEEP_MEMORY, Shape, Variant, bwlm_step
+from train_step import KEEP_MEMORY, Shape, Variant, bwlm_step
+
 from bwlm.model.compute import look_at_hardware
 from bwlm.model.shape import flops_per_token
 

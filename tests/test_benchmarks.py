@@ -63,3 +63,15 @@ def test_what_rays_loop_costs_is_printed() -> None:
 @pytest.mark.parametrize("name", ["checkpoint.py", "muon.py"])
 def test_others_run(name: str) -> None:
     assert "ms" in run(name)
+
+
+def test_steps_inside_segments_are_compared_with_steps_that_know_none() -> None:
+    sizes = ("--depth", "1", "--time", "64", "--rows", "2", "--vocab", "300", "--rounds", "1", "--modes", "eager")
+    found = json.loads(run("document_mask.py", *sizes, "--json"))
+    [eager] = found["modes"]
+    assert [row["case"] for row in eager["cases"]] == [
+        "unmasked", "one document a row", "documents of 500", "documents of 50"
+    ]  # fmt: skip
+    assert eager["cases"][0]["speed_to_unmasked"] == 1
+    assert all(row["best"] >= row["tokens_per_second"] > 0 for row in eager["cases"])
+    assert eager["compiled_anew"] == 0

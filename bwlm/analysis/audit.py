@@ -9,6 +9,7 @@ from typing import Any
 from bwlm.analysis.tables import byte_counts_of
 from bwlm.record.fingerprint import VARIED, differences
 from bwlm.record.lineage import ExperimentFolder, list_experiments, readable
+from bwlm.text.direction import is_marked
 
 TUNED = frozenset(VARIED) - {"seed", "parent_seed"}
 """What the cells of a pair may differ in."""
@@ -34,6 +35,23 @@ class Audit:
             f"{self.doubled} more agree but for a bidirectional run's twice the steps, its tokens in each direction."
         )
         return [f"{self.passed} pairs of runs agree in {equal}.", *([doubled] if self.doubled else []), *self.refused]
+
+
+def crossing_words(folders: list[ExperimentFolder]) -> list[str]:
+    """Says which runs let attention cross segments, and what that does to their figures; nothing where none does."""
+    crossing = [found for folder in folders if not (found := folder.config().experiment).model.document_mask]
+    if not crossing:
+        return []
+    words = [
+        f"Attention crosses segments in {len(crossing)} of {len(folders)} runs (`model.document_mask: false`): what a "
+        "segment costs depends on the documents before it in its row."
+    ]
+    if any(is_marked(experiment.direction) for experiment in crossing):
+        words.append(
+            "Rows of such a bidirectional run, whose segments are read both ways, are no mirror images of each other: "
+            "its two readings see other documents before a segment."
+        )
+    return words
 
 
 def comparable(folder: ExperimentFolder) -> list[ExperimentFolder]:

@@ -172,6 +172,9 @@ def train_command(run: str, experiment: Experiment) -> str:
             words += [f"--{flag}", str(value)]
     sections = {name for name, value in experiment if isinstance(value, BaseModel)} - {"resources"}
     given = experiment.model_dump(include=sections | {"tasks", "differs"}, exclude_defaults=True)
+    if experiment.phase != "base":  # whose defaults are the phase's own or the parent's
+        given.setdefault("model", {})["document_mask"] = experiment.model.document_mask
+        given.setdefault("optim", {})["init_lr_frac"] = experiment.optim.init_lr_frac
     return shlex.join([*words, *(word for setting in written_settings(given) for word in ("--set", setting))])
 
 

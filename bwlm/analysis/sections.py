@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from bwlm.analysis.audit import audit
+from bwlm.analysis.audit import audit, crossing_words
 from bwlm.analysis.curves import compare
 from bwlm.analysis.insides import over_time
 from bwlm.analysis.positions import positions
@@ -83,7 +83,8 @@ def analysis_sections(
 
 def audit_section(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -> list[str]:
     """Of all pairs among the runs, or of one run's with the others."""
-    return ["## Audit", "\n".join(f"- {line}" for line in audit(folders, of).words())]
+    words = audit(folders, of).words() + crossing_words([of] if of else folders)
+    return ["## Audit", "\n".join(f"- {line}" for line in words)]
 
 
 def configuration_section(folders: list[ExperimentFolder]) -> list[str]:

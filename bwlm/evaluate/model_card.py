@@ -183,6 +183,11 @@ _SPECIAL_BY_MARK = (
     "them, and refuses a message that holds that character. Their ids are `tokenizer.user_end_token_id` and so on."
 )
 
+_ATTENTION = {
+    True: "inside one document, from BOS on, as in a text that is fed alone",
+    False: "across the documents of a row (`document_mask: false`), unlike a text that is fed alone",
+}
+
 _CARD = """\
 ---
 library_name: transformers
@@ -276,6 +281,7 @@ def _facts(loaded: LoadedModel) -> dict[str, str]:
         "precision": f"{config.identity['precision']} in training, float32 in this folder",
         "learning rate multiplier": f"{config.experiment.lr:g}",
         "seed": f"{config.experiment.seed}",
+        "attention in training": _ATTENTION[config.experiment.model.document_mask],
         "data": f"`{config.identity['data']}`",
         "tokenizer": f"`{loaded.tokenizer.digest}`",
         "fingerprint": f"`{config.fingerprint}`",

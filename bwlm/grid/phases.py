@@ -39,6 +39,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """A chat is alone in its row, so conversations of SFT do not see each other. Where they did, a model that read a few
 rows many times learnt which answer comes next in the row, and knew nothing of a question that stood alone."""
 
+_ALWAYS_MASKED = ("sft", "rl")
 _SAME = ("depth", "tokenizer", "model")
 _OWN = ("seed", "budget.batch_tokens", "model.document_mask")
 """Taken from the parent too, where nothing else is said."""
@@ -128,6 +129,11 @@ def inherit(content: Mapping[str, Any], run: str, parent: Experiment, document: 
     for field in _OWN:
         if not holds(child, field):
             assign(child, field, _value(values, field), run)
+    if child.get("phase") in _ALWAYS_MASKED and _value(child, "model.document_mask") is False:
+        raise UserError(
+            f"{document.where('model.document_mask')}: false, but {child['phase']} reads conversations, "
+            "which a chat has alone in its row: leave it out"
+        )
     return child
 
 

@@ -101,7 +101,8 @@ def flops_per_token(config: GPTConfig) -> int:
     """FLOPs to train on one token, forward and backward, in rows of `sequence_length` tokens.
 
     6 N + 12 L H D T, N the parameters that multiply (the embedding is a lookup): PaLM, arXiv:2204.02311, appendix B;
-    nanochat's `estimate_flops`. The causal half of the attention is not taken off, so MFU compares with theirs.
+    nanochat's `estimate_flops`. Neither the causal half of the attention nor what a document mask hides is taken off:
+    MFU compares with theirs, and budgets do not depend on how long documents are.
     """
     attention = 12 * config.depth * config.heads * config.head_dim * config.sequence_length
     return 6 * _multiplying(config) + attention

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import json
 import re
 import shlex
 import xml.etree.ElementTree as ET
@@ -15,6 +16,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from bwlm.analysis.audit import crossing_words
 from bwlm.analysis.charts.look import save_chart
 from bwlm.analysis.charts.losses import gap_chart, learning_curves
 from bwlm.analysis.findings import find
@@ -380,11 +382,30 @@ def test_one_runs_report_audits_its_own_pairs(grid: list[ExperimentFolder]) -> N
     assert "- No pair of runs of two directions with one depth and one seed lies here" in alone
 
 
+def test_a_report_says_where_attention_crosses_segments(tmp_path: Path) -> None:
+    """And that rows which are read both ways have no mirror image then."""
+    made = {direction: make_cell(tmp_path, direction) for direction in ("forward", "backward", "bidirectional")}
+    assert crossing_words(list(made.values())) == []
+    for direction in ("forward", "bidirectional"):
+        config = made[direction].path / "config.json"
+        content = json.loads(config.read_text())
+        content["experiment"]["model"]["document_mask"] = False
+        config.write_text(json.dumps(content))
+    [crossing] = crossing_words([made["forward"], made["backward"]])
+    assert "crosses segments in 1 of 2 runs (`model.document_mask: false`)" in crossing
+    assert "no mirror images" in crossing_words(list(made.values()))[1]
+    for folder in made.values():
+        finish(folder, {reading: [20.0, 30.0] for reading in ("forward", "backward")})
+    text = write_experiment_report(made["bidirectional"], insides=False)[0].read_text()
+    assert "crosses segments in 1 of 1 runs" in text
+    assert "crosses segments" not in write_experiment_report(made["backward"], insides=False)[0].read_text()
+
+
 def test_a_single_run_is_repeated_by_its_command() -> None:
     flags = {"phase": "base", "direction": "backward", "depth": 2, "lr": 0.3, "seed": 3}
     settings = [
         "data.source=\"my texts/a: b.parquet\"", "data.text_column=\"true\"", "data.validation=\"007\"",
-        "budget.batch_tokens=4096", "budget.flops=1e15", "optim.weight_decay=6e-4", "model.document_mask=true",
+        "budget.batch_tokens=4096", "budget.flops=1e15", "optim.weight_decay=6e-4", "model.document_mask=false",
         "compute.compile=false", "resources.cpus_per_worker=7", "tokenizer.path=/a/b",
     ]  # fmt: skip
     wanted = plan_experiment(flags, settings, "mine").cells[0].experiment

@@ -22,8 +22,10 @@ from bwlm.evaluate.load import LoadedModel, load_model
 from bwlm.model.generate import generate
 from bwlm.record.checkpoint import step_folder
 from bwlm.text.direction import arrange
+from bwlm.train.run import run_phase
+from bwlm.train.session import AloneSession
 from tests.evaluate.conftest import STEPS
-from tests.runs import NewRun
+from tests.runs import NewRun, in_process
 
 DIRECTIONS = ("forward", "backward", "bidirectional", "permuted")
 FILES = {
@@ -200,11 +202,19 @@ def test_the_card_tells_what_was_trained(exported: Callable[[str], Exported], di
         loaded.config.identity["data"], loaded.tokenizer.digest, loaded.config.fingerprint,
         f"| validation, bits per byte | {loaded.meta['progress']['validation']['val_bpb']:.4f} |",
         "split_special_tokens=False", "| precision | float32 in training,",
+        "| attention in training | inside one document,",
     ]  # fmt: skip
     assert [fact for fact in facts if fact not in text] == []
     assert "{" not in re.sub(r"```.*?```", "", text, flags=re.DOTALL), "a field of the template stayed"
     assert str(Path.home()) not in text
     assert str(loaded.config.corpus) not in text
+
+
+def test_the_card_says_where_attention_crossed_documents(new_run: NewRun, tmp_path: Path) -> None:
+    folder = new_run("crossing", model__document_mask=False)
+    assert run_phase(folder, AloneSession(), in_process).state == "finished"
+    export_hf(load_model(folder.path.parent, folder.id), tmp_path / "card")
+    assert "across the documents of a row (`document_mask: false`)" in (tmp_path / "card" / "README.md").read_text()
 
 
 def test_the_card_of_an_earlier_step_claims_no_later_figure(storage: Path, tmp_path: Path) -> None:

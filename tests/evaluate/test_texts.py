@@ -14,7 +14,7 @@ from bwlm.paths import read_json
 from bwlm.record.lineage import ExperimentFolder, Status
 from bwlm.train.run import run_phase
 from bwlm.train.session import AloneSession
-from tests.runs import NewChild, NewFamily, in_process
+from tests.runs import NewChild, NewFamily, NewRun, in_process
 from tests.shell import Shell, check_mistake
 from tests.shell import shell as shell
 from tests.train.test_phases import trained, validation_of
@@ -33,6 +33,16 @@ def evaluated(folder: ExperimentFolder, task: str) -> dict[str, TextLoss]:
     found = evaluate_texts(loaded, {task: folder.config().corpus}, BOTH, folder)
     assert [(one.id, one.task, one.direction) for one in found] == [(folder.id, task, reading) for reading in BOTH]
     return {one.direction: one for one in found}
+
+
+def test_documents_see_each_other_where_they_did_in_training(new_run: NewRun) -> None:
+    """`bwlm eval` uses the run's own setting, so that its figure is that of the run's validation."""
+    found = {}
+    for masked in (False, True):
+        folder = finish(new_run(f"masked_{masked}", model__document_mask=masked, lr=4.0))
+        found[masked] = evaluated(folder, "documents")["forward"].bpb
+        assert found[masked] == pytest.approx(folder.status().metrics["val_bpb_forward"], rel=1e-5)
+    assert abs(found[True] - found[False]) > 1e-3
 
 
 @pytest.mark.parametrize("direction", [*BOTH, "bidirectional"])
@@ -63,9 +73,9 @@ def test_conversations_cost_what_sft_said(new_family: NewFamily, new_child: NewC
         assert one.native == (reading == "backward")
 
 
-def test_conversations_are_alone_in_their_rows_for_any_model(new_family: NewFamily, new_child: NewChild) -> None:
+def test_conversations_are_alone_in_their_rows_for_any_model(new_run: NewRun, new_child: NewChild) -> None:
     """Also for one that was trained on documents that see each other: as SFT's validation sees its weights."""
-    base = new_family("forward")
+    base = finish(new_run("crossing", model__document_mask=False, lr=4.0))
     sft = new_child(base, "sft")
     validation, model = validation_of(sft), trained(base)
     expected = validation.metrics(validation.measure(model))["val_bpb_forward"]

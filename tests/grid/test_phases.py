@@ -90,8 +90,41 @@ def test_what_is_said_of_the_base_comes_down_the_chain(direction: str) -> None:
             assert getattr(child, field) == getattr(base, field), field
         assert child.data.reversal == "turns"
         assert child.budget.batch_tokens == 512
-        assert child.model.model_copy(update={"document_mask": False}) == base.model
+        assert child.model == base.model
     assert {cell.steps for cell in plan.cells} == {5}
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_mid_keeps_what_its_parent_lets_attention_see_and_conversations_are_always_alone(masked: bool) -> None:
+    said = [] if masked else ["model.document_mask=false"]
+    found = [one.model.document_mask for one in experiments(chain("base,mid,sft,rl", *said)).values()]
+    assert found == [masked, masked, True, True]
+
+
+@pytest.mark.parametrize("phase", ["mid", "sft"])
+def test_a_child_of_a_run_made_before_masks_were_the_default(new_family: NewFamily, tmp_path: Path, phase: str) -> None:
+    config = new_family("forward").path / "config.json"
+    content = json.loads(config.read_text())
+    content["experiment"]["model"]["document_mask"] = False
+    config.write_text(json.dumps(content))
+    wanted = {"phase": phase, "parent": "forward"}
+    [child] = experiments(plan_experiment(wanted, [], "x", str(tmp_path))).values()
+    assert child.model.document_mask == (phase == "sft")
+
+
+@pytest.mark.parametrize("phase", ["sft", "rl"])
+def test_conversations_that_see_each_other_are_refused(phase: str) -> None:
+    told = refusal(lambda: chain("base,sft,rl", f"phases.{phase}.model.document_mask=false"))
+    assert "document_mask" in told
+    assert "leave it out" in told
+
+
+def test_a_child_is_repeated_with_what_is_its_own_and_not_its_parents_or_its_phases() -> None:
+    """Values that are an experiment's defaults, but not those of its phase or of its parent."""
+    settings = ["model.document_mask=false", "phases.mid.model.document_mask=true", "phases.sft.optim.init_lr_frac=1"]
+    _, mid, sft = experiments(chain("base,mid,sft", *settings)).values()
+    assert "model.document_mask=true" in shlex.split(train_command("m", mid))
+    assert "optim.init_lr_frac=1.0" in shlex.split(train_command("s", sft))
 
 
 def test_every_phase_begins_with_defaults_of_its_own() -> None:

@@ -27,7 +27,7 @@ CHANGES_THE_RESULT: dict[str, Any] = {
     "model.sequence_length": 64,
     "model.head_dim": 32,
     "model.kv_heads": 1,
-    "model.document_mask": True,
+    "model.document_mask": False,
     "optim.init_lr_frac": 0.5,
     "optim.kind": "adamw",
     "optim.weight_decay": 0.1,

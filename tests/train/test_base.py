@@ -269,7 +269,7 @@ def test_every_direction_starts_from_the_same_weights_and_seeds_differ(new_run: 
 
 
 def test_document_mask_changes_what_a_model_sees(new_run: NewRun) -> None:
-    crossing, inside = new_run("crossing"), new_run("inside", model__document_mask=True)
+    crossing, inside = new_run("crossing", model__document_mask=False), new_run("inside")
     run_phase(crossing, AloneSession(), in_process)
     run_phase(inside, AloneSession(), in_process)
     assert losses(crossing)[0] == pytest.approx(losses(inside)[0], rel=1e-3)

@@ -169,8 +169,9 @@ def test_gradients_make_the_norm_and_activations_are_the_models(new_run: NewRun)
     assert found["gradients/layer"].tolist() == [-1, *[0] * 6, 1]
     for index, step in enumerate((5, 10)):
         if step % 2:
-            inputs = torch.from_numpy(batch_of(folder, step)[0]["inputs"]).long()
-            for name, expected in activation_statistics(model_at(folder, step - 1), inputs).items():
+            batch = batch_of(folder, step)[0]
+            inputs, segments = (torch.from_numpy(batch[name]).long() for name in ("inputs", "segments"))
+            for name, expected in activation_statistics(model_at(folder, step - 1), inputs, segments).items():
                 np.testing.assert_allclose(found[f"activations/{name}"][index], expected.numpy(), rtol=1e-3, atol=1e-5)
     places = ["stream", "stream", "attention", "mlp", "hidden"]
     assert [place.decode() for place in found["activations/place"]] == places
@@ -202,15 +203,15 @@ def test_the_losses_of_tokens_add_up_to_those_of_segments(new_run: NewRun, direc
     assert set(np.unique(found["validation/correct"])) == {0, 1}
 
 
-@pytest.mark.parametrize("direction", ["backward", "bidirectional"])
+@pytest.mark.parametrize(("direction", "masked"), [("backward", True), ("bidirectional", True), ("backward", False)])
 def test_states_and_attention_are_the_models_in_its_own_readings(
-    new_run: NewRun, prepared: Prepared, direction: str
+    new_run: NewRun, prepared: Prepared, direction: str, masked: bool
 ) -> None:
-    folder = new_run(direction=direction, research_log={"representations": 50})
+    folder = new_run(direction=direction, research_log={"representations": 50}, model__document_mask=masked)
     found, config = run(folder), folder.config()
     evaluation = Validation.of(config, torch.device("cpu")).evaluation
     special = SpecialIds.of(prepared.tokenizer)
-    view = InsideView(evaluation.rows, evaluation.windows, special, 50, torch.device("cpu"), False)
+    view = InsideView(evaluation.rows, evaluation.windows, special, 50, torch.device("cpu"), masked)
     model, own = model_at(folder, STEPS), own_readings(direction)
     for group in ("representations", "attention"):
         assert tuple(name.decode() for name in found[f"{group}/reading"]) == own
@@ -228,8 +229,8 @@ def test_states_and_attention_are_the_models_in_its_own_readings(
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"compute": {"fused_loss": False}}, {"direction": "bidirectional", "model__document_mask": True}],
-    ids=["fused", "plain", "masked"],
+    [{}, {"compute": {"fused_loss": False}}, {"direction": "bidirectional", "model__document_mask": False}],
+    ids=["fused", "plain", "crossing"],
 )
 def test_a_run_is_the_same_to_the_last_bit_with_all_of_the_log_and_with_none(
     new_run: NewRun, settings: dict[str, Any]
