@@ -17,12 +17,14 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from bwlm.credentials import refuse_secret
 from bwlm.errors import UserError
 
 LONGEST_ID = 128
 _ID = re.compile(rf"[A-Za-z0-9._-]{{1,{LONGEST_ID}}}")
+_FILE_URI = re.compile(r"(?:file|local):(?://(?:localhost(?=/))?|(?=/))", re.IGNORECASE)
 _RESERVED = frozenset({".", "..", "analyses", "cache", "grids", "mlflow.db", "mlruns", "mlartifacts"})
 
 
@@ -154,9 +156,22 @@ def storage_root(storage: str | None) -> Path:
     if chosen is None:
         chosen = "~/bwlm-runs" if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else "runs"
     refuse_secret(chosen, "storage")
-    if "://" in chosen and not chosen.startswith("file://"):
+    if (folder := local_path(chosen)) is None:
         raise UserError(f"storage: {chosen!r} is not a folder: give a local or shared (NFS) path")
-    return Path(chosen.removeprefix("file://")).expanduser().absolute()
+    return folder.absolute()
+
+
+def local_path(address: str) -> Path | None:
+    """Returns the local path that an address names, with `~` expanded; None for a URI of another machine.
+
+    A `file:` URI may hold percent signs as they are or encode them; a file that has the name as written goes first.
+    """
+    uri = _FILE_URI.match(address)
+    if uri is None:
+        return None if "://" in address else Path(address).expanduser()
+    path = Path(address[uri.end() :]).expanduser()
+    decoded = Path(unquote(str(path)))
+    return decoded if decoded.exists() and not path.exists() else path
 
 
 def check_writable(root: Path) -> None:

@@ -61,3 +61,6 @@ class MultipleChoice:
 
     def key(self, path: str | None = None) -> str:
         return self.data.key(path, self.name, FORMAT_VERSION)
+
+    def notes(self, path: str | None = None) -> tuple[str, ...]:
+        return self.data.notes(path)

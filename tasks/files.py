@@ -1,25 +1,24 @@
 """Rows of a data set in parquet or JSONL files, and which of them are validation.
 
-A folder is split by the first word of its files' names, as the hub names them (`train-00000-of-00001.parquet`):
-`validation`, `valid`, `val` or `dev` is validation; `test` is validation only where nothing else is, and is otherwise
-left for evaluation; every other file is for training. Where that leaves one of the splits empty (one file, only tests,
-no names of the kind), all files are one pool, of which one row in 20 is validation: those where the first 64 bits of
-SHA-256 of the columns that are read, as JSON with sorted keys, are divisible by 20. Equal rows fall on one side.
+Files are split by the words of their names, as documents' files are (`bwlm.text.splits`): `validation`, `valid`, `val`
+or `dev` validates, `test` is left for evaluation, every other file is for training; a source without one is refused.
+Where no file validates, one training row in 20 does: those where the first 64 bits of SHA-256 of the columns that are
+read, as JSON with sorted keys, are divisible by 20. Equal rows fall on one side.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass
 from typing import Any
 
 import fsspec
 
 from bwlm.errors import UserError, nearest
-from bwlm.text.corpus import Shard, first_line, list_files, open_parquet
+from bwlm.paths import local_path
+from bwlm.text.corpus import first_line, list_files, open_parquet, refuse_repeated
+from bwlm.text.splits import NamedSplits, Shard, split_by_name
 from tasks.task import Split, draw, recipe_key
 
 HELD_OUT = 20
@@ -27,8 +26,6 @@ HELD_OUT = 20
 
 PARQUET = ".parquet"
 JSONL = (".jsonl", ".jsonl.gz")
-_VALIDATION = frozenset({"validation", "valid", "val", "dev"})
-_TEST = frozenset({"test"})
 _ROWS_AT_ONCE = 256
 _MEND = "write the file again or take it away"
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "nothing"}
@@ -84,32 +81,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Splits:
-    train: tuple[Shard, ...]
-    validation: tuple[Shard, ...]
-    """The same files if they are one pool."""
-
-    @property
-    def pooled(self) -> bool:
-        return self.train == self.validation
-
-
-def split_files(files: list[Shard]) -> Splits:
-    """Which files are of which split, by their names alone."""
-    words = {file: _first_word(file) for file in files}
-    test = tuple(file for file in files if words[file] in _TEST)
-    validation = tuple(file for file in files if words[file] in _VALIDATION) or test
-    train = tuple(file for file in files if words[file] not in _TEST | _VALIDATION)
-    if train and validation:
-        return Splits(train, validation)
-    return Splits(tuple(files), tuple(files))
-
-
-def _first_word(file: Shard) -> str:
-    return re.split(r"[^a-z]", PurePosixPath(file.uri).name.lower(), maxsplit=1)[0]
-
-
-@dataclass(frozen=True)
 class DataSet:
     """Where a task's rows come from."""
 
@@ -123,27 +94,35 @@ class DataSet:
 
     def rows(self, split: Split, path: str | None = None) -> Iterator[Row]:
         """The rows of a split, file by file. Raises `UserError`, naming the file and where it can the row."""
-        splits = self._splits(path)
-        for file in splits.train if split == "train" else splits.validation:
+        named = self._splits(path)
+        by_name = bool(named.validation)
+        for file in named.validation if by_name and split == "validation" else named.train:
             for row in _read(file.uri, self.columns):
-                if not splits.pooled or self._held_out(row) == (split == "validation"):
+                if by_name or self._held_out(row) == (split == "validation"):
                     yield row
+
+    def notes(self, path: str | None = None) -> tuple[str, ...]:
+        """Returns a line for each thing that a person must know of the splits: files that are left out."""
+        return self._splits(path).notes
 
     def key(self, path: str | None, *recipe: Any) -> str:
         """A short hash of both splits' files with their sizes and stamps, and of what else makes the conversations."""
-        return recipe_key(*recipe, HELD_OUT, asdict(self._splits(path)))
+        named = self._splits(path)
+        files = [[file.version for file in split] for split in (named.train, named.validation)]
+        return recipe_key(*recipe, HELD_OUT, files)
 
-    def _splits(self, path: str | None) -> Splits:
+    def _splits(self, path: str | None) -> NamedSplits:
         files = self._list(path)
         for file in files:
             if not file.uri.endswith((PARQUET, *JSONL)):
                 raise UserError(f"{self.field}: {file.uri}: name a {PARQUET}, {' or '.join(JSONL)} file")
-        return split_files(files)
+        return split_by_name(files, path or self.address, self.field)
 
     def _list(self, path: str | None) -> list[Shard]:
         if path is not None:
-            below = Path(path).expanduser() / self.subset
-            return list_files(str(below) if self.subset and below.is_dir() else path, self.field, (PARQUET, *JSONL))
+            folder = local_path(path)
+            below = folder / self.subset if folder and self.subset else None
+            return list_files(str(below) if below and below.is_dir() else path, self.field, (PARQUET, *JSONL))
         try:
             return list_files(f"{self.address}/{self.subset}".rstrip("/"), self.field, (PARQUET, *JSONL))
         except UserError as error:
@@ -163,6 +142,7 @@ def _read_parquet(uri: str, columns: tuple[str, ...]) -> Iterator[Row]:
     with open_parquet(uri, _MEND) as file:
         names = file.schema_arrow.names
         for column in columns:
+            refuse_repeated(column, names, uri)
             if column not in names:
                 raise UserError(f"{uri}: no column {column!r}{nearest(column, names)}: it has {', '.join(names)}")
         number = 0

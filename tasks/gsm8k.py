@@ -40,6 +40,9 @@ class GSM8K:
     def key(self, path: str | None = None) -> str:
         return _DATA.key(path, self.name, FORMAT_VERSION)
 
+    def notes(self, path: str | None = None) -> tuple[str, ...]:
+        return _DATA.notes(path)
+
     def reward(self, written: str, conversation: Conversation, writes: Writes) -> float:
         """An answer: 1 if its final number is the true one, else 0. A question: `quantities_agree`."""
         true = truth(conversation, writes)

@@ -21,12 +21,12 @@ _COLUMN = "messages"
 class FileTask:
     """Conversations of a file, a folder, a glob or a URI, parquet or JSONL (`.jsonl`, `.jsonl.gz`).
 
-    `name` is what errors and settings call it; by default the path itself.
+    `name` is what errors and settings call it; by default the path itself, as a mixture names it.
     """
 
     def __init__(self, path: str, name: str | None = None, subset: str = "") -> None:
         self.name = name or path
-        self._data = DataSet(f"tasks.{name}.path" if name else "tasks", path, (_COLUMN,), subset)
+        self._data = DataSet(f"tasks.{name}.path" if name else "data.mixture", path, (_COLUMN,), subset)
 
     def conversations(self, split: Split, path: str | None = None) -> Iterator[Conversation]:
         """Raises `UserError` with file, row and field for messages that are no list and entries that lack a string."""
@@ -38,6 +38,9 @@ class FileTask:
 
     def key(self, path: str | None = None) -> str:
         return self._data.key(path, _COLUMN, FORMAT_VERSION)
+
+    def notes(self, path: str | None = None) -> tuple[str, ...]:
+        return self._data.notes(path)
 
 
 def _messages(row: Row) -> Conversation:

@@ -47,6 +47,12 @@ class Verifiable(Task, Protocol):
         """
 
 
+@runtime_checkable
+class FromFiles(Task, Protocol):
+    def notes(self, path: str | None = None) -> tuple[str, ...]:
+        """Returns a line for each file that is left out, and why. `path` as in `conversations`."""
+
+
 def truth(conversation: Conversation, writes: Writes) -> str:
     """The text of the last message of the role that writes it."""
     found = [message["content"] for message in conversation if message["role"] == _ROLES[writes]]

@@ -120,6 +120,7 @@ def data_section(folders: list[ExperimentFolder]) -> list[str]:
             "row": config.experiment.model.sequence_length,
             "documents": _order_words(data),
             **{f"{split} {what}": f"{n:,}" for split, of in counts.items() for what, n in of.items()},
+            "validation documents trained on too": _overlap(content),
             "digest": f"`{content['digest'][:12]}`",
         }
     if not rows:
@@ -133,6 +134,11 @@ def data_section(folders: list[ExperimentFolder]) -> list[str]:
         "## Data",
         markdown_table(["", *columns], [[name, *(row[name] for row in rows.values())] for name in names]),
     ]
+
+
+def _overlap(manifest: dict[str, Any]) -> str:
+    """Exact duplicates; those of rows that were packed before they were counted are not known."""
+    return f"{manifest['overlap']['validation']:,}" if manifest.get("overlap") else "–"
 
 
 def _totals(shards: list[dict[str, Any]]) -> dict[str, int]:

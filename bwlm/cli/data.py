@@ -64,6 +64,8 @@ def data_prepare(set_: Set = None, storage: Storage = None, as_json: Json = Fals
         split = getattr(prepared.manifest, name)
         counts = {k: split.total(k) for k in ("documents", "empty_documents", "rows", "segments", "tokens", "bytes")}
         splits[name] = {"shards": len(split.shards), **counts, "padding_share": split.padding_share(width)}
+        assert prepared.manifest.overlap is not None, "counted whenever rows are packed"
+        splits[name]["in_both_splits"] = getattr(prepared.manifest.overlap, name)
     content = {"folder": str(prepared.folder), "digest": prepared.manifest.digest, "sequence_length": width, **splits}
     if as_json:
         return print_json(content)

@@ -111,7 +111,8 @@ def _source(name: str, weight: float, recipe: Recipe) -> ConversationSource:
     setting = recipe.tasks.get(name)
     path = setting.path if setting else None
     parts = 1 if name.startswith("builtin:") else _FILE_PARTS
-    return ConversationSource(name, weight, task.key(path), partial(_read, task, path), parts)
+    notes = task.notes(path) if isinstance(task, tasks.FromFiles) else ()
+    return ConversationSource(name, weight, task.key(path), partial(_read, task, path), parts, notes)
 
 
 def _read(task: tasks.Task, path: str | None, split: tasks.Split) -> Iterator[tasks.Conversation]:

@@ -1,15 +1,17 @@
 """Where text comes from: parquet shards behind a path, a glob, a URI, or the name of a built-in corpus.
 
-By nanochat's convention the last shard is validation, unless `data.validation` names files; those are not trained on.
+What validates is never trained on: the files of `data.validation`, else those that their names hold out
+(`bwlm.text.splits`), else, by nanochat's convention, the last shard. Test files are left alone.
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,17 @@ import pyarrow.parquet as pq
 from bwlm.config import CONTROL_SOURCES, DataSettings
 from bwlm.credentials import refuse_secret
 from bwlm.errors import UserError, nearest
+from bwlm.paths import local_path
+from bwlm.text.splits import (
+    Shard,
+    SplitName,
+    is_split_folder,
+    listed,
+    split_by_name,
+    split_of,
+    without_copies,
+    without_repeats,
+)
 
 _PYDOCS = "builtin:pydocs"
 BUILTINS = (_PYDOCS, *CONTROL_SOURCES)
@@ -31,15 +44,6 @@ _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modif
 
 class NoSource(UserError):
     """Text cannot be read where it was: it is gone, or out of reach from this machine."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A file of data; size and stamp tell when it changed."""
-
-    uri: str
-    size: int
-    stamp: str
 
 
 @dataclass(frozen=True)
@@ -57,18 +61,19 @@ class Corpus:
 
         Files of a built-in corpus are named from its folder, so that a storage that was moved knows what it made.
         """
-        listed = {name: value for name, value in asdict(self).items() if name != "shuffle"}
-        if builtin := listed.pop("builtin"):
-            folder = Path(builtin)
-            for shard in (*listed["train"], *listed["validation"]):
-                shard["uri"] = str(shard["uri"]).removeprefix(f"{folder.parent}/")
-        return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()[:16]
+        above = f"{Path(self.builtin).parent}/" if self.builtin else ""
+        splits = [
+            [(uri.removeprefix(above), *rest) for uri, *rest in (shard.version for shard in split)]
+            for split in (self.train, self.validation)
+        ]
+        return hashlib.sha256(json.dumps([*splits, self.text_column]).encode()).hexdigest()[:16]
 
 
 def find_corpus(data: DataSettings, cache: Path, progress: Callable[[str], None]) -> Corpus:
     """Resolves `data` to shards, writing a built-in corpus below `cache` if it is asked for and not there yet.
 
-    Raises `UserError` for a source that is missing, empty, or too small to hold a validation shard.
+    Tells which files validate and which are not trained on. Raises `UserError` for a source that is missing, empty, or
+    too small to hold a validation shard.
     """
     if data.source in BUILTINS:
         folder = _write_builtin(data.source, cache / "corpora", progress)
@@ -76,21 +81,43 @@ def find_corpus(data: DataSettings, cache: Path, progress: Callable[[str], None]
         return replace(find_corpus(written, cache, progress), builtin=str(folder.absolute()))
     if data.source.startswith("builtin:"):
         raise UserError(f"data.source: {data.source!r} is not a built-in corpus{nearest(data.source, BUILTINS)}")
-    shards = list_files(data.source, "data.source")
+    named = split_by_name(list_files(data.source, "data.source"), data.source, "data.source")
+    for note in named.notes:
+        progress(note)
+    train, held_out, why = named.train, named.validation, "held out by its name"
     if data.validation is not None:
-        held_out = list_files(data.validation, "data.validation")
-        train = [shard for shard in shards if shard not in set(held_out)]
-        if not train:
-            raise UserError(
-                f"data.validation: {data.validation} leaves no shard of data.source to train on: name fewer"
-            )
-        return Corpus(tuple(train), tuple(held_out), data.text_column, data.shuffle)
-    if len(shards) < 2:
-        raise UserError(
-            f"data.source: {data.source} holds one shard, and the last shard is validation: "
+        held_out, why = _named_validation(data.validation), "data.validation"
+        if unused := without_copies(named.validation, held_out)[0]:
+            progress(f"{listed(unused)}: neither trained nor validated on: data.validation names other files")
+    elif not held_out:
+        train, held_out, why = train[:-1], train[-1:], "the last shard"
+    kept, copies = without_copies(train, held_out)
+    if not kept:
+        raise UserError(_nothing_left(data, len(train)))
+    for note in copies:
+        progress(note)
+    progress(f"validation: {listed(held_out)} ({why})")
+    return Corpus(kept, held_out, data.text_column, data.shuffle)
+
+
+def _named_validation(address: str) -> tuple[Shard, ...]:
+    """The files of `data.validation`; of a folder that holds other splits too, those that their names hold out."""
+    files = without_repeats(list_files(address, "data.validation"))[0]
+    return tuple(file for file in files if file.split == "validation") or files
+
+
+def _nothing_left(data: DataSettings, shards: int) -> str:
+    if data.validation is not None:
+        return f"data.validation: {data.validation} leaves no shard of data.source to train on: name fewer"
+    if not shards:
+        return (
+            f"data.source: {data.source} holds one shard to train on, and the last shard is validation: "
             "add a second or name one in data.validation"
         )
-    return Corpus(tuple(shards[:-1]), tuple(shards[-1:]), data.text_column, data.shuffle)
+    return (
+        f"data.source: {data.source}: no shard has other text than the validation text: "
+        "add one, or name another validation file in data.validation"
+    )
 
 
 def _write_builtin(source: str, folder: Path, progress: Callable[[str], None]) -> Path:
@@ -114,7 +141,8 @@ def list_files(source: str, field: str, endings: tuple[str, ...] = (".parquet",)
     A path of one file is taken whatever its ending. Raises `UserError` naming `field` where there is none.
     """
     refuse_secret(source, field)
-    shards = _remote(source, field, endings) if "://" in source else _local(source, field, endings)
+    path = local_path(source)
+    shards = _remote(source, field, endings) if path is None else _local(path, source, field, endings)
     if not shards:
         raise UserError(f"{field}: no {' or '.join(endings)} file in {source}: {_give(endings)}")
     return shards
@@ -124,18 +152,32 @@ def _give(endings: tuple[str, ...]) -> str:
     return f"give a folder, glob, file or URI of {' or '.join(endings)} files"
 
 
-def _local(source: str, field: str, endings: tuple[str, ...]) -> list[Shard]:
-    path = Path(source).expanduser()
+def _local(path: Path, source: str, field: str, endings: tuple[str, ...]) -> list[Shard]:
+    root = path.parent
     if path.is_dir():
-        paths = sorted(found for found in path.iterdir() if found.name.endswith(endings))
+        root, paths = path, sorted(found for found in path.iterdir() if found.name.endswith(endings))
     elif path.exists():
         paths = [path]
-    elif glob.has_magic(source):
+    elif glob.has_magic(str(path)):
+        root = Path(_fixed_part(str(path)))
         paths = [Path(found) for found in sorted(_glob(str(path))) if found.endswith(endings)]
     else:
         raise NoSource(f"{field}: {source} does not exist: {_give(endings)}")
-    stats = [(path.absolute(), path.stat()) for path in paths]
-    return [Shard(str(path), stat.st_size, str(stat.st_mtime_ns)) for path, stat in stats]
+    folder = str(root.resolve())
+    own = root.resolve().name if is_split_folder(folder, lambda name: Path(name).is_dir()) else ""
+    return [_local_shard(found, split_of(str(found.relative_to(root)), own)) for found in paths]
+
+
+def _local_shard(path: Path, split: SplitName) -> Shard:
+    """Folders are resolved, so that one file has one URI; the file itself is not: a link may bear the better name."""
+    status = path.stat()
+    return Shard(str(path.parent.resolve() / path.name), status.st_size, str(status.st_mtime_ns), split)
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folder in which a pattern begins to match: /a/b for /a/b/c*/*.parquet."""
+    fixed = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.split("/"))
+    return "/".join(fixed) or ("/" if pattern.startswith("/") else ".")
 
 
 def _glob(pattern: str) -> list[str]:
@@ -143,12 +185,15 @@ def _glob(pattern: str) -> list[str]:
 
 
 def _remote(source: str, field: str, endings: tuple[str, ...]) -> list[Shard]:
+    scheme, rest = source.split("://", 1)
     try:
-        filesystem, path = fsspec.core.url_to_fs(source)
+        filesystem, path = fsspec.core.url_to_fs(f"{scheme.lower()}://{rest}")
         single = path.endswith(endings) and not glob.has_magic(path)
         pattern = path if glob.has_magic(path) else f"{path.rstrip('/')}/*"
         paths = [path] if single else sorted(name for name in filesystem.glob(pattern) if name.endswith(endings))
         infos = [filesystem.info(name) for name in paths]
+        root = path.rpartition("/")[0] if single else _fixed_part(pattern)
+        own = root.rpartition("/")[2] if is_split_folder(root, filesystem.isdir) else ""
     except FileNotFoundError:
         raise NoSource(f"{field}: {source} does not exist: {_give(endings)}") from None
     except ImportError as error:
@@ -156,7 +201,12 @@ def _remote(source: str, field: str, endings: tuple[str, ...]) -> list[Shard]:
     except Exception as error:  # every file system has errors of its own, and they share no base
         raise NoSource(f"{field}: {source} cannot be listed ({first_line(error)}): check the address") from None
     return [
-        Shard(filesystem.unstrip_protocol(name), int(info.get("size") or 0), _stamp(info))
+        Shard(
+            filesystem.unstrip_protocol(name),
+            int(info.get("size") or 0),
+            _stamp(info),
+            split_of(name.removeprefix(root), own),
+        )
         for name, info in zip(paths, infos, strict=True)
     ]
 
@@ -197,6 +247,7 @@ def check_shards(corpus: Corpus) -> None:
     for shard in (*corpus.train, *corpus.validation):
         with open_parquet(shard.uri) as file:
             schema = file.schema_arrow
+            refuse_repeated(corpus.text_column, schema.names, f"{shard.uri}: data.text_column")
             if corpus.text_column not in schema.names:
                 raise UserError(
                     f"{shard.uri}: data.text_column: no column {corpus.text_column!r}"
@@ -207,6 +258,12 @@ def check_shards(corpus: Corpus) -> None:
                 raise UserError(
                     f"{shard.uri}: data.text_column: {corpus.text_column!r} holds {kind}: name a column of strings"
                 )
+
+
+def refuse_repeated(column: str, names: Sequence[str], where: str) -> None:
+    """Raises `UserError` if two columns have the name of one that is read."""
+    if (count := names.count(column)) > 1:
+        raise UserError(f"{where}: {count} columns are called {column!r}: rename all but one")
 
 
 def read_texts(uri: str, column: str) -> Iterator[list[str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from bwlm.errors import UserError
 from bwlm.paths import whole_folder
 from bwlm.text.conversation import TurnIds, check_conversation, cut_to, render
 from bwlm.text.direction import HEAD_SLOTS
+from bwlm.text.overlap import DocumentHashes
 from bwlm.text.packing import (
     MANIFEST_VERSION,
     Items,
@@ -27,6 +28,7 @@ from bwlm.text.packing import (
     Split,
     Unsplit,
     cut,
+    overlap_of,
     pack_whole,
     packed_splits,
     room_of,
@@ -56,6 +58,8 @@ class ConversationSource:
     """The messages of each conversation of a split, always in one order."""
     parts: int = 1
     """In which the training split is packed, beside each other; each reads all of it, so more than 1 is for files."""
+    notes: tuple[str, ...] = ()
+    """Lines that tell a person which of its files are left out."""
 
 
 def prepare_mixture(
@@ -75,6 +79,8 @@ def prepare_mixture(
     tokenizer, cache = Tokenizer.load(tokenizer_folder), storage / "cache" / "packed"
     folders = [_folder(cache, f"{source.key} {tokenizer.digest} {width} {whole}") for source in sources]
     for source, folder in zip(sources, folders, strict=True):
+        for note in source.notes:
+            progress(note)
         if not (folder / "manifest.json").exists():
             progress(f"rendering and packing the conversations of {source.name}")
             with whole_folder(folder) as temporary:
@@ -85,7 +91,11 @@ def prepare_mixture(
     folder = _folder(cache, f"mixture {mixture.digest}")
     if not (folder / "manifest.json").exists():
         with whole_folder(folder) as temporary:
-            mixture.write(temporary)
+            overlap = overlap_of(temporary, mixture.train, mixture.validation)
+            replace(mixture, overlap=overlap).write(temporary)
+    mixture = Manifest.read(folder)
+    if mixture.overlap and (told := mixture.overlap.words("conversation")):
+        progress(told)
     return Prepared(folder, mixture, tokenizer, tokenizer_folder)
 
 
@@ -131,18 +141,25 @@ def _pack_part(
     """Every `parts`-th conversation of a split in, one file of packed rows out; as `bwlm.text.stream.pack_shard`."""
     tokenizer = Tokenizer.load(Path(tokenizer_folder))
     counts = ShardCounts(f"part_{item['part']:05d}.arrow")
-    rendered = _render_part(source, item, tokenizer, counts, room_of(width) - HEAD_SLOTS if whole else None)
+    hashes = DocumentHashes()
+    rendered = _render_part(source, item, tokenizer, counts, hashes, room_of(width) - HEAD_SLOTS if whole else None)
     rows = pack_whole(rendered, width) if whole else cut(((document, ids) for document, ids, _ in rendered), width)
     target = Path(item["folder"]) / item["split"] / counts.file
     try:
         write_rows(target, rows, tokenizer.vocab_size, counts)
+        hashes.save(target)
     except UserError as error:
         return {"split": item["split"], "file": counts.file, "counts": {}, "error": str(error)}
     return {"split": item["split"], "file": counts.file, "counts": counts.finish(), "error": ""}
 
 
 def _render_part(
-    source: ConversationSource, item: dict[str, Any], tokenizer: Tokenizer, counts: ShardCounts, room: int | None
+    source: ConversationSource,
+    item: dict[str, Any],
+    tokenizer: Tokenizer,
+    counts: ShardCounts,
+    hashes: DocumentHashes,
+    room: int | None,
 ) -> Iterator[Unsplit]:
     """Each conversation, cut to `room` tokens where there is one."""
     turns, token_bytes = TurnIds.of(tokenizer), tokenizer.token_bytes()
@@ -152,6 +169,7 @@ def _render_part(
             continue
         counts.documents += 1
         whole = render(check_conversation(messages, f"{source.name}: {item['split']} conversation {index}"), tokenizer)
+        hashes.add(whole)
         ids = whole if room is None else cut_to(whole, room, turns)
         if ids is None:
             counts.left_out += 1

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from bwlm.errors import UserError
 from bwlm.paths import read_json, sync, write_json
 from bwlm.text.direction import CLOSING_SLOTS, HEAD_SLOTS, Ints, Rows
+from bwlm.text.overlap import Overlap, count_overlap
 
 MANIFEST_VERSION = 3
 BATCH_ROWS = 1024
@@ -246,6 +247,8 @@ class Manifest:
     validation: Split
     sources: tuple[Source, ...] = ()
     """Of a mixture, in the order of their rows."""
+    overlap: Overlap | None = None
+    """None: packed before documents were counted."""
 
     @property
     def digest(self) -> str:
@@ -264,7 +267,21 @@ class Manifest:
             name: Split(tuple(content[name]["shards"]), content[name]["digest"]) for name in ("train", "validation")
         }
         sources = tuple(Source(**source) for source in content.get("sources", []))
-        return cls(content["sequence_length"], content["vocab_size"], content["tokenizer"], **splits, sources=sources)
+        overlap = Overlap(**content["overlap"]) if content.get("overlap") else None
+        return cls(
+            content["sequence_length"], content["vocab_size"], content["tokenizer"],
+            **splits, sources=sources, overlap=overlap,
+        )  # fmt: skip
+
+
+def packed_files(folder: Path, name: str, split: Split) -> list[Path]:
+    """Returns the paths of a split's files; a mixture's lie beside its own folder, in those of its sources."""
+    return [Path(os.path.normpath(folder / name / shard["file"])) for shard in split.shards]
+
+
+def overlap_of(folder: Path, train: Split, validation: Split) -> Overlap:
+    """Counts the documents that stand in both splits of a packed folder."""
+    return count_overlap(packed_files(folder, "train", train), packed_files(folder, "validation", validation))
 
 
 class PackedRows:
@@ -277,8 +294,7 @@ class PackedRows:
         self.sources = manifest.sources
         self._split = split
         self._ends = np.cumsum([shard["rows"] for shard in shards.shards])
-        # a mixture's lie beside its own folder, in those of its sources
-        self._files = [os.path.normpath(folder / split / shard["file"]) for shard in shards.shards]
+        self._files = [str(path) for path in packed_files(folder, split, shards)]
         self._batches: dict[tuple[int, int], pa.RecordBatch] = {}
         self._readers: dict[int, pa.RecordBatchFileReader] = {}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bwlm.config import Recipe
 from bwlm.errors import UserError
-from bwlm.paths import whole_folder
+from bwlm.paths import local_path, whole_folder
 from bwlm.text.corpus import Corpus, check_shards, find_corpus, read_texts
 from bwlm.text.packing import MANIFEST_VERSION, Manifest
 from bwlm.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, train_tokenizer
@@ -60,7 +60,10 @@ def prepare(recipe: Recipe, storage: Path, pack: Pack, progress: Progress) -> Pr
                 shutil.rmtree(tokenizer_folder)
                 _remove_empty([cache / "tokenizers", cache, storage], before)
             raise
-    return Prepared(folder, Manifest.read(folder), tokenizer, tokenizer_folder, corpus)
+    manifest = Manifest.read(folder)
+    if manifest.overlap and (told := manifest.overlap.words()):
+        progress(told)
+    return Prepared(folder, manifest, tokenizer, tokenizer_folder, corpus)
 
 
 def find_packed(storage: Path, named: Path, digest: str) -> Path | None:
@@ -90,7 +93,10 @@ def get_tokenizer(recipe: Recipe, cache: Path, progress: Progress) -> tuple[Corp
 def _given_tokenizer(recipe: Recipe) -> tuple[Path, Tokenizer] | None:
     if recipe.tokenizer.path is None:
         return None
-    wanted, folder = recipe.tokenizer.vocab_size, Path(recipe.tokenizer.path).expanduser().absolute()
+    wanted, path = recipe.tokenizer.vocab_size, local_path(recipe.tokenizer.path)
+    if path is None:
+        raise UserError(f"tokenizer.path: {recipe.tokenizer.path!r} is not a folder: give a local or shared (NFS) path")
+    folder = path.resolve()
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size != wanted:
         raise UserError(

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from bwlm.errors import UserError
 from bwlm.text.batches import Batch, DirectedPlan, join
 from bwlm.text.corpus import Corpus, read_texts
-from bwlm.text.packing import Items, Manifest, Run, ShardCounts, cut, packed_splits, write_rows
+from bwlm.text.overlap import DocumentHashes
+from bwlm.text.packing import Items, Manifest, Run, ShardCounts, cut, overlap_of, packed_splits, write_rows
 from bwlm.text.plan import counter_hash
 from bwlm.text.tokenizer import Tokenizer
 
@@ -46,7 +47,7 @@ def pack_shard(item: dict[str, Any]) -> dict[str, Any]:
     Documents that are shuffled are held as tokens, of 4 bytes each, until the last of their shard has been read.
     """
     tokenizer = _tokenizer(item["tokenizer"])
-    counts, content = ShardCounts(item["file"]), hashlib.sha256()
+    counts, hashes, content = ShardCounts(item["file"]), DocumentHashes(), hashlib.sha256()
     token_bytes = tokenizer.token_bytes()
 
     def documents() -> Iterator[Document]:
@@ -58,12 +59,14 @@ def pack_shard(item: dict[str, Any]) -> dict[str, Any]:
                 counts.documents += 1
                 counts.empty_documents += len(tokens) == 0
                 counts.bytes += int(token_bytes[tokens].sum())
+                hashes.add(tokens)
                 yield document, tokens
 
     target = Path(item["folder"]) / item["split"] / item["file"]
     try:
         ordered = _shuffled(documents(), content.digest) if item["shuffle"] else documents()
         write_rows(target, cut(ordered, item["width"]), tokenizer.vocab_size, counts)
+        hashes.save(target)
     except UserError as error:
         return {"split": item["split"], "file": item["file"], "counts": {}, "error": str(error)}
     return {"split": item["split"], "file": item["file"], "counts": counts.finish(), "error": ""}
@@ -105,7 +108,8 @@ def pack_corpus(corpus: Corpus, tokenizer_folder: Path, width: int, folder: Path
         (folder / split).mkdir()
     splits = packed_splits(run(items, pack_shard))
     tokenizer = _tokenizer(str(tokenizer_folder))
-    manifest = Manifest(width, tokenizer.vocab_size, tokenizer.digest, **splits)
+    overlap = overlap_of(folder, **splits)
+    manifest = Manifest(width, tokenizer.vocab_size, tokenizer.digest, **splits, overlap=overlap)
     for name, counted in (("train", splits["train"]), ("validation", splits["validation"])):
         if counted.total("tokens") == 0:
             field = "data.source" if name == "train" else "data.validation"

@@ -98,14 +98,20 @@ def test_faults_of_a_row(task: MultipleChoice, row: dict[str, Any], told: str, t
 @pytest.mark.parametrize(
     ("task", "folder", "rows"), [(ARC_EASY, "ai2_arc/ARC-Easy", 2376), (MMLU, "mmlu/all", 3520)], ids=["arc", "mmlu"]
 )
-def test_real_questions(task: MultipleChoice, folder: str, rows: int) -> None:
-    path = real(folder)
-    found = everything(task, path)
+def test_real_questions(task: MultipleChoice, folder: str, rows: int, tmp_path: Path) -> None:
+    test = f"{real(folder)}/test.parquet"
+    with pytest.raises(
+        UserError, match=rf"^tasks\.{task.name}\.path: {test}: no file to train on \({test} is left for"
+    ):
+        everything(task, test)
+    path = tmp_path / "questions.parquet"
+    path.symlink_to(test)
+    found = everything(task, str(path))
     assert len(found) == rows
-    assert len(list(task.conversations("validation", path))) == pytest.approx(rows / 20, rel=0.3)
+    assert len(list(task.conversations("validation", str(path)))) == pytest.approx(rows / 20, rel=0.3)
     letters = Counter(answer["content"] for _, answer in found)
     assert set(letters) == set("ABCD")
-    table = pq.read_table(f"{path}/test.parquet").to_pylist()
+    table = pq.read_table(test).to_pylist()
     asked = {conversation[0]["content"]: conversation[1]["content"] for conversation in found}
     for row in table:
         texts = row["choices"]["text"] if task is ARC_EASY else row["choices"]
@@ -115,6 +121,9 @@ def test_real_questions(task: MultipleChoice, folder: str, rows: int) -> None:
         assert asked[f"Multiple Choice question: {row['question']}\n{lines}{end}"] == "ABCD"[right]
 
 
-def test_a_copy_of_the_hubs_folder_is_found_by_its_root() -> None:
-    assert ARC_EASY.key(real("ai2_arc")) == ARC_EASY.key(real("ai2_arc/ARC-Easy"))
-    assert ARC_EASY.key(real("ai2_arc")) != ARC_CHALLENGE.key(real("ai2_arc/ARC-Easy"))
+def test_a_copy_of_the_hubs_folder_is_found_by_its_root(tmp_path: Path) -> None:
+    easy = tmp_path / "ARC-Easy"
+    easy.mkdir()
+    (easy / "train.jsonl").write_text(json.dumps(SKY) + "\n")
+    assert ARC_EASY.key(str(tmp_path)) == ARC_EASY.key(f"file://{tmp_path}") == ARC_EASY.key(str(easy))
+    assert ARC_EASY.key(str(tmp_path)) != ARC_CHALLENGE.key(str(easy))

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bwlm.errors import UserError
-from bwlm.text.corpus import Shard
-from tasks.files import HELD_OUT, split_files
+from tasks.files import HELD_OUT
 from tasks.gsm8k import GSM8K
 from tasks.messages import SMOLTALK, FileTask
 from tasks.task import Conversation, Split, exchange
@@ -70,11 +70,10 @@ def test_a_folder_a_glob_and_a_uri(tmp_path: Path) -> None:
     write(folder / "train-00001-of-00002.jsonl", TALKS[100:200])
     write(folder / "test-00000-of-00001.jsonl.gz", TALKS[200:])
     (folder / "README.md").write_text("Not data.")
-    expected = (TALKS[:200], TALKS[200:])
-    for source in (folder, f"{folder}/*", f"file://{folder}", f"file://{folder}/*"):
-        assert read(source) == expected
-    train, validation = read(f"{folder}/train*")
-    assert sorted_talks(train + validation) == TALKS[:200]
+    for source in (folder, f"{folder}/*", f"file://{folder}", f"file://{folder}/*", f"{folder}/train*"):
+        train, validation = read(source)
+        assert sorted_talks(train + validation) == TALKS[:200], "the test file is left alone"
+        assert 0 < len(validation) < 20
 
 
 def test_a_home_and_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +104,7 @@ def test_any_file_system_of_fsspec(memory: str) -> None:
 
 def test_a_subset_is_found_below_a_path_or_at_it(tmp_path: Path) -> None:
     write(tmp_path / "data" / "train-00000-of-00001.parquet", TALKS[:9])
-    write(tmp_path / "data" / "test-00000-of-00001.parquet", TALKS[9:12])
+    write(tmp_path / "data" / "val-00000-of-00001.parquet", TALKS[9:12])
     for path in (tmp_path, tmp_path / "data"):
         assert list(SMOLTALK.conversations("train", str(path))) == TALKS[:9]
         assert list(SMOLTALK.conversations("validation", str(path))) == TALKS[9:12]
@@ -132,39 +131,61 @@ def test_no_row_is_no_conversation(tmp_path: Path) -> None:
 # ---- splits by name ----
 
 
-@pytest.mark.parametrize(
-    ("names", "train", "validation"),
-    [
-        ("train-00000-of-00001 test-00000-of-00001", "train-00000-of-00001", "test-00000-of-00001"),
-        ("train validation test", "train", "validation"),
-        ("train val test", "train", "val"),
-        ("train valid_2 dev", "train", "valid_2 dev"),
-        ("auxiliary_train-0 dev-0 test-0 validation-0", "auxiliary_train-0", "dev-0 validation-0"),
-        ("TRAIN.a Test.b", "TRAIN.a", "Test.b"),
-        ("chat train test", "chat train", "test"),
-        ("chat test", "chat", "test"),
-        ("values testimonials device", "values testimonials device", None),
-        ("values testimonials test", "values testimonials", "test"),
-        ("train", "train", None),
-        ("train_a train_b", "train_a train_b", None),
-        ("test", "test", None),
-        ("test validation", "test validation", None),
-        ("a b", "a b", None),
-    ],
-)
-def test_splits_of_a_folder(names: str, train: str, validation: str | None) -> None:
-    files = {name: Shard(f"/test/train/{name}.parquet", 1, "") for name in names.split()}
-    splits = split_files(list(files.values()))
-    assert splits.train == tuple(files[name] for name in train.split())
-    assert splits.validation == tuple(files[name] for name in (validation or train).split())
-    assert splits.pooled == (validation is None)
+def test_a_test_file_is_neither_trained_nor_validated_on_and_that_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", TALKS[:200])
+    test = write(tmp_path / "test.jsonl", TALKS[200:])
+    train, validation = read(tmp_path)
+    assert sorted_talks(train + validation) == TALKS[:200]
+    assert FileTask(str(tmp_path)).notes() == (f"{test}: left for evaluation, neither trained nor validated on",)
+    write(tmp_path / "dev.jsonl", TALKS[300:])
+    assert read(tmp_path) == (TALKS[:200], TALKS[300:])
+
+
+@pytest.mark.parametrize("name", ["test.jsonl", "gsm8k-test.parquet", "data/eval-00000-of-00001.jsonl"])
+def test_a_test_file_alone_is_refused(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, TALKS)
+    told = refusal(path)
+    assert told == (
+        f"tasks.mine.path: {path}: no file to train on ({path} is left for evaluation): "
+        "name a training file, or rename one whose name says another split than it is"
+    )
+    assert refusal(path.parent).startswith(f"tasks.mine.path: {path.parent}: no file to train on")
+    with pytest.raises(UserError, match=rf"^data\.mixture: {path}: no file to train on"):
+        FileTask(str(path)).key()
+
+
+def test_a_copy_of_the_test_file_under_another_name_is_not_trained_on(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", TALKS[:200])
+    test = write(tmp_path / "test.jsonl", TALKS[200:])
+    copy = Path(shutil.copy(test, tmp_path / "more.jsonl"))
+    train, validation = read(tmp_path)
+    assert sorted_talks(train + validation) == TALKS[:200]
+    assert f"{copy}: not trained on: it has the content of {test}, which is held out" in FileTask(str(tmp_path)).notes()
+
+
+def test_a_link_to_a_file_is_read_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "data" / "a.jsonl", TALKS)
+    (path.parent / "b.jsonl").symlink_to(path)
+    (tmp_path / "data" / "c.jsonl").hardlink_to(path)
+    assert read(path.parent) == read(path)
+    assert len(FileTask(str(path.parent)).notes()) == 2
+
+
+def test_the_key_does_not_depend_on_the_spelling_of_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "my talks" / "train.jsonl", TALKS[:9]).parent
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    spellings = ("my talks", "link", "~/link/", "link/../my talks", f"{tmp_path}//link", f"FILE://{folder}",
+                 f"file:{folder}", f"file://localhost{tmp_path}/my%20talks")  # fmt: skip
+    assert {FileTask(spelling).key() for spelling in spellings} == {FileTask(str(folder)).key()}
 
 
 # ---- keys ----
 
 
 def test_the_key_names_files_sizes_stamps_and_task(tmp_path: Path) -> None:
-    first, second = (write(tmp_path / name, TALKS[:9]) for name in ("train.jsonl", "test.jsonl"))
+    first, second = write(tmp_path / "train.jsonl", TALKS[:9]), write(tmp_path / "val.jsonl", TALKS[9:12])
     task = FileTask(str(tmp_path))
     keys = [task.key()]
     assert task.key() == FileTask("elsewhere").key(str(tmp_path)) == keys[0]
@@ -191,6 +212,9 @@ class Hub:
 
     def info(self, name: str) -> dict[str, Any]:
         return {"name": name, "size": 9, "type": "file", "blob_id": self.blob_id, "last_commit": None}
+
+    def isdir(self, name: str) -> bool:
+        return False
 
     def unstrip_protocol(self, name: str) -> str:
         return f"hf://{name}"
@@ -225,7 +249,7 @@ def test_a_path_that_is_not_there(tmp_path: Path) -> None:
     assert f"no {kinds} file in {tmp_path}:" in refusal(tmp_path)
     assert refusal("memory://bwlm-no-talks").startswith(f"tasks.mine.path: no {kinds} file in memory://bwlm-no-talks")
     assert refusal(tmp_path / "none", GSM8K()).startswith("tasks.gsm8k.path: ")
-    with pytest.raises(UserError, match=rf"^tasks: {tmp_path}/none\.jsonl does not exist: "):
+    with pytest.raises(UserError, match=rf"^data\.mixture: {tmp_path}/none\.jsonl does not exist: "):
         FileTask(f"{tmp_path}/none.jsonl").key()
 
 
@@ -246,6 +270,14 @@ def test_the_hub_out_of_reach_says_what_else_there_is(monkeypatch: pytest.Monkey
     assert str(error.value) == (
         "tasks.gsm8k.path: hf://datasets/openai/gsm8k/main cannot be listed (no route to host): check the address, "
         "or give the path of a copy"
+    )
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    columns = [pa.array(["x"]), pa.array(["y"]), pa.array([1])]
+    pq.write_table(pa.table(columns, names=["question", "question", "answer"]), tmp_path / "talks.parquet")
+    assert refusal(tmp_path, GSM8K()) == (
+        f"{tmp_path}/talks.parquet: 2 columns are called 'question': rename all but one"
     )
 
 

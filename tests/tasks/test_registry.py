@@ -18,7 +18,7 @@ NAMES = {
     *("builtin:docs_qa", "builtin:arithmetic", "builtin:spelling"),
     *("gsm8k", "arc_easy", "arc_challenge", "mmlu", "smoltalk"),
 }
-MAY_IMPORT = ("bwlm.errors", "bwlm.text.corpus", "bwlm.text.pydocs")
+MAY_IMPORT = ("bwlm.errors", "bwlm.paths", "bwlm.text.corpus", "bwlm.text.pydocs", "bwlm.text.splits")
 
 
 def test_every_task_is_found_by_its_name() -> None:

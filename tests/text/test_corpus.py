@@ -217,6 +217,221 @@ def test_the_listing_names_files_sizes_times_and_column(shards: Path) -> None:
     assert len({listing, *other}) == 4
 
 
+# ---- validation text is never trained on, however it is spelled ----
+
+
+def told(source: str | Path, validation: str | Path | None = None) -> tuple[Corpus, list[str]]:
+    """The corpus, and the lines that a person is told."""
+    lines: list[str] = []
+    data = DataSettings(source=str(source), validation=None if validation is None else str(validation))
+    return find_corpus(data, Path("/nowhere"), lines.append), lines
+
+
+def spellings(shards: Path) -> dict[str, str]:
+    """Addresses of the second shard, by what is odd about them. The working folder and home are the one above."""
+    above = shards.parent
+    (above / "linked").symlink_to(shards)
+    (above / "twice").symlink_to(above / "linked")
+    (above / "my shards").symlink_to(shards)
+    (above / "link.parquet").symlink_to(shards / SECOND)
+    (above / "hard.parquet").hardlink_to(shards / SECOND)
+    shutil.copy(shards / SECOND, above / "copy.parquet")
+    filesystem = fsspec.filesystem("memory")
+    filesystem.put(str(shards), "/bwlm-spelled", recursive=True)
+    return {
+        "absolute": f"{shards}/{SECOND}",
+        "relative": f"shards/{SECOND}",
+        "dots": f"./shards/../shards/{SECOND}",
+        "home": f"~/shards/{SECOND}",
+        "slashes": f"{above}//shards///{SECOND}",
+        "linked folder": f"linked/{SECOND}",
+        "link of a link": f"{above}/twice/{SECOND}",
+        "dots after a link": f"{above}/twice/../shards/{SECOND}",
+        "link": "link.parquet",
+        "hard link": "hard.parquet",
+        "copy": "copy.parquet",
+        "URI": f"file://{shards}/{SECOND}",
+        "loud URI": f"FILE://{shards}/{SECOND}",
+        "URI with a host": f"file://localhost{shards}/{SECOND}",
+        "URI without one": f"file:{shards}/{SECOND}",
+        "encoded URI": f"file://{above}/my%20shards/shard%5F00001.parquet",
+        "fsspec's name": f"local://{shards}/{SECOND}",
+        "glob": f"{above}/*/shard_00001.*",
+        "other file system": f"memory://bwlm-spelled/{SECOND}",
+        "loud scheme": f"Memory://bwlm-spelled/{SECOND}",
+    }
+
+
+def test_a_validation_file_is_not_trained_on_however_it_is_spelled(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shards.parent)
+    monkeypatch.setenv("HOME", str(shards.parent))
+    every = spellings(shards)
+    sources = (shards, "linked", f"file://{shards}", f"{shards.parent}/tw*/*.parquet", "memory://bwlm-spelled")
+    try:
+        for odd, validation in every.items():
+            for source in sources:
+                found, lines = told(source, validation)
+                assert names(found)[0] == [FIRST, THIRD], f"{source}, {odd}"
+                assert [text for shard in found.validation for some in read_texts(shard.uri, "text") for text in some] \
+                    == TEXTS[40:80], "each document once"  # fmt: skip
+                assert lines[-1] == f"validation: {found.validation[0].uri} (data.validation)"
+    finally:
+        fsspec.filesystem("memory").rm("/bwlm-spelled", recursive=True)
+
+
+def test_a_shard_under_another_name_is_told(shards: Path) -> None:
+    copy = Path(shutil.copy(shards / SECOND, shards.parent / "copy.parquet"))
+    _, lines = told(shards, copy)
+    assert lines == [
+        f"{shards / SECOND}: not trained on: it has the content of {copy}, which is held out",
+        f"validation: {copy} (data.validation)",
+    ]
+
+
+def test_a_copy_of_the_last_shard_is_not_trained_on(shards: Path) -> None:
+    shutil.copy(shards / FIRST, shards / "shard_00003.parquet")
+    found, _ = told(shards)
+    assert names(found) == ([SECOND, THIRD], ["shard_00003.parquet"])
+    for name in (SECOND, THIRD):
+        (shards / name).unlink()
+    with pytest.raises(
+        UserError, match=r"^data\.source: .*: no shard has other text than the validation text: add one"
+    ):
+        told(shards)
+
+
+def test_shards_of_one_size_and_other_text_are_both_trained_on(shards: Path) -> None:
+    content = bytearray((shards / SECOND).read_bytes())
+    content[-9] ^= 1
+    (shards.parent / "other.parquet").write_bytes(bytes(content))
+    found, _ = told(shards, shards.parent / "other.parquet")
+    assert names(found)[0] == [FIRST, SECOND, THIRD]
+
+
+def test_a_web_server_and_a_folder_are_one_source(web: str, shards: Path) -> None:
+    assert names(told(shards, f"{web}/shards/{SECOND}")[0])[0] == [FIRST, THIRD]
+    assert names(told(f"{web}/shards", shards / SECOND)[0])[0] == [FIRST, THIRD]
+
+
+def test_one_file_is_trained_on_once_however_many_links_are_listed(shards: Path) -> None:
+    (shards / "shard_00000_again.parquet").symlink_to(FIRST)
+    (shards / "a.parquet").hardlink_to(shards / SECOND)
+    found, lines = told(shards)
+    assert names(found) == (["a.parquet", FIRST], [THIRD])
+    assert lines[:2] == [
+        f"{shards}/shard_00000_again.parquet: read once: it is the same file as {shards}/{FIRST}",
+        f"{shards}/{SECOND}: read once: it is the same file as {shards}/a.parquet",
+    ]
+    (shards.parent / "linked").symlink_to(shards)
+    assert names(told(f"{shards.parent}/*/*.parquet")[0]) == names(found)
+    copied = Path(shutil.copy(shards / FIRST, shards / "copied.parquet"))
+    assert copied.name in names(told(shards)[0])[0], "a copy weighs its text twice, on purpose"
+
+
+# ---- splits that names say ----
+
+
+def renamed(shards: Path, *others: str) -> Path:
+    for before, after in zip((FIRST, SECOND, THIRD), others, strict=False):
+        (shards / after).parent.mkdir(parents=True, exist_ok=True)
+        (shards / before).rename(shards / after)
+    return shards
+
+
+def test_a_test_file_is_neither_trained_nor_validated_on(shards: Path) -> None:
+    renamed(shards, "train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test.parquet")
+    found, lines = told(shards)
+    assert names(found) == (["train-00000-of-00002.parquet"], ["train-00001-of-00002.parquet"])
+    assert lines == [
+        f"{shards}/test.parquet: left for evaluation, neither trained nor validated on",
+        f"validation: {shards}/train-00001-of-00002.parquet (the last shard)",
+    ]
+
+
+def test_a_training_and_a_test_file_are_no_corpus(shards: Path) -> None:
+    renamed(shards, "train.parquet", "test.parquet", "below/other.parquet")
+    with pytest.raises(
+        UserError, match=r"holds one shard to train on, .*: add a second or name one in data\.validation"
+    ):
+        told(shards)
+    found, _ = told(shards, shards / "below")
+    assert names(found) == (["train.parquet"], ["other.parquet"])
+
+
+@pytest.mark.parametrize(
+    ("validation", "how"),
+    [
+        ("validation-00000-of-00001", ""),
+        ("valid", ""),
+        ("val", ""),
+        ("dev", ""),
+        ("data/dev/0", "/**"),
+        ("x-val-0", ""),
+    ],
+)
+def test_a_validation_file_validates(shards: Path, validation: str, how: str) -> None:
+    renamed(shards, "a.parquet", f"{validation}.parquet", "train.parquet")
+    found, lines = told(f"{shards}{how}")
+    assert names(found) == (["a.parquet", "train.parquet"], [f"{Path(validation).name}.parquet"])
+    assert lines == [f"validation: {shards}/{validation}.parquet (held out by its name)"]
+
+
+def test_folders_below_a_glob_are_splits(shards: Path) -> None:
+    renamed(shards, "train/0.parquet", "test/0.parquet", "validation/0.parquet")
+    for source in (f"{shards}/*/*.parquet", f"{shards}/**/*.parquet", f"file://{shards}/*/*.parquet"):
+        found, _ = told(source)
+        assert [str(Path(split[0].uri).parent.name) for split in (found.train, found.validation)] == [
+            "train",
+            "validation",
+        ]
+    with pytest.raises(UserError, match=r"data\.source: .*/test: no file to train on"):
+        told(shards / "test", shards / "validation")
+    for name in ("train", "validation"):
+        shutil.rmtree(shards / name)
+    (shards / "other").mkdir()
+    assert names(told(shards / "test", write_one(shards / "other"))[0])[0] == ["0.parquet"], "a folder like others"
+
+
+def write_one(folder: Path) -> Path:
+    pq.write_table(pa.table({"text": TEXTS[:5]}), folder / "one.parquet")
+    return folder / "one.parquet"
+
+
+def test_data_validation_goes_before_names(shards: Path) -> None:
+    renamed(shards, "train.parquet", "val.parquet", "test.parquet")
+    other = write_one(shards.parent)
+    found, lines = told(shards, other)
+    assert names(found) == (["train.parquet"], ["one.parquet"])
+    assert f"{shards}/val.parquet: neither trained nor validated on: data.validation names other files" in lines
+    found, lines = told(shards / "train.parquet", shards)
+    assert names(found) == (["train.parquet"], ["val.parquet"]), "of a folder with all splits, its validation file"
+    assert names(told(shards, shards / "test.parquet")[0]) == (["train.parquet"], ["test.parquet"]), "as was asked"
+
+
+@pytest.mark.parametrize("name", ["test.parquet", "validation.parquet"])
+def test_a_file_that_is_held_out_is_no_source(shards: Path, name: str) -> None:
+    renamed(shards, name)
+    what = "is left for evaluation" if name == "test.parquet" else "validates"
+    with pytest.raises(UserError) as refusal:
+        told(shards / name, shards / THIRD)
+    assert str(refusal.value) == (
+        f"data.source: {shards / name}: no file to train on ({shards / name} {what}): "
+        "name a training file, or rename one whose name says another split than it is"
+    )
+
+
+def test_a_copy_of_the_test_file_is_not_trained_on(shards: Path) -> None:
+    renamed(shards, "test.parquet")
+    shutil.copy(shards / "test.parquet", shards / "a.parquet")
+    found, lines = told(shards)
+    assert names(found) == ([SECOND], [THIRD])
+    assert (
+        f"{shards}/a.parquet: not trained on: it has the content of {shards}/test.parquet, which is held out" in lines
+    )
+
+
 # ---- faults: one line with file, field and fix, and nothing left behind ----
 
 Prepare = Callable[..., Prepared]
@@ -262,7 +477,7 @@ def test_validation_that_is_not_there(try_to_prepare: Prepare, shards: Path) -> 
 
 def test_a_single_shard_without_validation(try_to_prepare: Prepare, shards: Path) -> None:
     with pytest.raises(
-        UserError, match=rf"^data\.source: {shards / FIRST} holds one shard, .*: add a second or name one"
+        UserError, match=rf"^data\.source: {shards / FIRST} holds one shard to train on, .*: add a second or name one"
     ):
         try_to_prepare(shards / FIRST)
 
@@ -294,6 +509,15 @@ def test_a_column_that_one_shard_lacks(try_to_prepare: Prepare, shards: Path) ->
         UserError, match=rf"^{shards / THIRD}: data\.text_column: no column 'text'.*: name one of content$"
     ):
         try_to_prepare(shards)
+
+
+def test_two_columns_of_one_name(try_to_prepare: Prepare, shards: Path) -> None:
+    pq.write_table(pa.table([TEXTS, TEXTS], names=["text", "text"]), shards / SECOND)
+    with pytest.raises(UserError) as refusal:
+        try_to_prepare(shards)
+    assert str(refusal.value) == (
+        f"{shards / SECOND}: data.text_column: 2 columns are called 'text': rename all but one"
+    )
 
 
 def test_a_text_column_of_numbers(try_to_prepare: Prepare, shards: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from bwlm.text.batches import row_plan
 from bwlm.text.conversation import Conversation, TurnIds, check_conversation, cut_to, read_back, render
 from bwlm.text.direction import HEAD_SLOTS, IGNORED, SpecialIds, lay_out
 from bwlm.text.mixture import SPLITS, ConversationSource, prepare_mixture
+from bwlm.text.overlap import Overlap
 from bwlm.text.packing import Items, PackedRows, room_of
 from bwlm.text.plan import MixturePlan
 from bwlm.text.prepare import Prepared
@@ -173,6 +175,25 @@ def test_mid_training_splits_conversations_over_rows_and_loses_nothing(mix: Mixe
     assert list(found.values()) == given
     assert 0 < rows.whole.sum() < len(rows.whole)
     assert not mixed.manifest.train.total("cut")
+
+
+def test_conversations_that_validate_in_one_source_and_are_trained_on_in_another_are_told(mix: Mixer) -> None:
+    one = source("one")
+    two = source("two", train=[*talks("two t", TRAIN, 3), *list(one.read("validation"))[:4]])
+    assert mix(one).manifest.overlap == Overlap(0, 0, VALIDATION)
+    assert not any("stand in the training text" in line for line in mix.told)
+    assert mix(one, two).manifest.overlap == Overlap(train=4, validation=4, of_validation=2 * VALIDATION)
+    told = "4 of 18 validation conversations stand in the training text too (4 conversations there)"
+    assert mix.told[-1] == told
+    mix.told.clear()
+    mix(one, two)
+    assert mix.told == [told]
+
+
+def test_what_a_source_leaves_out_is_told(mix: Mixer) -> None:
+    one = replace(source("one"), notes=("test.jsonl: left for evaluation",))
+    mix(one)
+    assert mix.told[0] == "test.jsonl: left for evaluation"
 
 
 # ---- weights ----
