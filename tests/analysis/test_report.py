@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html.parser
-import json
 import re
 import shlex
 import xml.etree.ElementTree as ET
@@ -29,11 +28,12 @@ from bwlm.cli.analyze import _gaps_of_runs
 from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
 from bwlm.grid.plan import plan_experiment
-from bwlm.paths import read_json, write_json
+from bwlm.paths import read_json
 from bwlm.record.journal import Journal
 from bwlm.record.lineage import ExperimentFolder, Status, write_cells
 from bwlm.text.packing import Manifest, Split
 from tests.analysis.storage import finish, make_cell
+from tests.families import rewrite_config
 
 WINDOWS = 24
 
@@ -387,10 +387,9 @@ def test_a_report_says_where_attention_crosses_segments(tmp_path: Path) -> None:
     made = {direction: make_cell(tmp_path, direction) for direction in ("forward", "backward", "bidirectional")}
     assert crossing_words(list(made.values())) == []
     for direction in ("forward", "bidirectional"):
-        config = made[direction].path / "config.json"
-        content = json.loads(config.read_text())
-        content["experiment"]["model"]["document_mask"] = False
-        config.write_text(json.dumps(content))
+        experiment = made[direction].config().experiment.model_dump()
+        experiment["model"]["document_mask"] = False
+        rewrite_config(made[direction], experiment=experiment)
     [crossing] = crossing_words([made["forward"], made["backward"]])
     assert "crosses segments in 1 of 2 runs (`model.document_mask: false`)" in crossing
     assert "no mirror images" in crossing_words(list(made.values()))[1]
@@ -456,9 +455,9 @@ def test_the_order_of_the_documents_is_told(tmp_path: Path, phase: str, shuffle:
     folder = make_cell(tmp_path, "forward", phase=phase)
     empty = Split.of([])
     Manifest(64, 264, "", empty, empty).write(tmp_path)
-    content = read_json(folder.path / "config.json")
-    content["experiment"]["data"]["shuffle"] = shuffle
-    write_json(folder.path / "config.json", content | {"corpus": str(tmp_path)})
+    experiment = folder.config().experiment.model_dump()
+    experiment["data"]["shuffle"] = shuffle
+    rewrite_config(folder, experiment=experiment, corpus=str(tmp_path))
     assert f"| documents | {words} |" in data_section([folder])[1]
 
 

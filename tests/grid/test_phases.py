@@ -21,6 +21,7 @@ from bwlm.grid.plan import load_grid, plan_experiment
 from bwlm.grid.spec import Plan, generations
 from bwlm.grid.texts import check_sources
 from bwlm.record.lineage import ExperimentFolder, Status
+from tests.families import rewrite_config
 from tests.runs import NewFamily
 from tests.shell import Shell, check_mistake
 from tests.shell import shell as shell
@@ -103,10 +104,11 @@ def test_mid_keeps_what_its_parent_lets_attention_see_and_conversations_are_alwa
 
 @pytest.mark.parametrize("phase", ["mid", "sft"])
 def test_a_child_of_a_run_made_before_masks_were_the_default(new_family: NewFamily, tmp_path: Path, phase: str) -> None:
-    config = new_family("forward").path / "config.json"
-    content = json.loads(config.read_text())
-    content["experiment"]["model"]["document_mask"] = False
-    config.write_text(json.dumps(content))
+    parent = new_family("forward")
+    config = parent.config()
+    unmasked = config.experiment.model_dump()
+    unmasked["model"]["document_mask"] = False
+    rewrite_config(parent, experiment=unmasked, identity=config.identity | {"model.document_mask": False})
     wanted = {"phase": phase, "parent": "forward"}
     [child] = experiments(plan_experiment(wanted, [], "x", str(tmp_path))).values()
     assert child.model.document_mask == (phase == "sft")
