@@ -44,7 +44,7 @@ from bwlm.model.optim import build_optimizer
 from bwlm.model.shape import GPTConfig, flops_per_token
 from bwlm.model.step import TrainStep
 
-Step = Callable[[Tensor, Tensor], object]
+Step = Callable[..., object]
 
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",

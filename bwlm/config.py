@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from bwlm.credentials import secrets_in
+
 DirectionName = Literal["forward", "backward", "bidirectional", "permuted"]
 Phase = Literal["base", "mid", "sft", "rl"]
 PHASES: tuple[str, ...] = get_args(Phase)
@@ -29,7 +31,7 @@ def _hide_default(schema: dict[str, Any]) -> None:
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
 Weight = Annotated[float, Field(gt=0, le=1000)]
@@ -79,7 +81,10 @@ class ModelSettings(Settings):
     sequence_length: int = Field(2048, ge=8, le=2**17, description="T, tokens of a row")
     head_dim: int = Field(64, ge=8, multiple_of=2, description="the width, 64 x depth, is so many heads of this")
     kv_heads: int | None = Field(None, ge=1, description="key/value heads; default: as many as query heads")
-    document_mask: bool = Field(False, description="attention stays inside a segment")
+    document_mask: bool = Field(
+        True,
+        description="attention stays inside a segment, where positions begin anew; mid's default: its parent's",
+    )
 
 
 class OptimSettings(Settings):
@@ -173,7 +178,9 @@ class ComputeSettings(Settings):
     """How fast, not what: each is chosen for the hardware and the length of the run unless it is set here."""
 
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of activations; weights are float32")
-    attention: Literal["auto", "sdpa", "blocked"] = Field("auto", description="torch's kernel, or one for CPUs")
+    attention: Literal["auto", "sdpa", "blocked", "flex"] = Field(
+        "auto", description="torch's kernel, one for CPUs, or torch's for compiled training on a GPU inside segments"
+    )
     fused_loss: bool | None = Field(None, description="head and loss in one, without all logits; default: yes")
     compile: bool | None = Field(None, description="torch.compile; default: where it saves more than it costs")
     device_batch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: by device")
@@ -225,6 +232,14 @@ class Recipe(Settings):
     research_log: ResearchLogSettings = ResearchLogSettings()
     compute: ComputeSettings = ComputeSettings()
     resources: ResourceSettings = ResourceSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, content: Any) -> Any:
+        """Before anything else, since an error may quote what it found."""
+        if found := next(secrets_in(content), None):
+            raise ValueError(found)
+        return content
 
     @model_validator(mode="after")
     def _checkpoints_to_keep(self) -> Recipe:

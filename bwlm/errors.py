@@ -29,6 +29,10 @@ class RunError(BwlmError):
 class TrainingDiverged(RunError):
     """The loss stopped being finite: names the step and the rows."""
 
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
 
 class Interrupted(BwlmError):
     """A run's process was asked to end: its steps are saved, and go on from there when it is launched again."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bwlm.credentials import refuse_secret
 from bwlm.errors import UserError
 
 LONGEST_ID = 128
@@ -87,6 +89,12 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """Yields a temporary sibling of `target` that takes its name when the block ends well, and goes when it does not.
@@ -145,6 +153,7 @@ def storage_root(storage: str | None) -> Path:
     chosen = storage or os.environ.get("BWLM_STORAGE") or None
     if chosen is None:
         chosen = "~/bwlm-runs" if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else "runs"
+    refuse_secret(chosen, "storage")
     if "://" in chosen and not chosen.startswith("file://"):
         raise UserError(f"storage: {chosen!r} is not a folder: give a local or shared (NFS) path")
     return Path(chosen.removeprefix("file://")).expanduser().absolute()

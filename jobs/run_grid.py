@@ -1,4 +1,4 @@
-"""Entry point for `ray job submit --working-dir . -- python jobs/run_grid.py GRID.yaml [--set field=value ..]`."""
+"""Runs a grid as a job of a Ray cluster: docs/cluster.md has the command. Takes what `bwlm grid run` takes."""
 
 from __future__ import annotations
 

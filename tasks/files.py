@@ -148,7 +148,7 @@ class DataSet:
             return list_files(f"{self.address}/{self.subset}".rstrip("/"), self.field, (PARQUET, *JSONL))
         except UserError as error:
             copy = ", or give the path of a copy" if self.address.startswith("hf://") else ""
-            raise UserError(f"{error}{copy}") from None
+            raise type(error)(f"{error}{copy}") from None
 
     def _held_out(self, row: Row) -> bool:
         read = {column: row.values.get(column) for column in self.columns}

@@ -9,6 +9,7 @@ from typing import Any
 from bwlm.config import Experiment
 from bwlm.paths import read_json, write_json
 from bwlm.record.family import LINK, ParentLink
+from bwlm.record.health import sealed
 from bwlm.record.journal import Journal
 from bwlm.record.lineage import ExperimentFolder, Status
 
@@ -43,7 +44,7 @@ def validated(folder: ExperimentFolder, **figures: dict[int, float]) -> Experime
     """Notes in its journal, and in its end, what was measured by metric and step; it has finished then."""
     last: dict[str, float] = {}
     journal = Journal(folder.path)
-    for step in sorted({step for by_step in figures.values() for step in by_step}):
+    for step in range(1, max(step for by_step in figures.values() for step in by_step) + 1):
         now = {name: by_step[step] for name, by_step in figures.items() if step in by_step}
         journal.append(step, {"train_loss": 3.0, **now})
         last |= now
@@ -52,10 +53,15 @@ def validated(folder: ExperimentFolder, **figures: dict[int, float]) -> Experime
     return folder
 
 
-def in_grid(folder: ExperimentFolder, grid: str) -> ExperimentFolder:
-    content = read_json(folder.path / "config.json")
-    write_json(folder.path / "config.json", content | {"grid": grid})
+def rewrite_config(folder: ExperimentFolder, **fields: Any) -> ExperimentFolder:
+    """As another launch would have made it: fields of config.json, and its digest."""
+    path = folder.path / "config.json"
+    write_json(path, sealed(read_json(path) | fields))
     return folder
+
+
+def in_grid(folder: ExperimentFolder, grid: str) -> ExperimentFolder:
+    return rewrite_config(folder, grid=grid)
 
 
 def link_anew(storage: Path, run: str, parent: str) -> None:

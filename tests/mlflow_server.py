@@ -21,12 +21,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(root: Path, port: int) -> Iterator[str]:
+def server(root: Path, port: int, *options: str) -> Iterator[str]:
     """`mlflow server`, killed without mercy at the end of the block."""
     command = [
         str(Path(sys.executable).parent / "mlflow"), "server", "--workers", "1", "--host", "127.0.0.1",
         "--port", str(port), "--backend-store-uri", f"sqlite:///{root / 'server.db'}",
-        "--artifacts-destination", str(root / "artifacts"),
+        "--artifacts-destination", str(root / "artifacts"), *options,
     ]  # fmt: skip
     with (root / "server.log").open("ab") as log:
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

@@ -71,6 +71,7 @@ def make_run(prepared: Prepared, storage: Path, name: str, **settings: Any) -> E
     compute = compute_of(experiment)
     digests = {"data": prepared.manifest.digest, "tokenizer": prepared.tokenizer.digest}
     folder = ExperimentFolder(storage, name)
+    folder.keep_tokenizer(prepared.tokenizer_folder)
     folder.create(
         RunConfig(
             id=name,
@@ -139,6 +140,7 @@ def make_child(
         parent=inherited(above.identity, link.sha256),
     )
     corpus, tokenizer = str(mixture.folder), str(mixture.tokenizer_folder)
+    folder.keep_tokenizer(mixture.tokenizer_folder)
     folder.create(RunConfig(folder.id, experiment, fields, steps, compute, corpus, tokenizer), link)
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ import yaml
 
 from bwlm import cli
 from bwlm.analysis.power import detectable_gap
+from bwlm.cli.terminal import print_json
 from bwlm.config import Experiment
 from bwlm.grid.plan import plan_experiment
 from bwlm.model.compute import Compute
@@ -368,7 +370,7 @@ def test_sigterm_ends_a_command_that_trains_nothing(shell: Shell, monkeypatch: p
     monkeypatch.setattr("bwlm.grid.launch.run_plan", ask)
     before = signal.getsignal(signal.SIGTERM)
     answer = shell("grid", "run", shell.file(GOOD))
-    assert answer == (143, "", "bwlm: asked to end; the same command goes on where it was\n")
+    assert answer == (143, "", "bwlm: stopped by SIGTERM; run the same command to resume\n")
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -407,3 +409,9 @@ def test_a_narrow_terminal_cuts_no_id_and_no_figure(shell: Shell, monkeypatch: p
     assert name in shown
     assert "1,234,567" in shown
     assert "…" not in shown
+
+
+def test_a_figure_that_is_not_finite_is_null(capsys: pytest.CaptureFixture[str]) -> None:
+    """JSON knows neither NaN nor infinity, and its readers refuse the document."""
+    print_json({"a": [math.nan, 1.5, (math.inf,)], "b": {"c": -math.inf, "d": "NaN"}})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5, [None]], "b": {"c": None, "d": "NaN"}}

@@ -22,7 +22,7 @@ ELSEWHERE = {
     "make test": "this",
     "make tour": "the grid is planned in tests/grid/test_plan.py, and families run in tests/grid/test_phases.py",
     "bwlm grid run grids/branching.yaml": "planned in tests/grid/test_plan.py; tests/grid/test_chain.py runs one",
-    "ray job submit": "tests/grid/test_job.py",
+    **dict.fromkeys(["ray ", "export RAY_AUTH_MODE=token"], "tests/grid/test_job.py"),
     "python benchmarks/": "tests/test_benchmarks.py",
 }
 

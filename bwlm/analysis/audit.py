@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from bwlm.analysis.tables import byte_counts_of
 from bwlm.record.fingerprint import VARIED, differences
 from bwlm.record.lineage import ExperimentFolder, list_experiments, readable
 
@@ -48,6 +49,7 @@ def audit(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -
     With `of` only the pairs that this run is in.
     """
     identities = {folder.id: folder.config().compared for folder in folders}
+    counts = {folder.id: byte_counts_of(folder) for folder in folders}
     passed, doubled, refused = 0, 0, dict[tuple[str, ...], list[str]]()
     for (one, fields), (other, other_fields) in combinations(identities.items(), 2):
         if (of and of.id not in (one, other)) or not _is_pair(fields, other_fields):
@@ -55,6 +57,7 @@ def audit(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -
         twice = _equal_per_direction(fields, other_fields)
         allowed = dict.fromkeys(TUNED | ({"steps"} if twice else set()))
         changed = differences(fields | allowed, other_fields | allowed)
+        changed += _counts(counts[one], counts[other])
         if changed:
             refused.setdefault(tuple(changed), []).append(f"{one} and {other}")
         elif twice:
@@ -62,6 +65,11 @@ def audit(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -
         else:
             passed += 1
     return Audit(passed, doubled, [_refusal(changed, pairs) for changed, pairs in refused.items()])
+
+
+def _counts(one: str, other: str) -> list[str]:
+    """Whether both count the bytes of a token alike; a run of an earlier version does not say."""
+    return [f"bytes per token: {one} -> {other}"] if one and other and one != other else []
 
 
 def _is_pair(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -6,12 +6,13 @@ Needs neither torch nor pandas, so that a list of runs is there at once.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bwlm.errors import UserError
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.record.health import damage
+from bwlm.record.lineage import ExperimentFolder, damage_words
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,16 @@ class CellRow:
     reason: str
     step: int
     metrics: dict[str, float]
+    damage: list[str] = field(default_factory=list)
+    """Faults of its records, as far as they are told without reading much."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def load_cell(folder: ExperimentFolder) -> CellRow:
-    experiment, status = folder.config().experiment, folder.status()
+    config, status = folder.config(), folder.status()
+    experiment = config.experiment
     return CellRow(
         id=folder.id,
         phase=experiment.phase,
@@ -48,18 +52,23 @@ def load_cell(folder: ExperimentFolder) -> CellRow:
         reason=status.reason,
         step=status.step,
         metrics=status.metrics,
+        damage=damage(folder, config, status, thorough=False),
     )
 
 
 def load_readable(folders: Iterable[ExperimentFolder]) -> tuple[list[CellRow], list[str]]:
-    """The experiments that can be read, and of each other why not, as `lineage.readable`; each is read once."""
-    cells, left_out = [], []
+    """The experiments that can be read, and what is wrong with them or with others; each is read once."""
+    cells, told = [], []
     for folder in folders:
         try:
-            cells.append(load_cell(folder))
+            cell = load_cell(folder)
         except UserError as error:
-            left_out.append(f"{folder.id} is left out: {error}")
-    return cells, left_out
+            told.append(f"{folder.id} is left out: {error}")
+            continue
+        cells.append(cell)
+        if cell.damage:
+            told.append(damage_words(folder, cell.damage))
+    return cells, told
 
 
 CELL_HEADER = ["direction", "depth", "lr", "seed", "state", "loss", "bpb", "bpb forward", "bpb backward", "tokens/s"]

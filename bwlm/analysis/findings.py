@@ -8,7 +8,7 @@ from itertools import combinations
 import pandas as pd
 
 from bwlm.analysis.cells import load_cell
-from bwlm.analysis.loss_table import COLUMNS
+from bwlm.analysis.loss_table import COLUMNS, with_counts
 from bwlm.analysis.stats import PER_DIRECTION, Gap, counted, gap, is_pair, judge
 from bwlm.analysis.tables import (
     BestRate,
@@ -76,7 +76,7 @@ def find(folders: list[ExperimentFolder]) -> Findings:
     problems += _codes(finished)
     windows = [_windows(test, found) for found in compared]
     at_edge = _at_edge(best, tried)
-    return Findings(best, compared, skipped, problems, _excluded(tried), windows, at_edge, test[list(COLUMNS)])
+    return Findings(best, compared, skipped, problems, _excluded(tried), windows, at_edge, test[with_counts(test)])
 
 
 def _codes(folders: list[ExperimentFolder]) -> list[str]:

@@ -20,6 +20,8 @@ Size = int | str
 FloatArray = npt.NDArray[np.float64]
 
 COLUMNS: Final = ("run", "direction", "seed", "size", "document", "nll", "tokens", "bytes")
+TOKEN_BYTES: Final = "token_bytes"
+"""An optional column: a digest of the table of bytes per token that a run's bytes are counted by; empty: unknown."""
 _CELL: Final = ["size", "direction", "seed"]
 _LARGEST: Final = 1e15  # of a sum over a document; beyond it doubles no longer hold every whole number
 
@@ -41,6 +43,7 @@ LossRuns = dict[Size, dict[str, dict[int, LossRun]]]  # by size, direction, seed
 def loss_runs(losses: pd.DataFrame) -> LossRuns:
     """Check the table and sum the windows of each document."""
     rows = _checked(losses)
+    _refuse_other_byte_counts(losses)
     _refuse_two_runs_in_a_cell(rows)
     summed = rows.groupby([*_CELL, "run", "document"], sort=False)[["nll", "tokens", "bytes"]].sum()
     summed = summed.reset_index().sort_values("document", ignore_index=True)
@@ -120,6 +123,26 @@ def plain_size(size: object) -> Size:
     if isinstance(size, int | float | np.integer | np.floating) and float(size).is_integer():
         return int(size)
     return str(size)
+
+
+def with_counts(losses: pd.DataFrame) -> list[str]:
+    """The columns of a table that statistics take: `COLUMNS`, and `TOKEN_BYTES` where it has it."""
+    return [*COLUMNS, *([TOKEN_BYTES] if TOKEN_BYTES in losses.columns else [])]
+
+
+def _refuse_other_byte_counts(losses: pd.DataFrame) -> None:
+    """Bytes of one token counted in two ways are no common measure."""
+    if TOKEN_BYTES not in losses.columns:
+        return
+    known = losses[losses[TOKEN_BYTES].fillna("").ne("")]
+    for size, of_size in known.groupby("size", sort=False):
+        first = of_size.drop_duplicates(TOKEN_BYTES)
+        if len(first) > 1:
+            (one, counts), (other, others) = first[["run", TOKEN_BYTES]].head(2).itertuples(index=False)
+            raise UserError(
+                f"runs '{one}' and '{other}' of size {size} count the bytes of tokens by other tables (token_bytes "
+                f"{counts} and {others}): evaluate both again with one version, or leave one out"
+            )
 
 
 def _refuse_two_runs_in_a_cell(rows: pd.DataFrame) -> None:

@@ -11,12 +11,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bwlm.analysis.loss_table import COLUMNS
+from bwlm.analysis.loss_table import COLUMNS, TOKEN_BYTES, with_counts
 from bwlm.analysis.stats import Gap, counted, judge, measured_pairs
 from bwlm.errors import UserError
 from bwlm.paths import write_atomic
 
-_NAMES = ("run", "direction", "document")  # text, whatever it looks like: document 007 is not document 7
+_NAMES = ("run", "direction", "document", TOKEN_BYTES)  # text, whatever it looks like: document 007 is not document 7
 
 _LEAST = 0.05
 """Nats a token; no model of text is so sure."""
@@ -53,7 +53,7 @@ def gaps_from(path: Path, resamples: int = 10_000) -> tuple[list[Gap], list[str]
 def write_losses(losses: pd.DataFrame, path: Path) -> Path:
     """Writes what `gaps_from` reads, whole or not at all."""
     buffer = io.BytesIO()
-    losses[list(COLUMNS)].to_parquet(buffer, index=False)
+    losses[with_counts(losses)].to_parquet(buffer, index=False)
     write_atomic(path, buffer.getvalue())
     return path
 
@@ -118,7 +118,9 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 def _needed(names: list[str], path: Path) -> list[str]:
     """Those columns that are wanted; all of them where one is missing, so that the nearest can be told."""
-    twice = [name for name in COLUMNS if names.count(name) > 1]
+    twice = [name for name in (*COLUMNS, TOKEN_BYTES) if names.count(name) > 1]
     if twice:
         raise UserError(f"{path}: column '{twice[0]}' appears twice: keep one")
-    return list(COLUMNS) if set(COLUMNS) <= set(names) else list(dict.fromkeys(names))
+    if not set(COLUMNS) <= set(names):
+        return list(dict.fromkeys(names))
+    return [*COLUMNS, *([TOKEN_BYTES] if TOKEN_BYTES in names else [])]

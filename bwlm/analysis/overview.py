@@ -16,6 +16,7 @@ from bwlm.model.shape import count_parameters
 from bwlm.paths import read_json
 from bwlm.record.checkpoint import checkpoint_steps, step_folder
 from bwlm.record.family import Family, Kin, ParentLink, skipped
+from bwlm.record.health import damage_of_weights
 from bwlm.record.journal import entries_holding, last_entry
 from bwlm.record.lineage import ExperimentFolder, RunConfig, parents_in
 from bwlm.record.tracking import noted_run
@@ -109,7 +110,9 @@ def describe(folder: ExperimentFolder) -> dict[str, Any]:
     cell, config, link = load_cell(folder), folder.config(), folder.link()
     noted = read_json(folder.path / "config.json")
     best, holder = best_of(folder, cell), folder.busy_with()
+    faults = folder.damage() + damage_of_weights(folder, config, folder.status())
     return cell.to_json() | {
+        "damage": faults,
         "steps": config.steps,
         "best": asdict(best) if best else None,
         "grid": config.grid,

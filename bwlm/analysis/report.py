@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -34,12 +35,13 @@ from bwlm.analysis.variants import variants_section
 from bwlm.analysis.verdict import GAP_HEADER, gap_caption, gap_columns, gap_frame, gap_line
 from bwlm.config import Experiment
 from bwlm.paths import write_atomic
-from bwlm.record.lineage import ExperimentFolder, cells_of, grid_folder, list_experiments, readable
+from bwlm.record.lineage import ExperimentFolder, RunConfig, cells_of, grid_folder, list_experiments, readable
 from bwlm.settings_file import written_settings
 
 REPORT = "RESEARCH_REPORT.md"
 GRID_FILE = "grid.yaml"
 PAGE = "RESEARCH_REPORT.html"
+_STORAGE = '"$BWLM_STORAGE"'
 LOSSES = "losses.parquet"
 
 
@@ -58,7 +60,7 @@ def write_grid_report(storage: Path, name: str) -> list[Path]:
     sections, pictures = _grid_sections(name, folders, findings, folder)
     text = _grid_text(name, folders, findings, left_behind(storage, name))
     text += "\n".join(["", *(f"{part}\n" for part in sections)])
-    return [*_write(text, folder, f"bwlm: {name}"), *charts, *pictures]
+    return [*_write(text, folder, storage, f"bwlm: {name}"), *charts, *pictures]
 
 
 def _grid_sections(
@@ -77,7 +79,7 @@ def _grid_sections(
     if rewarded := [folder for folder in folders if folder.config().experiment.phase == "rl" and folder not in chosen]:
         rewards, chart = analysed(rewarded, ["rewards"])
         analyses, pictures = [*rewards, *analyses], [*chart, *pictures]
-    command = _grid_command(storage, name)
+    command = _grid_command(name)
     parts = [
         *variants_section(folders),
         *controls_section(folders, findings),
@@ -95,8 +97,9 @@ def _at_best_rates(folders: list[ExperimentFolder], best: list[BestRate]) -> lis
     return [f for f in folders if (labels[f.id], experiments[f.id].direction, experiments[f.id].lr) in wanted]
 
 
-def _write(text: str, folder: Path, title: str) -> list[Path]:
-    """The report, and the same as a page of its own."""
+def _write(text: str, folder: Path, storage: Path, title: str) -> list[Path]:
+    """The report, and the same as a page of its own; both tell paths from the storage, which may be moved."""
+    text = re.sub(rf"(?<![\w.~/-]){re.escape(f'{storage}/')}", "", text)
     write_atomic(folder / REPORT, text.encode())
     write_atomic(folder / PAGE, to_page(text, folder, title).encode())
     return [folder / REPORT, folder / PAGE]
@@ -120,7 +123,8 @@ def write_experiment_report(folder: ExperimentFolder, insides: bool = True) -> l
         [
             f"# {folder.id}",
             f"A {cell.direction} model of depth {cell.depth}, {cell.state} at step {cell.step} of {config.steps}."
-            + (f" {cell.reason}" if cell.reason else ""),
+            + (f" {cell.reason}" if cell.reason else "")
+            + (f" **Damaged**, so that no verdict counts it: {'; '.join(cell.damage)}." if cell.damage else ""),
             markdown_table(CELL_HEADER, [cell_columns(cell)]),
             "Loss is in nats per token, bpb in bits per UTF-8 byte of the validation windows.",
             *learnt,
@@ -130,10 +134,10 @@ def write_experiment_report(folder: ExperimentFolder, insides: bool = True) -> l
             *more,
             *cost_section([folder]),
             f"## Settings\n\nFingerprint `{config.fingerprint}`.\n\n{settings}",
-            *repeat_section([folder], _command(folder)),
+            *repeat_section([folder], repeat_command(folder.config())),
         ]
     )
-    return [*_write(f"{text}\n", folder.path, f"bwlm: {folder.id}"), *charts, *pictures]
+    return [*_write(f"{text}\n", folder.path, folder.path.parent, f"bwlm: {folder.id}"), *charts, *pictures]
 
 
 def _learning(folder: ExperimentFolder) -> tuple[list[str], list[Path]]:
@@ -150,17 +154,14 @@ def _lineage(folder: ExperimentFolder) -> str:
     return f"## Lineage\n\nPhase {config.experiment.phase}{of_grid}; parent: {parent or 'none'}."
 
 
-def _grid_command(storage: Path, name: str) -> str:
+def _grid_command(name: str, storage: str = _STORAGE) -> str:
     """With the grid file that lies beside the report, `--set` worked into it."""
-    return f"bwlm grid run {shlex.quote(str(grid_folder(storage, name) / GRID_FILE))}"
+    return f"bwlm grid run {storage}/grids/{name}/{GRID_FILE}"
 
 
-def _command(folder: ExperimentFolder) -> str:
-    """What trains the run again."""
-    config = folder.config()
-    if config.grid:
-        return _grid_command(folder.path.parent, config.grid)
-    return train_command(folder.id, config.experiment)
+def repeat_command(config: RunConfig, storage: str = _STORAGE) -> str:
+    """The command that trains a run again; `storage` is a word of the shell, by default the variable that names it."""
+    return _grid_command(config.grid, storage) if config.grid else train_command(config.id, config.experiment)
 
 
 def train_command(run: str, experiment: Experiment) -> str:

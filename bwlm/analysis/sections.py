@@ -196,7 +196,8 @@ def repeat_section(folders: list[ExperimentFolder], command: str) -> list[str]:
         )
         lines.append((folder.id, config["fingerprint"], versions, how))
     kinds = dict.fromkeys((versions, how) for _, _, versions, how in lines)
-    parts = ["## How to repeat it", f"```bash\n{command}\n```"]
+    told = ["With `BWLM_STORAGE` naming this storage:"] if "$BWLM_STORAGE" in command else []
+    parts = ["## How to repeat it", *told, f"```bash\n{command}\n```"]
     parts += [f"With {versions}; {how}." for versions, how in kinds]
     parts.append("Fingerprints: " + ", ".join(f"{run} `{mark}`" for run, mark, _, _ in lines) + ".")
     return parts

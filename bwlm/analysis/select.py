@@ -11,15 +11,17 @@ from bwlm.errors import UserError, nearest
 from bwlm.record.lineage import ExperimentFolder, cells_of, grid_names, list_experiments, readable
 
 
-def choose(storage: Path, names: list[str]) -> tuple[list[ExperimentFolder], list[str]]:
+def choose(storage: Path, names: list[str], damaged: bool = False) -> tuple[list[ExperimentFolder], list[str]]:
     """Each experiment that is named, once, in the order of the names; and why some of them are left out.
+
+    With `damaged` those stay of which only config, status and link can be trusted, as in `readable`.
 
     Raises `UserError` for a name that is neither an experiment nor a grid, with the nearest, for a glob without a
     match, and if none can be read.
     """
     known = [folder.id for folder in list_experiments(storage)]
     ids = dict.fromkeys(run for name in names for run in _named(storage, name, known))
-    chosen, left_out = readable(ExperimentFolder(storage, run) for run in ids)
+    chosen, left_out = readable((ExperimentFolder(storage, run) for run in ids), damaged)
     if not chosen:
         raise UserError("; ".join(left_out) or f"{', '.join(names)}: no cell")
     return chosen, left_out

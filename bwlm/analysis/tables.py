@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from bwlm.analysis.stats import PER_DIRECTION
 from bwlm.config import PHASES
 from bwlm.errors import UserError
+from bwlm.paths import read_json
 from bwlm.record.fingerprint import INHERITED, VARIED
 from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder, RunConfig
@@ -49,6 +50,12 @@ def load_losses(folder: ExperimentFolder, reading: str) -> pd.DataFrame:
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())})") from None
     return table
+
+
+def byte_counts_of(folder: ExperimentFolder) -> str:
+    """The digest of the bytes per token that a run's losses are counted by; empty where it noted none."""
+    path = folder.evaluation(folder.config().experiment.phase, "forward") / "validation.json"
+    return str(read_json(path).get("token_bytes", "")) if path.exists() else ""
 
 
 def own_losses(folder: ExperimentFolder) -> pd.DataFrame:
@@ -210,6 +217,7 @@ def load_gap_table(folders: list[ExperimentFolder], labels: dict[str, str]) -> p
                 size=labels[folder.id],
                 lr=experiment.lr,
                 windows=summed["half"].map(windows),
+                token_bytes=byte_counts_of(folder),
             )
         )
     return pd.concat(parts, ignore_index=True)

@@ -18,6 +18,7 @@ from bwlm.cli.grid import grid_app
 from bwlm.cli.runs import runs_app
 from bwlm.cli.terminal import say
 from bwlm.cli.train import train
+from bwlm.credentials import masked
 from bwlm.errors import BwlmError
 from bwlm.train.termination import TERMINATED
 
@@ -51,19 +52,19 @@ def main() -> NoReturn:
     try:
         code = app(standalone_mode=False)  # typer returns the code of an Exit, and turns Ctrl-C into 130
     except BwlmError as error:
-        say(f"bwlm: {error}")
+        say(f"bwlm: {masked(str(error))}")
         sys.exit(error.exit_code)
     except typer.TyperException as error:
-        say(f"bwlm: {error.format_message().replace('Value error, ', '')}")
+        say(f"bwlm: {masked(error.format_message().replace('Value error, ', ''))}")
         sys.exit(2)
     except SystemExit as end:
         if end.code == TERMINATED:
-            say("bwlm: asked to end; the same command goes on where it was")
+            say("bwlm: stopped by SIGTERM; run the same command to resume")
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
     if code == _INTERRUPTED:
-        say("bwlm: interrupted; the same command goes on from the last checkpoints")
+        say("bwlm: interrupted; run the same command to resume")
     sys.exit(code or 0)
 
 

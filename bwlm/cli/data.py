@@ -42,9 +42,10 @@ def _prepared(settings: list[str] | None, storage: str | None) -> Prepared:
 
     def pack(*arguments: Any) -> Any:
         from bwlm.grid.cluster import cluster
+        from bwlm.grid.spec import LaunchSettings
         from bwlm.text.stream import pack_corpus
 
-        with cluster([recipe.resources], None, 1):
+        with cluster([recipe.resources], LaunchSettings(), 1):
             return pack_corpus(*arguments)
 
     return prepare(recipe, root, pack, say)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bwlm.cli.launch import launch, show_places
-from bwlm.cli.terminal import AcceptCode, Json, Set, Storage, print_json, show, table
+from bwlm.cli.terminal import AcceptCode, Json, Set, Storage, print_json, say, show, table
 from bwlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,14 +83,16 @@ def grid_status(grid: GridFile, set_: Set = None, storage: Storage = None, as_js
 
     Example: `bwlm grid status grids/demo.yaml --json`
     """
-    from bwlm.analysis.cells import CELL_HEADER, cell_columns, load_cell
+    from bwlm.analysis.cells import CELL_HEADER, cell_columns, load_readable
     from bwlm.grid.cells import find_cells
 
     plan, root = _load(grid, set_, storage)
+    planned = find_cells(plan, root)
+    known, told = load_readable(p.folder for p in planned if p.folder.exists())
+    for line in told:
+        say(line)
     if as_json:
         return print_json(_status_document(plan, root))
-    planned = find_cells(plan, root)
-    known = [load_cell(p.folder) for p in planned if p.folder.exists()]
     show(table(["id", *CELL_HEADER[4:]], [[c.id, *cell_columns(c)[4:]] for c in known], plan.name))
     show(f"{sum(c.state == 'finished' for c in known)} of {len(planned)} cells finished")
     return None
@@ -188,6 +190,6 @@ def _dashboard_hint(result: LaunchResult, grid: Path) -> str:
     if os.environ.get("RAY_ADDRESS"):
         return f"http://{result.dashboard}" if result.dashboard else os.environ["RAY_ADDRESS"]
     where = f"http://{result.dashboard} while it ran; " if result.dashboard else ""
-    activate = f"export PATH={Path(sys.executable).parent}:$PATH"
-    submit = f"ray job submit --working-dir . -- python jobs/run_grid.py {grid}"
-    return f"{where}one that stays, at http://127.0.0.1:8265: {activate}; ray start --head && {submit}"
+    head = f"export PATH={Path(sys.executable).parent}:$PATH RAY_AUTH_MODE=token; ray get-auth-token --generate"
+    submit = f"ray job submit --working-dir . --runtime-env jobs/env.yaml -- python jobs/run_grid.py {grid}"
+    return f"{where}one that stays, at http://127.0.0.1:8265: {head}; ray start --head && {submit}"

@@ -37,6 +37,7 @@ def _itself(run: dict[str, Any]) -> Fields:
         ("best", f"{best['metric']} {best['value']:.4f} at step {best['step']:,}" if best else ""),
         ("grid", run["grid"] or ""),
         ("held by", _holder(run["holder"])),
+        ("damaged", "; ".join(run["damage"])),
     ]
     return [(name, value) for name, value in fields if value]
 

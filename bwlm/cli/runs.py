@@ -125,8 +125,8 @@ def runs_tree(
     from bwlm.record.lineage import list_experiments, readable
 
     root = storage_root(storage)
-    chosen = choose(root, [name])[0] if name is not None else None
-    folders, left_out = readable(list_experiments(root))
+    chosen = choose(root, [name], damaged=True)[0] if name is not None else None
+    folders, left_out = readable(list_experiments(root), damaged=True)
     for line in left_out:
         say(line)
     family = family_of(folders)
@@ -150,9 +150,12 @@ def runs_show(run: Run, storage: Storage = None, as_json: Json = False) -> None:
     from bwlm.analysis.overview import describe
     from bwlm.cli.overview import sections
     from bwlm.paths import storage_root
-    from bwlm.record.lineage import open_experiment
+    from bwlm.record.lineage import damage_words, open_experiment
 
-    known = describe(open_experiment(storage_root(storage), run))
+    folder = open_experiment(storage_root(storage), run)
+    known = describe(folder)
+    if known["damage"]:
+        say(damage_words(folder, known["damage"]))
     if as_json:
         return print_json(known)
     for number, (title, fields) in enumerate(sections(known)):

@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from bwlm.errors import UserError
+from bwlm.evaluate.chat_template import MARK, chat_template, ends
 from bwlm.evaluate.load import LoadedModel
 from bwlm.evaluate.model_card import model_card
 from bwlm.model.gpt import NORM_EPS, ROPE_BASE
 from bwlm.model.loss import LOGIT_CAP
 from bwlm.paths import whole_folder, write_json
 from bwlm.text.hf_tokenizer import tokenizer_config, tokenizer_json
-from bwlm.text.tokenizer import Tokenizer
 
 _OUTSIDE_BLOCKS = {"embedding.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
 _INSIDE_BLOCK = {
@@ -41,9 +41,8 @@ def export_hf(loaded: LoadedModel, target: Path) -> None:
             # safetensors makes files for their owner only, but this folder is made to be handed on
             (folder / "model.safetensors").chmod(folder.stat().st_mode & 0o666)
             write_json(folder / "config.json", _model_config(loaded))
-            write_json(folder / "generation_config.json", _special_ids(loaded.tokenizer))
-            write_json(folder / "tokenizer.json", tokenizer_json(loaded.tokenizer))
-            write_json(folder / "tokenizer_config.json", tokenizer_config(loaded.model.config.sequence_length))
+            write_json(folder / "generation_config.json", _special_ids(loaded))
+            _write_tokenizer(loaded, folder)
             (folder / "README.md").write_text(model_card(loaded), "utf-8")
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror}): give another folder") from None
@@ -93,11 +92,12 @@ def _model_config(loaded: LoadedModel) -> dict[str, Any]:
         "final_logit_softcapping": LOGIT_CAP,
         "tie_word_embeddings": False,
         "dtype": "float32",
-        **_special_ids(loaded.tokenizer),
+        **_special_ids(loaded),
         "bwlm": {
             "id": config.id,
             "phase": loaded.meta["phase"],
             "direction": loaded.meta["direction"],
+            "reversal": config.experiment.data.reversal,
             "step": loaded.step,
             "fingerprint": config.fingerprint,
             "tokenizer": loaded.tokenizer.digest,
@@ -105,6 +105,20 @@ def _model_config(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """A document ends where the next one begins, so BOS is what ends a generated one too."""
-    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.bos, "pad_token_id": tokenizer.pad}
+def _special_ids(loaded: LoadedModel) -> dict[str, int | list[int]]:
+    """A document ends where the next one begins, so BOS is what ends a generated one too; a message has its marker."""
+    tokenizer, ending = loaded.tokenizer, ends(loaded.config.experiment, loaded.tokenizer)
+    eos = ending if len(ending) > 1 else ending[0]
+    return {"bos_token_id": tokenizer.bos, "eos_token_id": eos, "pad_token_id": tokenizer.pad}
+
+
+def _write_tokenizer(loaded: LoadedModel, folder: Path) -> None:
+    """Writes the tokenizer, and beside it the chat template of a model that has one."""
+    tokenizer, experiment = loaded.tokenizer, loaded.config.experiment
+    template = chat_template(experiment)
+    mark = MARK if template else ""
+    end = next(name for name, index in tokenizer.specials.items() if index == ends(experiment, tokenizer)[0])
+    write_json(folder / "tokenizer.json", tokenizer_json(tokenizer, mark))
+    write_json(folder / "tokenizer_config.json", tokenizer_config(loaded.model.config.sequence_length, end, mark))
+    if template:
+        (folder / "chat_template.jinja").write_text(template, "utf-8")

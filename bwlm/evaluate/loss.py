@@ -27,6 +27,7 @@ from bwlm.text.conversation import TurnIds, TurnLayout, turned, written
 from bwlm.text.direction import IGNORED, READINGS, Ids, Ints, Rows, SpecialIds, lay_out
 from bwlm.text.packing import PackedRows
 from bwlm.text.plan import permute
+from bwlm.text.tokenizer import byte_counts
 
 Floats = NDArray[np.float64]
 
@@ -59,18 +60,21 @@ class SegmentLosses:
         even = self.window % 2 == 0
         return SegmentLosses(*(column[even] for column in vars(self).values())) if even.any() else self
 
-    def save(self, folder: Path, check: Check = unchecked, name: str = "validation") -> None:
-        """`<name>.parquet` with every segment, `<name>.json` with the summary."""
+    def save(self, folder: Path, counts: str, check: Check = unchecked, name: str = "validation") -> None:
+        """`<name>.parquet` with every segment, `<name>.json` with the summary.
+
+        `counts` is the digest of the table of bytes per token that these are counted by.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         content = pa.BufferOutputStream()
         pq.write_table(pa.table(vars(self)), content)
         write_atomic(folder / f"{name}.parquet", content.getvalue().to_pybytes(), check)
-        counts = {
+        size = {
             "windows": len(np.unique(self.window)),
             "tokens": int(self.tokens.sum()),
             "bytes": int(self.bytes.sum()),
         }
-        write_json(folder / f"{name}.json", self.summary() | counts, check)
+        write_json(folder / f"{name}.json", self.summary() | size | {"token_bytes": counts}, check)
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,11 @@ class LossEvaluation:
     """Attention stays inside a segment."""
     turns: TurnLayout | None = None
     """Of conversations, all of whose text is measured; None: documents."""
+
+    @property
+    def byte_counts(self) -> str:
+        """The digest of `token_bytes`."""
+        return byte_counts(self.token_bytes)
 
     @property
     def windows(self) -> Ints:

@@ -34,6 +34,8 @@ class TextLoss:
     """Nats per token."""
     tokens: int
     bytes: int
+    token_bytes: str
+    """Digest of the table of bytes per token: bits per byte compare only where it is equal."""
 
 
 def evaluate_texts(
@@ -49,7 +51,8 @@ def evaluate_texts(
         for reading in readings:
             with evaluating(loaded.model):
                 segments, _ = evaluation.measure(loaded.model, reading, is_marked(loaded.config.experiment.direction))
-            segments.save(folder.evaluation(loaded.config.experiment.phase, reading), name=task)
+            home = folder.evaluation(loaded.config.experiment.phase, reading)
+            segments.save(home, evaluation.byte_counts, name=task)
             figures: dict[str, Any] = segments.summary()
             found.append(
                 TextLoss(
@@ -61,6 +64,7 @@ def evaluate_texts(
                     loss=figures["loss"],
                     tokens=int(segments.tokens.sum()),
                     bytes=int(segments.bytes.sum()),
+                    token_bytes=evaluation.byte_counts,
                 )
             )
     return found

@@ -141,6 +141,8 @@ def going_on(known: RunConfig, asked: RunConfig, begun: bool = True) -> RunConfi
         experiment=known.experiment.model_copy(update=update),
         identity=identity,
         compute=compute,
+        corpus=asked.corpus,  # the same text, at another place where it had to be prepared again
+        tokenizer=asked.tokenizer,
         identity_version=asked.identity_version,
         modules=asked.modules,
     )

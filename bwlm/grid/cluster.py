@@ -13,13 +13,17 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import grpc
 import ray
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
 from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
 from bwlm.grid.machine import available_cores
+from bwlm.grid.spec import LaunchSettings
 from bwlm.model.compute import count_gpus
 
 log = logging.getLogger(__name__)
@@ -51,12 +55,13 @@ class Room:
 
 
 @contextlib.contextmanager
-def cluster(needs: Collection[ResourceSettings], concurrency: int | None, cells: int) -> Iterator[Room]:
+def cluster(needs: Collection[ResourceSettings], launch: LaunchSettings, cells: int) -> Iterator[Room]:
     """Connects to the cluster at RAY_ADDRESS, or starts a private one on this machine for the time of the block.
 
     `needs` are the resources of the cells, each kind once. Raises `UserError` if the cluster can never place one of
-    them, or not as many at once as `concurrency` asks for: Ray itself would wait for ever without a word.
+    them, or not as many at once as `launch.concurrency` asks for: Ray itself would wait for ever without a word.
     """
+    concurrency = launch.concurrency
     if ray.is_initialized():
         yield _room_on_cluster(needs, concurrency, cells, None)
         return
@@ -76,23 +81,55 @@ def cluster(needs: Collection[ResourceSettings], concurrency: int | None, cells:
             chosen = _concurrency(needs, concurrency, cells, cores, count_gpus(), "this machine")
             # Ray Data's tasks and the trial drivers need logical CPUs of their own, or nothing would ever start
             logical = math.ceil(chosen * (max(map(cpus_of_cell, needs)) + TRIAL_CPUS) + _SPARE_CPUS)
-            context = _start(logical)
+            context = _start(logical, launch.ray_start_seconds)
             yield Room(chosen, context.dashboard_url, "this machine")
     finally:
         ray.shutdown()
 
 
-def _start(logical_cpus: int) -> Any:
-    """A cluster that is this machine."""
-    try:
-        return _init(address="local", num_cpus=logical_cpus, include_dashboard=True)
-    except Exception as error:
-        if "timed out during startup" not in str(error):  # Ray has no class for it, and no setting for its 30 seconds
-            raise
-        raise UserError(
-            "Ray did not start within 30 s, so this machine is busy with something else: run the same command once it "
-            "is less so, or on a cluster (RAY_ADDRESS)"
-        ) from None
+def _start(logical_cpus: int, seconds: float) -> Any:
+    """A cluster that is this machine; where Ray gives up after its own 30 s, tries again until `seconds` are over."""
+    _check_temporary_folder()
+    began = time.monotonic()
+    while True:
+        try:
+            return _init(address="local", num_cpus=logical_cpus, include_dashboard=True)
+        except Exception as error:  # Ray has no class for what keeps it from starting
+            ray.shutdown()
+            if "timed out during startup" not in str(error):
+                raise UserError(f"Ray does not start on this machine: {_first_line(error)}: {_RAY_SETTINGS}") from None
+        waited = time.monotonic() - began
+        if waited >= seconds:
+            raise UserError(
+                f"Ray did not start within {waited:.0f} s, so this machine is busy with something else: raise "
+                "launch.ray_start_seconds, run the same command once it is less so, or on a cluster (RAY_ADDRESS)"
+            )
+        log.warning("Ray's node has not answered for %.0f s: this machine is busy; trying again", waited)
+
+
+_RAY_SETTINGS = "look at what the environment says to Ray (variables that begin with RAY_), at free memory and /dev/shm"
+_SOCKET_PATH = 107
+"""Bytes that a path of a socket may have on Linux."""
+_BELOW_TEMPORARY = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+
+
+def _check_temporary_folder() -> None:
+    """Raises `UserError` that names the variable where Ray could not put its sockets: its own error is a crash."""
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), None)
+    folder = Path(os.environ[name]) if name else Path("/tmp")
+    what = f"{name or 'the temporary folder'}: {folder}"
+    if not folder.is_dir():
+        raise UserError(f"{what} is not a folder: make it, or set RAY_TMPDIR=/tmp")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{what} is not writable: set RAY_TMPDIR to a folder that is")
+    if len(os.fsencode(folder)) + len(_BELOW_TEMPORARY) > _SOCKET_PATH:
+        longest = _SOCKET_PATH - len(_BELOW_TEMPORARY)
+        raise UserError(f"{what} is too long for Ray's sockets (over {longest} bytes): set RAY_TMPDIR=/tmp")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0].rstrip(".")
 
 
 def _connect(address: str) -> Any:
@@ -105,9 +142,44 @@ def _connect(address: str) -> Any:
     if port.isdigit():
         check_answers(host, int(port), f"RAY_ADDRESS: {address}", "start the cluster, or unset RAY_ADDRESS")
     try:
+        _check_token(address)
         return _init(address=address)
-    except (ConnectionError, ValueError) as error:
-        raise UserError(f"RAY_ADDRESS: {address}: {str(error).splitlines()[0]}") from None
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(f"RAY_ADDRESS: {address}: {_first_line(error)}: {_TOKEN}") from None
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"RAY_ADDRESS: {address}: {_first_line(error)}") from None
+
+
+def _check_token(address: str) -> None:
+    """Raises `UserError` where the cluster asks for another token: Ray itself would ask again for minutes.
+
+    Asks the cluster for its id, which is the first thing that Ray does. Raises Ray's `AuthenticationError` where this
+    process is to show a token and has none.
+    """
+    if address == "auto":
+        found = ray._private.services.find_gcs_addresses()
+        if len(found) != 1:
+            return  # Ray says what it looks for
+        [gcs] = found
+    else:
+        gcs = address
+    if "://" in gcs:
+        return  # a Ray client's server, which has no such call
+    header = AuthenticationTokenLoader.instance().get_token_for_http_header()
+    metadata = [(name.lower(), value) for name, value in header.items()]
+    with grpc.insecure_channel(gcs) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        try:
+            ask(b"", timeout=_ANSWER_SECONDS, metadata=metadata)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise UserError(
+                    f"RAY_ADDRESS: {address}: asks for a token that this process does not show: {_TOKEN}"
+                ) from None
+
+
+_ANSWER_SECONDS = 10.0
+_TOKEN = "export RAY_AUTH_MODE=token, and copy the head's ~/.ray/auth_token here, or set RAY_AUTH_TOKEN"
 
 
 def _init(**options: Any) -> Any:

@@ -55,7 +55,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     """Runs every cell that is not done. Raises `UserError` before anything is made where it can never work.
 
     With `accept_code`, cells that other code has begun go on with today's, which their records then say.
-    Raises `SystemExit` with `TERMINATED` if this process is asked to end meanwhile.
+    Raises `SystemExit` with `TERMINATED`, or `KeyboardInterrupt`, if this process is asked to end meanwhile.
     """
     check_writable(storage)
     for planned in find_cells(plan, storage):
@@ -72,10 +72,10 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     for cell in plan.cells:
         check_sources(cell.experiment)
     uri = tracking_uri(storage, plan.launch.tracking_uri)
-    _check_tracking(uri)
+    _check_tracking(uri, storage)
     needs = {cell.experiment.resources for cell in plan.cells}
     home = folder_of(plan, storage)
-    with _only_launch(plan, storage), cluster(needs, plan.launch.concurrency, len(plan.cells)) as room:
+    with _only_launch(plan, storage), cluster(needs, plan.launch, len(plan.cells)) as room:
         show(f"Ray on {room.cluster}, {counted(room.concurrency, 'cell')} at once{_dashboard(room.dashboard)}")
         prepared = prepare_texts(plan, storage, show)
         home.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
             elif len(part.cells) < len(plan.cells):
                 show(f"{part.cells[0].experiment.phase}: {counted(len(part.cells), 'cell')} of {len(plan.cells)}")
             train_cells(
-                part, [cell.planned for cell in cells], room.concurrency, storage, tracking, grid_run or runs[0]
+                part, [cell.planned for cell in cells], room.concurrency, storage, tracking, grid_run or runs[0], show
             )
         show("writing the report")
         with exclusive(home / "lock"):  # another launch may end at the same moment
@@ -149,8 +149,8 @@ def _ready(generation: tuple[Cell, ...], storage: Path, show: Callable[[str], No
     return tuple(ready)
 
 
-def _check_tracking(uri: str) -> None:
-    """A server that does not answer is told before anything is prepared."""
+def _check_tracking(uri: str, storage: Path) -> None:
+    """A server that does not answer, or refuses, is told before anything is prepared."""
     from bwlm.grid.cluster import check_answers
 
     parts = urlsplit(uri)
@@ -159,6 +159,7 @@ def _check_tracking(uri: str) -> None:
         check_answers(
             parts.hostname, port, f"tracking: {parts.hostname}:{port}", "start the server, or unset MLFLOW_TRACKING_URI"
         )
+        Tracking(uri, storage)  # it may answer with a refusal, although its /health says that all is well
 
 
 def _dashboard(address: str | None) -> str:
@@ -215,6 +216,7 @@ def _enlist(cells: list[_Resolved], storage: Path, tracking: Tracking, grid_run:
     runs = []
     for cell in cells:
         folder, done = cell.planned.folder, cell.planned.is_done
+        folder.keep_tokenizer(Path(cell.config.tokenizer))
         if not folder.exists():
             folder.create(cell.config, cell.link)
         elif not done and folder.lease_holder() is None:
@@ -227,9 +229,11 @@ def _enlist(cells: list[_Resolved], storage: Path, tracking: Tracking, grid_run:
 
 def _dataset(prepared: Prepared) -> dict[str, str]:
     digest = prepared.manifest.digest
-    if prepared.corpus is None:
+    if prepared.manifest.sources:
         parts = [f"{source.name} x {source.weight:g}" for source in prepared.manifest.sources]
         return {"name": "conversations", "digest": digest, "source": ", ".join(parts)}
+    if prepared.corpus is None:  # its source is gone
+        return {"name": "text", "digest": digest, "source": str(prepared.folder)}
     first = prepared.corpus.train[0].uri
     return {"name": Path(first).parent.name or "text", "digest": digest, "source": first}
 

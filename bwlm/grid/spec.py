@@ -26,7 +26,12 @@ class LaunchSettings(Settings):
     )
     retries: int = Field(2, ge=0, description="how often a cell that crashed is taken up again")
     grace_seconds: float = Field(
-        20.0, ge=0, description="after SIGTERM, for a step and a checkpoint; what has not ended by then is left behind"
+        20.0,
+        ge=0,
+        description="after SIGTERM or Ctrl-C, for a step and a checkpoint; what has not ended by then is left behind",
+    )
+    ray_start_seconds: float = Field(
+        180.0, ge=0, description="in which a Ray on this machine must have started; it is tried again meanwhile"
     )
     max_cells: int = Field(1000, ge=1, le=100_000, description="a grid of more cells is refused")
     storage: str | None = Field(None, description="folder of experiments; default: BWLM_STORAGE, else runs/")

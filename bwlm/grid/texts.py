@@ -13,9 +13,12 @@ from bwlm.grid.cells import text_key
 from bwlm.grid.spec import Cell, Plan
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.conversation import check_conversation
+from bwlm.text.corpus import NoSource
 from bwlm.text.mixture import ConversationSource, prepare_mixture
-from bwlm.text.prepare import Prepared, prepare
+from bwlm.text.packing import Manifest
+from bwlm.text.prepare import Prepared, find_packed, prepare
 from bwlm.text.stream import pack_corpus, with_ray
+from bwlm.text.tokenizer import Tokenizer
 
 _FILE_PARTS = 8
 """In which the conversations of files are packed beside each other."""
@@ -32,9 +35,26 @@ def prepare_texts(plan: Plan, storage: Path, show: Callable[[str], None]) -> dic
         tokenizer = _parents_tokenizer(cell, prepared, storage)
         key = f"{text_key(cell.experiment)} {tokenizer}"
         if key not in known:
-            known[key] = _prepare(cell.experiment, tokenizer, storage, show)
+            try:
+                known[key] = _prepare(cell.experiment, tokenizer, storage, show)
+            except NoSource as error:
+                known[key] = _packed_before(plan, cell, storage, error)
+                show(f"{error}; goes on with the text that was packed before")
         prepared[cell.id] = known[key]
     return prepared
+
+
+def _packed_before(plan: Plan, cell: Cell, storage: Path, error: NoSource) -> Prepared:
+    """The text of a cell whose source is gone, as a run that reads the same has packed it; else raises the error."""
+    for other in plan.cells:
+        folder = ExperimentFolder(storage, other.id)
+        if text_key(other.experiment) == text_key(cell.experiment) and folder.exists():
+            config = folder.config()
+            if (packed := find_packed(storage, Path(config.corpus), config.identity["data"])) is not None:
+                tokenizer = Path(config.tokenizer)
+                loaded = Tokenizer.load(tokenizer, config.identity["tokenizer"])
+                return Prepared(packed, Manifest.read(packed), loaded, tokenizer)
+    raise error
 
 
 def _parents_tokenizer(cell: Cell, prepared: dict[str, Prepared], storage: Path) -> Path | None:
@@ -43,7 +63,9 @@ def _parents_tokenizer(cell: Cell, prepared: dict[str, Prepared], storage: Path)
         return None
     if parent in prepared:
         return prepared[parent].tokenizer_folder
-    return Path(ExperimentFolder(storage, parent).config().tokenizer)
+    config = ExperimentFolder(storage, parent).config()
+    Tokenizer.load(Path(config.tokenizer), config.identity["tokenizer"])  # told here, before anything is packed with it
+    return Path(config.tokenizer)
 
 
 def _prepare(experiment: Experiment, tokenizer: Path | None, storage: Path, show: Callable[[str], None]) -> Prepared:

@@ -6,6 +6,8 @@ Tune's own state lies in a scratch folder and is never restored.
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from bwlm.grid.progress import Progress
 from bwlm.grid.scheduling import CellScheduler, CellStates, DirectionwiseASHA
 from bwlm.grid.spec import Plan, rivals
 from bwlm.grid.worker import train_cell, trial_resources
+from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.record.tracking import Tracking
 from bwlm.train.termination import TERMINATED, Termination
@@ -26,12 +29,16 @@ from bwlm.train.termination import TERMINATED, Termination
 _DELIVERY_SECONDS = 10.0
 
 
+Show = Callable[[str], None]
+
+
 def train_cells(
-    plan: Plan, cells: list[PlannedCell], concurrency: int, storage: Path, tracking: Tracking, run: str
+    plan: Plan, cells: list[PlannedCell], concurrency: int, storage: Path, tracking: Tracking, run: str, show: Show
 ) -> None:
     """Trains what is not done; `run` is the MLflow run that gets this machine's system metrics.
 
-    Raises `SystemExit` with `TERMINATED` if this process is asked to end: once its cells have, or after a grace time.
+    If this process is asked to end, by SIGTERM or Ctrl-C, its cells save first, within a grace time. Raises
+    `SystemExit` with `TERMINATED` then, or `KeyboardInterrupt`, after `show` was told from where each cell resumes.
     """
     unfinished = _in_order([planned for planned in cells if not planned.is_done])
     if not unfinished:
@@ -41,18 +48,57 @@ def train_cells(
     try:
         with (
             Termination() as termination,
+            _ctrl_c_saves(show) as interrupted,
             Progress(plan.cells, {planned.cell.id: planned.status for planned in cells}) as progress,
             _delivery(tracking, folders),
         ):
             _tune(plan, unfinished, concurrency, storage, progress, termination)
         if termination.asked:
             _deliver(tracking, folders)
-            raise SystemExit(TERMINATED)
+            raise KeyboardInterrupt if interrupted.is_set() else SystemExit(TERMINATED)
     except (KeyboardInterrupt, SystemExit):
+        for line in _resume_lines(folders):
+            show(line)
         tracking.interrupted(folders, run)
         raise
     finally:
         monitor.finish()
+
+
+@contextlib.contextmanager
+def _ctrl_c_saves(show: Show) -> Iterator[threading.Event]:
+    """The first Ctrl-C asks this process to end as SIGTERM does, and sets the event; the second one ends it at once."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers, and gets Ctrl-C
+        yield interrupted
+        return
+
+    def ask(signum: int, frame: object) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, before)
+        show("Ctrl-C: each cell saves a checkpoint; press it again to end at once")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+_LINES = 8
+"""Cells that are told one by one; of more, how many resume."""
+
+
+def _resume_lines(folders: list[ExperimentFolder]) -> list[str]:
+    """From where each cell that has not ended resumes, by the checkpoints that are there."""
+    left = {folder.id: checkpoint_steps(folder.checkpoints) for folder in folders if not folder.status().ended}
+    if len(left) <= _LINES:
+        return [
+            f"{run}: {f'resumes from step {steps[-1]}' if steps else 'begins again'}" for run, steps in left.items()
+        ]
+    resumed = sum(map(bool, left.values()))
+    return [f"{resumed} cells resume from their last checkpoints, {len(left) - resumed} begin again"]
 
 
 def _in_order(cells: list[PlannedCell]) -> list[PlannedCell]:

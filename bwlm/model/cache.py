@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bwlm.model.attention import AttentionKernel, attend
+from bwlm.model.attention import AttentionKernel, Mask, attend
 from bwlm.model.gpt import GPT, Past
 
 
@@ -148,16 +148,14 @@ def _mask(places: Tensor, seen: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(later.shape, dtype=dtype, device=places.device).masked_fill_(later, -torch.inf)[:, None]
 
 
-def _attend(
-    kept: Tensor, step: _Step, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, kernel: AttentionKernel
-) -> Tensor:
+def _attend(kept: Tensor, step: _Step, q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: AttentionKernel) -> Tensor:
     """What `attend` does, for queries that also see what was read before; keeps k and v [B, K, T, D] in one layer."""
     keys, values = kept
     rows = torch.arange(len(q), device=q.device)[:, None]
     keys[rows, :, step.places] = k.transpose(1, 2).to(keys.dtype)
     values[rows, :, step.places] = v.transpose(1, 2).to(values.dtype)
     if step.mask is None:
-        return attend(q, k, v, segments, kernel)
+        return attend(q, k, v, mask, kernel)
     # a group's queries see the same keys, and are multiplied by them as if they were one head's
     y = F.scaled_dot_product_attention(
         q.reshape(len(q), k.size(1), -1, q.size(-1)).to(keys.dtype),  # [B, K, G T, D]

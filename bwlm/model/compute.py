@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 Precision = Literal["float32", "bfloat16"]
+Attention = Literal["sdpa", "blocked", "flex"]
 DeviceType = Literal["cpu", "cuda"]
 
 _MICRO_TOKENS = {"cpu": 2**12, "cuda": 2**15}
@@ -38,6 +39,9 @@ _FEWEST_TOKENS = 256
 
 _BLOCKED_BYTES = 2**32
 """Probabilities that 'blocked' attention may keep for the backward pass, over all layers."""
+
+SMALLEST_FLEX_HEAD = 16
+"""Head dimension that the tensor cores of 'flex' need at least."""
 
 _COMPILE_SECONDS = {"cpu": 30.0, "cuda": 30.0}
 _COMPILE_GAIN = {"cpu": 1.10, "cuda": 2.0}
@@ -75,7 +79,7 @@ class Wanted:
     """What the user forces; None leaves the choice to `choose_compute`."""
 
     precision: Precision | None = None
-    attention: Literal["sdpa", "blocked"] | None = None
+    attention: Attention | None = None
     fused_loss: bool | None = None
     compile: bool | None = None
     micro_rows: int | None = None
@@ -86,7 +90,7 @@ class Compute:
     """The choices of a run. They stay with it, so that it resumes as it began."""
 
     precision: Precision
-    attention: Literal["sdpa", "blocked"]
+    attention: Attention
     loss_chunk: int
     """Tokens whose logits exist at once; 0: all of a pass."""
     compile: bool
@@ -107,12 +111,12 @@ def choose_compute(wanted: Wanted, hardware: Hardware, peak: float, shape: GPTCo
     micro_rows = wanted.micro_rows or max(1, _micro_tokens(hardware, precision, shape) // shape.sequence_length)
     micro_rows = min(micro_rows, rows)
     why["device batch"] = f"{micro_rows} of {rows} rows in a pass" + _forced(wanted.micro_rows)
-    attention, why["attention"] = _attention(wanted.attention, device, precision, shape, micro_rows)
     chunk = max(_FEWEST_TOKENS, _LOGITS[device] // shape.vocab_size) if wanted.fused_loss is not False else 0
     why["loss"] = f"fused with the head, {chunk} tokens at a time" if chunk else "of all logits of a pass"
     why["loss"] += _forced(wanted.fused_loss)
     flops = float(flops_per_token(shape)) * shape.sequence_length * rows * steps
     compiled, why["compile"] = _compile(wanted.compile, hardware, flops / (peak * _EAGER_SHARE[device]))
+    attention, why["attention"] = _attention(wanted.attention, device, compiled, precision, shape, micro_rows)
     return Compute(precision, attention, chunk, compiled, micro_rows, 0, why).with_threads(hardware.threads)
 
 
@@ -136,11 +140,13 @@ def _precision(wanted: Precision | None, hardware: Hardware) -> tuple[Precision,
 
 
 def _attention(
-    wanted: Literal["sdpa", "blocked"] | None, device: DeviceType, precision: Precision, shape: GPTConfig, rows: int
-) -> tuple[Literal["sdpa", "blocked"], str]:
+    wanted: Attention | None, device: DeviceType, compiled: bool, precision: Precision, shape: GPTConfig, rows: int
+) -> tuple[Attention, str]:
     if wanted is not None:
         return wanted, f"{wanted}, as set"
     if device == "cuda":
+        if compiled and shape.head_dim >= SMALLEST_FLEX_HEAD:
+            return "flex", "flex: skips what other segments hold; sdpa, torch's fused kernel, where nothing is masked"
         return "sdpa", "sdpa: torch's fused kernel"
     item = 2 if precision == "bfloat16" else 4
     # a block of an eighth of the row reaches half a block beyond the diagonal

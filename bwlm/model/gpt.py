@@ -20,7 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from bwlm.model.attention import AttentionKernel, attend
+from bwlm.model.attention import AttentionKernel, Mask, attend, positions_in, segment_mask
+from bwlm.model.compute import SMALLEST_FLEX_HEAD
 from bwlm.model.loss import ChunkGradient, Losses, cap, chunk_gradient, fused_loss, plain_loss
 from bwlm.model.shape import GPTConfig
 
@@ -28,7 +29,7 @@ NORM_EPS = 1.1920929e-07  # float32's, in every compute dtype
 ROPE_BASE = 10_000
 
 Rope = tuple[Tensor, Tensor]  # cos, sin: [T, D/2], or [B, 1, T, D/2] where rows have positions of their own
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, AttentionKernel], Tensor]  # `attend`, or what stands for it
+Attend = Callable[[Tensor, Tensor, Tensor, Mask, AttentionKernel], Tensor]  # `attend`, or what stands for it
 
 
 class Past(NamedTuple):
@@ -92,9 +93,9 @@ class Attention(nn.Module):
         self.value = Linear(config.width, config.kv_heads * config.head_dim)
         self.output = Linear(config.heads * config.head_dim, config.width)
 
-    def forward(self, x: Tensor, rope: Rope, segments: Tensor | None, attend: Attend = attend) -> Tensor:
-        """x [B, T, C] to [B, T, C]; with segments [B, T], attention stays inside them."""
-        y = attend(*self.heads(x, rope), segments, self.kernel)
+    def forward(self, x: Tensor, rope: Rope, mask: Mask, attend: Attend = attend) -> Tensor:
+        """x [B, T, C] to [B, T, C]; with the mask of segments, attention stays inside them."""
+        y = attend(*self.heads(x, rope), mask, self.kernel)
         out: Tensor = self.output(y.transpose(1, 2).flatten(2))
         return out
 
@@ -128,8 +129,8 @@ class Block(nn.Module):
         self.attention = Attention(config, kernel)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Rope, segments: Tensor | None, attend: Attend = attend) -> Tensor:
-        x = x + self.attention(norm(x), rope, segments, attend)
+    def forward(self, x: Tensor, rope: Rope, mask: Mask, attend: Attend = attend) -> Tensor:
+        x = x + self.attention(norm(x), rope, mask, attend)
         out: Tensor = x + self.mlp(norm(x))
         return out
 
@@ -157,8 +158,10 @@ class GPT(nn.Module):
             raise ValueError(f"compute_dtype must be torch.float32 or torch.bfloat16, not {compute_dtype}")
         self.config = config
         self.compute_dtype = compute_dtype
+        self._kernel = attention
         self.loss_chunk = loss_chunk
         self._chunk_gradient: ChunkGradient = chunk_gradient
+        self._is_compiled = False
         self.embedding = Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.depth))
         self.lm_head = Linear(config.width, config.vocab_size)
@@ -169,8 +172,8 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] for the id after each of ids [B, T] (int64).
 
-        With segments [B, T], an integer per position, attention stays among equal integers. Positions count from the
-        row's beginning in any case: RoPE lets attention see differences of positions only, and those are the same.
+        With segments [B, T], an integer per position, attention stays inside a stretch of equal integers, and positions
+        count from where it begins: so a segment gives the same logits wherever it stands. Without, a row is a segment.
         Raises ValueError where the shapes do not fit.
         """
         return cap(self.lm_head(self._hidden(ids, segments)))
@@ -209,20 +212,30 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=False)
         self._chunk_gradient = torch.compile(chunk_gradient, dynamic=False)
+        self._is_compiled = True
 
     def states(self, ids: Tensor, segments: Tensor | None = None, past: Past | None = None) -> Iterator[Tensor]:
         """The residual stream [B, T, C]: after the embedding, then after each block."""
         self._check(ids, segments)
-        rope, attends = past or (self.rope(ids.size(1)), repeat(attend))
+        rope, attends = past or (self.rope(ids.size(1), segments), repeat(attend))
+        has_blocks = self.training and self._is_compiled and self.config.head_dim >= SMALLEST_FLEX_HEAD
+        mask = segment_mask(segments, self._kernel, self.config.heads, has_blocks)
         x = norm(self.embedding(ids).to(self.compute_dtype))
         yield x
         for block, attending in zip(self.blocks, attends, strict=False):
-            x = (block if self.training else block.forward)(x, rope, segments, attending)
+            x = (block if self.training else block.forward)(x, rope, mask, attending)
             yield x
 
-    def rope(self, time: int) -> Rope:
-        """The angles of the first positions."""
-        return self.cos[:time].to(self.compute_dtype), self.sin[:time].to(self.compute_dtype)
+    def rope(self, time: int, segments: Tensor | None = None) -> Rope:
+        """The angles of the first positions, or of each place's position in its segment [B, T].
+
+        They are cast after they were chosen, so that a place has the same angles wherever its segment stands.
+        """
+        if segments is None:
+            return self.cos[:time].to(self.compute_dtype), self.sin[:time].to(self.compute_dtype)
+        positions = positions_in(segments)
+        cos, sin = (table[positions][:, None].to(self.compute_dtype) for table in (self.cos, self.sin))
+        return cos, sin
 
     def _hidden(self, ids: Tensor, segments: Tensor | None, past: Past | None = None) -> Tensor:
         """What the head reads: [B, T, C], normed."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bwlm.model.attention import dense_mask
 from bwlm.model.gpt import GPT, Block, norm
 
 BINS = 48
@@ -122,11 +123,9 @@ def attention_statistics(
     Attention of one head at a time is computed in full, in float32: the kernels that train never hold it.
     """
     time, (figures, maps) = ids.size(1), ([], [])
-    rope, place = model.rope(time), torch.arange(time, device=ids.device)
+    rope, place = model.rope(time, segments), torch.arange(time, device=ids.device)
     back = (place[:, None] - place[None, :]).clamp_min(0).float()
-    visible = torch.ones(time, time, dtype=torch.bool, device=ids.device).tril()
-    allowed = visible if segments is None else visible & (segments[:, :, None] == segments[:, None, :])
-    allowed = allowed.expand(len(ids), time, time)
+    allowed = dense_mask(torch.zeros_like(ids) if segments is None else segments).squeeze(1)
     first = allowed.to(torch.uint8).argmax(-1)  # the first key that a query may see
     with evaluating(model):
         for block, x in zip(model.blocks, model.states(ids, segments), strict=False):

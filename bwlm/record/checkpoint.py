@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from safetensors import SafetensorError
 
 from bwlm.errors import RunError, UserError
-from bwlm.paths import Check, read_json, sync, unchecked, whole_folder, write_json
+from bwlm.paths import Check, read_json, sha256_of, sync, unchecked, whole_folder, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +136,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, keep: KeepPolicy, check: 
                 save_file(tensors, temporary / name)
                 # safetensors makes files for their owner only, but a shared storage has readers
                 (temporary / name).chmod(temporary.stat().st_mode & 0o666)
-                hashes[name] = _sha256(temporary / name)
+                hashes[name] = sha256_of(temporary / name)
             writing = target / META
             _write_meta(temporary / META, snapshot, hashes)
             writing = target
@@ -319,7 +319,7 @@ def _load_tensors(path: Path, meta: Mapping[str, Any]) -> Tensors:
 
 def _verify(path: Path, meta: Mapping[str, Any]) -> None:
     try:
-        if _sha256(path) != meta["sha256"].get(path.name):
+        if sha256_of(path) != meta["sha256"].get(path.name):
             raise DamagedCheckpoint(f"{path}: damaged (its SHA-256 is not the one in meta.json)")
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"{path}: cannot be read ({error})") from None
@@ -333,8 +333,3 @@ def _unreadable(path: Path, error: OSError) -> RunError:
 
 def _checksum(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from bwlm.paths import Check, unchecked, write_atomic
@@ -101,6 +102,27 @@ def entries_after(folder: Path, step: int) -> list[Entry]:
         if is_all or len(later) < len(entries):
             break
     return later
+
+
+def faults_of_order(folder: Path, whole: bool = True) -> Iterator[str]:
+    """Lines that are damaged, and steps that do not follow each other, in words; the first of each kind.
+
+    The last line may be torn. Not `whole`: looks no further back than the last 64 kB.
+    """
+    lines, is_all = next(_tails(folder), ([], True))
+    if whole and not is_all:
+        lines, is_all = (folder / NAME).read_bytes().split(b"\n"), True
+    entries = [_parse(line) for line in (lines[:-1] if is_all else lines[1:-1])]
+    if None in entries:
+        first = entries.index(None)
+        yield f"line {first + 1} of {len(entries)} is damaged" if is_all else "one of its last lines is damaged"
+    steps = [entry.step for entry in entries if entry]
+    if is_all and steps and steps[0] != 1:
+        yield f"begins at step {steps[0]:,}"
+    for before, after in pairwise(steps):
+        if after != before + 1:
+            yield f"step {after:,} follows step {before:,}"
+            return
 
 
 def _tails(folder: Path, size: int = 65536) -> Iterator[tuple[list[bytes], bool]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,9 +22,10 @@ from bwlm.config import Experiment
 from bwlm.errors import UserError, nearest
 from bwlm.model.compute import Compute
 from bwlm.model.shape import GPTConfig
-from bwlm.paths import check_id, discard_unfinished, is_id, read_json, write_json
+from bwlm.paths import check_id, discard_unfinished, is_id, read_json, whole_folder, write_json
 from bwlm.record.family import ParentLink, read_link, write_link
 from bwlm.record.fingerprint import fingerprint
+from bwlm.record.health import DIGEST, RECORDS, check_agrees, check_seal, damage, left_behind, sealed
 from bwlm.record.journal import last_entry
 from bwlm.record.lease import LEASE_SECONDS, Holder, Lease, living_holder, take, take_at_once
 
@@ -34,13 +36,17 @@ LAUNCH = "launch.json"
 """Of the command that has it trained."""
 SAMPLES = "samples"
 """Folder of what was written at validations of RL, to be read."""
+TOKENIZER = "tokenizer"
+"""Folder of the run's own copy of its tokenizer."""
 _WRITTEN = (
     *("status.json", "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*"),
-    f"{SAMPLES}/*",
+    *(f"{SAMPLES}/*", TOKENIZER),
 )
 """What the holder of the lease writes under a temporary name first."""
 _SINCE_VERSION_2 = ("identity_version", "modules", "accepted_code")
 """Fields that a config.json of identity version 1 lacks."""
+_CONFIG_MEND = "put back the file that the run was made with, or delete the run: bwlm runs delete {run}"
+_STATUS_MEND = "write {} into it and the run goes on from its last checkpoint"
 _PACKAGES = ("bwlm", "torch", "ray", "mlflow", "tiktoken", "numpy", "pyarrow")
 
 
@@ -62,7 +68,7 @@ class RunConfig:
     steps: int
     compute: Compute
     corpus: str
-    """Folder of the packed corpus."""
+    """Folder of the packed corpus. In the file this and the next path are told from the storage, which may be moved."""
     tokenizer: str
     """Folder of the tokenizer."""
     grid: str | None = None
@@ -114,6 +120,9 @@ class Status:
     reason: str = ""
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    """The last that were measured, all finite."""
+    diverged: int | None = None
+    """The step whose loss was not finite any more."""
 
     @property
     def ended(self) -> bool:
@@ -157,29 +166,60 @@ class ExperimentFolder:
 
     def reconfigure(self, config: RunConfig) -> None:
         """Takes over settings that say where and how fast the run goes on, and by which code, not what it is."""
-        before = read_json(self.path / "config.json")
+        before = self._read_config()
         assert config.identity | {"code": ""} == before["identity"] | {"code": ""}, "another run's settings"
         self._write_config(config, {name: before[name] for name in ("versions", "created")})
 
     def _write_config(self, config: RunConfig, besides: dict[str, Any]) -> None:
         content = asdict(config) | {"experiment": config.experiment.model_dump(), "fingerprint": config.fingerprint}
-        write_json(self.path / "config.json", content | besides)
+        own = self.path / TOKENIZER
+        folders = {"corpus": Path(config.corpus), "tokenizer": own if own.exists() else Path(config.tokenizer)}
+        told = {name: _from_storage(folder, self.path.parent) for name, folder in folders.items()}
+        write_json(self.path / "config.json", sealed(content | told | besides))
+
+    def _read_config(self) -> dict[str, Any]:
+        """Raises `UserError` naming the file if it is not the config of an experiment, or was edited."""
+        path, mend = self.path / "config.json", _CONFIG_MEND.format(run=self.id)
+        content = read_json(path)
+        try:
+            check_seal(path, content, mend)
+            if DIGEST not in content:  # of an earlier version
+                check_agrees(path, content, mend)
+        except (AttributeError, KeyError, TypeError):
+            raise UserError(f"{path}: not the config of an experiment; move it out of the storage") from None
+        return dict(content)
+
+    def keep_tokenizer(self, tokenizer: Path) -> None:
+        """Copies a tokenizer into the run's folder, which then needs no other; a run that has its own keeps it."""
+        own = self.path / TOKENIZER
+        if not self.exists():  # left by a launch that was cut off, which may have asked for another tokenizer
+            shutil.rmtree(own, ignore_errors=True)
+        if not own.exists():
+            with whole_folder(own) as folder:
+                for file in tokenizer.iterdir():
+                    shutil.copyfile(file, folder / file.name)
 
     def config(self) -> RunConfig:
         """Raises `UserError` naming the file if it is not an experiment's, or one of another version of bwlm."""
-        path = self.path / "config.json"
-        content = read_json(path)
+        path, content = self.path / "config.json", self._read_config()
         try:
             known = {name: content[name] for name in RunConfig.__dataclass_fields__ if name not in _SINCE_VERSION_2}
             known |= {name: content[name] for name in _SINCE_VERSION_2 if name in content}
             # a run of before this setting read its documents in the order of their files
             data = {"shuffle": False} | content["experiment"]["data"]
             experiment = Experiment.model_validate(content["experiment"] | {"data": data})
-            return RunConfig(**known | {"experiment": experiment, "compute": Compute(**content["compute"])})
+            read = {"experiment": experiment, "compute": Compute(**content["compute"])}
+            own = self.path / TOKENIZER
+            folders = {
+                "corpus": _in_storage(content["corpus"], self.path.parent),
+                "tokenizer": str(own) if own.exists() else _in_storage(content["tokenizer"], self.path.parent),
+            }
+            return RunConfig(**known | read | folders)
         except (KeyError, TypeError):
             raise UserError(f"{path}: not the config of an experiment; move it out of the storage") from None
         except ValidationError as error:
-            field = ".".join(str(part) for part in error.errors()[0]["loc"])
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or first["msg"].removeprefix("Value error, ")
             raise UserError(f"{path}: not an experiment of this version of bwlm ({field})") from None
 
     def link(self) -> ParentLink | None:
@@ -192,8 +232,16 @@ class ExperimentFolder:
 
     def write_status(self, status: Status) -> None:
         """Raises `LeaseLost` if this process held the lease and lost it."""
+        self._write_status(asdict(status))
+
+    def finish(self, status: Status) -> None:
+        """Notes that a run has finished, and what it leaves behind, so that later damage is told. Raises as above."""
+        assert status.state == "finished"
+        self._write_status(asdict(status) | {RECORDS: left_behind(self.path, status.step)})
+
+    def _write_status(self, content: dict[str, Any]) -> None:
         try:
-            write_json(self.path / "status.json", asdict(status), self.check_lease)
+            write_json(self.path / "status.json", sealed(content), self.check_lease)
         except OSError:
             self.check_lease()  # who took it may have deleted what was half written
             raise
@@ -201,15 +249,9 @@ class ExperimentFolder:
     def status(self) -> Status:
         """A run that holds no lease and did not end is `waiting`, or `stopped` if it had begun.
 
-        Raises `UserError` for a file that says something else.
+        Raises `UserError` for a file that says something else, or was edited.
         """
-        path = self.path / "status.json"
-        try:
-            status = Status(**read_json(path))
-        except TypeError:
-            raise UserError(
-                f"{path}: not the status of a run; write {{}} into it and the run goes on from its last checkpoint"
-            ) from None
+        status = self._noted_status()
         if status.ended:
             return status
         entry = last_entry(self.path)
@@ -222,6 +264,30 @@ class ExperimentFolder:
         if entry is None:
             return Status()
         return Status("stopped", "", step, metrics)
+
+    def _noted_status(self) -> Status:
+        """Content of status.json. Raises as `status`."""
+        content = self._read_status()
+        try:
+            return Status(**{name: value for name, value in content.items() if name not in (DIGEST, RECORDS)})
+        except TypeError:
+            raise UserError(f"{self.path / 'status.json'}: not the status of a run; {_STATUS_MEND}") from None
+
+    def _read_status(self) -> dict[str, Any]:
+        path = self.path / "status.json"
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: not the status of a run; {_STATUS_MEND}")
+        check_seal(path, content, _STATUS_MEND)
+        return content
+
+    def records_left(self) -> dict[str, dict[str, Any]]:
+        """What the run noted of its records when it finished; nothing before, or of a run of an earlier version."""
+        return dict(self._read_status().get(RECORDS, {}))
+
+    def damage(self, thorough: bool = True) -> list[str]:
+        """Faults of the run's records, a line each. Raises `UserError` if its config or status cannot be trusted."""
+        return damage(self, self.config(), self.status(), thorough)
 
     @property
     def warnings(self) -> Path:
@@ -242,7 +308,7 @@ class ExperimentFolder:
         self.held, waited = take(self.path / LEASE, seconds, wait, give_up)
         try:
             discard_unfinished(self.path, _WRITTEN)  # before anything is read: a holder that woke may yet finish it
-            if not waited and self.exists() and Status(**read_json(self.path / "status.json")).state == "failed":
+            if not waited and self.exists() and self._noted_status().state == "failed":
                 self.write_status(Status())
             yield
         finally:
@@ -300,6 +366,20 @@ class ExperimentFolder:
         )
 
 
+def _from_storage(folder: Path, storage: Path) -> str:
+    """A path as files tell it: from the storage where it lies below it."""
+    return folder.relative_to(storage).as_posix() if folder.is_relative_to(storage) else str(folder)
+
+
+def _in_storage(told: str, storage: Path) -> str:
+    """The path that a file tells; earlier versions told where the storage's cache was when the run was made."""
+    path = Path(told)
+    moved = storage.joinpath(*path.parts[-3:])
+    if path.is_absolute() and path.parts[-3:-2] == ("cache",) and moved.exists():
+        return str(moved)
+    return str(storage / path)
+
+
 def list_experiments(storage: Path) -> list[ExperimentFolder]:
     """Every experiment below a storage root, by id."""
     if not storage.is_dir():
@@ -311,21 +391,34 @@ def list_experiments(storage: Path) -> list[ExperimentFolder]:
     ]
 
 
-def readable(folders: Iterable[ExperimentFolder]) -> tuple[list[ExperimentFolder], list[str]]:
-    """The experiments whose records can be read, and of each other why not: one must not hide the rest."""
+def readable(folders: Iterable[ExperimentFolder], damaged: bool = False) -> tuple[list[ExperimentFolder], list[str]]:
+    """The experiments whose records can be read and are whole, and of each other why not: one must not hide the rest.
+
+    With `damaged` those stay of which only config, status and link can be trusted; they are named all the same, by
+    what is told without reading much.
+    """
     found, reasons = [], []
     for folder in folders:
         if not folder.path.exists():
             reasons.append(f"{folder.id} is left out: it has not begun")
             continue
         try:
-            folder.config()
-            folder.status()
             folder.link()
-            found.append(folder)
+            faults = folder.damage(thorough=not damaged)
+            if damaged or not faults:
+                found.append(folder)
+            if faults:
+                reasons.append(damage_words(folder, faults, left_out=not damaged))
         except UserError as error:
             reasons.append(f"{folder.id} is left out: {error}")
     return found, reasons
+
+
+def damage_words(folder: ExperimentFolder, faults: list[str], left_out: bool = False) -> str:
+    """The line that names a damaged run, its faults and the way out."""
+    said = "is left out: it is damaged" if left_out else "is damaged"
+    mend = f"put the files back, or delete the run: bwlm runs delete {folder.id}"
+    return f"{folder.id} {said}: {'; '.join(faults)}: {mend}"
 
 
 def parents_in(storage: Path) -> dict[str, str | None]:

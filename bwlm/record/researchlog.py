@@ -213,6 +213,16 @@ def open_log(path: Path) -> h5py.File:
         raise UserError(f"{path}: damaged, not readable as HDF5 ({' '.join(str(error).split())})") from None
 
 
+def fault_of_log(path: Path, due: int) -> list[str]:
+    """The fault of an ended run's log, if it has one; `due` is the last step of its group `train`, 0: unknown."""
+    try:
+        with h5py.File(path, "r") as file:
+            steps = [int(step) for step in file["train/step"][-1:]] if "train/step" in file else []
+    except (OSError, RuntimeError, KeyError, ValueError) as error:  # whatever h5py calls what it cannot decode
+        return [f"{path.name}: damaged ({' '.join(str(error).split())})"]
+    return [f"{path.name}: ends at step {step:,} instead of {due:,}" for step in steps if due and step != due]
+
+
 def tail_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.tail")
 

@@ -8,11 +8,14 @@ it is made, and a launch that finds a mark without a run asks the store for the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import os
 import re
 import shlex
+import sqlite3
 import textwrap
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -20,9 +23,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from bwlm.credentials import masked, refuse_secret
 from bwlm.errors import UserError
 from bwlm.paths import read_json, write_json
+from bwlm.record.database import database_of, prepare_database
 from bwlm.record.journal import Entry, entries_after, last_entry
 from bwlm.record.lineage import ExperimentFolder, State, Status
 
@@ -33,12 +39,19 @@ _METRICS_PER_CALL = 1000  # MLflow's own limit
 _LONGEST_DIGEST = 36  # of a dataset, in MLflow's database
 _LONGEST_REASON = 110
 _MARK = "bwlm.mark"
+_DIVERGED = "bwlm.diverged"
 _STATES: dict[State, str] = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
 def tracking_uri(storage: Path, chosen: str | None) -> str:
-    """The grid's setting, else the environment's as for any MLflow client, else SQLite below the storage."""
-    return chosen or os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(storage / "mlflow.db")
+    """The grid's setting, else the environment's as for any MLflow client, else SQLite below the storage.
+
+    Raises `UserError` if it holds a secret: it is printed, and noted by MLflow itself.
+    """
+    named = "launch.tracking_uri" if chosen else "MLFLOW_TRACKING_URI"
+    uri = chosen or os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(storage / "mlflow.db")
+    refuse_secret(uri, named)
+    return uri
 
 
 def _sqlite_uri(path: Path) -> str:
@@ -49,6 +62,20 @@ def _sqlite_uri(path: Path) -> str:
     if make_url(plain).database == str(path):
         return plain
     return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
+
+
+def _follow_storage(database: Path, known: str, here: str) -> None:
+    """Points a storage's own database to the artifacts beside it: MLflow keeps absolute paths, and storages move.
+
+    Else the artifacts of a moved storage are not found, and new ones are written to where it was.
+    """
+    if known == here or not known.endswith("/mlartifacts"):
+        return
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (here, known))
+        below = "artifact_uri = ? || substr(artifact_uri, ?) WHERE substr(artifact_uri, 1, ?) = ?"
+        connection.execute(f"UPDATE runs SET {below}", (here, len(known) + 1, len(known) + 1, f"{known}/"))
+    log.warning("the storage was moved: MLflow now finds artifacts in %s", database.parent / "mlartifacts")
 
 
 def ui_command(uri: str, bin_folder: Path) -> str:
@@ -74,12 +101,39 @@ class Tracking:
         self._away = False  # an end could not be delivered: the others are not tried, each would wait as long
         self._failures: tuple[type[Exception], ...] = (MlflowException, OSError)
         try:
-            self._client = MlflowClient(uri)
-            found = self._client.get_experiment_by_name(EXPERIMENT)
             artifacts = (storage / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
-            self._experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT, artifacts)
+            if artifacts is not None and (path := database_of(uri)) is not None:
+                prepare_database(path, uri, artifacts)
+            self._client = MlflowClient(uri)
+            self._experiment = self._find_experiment() or self._make_experiment(artifacts)
+        except UserError:
+            raise
         except Exception as error:  # a store's driver has errors of its own, and they share no base
             raise self._user_error(error) from None
+
+    def _find_experiment(self) -> str | None:
+        """Raises `UserError` if it is there, but deleted."""
+        found = self._client.get_experiment_by_name(EXPERIMENT)
+        if found is None:
+            return None
+        if found.lifecycle_stage != "active":
+            restore = f"MLFLOW_TRACKING_URI='{masked(self.uri)}' mlflow experiments restore -x {found.experiment_id}"
+            raise UserError(f"tracking: the experiment {EXPERIMENT} of {masked(self.uri)} is deleted: run: {restore}")
+        database = self._storage / "mlflow.db"
+        if self.uri == _sqlite_uri(database):
+            _follow_storage(database, found.artifact_location, (self._storage / "mlartifacts").as_uri())
+        return str(found.experiment_id)
+
+    def _make_experiment(self, artifacts: str | None) -> str:
+        """The new experiment, or the one that another launch made at the same moment."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return str(self._client.create_experiment(EXPERIMENT, artifacts))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or (made := self._find_experiment()) is None:
+                raise
+            return made
 
     def parent_run(self, grid_folder: Path, name: str, text: str) -> str:
         """The run of a grid: the one of earlier launches, or a new one with the grid file as its artifact."""
@@ -97,6 +151,8 @@ class Tracking:
     def child_run(self, folder: ExperimentFolder, parent: str | None, dataset: Mapping[str, str]) -> str:
         """The run of an experiment, with its parameters, tags, data and config; below its grid's if it is a cell."""
         known = self._known_run(folder.path)
+        if known is not None:
+            _catch_up(folder.path, known)
         with self._answering():
             for name, value in self._child_tags(folder, parent).items() if known is not None else ():
                 if known.data.tags.get(name) != value:  # another grid's run above, or other code that goes on
@@ -144,6 +200,7 @@ class Tracking:
         new = [entry for entry in entries_after(folder.path, delivered) if entry.metrics]
         if new and _noted(folder.path).get("status") != "RUNNING":
             self._client.update_run(run, status="RUNNING")
+            self._tag_divergence(folder.path, run, None)
             _note(folder.path, status="RUNNING", closed=None)
         count = 0
         for entries in _batches(new):
@@ -171,15 +228,24 @@ class Tracking:
     def _close_child(self, folder: ExperimentFolder, status: Status, artifacts: list[Path]) -> None:
         self.deliver(folder)
         run = _noted(folder.path)["run_id"]
-        if last := last_entry(folder.path):
+        if (last := last_entry(folder.path)) and status.diverged is None:
             # with the entry's time stamp, so that MLflow drops them where they were sent before
             final = Entry(last.step, last.time, {f"final_{name}": value for name, value in status.metrics.items()})
             self._client.log_batch(run, metrics=_points([final]))
         self._client.set_tag(run, "bwlm.state", status.state)
         self._client.set_tag(run, "bwlm.reason", status.reason)
+        self._tag_divergence(folder.path, run, status.diverged)
         shown = _STATES.get(status.state, "KILLED")
         self._close(run, artifacts, shown)
         _note(folder.path, status=shown, closed=asdict(status))
+
+    def _tag_divergence(self, folder: Path, run: str, step: int | None) -> None:
+        """Marks a diverged run, so that a search finds it; takes the mark away where it is tried again."""
+        if step is not None:
+            self._client.set_tag(run, _DIVERGED, f"step {step}")
+        elif _noted(folder).get("diverged") is not None:
+            self._client.delete_tag(run, _DIVERGED)
+        _note(folder, diverged=step)
 
     def close_parent(self, run: str, artifacts: list[Path], complete: bool) -> bool:
         """Attaches the report and sets the grid's final state; a warning if the server is away."""
@@ -265,11 +331,13 @@ class Tracking:
 
     def _user_error(self, error: Exception) -> UserError:
         ours = self.uri.startswith("sqlite:")
+        if mend := _refusal(error, masked(self.uri)):
+            return UserError(f"tracking: {masked(self.uri)} {mend}")
         fix = "check its folder, or set MLFLOW_TRACKING_URI" if ours else "start it, or unset MLFLOW_TRACKING_URI"
         return UserError(f"{self._no_answer(error)}: {fix}")
 
     def _no_answer(self, error: Exception) -> str:
-        return f"tracking: {_masked(self.uri)} does not answer ({_reason(error)})"
+        return f"tracking: {masked(self.uri)} does not answer ({_reason(error)})"
 
     def _known_run(self, folder: Path) -> Any:
         """The run that an earlier launch made for this folder, unless this store does not have it (any more)."""
@@ -285,7 +353,11 @@ class Tracking:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
                 return None
-        return run if run.info.lifecycle_stage == "active" else None
+        if run.info.lifecycle_stage == "active":
+            return run
+        restore = f"MLFLOW_TRACKING_URI='{masked(self.uri)}' mlflow runs restore --run-id {run_id}"
+        log.warning("tracking: the run of %s is deleted: a new one takes its place; the old one: %s", folder, restore)
+        return None
 
     def _settle(self, folder: Path) -> tuple[str, int]:
         """The run and the last step that it has; what was sent without an answer may have arrived or not."""
@@ -315,13 +387,39 @@ def _note(folder: Path, **changes: Any) -> None:
     write_json(folder / "mlflow.json", _noted(folder) | changes)
 
 
+def _catch_up(folder: Path, run: Any) -> None:
+    """Notes how far the store is where it has less than it was given: a backup was restored.
+
+    Its run gets the rest again, and its end.
+    """
+    delivered = _noted(folder).get("delivered_step", 0)
+    last = max((metric.step for metric in run.data.to_proto().metrics), default=0)
+    if last < delivered:
+        log.warning("tracking: the store was set back to step %d of %s: the rest is delivered again", last, folder)
+        _note(folder, delivered_step=last, pending=None, closed=None)
+
+
 def _is_enlisted(folder: Path) -> bool:
     """Whether the run has all that it gets before training; an earlier version noted a run only when it had."""
     return bool(_noted(folder).get("enlisted", True))
 
 
-def _masked(text: str) -> str:
-    return re.sub(r"://([^:/@\s]*):[^/@\s]*@", r"://\1:***@", text)
+def _refusal(error: Exception, uri: str) -> str | None:
+    """The state of a server that answers but refuses, and its mend; None of any other error."""
+    from mlflow.exceptions import MlflowException
+
+    text = str(error)
+    status = error.get_http_status_code() if isinstance(error, MlflowException) else 0
+    if "Invalid Host header" in text:
+        host = urlsplit(uri).netloc.rpartition("@")[2]
+        return f"refuses this host name (403): start it with: mlflow server --allowed-hosts {host}"
+    if status == 401 or "error code 401" in text:
+        return "wants a user and a password (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    if status == 403 or "error code 403" in text:
+        return "forbids this (403): ask for the right to write, or set MLFLOW_TRACKING_USERNAME to a user that has it"
+    if "out-of-date database schema" in text:
+        return f"has the schema of another MLflow: copy the database, then run: mlflow db upgrade '{uri}'"
+    return None
 
 
 def _reason(error: Exception) -> str:
@@ -331,7 +429,7 @@ def _reason(error: Exception) -> str:
     cause = re.search(r"(?<=\] )[A-Z][\w ]+|timed out|too many \d+ error responses|certificate verify failed", text)
     if nested:
         return cause[0] if cause else "no connection"
-    return textwrap.shorten(_masked(text.split(". ")[0]), _LONGEST_REASON, placeholder="...")
+    return textwrap.shorten(masked(text.split(". ")[0]), _LONGEST_REASON, placeholder="...")
 
 
 def _batches(entries: list[Entry]) -> Iterator[list[Entry]]:
@@ -347,6 +445,8 @@ def _batches(entries: list[Entry]) -> Iterator[list[Entry]]:
 
 
 def _points(entries: list[Entry]) -> list[Any]:
+    """Figures that are not finite are left out: a search sorts NaN last both ways, and infinity returns as a number."""
     from mlflow.entities import Metric
 
-    return [Metric(name, value, e.time, e.step) for e in entries for name, value in e.metrics.items()]
+    measured = [(entry, name, value) for entry in entries for name, value in entry.metrics.items()]
+    return [Metric(name, value, e.time, e.step) for e, name, value in measured if math.isfinite(value)]

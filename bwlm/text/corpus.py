@@ -9,7 +9,7 @@ import glob
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bwlm.config import CONTROL_SOURCES, DataSettings
+from bwlm.credentials import refuse_secret
 from bwlm.errors import UserError, nearest
 
 _PYDOCS = "builtin:pydocs"
@@ -26,6 +27,10 @@ _ROWS_AT_ONCE = 256
 _MEND = "write the shard again or take it out of data.source"
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created", "blob_id")
 """What file systems call that which changes with a file."""
+
+
+class NoSource(UserError):
+    """Text cannot be read where it was: it is gone, or out of reach from this machine."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,19 @@ class Corpus:
     text_column: str
     shuffle: bool = True
     """Whether the documents of each shard are packed in a drawn order; the tokenizer reads them in the file's."""
+    builtin: str = ""
+    """Folder of a built-in corpus, which lies in the storage."""
 
     def listing(self) -> str:
-        """A short hash of which files, at which sizes and times, and which column: names what is made from them."""
+        """A short hash of which files, at which sizes and times, and which column: names what is made from them.
+
+        Files of a built-in corpus are named from its folder, so that a storage that was moved knows what it made.
+        """
         listed = {name: value for name, value in asdict(self).items() if name != "shuffle"}
+        if builtin := listed.pop("builtin"):
+            folder = Path(builtin)
+            for shard in (*listed["train"], *listed["validation"]):
+                shard["uri"] = str(shard["uri"]).removeprefix(f"{folder.parent}/")
         return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -58,7 +72,8 @@ def find_corpus(data: DataSettings, cache: Path, progress: Callable[[str], None]
     """
     if data.source in BUILTINS:
         folder = _write_builtin(data.source, cache / "corpora", progress)
-        return find_corpus(data.model_copy(update={"source": str(folder), "text_column": "text"}), cache, progress)
+        written = data.model_copy(update={"source": str(folder), "text_column": "text"})
+        return replace(find_corpus(written, cache, progress), builtin=str(folder.absolute()))
     if data.source.startswith("builtin:"):
         raise UserError(f"data.source: {data.source!r} is not a built-in corpus{nearest(data.source, BUILTINS)}")
     shards = list_files(data.source, "data.source")
@@ -98,6 +113,7 @@ def list_files(source: str, field: str, endings: tuple[str, ...] = (".parquet",)
 
     A path of one file is taken whatever its ending. Raises `UserError` naming `field` where there is none.
     """
+    refuse_secret(source, field)
     shards = _remote(source, field, endings) if "://" in source else _local(source, field, endings)
     if not shards:
         raise UserError(f"{field}: no {' or '.join(endings)} file in {source}: {_give(endings)}")
@@ -117,7 +133,7 @@ def _local(source: str, field: str, endings: tuple[str, ...]) -> list[Shard]:
     elif glob.has_magic(source):
         paths = [Path(found) for found in sorted(_glob(str(path))) if found.endswith(endings)]
     else:
-        raise UserError(f"{field}: {source} does not exist: {_give(endings)}")
+        raise NoSource(f"{field}: {source} does not exist: {_give(endings)}")
     stats = [(path.absolute(), path.stat()) for path in paths]
     return [Shard(str(path), stat.st_size, str(stat.st_mtime_ns)) for path, stat in stats]
 
@@ -134,11 +150,11 @@ def _remote(source: str, field: str, endings: tuple[str, ...]) -> list[Shard]:
         paths = [path] if single else sorted(name for name in filesystem.glob(pattern) if name.endswith(endings))
         infos = [filesystem.info(name) for name in paths]
     except FileNotFoundError:
-        raise UserError(f"{field}: {source} does not exist: {_give(endings)}") from None
+        raise NoSource(f"{field}: {source} does not exist: {_give(endings)}") from None
     except ImportError as error:
-        raise UserError(f"{field}: {source}: {error}") from None
+        raise NoSource(f"{field}: {source}: {error}") from None
     except Exception as error:  # every file system has errors of its own, and they share no base
-        raise UserError(f"{field}: {source} cannot be listed ({first_line(error)}): check the address") from None
+        raise NoSource(f"{field}: {source} cannot be listed ({first_line(error)}): check the address") from None
     return [
         Shard(filesystem.unstrip_protocol(name), int(info.get("size") or 0), _stamp(info))
         for name, info in zip(paths, infos, strict=True)

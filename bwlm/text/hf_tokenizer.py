@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bwlm.text.tokenizer import Tokenizer
+from bwlm.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 _PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Content of `tokenizer.json`: a byte-level BPE with our split pattern; it puts no BOS before a text."""
+def tokenizer_json(tokenizer: Tokenizer, mark: str = "") -> dict[str, Any]:
+    """Content of `tokenizer.json`: a byte-level BPE with our split pattern; it puts no BOS before a text.
+
+    `mark` stands before the name of each special token.
+    """
     alphabet = byte_alphabet()
     names = {token: "".join(alphabet[byte] for byte in token) for token in tokenizer.tokens}
     split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
@@ -24,7 +27,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_special(name, index) for name, index in tokenizer.specials.items()],
+        "added_tokens": [_special(mark + name, index) for name, index in tokenizer.specials.items()],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_bytes]},
         "post_processor": None,
@@ -44,14 +47,20 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(sequence_length: int) -> dict[str, Any]:
-    """Content of `tokenizer_config.json`; text that looks like a special token stays text, as with ours."""
+def tokenizer_config(sequence_length: int, end: str = "<|bos|>", mark: str = "") -> dict[str, Any]:
+    """Content of `tokenizer_config.json`; text that looks like a special token stays text, as with ours.
+
+    Special tokens with a `mark` are read wherever they stand, which is where a template wrote them; others are given by
+    id alone. `end` is the special token that ends what the model writes.
+    """
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|bos|>",
-        "eos_token": "<|bos|>",
-        "pad_token": "<|pad|>",
-        "split_special_tokens": True,
+        "bos_token": f"{mark}<|bos|>",
+        "eos_token": f"{mark}{end}",
+        "pad_token": f"{mark}<|pad|>",
+        "extra_special_tokens": {f"{name.strip('<|>')}_token": f"{mark}{name}" for name in SPECIAL_TOKENS[2:]},
+        "split_special_tokens": not mark,
+        "padding_side": "left",  # a model goes on from the end of a row
         "clean_up_tokenization_spaces": False,
         "model_max_length": sequence_length,
     }

@@ -63,6 +63,14 @@ def prepare(recipe: Recipe, storage: Path, pack: Pack, progress: Progress) -> Pr
     return Prepared(folder, Manifest.read(folder), tokenizer, tokenizer_folder, corpus)
 
 
+def find_packed(storage: Path, named: Path, digest: str) -> Path | None:
+    """The packed text of a digest: the folder `named`, else any in the storage's cache; None where it is gone."""
+    for folder in (named, *sorted((storage / "cache" / "packed").glob("*"))):
+        if (folder / "manifest.json").exists() and Manifest.read(folder).digest == digest:
+            return folder
+    return None
+
+
 def _remove_empty(folders: list[Path], before: set[Path]) -> None:
     for folder in folders:
         if folder not in before:

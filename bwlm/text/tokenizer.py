@@ -184,17 +184,29 @@ class Tokenizer:
         write_json(folder / _HEADER, header)
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Reads what `save` wrote; raises `UserError` naming what is missing, damaged or of another tokenizer."""
-        pattern, specials, digest = _read_header(folder / _HEADER)
+    def load(cls, folder: Path, digest: str | None = None) -> Tokenizer:
+        """Reads what `save` wrote, and with `digest` accepts only the tokenizer that has it.
+
+        Raises `UserError` naming what is missing, damaged or of another tokenizer.
+        """
+        pattern, specials, told = _read_header(folder / _HEADER)
         ranks = _read_ranks(folder / _RANKS)
         try:
             tokenizer = cls(ranks, specials, pattern)
         except ValueError as error:
             raise UserError(f"{folder}: not a tokenizer ({error}): train it again") from None
-        if tokenizer.digest != digest:
+        if tokenizer.digest != told:
             raise UserError(f"{folder / _HEADER}: digest: not that of this file and {_RANKS}: copy or train them again")
+        if digest not in (None, tokenizer.digest):
+            raise UserError(
+                f"{folder / _HEADER}: another tokenizer than the run's ({told} instead of {digest}): put that one back"
+            )
         return tokenizer
+
+
+def byte_counts(token_bytes: NDArray[np.integer]) -> str:
+    """A digest of a table of bytes per token id, 16 hex digits: bits per byte compare only where it is equal."""
+    return hashlib.sha256(token_bytes.astype("<i4").tobytes()).hexdigest()[:16]
 
 
 def _join(arrays: list[NDArray[np.uint32]]) -> NDArray[np.uint32]:
@@ -212,6 +224,8 @@ def _digest(rank_lines: bytes, specials: Sequence[str], pattern: str) -> str:
 
 
 def _read_header(path: Path) -> tuple[str, list[str], str]:
+    if not path.exists():
+        raise UserError(f"{path}: no such file: copy or train the tokenizer again")
     header = read_json(path)
     match header:
         case {"format": version} if version != FORMAT_VERSION:

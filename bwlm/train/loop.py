@@ -187,7 +187,8 @@ def _step(
         rows = ", ".join(map(str, phase.rows_at(step)))
         raise TrainingDiverged(
             f"loss {result.loss} and gradient norm {result.grad_norm} at step {step + 1}, "
-            f"on rows {rows}; lower lr, or look at these rows with `bwlm data inspect`"
+            f"on rows {rows}; lower lr, or look at these rows with `bwlm data inspect`",
+            step + 1,
         )
     metrics = {"train_loss": result.loss, "grad_norm": result.grad_norm, "lr_multiplier": multiplier, **rates, **means}
     return result, metrics, view
@@ -228,7 +229,8 @@ def _evaluate(phase: Phase, progress: Progress) -> Evaluated:
     found = phase.evaluate(phase.model, progress.step)
     if broken := [name for name, figure in found.metrics.items() if not math.isfinite(figure)]:
         raise TrainingDiverged(
-            f"{', '.join(broken)} not finite at step {progress.step}, though the training loss was; lower lr"
+            f"{', '.join(broken)} not finite at step {progress.step}, though the training loss was; lower lr",
+            progress.step,
         )
     progress.validation = found.metrics
     return found

@@ -73,7 +73,8 @@ def packed_phase(folder: ExperimentFolder, session: Session, stream: Stream, tur
         losses = {reading: segments for reading, (segments, _) in measured.items()}
         if step == config.steps:
             misled = validation.misled(model)
-            together(session, lambda: _save_losses(folder, losses | misled) if session.rank == 0 else None)
+            counts, kept = validation.evaluation.byte_counts, losses | misled
+            together(session, lambda: _save_losses(folder, kept, counts) if session.rank == 0 else None)
         entries = validation.entries(model, measured) if session.rank == 0 else {}
         return Evaluated(validation.metrics(measured), entries)
 
@@ -115,14 +116,14 @@ def starting_model(folder: ExperimentFolder, config: RunConfig, device: torch.de
 
 def turn_layout(config: RunConfig, supervised: bool) -> TurnLayout:
     """How a run lays its conversations out; `supervised`: only what is written is a target."""
-    tokenizer = Tokenizer.load(Path(config.tokenizer))
+    tokenizer = Tokenizer.load(Path(config.tokenizer), config.identity["tokenizer"])
     return TurnLayout(TurnIds.of(tokenizer), config.experiment.data.reversal, supervised)
 
 
-def _save_losses(folder: ExperimentFolder, losses: dict[str, SegmentLosses]) -> None:
+def _save_losses(folder: ExperimentFolder, losses: dict[str, SegmentLosses], byte_counts: str) -> None:
     for reading, measured in losses.items():
         target = folder.evaluation(folder.config().experiment.phase, reading)
         try:
-            measured.save(target, folder.check_lease)
+            measured.save(target, byte_counts, folder.check_lease)
         except OSError as error:
             raise cannot_write(target, error) from None

@@ -75,7 +75,7 @@ def rollouts_of(config: RunConfig) -> Rollouts:
         experiment.rl,
         experiment.direction,
         experiment.data.reversal,
-        Tokenizer.load(Path(config.tokenizer)),
+        Tokenizer.load(Path(config.tokenizer), config.identity["tokenizer"]),
         experiment.prompts_per_step,
         weights,
         experiment.seed,
@@ -128,7 +128,10 @@ def _validate(
 def _save_samples(folder: ExperimentFolder, step: int, shown: list[tuple[str, Sample]]) -> None:
     """Rank 0's first samples of a validation, to be read: all of it is in reading order."""
     config = folder.config()
-    tokenizer, reversal = Tokenizer.load(Path(config.tokenizer)), config.experiment.data.reversal
+    tokenizer, reversal = (
+        Tokenizer.load(Path(config.tokenizer), config.identity["tokenizer"]),
+        config.experiment.data.reversal,
+    )
     head = 1 + is_marked(config.experiment.direction)
 
     def given(sample: Sample, reading: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-from bwlm.errors import Interrupted, RunError, UserError
+from bwlm.errors import Interrupted, RunError, TrainingDiverged, UserError
 from bwlm.record.checkpoint import refuse_foreign
 from bwlm.record.lineage import ExperimentFolder, Status
 from bwlm.train.loop import Phase, train
@@ -29,12 +29,13 @@ def run_phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Sta
     except Interrupted:
         return Status("stopped", "", folder.status().step)
     except (RunError, UserError) as error:
-        status = Status("failed", str(error), folder.status().step)
+        at, diverged = folder.status(), error.step if isinstance(error, TrainingDiverged) else None
+        status = Status("failed", str(error), at.step, at.metrics, diverged)
     else:
         status = Status("finished", "", folder.config().steps, metrics)
     if session.rank == 0:
         try:
-            folder.write_status(status)
+            (folder.finish if status.state == "finished" else folder.write_status)(status)
         except OSError as error:  # on a full disk; the reason of the run's own failure comes first
             return Status("failed", status.reason or str(cannot_write(folder.path, error)), status.step)
     return status

@@ -35,7 +35,7 @@ class Validation:
 
     @classmethod
     def of(cls, config: RunConfig, device: torch.device, turns: TurnLayout | None = None) -> Validation:
-        tokenizer = Tokenizer.load(Path(config.tokenizer))
+        tokenizer = Tokenizer.load(Path(config.tokenizer), config.identity["tokenizer"])
         experiment = config.experiment
         evaluation = LossEvaluation(
             rows=open_rows(config.corpus, "validation"),

@@ -15,19 +15,22 @@ import pytest
 
 from bwlm.analysis.audit import audit
 from bwlm.analysis.curves import compare
+from bwlm.analysis.findings import find
 from bwlm.analysis.insides import over_time
 from bwlm.analysis.positions import KINDS, document_lengths, positions
 from bwlm.analysis.report import write_experiment_report
 from bwlm.analysis.representations import representations
 from bwlm.analysis.result import Analysis
 from bwlm.analysis.select import choose
-from bwlm.analysis.tables import load_losses
+from bwlm.analysis.tables import byte_counts_of, load_losses
 from bwlm.analysis.transfer import transfer
 from bwlm.cli import main
 from bwlm.errors import UserError
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.paths import read_json, write_json
+from bwlm.record.lineage import ExperimentFolder, list_experiments
 from bwlm.text.corpus import read_texts
 from bwlm.text.prepare import Prepared
+from bwlm.text.tokenizer import Tokenizer, byte_counts
 from tests.runs import make_run
 
 ALL: dict[str, Callable[[list[ExperimentFolder]], Analysis]] = {
@@ -162,12 +165,33 @@ def test_what_differs_in_more_than_the_direction_is_refused(
     assert (found.passed, found.doubled, found.refused) == (0, 1, [])
 
 
+def test_pairs_count_the_bytes_of_a_token_alike(trained: Path, tmp_path: Path) -> None:
+    storage = tmp_path / "copy"
+    shutil.copytree(trained, storage)
+    folders = [ExperimentFolder(storage, name) for name in ("f_s0", "b_s0", "f_s1", "b_s1")]
+    counts = {byte_counts_of(folder) for folder in folders}
+    assert counts == {byte_counts(Tokenizer.load(Path(folders[0].config().tokenizer)).token_bytes())}
+    assert (audit(folders).passed, audit(folders).refused) == (2, [])
+    for folder in folders:  # as of another version, which counts otherwise
+        path = folder.evaluation("base", "forward") / "validation.json"
+        if folder.id == "b_s0":
+            write_json(path, read_json(path) | {"token_bytes": "0" * 16})
+        elif folder.id == "b_s1":  # of an earlier version, which does not say
+            write_json(path, {name: value for name, value in read_json(path).items() if name != "token_bytes"})
+    found = audit(folders)
+    assert found.passed == 1
+    assert found.refused == [f"refused: f_s0 and b_s0: differ in bytes per token: {counts.pop()} -> {'0' * 16}"]
+    told = find(folders)
+    assert any("'b_s0'" in line and "by other tables (token_bytes " in line for line in told.not_compared)
+    assert told.gaps == []
+
+
 def test_a_damaged_log_is_named_and_the_rest_goes_on(trained: Path, tmp_path: Path) -> None:
     storage = tmp_path / "copy"
     shutil.copytree(trained, storage)
     (storage / "f_s0" / "base.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
     (storage / "b_s1" / "base.h5").unlink()
-    found = positions(choose(storage, ["*"])[0])
+    found = positions(list_experiments(storage))
     assert sorted(note.split(":")[0].removeprefix(f"{storage}/") for note in found.notes) == [
         "b_s1/base.h5",
         "f_s0/base.h5",
@@ -179,11 +203,20 @@ def test_a_damaged_log_is_named_and_the_rest_goes_on(trained: Path, tmp_path: Pa
     }
     with h5py.File(storage / "b_s0" / "base.h5", "r+") as file:  # readable, with something else in its place
         del file["validation/document"]
-    assert any("b_s0/base.h5: damaged (" in note for note in positions(choose(storage, ["*"])[0]).notes)
+    assert any("b_s0/base.h5: damaged (" in note for note in positions(list_experiments(storage)).notes)
     (storage / "b_s0" / "metrics.jsonl").write_text("")
-    assert compare(choose(storage, ["*"])[0]).notes == ["b_s0: its metrics.jsonl holds no step, so it is left out"]
+    emptied = "b_s0: its metrics.jsonl holds no step, so it is left out"
+    assert compare(list_experiments(storage)).notes == [emptied]
     with pytest.raises(UserError, match=r"f_s0/base\.h5: damaged, not readable as HDF5"):
-        positions(choose(storage, ["f_s0"])[0])
+        positions([ExperimentFolder(storage, "f_s0")])
+    whole, told = choose(storage, ["*"])
+    assert {folder.id for folder in whole}.isdisjoint({"f_s0", "b_s0", "b_s1"})
+    assert [line.split(": ")[:3] for line in told] == [
+        ["b_s0 is left out", "it is damaged", "base.h5"],
+        ["b_s1 is left out", "it is damaged", "base.h5"],
+        ["f_s0 is left out", "it is damaged", "base.h5"],
+    ]
+    assert "; metrics.jsonl: 0 bytes, and " in told[0]
 
 
 def flip_chunk(path: Path, column: str) -> None:

@@ -158,7 +158,7 @@ def test_controls_that_failed_are_told_and_those_of_two_grids_stand_side_by_side
     assert "- builtin:null: no pair was compared" in text
     assert f"- {null[3].id}: failed (loss nan at step 3)" in text
     for folder in null[3:]:
-        folder.write_status(Status("finished", "", 1))
+        folder.write_status(Status("finished", "", folder.config().steps))
     for folder in cells(tmp_path, NULL, 0.0, batch_tokens=512):
         folder.reconfigure(replace(folder.config(), grid="again"))
     text = write_grid_report(tmp_path, "g")[0].read_text()

@@ -171,7 +171,7 @@ def test_the_report_tells_audit_cost_and_how_to_repeat_it(written: tuple[str, li
     text, files = written
     assert "pairs of runs agree in data, tokenizer, code" in text
     assert "| forward | 6 | " in text  # of the cost: four seeds, another rate, another depth
-    assert re.search(r"```bash\nbwlm grid run /.*/grids/g/grid.yaml\n```", text)
+    assert re.search(r'naming this storage:\n\n```bash\nbwlm grid run "\$BWLM_STORAGE"/grids/g/grid.yaml\n```', text)
     assert "## Configuration and lineage\n\n" in text
     assert re.search(r"^\| lr \| .*4\.0", text, re.M)
     assert "torch 2." in text
@@ -409,7 +409,7 @@ def test_a_run_whose_losses_are_lost_or_damaged_is_named_and_the_rest_goes_on(tm
     assert lost.startswith(f"{runs[0].id}: ")
     assert lost.endswith("validation.parquet: no such file: a run is evaluated in this reading at its end")
     assert "validation.parquet: damaged (" in damaged
-    assert damaged in write(tmp_path, runs)[0]
+    assert damaged.replace(f"{tmp_path}/", "") in write(tmp_path, runs)[0], "a report tells paths from the storage"
 
 
 def test_a_cell_whose_config_is_lost_or_damaged_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -419,8 +419,8 @@ def test_a_cell_whose_config_is_lost_or_damaged_is_named_and_the_rest_goes_on(tm
     damaged.write_text('{"id": ')
     text, _ = write(tmp_path, runs)
     assert "2 seeds" in text.split("\n\n")[2]
-    assert f"- {runs[0].id} is left out: {lost}: no such file" in text
-    assert f"- {runs[5].id} is left out: {damaged}: not valid JSON" in text
+    assert f"- {runs[0].id} is left out: {lost.relative_to(tmp_path)}: no such file" in text
+    assert f"- {runs[5].id} is left out: {damaged.relative_to(tmp_path)}: not valid JSON" in text
 
 
 @pytest.mark.parametrize(

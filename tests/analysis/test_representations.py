@@ -14,7 +14,7 @@ from bwlm.analysis.logs import opened
 from bwlm.analysis.representations import States, pair_name, ranked_heads, representations
 from bwlm.analysis.select import choose
 from bwlm.errors import UserError
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.record.lineage import ExperimentFolder, list_experiments
 from bwlm.text.prepare import Prepared
 from bwlm.train.run import run_phase
 from bwlm.train.session import AloneSession
@@ -127,7 +127,7 @@ def test_states_are_compared_where_attention_was_not_logged(trained: Path, tmp_p
     for run in ("b_s0", "b_s1", "f_s0", "f_s1", "x_s0"):
         with h5py.File(storage / run / "base.h5", "r+") as file:
             del file["attention/entropy"]
-    found = representations(choose(storage, ["*"])[0])
+    found = representations(list_experiments(storage))
     assert set(found.table["pair"]) >= {"seeds of forward", "forward and backward"}
     assert found.more == {}
     assert any("holds no attention/entropy" in note for note in found.notes)

@@ -239,6 +239,7 @@ def test_a_cell_as_lists_and_scripts_see_it(tmp_path: Path) -> None:
     assert load_cell(folder).to_json() == {
         "id": "g_backward_d2_lr0.5_s3", "phase": "base", "direction": "backward", "depth": 2, "lr": 0.5, "seed": 3,
         "parent": None, "state": "failed", "reason": "loss nan", "step": 4, "metrics": {"val_bpb": 1.5},
+            "damage": [],
     }  # fmt: skip
     assert load_cells(tmp_path, [folder.id]) == [load_cell(folder)]
 

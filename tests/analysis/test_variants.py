@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from bwlm.analysis.variants import variants, variants_section
-from bwlm.paths import read_json, write_json
 from bwlm.record.lineage import ExperimentFolder, Status
 from tests.analysis.storage import make_cell
+from tests.families import rewrite_config
 
 
 def sft(
@@ -87,9 +87,8 @@ def test_runs_of_one_base_count_as_their_mean(tmp_path: Path) -> None:
                 sft(tmp_path, frac, own, base + own + 10 * frac, parent=parent, base=base)
     runs = [ExperimentFolder(tmp_path, path.name) for path in sorted(tmp_path.glob("*-sft"))]
     for run in runs:
-        content = read_json(run.path / "config.json")
-        content["identity"].pop("base")  # it was for the id alone
-        write_json(run.path / "config.json", content)
+        identity = {name: value for name, value in run.config().identity.items() if name != "base"}
+        rewrite_config(run, identity=identity)  # it was for the id alone
     [found] = variants(runs)
     assert [row[found.header.index("seeds")] for row in found.rows] == ["2", "2"]
     assert [row[found.header.index("loss of what it writes")] for row in found.rows] == ["7.0000", "11.0000"]
@@ -103,9 +102,8 @@ def test_another_past_is_another_variant(tmp_path: Path) -> None:
     folders = []
     for number, steps in enumerate((5, 9, 13)):
         parent = make_cell(tmp_path, "backward", number, **{"optim.weight_decay": 0.1 * number}).id
-        content = read_json(tmp_path / parent / "config.json")
-        content["identity"] |= {"seed": 0, "steps": steps}
-        write_json(tmp_path / parent / "config.json", content)
+        folder = ExperimentFolder(tmp_path, parent)
+        rewrite_config(folder, identity=folder.config().identity | {"seed": 0, "steps": steps})
         folders.append(sft(tmp_path, 0.1, number, 2.0 + number, parent=parent, parent_recipe=f"{steps}"))
     [found] = variants(folders)
     assert [row[0] for row in found.rows] == [folder.id for folder in folders]

@@ -14,10 +14,10 @@ from bwlm.errors import UserError
 from bwlm.evaluate import load
 from bwlm.evaluate.load import load_model
 from bwlm.model.gpt import GPT
-from bwlm.paths import read_json, write_json
 from bwlm.record.checkpoint import KeepPolicy, load_checkpoint, step_folder, write_checkpoint
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.tokenizer import Tokenizer, train_tokenizer
+from bwlm.train.packed import turn_layout
 from tests.evaluate.conftest import STEPS
 from tests.runs import NewRun
 
@@ -27,12 +27,9 @@ EARLY = STEPS // 2
 
 @pytest.fixture
 def copied(storage: Path, tmp_path: Path) -> ExperimentFolder:
-    """The forward run in a storage of its own, with its own tokenizer folder, to be damaged."""
+    """The forward run in a storage of its own, to be damaged."""
     folder = ExperimentFolder(tmp_path, "forward")
     shutil.copytree(storage / "forward", folder.path)
-    shutil.copytree(folder.config().tokenizer, tmp_path / "tokenizer")
-    content = read_json(folder.path / "config.json")
-    write_json(folder.path / "config.json", content | {"tokenizer": str(tmp_path / "tokenizer")})
     return folder
 
 
@@ -129,6 +126,13 @@ def test_a_vocabulary_that_is_not_the_checkpoints_is_refused(
     size = saved.meta["vocab_size"]
     with pytest.raises(UserError, match=rf"not the tokenizer that forward .*\({size - 1} instead of {size}\)"):
         load_model(copied.path.parent, "forward")
+
+
+def test_training_refuses_another_tokenizer_than_the_runs(copied: ExperimentFolder) -> None:
+    """It would go on, and lay conversations out with other ids."""
+    train_tokenizer(iter(WORDS), 300).save(copied.path / "tokenizer")
+    with pytest.raises(UserError, match=r"forward/tokenizer/tokenizer.json: another tokenizer than the run's"):
+        turn_layout(copied.config(), supervised=True)
 
 
 def test_a_missing_tokenizer_is_named(copied: ExperimentFolder) -> None:

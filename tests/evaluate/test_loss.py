@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from bwlm.text.conversation import TurnIds, TurnLayout
 from bwlm.text.direction import IGNORED, SpecialIds, arrange
 from bwlm.text.packing import Manifest, PackedRows, ShardCounts, Split, write_rows
 from bwlm.text.prepare import Prepared
+from bwlm.text.tokenizer import byte_counts
 
 BOS = 9
 SPECIAL = SpecialIds(bos=9, pad=10, forward=11, backward=12)
@@ -149,7 +151,7 @@ def test_conversations_are_mirrored_as_a_whole_and_stay_in_order_in_turns(
 
 def test_saved_as_a_table_and_a_summary(by_hand: PackedRows, tmp_path: Path) -> None:
     found, _ = evaluation(by_hand).measure(table(), "forward", False)
-    found.save(tmp_path / "evaluations" / "base" / "forward")
+    found.save(tmp_path / "evaluations" / "base" / "forward", "0123456789abcdef")
     folder = tmp_path / "evaluations" / "base" / "forward"
     assert sorted(path.name for path in folder.iterdir()) == ["validation.json", "validation.parquet"]
     read = pq.read_table(folder / "validation.parquet")
@@ -157,7 +159,17 @@ def test_saved_as_a_table_and_a_summary(by_hand: PackedRows, tmp_path: Path) -> 
     for name, values in vars(found).items():
         assert np.array_equal(read[name].to_numpy(), values, equal_nan=name == "end_nll")
     summary = json.loads((folder / "validation.json").read_text())
-    assert summary == found.summary() | {"windows": 2, "tokens": 13, "bytes": 22}
+    size = {"windows": 2, "tokens": 13, "bytes": 22}
+    assert summary == found.summary() | size | {"token_bytes": "0123456789abcdef"}
+
+
+def test_a_table_of_bytes_has_a_digest(by_hand: PackedRows) -> None:
+    """SHA-256 of the table as little-endian 32-bit integers, whatever type holds it: sha256sum of those bytes."""
+    counts = np.array([1, 2, 0, 3])
+    content = bytes.fromhex("01000000 02000000 00000000 03000000")
+    assert byte_counts(counts) == byte_counts(counts.astype(np.int32)) == hashlib.sha256(content).hexdigest()[:16]
+    assert byte_counts(counts + np.array([0, 0, 0, 1])) != byte_counts(counts)
+    assert evaluation(by_hand).byte_counts == byte_counts(evaluation(by_hand).token_bytes)
 
 
 # ---- real text, and a real model ----

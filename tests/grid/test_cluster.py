@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,17 +28,47 @@ def test_a_cluster_that_is_not_there() -> None:
         _connect(f"127.0.0.1:{closed_port()}")
 
 
-def test_a_machine_too_busy_for_ray_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def init(**options: object) -> None:
-        raise Exception(told)
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What each attempt to start Ray fails with, in order; the one after the last succeeds."""
+    errors: list[str] = []
+
+    def init(**options: object) -> str:
+        if errors:
+            raise Exception(errors.pop(0))
+        return "started"
 
     monkeypatch.setattr(cluster.ray, "init", init)
-    told = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
-    with pytest.raises(UserError, match=r"Ray did not start within 30 s.*run the same command"):
-        cluster._start(2)
-    told = "something else"
-    with pytest.raises(Exception, match="something else"):
-        cluster._start(2)
+    return errors
+
+
+TIMED_OUT = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
+
+
+def test_a_machine_too_busy_for_ray_tries_again_and_then_tells(starts: list[str]) -> None:
+    starts += [TIMED_OUT] * 2
+    assert cluster._start(2, seconds=60) == "started"
+    starts += [TIMED_OUT]
+    with pytest.raises(UserError, match=r"Ray did not start within 0 s.*launch\.ray_start_seconds.*the same command"):
+        cluster._start(2, seconds=0)
+
+
+def test_anything_else_that_keeps_ray_from_starting_is_told_in_a_line(starts: list[str]) -> None:
+    starts += ["\n  /dev/shm is full.\nTraceback"]
+    with pytest.raises(UserError, match=r"^Ray does not start on this machine: /dev/shm is full: .*RAY_.*$"):
+        cluster._start(2, seconds=60)
+
+
+def test_a_temporary_folder_that_ray_cannot_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"^TMPDIR: .*gone is not a folder: make it, or set RAY_TMPDIR=/tmp"):
+        cluster._start(2, seconds=60)
+    long = tmp_path / ("x" * 60)
+    long.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(long))
+    with pytest.raises(UserError, match=r"^RAY_TMPDIR: .* is too long for Ray's sockets"):
+        cluster._start(2, seconds=60)
 
 
 def test_the_address_for_jobs_is_not_the_cluster() -> None:
@@ -45,10 +76,10 @@ def test_the_address_for_jobs_is_not_the_cluster() -> None:
         _connect("http://127.0.0.1:8265")
 
 
-def test_a_tracking_server_that_is_not_there() -> None:
+def test_a_tracking_server_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tracking: 127.0.0.1:\d+ does not answer .*unset MLFLOW_TRACKING_URI"):
-        _check_tracking(f"http://user:secret@127.0.0.1:{closed_port()}")
-    _check_tracking("sqlite:////tmp/x.db")
+        _check_tracking(f"http://user:secret@127.0.0.1:{closed_port()}", tmp_path)
+    _check_tracking("sqlite:////tmp/x.db", tmp_path)
 
 
 def test_what_a_cell_holds() -> None:

@@ -59,7 +59,9 @@ def test_interrupt_and_kill_leave_a_grid_that_goes_on(grid_file: GridFile, tmp_p
     below = psutil.Process(first.pid).children(recursive=True)
     os.kill(first.pid, signal.SIGINT)
     assert first.wait(timeout=300) == 130
-    assert "interrupted; the same command goes on" in (tmp_path / "driver.log").read_text()
+    told = (tmp_path / "driver.log").read_text()
+    assert "Ctrl-C: each cell saves a checkpoint" in told
+    assert "bwlm: interrupted; run the same command to resume" in told
     reap(below)
     wait_until_free(storage)
     states = {run["state"] for run in runs(storage)}

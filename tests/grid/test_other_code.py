@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,20 +21,16 @@ from bwlm.record.fingerprint import modules_of
 from bwlm.record.lineage import ExperimentFolder, Status
 from bwlm.train.run import run_phase
 from bwlm.train.session import AloneSession
+from tests.families import rewrite_config
 from tests.grid.conftest import GridFile
 from tests.runs import NewRun, in_process, losses
-
-
-def edit(folder: ExperimentFolder, **fields: Any) -> None:
-    content = read_json(folder.path / "config.json")
-    write_json(folder.path / "config.json", content | fields)
 
 
 def by_other_code(folder: ExperimentFolder, version: int = IDENTITY_VERSION) -> None:
     """As if the run had been planned, and trained so far, with another GPT."""
     config = folder.config()
     modules = modules_of(config.experiment) | {"bwlm.model.gpt": "another"}
-    edit(folder, identity=config.identity | {"code": "b" * 16}, modules=modules, identity_version=version)
+    rewrite_config(folder, identity=config.identity | {"code": "b" * 16}, modules=modules, identity_version=version)
     for meta in folder.checkpoints.glob("step_*/meta.json"):
         content = read_json(meta) | {"fingerprint": folder.config().fingerprint}
         del content["checksum"]
@@ -70,7 +65,7 @@ def trained(new_run: NewRun) -> ExperimentFolder:
 
 
 def test_a_run_of_the_same_code_is_what_it_was(trained: ExperimentFolder) -> None:
-    edit(trained, modules=modules_of(trained.config().experiment), identity_version=IDENTITY_VERSION)
+    rewrite_config(trained, modules=modules_of(trained.config().experiment), identity_version=IDENTITY_VERSION)
     assert planned(trained)[1].other_code == ""
 
 
@@ -92,9 +87,9 @@ def test_a_finished_run_of_an_older_identity_stays_with_that_reason(trained: Exp
 def test_a_config_of_before_versions_were_counted_has_version_1(trained: ExperimentFolder) -> None:
     by_other_code(trained)
     content = read_json(trained.path / "config.json")
-    for name in ("identity_version", "modules", "accepted_code"):
+    for name in ("identity_version", "modules", "accepted_code", "digest"):
         del content[name]
-    write_json(trained.path / "config.json", content)
+    write_json(trained.path / "config.json", content | {"fingerprint": trained.config().fingerprint})
     config = trained.config()
     assert (config.identity_version, config.modules, config.accepted_code) == (1, {}, [])
     assert planned(trained)[1].other_code.startswith("code: trained under identity version 1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 from dataclasses import replace
@@ -250,8 +249,7 @@ def test_a_parent_that_cannot_be_is_told_in_one_line(
     """An unknown parent is never accepted."""
     folder = new_family("backward")
     shutil.copytree(folder.path, tmp_path / "unfinished")
-    other = json.loads((tmp_path / "unfinished" / "status.json").read_text())
-    (tmp_path / "unfinished" / "status.json").write_text(json.dumps(other | {"state": "waiting"}))
+    ExperimentFolder(tmp_path, "unfinished").write_status(replace(folder.status(), state="waiting"))
     assert told in refusal(lambda: plan_experiment({"phase": phase} | flags, [], "x", str(tmp_path)))
 
 

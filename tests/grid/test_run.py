@@ -82,7 +82,8 @@ def test_a_grid_trains_compares_reports_and_runs_once(
     assert read_json(storage / result.cells[0].id / "parent_link.json")["parent"] is None
 
     again = result.report.with_name("grid.yaml")
-    assert f"bwlm grid run {again}" in report
+    assert 'bwlm grid run "$BWLM_STORAGE"/grids/g/grid.yaml' in report
+    assert again == storage / "grids/g/grid.yaml"
     assert [cell.id for cell in load_grid(again, []).cells] == [cell.id for cell in result.cells]
 
     (children,) = mlflow_children(storage).values()

@@ -109,7 +109,7 @@ def test_a_grid_whose_driver_is_asked_to_end_saves_every_cell(
     wait_for_step(driver, storage, running, 20)
     driver.send_signal(signal.SIGTERM)
     assert driver.wait(timeout=300) == 143
-    assert (tmp_path / "driver.log").read_text().count("bwlm: asked to end; the same command goes on") == 1
+    assert (tmp_path / "driver.log").read_text().count("bwlm: stopped by SIGTERM; run the same command to resume") == 1
     assert "Trial train_cell" not in (tmp_path / "driver.log").read_text(), "Tune tells of cells that never ran"
     for cell in running:
         check_saved(storage, cell)

@@ -170,7 +170,7 @@ def test_asked_to_end_it_goes_on_with_the_same_command(train: Train, corpus: Pat
     folder = ExperimentFolder(storage, "x")
     assert checkpoint_steps(folder.checkpoints) == [folder.status().step]
     assert [run["state"] for run in runs(storage)] == ["stopped"]
-    assert "bwlm: asked to end; the same command goes on where it was\n" in (tmp_path / "driver.log").read_text()
+    assert "bwlm: stopped by SIGTERM; run the same command to resume\n" in (tmp_path / "driver.log").read_text()
 
     assert train("x", **settings)[0] == train("calm", **settings)[0] == 0
     assert losses(storage / "x") == losses(storage / "calm")

@@ -54,7 +54,14 @@ def test_attention_is_blocked_on_a_cpu_until_it_would_keep_too_much() -> None:
     long = choose(depth=12, sequence_length=16384)
     assert long.attention == "sdpa"
     assert "GB" in long.reasons["attention"]
-    assert choose(hardware=GPU).attention == "sdpa"
+
+
+def test_a_gpu_skips_blocks_where_they_are_compiled() -> None:
+    assert choose(Wanted(compile=True), GPU).attention == "flex"
+    assert choose(Wanted(compile=False), GPU).attention == "sdpa"
+    assert choose(Wanted(compile=True, attention="sdpa"), GPU).attention == "sdpa"
+    narrow = GPTConfig.from_depth(4, 4096, 512, head_dim=8)  # no tensor core multiplies 8 at a time
+    assert choose_compute(Wanted(compile=True), GPU, PEAK["cuda"], narrow, rows=64, steps=100).attention == "sdpa"
 
 
 @pytest.mark.parametrize(("vocab", "chunk"), [(1024, 2048), (4096, 512), (32768, 256), (131072, 256)])
@@ -140,10 +147,13 @@ def test_the_peak_of_a_cpu_is_measured_once() -> None:
 
 @pytest.mark.skipif(not look_at_hardware("cpu", 1)[0].compiler, reason="torch.compile needs a C++ compiler")
 def test_compiled_training_is_the_same_training() -> None:
-    """Also when rows do not fill the last pass and tokens not the last chunk; evaluation stays as it was."""
+    """Also when rows do not fill the last pass and tokens not the last chunk; evaluation stays as it was.
+
+    No step after the first compiles anything, whatever its segments are.
+    """
     ids = torch.randint(64, (5, 33), generator=torch.Generator().manual_seed(0))
     inputs, targets = ids[:, :-1], ids[:, 1:]
-    segments = (torch.arange(32) >= 11).long().expand(5, 32)
+    lengths = (11, 7, 1, 32)
 
     def losses(compiled: bool) -> list[float]:
         model = GPT(GPTConfig(64, 2, 32, 2, 1, 32), attention="blocked", loss_chunk=24)
@@ -151,7 +161,11 @@ def test_compiled_training_is_the_same_training() -> None:
         if compiled:
             model.compile_training()
         step = TrainStep(model, build_optimizer(model), micro_rows=3, grad_clip=1.0)
-        trained = [step(inputs, targets, segments).loss for _ in range(4)]
+        trained = []
+        for number, length in enumerate(lengths):
+            segments = (torch.arange(32) + torch.arange(5)[:, None] * (length % 32)) // length
+            with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+                trained.append(step(inputs, targets, segments).loss)
         model.eval()
         with torch.no_grad():
             return [*trained, float(model.loss(inputs, targets, segments)[0])]

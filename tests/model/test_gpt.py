@@ -8,6 +8,7 @@ import ast
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bwlm.model.attention import AttentionKernel
+from bwlm.model.cache import Reader
 from bwlm.model.gpt import GPT, Attention
 from bwlm.model.shape import GPTConfig, count_parameters
 
@@ -57,7 +59,7 @@ def changed_positions(model: GPT, position: int, segments: Tensor | None) -> Ten
 
 @pytest.mark.parametrize("segments", [None, halves()], ids=["plain", "segments"])
 @pytest.mark.parametrize("position", [0, 5, 12, 20, T - 1])
-@pytest.mark.parametrize("attention", ["sdpa", "blocked"])
+@pytest.mark.parametrize("attention", ["sdpa", "blocked", "flex"])
 def test_the_past_does_not_see_the_future(attention: AttentionKernel, position: int, segments: Tensor | None) -> None:
     changed = changed_positions(lively(attention=attention), position, segments)
     assert not changed[:, :position].any()
@@ -68,7 +70,7 @@ def test_without_segments_a_change_reaches_the_whole_rest_of_the_row() -> None:
     assert changed_positions(lively(), 5, None)[:, 5:].all()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "blocked"])
+@pytest.mark.parametrize("attention", ["sdpa", "blocked", "flex"])
 def test_segments_do_not_see_each_other(attention: AttentionKernel) -> None:
     segments = halves()
     changed = changed_positions(lively(attention=attention), 5, segments)
@@ -76,14 +78,48 @@ def test_segments_do_not_see_each_other(attention: AttentionKernel) -> None:
     assert not changed[segments == 1].any()
 
 
-def test_a_segment_reads_the_same_at_any_place_of_a_row() -> None:
-    # positions count from the row's beginning, and only their differences may matter
-    piece, before, after = some_ids(3, (1, 8)), some_ids(4, (1, 12)), some_ids(5, (1, T - 20))
-    segments = torch.tensor([[0] * 12 + [1] * 8 + [2] * (T - 20)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["sdpa", "blocked", "flex"])
+def test_a_segment_costs_the_same_at_any_place_of_a_row(attention: AttentionKernel, dtype: torch.dtype) -> None:
+    """At 0, at 1,500, and alone in a row, as a chat and an export read it; unlike RoPE's bfloat16 angles."""
+    model = lively(replace(CONFIG, sequence_length=2048), dtype, attention, loss_chunk=256)
+    piece, length = some_ids(3, (300,)), 2048
+    losses = []
+    for offset in (0, 1500):
+        row = some_ids(4, (length,))
+        row[offset : offset + 300] = piece
+        ends = [0, *([offset] if offset else []), offset + 300, length]
+        segments = torch.arange(len(ends) - 1).repeat_interleave(torch.tensor(ends).diff())
+        # a neighbour that is cut otherwise, as in a batch
+        ids, both = torch.stack([row, some_ids(5, (length,))]), torch.stack([segments, torch.arange(length) // 400])
+        with torch.no_grad():
+            losses.append(model.loss(ids, ids.roll(-1, 1), both).each[0, offset : offset + 299])
     with torch.no_grad():
-        alone = lively()(piece)
-        inside = lively()(torch.cat([before, piece, after], dim=1), segments)[:, 12:20]
-    torch.testing.assert_close(inside, alone, atol=1e-4, rtol=0)
+        alone = model.loss(piece[None], piece[None].roll(-1, 1)).each[0, :299]
+    # in bfloat16 sums of other blocks are rounded otherwise, by a step of 2^-8; other angles would cost far more
+    atol = 1e-5 if dtype == torch.float32 else 0.02
+    for found in (losses[1], alone):
+        torch.testing.assert_close(found, losses[0], atol=atol, rtol=0)
+
+
+def test_angles_are_those_of_the_position_in_the_segment_before_they_are_rounded() -> None:
+    model = lively(compute_dtype=torch.bfloat16)
+    cos, sin = model.rope(T, halves())
+    for row, begin in ((0, 10), (1, 17)):
+        for table, exact in ((cos, model.cos), (sin, model.sin)):
+            assert torch.equal(table[row, 0, begin:], exact[: T - begin].bfloat16())
+            assert torch.equal(table[row, 0, :begin], exact[:begin].bfloat16())
+
+
+def test_a_segment_of_a_row_is_what_a_cache_reads() -> None:
+    model = lively()
+    ids, segments = some_ids(), halves()
+    with torch.no_grad():
+        inside = model(ids, segments)[0, 10:]
+    piece = ids[0, 10:].tolist()
+    reader = Reader(model)
+    read = [reader.read([piece[:3]], T)[0], *(reader.follow([new])[0] for new in piece[3:])]
+    torch.testing.assert_close(torch.stack(read), inside[2:], atol=1e-5, rtol=1e-5)
 
 
 def test_one_segment_is_plain_causal_attention() -> None:

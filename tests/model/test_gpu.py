@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bwlm.model.attention import AttentionKernel
 from bwlm.model.gpt import GPT
 from bwlm.model.optim import build_optimizer
 from bwlm.model.shape import GPTConfig
@@ -13,16 +14,28 @@ from bwlm.model.step import TrainStep
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def losses(device: str, precision: torch.dtype = torch.float32, compiled: bool = False) -> list[float]:
-    """Of ten steps on one batch, in two passes of two rows."""
+def losses(
+    device: str,
+    precision: torch.dtype = torch.float32,
+    compiled: bool = False,
+    masked: bool = False,
+    attention: AttentionKernel = "sdpa",
+) -> list[float]:
+    """Of ten steps on one batch, in two passes of two rows; each step has other segments."""
     ids = torch.randint(0, 1024, (4, 257), generator=torch.Generator().manual_seed(1)).to(device)
-    model = GPT(GPTConfig.from_depth(3, 1024, 256), precision, "sdpa", loss_chunk=512)
+    model = GPT(GPTConfig.from_depth(3, 1024, 256), precision, attention, loss_chunk=512)
     model.init_weights(0)
     if compiled:
         model.compile_training()
     model.to(device)
     step = TrainStep(model, build_optimizer(model), micro_rows=2, grad_clip=1.0)
-    return [step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()).loss for _ in range(10)]
+    found = []
+    for number in range(10):
+        places = torch.arange(256, device=device) + 13 * torch.arange(4, device=device)[:, None]
+        segments = places // (30 + 50 * number) if masked else None
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            found.append(step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), segments).loss)
+    return found
 
 
 def test_in_float32_to_its_precision() -> None:
@@ -31,3 +44,15 @@ def test_in_float32_to_its_precision() -> None:
 
 def test_compiled_in_bfloat16_to_the_precision_of_that() -> None:
     assert losses("cuda", torch.bfloat16, compiled=True) == pytest.approx(losses("cpu"), abs=5e-3)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex", "blocked"])
+def test_inside_segments_in_float32(attention: AttentionKernel) -> None:
+    expected = losses("cpu", masked=True)
+    assert losses("cuda", masked=True, attention=attention) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+def test_inside_segments_compiled_in_bfloat16_and_never_anew(attention: AttentionKernel) -> None:
+    found = losses("cuda", torch.bfloat16, compiled=True, masked=True, attention=attention)
+    assert found == pytest.approx(losses("cpu", masked=True), abs=5e-3)

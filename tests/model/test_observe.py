@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bwlm.model.attention import segment_mask
 from bwlm.model.gpt import GPT, norm, rotate
 from bwlm.model.observe import (
     BINS,
@@ -107,10 +108,11 @@ def test_gradient_statistics_are_of_each_parameter_in_order() -> None:
 
 def captured(model: GPT, ids: Tensor, segments: Tensor | None) -> dict[tuple[str, int], Tensor]:
     """The values at each place, by the arithmetic of a block written out."""
-    rope, x = model.rope(ids.size(1)), norm(model.embedding(ids))
+    rope, x = model.rope(ids.size(1), segments), norm(model.embedding(ids))
+    mask = segment_mask(segments, "sdpa", CONFIG.heads)
     found = {("stream", -1): x}
     for layer, block in enumerate(model.blocks):
-        attended = block.attention(norm(x), rope, segments)
+        attended = block.attention(norm(x), rope, mask)
         x = x + attended
         hidden = F.linear(norm(x), block.mlp.up.weight).relu().square()
         added = F.linear(hidden, block.mlp.down.weight)

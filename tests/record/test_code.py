@@ -170,7 +170,13 @@ def test_every_module_of_the_training_rooms_counts_or_is_left_out_for_a_reason()
     }
     # no phase imports them
     used_after_training = {
-        *("bwlm.evaluate.export", "bwlm.evaluate.load", "bwlm.evaluate.model_card", "bwlm.evaluate.texts"),
+        *(
+            "bwlm.evaluate.chat_template",
+            "bwlm.evaluate.export",
+            "bwlm.evaluate.load",
+            "bwlm.evaluate.model_card",
+            "bwlm.evaluate.texts",
+        ),
         *("bwlm.text.hf_tokenizer", "bwlm.text.inspect", "bwlm.text.mixture", "bwlm.text.prepare"),
     }
     assert files - known - NO_RESULT.keys() == used_after_training

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,11 @@ from bwlm.errors import Interrupted, UserError
 from bwlm.model.compute import Compute
 from bwlm.paths import Check, read_json, write_json
 from bwlm.record.fingerprint import fingerprint
+from bwlm.record.health import sealed
 from bwlm.record.journal import Journal
 from bwlm.record.lease import LeaseLost
 from bwlm.record.lineage import ExperimentFolder, RunConfig, Status, list_experiments, open_experiment
+from tests.families import rewrite_config
 
 
 def config_of(name: str) -> RunConfig:
@@ -75,6 +78,47 @@ def test_what_is_written_is_read_back(folder: ExperimentFolder) -> None:
         "sha256": None,
         "chain": [],
     }
+
+
+def test_paths_below_the_storage_are_told_from_it_and_follow_it(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    folder = ExperimentFolder(old, "run")
+    folder.create(
+        replace(config_of("run"), corpus=str(old / "cache/packed/c"), tokenizer=str(old / "cache/tokenizers/t"))
+    )
+    content = read_json(folder.path / "config.json")
+    assert (content["corpus"], content["tokenizer"]) == ("cache/packed/c", "cache/tokenizers/t")
+    old.rename(new)
+    moved = ExperimentFolder(new, "run").config()
+    assert (moved.corpus, moved.tokenizer) == (str(new / "cache/packed/c"), str(new / "cache/tokenizers/t"))
+
+
+def test_an_absolute_path_of_an_earlier_version_is_looked_for_in_the_storage_first(tmp_path: Path) -> None:
+    """A copy of a storage must not read the other's files; what lies elsewhere stays where it is."""
+    folder = make(tmp_path / "new")
+    (tmp_path / "new/cache/packed/c").mkdir(parents=True)
+    told = {"corpus": str(tmp_path / "old/cache/packed/c"), "tokenizer": str(tmp_path / "old/cache/tokenizers/t")}
+    rewrite_config(folder, **told)
+    assert folder.config().corpus == str(tmp_path / "new/cache/packed/c")
+    assert folder.config().tokenizer == told["tokenizer"], "none of this storage has its name"
+
+
+def test_a_run_keeps_its_tokenizer_and_reads_its_own(tmp_path: Path) -> None:
+    given, folder = tmp_path / "given", ExperimentFolder(tmp_path / "runs", "run")
+    given.mkdir()
+    (given / "tokenizer.json").write_text("one")
+    own = folder.path / "tokenizer"
+    own.mkdir(parents=True)
+    (own / "tokenizer.json").write_text("of a launch that was cut off")
+    folder.keep_tokenizer(given)
+    folder.create(replace(config_of("run"), tokenizer=str(given)))
+    assert read_json(folder.path / "config.json")["tokenizer"] == "run/tokenizer"
+    assert folder.config().tokenizer == str(own)
+    assert (own / "tokenizer.json").read_text() == "one"
+    (given / "tokenizer.json").write_text("another")
+    folder.keep_tokenizer(given)
+    assert (own / "tokenizer.json").read_text() == "one"
+    assert [path.name for path in folder.path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_an_experiment_exists_from_its_last_file_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,16 +187,16 @@ def test_a_config_that_is_none_is_told_with_its_file(content: str, folder: Exper
 def test_a_config_of_another_version_is_told_with_its_field(folder: ExperimentFolder) -> None:
     content = read_json(folder.path / "config.json")
     content["experiment"]["model"]["gone"] = 1
-    write_json(folder.path / "config.json", content)
+    write_json(folder.path / "config.json", sealed(content))
     with pytest.raises(UserError, match=r"config\.json: not an experiment of this version of bwlm \(.*model\.gone"):
         folder.config()
 
 
 def test_a_run_of_before_documents_were_shuffled_keeps_their_order(folder: ExperimentFolder) -> None:
     assert folder.config().experiment.data.shuffle
-    content = read_json(folder.path / "config.json")
-    del content["experiment"]["data"]["shuffle"]
-    write_json(folder.path / "config.json", content)
+    content = read_json(folder.path / "config.json")["experiment"]
+    del content["data"]["shuffle"]
+    rewrite_config(folder, experiment=content)
     assert not folder.config().experiment.data.shuffle
 
 

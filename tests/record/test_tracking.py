@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 import shutil
+import subprocess
+import sys
+import threading
 import time
+import urllib.request
+from collections import OrderedDict
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +24,7 @@ from mlflow.exceptions import MlflowException
 
 from bwlm.config import Experiment
 from bwlm.errors import UserError
+from bwlm.grid.launch import _check_tracking
 from bwlm.model.compute import Compute
 from bwlm.paths import read_json
 from bwlm.record.journal import Journal
@@ -273,6 +282,131 @@ def test_a_store_that_is_away_at_the_beginning_is_the_users_to_start(
         with pytest.raises(UserError) as caught:
             action()
         assert str(caught.value).startswith(expected)
+
+
+# ---- odd states ----
+
+
+def test_a_deleted_run_is_told_with_the_command_that_restores_it(
+    store: Tracking, client: MlflowClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make(tmp_path)
+    _, child = enlist(store, folder)
+    client.delete_run(child)
+    enlist(store, folder)
+    [told] = caplog.messages
+    assert told.startswith(f"tracking: the run of {folder.path} is deleted: a new one takes its place; the old one: ")
+    restore = shlex.split(told.partition("the old one: ")[2])
+    assert restore == [f"MLFLOW_TRACKING_URI={store.uri}", "mlflow", "runs", "restore", "--run-id", child]
+
+
+def test_a_deleted_experiment_is_told_with_the_command_that_restores_it(tmp_path: Path) -> None:
+    uri = Tracking(tracking_uri(tmp_path, None), tmp_path).uri
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None
+    client.delete_experiment(experiment.experiment_id)
+    with pytest.raises(UserError) as caught:
+        Tracking(uri, tmp_path)
+    said, _, command = str(caught.value).partition("is deleted: run: ")
+    assert said == f"tracking: the experiment bwlm of {uri} "
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(command, shell=True, env=environment, check=True, capture_output=True)
+    assert Tracking(uri, tmp_path)._experiment == experiment.experiment_id
+
+
+def test_a_store_that_was_set_back_gets_the_rest_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As after a backup was restored."""
+    storage = tmp_path / "runs"
+    store = Tracking(tracking_uri(storage, None), storage)
+    folder, database = make(storage), storage / "mlflow.db"
+    parent, child = enlist(store, folder)
+    log_steps(folder, 1, 3)
+    store.deliver(folder)
+    backup = database.read_bytes()
+    log_steps(folder, 4, 7)
+    status = Status("finished", "", 7, {"val_bpb": 1.5})
+    assert store.close_child(folder, status, [])
+    store._client._tracking_client.store.engine.dispose()
+    database.write_bytes(backup)
+    again = Tracking(store.uri, storage)
+    assert enlist(again, folder) == (parent, child)
+    assert f"was set back to step 3 of {folder.path}: the rest is delivered again" in caplog.text
+    assert again.close_child(folder, status, [])
+    client = MlflowClient(store.uri)
+    assert delivered(client, child) == expected(7)
+    assert client.get_run(child).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("code", "mend"),
+    [
+        (401, "wants a user and a password (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        (403, "forbids this (403): ask for the right to write, or set MLFLOW_TRACKING_USERNAME to a user that has it"),
+    ],
+)
+def test_a_server_that_refuses_is_told_with_its_mend(code: int, mend: str, tmp_path: Path) -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health" else code)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{web.server_port}"
+        with pytest.raises(UserError) as caught:
+            Tracking(uri, tmp_path)
+        assert str(caught.value) == f"tracking: {uri} {mend}"
+        web.shutdown()
+
+
+@pytest.mark.faults
+def test_a_server_that_refuses_the_host_name_is_told_with_the_option_that_allows_it(tmp_path: Path) -> None:
+    """MLflow's own answer to a name that is not among `--allowed-hosts`; its /health says that all is well."""
+    port = free_port()
+    with server(tmp_path, port, "--allowed-hosts", "tracking.example") as uri:
+        with urllib.request.urlopen(f"{uri}/health", timeout=10) as answer:
+            assert answer.status == 200
+        with pytest.raises(UserError) as caught:
+            Tracking(uri, tmp_path)
+        with pytest.raises(UserError):
+            _check_tracking(uri, tmp_path)
+    mend = f"start it with: mlflow server --allowed-hosts 127.0.0.1:{port}"
+    assert str(caught.value) == f"tracking: {uri} refuses this host name (403): {mend}"
+    with server(tmp_path, port, "--allowed-hosts", f"127.0.0.1:{port}") as uri:
+        Tracking(uri, tmp_path)
+
+
+# ---- figures that are not finite ----
+
+
+def test_a_diverged_run_is_found_by_its_tag_and_keeps_its_last_figures(
+    store: Tracking, client: MlflowClient, tmp_path: Path
+) -> None:
+    folder = make(tmp_path)
+    _, child = enlist(store, folder)
+    log_steps(folder, 1, 3)
+    with (folder.path / "metrics.jsonl").open("a") as file:  # as no version of ours writes it
+        file.write('{"step": 4, "time": 1, "metrics": {"tokens": 400, "loss": NaN, "grad_norm": Infinity}}\n')
+    diverged = Status("failed", "loss nan at step 5", 4, {"loss": 1 / 3}, 5)
+    assert store.close_child(folder, diverged, [])
+    [experiment] = [e for e in client.search_experiments() if e.name == EXPERIMENT]
+    [found] = client.search_runs(
+        [experiment.experiment_id], f"tags.`bwlm.diverged` = 'step 5' and tags.`bwlm.experiment_id` = '{folder.id}' "
+        f"and attributes.run_id = '{child}'"
+    )  # fmt: skip
+    assert found.data.metrics == {"loss": 1 / 3, "tokens": 400}
+    assert delivered(client, child) == expected(3)
+    Journal(folder.path, 3).close()  # it is tried again at a lower rate of another version, and goes well
+    log_steps(folder, 4, 6, resume=3)
+    store.deliver(folder)
+    assert "bwlm.diverged" not in client.get_run(child).data.tags
+    assert store.close_child(folder, Status("finished", "", 6, {"loss": 1 / 6}), [])
+    assert client.get_run(child).data.metrics["final_loss"] == 1 / 6
+    assert "bwlm.diverged" not in client.get_run(child).data.tags
 
 
 # ---- interruption ----
@@ -544,7 +678,7 @@ def test_the_command_that_shows_the_runs_can_be_pasted() -> None:
 def test_artifacts_of_a_database_lie_beside_it(store: Tracking, tmp_path: Path) -> None:
     enlist(store, make(tmp_path))
     root = Path(store.uri.removeprefix("sqlite:///")).parent
-    assert {path.name for path in root.iterdir()} == {"mlflow.db", "mlartifacts"}
+    assert {path.name for path in root.iterdir()} == {"mlflow.db", ".mlflow.db.lock", "mlartifacts"}
 
 
 @pytest.mark.parametrize(
@@ -636,3 +770,31 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path: Path, monkeypatch: pyt
         everything = client.search_runs([run.info.experiment_id])
         assert sorted(r.info.run_id for r in everything) == sorted((parent, child))
     assert read_json(folder.path / "mlflow.json")["delivered_step"] == 7
+
+
+# ---- a storage that is moved ----
+
+
+def test_artifacts_of_a_moved_storage_are_found_and_new_ones_lie_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A copy leaves those of its original alone."""
+    old, new = tmp_path / "old, 100% #1", tmp_path / "new"
+    before = Tracking(tracking_uri(old, None), old)
+    parent, child = enlist(before, make(old))
+    shutil.copytree(old, new)
+    shutil.rmtree(old / "mlartifacts")
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._artifact_repos_cache", OrderedDict())
+    store = Tracking(tracking_uri(new, None), new)
+    assert "the storage was moved" in caplog.text
+    client = MlflowClient(store.uri)
+    assert [file.path for file in client.list_artifacts(parent)] == ["grid.yaml"]
+    assert [file.path for file in client.list_artifacts(child)] == ["config.json"]
+    folder = make(new, "g_forward_d2_lr0.5_s3")
+    assert (new / "mlartifacts" / store.child_run(folder, parent, DATASET) / "artifacts" / "config.json").exists()
+    assert not (old / "mlartifacts").exists()
+    caplog.clear()
+    Tracking(tracking_uri(new, None), new)
+    assert caplog.text == ""
+    Tracking(tracking_uri(old, None), new)  # another storage's database, that was chosen
+    assert MlflowClient(tracking_uri(old, None)).get_run(parent).info.artifact_uri.startswith(old.as_uri())

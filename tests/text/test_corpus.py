@@ -22,6 +22,7 @@ import pytest
 
 from bwlm.config import DataSettings, Recipe
 from bwlm.errors import UserError
+from bwlm.text import corpus as corpus_module
 from bwlm.text.corpus import Corpus, check_shards, find_corpus, read_texts
 from bwlm.text.prepare import Pack, Prepared, prepare
 
@@ -185,6 +186,24 @@ def test_faults_of_a_web_server(web: str) -> None:
         find(f"{web}/shards/no.parquet")
     with pytest.raises(UserError, match=rf"data\.source: {web}/broken/ cannot be listed \(500.*\): check the address"):
         find(f"{web}/broken/")
+
+
+def test_a_built_in_corpus_is_the_same_where_its_storage_was_moved(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all that was made from it would be made again."""
+
+    def listing(cache: Path, name: str = "pydocs-1") -> str:
+        monkeypatch.setattr(corpus_module, "_write_builtin", lambda source, folder, progress: folder / name)
+        return find_corpus(DataSettings(source="builtin:pydocs"), cache, lambda _: None).listing()
+
+    old, new = tmp_path / "old" / "cache", tmp_path / "new" / "cache"
+    shutil.copytree(shards, old / "corpora" / "pydocs-1")
+    before = listing(old)
+    old.parent.rename(new.parent)
+    assert listing(new) == before
+    (new / "corpora" / "pydocs-1").rename(new / "corpora" / "pydocs-2")
+    assert listing(new, "pydocs-2") != before
 
 
 def test_the_listing_names_files_sizes_times_and_column(shards: Path) -> None:

@@ -202,7 +202,8 @@ def test_an_end_that_cannot_be_noted_keeps_its_reason(new_run: NewRun, monkeypat
         raise RunError("the reason of its own")
 
     fine, failing = new_run("fine"), new_run("failing")
-    monkeypatch.setattr(ExperimentFolder, "write_status", full)
+    for noting in ("finish", "write_status"):
+        monkeypatch.setattr(ExperimentFolder, noting, full)
     finished = run_phase(fine, AloneSession(), in_process)
     assert (finished.state, "No space left" in finished.reason) == ("failed", True)
     failed = run_phase(failing, AloneSession(), broken)
@@ -249,6 +250,9 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(new_run: NewRun) -> None:
     status = run_phase(folder, AloneSession(), in_process)
     assert status.state == "failed"
     assert "loss nan" in status.reason
+    assert status == folder.status()
+    assert (status.diverged, status.step) == (5, 4)  # what it had measured before is still told
+    assert status.metrics["train_loss"] == list(read_journal(folder.path))[-1].metrics["train_loss"]
     assert "step 5" in status.reason
     assert "rows " in status.reason
     assert folder.status().state == "failed"
@@ -424,6 +428,7 @@ def test_a_validation_that_is_not_finite_fails_the_run(new_run: NewRun, monkeypa
     status = run_phase(folder, AloneSession(), in_process)
     assert status.state == "failed"
     assert re.search(r"^val_bpb not finite at step 5, .*lower lr", status.reason)
+    assert status.diverged == 5
     assert checkpoint_steps(folder.checkpoints) == [4]
 
 

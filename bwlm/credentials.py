@@ -1,0 +1,94 @@
+"""Secrets in addresses: refused with the variable that takes them, and never printed.
+
+Settings are kept in a run's folder, in MLflow and in logs, where many can read them. So no address may hold a password,
+a key or a signed query: the libraries that open it take those from the environment.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import unquote
+
+from bwlm.errors import UserError
+
+_PASSWORD = re.compile(r"(?<=:/)(/?(?!\[)[^/?#\s@:]*):(?!\d{1,5}(?:/|$))[^?#\s@]*(?:@[^/?#\s@]*)*@")
+"""`user:password@`; a password may hold slashes, and `host:8000/name@revision` is none; a `Path` has lost a slash."""
+_LOGIN = re.compile(r"(https?://?)([^/?#\s@]+)@")
+"""`token@` of HTTP; elsewhere a name before the host is a user or a container."""
+_PARAMETER = re.compile(r"(?:(?<=[?&;#])|^)([\w.-]+)=([^?&;#\s]+)")
+_SECRET_PARTS = (
+    *("secret", "passw", "signature", "credential", "accesskey", "accountkey", "apikey", "privatekey"),
+    *("sessionkey", "authorization"),
+)
+_SECRET_NAMES = frozenset({"sig", "sas", "key", "pwd", "pass", "auth", "keypairid", "awsaccesskeyid"})
+_AWS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_AZURE = "AZURE_STORAGE_CONNECTION_STRING"
+_GOOGLE = "GOOGLE_APPLICATION_CREDENTIALS"
+_VARIABLES = (
+    (("postgresql", "postgres"), "PGPASSWORD, or a line in ~/.pgpass"),
+    (("mysql", "mariadb"), "a file named by ?read_default_file=, such as ~/.my.cnf"),
+    (("s3", "s3a"), _AWS),
+    (("gs", "gcs"), _GOOGLE),
+    (("az", "abfs", "abfss", "adl"), _AZURE),
+    (("hf",), "HF_TOKEN"),
+    (("github",), "FSSPEC_GITHUB_USERNAME and FSSPEC_GITHUB_TOKEN"),
+)
+_OF_DATA = f"{_AWS} (s3://), {_GOOGLE} (gs://), {_AZURE} (az://), HF_TOKEN (hf://), or FSSPEC_HTTPS (JSON) for https://"
+_OF_TRACKING = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+
+
+def refuse_secret(address: str, field: str) -> None:
+    """Raises `UserError` that names the field, the kind of secret and the variable to use, and not the secret."""
+    if fault := secret_in(address, field):
+        raise UserError(fault)
+
+
+def secret_in(address: str, field: str) -> str | None:
+    """`field: what secret the address holds: the variable to use instead`; None of an address without one."""
+    kind = _kind(address) or _kind(unquote(address))
+    return None if kind is None else f"{field}: holds {kind}: take it out, and set {_variables(address, field)}"
+
+
+def secrets_in(content: Any, field: str = "") -> Iterator[str]:
+    """`secret_in` of every text in nested settings, names of fields among them, by dotted field."""
+    if isinstance(content, str):
+        found = secret_in(content, field)
+        yield from [found] if found else []
+    elif isinstance(content, dict):
+        for name, value in content.items():
+            yield from secrets_in(str(name), field or "a field's name")
+            yield from secrets_in(value, ".".join(filter(None, (field, masked(str(name))))))
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from secrets_in(value, field)
+
+
+def masked(text: str) -> str:
+    """A text that may quote addresses, with *** for each secret in them."""
+    text = _PASSWORD.sub(r"\1:***@", text)
+    text = _LOGIN.sub(lambda match: match[0] if match[2].endswith(":***") else f"{match[1]}***@", text)
+    return _PARAMETER.sub(lambda match: f"{match[1]}=***" if _is_secret(match[1]) else match[0], text)
+
+
+def _kind(address: str) -> str | None:
+    if "://" in address and (_PASSWORD.search(address) or _LOGIN.search(address)):
+        return "a user's password or token"
+    if "://" in address or ";" in address:
+        names = [name for name, _ in _PARAMETER.findall(address) if _is_secret(name)]
+        return f"a secret in {names[0]}=" if names else None
+    return None
+
+
+def _is_secret(name: str) -> bool:
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    return plain in _SECRET_NAMES or plain.endswith("token") or any(part in plain for part in _SECRET_PARTS)
+
+
+def _variables(address: str, field: str) -> str:
+    scheme = address.partition("://")[0].rpartition("::")[2].partition("+")[0].lower()
+    for schemes, variables in _VARIABLES:
+        if scheme in schemes:
+            return variables
+    return _OF_TRACKING if "tracking" in field.lower() else _OF_DATA

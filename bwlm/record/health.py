@@ -1,0 +1,148 @@
+"""Faults of a run's records: files that were edited, cut off or deleted since the run wrote them.
+
+`config.json` and `status.json` hold a digest of their own content. A run that finishes notes in `status.json` the size
+of each record that it leaves, and the SHA-256 of the small ones. Runs of earlier versions have neither: of theirs it is
+checked what can be known without. Not here: which runs an analysis leaves out (`lineage.readable`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bwlm.errors import RunError, UserError
+from bwlm.paths import sha256_of
+from bwlm.record.checkpoint import META, MODEL, step_folder, weights_digest
+from bwlm.record.fingerprint import fingerprint
+from bwlm.record.journal import NAME, faults_of_order, last_entry
+
+if TYPE_CHECKING:
+    from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
+
+DIGEST = "digest"
+RECORDS = "records"
+_HASHED = (NAME, "evaluations/*/*/validation.parquet", "evaluations/*/*/validation.json")
+"""Records that analyses read whole, so that hashing them costs little beside it."""
+_State = tuple[Path, int, int]
+"""A file, its size and its time: a grid's report looks at each run once for each of the others."""
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a JSON file with the digest of all its other fields."""
+    return {**content, DIGEST: _digest(content)}
+
+
+def check_seal(path: Path, content: Mapping[str, Any], mend: str) -> None:
+    """Raises `UserError` with the way out if the file has a digest and it is not that of its content."""
+    if DIGEST in content and content[DIGEST] != _digest(content):
+        raise UserError(f"{path}: edited by hand (its digest differs): {mend}")
+
+
+def check_agrees(path: Path, content: Mapping[str, Any], mend: str) -> None:
+    """The check of a config.json without a digest: its fingerprint is that of its identity, its settings agree with it.
+
+    Raises `UserError` that names the field.
+    """
+    identity = content["identity"]
+    if fingerprint(identity) != content["fingerprint"]:
+        raise UserError(f"{path}: edited by hand (its fingerprint is not that of its identity): {mend}")
+    for name, value in _flat(content["experiment"]):
+        if name in identity and identity[name] != value:
+            raise UserError(
+                f"{path}: edited by hand (experiment.{name} is {value}, and {identity[name]} in its identity): {mend}"
+            )
+
+
+def left_behind(folder: Path, steps: int) -> dict[str, dict[str, Any]]:
+    """Bytes of each record that a finished run leaves, by its path in the folder, and `sha256` of the small ones."""
+    last = step_folder(folder / "checkpoints", steps)
+    hashed = [path for pattern in _HASHED for path in sorted(folder.glob(pattern))]
+    sized = [*sorted(folder.glob("*.h5")), *(path for path in (last / META, last / MODEL) if path.exists())]
+    records = {path: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in hashed}
+    records |= {path: {"bytes": path.stat().st_size} for path in sized}
+    return {str(path.relative_to(folder)): record for path, record in records.items()}
+
+
+def damage(folder: ExperimentFolder, config: RunConfig, status: Status, thorough: bool = True) -> list[str]:
+    """Faults of a run's records, a line each; none of a run that is whole.
+
+    Not `thorough`: what file names, sizes and the end of the journal tell, so that many runs are listed at once. A last
+    line of the journal that is torn is no fault of a run that has not ended: it was killed, and resumes before it.
+    """
+    records = folder.records_left()
+    found = list(_changed(folder.path, records, thorough))
+    if NAME not in records:
+        found += _journal_faults(folder.path, status, thorough)
+    log = folder.research_log(config.experiment.phase)
+    if thorough and status.ended and log.exists() and log.name not in {line.partition(":")[0] for line in found}:
+        every = config.experiment.research_log.scalars
+        due = status.step - status.step % every if every and status.state == "finished" else 0
+        found += _log_faults(_state(log), due)
+    return found
+
+
+def damage_of_weights(folder: ExperimentFolder, config: RunConfig, status: Status) -> list[str]:
+    """The fault of a finished run's last weights, which are read whole for it."""
+    if status.state != "finished" or not step_folder(folder.checkpoints, config.steps).exists():
+        return []  # told already, of a run that had them
+    try:
+        weights_digest(folder.checkpoints, config.steps)
+    except RunError as error:
+        return [str(error).removeprefix(f"{folder.path}/")]
+    return []
+
+
+def _changed(folder: Path, records: Mapping[str, Mapping[str, Any]], thorough: bool) -> Iterator[str]:
+    for name, left in records.items():
+        path = folder / name
+        if not path.exists():
+            yield f"{name}: gone"
+        elif (size := path.stat().st_size) != left["bytes"]:
+            yield f"{name}: {size:,} bytes, and {left['bytes']:,} when the run finished"
+        elif thorough and "sha256" in left and _sha256(_state(path)) != left["sha256"]:
+            yield f"{name}: edited since the run finished (its SHA-256 differs)"
+
+
+def _journal_faults(folder: Path, status: Status, thorough: bool) -> Iterator[str]:
+    if (folder / NAME).exists():
+        yield from (f"{NAME}: {fault}" for fault in _order_faults(_state(folder / NAME), thorough))
+    last = last_entry(folder)
+    if status.ended and last and (last.step < status.step or (status.state == "finished" and last.step > status.step)):
+        yield f"{NAME}: ends at step {last.step:,}, and the run {status.state} at step {status.step:,}"
+
+
+def _state(path: Path) -> _State:
+    stat = path.stat()
+    return path, stat.st_size, stat.st_mtime_ns
+
+
+@lru_cache(maxsize=100_000)
+def _sha256(state: _State) -> str:
+    return sha256_of(state[0])
+
+
+@lru_cache(maxsize=100_000)
+def _order_faults(state: _State, whole: bool) -> tuple[str, ...]:
+    return tuple(faults_of_order(state[0].parent, whole))
+
+
+@lru_cache(maxsize=100_000)
+def _log_faults(state: _State, due: int) -> tuple[str, ...]:
+    from bwlm.record.researchlog import fault_of_log  # h5py, which a list of runs does without
+
+    return tuple(fault_of_log(state[0], due))
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return fingerprint({name: value for name, value in content.items() if name != DIGEST})
+
+
+def _flat(experiment: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Settings as an identity names them."""
+    for name, value in experiment.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", value[inner]) for inner in value)
+        else:
+            yield name, value
