@@ -83,7 +83,8 @@ GROUPS = {
         },
     ),
     "tokens": Group(
-        "One entry every few steps: every token of the batch, as the model read it.",
+        "One entry every few steps: every token of the batch, as it was read: a backward row from its last segment "
+        "to its first.",
         {
             "step": _STEP,
             "rank": Column("int", "R", "rank", "which worker read the row"),
