@@ -1,7 +1,7 @@
 """MLflow's SQLite database: made once, whole, and refused with the way out where MLflow of this version cannot use it.
 
 MLflow makes and migrates a database when somebody first opens it, without a lock: of several first opens at once most
-fail, and the file may never open again. Here one process makes it under a lock, in a temporary file that is renamed.
+fail (`findings/mlflow_first_opens.sh`). Here one process makes it under a lock, in a temporary file that is renamed.
 An older schema is not migrated by a launch either: other launches may have the file open.
 """
 
