@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import pandas as pd
@@ -156,7 +156,10 @@ def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
             if not is_pair(str(size), b):
                 continue
             try:  # with the pair's rows alone: what is wrong with another must not silence this one
-                found.append(gap(rows[rows["direction"].isin([a, b])], a, b, str(size)))
+                both = rows[rows["direction"].isin([a, b])]
+                chose = both["choosing_seeds"].min()
+                chosen_by = None if pd.isna(chose) else int(chose)
+                found.append(replace(gap(both, a, b, str(size)), choosing_seeds=chosen_by))
             except UserError as error:
                 problems.append(f"{size}: {error}")
     return judge(found), problems

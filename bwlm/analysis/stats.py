@@ -28,11 +28,12 @@ from bwlm.config import DIRECTIONS
 from bwlm.errors import UserError, nearest
 
 Interval = tuple[float, float]
-Verdict = Literal["different", "no difference seen", "too few seeds to tell"]
+Verdict = Literal["different", "no difference seen", "too few seeds to tell", "too few seeds chose the rate"]
 
 DIFFERENT: Final = "different"
 NO_DIFFERENCE: Final = "no difference seen"
 TOO_FEW_SEEDS: Final = "too few seeds to tell"
+TOO_FEW_CHOSE: Final = "too few seeds chose the rate"
 
 PER_DIRECTION: Final = ", bidirectional at equal tokens per direction"
 """Ends the size of pairs whose bidirectional runs have read twice the tokens; the others meet at their own size too."""
@@ -49,8 +50,8 @@ _CHUNK: Final = 1_000_000  # documents drawn at a time by the bootstrap: about 3
 class Gap:
     """The gap b - a at one size; positive where a has the lower loss. Scalars are plain Python numbers.
 
-    `gap` leaves the last three fields unfilled, since a verdict depends on the whole family of comparisons: `judge` and
-    `gaps` fill them.
+    `gap` leaves the last four fields unfilled, since a verdict depends on the whole family of comparisons: `judge` and
+    `gaps` fill them, but for `choosing_seeds`, which losses alone do not tell.
     """
 
     size: Size
@@ -67,6 +68,9 @@ class Gap:
     seed_interval: Interval | None  # nats per token; None with one seed
     noise_floor: float | None  # nats per token, over `seeds`; None with one seed
     p: float | None  # paired t, two-sided, not adjusted; None with one seed
+    choosing_seeds: int | None = (
+        None  # that chose the learning rate of a direction, of the two the fewer; None: none was
+    )
     p_adjusted: float | None = None  # Holm over the family; None with too few seeds
     verdict: Verdict | None = None
     reason: str = ""
@@ -125,25 +129,33 @@ def judge(family: Sequence[Gap], alpha: float = 0.05) -> list[Gap]:
 
     `different` if and only if the paired t-test's p, Holm-adjusted over the family, is below alpha. A gap with fewer
     than three paired seeds gets `too few seeds to tell` whatever its p, and so does one whose seeds are copies of one
-    run; as it is never tested, it does not count in the family either, and so makes no other verdict stricter.
+    run. One whose learning rate fewer than three seeds chose gets `too few seeds chose the rate`: the seeds that are
+    tested hold those that the rate was fitted to. Neither is tested, so neither counts in the family, and no other
+    verdict gets stricter by it.
     """
     untold = [_why_not_tested(g) for g in family]
     tested = [g.p for g, why in zip(family, untold, strict=True) if g.p is not None and not why]
     adjusted = iter(holm(tested))
     return [
-        replace(g, verdict=TOO_FEW_SEEDS, reason=f"{why}{_dropped_words(g)}")
+        replace(g, verdict=why[0], reason=f"{why[1]}{_dropped_words(g)}")
         if why
         else _with_verdict(g, next(adjusted), len(tested), alpha)
         for g, why in zip(family, untold, strict=True)
     ]
 
 
-def _why_not_tested(g: Gap) -> str:
+def _why_not_tested(g: Gap) -> tuple[Verdict, str] | None:
+    """The verdict of a gap that no test decides, and its reason."""
     if len(g.seeds) < FEWEST_SEEDS:
-        return f"{counted(len(g.seeds), 'paired seed')}, a verdict needs {FEWEST_SEEDS}"
+        return TOO_FEW_SEEDS, f"{counted(len(g.seeds), 'paired seed')}, a verdict needs {FEWEST_SEEDS}"
     if g.noise_floor is not None and g.noise_floor <= _ROUNDING:
-        return "seeds do not differ in either direction: copies of one run are one seed"
-    return ""
+        return TOO_FEW_SEEDS, "seeds do not differ in either direction: copies of one run are one seed"
+    if g.choosing_seeds is not None and g.choosing_seeds < FEWEST_SEEDS:
+        return (
+            TOO_FEW_CHOSE,
+            f"the rate was chosen by {counted(g.choosing_seeds, 'seed')}, a verdict needs {FEWEST_SEEDS}",
+        )
+    return None
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -289,9 +289,15 @@ def best_learning_rates(table: pd.DataFrame, tried: Sequence[TriedRate]) -> list
 
 
 def best_on_test(table: pd.DataFrame, best: list[BestRate]) -> pd.DataFrame:
-    """The test half of the cells at their direction's best learning rate."""
+    """The test half of the cells at their direction's best learning rate.
+
+    `choosing_seeds` is how many seeds chose the rate, missing where only one rate was tried.
+    """
     wanted = {(rate.size, rate.direction, rate.lr) for rate in best}
-    return table[_among(table, wanted) & table["half"].eq("test")].drop(columns="half")
+    chose = {(rate.size, rate.direction): rate.seeds for rate in best if rate.candidates > 1}
+    test = table[_among(table, wanted) & table["half"].eq("test")].drop(columns="half")
+    pairs = zip(test["size"], test["direction"], strict=True)
+    return test.assign(choosing_seeds=pd.array([chose.get(pair) for pair in pairs], dtype="Int64"))
 
 
 ONE_WAY = ("forward", "backward")

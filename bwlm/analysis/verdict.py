@@ -79,6 +79,7 @@ def gap_figures(found: Gap) -> dict[str, Any]:
         "bootstrap": list(found.bootstrap),
         "seed_interval": list(found.seed_interval) if found.seed_interval else None,
         "noise_floor": found.noise_floor,
+        "choosing_seeds": found.choosing_seeds,
         "p": found.p,
         "p_adjusted": found.p_adjusted,
         "verdict": found.verdict,

@@ -59,7 +59,7 @@ def mixed_grid(storage: Path) -> list[ExperimentFolder]:
     """Backward is worse at depth 1 with four seeds; depth 2 has one seed; a cell failed, a cell waits."""
     means = {"forward": 0.0, "backward": 1.0, "bidirectional": 0.5}
     cells = [cell(storage, d, s, mean + 0.1 * (s % 2) * mean) for d, mean in means.items() for s in range(4)]
-    cells += [cell(storage, d, 0, 5.0, lr=2.0) for d in means]
+    cells += [cell(storage, d, s, 5.0, lr=2.0) for d in means for s in range(3)]
     cells += [cell(storage, "forward", 0, 0.0, depth=2), cell(storage, "backward", 0, 1.0, depth=2)]
     failed = make_cell(storage, "forward", seed=9, lr=4.0)
     failed.write_status(Status("failed", "loss nan at step 3, on rows 1, 2", 2))
@@ -107,6 +107,25 @@ def check_chart(path: Path) -> ET.Element | None:
 
 
 # ---- the report ----
+
+
+@pytest.mark.parametrize(
+    ("choosers", "verdict", "reason"),
+    [
+        (0, "different", "paired t over 4 seeds"),  # one rate was tried, so none was chosen
+        (1, "too few seeds chose the rate", "the rate was chosen by 1 seed, a verdict needs 3"),
+        (2, "too few seeds chose the rate", "the rate was chosen by 2 seeds, a verdict needs 3"),
+        (3, "different", "paired t over 4 seeds"),
+    ],
+)
+def test_seeds_that_chose_the_rate_are_counted(tmp_path: Path, choosers: int, verdict: str, reason: str) -> None:
+    cells = [cell(tmp_path, d, seed, mean) for d, mean in (("forward", 0.0), ("backward", 1.0)) for seed in range(4)]
+    cells += [cell(tmp_path, "backward", seed, 5.0, lr=2.0) for seed in range(choosers)]
+    [found] = find(cells).gaps
+    assert found.verdict == verdict
+    assert found.reason.startswith(reason)
+    assert found.choosing_seeds == (choosers or None)
+    assert (found.p_adjusted is None) == (verdict != "different")
 
 
 def test_the_report_gives_verdicts_in_words(written: tuple[str, list[Path]]) -> None:
@@ -172,7 +191,7 @@ def test_runs_that_the_last_launch_dropped_are_told(tmp_path: Path) -> None:
 def test_the_report_tells_audit_cost_and_how_to_repeat_it(written: tuple[str, list[Path]]) -> None:
     text, files = written
     assert "pairs of runs agree in data, tokenizer, code" in text
-    assert "| forward | 6 | " in text  # of the cost: four seeds, another rate, another depth
+    assert "| forward | 8 | " in text  # of the cost: four seeds, three at another rate, another depth
     assert re.search(r'naming this storage:\n\n```bash\nbwlm grid run "\$BWLM_STORAGE"/grids/g/grid.yaml\n```', text)
     assert "## Configuration and lineage\n\n" in text
     assert re.search(r"^\| lr \| .*4\.0", text, re.M)

@@ -7,7 +7,12 @@ import pandas as pd
 
 from bwlm.analysis.charts.look import PALETTE, SHORT_NUMBER, direction_color, nothing, styled
 
-VERDICTS = {"different": "#d17a00", "no difference seen": "#4b5563", "too few seeds to tell": "#b4b9c2"}
+VERDICTS = {
+    "different": "#d17a00",
+    "no difference seen": "#4b5563",
+    "too few seeds to tell": "#b4b9c2",
+    "too few seeds chose the rate": "#d9c39a",
+}
 
 _COLUMNS = 3
 
