@@ -20,6 +20,7 @@ import grpc
 import ray
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
+import bwlm
 from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
 from bwlm.grid.machine import available_cores
@@ -183,9 +184,14 @@ _TOKEN = "export RAY_AUTH_MODE=token, and copy the head's ~/.ray/auth_token here
 
 
 def _init(**options: Any) -> Any:
-    """`ray.init`, which replaces the handler of SIGTERM: a command's own one stays."""
+    """`ray.init`, which replaces the handler of SIGTERM: a command's own one stays.
+
+    It also has its workers import from the working folder before anything else, where a user's `tasks.py` or `numpy.py`
+    would take the place of what we import. So it is called in the folder that this package lies in.
+    """
     ours = signal.getsignal(signal.SIGTERM)
-    context = ray.init(**options, logging_level="warning", log_to_driver=False)
+    with contextlib.chdir(Path(bwlm.__file__).parents[1]):
+        context = ray.init(**options, logging_level="warning", log_to_driver=False)
     if callable(ours) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, ours)
     return context

@@ -11,6 +11,7 @@ from bwlm.config import Experiment, Recipe
 from bwlm.errors import UserError, nearest
 from bwlm.grid.cells import text_key
 from bwlm.grid.spec import Cell, Plan
+from bwlm.paths import local_path
 from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.conversation import check_conversation
 from bwlm.text.corpus import NoSource
@@ -109,10 +110,16 @@ def _is_path(name: str) -> bool:
 def _source(name: str, weight: float, recipe: Recipe) -> ConversationSource:
     task = find_source(name)
     setting = recipe.tasks.get(name)
-    path = setting.path if setting else None
+    path = _for_workers(setting.path if setting else name if isinstance(task, tasks.FileTask) else None)
     parts = 1 if name.startswith("builtin:") else _FILE_PARTS
     notes = task.notes(path) if isinstance(task, tasks.FromFiles) else ()
     return ConversationSource(name, weight, task.key(path), partial(_read, task, path), parts, notes)
+
+
+def _for_workers(address: str | None) -> str | None:
+    """The address of files as a worker finds it, whose working folder is another one."""
+    folder = local_path(address) if address is not None else None
+    return address if folder is None else str(folder.absolute())
 
 
 def _read(task: tasks.Task, path: str | None, split: tasks.Split) -> Iterator[tasks.Conversation]:
