@@ -67,6 +67,22 @@ def write_atomic(path: Path, data: bytes, check: Check = unchecked) -> None:
     sync(path.parent)
 
 
+def write_text(path: Path, text: str, check: Check = unchecked) -> None:
+    """Writes text as `write_atomic` does, in UTF-8 whatever the locale."""
+    write_atomic(path, readable(text).encode(), check)
+
+
+def readable(text: str) -> str:
+    """Returns the text with the characters of file names that the locale could not decode.
+
+    Python holds their bytes as lone surrogates, which no encoding takes. Bytes that are not UTF-8 become U+FFFD.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+
+
 def sync(path: Path) -> None:
     """Makes a file's content durable, or the names inside a folder."""
     descriptor = os.open(path, os.O_RDONLY)

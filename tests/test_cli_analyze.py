@@ -261,6 +261,22 @@ def test_the_docs_show_what_is_printed(shell: Shell) -> None:
     assert told.getvalue() == f"124M forward backward {found['gap_nats']} different\n"
 
 
+@pytest.mark.parametrize("name", ["l.csv", "l.parquet"])
+def test_blanks_around_a_name_and_the_case_of_a_direction_make_no_other_group(name: str, shell: Shell) -> None:
+    """Half of the rows are written otherwise, so that each spelling alone would be a whole comparison."""
+    odd = LOSSES.copy()
+    half = odd.index % 2 == 1
+    for column in ("run", "document", "direction"):
+        odd.loc[half, column] = "  " + odd.loc[half, column] + " \u00a0"
+    odd["size"] = [f"{size} M " if is_odd else f"{size} M" for size, is_odd in zip(odd["size"], half, strict=True)]
+    odd.loc[half, "direction"] = odd.loc[half, "direction"].str.title()
+    odd = odd.rename(columns={"nll": " nll", "run": "run "})
+    plain = findings(shell, LOSSES.assign(size="4 M"))
+    assert findings(shell, odd, name) == plain
+    assert [(one["a"], one["b"]) for one in plain] == [("forward", "backward")]
+    assert findings(shell, LOSSES.assign(direction=LOSSES["direction"].str.upper(), size="4 M"), name) == plain
+
+
 # ---- mistakes ----
 
 Change = Callable[[pd.DataFrame], pd.DataFrame]
@@ -274,11 +290,31 @@ TABLES: dict[str, tuple[Change, str]] = {
     "one direction": (lambda rows: rows[rows["direction"] == "forward"], "nothing to compare: no size has runs of two"),
     "a loss that is no number": (
         lambda rows: rows.assign(nll=[math.nan, *rows["nll"][1:]]),
-        "nll of document 'd0' in run 'forward-0' is nan, not a finite number: evaluate that run again or leave it out",
+        "row 1: nll of document 'd0' in run 'forward-0' is nan, not a finite number: evaluate that run again or leave",
     ),
     "an endless loss": (
         lambda rows: rows.assign(nll=[math.inf, *rows["nll"][1:]]),
-        "nll of document 'd0' in run 'forward-0' is inf",
+        "row 1: nll of document 'd0' in run 'forward-0' is inf",
+    ),
+    "log p": (
+        lambda rows: rows.assign(nll=[*rows["nll"][:2], *-rows["nll"][2:]]),
+        "row 3: nll of document 'd0' in run 'forward-1' is -9.0, which is negative: nll is -log p: turn the sign of",
+    ),
+    "commas between thousands": (
+        lambda rows: rows.assign(tokens=[*rows["tokens"][:3].astype(str), "1,234", *rows["tokens"][4:].astype(str)]),
+        "row 4: tokens of document 'd1' in run 'forward-1' is 1,234, which has a comma: write numbers without commas",
+    ),
+    "decimal commas": (
+        lambda rows: rows.assign(nll=rows["nll"].map(lambda nll: f"{nll:.2f}".replace(".", ","))),
+        "row 1: nll of document 'd0' in run 'forward-0' is 8,00, which has a comma: write numbers without commas, with",
+    ),
+    "two spellings": (
+        lambda rows: rows.assign(direction=["L2R", *["l2r"] * 5, *rows["direction"][6:]]),
+        "column 'direction' has both 'L2R' and 'l2r': write one name one way",
+    ),
+    "a direction of blanks": (
+        lambda rows: rows.assign(direction=["\u00a0", *rows["direction"][1:]]),
+        "the losses' row 1 has no direction",
     ),
     "two runs in a cell": (
         lambda rows: rows.assign(run=["again", *rows["run"][1:]]),
@@ -305,11 +341,23 @@ def test_a_bad_table_is_one_line_that_names_the_file(mistake: str, name: str, sh
     assert [path.name for path in shell.folder.iterdir()] == [name]
 
 
+def test_rows_that_stand_there_twice_are_named_as_a_cause(shell: Shell) -> None:
+    write(pd.concat([LOSSES, LOSSES[:2]]), shell.folder / "l.csv")
+    answer = shell("analyze", "gap", "--from", "l.csv")
+    check_mistake(answer, "document 'd0' differs: run 'forward-0' has 8 tokens")
+    check_mistake(answer, "l.csv: 2 rows stand there twice, the first of document 'd0' in run 'forward-0'")
+
+
 def twice_a_column(folder: Path) -> None:
     names = [*LOSSES.columns, "nll"]
     columns = [pa.array(LOSSES[name]) for name in names]
     pq.write_table(pa.Table.from_arrays(columns, names=names), folder / "twice.parquet")
+    pq.write_table(pa.Table.from_arrays(columns, names=[*names[:-1], " nll"]), folder / "blank_twice.parquet")
+    others = ["x" if name in ("nll", "bytes") else name for name in names]
+    pq.write_table(pa.Table.from_arrays(columns, names=[*others[:-1], "nll"]), folder / "other_twice.parquet")
     text = LOSSES.to_csv(index=False).splitlines()
+    (folder / "thousands.csv").write_text("\n".join([text[0], *(line.replace(",4,", ",4,000,") for line in text[1:])]))
+    (folder / "semicolons.csv").write_text(LOSSES.to_csv(index=False, sep=";", decimal=","))
     (folder / "twice.csv").write_text("\n".join([f"{text[0]},nll", *(f"{line},1" for line in text[1:])]))
 
 
@@ -343,12 +391,19 @@ def damaged(folder: Path) -> None:
         ("text.parquet", "cannot be read as parquet ("),
         ("empty.parquet", "cannot be read as parquet ("),
         ("empty.csv", "cannot be read as csv ("),
-        ("latin.csv", "cannot be read as csv ("),
+        ("latin.csv", "cannot be read as csv ('utf-8' codec can't decode"),
         ("really.csv", "cannot be read as csv ("),
         ("shifted.csv", "cannot be read as csv ("),
         ("ragged.csv", "cannot be read as csv ("),
         ("twice.parquet", "column 'nll' appears twice: keep one"),
         ("twice.csv", "column 'nll' appears twice: keep one"),
+        ("blank_twice.parquet", "column 'nll' appears twice: keep one"),
+        ("other_twice.parquet", "the losses lack column 'bytes'; needed: run, direction"),
+        (
+            "thousands.csv",
+            "cannot be read as csv (its rows have more fields than its first line): put names with commas between ",
+        ),
+        ("semicolons.csv", "its first line has no comma: separate the columns by commas, and write decimals with a"),
     ],
 )
 def test_a_bad_file_is_one_line_that_names_it(name: str, message: str, shell: Shell) -> None:

@@ -6,14 +6,16 @@ tokens. Raises `UserError` that names the row, run or document at fault.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from bwlm.config import DIRECTIONS
 from bwlm.errors import UserError, nearest
 
 Size = int | str
@@ -23,6 +25,7 @@ COLUMNS: Final = ("run", "direction", "seed", "size", "document", "nll", "tokens
 TOKEN_BYTES: Final = "token_bytes"
 """An optional column: a digest of the table of bytes per token that a run's bytes are counted by; empty: unknown."""
 _CELL: Final = ["size", "direction", "seed"]
+_HAS_COMMA: Final = re.compile(r"[-+]?[0-9.]*,[0-9.,]*(?:[eE][-+]?[0-9]+)?")
 _LARGEST: Final = 1e15  # of a sum over a document; beyond it doubles no longer hold every whole number
 
 
@@ -42,8 +45,8 @@ LossRuns = dict[Size, dict[str, dict[int, LossRun]]]  # by size, direction, seed
 
 def loss_runs(losses: pd.DataFrame) -> LossRuns:
     """Check the table and sum the windows of each document."""
-    rows = _checked(losses)
-    _refuse_other_byte_counts(losses)
+    rows = checked_rows(losses)
+    _refuse_other_byte_counts(rows)
     _refuse_two_runs_in_a_cell(rows)
     summed = rows.groupby([*_CELL, "run", "document"], sort=False)[["nll", "tokens", "bytes"]].sum()
     summed = summed.reset_index().sort_values("document", ignore_index=True)
@@ -61,25 +64,51 @@ def loss_runs(losses: pd.DataFrame) -> LossRuns:
     return runs
 
 
-def _checked(losses: pd.DataFrame) -> pd.DataFrame:
-    """The table with plain types: names and document ids as text, numbers finite, not negative, in double precision."""
+def checked_rows(losses: pd.DataFrame) -> pd.DataFrame:
+    """Returns the table with plain types.
+
+    Names and document ids become text without blanks around it, the directions that bwlm knows lower case; numbers
+    are finite, not negative, in double precision.
+    """
     require_columns(losses, COLUMNS, "the losses")
     if losses.empty:
         raise UserError("the losses hold no rows: give a row for each run and document")
     for name in ("run", "direction", "seed", "size", "document"):
-        blank = losses[name].isna().to_numpy()
+        blank = losses[name].isna() | (_stripped(losses[name]) == "")
         if blank.any():
-            raise UserError(f"the losses' row {int(blank.argmax()) + 1} has no {name}: fill it in or leave the row out")
-    return pd.DataFrame(
+            row = int(blank.to_numpy().argmax()) + 1
+            raise UserError(f"the losses' row {row} has no {name}: fill it in or leave the row out")
+    rows = pd.DataFrame(
         {
-            "run": losses["run"].astype(str).to_numpy(),
-            "direction": losses["direction"].astype(str).to_numpy(),
+            "run": _stripped(losses["run"]).to_numpy(),
+            "direction": [_plain_direction(name) for name in _stripped(losses["direction"])],
             "seed": _whole_seeds(losses),
             "size": [plain_size(size) for size in losses["size"]],
-            "document": losses["document"].astype(str).to_numpy(),
+            "document": _stripped(losses["document"]).to_numpy(),
         }
         | {name: _finite(losses, name) for name in ("nll", "tokens", "bytes")}
     )
+    for name in ("direction", "size"):
+        _refuse_spellings(rows, name)
+    if TOKEN_BYTES in losses.columns:
+        rows[TOKEN_BYTES] = losses[TOKEN_BYTES].fillna("").to_numpy()
+    return rows
+
+
+def _stripped(names: pd.Series[Any]) -> pd.Series[str]:
+    return names.astype(object).map(lambda name: str(name).strip())
+
+
+def _plain_direction(name: str) -> str:
+    return name.lower() if name.lower() in DIRECTIONS else name
+
+
+def _refuse_spellings(rows: pd.DataFrame, column: str) -> None:
+    """Two names that differ in case alone would be two groups, of which each holds a part of the runs."""
+    known: dict[str, str] = {}
+    for name in dict.fromkeys(map(str, rows[column])):
+        if (other := known.setdefault(name.casefold(), name)) != name:
+            raise UserError(f"column '{column}' has both '{other}' and '{name}': write one name one way")
 
 
 def require_columns(table: pd.DataFrame, needed: Sequence[str], rows: str) -> None:
@@ -94,17 +123,22 @@ def require_columns(table: pd.DataFrame, needed: Sequence[str], rows: str) -> No
 
 def _finite(losses: pd.DataFrame, name: str) -> FloatArray:
     values = pd.to_numeric(losses[name], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    mend = "evaluate that run again or leave it out"
+    log_p = f"{name} is -log p: turn the sign of what is log p" if name == "nll" else mend
     faults = {
-        "not a finite number": ~np.isfinite(values),
-        "which is negative": values < 0,
-        "more than any text can have": values > _LARGEST,
+        ("not a finite number", mend): ~np.isfinite(values),
+        ("which is negative", log_p): values < 0,
+        ("more than any text can have", mend): values > _LARGEST,
     }
-    for fault, wrong in faults.items():
+    for (fault, advice), wrong in faults.items():
         if wrong.any():
-            row = losses.iloc[int(wrong.argmax())]
+            place = int(wrong.argmax())
+            row = losses.iloc[place]
+            if _HAS_COMMA.fullmatch(found := str(row[name]).strip()):
+                fault, advice = "which has a comma", "write numbers without commas, with a point before decimals"
             raise UserError(
-                f"{name} of document '{row['document']}' in run '{row['run']}' is {row[name]}, {fault}: "
-                "evaluate that run again or leave it out"
+                f"row {place + 1}: {name} of document '{row['document']}' in run '{row['run']}' is {found}, {fault}: "
+                f"{advice}"
             )
     return values
 
@@ -122,7 +156,7 @@ def _whole_seeds(losses: pd.DataFrame) -> npt.NDArray[np.int64]:
 def plain_size(size: object) -> Size:
     if isinstance(size, int | float | np.integer | np.floating) and float(size).is_integer():
         return int(size)
-    return str(size)
+    return str(size).strip()
 
 
 def with_counts(losses: pd.DataFrame) -> list[str]:
@@ -134,7 +168,7 @@ def _refuse_other_byte_counts(losses: pd.DataFrame) -> None:
     """Bytes of one token counted in two ways are no common measure."""
     if TOKEN_BYTES not in losses.columns:
         return
-    known = losses[losses[TOKEN_BYTES].fillna("").ne("")]
+    known = losses[losses[TOKEN_BYTES].ne("")]
     for size, of_size in known.groupby("size", sort=False):
         first = of_size.drop_duplicates(TOKEN_BYTES)
         if len(first) > 1:

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bwlm.analysis.loss_table import COLUMNS, TOKEN_BYTES, with_counts
+from bwlm.analysis.loss_table import COLUMNS, TOKEN_BYTES, checked_rows, with_counts
 from bwlm.analysis.stats import Gap, counted, judge, measured_pairs
 from bwlm.errors import UserError
 from bwlm.paths import write_atomic
@@ -26,11 +26,13 @@ def gaps_from(path: Path, resamples: int = 10_000) -> tuple[list[Gap], list[str]
     """The judged gaps of a file's losses, and why a size has none. Raises `UserError` that names the file."""
     losses = read_losses(path)
     try:
+        losses = checked_rows(losses)
         found, problems = measured_pairs(losses, resamples)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    twice = [f"{path}: {told}" for told in _repeated_rows(losses)]
     if not found:
-        raise UserError("; ".join(f"{path}: {problem}" for problem in problems))
+        raise UserError("; ".join([f"{path}: {problem}" for problem in problems] + twice))
     directions = losses.groupby("size")["direction"].unique()
     notes = [f"{path}: not compared: {problem}" for problem in problems]
     notes += [
@@ -38,16 +40,21 @@ def gaps_from(path: Path, resamples: int = 10_000) -> tuple[list[Gap], list[str]
         for size, present in directions.items()
         if len(present) == 1
     ]
-    each = losses["nll"].astype(float).sum() / losses["tokens"].astype(float).sum()
+    each = losses["nll"].sum() / losses["tokens"].sum()
     if each < _LEAST:
         notes.append(f"{path}: a loss of {each:.4f} nats a token in all: nll must be a document's sum, not its mean")
-    if twice := int(losses.duplicated().sum()):
-        first = losses[losses.duplicated()].iloc[0]
-        notes.append(
-            f"{path}: {counted(twice, 'row')} stand there twice, the first of document '{first['document']}' in run "
-            f"'{first['run']}': summed as windows of one document; leave copies out"
-        )
-    return judge(found), notes
+    return judge(found), notes + twice
+
+
+def _repeated_rows(losses: pd.DataFrame) -> list[str]:
+    repeated = losses[losses.duplicated()]
+    if repeated.empty:
+        return []
+    first = repeated.iloc[0]
+    return [
+        f"{counted(len(repeated), 'row')} stand there twice, the first of document '{first['document']}' in run "
+        f"'{first['run']}': summed as windows of one document; leave copies out"
+    ]
 
 
 def write_losses(losses: pd.DataFrame, path: Path) -> Path:
@@ -73,7 +80,14 @@ def read_losses(path: Path) -> pd.DataFrame:
         return readers[path.suffix.lower()](path)
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder: name one file in it") from None
-    except (OSError, ValueError, pa.ArrowException, pd.errors.ParserWarning) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as csv ({error}): save it as UTF-8") from None
+    except pd.errors.ParserWarning:
+        raise UserError(
+            f"{path}: cannot be read as csv (its rows have more fields than its first line): put names with commas "
+            "between quotes, and write numbers without commas"
+        ) from None
+    except (OSError, ValueError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be read as {path.suffix[1:].lower()} ({reason}): write it again") from None
 
@@ -82,13 +96,15 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     if path.is_dir():
         raise IsADirectoryError
     with pq.ParquetFile(path) as file:  # not read_table, which makes columns of folders called size=4
-        present = _needed(file.schema_arrow.names, path)
-        nested = [name for name in present if pa.types.is_nested(file.schema_arrow.field(name).type)]
+        schema = file.schema_arrow
+        present = _needed([name.strip() for name in schema.names], path)
+        columns = {field.name: field.name.strip() for field in schema if field.name.strip() in present}
+        nested = [columns[field.name] for field in schema if field.name in columns and pa.types.is_nested(field.type)]
         if nested:
             raise UserError(f"{path}: column '{nested[0]}' holds lists or records: give it a single value a row")
         # an index that pandas noted in the file would take its columns away
-        table: pd.DataFrame = file.read(present).to_pandas(ignore_metadata=True)
-    return table
+        table: pd.DataFrame = file.read(list(columns)).to_pandas(ignore_metadata=True)
+    return table.rename(columns=columns)
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
@@ -100,7 +116,9 @@ def _read_csv(path: Path) -> pd.DataFrame:
     }
     header: pd.DataFrame = pd.read_csv(path, header=None, nrows=1, dtype=str, **options)
     if header.shape[1] == 1 and any(other in str(header.iloc[0, 0]) for other in ";\t"):
-        raise UserError(f"{path}: its first line has no comma: separate the columns by commas")
+        raise UserError(
+            f"{path}: its first line has no comma: separate the columns by commas, and write decimals with a point"
+        )
     present = _needed([str(name).strip() for name in header.iloc[0]], path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # more fields than the header has: columns would shift
@@ -117,10 +135,10 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 
 def _needed(names: list[str], path: Path) -> list[str]:
-    """Those columns that are wanted; all of them where one is missing, so that the nearest can be told."""
+    """The columns to read: the needed ones, or all where one is missing, so that the nearest can be told."""
     twice = [name for name in (*COLUMNS, TOKEN_BYTES) if names.count(name) > 1]
     if twice:
         raise UserError(f"{path}: column '{twice[0]}' appears twice: keep one")
     if not set(COLUMNS) <= set(names):
-        return list(dict.fromkeys(names))
+        return [name for name in names if names.count(name) == 1]
     return [*COLUMNS, *([TOKEN_BYTES] if TOKEN_BYTES in names else [])]

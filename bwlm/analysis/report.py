@@ -34,7 +34,7 @@ from bwlm.analysis.tables import BestRate, sizes
 from bwlm.analysis.variants import variants_section
 from bwlm.analysis.verdict import GAP_HEADER, gap_caption, gap_columns, gap_frame, gap_line
 from bwlm.config import Experiment
-from bwlm.paths import write_atomic
+from bwlm.paths import write_text
 from bwlm.record.lineage import ExperimentFolder, RunConfig, cells_of, grid_folder, list_experiments, readable
 from bwlm.settings_file import written_settings
 
@@ -100,8 +100,8 @@ def _at_best_rates(folders: list[ExperimentFolder], best: list[BestRate]) -> lis
 def _write(text: str, folder: Path, storage: Path, title: str) -> list[Path]:
     """The report, and the same as a page of its own; both tell paths from the storage, which may be moved."""
     text = re.sub(rf"(?<![\w.~/-]){re.escape(f'{storage}/')}", "", text)
-    write_atomic(folder / REPORT, text.encode())
-    write_atomic(folder / PAGE, to_page(text, folder, title).encode())
+    write_text(folder / REPORT, text)
+    write_text(folder / PAGE, to_page(text, folder, title))
     return [folder / REPORT, folder / PAGE]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from bwlm.analysis.charts.look import write_chart
-from bwlm.paths import write_atomic
+from bwlm.paths import write_text
 
 PICTURES = (".svg", ".png", ".html")
 TABLES = (".csv", ".md")
@@ -38,7 +38,7 @@ class Analysis:
         if path.suffix.lower() in PICTURES:
             write_chart(self.chart, path)
         else:
-            write_atomic(path, self._text(path.suffix.lower()).encode())
+            write_text(path, self._text(path.suffix.lower()))
 
     def write_all(self, path: Path) -> list[Path]:
         """Picture and tables in every kind, each with its ending; returns the files."""
@@ -48,7 +48,7 @@ class Analysis:
             self.write(file)
         for name, table in self.more.items():
             files.append(path.with_name(f"{path.name}-{name.replace(' ', '-')}.csv"))
-            write_atomic(files[-1], table.to_csv(index=False).encode())
+            write_text(files[-1], table.to_csv(index=False))
         return files
 
     def _text(self, suffix: str) -> str:

@@ -16,6 +16,7 @@ from bwlm.cli.eval import evaluate
 from bwlm.cli.export import export
 from bwlm.cli.grid import grid_app
 from bwlm.cli.runs import runs_app
+from bwlm.cli.streams import finish_writing, tolerate_any_text
 from bwlm.cli.terminal import say
 from bwlm.cli.train import train
 from bwlm.credentials import masked
@@ -42,7 +43,22 @@ _INTERRUPTED = 130
 
 
 def main() -> NoReturn:
-    """Entry point: a person's mistake is one line and exit code 2, a failed run 1, an interrupt 130, SIGTERM 143."""
+    """Entry point: a person's mistake is one line and exit code 2, a failed run 1, an interrupt 130, SIGTERM 143.
+
+    A reader that closes the pipe (`| head`) ends the command with 1 and without a word.
+    """
+    tolerate_any_text()
+    try:
+        _main()
+    except SystemExit as end:
+        sys.exit(end.code if finish_writing() else 1)
+    except BrokenPipeError:
+        if finish_writing():
+            raise  # the pipe was none of ours
+        sys.exit(1)
+
+
+def _main() -> NoReturn:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for chatty in ("mlflow", "alembic", "ray"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -12,6 +12,7 @@ import typer
 
 from bwlm.cli.terminal import Json, Storage, busy, print_json, say, show, table
 from bwlm.errors import UserError
+from bwlm.paths import readable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +77,7 @@ def gap(
     if losses is not None:
         with busy(f"resampling {losses.name}"):
             found, notes = gaps_from(losses, resamples)
-        name, default = losses.name, None
+        name, default = readable(losses.name), None
     else:
         with busy("reading and resampling losses"):
             found, notes = _gaps_of_runs(runs or [], storage)

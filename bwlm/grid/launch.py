@@ -28,7 +28,7 @@ from bwlm.grid.cells import (
     with_code_of,
 )
 from bwlm.grid.spec import Cell, Plan, generations
-from bwlm.paths import check_writable, exclusive, write_atomic
+from bwlm.paths import check_writable, exclusive, write_text
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.family import ParentLink
 from bwlm.record.lineage import SAMPLES, ExperimentFolder, RunConfig, grid_folder, write_cells
@@ -204,7 +204,7 @@ def _enlist_grid(plan: Plan, storage: Path, tracking: Tracking) -> str:
     assert plan.grid_text is not None
     home = folder_of(plan, storage)
     write_cells(storage, plan.name, [cell.id for cell in plan.cells])
-    write_atomic(home / GRID_FILE, plan.grid_text.encode())
+    write_text(home / GRID_FILE, plan.grid_text)
     return tracking.parent_run(home, plan.name, plan.grid_text)
 
 

@@ -16,7 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from bwlm.grid.progress import Progress
 from bwlm.grid.spec import SchedulerSettings
 from bwlm.grid.worker import ask_to_end
-from bwlm.paths import write_atomic
+from bwlm.paths import write_text
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.lineage import ExperimentFolder, Status
 from bwlm.train.termination import TERMINATED, Termination
@@ -155,10 +155,10 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
         self._tell_warnings(folder)
-        at, error = folder.status(), Path(trial.error_file).read_text()
+        at, error = folder.status(), Path(trial.error_file).read_text("utf-8", "replace")
         last = error.strip().splitlines()[-1].strip()
         with _on_a_full_disk_too(folder):
-            write_atomic(folder.path / "error.txt", error.encode())
+            write_text(folder.path / "error.txt", error)
         if folder.lease_holder() is not None:  # another launch trains it already
             return
         self._close(folder, at, Status("failed", f"crashed, see error.txt: {last}", at.step, at.metrics))

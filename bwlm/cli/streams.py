@@ -1,0 +1,59 @@
+"""Standard output and error that every character can be written to, whatever the terminal or pipe understands."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import os
+import sys
+import unicodedata
+
+from bwlm.paths import readable
+
+_HANDLER = "bwlm.transliterate"
+_PLAIN = {
+    "→": "->", "←": "<-", "–": "-", "—": "-", "·": ".", "±": "+-", "×": "x", "«": "<<", "»": ">>", "⏎": "|",
+    "…": "...", "‘": "'", "’": "'", "“": '"', "”": '"', "ß": "ss", "Δ": "delta", "█": "#",
+}  # fmt: skip
+
+
+def tolerate_any_text() -> None:
+    """Makes standard output and error write what their encoding lacks in ASCII, instead of raising.
+
+    Streams that are no files, such as those of a notebook, take any text already.
+    """
+    codecs.register_error(_HANDLER, _transliterated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_HANDLER)
+
+
+def _transliterated(error: UnicodeError) -> tuple[str | bytes, int]:
+    assert isinstance(error, UnicodeEncodeError), "these streams are only written to"
+    text = readable(error.object[error.start : error.end])
+    if error.encoding.startswith("utf"):  # it lacks lone surrogates alone, and takes no text for them but ASCII
+        return text.encode(error.encoding), error.end
+    return "".join(map(_nearest_ascii, text)), error.end
+
+
+def _nearest_ascii(character: str) -> str:
+    name = unicodedata.name(character, "")
+    if character in _PLAIN:
+        return _PLAIN[character]
+    if name.startswith("BOX DRAWINGS"):
+        return "+" if " AND " in name else "-" if "HORIZONTAL" in name else "|"
+    return unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode() or "?"
+
+
+def finish_writing() -> bool:
+    """Writes what is still buffered; returns whether it was read. A reader that has gone (`| head`) is no mistake."""
+    whole = True
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            whole = False
+            with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor flushes nothing at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return whole
