@@ -23,11 +23,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from train_step import KEEP_MEMORY, Shape, Variant, bwlm_step
+from train_step import KEEP_MEMORY, Shape, Variant, bwlm_step, segments_of
 
 from bwlm.model.compute import look_at_hardware
 from bwlm.model.shape import flops_per_token
@@ -35,15 +34,6 @@ from bwlm.model.shape import flops_per_token
 DOCUMENTS = {"unmasked": 0, "one document a row": 10**9, "documents of 500": 500, "documents of 50": 50}
 """Tokens of a document by case; 0: no mask."""
 WARM_UP = 2  # rounds
-
-
-def segments_of(length: int, shape: Shape, generator: torch.Generator) -> Tensor | None:
-    """[R, T] of documents of `length` tokens that follow each other, each row beginning somewhere in one of them."""
-    if not length:
-        return None
-    offsets = torch.randint(length, (shape.rows, 1), generator=generator) if length < shape.time else 0
-    segments = (torch.arange(shape.time).expand(shape.rows, -1) + offsets) // length
-    return segments - segments[:, :1]
 
 
 def compiled_graphs() -> int:
@@ -64,8 +54,7 @@ def measure(mode: str, shape: Shape, rounds: int, seconds: float) -> dict[str, o
         if number == WARM_UP:
             began, compiled = time.perf_counter(), compiled_graphs()
         for case, length in DOCUMENTS.items():
-            segments = segments_of(length, shape, generator)
-            segments = None if segments is None else segments.to(device)
+            segments = segments_of(length, shape, generator).to(device) if length else None
             start = time.perf_counter()
             step(inputs, targets, segments)  # reads the loss, so that a GPU has ended too
             took[case].append(time.perf_counter() - start)

@@ -9,6 +9,8 @@ of them. A step is forward, backward, update and reading the loss, on random ids
 pydantic. DIR is a checkout of karpathy/nanochat; without it the peer is a GPT-2 of the same shape in torch's modules.
 
 FLOPs are 6 N + 12 L H D T a token (`bwlm.model.shape`) for all; the floor is this machine's matmul, measured in turn.
+Every row is one segment, as peers have it, so that shares of the floor and ratios compare like with like; documents of
+500 tokens that do not see each other, whose nominal FLOPs are not all computed, are a variant: bwlm-documents.
 """
 
 from __future__ import annotations
@@ -83,11 +85,14 @@ class Variant:
     fused_loss: bool | None = None
     attention: str = ""
     window: str = "SSSL"
+    documents: int = 0
+    """Tokens of a document, inside which attention stays; 0: rows are one segment."""
 
 
 # nanochat's scripts/base_train.py compiles on every device, in float32 on a CPU, with windows of SSSL
 VARIANTS = {
     "bwlm": Variant("bwlm", compile=True, keep_memory=True),
+    "bwlm-documents": Variant("bwlm", compile=True, keep_memory=True, documents=500),
     "bwlm-eager": Variant("bwlm", keep_memory=True),
     "bwlm-system-allocator": Variant("bwlm", compile=True),
     "bwlm-plain-loss": Variant("bwlm", compile=True, keep_memory=True, fused_loss=False),
@@ -187,6 +192,13 @@ def minimal_step(variant: Variant, shape: Shape, device: torch.device) -> Step:
 # ---- one process, one variant ----
 
 
+def segments_of(length: int, shape: Shape, generator: torch.Generator) -> Tensor:
+    """[R, T] of documents of `length` tokens that follow each other; each row begins somewhere in one of them."""
+    offsets = torch.randint(length, (shape.rows, 1), generator=generator) if length < shape.time else 0
+    segments = (torch.arange(shape.time).expand(shape.rows, -1) + offsets) // length
+    return segments - segments[:, :1]
+
+
 def measure(name: str, shape: Shape, steps: int, peer: str | None, profile: bool) -> dict[str, float]:
     torch.set_num_threads(shape.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -200,18 +212,20 @@ def measure(name: str, shape: Shape, steps: int, peer: str | None, profile: bool
         step = minimal_step(variant, shape, device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, shape.vocab, (shape.rows, shape.time + 1), generator=generator).to(device)
-    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    batch = [ids[:, :-1].contiguous(), ids[:, 1:].contiguous()]
+    if variant.documents:
+        batch.append(segments_of(variant.documents, shape, generator).to(device))
     for _ in range(3):
-        step(inputs, targets)
+        step(*batch)
     ready = time.perf_counter() - began
     seconds = []
     for _ in range(steps):
         start = time.perf_counter()
-        step(inputs, targets)  # reads the loss, so that a GPU has ended too
+        step(*batch)  # reads the loss, so that a GPU has ended too
         seconds.append(time.perf_counter() - start)
     if profile:
         with torch.profiler.profile() as profiler:
-            step(inputs, targets)
+            step(*batch)
         by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         print(profiler.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=70), file=sys.stderr)
     if device.type == "cuda":
@@ -297,7 +311,7 @@ def main() -> None:
         return print(json.dumps(found))
     shape = Shape(arguments.depth, arguments.time, arguments.rows, arguments.vocab, arguments.threads)
     peer = "nanochat" if arguments.peer else "minimal"
-    names = (arguments.variants or f"bwlm,bwlm-eager,{peer}-default,{peer}-best").split(",")
+    names = (arguments.variants or f"bwlm,bwlm-documents,bwlm-eager,{peer}-default,{peer}-best").split(",")
     if unknown := [name for name in names if name not in VARIANTS]:
         parser.error(f"--variants: unknown: {', '.join(unknown)}")
     with tempfile.TemporaryDirectory(prefix="bwlm-inductor-") as cache:

@@ -52,7 +52,7 @@ class TiledMask(NamedTuple):
     """Which keys the queries of each row may see, for kernels that run on the CPU tile by tile."""
 
     runs: Tensor
-    """[B, T] the segment of each position, counted from 0"""
+    """[B, T] int32, the segment of each position, counted from 0"""
     tiles: Tensor
     """[B n, 6] int32 in the order of `Tile`, as many for every batch of a shape; the tiles left over are empty"""
 
@@ -96,7 +96,7 @@ def segment_mask(segments: Tensor | None, kernel: AttentionKernel, heads: int, c
     """
     if segments is None:
         return None
-    runs = _opens(segments).cumsum(1) - 1
+    runs = _opens(segments).cumsum(1, dtype=torch.int32) - 1
     if kernel == "blocked":
         return _tiled(runs, _cheapest(runs, heads))
     if runs.device.type == "cpu":
@@ -302,8 +302,10 @@ def _hide(scores: Tensor, tile: Tile, runs: Tensor | None) -> None:
     """Sets scores [rows, H, Q, S] of a tile to -inf at later keys and, in a mixed one, at those of other segments."""
     queries = tile.end - tile.start
     later = torch.ones(queries, queries, dtype=torch.bool, device=scores.device).triu(1)
-    scores[..., tile.start - tile.keys :].masked_fill_(later, -torch.inf)
-    if tile.is_mixed and runs is not None:
-        rows, at_queries, at_keys = _slices(tile)
-        other = runs[rows, None, at_queries, None] != runs[rows, None, None, at_keys]
-        scores.masked_fill_(other, -torch.inf)
+    if not tile.is_mixed or runs is None:
+        scores[..., tile.start - tile.keys :].masked_fill_(later, -torch.inf)
+        return
+    rows, at_queries, at_keys = _slices(tile)
+    hidden = runs[rows, None, at_queries, None] != runs[rows, None, None, at_keys]
+    hidden[..., tile.start - tile.keys :] |= later
+    scores.masked_fill_(hidden, -torch.inf)
