@@ -158,7 +158,7 @@ def discard_unfinished(folder: Path, names: Iterable[str]) -> None:
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Holds a lock file while the block runs; waits for another process that holds it. The kernel frees it on death."""
-    with path.open("a") as file:
+    with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 
 from bwlm.errors import UserError, nearest
 from bwlm.paths import local_path
@@ -145,6 +146,7 @@ def _read_parquet(uri: str, columns: tuple[str, ...]) -> Iterator[Row]:
             refuse_repeated(column, names, uri)
             if column not in names:
                 raise UserError(f"{uri}: no column {column!r}{nearest(column, names)}: it has {', '.join(names)}")
+            _refuse_repeated_fields(file.schema_arrow.field(column), f"{uri}: {column}")
         number = 0
         try:
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(columns)):
@@ -153,6 +155,14 @@ def _read_parquet(uri: str, columns: tuple[str, ...]) -> Iterator[Row]:
                     number += 1
         except Exception as error:
             raise UserError(f"{uri}: damaged after row {number} ({first_line(error)}): {_MEND}") from None
+
+
+def _refuse_repeated_fields(field: pa.Field, where: str) -> None:
+    """Raises `UserError` if an object in a column, at any depth, has two fields of one name."""
+    inner = [field.type.field(index) for index in range(field.type.num_fields)]
+    for one in inner:
+        refuse_repeated(one.name, [other.name for other in inner], where)
+        _refuse_repeated_fields(one, where)
 
 
 def _read_jsonl(uri: str) -> Iterator[Row]:

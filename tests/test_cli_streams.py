@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from bwlm.cli.streams import tolerate_any_text
 from bwlm.paths import readable, write_text
 from tests.analysis.test_stats import GOLDEN, table
+from tests.test_readme import ROOT
 
 ENVIRONMENTS = {
     "ascii": {"PYTHONIOENCODING": "ascii"},
@@ -98,3 +100,26 @@ def test_transliteration(encoding: str, text: str, plain: str, monkeypatch: pyte
         stream.write(text)
         monkeypatch.undo()
     assert (tmp_path / "out").read_text(encoding) == plain
+
+
+def uses_the_locales_encoding(call: ast.Call) -> bool:
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    owner = getattr(call.func.value, "id", "") if isinstance(call.func, ast.Attribute) else ""
+    given = {keyword.arg for keyword in call.keywords}
+    if "encoding" in given or owner in ("os", "fsspec", "filesystem", "h5py"):
+        return False
+    modes = [one.value for one in call.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+    return (
+        (name in ("open", "fdopen") and not any("b" in mode for mode in modes))
+        or (name == "read_text" and not call.args)
+        or (name == "write_text" and owner != "" and len(call.args) < 2)
+        or "text" in given.intersection(["text"] if owner == "subprocess" else [])
+    )
+
+
+def test_no_file_is_read_or_written_in_the_encoding_of_the_locale() -> None:
+    found = []
+    for path in (path for room in ("bwlm", "tasks", "jobs") for path in (ROOT / room).rglob("*.py")):
+        calls = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
+        found += [f"{path}:{call.lineno}" for call in calls if uses_the_locales_encoding(call)]
+    assert found == []

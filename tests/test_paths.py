@@ -23,6 +23,7 @@ from bwlm.paths import (
     check_writable,
     discard_unfinished,
     exclusive,
+    local_path,
     read_json,
     storage_root,
     whole_folder,
@@ -40,6 +41,17 @@ def names(folder: Path) -> list[str]:
 
 @settings(deadline=None)
 @given(st.text(max_size=140) | st.text("abcXYZ019._-/\\ \n", max_size=140))
+def test_a_file_uri_may_encode_characters_or_not(tmp_path: Path) -> None:
+    spaced, literal = tmp_path / "a b", tmp_path / "a%20b"
+    spaced.mkdir()
+    assert local_path(f"file://{tmp_path}/a%20b") == local_path(f"file://{tmp_path}/a b") == spaced
+    literal.mkdir()
+    assert local_path(f"file://{tmp_path}/a%20b") == literal, "the name as it is written goes first"
+    assert local_path(f"{tmp_path}/a%20c") == tmp_path / "a%20c"
+    assert local_path("s3://bucket/x") is None
+    assert local_path("filed:/x") == Path("filed:/x")
+
+
 def test_whatever_is_accepted_is_one_safe_segment(name: str) -> None:
     try:
         assert check_id(name) == name
@@ -267,7 +279,8 @@ def test_where_storage_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("BWLM_STORAGE", "~/elsewhere")
     assert storage_root(None) == Path.home() / "elsewhere"
     assert storage_root("here") == tmp_path / "here"
-    assert storage_root("file:///abs/path") == Path("/abs/path")
+    for uri in ("file:///abs/path", "FILE:///abs/path", "file:/abs/path", "file://localhost/abs/path"):
+        assert storage_root(uri) == Path("/abs/path")
     with pytest.raises(UserError, match=r"^storage: 's3://bucket/x' is not a folder"):
         storage_root("s3://bucket/x")
 

@@ -59,7 +59,7 @@ def available_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """Cores that this process may use: a batch system or a container may have given it a part of the machine."""
     cores = len(psutil.Process().cpu_affinity()) if psutil.LINUX else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # no control group (version 2), or `max`: no quota
-        microseconds, period = map(int, quota.read_text().split())
+        microseconds, period = map(int, quota.read_text("ascii").split())
         cores = min(cores, microseconds // period)
     return max(1, cores)
 

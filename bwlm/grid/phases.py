@@ -13,6 +13,7 @@ from typing import Any
 
 from bwlm.config import HORIZONS, PHASES, Experiment
 from bwlm.errors import UserError, nearest
+from bwlm.paths import local_path
 from bwlm.record.family import FOLLOWS
 from bwlm.settings_file import Document, assign, holds
 
@@ -121,7 +122,7 @@ def inherit(content: Mapping[str, Any], run: str, parent: Experiment, document: 
         value = _value(values, field)
         if not holds(child, field):
             assign(child, field, value, run)
-        elif _value(child, field) != value and _MAY_DIFFER.get(field) not in differs:
+        elif not _agree(field, _value(child, field), value) and _MAY_DIFFER.get(field) not in differs:
             may = f", or set differs=[{_MAY_DIFFER[field]}] to change it on purpose" if field in _MAY_DIFFER else ""
             raise UserError(
                 f"{document.where(field)}: {_value(child, field)}, but the parent {run} has {value}: leave it out{may}"
@@ -135,6 +136,14 @@ def inherit(content: Mapping[str, Any], run: str, parent: Experiment, document: 
             "which a chat has alone in its row: leave it out"
         )
     return child
+
+
+def _agree(field: str, one: Any, other: Any) -> bool:
+    """Whether two values are one: a folder is one however it is spelled."""
+    if field != "tokenizer.path" or not (isinstance(one, str) and isinstance(other, str)):
+        return bool(one == other)
+    folders = [local_path(address) for address in (one, other)]
+    return one == other or (None not in folders and len({folder.resolve() for folder in folders if folder}) == 1)
 
 
 def _fields(values: Mapping[str, Any], phase: str) -> Iterator[str]:

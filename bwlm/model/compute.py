@@ -227,7 +227,12 @@ def why_not_compile(device: DeviceType) -> str:
     command = [sys.executable, "-c", _COMPILE_SOMETHING, device]
     try:
         done = subprocess.run(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=_COMPILER_SECONDS
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_COMPILER_SECONDS,
         )
     except subprocess.TimeoutExpired:
         return f"no end within {_COMPILER_SECONDS:.0f} s"

@@ -16,11 +16,12 @@ from bwlm.config import Experiment
 from bwlm.errors import UserError
 from bwlm.grid.cells import find_cells, waiting_cells
 from bwlm.grid.launch import run_plan
-from bwlm.grid.phases import BUILTIN_MIXTURE
+from bwlm.grid.phases import BUILTIN_MIXTURE, inherit
 from bwlm.grid.plan import load_grid, plan_experiment
 from bwlm.grid.spec import Plan, generations
 from bwlm.grid.texts import check_sources
 from bwlm.record.lineage import ExperimentFolder, Status
+from bwlm.settings_file import Document
 from tests.families import rewrite_config
 from tests.runs import NewFamily
 from tests.shell import Shell, check_mistake
@@ -162,6 +163,19 @@ def test_an_axis_of_a_phase_can_be_set(new_family: NewFamily) -> None:
         ("x-sft_init_lr_frac0.1", "x-base"),
         ("x-rl_init_lr_frac0.1", "x-sft_init_lr_frac0.1"),
     ]
+
+
+def test_a_child_may_spell_its_parents_tokenizer_otherwise(tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (tmp_path / "linked").symlink_to(folder)
+    parent = Experiment.model_validate({"direction": "forward", "depth": 1, "tokenizer": {"path": str(folder)}})
+    for path in (f"{tmp_path}/linked", f"file://{folder}", f"{folder}/../tokenizer", str(folder)):
+        content = {"tokenizer": {"path": path}}
+        assert inherit(content, "base", parent, Document("g.yaml", content, {}))["tokenizer"]["path"] == path
+    content = {"tokenizer": {"path": str(tmp_path)}}
+    with pytest.raises(UserError, match=r"tokenizer\.path: .*, but the parent base has .*: leave it out"):
+        inherit(content, "base", parent, Document("g.yaml", content, {}))
 
 
 def test_a_child_takes_direction_and_model_from_a_parent_that_is_there(new_family: NewFamily, tmp_path: Path) -> None:

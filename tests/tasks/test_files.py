@@ -281,6 +281,14 @@ def test_two_columns_of_one_name(tmp_path: Path) -> None:
     )
 
 
+def test_two_fields_of_one_name_in_an_object(tmp_path: Path) -> None:
+    message = pa.StructArray.from_arrays([pa.array(["user"])] * 3, names=["role", "content", "content"])
+    pq.write_table(pa.table({"messages": pa.ListArray.from_arrays([0, 1], message)}), tmp_path / "talks.parquet")
+    assert refusal(tmp_path) == (
+        f"{tmp_path}/talks.parquet: messages: 2 columns are called 'content': rename all but one"
+    )
+
+
 def test_parquet_without_the_column_names_the_nearest(tmp_path: Path) -> None:
     pq.write_table(pa.table({"mesages": ["x"], "id": [1]}), tmp_path / "talks.parquet")
     assert refusal(tmp_path) == (

@@ -164,6 +164,22 @@ def test_a_tokenizer_at_a_path_is_taken(
     assert not (tmp_path / "storage" / "cache" / "tokenizers").exists()
 
 
+def test_a_tokenizer_is_one_however_its_path_is_spelled(
+    source: Path, prepared: Prepared, recipe_for: RecipeFor, packer: Packer, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = prepared.tokenizer_folder
+    (tmp_path / "linked").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (str(folder), "linked", "./linked/", "~/linked", f"FILE://{folder}", f"{folder}/../{folder.name}"):
+        found = prepare(with_(recipe_for(source), "tokenizer", path=path), tmp_path / "storage", packer, quiet)
+        assert found.tokenizer_folder == folder
+    assert packer.calls == 1
+    with pytest.raises(UserError, match=r"^tokenizer\.path: 's3://x/y' is not a folder: give a local"):
+        prepare(with_(recipe_for(source), "tokenizer", path="s3://x/y"), tmp_path / "storage", packer, quiet)
+
+
 def test_a_tokenizer_of_another_size_is_refused(
     source: Path, prepared: Prepared, recipe_for: RecipeFor, packer: Packer, tmp_path: Path
 ) -> None:
