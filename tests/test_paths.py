@@ -39,8 +39,6 @@ def names(folder: Path) -> list[str]:
 # ---- ids ----
 
 
-@settings(deadline=None)
-@given(st.text(max_size=140) | st.text("abcXYZ019._-/\\ \n", max_size=140))
 def test_a_file_uri_may_encode_characters_or_not(tmp_path: Path) -> None:
     spaced, literal = tmp_path / "a b", tmp_path / "a%20b"
     spaced.mkdir()
@@ -52,6 +50,8 @@ def test_a_file_uri_may_encode_characters_or_not(tmp_path: Path) -> None:
     assert local_path("filed:/x") == Path("filed:/x")
 
 
+@settings(deadline=None)
+@given(st.text(max_size=140) | st.text("abcXYZ019._-/\\ \n", max_size=140))
 def test_whatever_is_accepted_is_one_safe_segment(name: str) -> None:
     try:
         assert check_id(name) == name
