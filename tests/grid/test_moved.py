@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from bwlm.paths import read_json, write_json
 from bwlm.record.journal import read_journal
 from bwlm.record.lineage import ExperimentFolder
+from tests.families import rewrite_config
 from tests.grid.conftest import GridFile
 from tests.shell import Shell
 from tests.shell import shell as shell
@@ -104,7 +105,7 @@ def test_a_run_of_an_earlier_version_is_found_where_its_storage_is_now(shell: Sh
     (tokenizer,) = (old / "cache" / "tokenizers").iterdir()
     content = read_json(folder.path / "config.json")
     told = {"corpus": str(old / content["corpus"]), "tokenizer": str(tokenizer)}
-    write_json(folder.path / "config.json", content | told)
+    rewrite_config(folder, **told)
     before = shell.json("eval", FORWARD)
     old.rename(new)
     assert shell.json("eval", FORWARD, "--storage", str(new)) == before
