@@ -196,7 +196,7 @@ def run_config(plan: Plan, cell: Cell, prepared: Prepared, storage: Path, link: 
         tokenizer=prepared.tokenizer.digest,
         precision=compute.precision,
         steps=cell.steps,
-        parent=inherited(ExperimentFolder(storage, link.parent).config().identity, link.sha256) if link else None,
+        parent=inherited(ExperimentFolder(storage, link.parent).config().compared, link.sha256) if link else None,
     )
     return RunConfig(
         id=cell.id,
