@@ -44,7 +44,9 @@ class DataSettings(Settings):
         min_length=1,
     )
     text_column: str = Field("text", min_length=1, description="column of the parquet files that holds the documents")
-    validation: str | None = Field(None, description="validation parquet; default: the last shard of the source")
+    validation: str | None = Field(
+        None, description="validation parquet; default: files that their names hold out, else the last shard"
+    )
     shuffle: bool = Field(
         True, description="documents of each shard in an order drawn by their shard's content; false: the file's order"
     )

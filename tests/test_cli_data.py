@@ -47,6 +47,11 @@ def test_prepare_then_inspect_every_direction(bwlm: Bwlm, corpus: Path, prepared
     assert counted["train"]["shards"] == 3
     assert counted["train"]["empty_documents"] > 0
     assert 0 < counted["train"]["padding_share"] < 0.1
+    overlap = prepared.manifest.overlap
+    assert overlap is not None
+    assert (counted["train"]["in_both_splits"], counted["validation"]["in_both_splits"]) == (
+        overlap.train, overlap.validation,
+    )  # fmt: skip
 
     shown: dict[str, Any] = {}
     for direction in ("forward", "backward", "bidirectional", "permuted"):
