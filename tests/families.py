@@ -54,7 +54,7 @@ def validated(folder: ExperimentFolder, **figures: dict[int, float]) -> Experime
 
 
 def rewrite_config(folder: ExperimentFolder, **fields: Any) -> ExperimentFolder:
-    """As another launch would have made it: fields of config.json, and its digest."""
+    """Rewrites fields of config.json, and its digest, as another launch would have made them."""
     path = folder.path / "config.json"
     write_json(path, sealed(read_json(path) | fields))
     return folder

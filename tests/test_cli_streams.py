@@ -1,4 +1,4 @@
-"""What is printed arrives on any terminal and in any pipe, and files are UTF-8 whatever the locale."""
+"""Output arrives on any terminal and in any pipe, and files are UTF-8 whatever the locale."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def config() -> dict[str, Any]:
 
 
 def faults(config: dict[str, Any]) -> list[str]:
-    """What Ray's own check does not see."""
+    """Lists the faults that Ray's own check does not see."""
     found = [f"{name}: missing" for name in ("cluster_name", "max_workers") if name not in config]
     found += [f"provider.{name}" for name in config["provider"].keys() - SCHEMA["properties"]["provider"]["properties"]]
     for name, node in config["available_node_types"].items():
@@ -40,7 +40,7 @@ def faults(config: dict[str, Any]) -> list[str]:
 
 
 def fits(resources: ResourceSettings, config: dict[str, Any]) -> bool:
-    """Whether the workers of a cell can lie on some type of node, of as many as there may be."""
+    """True if the workers of a cell fit on some type of node, of as many as there may be."""
     for node in config["available_node_types"].values():
         has = node["resources"]
         each = has.get("CPU", 0) // resources.cpus_per_worker

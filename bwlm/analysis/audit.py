@@ -86,7 +86,7 @@ def audit(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -
 
 
 def _counts(one: str, other: str) -> list[str]:
-    """Whether both count the bytes of a token alike; a run of an earlier version does not say."""
+    """Returns true unless the two count the bytes of a token by other tables; earlier versions do not say."""
     return [f"bytes per token: {one} -> {other}"] if one and other and one != other else []
 
 

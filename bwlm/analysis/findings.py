@@ -80,7 +80,7 @@ def find(folders: list[ExperimentFolder]) -> Findings:
 
 
 def _codes(folders: list[ExperimentFolder]) -> list[str]:
-    """Where runs of one depth were trained by several codes: they have labels, pairs and verdicts of their own."""
+    """Sentences on depths whose runs were trained by several codes; each code has pairs and verdicts of its own."""
     found: dict[int, dict[str, set[int]]] = {}
     for config in (folder.config() for folder in folders):
         found.setdefault(config.experiment.depth, {}).setdefault(config.code, set()).add(config.experiment.seed)

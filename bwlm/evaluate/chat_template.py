@@ -51,7 +51,7 @@ DIRECTION{%- set chat = namespace(last='assistant', system='') -%}
 
 
 def chats(experiment: Experiment) -> bool:
-    """Whether the model was trained on conversations."""
+    """Returns true for a model that was trained on conversations."""
     return experiment.phase != "base"
 
 

@@ -29,7 +29,7 @@ class PlannedCell:
     changed: list[str]
     """Settings in which the run that is there differs; its text may differ besides, once that is prepared."""
     other_code: str = ""
-    """What tells the code that trained the run from today's; '' where they agree."""
+    """Names how the code that trained the run differs from today's; '' where they agree."""
 
     @property
     def is_done(self) -> bool:
@@ -37,7 +37,7 @@ class PlannedCell:
 
     @property
     def has_begun(self) -> bool:
-        """Whether training goes on from a checkpoint."""
+        """True where training resumes from a checkpoint."""
         return not self.is_done and bool(checkpoint_steps(self.folder.checkpoints))
 
 
@@ -82,7 +82,7 @@ def _find_cell(cell: Cell, folder: ExperimentFolder) -> PlannedCell:
 
 
 def other_settings(known: Mapping[str, Any], planned: Mapping[str, Any]) -> list[str]:
-    """What two identities differ in besides the code."""
+    """Lists the fields besides the code in which two identities differ."""
     return differences({**known, "code": ""}, {**planned, "code": ""})
 
 

@@ -139,7 +139,7 @@ def inherit(content: Mapping[str, Any], run: str, parent: Experiment, document: 
 
 
 def _agree(field: str, one: Any, other: Any) -> bool:
-    """Whether two values are one: a folder is one however it is spelled."""
+    """Compares two values; a folder equals itself however it is spelled."""
     if field != "tokenizer.path" or not (isinstance(one, str) and isinstance(other, str)):
         return bool(one == other)
     folders = [local_path(address) for address in (one, other)]

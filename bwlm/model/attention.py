@@ -32,7 +32,7 @@ _MOST_BLOCKS = 8
 _SEGMENT_BLOCK = 256
 """Positions of neighbouring short segments that share a tile; no piece of a longer one is smaller unless it must be."""
 _TILE_COST = 2**17
-"""What starting a tile costs, in pairs of a query and a key of one head."""
+"""The cost of starting a tile, in pairs of a query and a key of one head."""
 _FLEX_BLOCK = 128
 
 
@@ -62,7 +62,7 @@ class TiledMask(NamedTuple):
 
 
 Mask = Tensor | TiledMask | BlockMask | None
-"""What `segment_mask` made for a kernel: a dense mask [B, 1, T, T], tiles, or blocks. None: rows are one segment."""
+"""The result of `segment_mask`: a dense mask [B, 1, T, T], tiles, or blocks. None: rows are one segment."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: AttentionKernel) -> Tensor:

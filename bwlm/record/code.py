@@ -108,7 +108,7 @@ def _tasks_named(mixture: Iterable[str], root: Path) -> list[str]:
 
 
 def _digest(tree: ast.Module, left_out: Iterable[str] = ()) -> str:
-    """Of a module without the classes `left_out`."""
+    """The digest of a module without the classes `left_out`."""
     body = [node for node in tree.body if not (isinstance(node, ast.ClassDef) and node.name in left_out)]
     return hashlib.sha256(encoded(ast.Module(body, [])).encode()).hexdigest()[:16]
 
@@ -118,7 +118,7 @@ _SILENT = frozenset({"ctx", "kind", "type_comment", "type_ignores", "returns", "
 
 
 def encoded(node: Any, in_class: bool = False) -> str:
-    """What a syntax tree means, as text; `in_class`: it stands right in the body of a class.
+    """The meaning of a syntax tree, as text; `in_class`: it stands right in the body of a class.
 
     Fields go by their names and empty ones are left out, so that a field that a later Python adds changes nothing until
     it is used. Raises TypeError for a value that no tree has.

@@ -77,7 +77,7 @@ class RunConfig:
     modules: dict[str, str] = field(default_factory=dict)
     """The digest of each module that `identity["code"]` covers."""
     accepted_code: list[dict[str, Any]] = field(default_factory=list)
-    """Where the run went on with other code, on its user's word: step, time, code, and the modules that had changed."""
+    """Each resume with other code, on its user's word: step, time, code, and the modules that had changed."""
 
     @property
     def code(self) -> str:
@@ -282,7 +282,7 @@ class ExperimentFolder:
         return content
 
     def records_left(self) -> dict[str, dict[str, Any]]:
-        """What the run noted of its records when it finished; nothing before, or of a run of an earlier version."""
+        """The sizes and hashes that the run noted when it finished; empty before, and for earlier versions."""
         return dict(self._read_status().get(RECORDS, {}))
 
     def damage(self, thorough: bool = True) -> list[str]:

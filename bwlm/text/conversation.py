@@ -223,7 +223,7 @@ class TurnLayout:
 
 
 class Turned(TypedDict, total=False):
-    """What `lay_out` is told of rows besides their readings."""
+    """Arguments of `lay_out` besides rows and their readings."""
 
     mirrored: bool
     parts: Ints

@@ -52,7 +52,7 @@ class Corpus:
     validation: tuple[Shard, ...]
     text_column: str
     shuffle: bool = True
-    """Whether the documents of each shard are packed in a drawn order; the tokenizer reads them in the file's."""
+    """True: documents are packed in a drawn order inside each shard. The tokenizer reads them in the file's."""
     builtin: str = ""
     """Folder of a built-in corpus, which lies in the storage."""
 

@@ -118,7 +118,7 @@ def own_readings(direction: str) -> tuple[str, ...]:
 
 
 def is_mirrored(name: str, reversal: Reversal = "whole") -> bool:
-    """Whether rows are read backward as a whole, and so lay out their segments in reverse order.
+    """True for rows that are read backward as a whole, and so lay out their segments in reverse order.
 
     `name` is the direction of training, or the reading of an evaluation. A bidirectional model trains on rows whose
     segments are read both ways, and `turns` keeps the order of what is said: both keep the order of segments.

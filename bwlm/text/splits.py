@@ -64,7 +64,7 @@ def split_of(name: str, folder: str = "") -> SplitName:
 
 
 def is_split_folder(folder: str, exists: Callable[[str], bool]) -> bool:
-    """Whether the source's own folder is a split: named so, and beside a folder of training files.
+    """True if the source's own folder is a split: named so, and beside a folder of training files.
 
     Alone its name says nothing: many people keep all their work in folders called `dev` or `test`.
     """

@@ -30,7 +30,7 @@ def test_a_cluster_that_is_not_there() -> None:
 
 @pytest.fixture
 def starts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What each attempt to start Ray fails with, in order; the one after the last succeeds."""
+    """The errors of the attempts to start Ray, in order; the attempt after the last one succeeds."""
     errors: list[str] = []
 
     def init(**options: object) -> str:

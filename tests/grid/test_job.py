@@ -63,7 +63,7 @@ def status_of(url: str, token: str = "") -> int:
 
 class Head(NamedTuple):
     environment: dict[str, str]
-    """Of a client that does what docs/cluster.md says."""
+    """The environment of a client that follows docs/cluster.md."""
     gcs: str
     dashboard: str
 

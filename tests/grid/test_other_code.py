@@ -27,7 +27,7 @@ from tests.runs import NewRun, in_process, losses
 
 
 def by_other_code(folder: ExperimentFolder, version: int = IDENTITY_VERSION) -> None:
-    """As if the run had been planned, and trained so far, with another GPT."""
+    """Makes a run look planned, and trained so far, with another GPT."""
     config = folder.config()
     modules = modules_of(config.experiment) | {"bwlm.model.gpt": "another"}
     rewrite_config(folder, identity=config.identity | {"code": "b" * 16}, modules=modules, identity_version=version)
@@ -38,7 +38,7 @@ def by_other_code(folder: ExperimentFolder, version: int = IDENTITY_VERSION) -> 
 
 
 def interrupted(folder: ExperimentFolder, at: int) -> None:
-    """As if a run that has finished had been killed after the checkpoint of a step."""
+    """Makes a finished run look killed after the checkpoint of a step."""
     folder.write_status(Status())
     for step in checkpoint_steps(folder.checkpoints):
         if step > at:

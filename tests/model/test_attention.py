@@ -241,7 +241,7 @@ def test_blocks_let_queries_see_what_a_dense_mask_does(layout: str, kv_heads: in
 
 
 def test_other_segments_compile_no_block_anew() -> None:
-    """By the compiler's front end: neither the lists of blocks nor the segments may be part of a program."""
+    """Neither the lists of blocks nor the segments may be part of a program: asked of the compiler's front end."""
     inputs = [x.detach() for x in heads(300)]
     torch.compiler.reset()
     compiled = torch.compile(attend, backend="aot_eager", dynamic=False, fullgraph=True)

@@ -21,7 +21,7 @@ def losses(
     masked: bool = False,
     attention: AttentionKernel = "sdpa",
 ) -> list[float]:
-    """Of ten steps on one batch, in two passes of two rows; each step has other segments."""
+    """Ten steps on one batch, in two passes of two rows; each step has other segments."""
     ids = torch.randint(0, 1024, (4, 257), generator=torch.Generator().manual_seed(1)).to(device)
     model = GPT(GPTConfig.from_depth(3, 1024, 256), precision, attention, loss_chunk=512)
     model.init_weights(0)

@@ -224,7 +224,7 @@ print(hashlib.sha256(text.encode()).hexdigest()[:8])
 
 
 def other_pythons() -> list[str]:
-    """Of 3.11 and newer, on the path or where pyenv keeps them; this one first."""
+    """Pythons of 3.11 and newer, on the path or where pyenv keeps them; this one first."""
     found = {sys.version_info[:2]: sys.executable}
     for path in sorted(Path.home().glob(".pyenv/versions/3.*/bin/python")):
         major, minor = (int(part) for part in path.parents[1].name.split(".")[:2])

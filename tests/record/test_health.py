@@ -35,7 +35,7 @@ def run(new_family: NewFamily) -> ExperimentFolder:
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """As a person does in an editor."""
+    """Edits a file as a person does in an editor."""
     content = read_json(path)
     change(content)
     write_json(path, content)
@@ -153,7 +153,7 @@ def test_a_file_that_was_cut_off_or_deleted_is_named_by_every_command(
 
 
 def test_values_that_were_edited_are_named(run: ExperimentFolder) -> None:
-    """Of the same length: no size tells it."""
+    """The new value has the same length: no size tells it."""
     journal, losses = run.path / NAME, run.path / LOSSES
     text = journal.read_text()
     at = text.index('"train_loss": ') + len('"train_loss": ')

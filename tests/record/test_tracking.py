@@ -316,7 +316,7 @@ def test_a_deleted_experiment_is_told_with_the_command_that_restores_it(tmp_path
 
 
 def test_a_store_that_was_set_back_gets_the_rest_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As after a backup was restored."""
+    """Sets the store back, as a restored backup does."""
     storage = tmp_path / "runs"
     store = Tracking(tracking_uri(storage, None), storage)
     folder, database = make(storage), storage / "mlflow.db"
