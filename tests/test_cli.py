@@ -152,7 +152,7 @@ def test_a_plan_says_what_gap_its_seeds_could_see(shell: Shell) -> None:
         "power": 0.8, "seed_noise": 0.006, "family": 2,
         "pairs": [
             {
-                "size": size, "a": "forward", "b": "backward", "seeds": 5, "fewest_seeds": 5,
+                "size": size, "a": "forward", "b": "backward", "seeds": 5, "fewest_seeds": 5, "choosing_seeds": None,
                 "gap_sd": gap, "gap_nats": gap * 0.006,
             }
             for size in ("d1", "d2")

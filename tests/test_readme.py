@@ -7,11 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bwlm.analysis.losses import gaps_from
+from bwlm.analysis.stats import judge, paired_t
 from bwlm.grid.plan import load_grid
 
 ROOT = Path(__file__).parent.parent
@@ -102,10 +105,19 @@ def test_the_study_says_what_its_losses_say() -> None:
     pairs, _ = gaps_from(study / "losses.parquet")
     found, *with_both = pairs
     assert found.seed_interval is not None
-    low, high = sorted(-end for end in found.seed_interval)
+    low, high = found.seed_interval
     words = " ".join((study / "README.md").read_text().split())
-    assert f"backward is better by {-found.gap_nats:.4f} nats per token ({-found.gap_percent:.2f} %)" in words
-    assert f"95 % over seeds {low:.4f} .. {high:.4f}**, p = {found.p:.3f} over {len(found.seeds)} seeds" in words
+    assert "backward is better" not in words
+    assert (
+        f"Over {len(found.seeds)} seeds the loss of backward less that of forward is {found.gap_nats:.4f} nats" in words
+    )
+    assert f"({found.gap_percent:.2f} %), 95 % over seeds {low:.4f} .. {high:.4f}, p = {found.p:.3f} before" in words
+    chose, *others = found.per_seed
+    _, interval = paired_t(np.array(others)) or pytest.fail("seven seeds have an interval")
+    assert f"says {chose:+.4f} by itself" in words
+    assert f"the seven others {np.mean(others):.4f} ({interval[0]:.4f} .. {interval[1]:.4f})" in words
+    [judged] = judge([replace(found, choosing_seeds=1)])
+    assert f"the verdict is `{judged.verdict}`" in words
     for one, name in zip(with_both, ("forward", "backward"), strict=True):
         assert (one.a, one.b) == (name, "bidirectional")
         assert re.search(rf"{one.gap_nats:.4f} (nats )?\({one.gap_percent:.2f} %\) worse than {name}", words)

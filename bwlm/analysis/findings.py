@@ -155,14 +155,18 @@ def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
         for a, b in combinations(present, 2):
             if not is_pair(str(size), b):
                 continue
+            pair = rows[rows["direction"].isin([a, b])]
             try:  # with the pair's rows alone: what is wrong with another must not silence this one
-                both = rows[rows["direction"].isin([a, b])]
-                chose = both["choosing_seeds"].min()
-                chosen_by = None if pd.isna(chose) else int(chose)
-                found.append(replace(gap(both, a, b, str(size)), choosing_seeds=chosen_by))
+                found.append(replace(gap(pair, a, b, str(size)), choosing_seeds=_fewest_that_chose(pair)))
             except UserError as error:
                 problems.append(f"{size}: {error}")
     return judge(found), problems
+
+
+def _fewest_that_chose(pair: pd.DataFrame) -> int | None:
+    """How many seeds chose the learning rates of a pair, of the direction with fewer; None if neither was chosen."""
+    fewest = pair["choosing_seeds"].min()
+    return None if pd.isna(fewest) else int(fewest)
 
 
 BEST_HEADER = ["size", "direction", "best lr", "rates tried", "bpb on the tuning half", "seeds"]

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from bwlm.analysis.loss_table import FloatArray, Size
-from bwlm.analysis.stats import CONFIDENCE, FEWEST_SEEDS, Gap, Interval, counted, holm
+from bwlm.analysis.stats import CONFIDENCE, FEWEST_SEEDS, Gap, Interval, counted, has_seeds_enough, holm
 from bwlm.errors import UserError
 
 Trend = Literal["grows", "shrinks", "changes sign", "moves", "cannot be told"]
@@ -46,7 +46,7 @@ def gap_by_size(
 
     Sizes weigh by their seeds and not by 1 / s_i^2, which from three seeds is too noisy to weigh by. A trend is told
     only if its p, Holm-adjusted over the pairs, is below alpha, and a change of sign only if the line's interval leaves
-    out zero at both ends. Sizes with under three seeds are left out.
+    out zero at both ends. Sizes with under three seeds, or with a rate that under three chose, are left out.
     """
     pairs = list(dict.fromkeys((one.a, one.b) for one in gaps))
     slopes = [_slope([one for one in gaps if (one.a, one.b) == pair], parameters) for pair in pairs]
@@ -68,9 +68,9 @@ class _Slope:
 
 
 def _slope(gaps: Sequence[Gap], parameters: Mapping[Size, float] | None) -> _Slope | None:
-    """None with under two sizes that have three seeds."""
+    """None with under two sizes that have seeds enough."""
     pairs = sorted(
-        ((_size_in_parameters(one, parameters), one) for one in gaps if len(one.seeds) >= FEWEST_SEEDS),
+        ((_size_in_parameters(one, parameters), one) for one in gaps if has_seeds_enough(one)),
         key=lambda pair: pair[0],
     )
     x = np.log2([n for n, _ in pairs])
@@ -143,6 +143,6 @@ def _trend(found: _Slope, sure: bool) -> Trend:
 def _too_few_for_a_trend(a: str, b: str) -> GapTrend:
     sentence = (
         f"Whether the gap {b} - {a} grows with size cannot be told: it needs two sizes or more with "
-        f"{FEWEST_SEEDS} paired seeds each."
+        f"{FEWEST_SEEDS} paired seeds each, and learning rates that {FEWEST_SEEDS} seeds chose."
     )
     return GapTrend(a, b, [], None, None, None, None, "cannot be told", sentence)

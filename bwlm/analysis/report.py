@@ -30,6 +30,7 @@ from bwlm.analysis.sections import (
     repeat_section,
 )
 from bwlm.analysis.select import shortest_names
+from bwlm.analysis.stats import TOO_FEW_CHOSE, Gap
 from bwlm.analysis.tables import BestRate, sizes
 from bwlm.analysis.variants import variants_section
 from bwlm.analysis.verdict import GAP_HEADER, gap_caption, gap_columns, gap_frame, gap_line
@@ -199,9 +200,7 @@ def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings, o
         parts += [markdown_table(GAP_HEADER, [gap_columns(found) for found in findings.gaps])]
         parts += [f"{gap_caption(findings)}. {_READING}"]
         parts += ["![gaps](gaps.svg) ([in the browser](gaps.html))"]
-        parts += [
-            f"Every document's loss lies beside this report: `bwlm analyze gap --from {LOSSES}` judges them again."
-        ]
+        parts += [_judged_again(findings.gaps)]
     parts += left_behind_words(others)
     if not findings.best and not findings.not_compared and not own_text:
         reason = "no learning rate finished at every seed" if findings.excluded else "no cell has finished yet"
@@ -224,12 +223,20 @@ def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings, o
     return "\n\n".join(parts) + "\n"
 
 
+def _judged_again(gaps: list[Gap]) -> str:
+    line = f"Every document's loss lies beside this report: `bwlm analyze gap --from {LOSSES}` judges them again"
+    if any(found.verdict == TOO_FEW_CHOSE for found in gaps):
+        return f"{line}, but as losses alone: the file does not say how many seeds chose a rate."
+    return f"{line}."
+
+
 _READING = """A gap is the second direction's loss minus the first's on the same text, in nats per token, at each one's
 best learning rate, on the test half of the validation windows; a bidirectional model's loss is the mean of its two
 readings, at equal total tokens. `different` is said only if the paired t-test over seeds, Holm-adjusted over all pairs
 of this report, gives p < 0.05; the intervals are of each pair by itself, so one may leave out zero where the verdict,
-which reads all pairs together, sees no difference. The noise floor is the same statistic between seeds of one
-direction."""
+which reads all pairs together, sees no difference. Where one of several rates was chosen by under three seeds, the
+verdict is `too few seeds chose the rate`: such a choice calls more than 5 % of equal pairs different. The noise floor
+is the same statistic between seeds of one direction."""
 
 
 _CURVES = """Lines are smoothed training losses of single runs, points their validation losses (own reading); in SFT

@@ -7,7 +7,7 @@ words. Runs are paired by seed and losses by document.
 The verdict rests on the seeds alone, by a paired t-test: documents are many, so an interval over documents is narrow
 even where the next seed would turn the sign. It therefore speaks about further seeds on *this* text; the crossed
 bootstrap beside it lets the text vary too. Not covered here: which runs may be compared (the report audits their
-fingerprints) and the choice of a learning rate.
+fingerprints) and the choice of a learning rate, of which a `Gap` knows only how many seeds made it.
 
 Suffixes of arrays: S paired seeds, D documents, R resamples.
 """
@@ -37,7 +37,7 @@ TOO_FEW_CHOSE: Final = "too few seeds chose the rate"
 
 PER_DIRECTION: Final = ", bidirectional at equal tokens per direction"
 """Ends the size of pairs whose bidirectional runs have read twice the tokens; the others meet at their own size too."""
-FEWEST_SEEDS: Final = 3  # paired seeds below which no verdict is given
+FEWEST_SEEDS: Final = 3  # paired seeds, and seeds that choose a learning rate, below which no verdict is given
 FEWEST_DOCUMENTS: Final = 10  # below it `Gap.bootstrap` is not to be shown: drawn from one, it has no width at all
 CONFIDENCE: Final = 0.95  # of every interval
 QUANTILES: Final = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)  # of a bootstrap, its interval
@@ -50,8 +50,8 @@ _CHUNK: Final = 1_000_000  # documents drawn at a time by the bootstrap: about 3
 class Gap:
     """The gap b - a at one size; positive where a has the lower loss. Scalars are plain Python numbers.
 
-    `gap` leaves the last four fields unfilled, since a verdict depends on the whole family of comparisons: `judge` and
-    `gaps` fill them, but for `choosing_seeds`, which losses alone do not tell.
+    `gap` leaves the last three fields unfilled, since a verdict depends on the whole family of comparisons: `judge` and
+    `gaps` fill them. `choosing_seeds` is for callers that chose the learning rates to set.
     """
 
     size: Size
@@ -68,10 +68,8 @@ class Gap:
     seed_interval: Interval | None  # nats per token; None with one seed
     noise_floor: float | None  # nats per token, over `seeds`; None with one seed
     p: float | None  # paired t, two-sided, not adjusted; None with one seed
-    choosing_seeds: int | None = (
-        None  # that chose the learning rate of a direction, of the two the fewer; None: none was
-    )
-    p_adjusted: float | None = None  # Holm over the family; None with too few seeds
+    choosing_seeds: int | None = None  # seeds that chose the rates, of the direction with fewer; None: no choice known
+    p_adjusted: float | None = None  # Holm over the family; None where the pair is not tested
     verdict: Verdict | None = None
     reason: str = ""
 
@@ -129,9 +127,8 @@ def judge(family: Sequence[Gap], alpha: float = 0.05) -> list[Gap]:
 
     `different` if and only if the paired t-test's p, Holm-adjusted over the family, is below alpha. A gap with fewer
     than three paired seeds gets `too few seeds to tell` whatever its p, and so does one whose seeds are copies of one
-    run. One whose learning rate fewer than three seeds chose gets `too few seeds chose the rate`: the seeds that are
-    tested hold those that the rate was fitted to. Neither is tested, so neither counts in the family, and no other
-    verdict gets stricter by it.
+    run; one with seeds enough, but a learning rate that fewer than three of them chose, gets `too few seeds chose the
+    rate`. As such gaps are never tested, they do not count in the family, and so make no other verdict stricter.
     """
     untold = [_why_not_tested(g) for g in family]
     tested = [g.p for g, why in zip(family, untold, strict=True) if g.p is not None and not why]
@@ -144,16 +141,21 @@ def judge(family: Sequence[Gap], alpha: float = 0.05) -> list[Gap]:
     ]
 
 
+def has_seeds_enough(g: Gap) -> bool:
+    """Returns true if three seeds or more were paired, and as many chose each learning rate that was chosen."""
+    return len(g.seeds) >= FEWEST_SEEDS and (g.choosing_seeds is None or g.choosing_seeds >= FEWEST_SEEDS)
+
+
 def _why_not_tested(g: Gap) -> tuple[Verdict, str] | None:
-    """The verdict of a gap that no test decides, and its reason."""
+    """The verdict and the reason of a gap that no test can judge."""
     if len(g.seeds) < FEWEST_SEEDS:
         return TOO_FEW_SEEDS, f"{counted(len(g.seeds), 'paired seed')}, a verdict needs {FEWEST_SEEDS}"
     if g.noise_floor is not None and g.noise_floor <= _ROUNDING:
         return TOO_FEW_SEEDS, "seeds do not differ in either direction: copies of one run are one seed"
-    if g.choosing_seeds is not None and g.choosing_seeds < FEWEST_SEEDS:
+    if not has_seeds_enough(g):
         return (
             TOO_FEW_CHOSE,
-            f"the rate was chosen by {counted(g.choosing_seeds, 'seed')}, a verdict needs {FEWEST_SEEDS}",
+            f"the rate was chosen by {counted(g.choosing_seeds or 0, 'seed')}, a verdict needs {FEWEST_SEEDS}",
         )
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,6 +261,8 @@ class BestRate:
     seeds: int
     bpb: float
     """Mean over those seeds, tuning half."""
+    choosing_seeds: int | None
+    """The fewest seeds that any rate was judged by in the choice; None where one rate alone was tried: no choice."""
 
 
 def best_learning_rates(table: pd.DataFrame, tried: Sequence[TriedRate]) -> list[BestRate]:
@@ -276,28 +278,29 @@ def best_learning_rates(table: pd.DataFrame, tried: Sequence[TriedRate]) -> list
     sums["bpb"] = sums["nll"] / (math.log(2) * sums["bytes"])
     found = []
     for (size, direction), group in sums.groupby(["size", "direction"]):
+        tried_here = candidates[str(size), str(direction)]
         rates = group["lr"].nunique()
         of_seed = group.groupby("seed")["lr"].nunique()
         shared = group[group["seed"].isin(of_seed.index[of_seed == rates])]
         counted = shared if len(shared) else group
         means = counted.groupby("lr")["bpb"].mean()
         lr = float(means.index[int(means.to_numpy().argmin())])  # of equal ones the lowest
-        seeds = int((counted["lr"] == lr).sum())
-        best = BestRate(str(size), str(direction), lr, candidates[str(size), str(direction)], seeds, float(means.min()))
-        found.append(best)
+        of_rate = counted.groupby("lr")["seed"].nunique()
+        choosing_seeds = int(of_rate.min()) if tried_here > 1 else None
+        bpb, seeds = float(means.min()), int(of_rate[lr])
+        found.append(BestRate(str(size), str(direction), lr, tried_here, seeds, bpb, choosing_seeds))
     return found
 
 
 def best_on_test(table: pd.DataFrame, best: list[BestRate]) -> pd.DataFrame:
     """The test half of the cells at their direction's best learning rate.
 
-    `choosing_seeds` is how many seeds chose the rate, missing where only one rate was tried.
+    A column `choosing_seeds` says how many seeds chose that rate; missing where nothing was chosen.
     """
-    wanted = {(rate.size, rate.direction, rate.lr) for rate in best}
-    chose = {(rate.size, rate.direction): rate.seeds for rate in best if rate.candidates > 1}
-    test = table[_among(table, wanted) & table["half"].eq("test")].drop(columns="half")
-    pairs = zip(test["size"], test["direction"], strict=True)
-    return test.assign(choosing_seeds=pd.array([chose.get(pair) for pair in pairs], dtype="Int64"))
+    wanted = {(rate.size, rate.direction, rate.lr): rate.choosing_seeds for rate in best}
+    test = table[_among(table, wanted.keys()) & table["half"].eq("test")].drop(columns="half")
+    keys = zip(test["size"], test["direction"], test["lr"], strict=True)
+    return test.assign(choosing_seeds=pd.Series([wanted[key] for key in keys], index=test.index, dtype=float))
 
 
 ONE_WAY = ("forward", "backward")
@@ -332,7 +335,7 @@ def _same_but_budget(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return {**one, **free} == {**other, **free}
 
 
-def _among(table: pd.DataFrame, wanted: set[tuple[str, str, float]]) -> pd.Series[bool]:
+def _among(table: pd.DataFrame, wanted: Set[tuple[str, str, float]]) -> pd.Series[bool]:
     """Which rows are of the wanted sizes, directions and learning rates."""
     keys = zip(table["size"], table["direction"], table["lr"], strict=True)
     return pd.Series([key in wanted for key in keys], index=table.index, dtype=bool)

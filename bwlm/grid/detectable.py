@@ -29,6 +29,12 @@ class PlannedPair:
     """That both share, whichever learning rates turn out best, of those with seeds enough for a verdict."""
     fewest: int
     """That both share where another rate turns out best, such as one that was tried with one seed."""
+    choosing_seeds: int | None
+    """Seeds that will choose the rates, of the direction with fewer; None where each direction has one rate."""
+
+    @property
+    def gets_verdict(self) -> bool:
+        return self.seeds >= FEWEST_SEEDS and (self.choosing_seeds is None or self.choosing_seeds >= FEWEST_SEEDS)
 
 
 def planned_pairs(plan: Plan) -> list[PlannedPair]:
@@ -53,7 +59,15 @@ def planned_pairs(plan: Plan) -> list[PlannedPair]:
 def _planned(size: str, a: str, rates_a: dict[float, set[int]], b: str, rates_b: dict[float, set[int]]) -> PlannedPair:
     shared = [len(of_a & of_b) for of_a, of_b in product(rates_a.values(), rates_b.values())]
     enough = [seeds for seeds in shared if seeds >= FEWEST_SEEDS]
-    return PlannedPair(size, a, b, min(enough, default=max(shared)), min(shared))
+    choices = [seeds for rates in (rates_a, rates_b) if (seeds := _seeds_that_choose(rates)) is not None]
+    return PlannedPair(size, a, b, min(enough, default=max(shared)), min(shared), min(choices, default=None))
+
+
+def _seeds_that_choose(rates: dict[float, set[int]]) -> int | None:
+    """How many seeds choose among the rates of one direction if all cells finish; None where there is one rate."""
+    if len(rates) == 1:
+        return None
+    return len(set.intersection(*rates.values())) or min(len(seeds) for seeds in rates.values())
 
 
 def detectable(plan: Plan, seed_noise: float | None, power: float = POWER) -> dict[str, Any]:
@@ -61,12 +75,11 @@ def detectable(plan: Plan, seed_noise: float | None, power: float = POWER) -> di
 
     `seed_noise` is the standard deviation of the paired per-seed difference in nats per token. The family is all pairs
     that get a verdict; each is held to Holm's strictest step, so the chance is at least that. `gap_sd` is in standard
-    deviations of that difference, `gap_nats` in nats per token where the noise is given; both are None with too few
-    seeds for a verdict.
+    deviations of that difference, `gap_nats` in nats per token where the noise is given; both are None where seeds are
+    too few for a verdict, or for the choice of the rates.
     """
     pairs = planned_pairs(plan)
-    family = sum(pair.seeds >= FEWEST_SEEDS for pair in pairs)
-    in_sd = {n: detectable_gap(n, power=power, family=max(1, family)) for n in {pair.seeds for pair in pairs}}
+    family = sum(pair.gets_verdict for pair in pairs)
     return {
         "power": power,
         "seed_noise": seed_noise,
@@ -74,11 +87,12 @@ def detectable(plan: Plan, seed_noise: float | None, power: float = POWER) -> di
         "pairs": [
             {
                 "size": pair.size, "a": pair.a, "b": pair.b, "seeds": pair.seeds, "fewest_seeds": pair.fewest,
+                "choosing_seeds": pair.choosing_seeds,
                 "gap_sd": gap,
                 "gap_nats": None if gap is None or seed_noise is None else gap * seed_noise,
             }
             for pair in pairs
-            for gap in [in_sd[pair.seeds]]
+            for gap in [detectable_gap(pair.seeds, power=power, family=family) if pair.gets_verdict else None]
         ],
     }  # fmt: skip
 
@@ -87,15 +101,20 @@ def detectable_words(found: dict[str, Any]) -> str:
     """`detectable` in a line."""
     if not found["pairs"]:
         return "no verdict: no size has two directions to compare"
-    of_seeds: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    of_seeds: dict[tuple[int, int, int], list[dict[str, Any]]] = defaultdict(list)
     for pair in found["pairs"]:
-        of_seeds[pair["seeds"], pair["fewest_seeds"]].append(pair)
+        choose = FEWEST_SEEDS if pair["choosing_seeds"] is None else min(pair["choosing_seeds"], FEWEST_SEEDS)
+        of_seeds[pair["seeds"], pair["fewest_seeds"], choose].append(pair)
     parts = []
-    for (seeds, fewest), pairs in sorted(of_seeds.items(), reverse=True):
+    for (seeds, fewest, choose), pairs in sorted(of_seeds.items(), reverse=True):
         which = f"{counted(len(pairs), 'pair')} with {counted(seeds, 'seed')}"
         which += f" ({fewest} where other rates turn out best)" if fewest < seeds else ""
-        if pairs[0]["gap_sd"] is None:
+        if seeds < FEWEST_SEEDS:
             parts.append(f"no verdict for {which} (it needs {FEWEST_SEEDS})")
+        elif choose < FEWEST_SEEDS:
+            parts.append(
+                f"no verdict for {which} (the rate is chosen by {counted(choose, 'seed')}, it needs {FEWEST_SEEDS})"
+            )
         elif found["seed_noise"] is None:
             parts.append(f"{pairs[0]['gap_sd']:.2f} standard deviations of the paired seed difference for {which}")
         else:

@@ -187,5 +187,5 @@ def test_the_floor_is_what_the_true_chain_pays_for_the_same_windows(tmp_path: Pa
     first_two = rows.take(np.arange(2))
     segments = np.split(first_two.tokens, np.cumsum(first_two.lengths)[:-1])
     paid = sum(null_nll(bytes(part.tolist()).decode()) for part in segments) / len(first_two.tokens)
-    [bits] = above_floor([run], [BestRate("d1", "forward", 1.0, 1, 1, 1.0)])["bits"]
+    [bits] = above_floor([run], [BestRate("d1", "forward", 1.0, 1, 1, 1.0, None)])["bits"]
     assert bits == pytest.approx((61 / 20 - paid) / math.log(2))

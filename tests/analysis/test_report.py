@@ -23,6 +23,7 @@ from bwlm.analysis.losses import gaps_from
 from bwlm.analysis.report import LOSSES, PAGE, REPORT, train_command, write_experiment_report, write_grid_report
 from bwlm.analysis.result import frame_to_markdown, markdown_table
 from bwlm.analysis.sections import cost_section, data_section
+from bwlm.analysis.stats import PER_DIRECTION
 from bwlm.analysis.verdict import GAP_HEADER, gap_columns
 from bwlm.cli.analyze import _gaps_of_runs
 from bwlm.config import ResourceSettings
@@ -149,6 +150,54 @@ def test_the_report_gives_verdicts_in_words(written: tuple[str, list[Path]]) -> 
         )
 
 
+def few_chose(storage: Path, tried: dict[str, dict[float, int]]) -> list[ExperimentFolder]:
+    """Cells of each direction by rate and number of seeds; backward is worse, and so is every rate but 1."""
+    means = {"forward": 0.0, "backward": 1.0}
+    return [
+        cell(storage, direction, seed, means[direction] + (0.1 * seed) * means[direction] + (5.0 if lr != 1 else 0), lr)
+        for direction, rates in tried.items()
+        for lr, seeds in rates.items()
+        for seed in range(seeds)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "choosing_seeds", "verdict"),
+    [
+        ({1.0: 4}, {1.0: 4}, None, "different"),  # stated beforehand
+        ({1.0: 4, 2.0: 1}, {1.0: 4, 2.0: 4}, 1, "too few seeds chose the rate"),
+        ({1.0: 4}, {1.0: 4, 0.5: 2}, 2, "too few seeds chose the rate"),
+        ({1.0: 4}, {1.0: 4, 0.5: 3}, 3, "different"),
+        ({1.0: 2, 2.0: 1}, {1.0: 2, 2.0: 1}, 1, "too few seeds to tell"),
+    ],
+)
+def test_a_verdict_says_how_few_seeds_chose_its_rate(
+    forward: dict[float, int], backward: dict[float, int], choosing_seeds: int | None, verdict: str, tmp_path: Path
+) -> None:
+    folders = few_chose(tmp_path, {"forward": forward, "backward": backward})
+    text, _ = write(tmp_path, folders)
+    [found] = find(folders).gaps
+    assert (found.choosing_seeds, found.verdict) == (choosing_seeds, verdict)
+    few = verdict == "too few seeds chose the rate"
+    seeds = "1 seed" if choosing_seeds == 1 else f"{choosing_seeds} seeds"
+    assert (f"**{verdict}** (the rate was chosen by {seeds}, a verdict needs 3)" in text) is few
+    assert ("judges them again, but as losses alone" in text) is few
+    assert f"**{verdict}** |" in text
+
+
+def test_a_choice_by_few_seeds_counts_at_equal_tokens_per_direction_too(tmp_path: Path) -> None:
+    """One bidirectional rate of twice the steps was tried by one seed: only the pairs with those runs know it."""
+    cells = with_doubled_cells(tmp_path)
+    other = make_cell(tmp_path, "bidirectional", lr=2.0, steps=40)
+    cells.append(finish(other, {reading: losses(9.0, 0) for reading in ("forward", "backward")}))
+    choosing_seeds = {(one.size, one.a, one.b): one.choosing_seeds for one in find(cells).gaps}
+    assert {key for key, seeds in choosing_seeds.items() if seeds == 1} == {
+        (f"d1 steps=20{PER_DIRECTION}", "forward", "bidirectional"),
+        (f"d1 steps=20{PER_DIRECTION}", "backward", "bidirectional"),
+    }
+    assert set(choosing_seeds.values()) == {None, 1}
+
+
 def with_doubled_cells(storage: Path) -> list[ExperimentFolder]:
     """At equal tokens bidirectional is 0.2 nats a token worse, with twice the steps 0.1 better."""
     means = {("forward", 20): 0.0, ("backward", 20): 1.0, ("bidirectional", 20): 2.0, ("bidirectional", 40): -1.0}
@@ -191,7 +240,7 @@ def test_runs_that_the_last_launch_dropped_are_told(tmp_path: Path) -> None:
 def test_the_report_tells_audit_cost_and_how_to_repeat_it(written: tuple[str, list[Path]]) -> None:
     text, files = written
     assert "pairs of runs agree in data, tokenizer, code" in text
-    assert "| forward | 8 | " in text  # of the cost: four seeds, three at another rate, another depth
+    assert "| forward | 8 | " in text  # of the cost: four seeds, another rate at three, another depth
     assert re.search(r'naming this storage:\n\n```bash\nbwlm grid run "\$BWLM_STORAGE"/grids/g/grid.yaml\n```', text)
     assert "## Configuration and lineage\n\n" in text
     assert re.search(r"^\| lr \| .*4\.0", text, re.M)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +358,14 @@ def test_a_size_with_two_seeds_does_not_count() -> None:
     (found,) = gap_by_size(gaps)
     assert (found.trend, found.slope, found.interval) == ("cannot be told", None, None)
     assert "it needs two sizes or more with 3 paired seeds each" in found.sentence
+
+
+def test_a_size_whose_rate_under_three_seeds_chose_does_not_count() -> None:
+    gaps = [a_gap(n, [0.01 * n, 0.02 * n, 0.03 * n]) for n in (1, 2)]
+    assert gap_by_size(gaps)[0].slope is not None
+    (found,) = gap_by_size([gaps[0], replace(gaps[1], choosing_seeds=1)])
+    assert (found.trend, found.slope) == ("cannot be told", None)
+    assert found.sentence.endswith("and learning rates that 3 seeds chose.")
 
 
 def test_trends_of_several_pairs_are_read_together() -> None:

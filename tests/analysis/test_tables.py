@@ -63,7 +63,7 @@ def test_the_best_rate_is_chosen_by_the_mean_over_seeds_on_the_tuning_half() -> 
             rows("forward", 1.0, 1, tuning=1.7, test=9.0),  # mean 1.75, though each is beaten by 1.6
         )
     )
-    assert found == [BestRate("d1", "forward", 1.0, 2, 2, pytest.approx(1.75))]  # type: ignore[arg-type]
+    assert found == [BestRate("d1", "forward", 1.0, 2, 2, pytest.approx(1.75), 2)]  # type: ignore[arg-type]
 
 
 def test_a_documents_bytes_weigh() -> None:
@@ -82,12 +82,25 @@ def test_only_seeds_that_every_rate_has_count() -> None:
             rows("forward", 1.0, 1, tuning=0.1, test=0),  # mean 1.1 if it counted
         )
     )
-    assert found == [BestRate("d1", "forward", 0.5, 2, 1, 2.0)]
+    assert found == [BestRate("d1", "forward", 0.5, 2, 1, 2.0, 1)]
 
 
 def test_where_no_seed_is_shared_all_count() -> None:
     found = chosen(table(rows("forward", 0.5, 0, tuning=2.0, test=0), rows("forward", 1.0, 1, tuning=1.9, test=0)))
-    assert found == [BestRate("d1", "forward", 1.0, 2, 1, 1.9)]
+    assert found == [BestRate("d1", "forward", 1.0, 2, 1, 1.9, 1)]
+
+
+def test_the_choice_rests_on_the_rate_with_the_fewest_seeds() -> None:
+    """Without shared seeds one of them judges 1.0, whichever rate wins by it."""
+    three = [rows("forward", 0.5, seed, tuning=2.0, test=0) for seed in (1, 2, 3)]
+    for tuning, lr in ((1.0, 1.0), (3.0, 0.5)):
+        [found] = chosen(table(*three, rows("forward", 1.0, 0, tuning=tuning, test=0)))
+        assert (found.lr, found.choosing_seeds) == (lr, 1)
+
+
+def test_a_rate_without_another_is_no_choice() -> None:
+    [found] = chosen(table(rows("forward", 0.5, 0, tuning=2.0, test=0)))
+    assert found == BestRate("d1", "forward", 0.5, 1, 1, 2.0, None)
 
 
 def test_a_rate_with_an_unfinished_cell_cannot_win() -> None:
@@ -98,7 +111,7 @@ def test_a_rate_with_an_unfinished_cell_cannot_win() -> None:
         rows("forward", 4.0, 0, tuning=1.0, test=0),
     )
     found = chosen(losses, TriedRate("d1", "forward", 4.0, cells=2, finished=1))
-    assert found == [BestRate("d1", "forward", 1.0, 2, 2, pytest.approx(2.1))]  # type: ignore[arg-type]
+    assert found == [BestRate("d1", "forward", 1.0, 2, 2, pytest.approx(2.1), 2)]  # type: ignore[arg-type]
 
 
 def test_a_rate_that_does_not_qualify_takes_no_seed_from_the_others() -> None:
@@ -110,7 +123,7 @@ def test_a_rate_that_does_not_qualify_takes_no_seed_from_the_others() -> None:
         rows("forward", 4.0, 0, tuning=1.0, test=0),
     )
     found = chosen(losses, TriedRate("d1", "forward", 4.0, cells=2, finished=1))
-    assert found == [BestRate("d1", "forward", 0.5, 3, 2, 2.0)]
+    assert found == [BestRate("d1", "forward", 0.5, 3, 2, 2.0, 2)]
 
 
 def test_where_no_rate_qualifies_there_is_no_best_one() -> None:
@@ -167,6 +180,9 @@ def test_best_is_compared_on_the_other_half() -> None:
         {("forward", 0.5): 5.0 * 40 * LN2, ("backward", 1.0): 3.0 * 40 * LN2}
     )
     assert len(compared) == 4
+    choosing_seeds = compared.groupby("direction")["choosing_seeds"].max()
+    assert choosing_seeds["forward"] == 1
+    assert math.isnan(choosing_seeds["backward"])  # one rate, which nobody chose
 
 
 # ---- sizes ----

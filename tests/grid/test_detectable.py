@@ -24,7 +24,7 @@ def planned(folder: Path, text: str = GRID, *settings: str) -> Plan:
 
 
 def test_learning_rates_are_no_pairs_and_forward_comes_first(tmp_path: Path) -> None:
-    assert planned_pairs(planned(tmp_path)) == [PlannedPair("d1", "forward", "backward", 3, 3)]
+    assert planned_pairs(planned(tmp_path)) == [PlannedPair("d1", "forward", "backward", 3, 3, 3)]
 
 
 def test_sizes_are_those_of_the_report(tmp_path: Path) -> None:
@@ -44,11 +44,28 @@ def test_seeds_count_that_both_share_at_any_learning_rate(tmp_path: Path) -> Non
     assert planned_pairs(planned(tmp_path, GRID + forward_only))[0].seeds == 3
 
 
-def test_rates_that_one_seed_tried_do_not_hide_what_the_others_can_see(tmp_path: Path) -> None:
-    more = "also: [{direction: [forward, backward], depth: [1], lr: [2.0], seed: [0]}]\n"
-    assert planned_pairs(planned(tmp_path, GRID + more)) == [PlannedPair("d1", "forward", "backward", 3, 1)]
-    words = detectable_words(detectable(planned(tmp_path, GRID + more), None))
-    assert words.endswith("for 1 pair with 3 seeds (1 where other rates turn out best)")
+def test_a_rate_that_one_seed_tried_makes_the_choice_one_of_one_seed(tmp_path: Path) -> None:
+    for directions in ("forward, backward", "backward"):
+        more = f"also: [{{direction: [{directions}], depth: [1], lr: [2.0], seed: [0]}}]\n"
+        assert planned_pairs(planned(tmp_path, GRID + more)) == [PlannedPair("d1", "forward", "backward", 3, 1, 1)]
+        found = detectable(planned(tmp_path, GRID + more), None)
+        assert (found["family"], found["pairs"][0]["gap_sd"], found["pairs"][0]["choosing_seeds"]) == (0, None, 1)
+        assert detectable_words(found) == (
+            "no verdict for 1 pair with 3 seeds (1 where other rates turn out best) "
+            "(the rate is chosen by 1 seed, it needs 3)"
+        )
+
+
+def test_a_fixed_rate_is_no_choice(tmp_path: Path) -> None:
+    fixed = GRID.replace("lr: [0.5, 1.0]", "lr: [0.5]")
+    assert planned_pairs(planned(tmp_path, fixed)) == [PlannedPair("d1", "forward", "backward", 3, 3, None)]
+    assert detectable(planned(tmp_path, fixed), None)["family"] == 1
+
+
+def test_the_arrow_studys_grid_is_told_that_it_gets_no_verdict() -> None:
+    words = detectable_words(detectable(load_grid(Path("grids/arrow.yaml"), []), None))
+    assert words.startswith("no verdict for 3 pairs with 8 seeds")
+    assert words.endswith("(the rate is chosen by 1 seed, it needs 3)")
 
 
 def test_bidirectional_cells_of_twice_the_steps_are_pairs_of_their_own(tmp_path: Path) -> None:
