@@ -8,6 +8,7 @@ read, as JSON with sorted keys, are divisible by 20. Equal rows fall on one side
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -107,9 +108,13 @@ class DataSet:
         return self._splits(path).notes
 
     def key(self, path: str | None, *recipe: Any) -> str:
-        """A short hash of both splits' files with their sizes and stamps, and of what else makes the conversations."""
+        """Returns a short hash of both splits' files and of `recipe`, which names all else that makes conversations.
+
+        Local files count by their content, so that a copy or a touched file gives the same rows; remote ones by
+        address, size and stamp.
+        """
         named = self._splits(path)
-        files = [[file.version for file in split] for split in (named.train, named.validation)]
+        files = [[_content(file) for file in split] for split in (named.train, named.validation)]
         return recipe_key(*recipe, HELD_OUT, files)
 
     def _splits(self, path: str | None) -> NamedSplits:
@@ -133,6 +138,18 @@ class DataSet:
     def _held_out(self, row: Row) -> bool:
         read = {column: row.values.get(column) for column in self.columns}
         return draw(json.dumps(read, sort_keys=True, default=str)) % HELD_OUT == 0
+
+
+def _content(file: Shard) -> tuple[str | int, ...]:
+    """What tells a file from another: SHA-256 of a local one. Raises `UserError` if it cannot be read."""
+    path = local_path(file.uri)
+    if path is None:
+        return file.version
+    try:
+        with path.open("rb") as opened:
+            return (hashlib.file_digest(opened, "sha256").hexdigest(),)
+    except OSError as error:
+        raise UserError(f"{file.uri}: cannot be read ({first_line(error)}): {_MEND}") from None
 
 
 def _read(uri: str, columns: tuple[str, ...]) -> Iterator[Row]:

@@ -34,7 +34,7 @@ class Task(Protocol):
         """
 
     def key(self, path: str | None = None) -> str:
-        """A short hash of all that both splits follow from: the generator, or the files with their sizes and stamps."""
+        """Returns a short hash of all that both splits follow from: the generator, or the files."""
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bwlm.cli.terminal import Json, Set, Storage, print_json, say, show, table
+from bwlm.cli.terminal import Json, Set, Storage, print_json, say, show, show_heading, table
 from bwlm.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def data_inspect(
         for name in wanted:
             row = shown[name]["rows"][index]
             text = prepared.tokenizer.decode(row["ids"])
-            show(f"[bold]row {index}, {name}[/bold]")
+            show_heading(f"row {index}, {name}")
             print(text.replace("\n", "⏎"))
     return None
 
@@ -148,7 +148,7 @@ def _inspect_conversations(
         for name, readings in one.items():
             for reading in readings:
                 marked = f", marked {reading['reading']}" if name == "bidirectional" else ""
-                show(f"[bold]conversation {number}, {name}{marked}[/bold]")
+                show_heading(f"conversation {number}, {name}{marked}")
                 _show_supervised(reading["text"], reading["supervised"])
     show("in green on a terminal, else between « and »: what a model is trained to write")
     return None

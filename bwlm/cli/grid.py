@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -115,7 +116,7 @@ def grid_run(
     if as_json:
         print_json(_status_document(plan, root))
     else:
-        _show_result(plan, root, result, grid)
+        _show_result(plan, root, result, _submit_line(grid, set_ or [], root))
     if not result.complete:
         raise typer.Exit(1)
 
@@ -159,7 +160,7 @@ def _reason(planned: PlannedCell) -> str:
     return planned.other_code or planned.status.reason
 
 
-def _show_result(plan: Plan, root: Path, result: LaunchResult, grid: Path) -> None:
+def _show_result(plan: Plan, root: Path, result: LaunchResult, submit: str) -> None:
     from bwlm.analysis.cells import CELL_HEADER, cell_columns
     from bwlm.analysis.findings import BEST_HEADER, best_columns, find
     from bwlm.analysis.report import left_behind, left_behind_words
@@ -183,13 +184,19 @@ def _show_result(plan: Plan, root: Path, result: LaunchResult, grid: Path) -> No
         show(f"no result: {line}")
     show(*findings.at_edge, *left_behind_words(left_behind(root, plan.name)))
     show_places(result)
-    show(f"dashboard  {_dashboard_hint(result, grid)}")
+    show(f"dashboard  {_dashboard_hint(result, submit)}")
 
 
-def _dashboard_hint(result: LaunchResult, grid: Path) -> str:
+def _submit_line(grid: Path, overrides: list[str], root: Path) -> str:
+    """Returns the command that runs the same grid as a job; a job's own default storage is another one."""
+    words = ["jobs/run_grid.py", str(grid), *(word for one in overrides for word in ("--set", one))]
+    words += ["--storage", str(root.absolute())]
+    return f"ray job submit --working-dir . --runtime-env jobs/env.yaml -- python {shlex.join(words)}"
+
+
+def _dashboard_hint(result: LaunchResult, submit: str) -> str:
     if os.environ.get("RAY_ADDRESS"):
         return f"http://{result.dashboard}" if result.dashboard else os.environ["RAY_ADDRESS"]
     where = f"http://{result.dashboard} while it ran; " if result.dashboard else ""
     head = f"export PATH={Path(sys.executable).parent}:$PATH RAY_AUTH_MODE=token; ray get-auth-token --generate"
-    submit = f"ray job submit --working-dir . --runtime-env jobs/env.yaml -- python jobs/run_grid.py {grid}"
     return f"{where}one that stays, at http://127.0.0.1:8265: {head}; ray start --head && {submit}"

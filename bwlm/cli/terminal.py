@@ -103,7 +103,13 @@ def show(*renderables: Any) -> None:
     for renderable in renderables:
         # a figure or an id that is cut off is worth nothing: a narrow terminal wraps the line instead
         console.width = max(console.width, _needed(console, renderable))
-        console.print(renderable, soft_wrap=isinstance(renderable, str))
+        is_text = isinstance(renderable, str)  # which may hold [brackets] of a person
+        console.print(renderable, soft_wrap=is_text, markup=not is_text)
+
+
+def show_heading(text: str) -> None:
+    """Prints a line in bold."""
+    _console().print(text, style="bold", markup=False, soft_wrap=True)
 
 
 def table(header: list[str], rows: list[list[str]], title: str | None = None) -> Table:

@@ -158,6 +158,20 @@ def test_a_submitted_grid_runs_and_reports(head: Head, corpus: Path, tmp_path: P
     assert "Traceback" not in wrong.stdout
 
 
+def test_the_line_that_a_launch_prints_runs_the_same_grid_as_a_job(head: Head, corpus: Path, tmp_path: Path) -> None:
+    sets = [f"data.source={corpus}", "tokenizer.vocab_size=400", "axes.direction=[forward]", "budget.steps=4"]
+    options = [word for one in sets for word in ("--set", one)]
+    alone = {name: value for name, value in head.environment.items() if name != "RAY_ADDRESS"}
+    run = [BIN / "bwlm", "grid", "run", "grids/tiny.yaml", *options, "--storage", str(tmp_path / "storage")]
+    launched = subprocess.run(run, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=400)
+    assert launched.returncode == 0, launched.stdout[-3000:] + launched.stderr[-3000:]
+    words = shlex.split(launched.stdout[launched.stdout.index("ray job submit") :])
+    done = ray_job(head, *words[2:])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"storage: {tmp_path / 'storage'}" in done.stdout
+    assert "1/1" not in done.stdout  # nothing was left to train
+
+
 def test_the_readme_says_what_the_page_does() -> None:
     readme = (ROOT / "README.md").read_text()
     for command in documented("export RAY_AUTH_MODE=token", "ray job submit"):

@@ -184,20 +184,21 @@ def test_the_key_does_not_depend_on_the_spelling_of_a_path(tmp_path: Path, monke
 # ---- keys ----
 
 
-def test_the_key_names_files_sizes_stamps_and_task(tmp_path: Path) -> None:
-    first, second = write(tmp_path / "train.jsonl", TALKS[:9]), write(tmp_path / "val.jsonl", TALKS[9:12])
-    task = FileTask(str(tmp_path))
+def test_the_key_follows_from_content_names_and_task(tmp_path: Path) -> None:
+    folder = tmp_path / "talks"
+    first, second = write(folder / "train.jsonl", TALKS[:9]), write(folder / "val.jsonl", TALKS[9:12])
+    task = FileTask(str(folder))
     keys = [task.key()]
-    assert task.key() == FileTask("elsewhere").key(str(tmp_path)) == keys[0]
+    os.utime(first, ns=(1, 1))
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert task.key() == FileTask("elsewhere").key(str(folder)) == FileTask(str(copy)).key() == keys[0]
+
+    first.write_bytes(first.read_bytes().replace(b"a", b"b", 1))  # of the same size
     os.utime(first, ns=(1, 1))
     keys.append(task.key())
-    with first.open("a") as file:
-        file.write("\n")
-    os.utime(first, ns=(1, 1))
+    second.rename(folder / "other.jsonl")  # no file validates now
     keys.append(task.key())
-    second.rename(tmp_path / "other.jsonl")
-    keys.append(task.key())
-    keys.append(GSM8K().key(str(tmp_path)))
+    keys.append(GSM8K().key(str(folder)))
     assert len(set(keys)) == len(keys)
 
 
