@@ -21,6 +21,7 @@ from bwlm.cli.terminal import say
 from bwlm.cli.train import train
 from bwlm.credentials import masked
 from bwlm.errors import BwlmError
+from bwlm.grid.environment import check_ray_settings
 from bwlm.train.termination import TERMINATED
 
 app = typer.Typer(
@@ -66,6 +67,7 @@ def _main() -> NoReturn:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     before = signal.signal(signal.SIGTERM, _end)
     try:
+        check_ray_settings()
         code = app(standalone_mode=False)  # typer returns the code of an Exit, and turns Ctrl-C into 130
     except BwlmError as error:
         say(f"bwlm: {masked(str(error))}")

@@ -108,7 +108,7 @@ def _start(logical_cpus: int, seconds: float) -> Any:
         log.warning("Ray's node has not answered for %.0f s: this machine is busy; trying again", waited)
 
 
-_RAY_SETTINGS = "look at what the environment says to Ray (variables that begin with RAY_), at free memory and /dev/shm"
+_RAY_SETTINGS = "look at HOME and the variables that begin with RAY_ in the environment, at free memory and /dev/shm"
 _SOCKET_PATH = 107
 """Bytes that a path of a socket may have on Linux."""
 _BELOW_TEMPORARY = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"

@@ -71,6 +71,21 @@ def test_a_temporary_folder_that_ray_cannot_use_is_named(tmp_path: Path, monkeyp
         cluster._start(2, seconds=60)
 
 
+def test_settings_with_which_ray_cannot_be_imported_are_named(tmp_path: Path) -> None:
+    """A stand-in for Ray ends the process as Ray does where it cannot read a setting."""
+    (tmp_path / "ray.py").write_text("import os\n\nos.kill(os.getpid(), 11)\n")
+    command = [Path(sys.executable).with_name("bwlm"), "runs", "list", "--storage", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "RAY_object_setting": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("bwlm: RAY_object_setting: Ray cannot be imported with these settings")
+    assert done.stderr.count("\n") == 1
+
+    (tmp_path / "ray.py").write_text("")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "RAY_" not in done.stderr
+
+
 def test_the_address_for_jobs_is_not_the_cluster() -> None:
     with pytest.raises(UserError, match="takes jobs only: use `ray job submit`"):
         _connect("http://127.0.0.1:8265")
