@@ -23,7 +23,7 @@ import torch
 from bwlm.model.gpt import GPT
 from bwlm.model.optim import build_optimizer
 from bwlm.model.shape import GPTConfig
-from bwlm.model.step import TrainStep
+from bwlm.model.train_step import TrainStep
 from bwlm.record.checkpoint import KeepPolicy, Snapshot, copy_to_host, load_newest, write_checkpoint
 from bwlm.record.saver import CheckpointSaver
 

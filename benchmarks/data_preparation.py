@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bwlm.cluster.session import cluster
 from bwlm.config import DataSettings, Recipe, ResourceSettings
-from bwlm.grid.cluster import cluster
 from bwlm.text.corpus import Corpus, read_texts
 from bwlm.text.prepare import get_tokenizer
 from bwlm.text.stream import pack_corpus

@@ -20,16 +20,16 @@ from typing import Any
 import torch
 
 from bwlm.config import ResearchLogSettings
-from bwlm.evaluate.inside import ATTENTION_WINDOWS, MAP_POSITIONS, STATE_WINDOWS
+from bwlm.evaluate.states import ATTENTION_WINDOWS, MAP_POSITIONS, STATE_WINDOWS
 from bwlm.model.gpt import GPT
 from bwlm.model.observe import attention_statistics, evaluating
 from bwlm.model.optim import build_optimizer
 from bwlm.model.shape import GPTConfig
-from bwlm.model.step import TrainStep
+from bwlm.model.train_step import TrainStep
 from bwlm.record.researchlog import ResearchLog
 from bwlm.text.plan import RowPlan
-from bwlm.train.observer import Observer
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
+from bwlm.train.step_log import Observer
 
 ALL = ResearchLogSettings(scalars=1, tokens=1, gradients=1, activations=1)
 NONE = ResearchLogSettings(scalars=0, tokens=0, gradients=0, activations=0)
@@ -48,7 +48,7 @@ class Bench:
         self.model.init_weights(0)
         if arguments.compile:
             self.model.compile_training()
-        self.step_of = TrainStep(self.model, build_optimizer(self.model, 1.0, 0.0, "muon"), arguments.rows, 1.0)
+        self.train_step = TrainStep(self.model, build_optimizer(self.model, 1.0, 0.0, "muon"), arguments.rows, 1.0)
         ids = torch.randint(0, arguments.vocab, (arguments.rows, arguments.time + 1))
         self.tensors = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "segments": torch.zeros_like(ids[:, 1:])}
         self.plan = RowPlan(10**6, arguments.rows, seed=0)
@@ -57,7 +57,7 @@ class Bench:
         self.number = 0
 
     def observer(self, settings: ResearchLogSettings) -> Observer:
-        return Observer(self.model, settings, AloneSession(), False, lambda step: self.plan.at(step)[0])
+        return Observer(self.model, settings, LocalSession(), False, lambda step: self.plan.at(step)[0])
 
     def step(self, settings: ResearchLogSettings) -> dict[str, float]:
         """One step, and the seconds of its parts."""
@@ -68,7 +68,7 @@ class Bench:
             spent["gradients and activations"] = seconds(view.see_gradients)
 
         began = time.perf_counter()
-        result = self.step_of(self.tensors["inputs"], self.tensors["targets"], None, False, view.predict, see)
+        result = self.train_step(self.tensors["inputs"], self.tensors["targets"], None, False, view.predict, see)
         spent["step"] = time.perf_counter() - began
         metrics = {"train_loss": result.loss, "grad_norm": result.grad_norm, "tokens": 1.0, "lr_multiplier": 1.0}
         spent["gather"] = seconds(lambda: view.entries(result, metrics))

@@ -29,9 +29,11 @@ from pathlib import Path
 
 import psutil
 
-import bwlm.grid  # noqa: F401  sets the allocator, for Ray's workers and for the bare loop alike
+from bwlm.cluster.environment import prepare_environment
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import read_journal
-from bwlm.record.lineage import ExperimentFolder
+
+prepare_environment()  # the allocator, for Ray's workers and for the bare loop alike
 
 WARM = 5  # steps at the start that are left out
 NAME = "whole"
@@ -91,12 +93,12 @@ def run_bare(folder: ExperimentFolder) -> None:
     import torch
 
     from bwlm.model.optim import build_optimizer
-    from bwlm.model.step import TrainStep
+    from bwlm.model.train_step import TrainStep
     from bwlm.text.batches import DirectedPlan, open_rows
     from bwlm.text.direction import SpecialIds
     from bwlm.text.plan import RowPlan
     from bwlm.text.tokenizer import Tokenizer
-    from bwlm.train.packed import build_model, rows_per_step
+    from bwlm.train.packed_phase import build_model, rows_per_step
 
     config = folder.config()
     torch.set_num_threads(config.compute.threads)
@@ -104,7 +106,7 @@ def run_bare(folder: ExperimentFolder) -> None:
     model = build_model(config, device)
     step = TrainStep(model, build_optimizer(model), config.compute.micro_rows, config.experiment.optim.grad_clip)
     rows = RowPlan(len(open_rows(config.corpus, "train")), rows_per_step(config), config.experiment.seed)
-    special = SpecialIds.of(Tokenizer.load(Path(config.tokenizer)))
+    special = SpecialIds.from_tokenizer(Tokenizer.load(Path(config.tokenizer)))
     plan = DirectedPlan(config.corpus, "forward", special, rows)
     batches = [
         {name: torch.from_numpy(array).long() for name, array in batch.items()}

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bwlm.model.compute import (
+    ComputeOverrides,
     DeviceType,
-    Wanted,
     choose_compute,
     look_at_hardware,
     peak_flops,
@@ -44,7 +44,7 @@ from bwlm.model.compute import (
 from bwlm.model.gpt import GPT
 from bwlm.model.optim import build_optimizer
 from bwlm.model.shape import GPTConfig, flops_per_token
-from bwlm.model.step import TrainStep
+from bwlm.model.train_step import TrainStep
 
 Step = Callable[..., object]
 
@@ -113,7 +113,7 @@ VARIANTS = {
 def bwlm_step(variant: Variant, shape: Shape, device: torch.device) -> Step:
     kind: DeviceType = "cuda" if device.type == "cuda" else "cpu"
     hardware, peak = look_at_hardware(kind, shape.threads)
-    wanted = Wanted(
+    wanted = ComputeOverrides(
         precision=None if variant.precision == "auto" else variant.precision,  # type: ignore[arg-type]
         attention=variant.attention or None,  # type: ignore[arg-type]
         fused_loss=variant.fused_loss,

@@ -1,23 +1,21 @@
 """Every setting, validated before anything runs.
 
 `Recipe` holds the sections that a grid file and an experiment share. `Experiment` is one resolved run. The grid file's
-own fields live in `bwlm.grid.spec`.
+own fields live in `bwlm.plan.spec`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bwlm.credentials import secrets_in
+from bwlm.directions import DIRECTIONS, DirectionName, is_marked
+from bwlm.phases import FIRST, PHASES, PhaseName
 
-DirectionName = Literal["forward", "backward", "bidirectional", "permuted"]
-Phase = Literal["base", "mid", "sft", "rl"]
-PHASES: tuple[str, ...] = get_args(Phase)
 Reversal = Literal["whole", "turns"]
 Inherited = Literal["direction", "reversal"]
-DIRECTIONS: tuple[str, ...] = get_args(DirectionName)
 
 
 NULL, PRODUCTS = CONTROL_SOURCES = ("builtin:null", "builtin:products")
@@ -217,7 +215,7 @@ class ResourceSettings(Settings):
 class Recipe(Settings):
     """What a grid file states once for all its cells."""
 
-    phase: Phase = Field("base", description="base on documents; mid and sft on conversations; rl by rewards")
+    phase: PhaseName = Field(FIRST, description="base on documents; mid and sft on conversations; rl by rewards")
     parent: str | None = Field(None, description="id of the finished run that a phase after base begins from")
     differs: list[Inherited] = Field(
         default_factory=list, description="what need not be the parent's, to change it on purpose"
@@ -261,7 +259,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _parent_of_its_phase(self) -> Recipe:
-        if self.phase == "base" and self.parent is not None:
+        if PHASES[self.phase].is_first and self.parent is not None:
             raise ValueError("parent: a base run has none: choose another phase, or leave the parent out")
         return self
 
@@ -297,13 +295,16 @@ class Experiment(Recipe):
 
     @model_validator(mode="after")
     def _phase_fits(self) -> Experiment:
-        if self.phase == "base" and self.data.mixture:
+        phase = PHASES[self.phase]
+        if phase.is_first and self.data.mixture:
             raise ValueError("data.mixture: a base run reads documents, of data.source: leave the mixture out")
-        if self.phase != "base" and not self.data.mixture:
+        if not phase.is_first and not self.data.mixture:
             raise ValueError("data.mixture: empty: name a task or a file of conversations, and how often it comes")
-        if self.phase != "base" and self.direction == "permuted":
-            raise ValueError("direction: permuted is a control on documents, and conversations have no such order")
-        if self.phase == "rl" and self.direction == "bidirectional" and self.rl.samples < 4:
+        if not phase.is_first and DIRECTIONS[self.direction].is_control:
+            raise ValueError(
+                f"direction: {self.direction} is a control on documents, and conversations have no such order"
+            )
+        if phase.has_reward and is_marked(self.direction) and self.rl.samples < 4:
             raise ValueError(
                 "rl.samples: half are written in each reading, and are compared with each other: take 4 or more"
             )

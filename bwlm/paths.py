@@ -114,7 +114,7 @@ def sha256_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """Yields a temporary sibling of `target` that takes its name when the block ends well, and goes when it does not.
 
     If somebody else made `target` meanwhile, theirs stays: what we write here is named by its content. A block that

@@ -24,15 +24,15 @@ from tasks.gsm8k import GSM8K
 from tasks.messages import SMOLTALK, FileTask
 from tasks.mmlu import MMLU
 from tasks.spelling import Spelling
-from tasks.task import Conversation, FromFiles, Message, Split, Task, Verifiable, Writes
+from tasks.task import FromFiles, RawConversation, RawMessage, SplitName, Task, Verifiable, Writes
 
 __all__ = [
     "TASKS",
-    "Conversation",
     "FileTask",
     "FromFiles",
-    "Message",
-    "Split",
+    "RawConversation",
+    "RawMessage",
+    "SplitName",
     "Task",
     "Verifiable",
     "Writes",

@@ -19,7 +19,18 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tasks.task import Conversation, Split, Writes, draw, exchange, given, recipe_key, refuse_path, trimmed, truth
+from tasks.task import (
+    RawConversation,
+    SplitName,
+    Writes,
+    draw,
+    exchange,
+    given,
+    recipe_key,
+    refuse_path,
+    trimmed,
+    truth,
+)
 
 FORMAT_VERSION = 1
 """Counts up whenever the problems, their order, their split or their template change."""
@@ -67,7 +78,7 @@ def parse(question: str) -> Problem | None:
 class Arithmetic:
     name: str = "builtin:arithmetic"
 
-    def conversations(self, split: Split, path: str | None = None) -> Iterator[Conversation]:
+    def conversations(self, split: SplitName, path: str | None = None) -> Iterator[RawConversation]:
         refuse_path(self.name, path)
         numbers = range(LARGEST + 1)
         problems = [Problem(*choice) for choice in itertools.product(numbers, OPERATIONS, numbers)]
@@ -79,7 +90,7 @@ class Arithmetic:
         refuse_path(self.name, path)
         return recipe_key(self.name, FORMAT_VERSION, LARGEST, list(OPERATIONS), HELD_OUT)
 
-    def reward(self, written: str, conversation: Conversation, writes: Writes) -> float:
+    def reward(self, written: str, conversation: RawConversation, writes: Writes) -> float:
         """1 for the right integer and nothing else, or for any problem in the template with the given answer; else 0.
 
         A question need not be the one that was asked: `2*6=` earns as much as `12+0=`. So the reward checks truth and

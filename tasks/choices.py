@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from bwlm.errors import UserError
 from tasks.files import DataSet, Row
-from tasks.task import Conversation, Split, exchange
+from tasks.task import RawConversation, SplitName, exchange
 
 FORMAT_VERSION = 1
 """Counts up whenever the same rows would give other conversations."""
@@ -34,7 +34,7 @@ class ChoiceQuestion:
         asked = "Respond only with the letter of the correct answer."
         return "\n".join([f"Multiple Choice question: {self.question}", *lines, "", asked])
 
-    def conversation(self) -> Conversation:
+    def conversation(self) -> RawConversation:
         return exchange(self.prompt(), LETTERS[self.answer])
 
 
@@ -53,10 +53,10 @@ class MultipleChoice:
     data: DataSet
     parse: Callable[[Row], ChoiceQuestion]
 
-    def questions(self, split: Split, path: str | None = None) -> Iterator[ChoiceQuestion]:
+    def questions(self, split: SplitName, path: str | None = None) -> Iterator[ChoiceQuestion]:
         return map(self.parse, self.data.rows(split, path))
 
-    def conversations(self, split: Split, path: str | None = None) -> Iterator[Conversation]:
+    def conversations(self, split: SplitName, path: str | None = None) -> Iterator[RawConversation]:
         return map(ChoiceQuestion.conversation, self.questions(split, path))
 
     def key(self, path: str | None = None) -> str:

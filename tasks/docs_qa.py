@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from bwlm.text.pydocs import PACKAGES, find_modules, held_out, pydocs_key, read_docstrings
-from tasks.task import Conversation, Split, draw, exchange, recipe_key, refuse_path
+from tasks.task import RawConversation, SplitName, draw, exchange, recipe_key, refuse_path
 
 FORMAT_VERSION = 1
 """Counts up whenever the same docstrings would give other conversations."""
@@ -60,7 +60,7 @@ class _Entry:
 class DocsQA:
     name: str = "builtin:docs_qa"
 
-    def conversations(self, split: Split, path: str | None = None) -> Iterator[Conversation]:
+    def conversations(self, split: SplitName, path: str | None = None) -> Iterator[RawConversation]:
         refuse_path(self.name, path)
         for entry in _entries():
             if held_out(entry.module) == (split == "validation"):

@@ -21,7 +21,7 @@ from bwlm.errors import UserError, nearest
 from bwlm.paths import local_path
 from bwlm.text.corpus import first_line, list_files, open_parquet, refuse_repeated
 from bwlm.text.splits import NamedSplits, Shard, split_by_name
-from tasks.task import Split, draw, recipe_key
+from tasks.task import SplitName, draw, recipe_key
 
 HELD_OUT = 20
 """One row in so many is validation where files do not say which are."""
@@ -94,7 +94,7 @@ class DataSet:
     subset: str = ""
     """The folder below `address` that holds the files; it may stand below a path too, as in a copy of the hub's."""
 
-    def rows(self, split: Split, path: str | None = None) -> Iterator[Row]:
+    def rows(self, split: SplitName, path: str | None = None) -> Iterator[Row]:
         """The rows of a split, file by file. Raises `UserError`, naming the file and where it can the row."""
         named = self._splits(path)
         by_name = bool(named.validation)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from tasks.files import DataSet, Row
-from tasks.task import Conversation, Split, Writes, exchange, truth
+from tasks.task import RawConversation, SplitName, Writes, exchange, truth
 
 FORMAT_VERSION = 1
 """Counts up whenever the same rows would give other conversations."""
@@ -34,7 +34,7 @@ _DATA = DataSet("tasks.gsm8k.path", "hf://datasets/openai/gsm8k", ("question", "
 class GSM8K:
     name: str = "gsm8k"
 
-    def conversations(self, split: Split, path: str | None = None) -> Iterator[Conversation]:
+    def conversations(self, split: SplitName, path: str | None = None) -> Iterator[RawConversation]:
         return map(_exchange, _DATA.rows(split, path))
 
     def key(self, path: str | None = None) -> str:
@@ -43,7 +43,7 @@ class GSM8K:
     def notes(self, path: str | None = None) -> tuple[str, ...]:
         return _DATA.notes(path)
 
-    def reward(self, written: str, conversation: Conversation, writes: Writes) -> float:
+    def reward(self, written: str, conversation: RawConversation, writes: Writes) -> float:
         """An answer: 1 if its final number is the true one, else 0. A question: `quantities_agree`."""
         true = truth(conversation, writes)
         if writes == "question":
@@ -52,7 +52,7 @@ class GSM8K:
         return float(found is not None and found == final_number(true))
 
 
-def _exchange(row: Row) -> Conversation:
+def _exchange(row: Row) -> RawConversation:
     return exchange(row.text("question"), _ANNOTATION.sub("", row.text("answer")))
 
 

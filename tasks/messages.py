@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tasks.files import DataSet, Row
-from tasks.task import Conversation, Message, Split
+from tasks.task import RawConversation, RawMessage, SplitName
 
 FORMAT_VERSION = 1
 """Counts up whenever the same files would give other conversations."""
@@ -28,11 +28,11 @@ class FileTask:
         self.name = name or path
         self._data = DataSet(f"tasks.{name}.path" if name else "data.mixture", path, (_COLUMN,), subset)
 
-    def conversations(self, split: Split, path: str | None = None) -> Iterator[Conversation]:
+    def conversations(self, split: SplitName, path: str | None = None) -> Iterator[RawConversation]:
         """Raises `UserError` with file, row and field for messages that are no list and entries that lack a string."""
         return (messages for _, messages in self.placed(split, path))
 
-    def placed(self, split: Split, path: str | None = None) -> Iterator[tuple[str, Conversation]]:
+    def placed(self, split: SplitName, path: str | None = None) -> Iterator[tuple[str, RawConversation]]:
         """Each with its file and row, for what is to be told of it."""
         return ((row.place, _messages(row)) for row in self._data.rows(split, path))
 
@@ -43,14 +43,14 @@ class FileTask:
         return self._data.notes(path)
 
 
-def _messages(row: Row) -> Conversation:
+def _messages(row: Row) -> RawConversation:
     found = row.get(_COLUMN)
     if not isinstance(found, list):
         raise row.fault(_COLUMN, "a list of messages", found)
     return [_message(row, f"{_COLUMN}[{index}]", entry) for index, entry in enumerate(found)]
 
 
-def _message(row: Row, field: str, entry: Any) -> Message:
+def _message(row: Row, field: str, entry: Any) -> RawMessage:
     if not isinstance(entry, dict):
         raise row.fault(field, "an object with role and content", entry)
     fields = Row(f"{row.place}: {field}", entry)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from tasks.task import Conversation, Split, Writes, draw, exchange, recipe_key, refuse_path, trimmed, truth
+from tasks.task import RawConversation, SplitName, Writes, draw, exchange, recipe_key, refuse_path, trimmed, truth
 
 FORMAT_VERSION = 1
 """Counts up whenever the same Python would give other conversations."""
@@ -41,7 +41,7 @@ def words() -> tuple[str, ...]:
 class Spelling:
     name: str = "builtin:spelling"
 
-    def conversations(self, split: Split, path: str | None = None) -> Iterator[Conversation]:
+    def conversations(self, split: SplitName, path: str | None = None) -> Iterator[RawConversation]:
         refuse_path(self.name, path)
         for word in words():
             if (draw(word) % HELD_OUT == 0) == (split == "validation"):
@@ -51,6 +51,6 @@ class Spelling:
         refuse_path(self.name, path)
         return recipe_key(self.name, FORMAT_VERSION, platform.python_version())
 
-    def reward(self, written: str, conversation: Conversation, writes: Writes) -> float:
+    def reward(self, written: str, conversation: RawConversation, writes: Writes) -> float:
         """1 for the conversation's own text, to the letter, else 0: a word has one spelling, and that one word."""
         return float(trimmed(written) == truth(conversation, writes))

@@ -9,11 +9,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from bwlm.errors import UserError
 
-Message = dict[str, str]
+RawMessage = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": str}`"""
-Conversation = list[Message]
+RawConversation = list[RawMessage]
 
-Split = Literal["train", "validation"]
+SplitName = Literal["train", "validation"]
 Writes = Literal["answer", "question"]
 """A forward model writes the assistant's answer; a time-reversed one the user's question, given the answer."""
 
@@ -26,7 +26,7 @@ class Task(Protocol):
     def name(self) -> str:
         """As users write it: `gsm8k`, `builtin:arithmetic`."""
 
-    def conversations(self, split: Split, path: str | None = None) -> Iterator[Conversation]:
+    def conversations(self, split: SplitName, path: str | None = None) -> Iterator[RawConversation]:
         """The conversations of a split, always in the same order.
 
         `path` names files instead of the task's own on the hub; generated tasks have none. Raises `UserError`, when the
@@ -39,7 +39,7 @@ class Task(Protocol):
 
 @runtime_checkable
 class Verifiable(Task, Protocol):
-    def reward(self, written: str, conversation: Conversation, writes: Writes) -> float:
+    def reward(self, written: str, conversation: RawConversation, writes: Writes) -> float:
         """From 0 to 1, for any text at all.
 
         `written` is what a model wrote, in reading order, for the message that `writes` names; `conversation` is one of
@@ -53,7 +53,7 @@ class FromFiles(Task, Protocol):
         """Returns a line for each file that is left out, and why. `path` as in `conversations`."""
 
 
-def truth(conversation: Conversation, writes: Writes) -> str:
+def truth(conversation: RawConversation, writes: Writes) -> str:
     """The text of the last message of the role that writes it."""
     found = [message["content"] for message in conversation if message["role"] == _ROLES[writes]]
     if not found:
@@ -61,7 +61,7 @@ def truth(conversation: Conversation, writes: Writes) -> str:
     return found[-1]
 
 
-def given(conversation: Conversation, writes: Writes) -> str:
+def given(conversation: RawConversation, writes: Writes) -> str:
     """What the one who writes was given: the question for an answer, the answer for a question."""
     return truth(conversation, "question" if writes == "answer" else "answer")
 
@@ -71,7 +71,7 @@ def trimmed(written: str) -> str:
     return written.strip(_SPACE)
 
 
-def exchange(question: str, answer: str) -> Conversation:
+def exchange(question: str, answer: str) -> RawConversation:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 

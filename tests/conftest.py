@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from bwlm.config import Recipe
-from bwlm.text.packing import Items
+from bwlm.text.packing import run_here
 from bwlm.text.prepare import Pack, Prepared, prepare
 from bwlm.text.stream import pack_corpus
 from bwlm.text.tokenizer import Tokenizer
 
-pytest_plugins = ["tests.runs", "tests.shell"]
+pytest_plugins = ["tests.runs", "tests.shell", "tests.grids"]
 
 VOCAB_SIZE = 400
 SEQUENCE_LENGTH = 64
@@ -95,15 +95,10 @@ def corpus(write_shards: WriteShards, tmp_path_factory: pytest.TempPathFactory) 
     return write_shards(tmp_path_factory.mktemp("text") / "corpus", *(texts[start::4] for start in range(4)))
 
 
-def in_this_process(items: Items, work: Callable[[dict[str, Any]], dict[str, Any]]) -> Items:
-    """Packing without Ray."""
-    return [work(item) for item in items]
-
-
 @pytest.fixture(scope="session")
 def pack_in_process() -> Pack:
     """What `prepare` packs with in tests: the same work as with Ray, in this process."""
-    return partial(pack_corpus, run=in_this_process)
+    return partial(pack_corpus, run=run_here)
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +133,9 @@ def tokenizer(prepared: Prepared) -> Tokenizer:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """One private Ray for the session, started by the first test that asks for it; gives its address."""
-    import bwlm.grid  # noqa: F401, I001 - sets Ray's environment, so it comes first
+    from bwlm.cluster.environment import prepare_environment
+
+    prepare_environment()
     import ray
 
     folder = Path(tempfile.mkdtemp(prefix="bw-", dir="/tmp"))  # short: paths of Ray's sockets end at 107 bytes

@@ -8,10 +8,10 @@ from typing import Any
 
 from bwlm.config import Experiment
 from bwlm.paths import read_json, write_json
-from bwlm.record.family import LINK, ParentLink
+from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.health import sealed
 from bwlm.record.journal import Journal
-from bwlm.record.lineage import ExperimentFolder, Status
+from bwlm.record.lineage import LINK, ParentLink
 
 MIXTURE = {"builtin:arithmetic": 1.0}
 

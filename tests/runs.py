@@ -14,16 +14,17 @@ import pytest
 from bwlm.config import Experiment
 from bwlm.model.compute import Compute
 from bwlm.record.checkpoint import load_newest
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.fingerprint import identity, inherited
 from bwlm.record.journal import read_journal
-from bwlm.record.lineage import ExperimentFolder, RunConfig
 from bwlm.record.parent import link_to
+from bwlm.record.run_config import RunConfig
 from bwlm.settings_file import Document
 from bwlm.text.batches import Batch, DirectedPlan
 from bwlm.text.mixture import ConversationSource, prepare_mixture
 from bwlm.text.prepare import Prepared
 from bwlm.train.run import run_phase
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
 from tasks import TASKS
 
 STEPS = 12
@@ -115,7 +116,7 @@ def make_child(
 
     Settings go over a tiny default, as in `make_run`.
     """
-    from bwlm.grid.phases import inherit, with_defaults  # the room sets this process' environment for Ray
+    from bwlm.plan.inherit import inherit, with_defaults  # the room sets this process' environment for Ray
 
     content: dict[str, Any] = dict(CHILD) | {"phase": phase}
     content["data"] = {"mixture": {source.name: source.weight for source in mixture.manifest.sources}}
@@ -154,7 +155,7 @@ def trained_base(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -
     def base(direction: str) -> ExperimentFolder:
         if direction not in trained:
             folder = make_run(prepared, storage, direction, direction=direction, lr=4.0)
-            assert run_phase(folder, AloneSession(), in_process).state == "finished"
+            assert run_phase(folder, LocalSession(), in_process).state == "finished"
             trained[direction] = folder
         return trained[direction]
 
@@ -187,7 +188,7 @@ def mixture_for(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) ->
 
     Read only.
     """
-    from tests.conftest import english, in_this_process  # which reads this module
+    from tests.conftest import english, run_here  # which reads this module
 
     held = {"train": exchanges(english, 0, 120), "validation": exchanges(english, 1, 40)}
     arithmetic = TASKS["builtin:arithmetic"]
@@ -198,7 +199,7 @@ def mixture_for(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) ->
     def mixture(phase: str) -> Prepared:
         sources = [sums] if phase == "rl" else [talks, sums]
         width, folder = prepared.manifest.sequence_length, prepared.tokenizer_folder
-        return prepare_mixture(sources, folder, width, phase != "mid", storage, in_this_process, lambda _: None)
+        return prepare_mixture(sources, folder, width, phase != "mid", storage, run_here, lambda _: None)
 
     return mixture
 

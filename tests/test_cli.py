@@ -19,15 +19,16 @@ import typer
 import yaml
 
 from bwlm import cli
-from bwlm.analysis.power import detectable_gap
 from bwlm.cli.terminal import print_json
 from bwlm.config import Experiment
-from bwlm.grid.plan import plan_experiment
 from bwlm.model.compute import Compute
+from bwlm.plan.load import plan_experiment
+from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.fingerprint import identity
 from bwlm.record.journal import Journal
-from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
+from bwlm.record.run_config import RunConfig
 from bwlm.settings_file import parse_yaml
+from bwlm.stats.power import detectable_gap
 from tests.shell import Answer, Shell, check_mistake
 
 BWLM = Path(sys.executable).parent / "bwlm"
@@ -145,7 +146,7 @@ def test_a_plan_says_what_gap_its_seeds_could_see(shell: Shell) -> None:
     grid = shell.file(GOOD.replace("seed: [0]", "seed: [0, 1, 2, 3, 4]"))
     known = shell.json("grid", "plan", grid, "--seed-noise", "0.006")["detectable"]
     told = shell("grid", "plan", grid, "--seed-noise", "0.006").out.splitlines()[-1]
-    # two pairs, so each is tested at 0.025; tests/analysis/test_power.py checks the figure behind it
+    # two pairs, so each is tested at 0.025; tests/stats/test_power.py checks the figure behind it
     gap = detectable_gap(5, power=0.8, family=2)
     assert gap is not None
     assert known == {

@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bwlm.analysis.loss_table import COLUMNS
-from bwlm.analysis.losses import read_losses
-from bwlm.analysis.stats import gaps
+from bwlm.stats.gaps import gaps
+from bwlm.stats.loss_file import read_losses
+from bwlm.stats.loss_table import COLUMNS
 from tests.analysis.storage import finish, make_cell
-from tests.analysis.test_stats import GOLDEN, flat_table, table
 from tests.shell import Shell, check_mistake
+from tests.stats.test_gaps import GOLDEN, flat_table, table
 from tests.test_readme import ROOT, blocks, write_files
 
 LOSSES = table(GOLDEN)
@@ -47,7 +47,7 @@ def test_gaps_as_json(name: str, shell: Shell) -> None:
     assert found.keys() >= FINDING
     assert (found["size"], found["a"], found["b"]) == (4, "forward", "backward")
     assert (found["seeds"], found["paired_seeds"]) == (3, [0, 1, 2])
-    assert found["gap_nats"] == g.gap_nats == pytest.approx(0.2)  # b - a, worked out in tests/analysis/test_stats.py
+    assert found["gap_nats"] == g.gap_nats == pytest.approx(0.2)  # b - a, worked out in tests/stats/test_gaps.py
     assert (found["gap_bpb"], found["gap_percent"]) == (g.gap_bpb, g.gap_percent)
     assert found["bootstrap"] == list(g.bootstrap)
     assert found["seed_interval"] == pytest.approx([-0.048414, 0.448414], abs=1e-6)

@@ -17,8 +17,9 @@ import pytest
 
 from bwlm.paths import write_json
 from bwlm.record.checkpoint import KeepPolicy, write_checkpoint
-from bwlm.record.family import LINK
-from bwlm.record.lineage import ExperimentFolder, Status, write_cells
+from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.record.grids import write_cells
+from bwlm.record.lineage import LINK
 from bwlm.text.prepare import Prepared
 from tests.families import MIXTURE, in_grid, link_anew, untrained_child, validated
 from tests.faults.checkpoints import snapshot

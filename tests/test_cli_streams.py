@@ -13,7 +13,7 @@ import pytest
 
 from bwlm.cli.streams import tolerate_any_text
 from bwlm.paths import readable, write_text
-from tests.analysis.test_stats import GOLDEN, table
+from tests.stats.test_gaps import GOLDEN, table
 from tests.test_readme import ROOT
 
 ENVIRONMENTS = {

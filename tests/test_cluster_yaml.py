@@ -12,7 +12,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from bwlm.config import ResourceSettings
-from bwlm.grid.plan import load_grid
+from bwlm.plan.load import load_grid
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())

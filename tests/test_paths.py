@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from bwlm.errors import UserError
 from bwlm.paths import (
+    atomic_folder,
     check_id,
     check_writable,
     discard_unfinished,
@@ -26,7 +27,6 @@ from bwlm.paths import (
     local_path,
     read_json,
     storage_root,
-    whole_folder,
     write_atomic,
     write_json,
 )
@@ -162,7 +162,7 @@ def test_what_is_discarded_never_takes_its_name(tmp_path: Path) -> None:
 
     with pytest.raises(FileNotFoundError):
         write_atomic(tmp_path / "late", b"x", discard)
-    with pytest.raises(FileNotFoundError), whole_folder(tmp_path / "in" / "side"):
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "in" / "side"):
         discard()
     assert sorted(path.name for path in tmp_path.rglob("*")) == [".other.0123abcd.tmp", "other"]
 
@@ -193,14 +193,14 @@ def fill(folder: Path, text: str) -> None:
 
 
 def fail_to_fill(target: Path, error: BaseException) -> None:
-    with whole_folder(target) as temporary:
+    with atomic_folder(target) as temporary:
         fill(temporary, "x")
         raise error
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
     target = tmp_path / "a" / "b" / "target"
-    with whole_folder(target) as temporary:
+    with atomic_folder(target) as temporary:
         fill(temporary, "x")
         assert not target.exists()
         assert temporary.parent == target.parent
@@ -227,9 +227,9 @@ def test_a_failure_leaves_the_folders_that_were_there(tmp_path: Path) -> None:
 
 def test_the_loser_of_a_race_keeps_the_winners(tmp_path: Path) -> None:
     target = tmp_path / "target"
-    with whole_folder(target) as late:
+    with atomic_folder(target) as late:
         fill(late, "late")
-        with whole_folder(target) as early:
+        with atomic_folder(target) as early:
             fill(early, "early")
     assert (target / "inner" / "f").read_text() == "early"
     assert names(tmp_path) == ["target"]
@@ -240,7 +240,7 @@ def test_a_rename_that_fails_for_another_reason_is_told(tmp_path: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="No space left"), whole_folder(tmp_path / "target") as temporary:
+    with pytest.raises(OSError, match="No space left"), atomic_folder(tmp_path / "target") as temporary:
         fill(temporary, "x")
     monkeypatch.undo()
     assert names(tmp_path) == []
@@ -257,7 +257,7 @@ def test_every_file_of_a_folder_is_durable_before_it_takes_its_name(
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", note)
-    with whole_folder(tmp_path / "target") as temporary:
+    with atomic_folder(tmp_path / "target") as temporary:
         fill(temporary, "x")
         (temporary / "g").write_text("y")
     assert {"f", "g", "inner"} <= set(synced)

@@ -13,19 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bwlm.analysis.losses import gaps_from
-from bwlm.analysis.stats import judge, paired_t
-from bwlm.grid.plan import load_grid
+from bwlm.plan.load import load_grid
+from bwlm.stats.gaps import judge, paired_t
+from bwlm.stats.loss_file import gaps_from
+from tests.file_list import MARK, PAGE, file_list
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 ELSEWHERE = {
-    "make demo": "the demo grid is planned in tests/grid/test_plan.py, and a whole grid runs in tests/grid/test_run.py",
+    "make demo": "the demo grid is planned in tests/plan/test_load.py, and a whole grid runs in tests/grid/test_run.py",
     "make test": "this",
-    "make tour": "the grid is planned in tests/grid/test_plan.py, and families run in tests/grid/test_phases.py",
-    "bwlm grid run grids/branching.yaml": "planned in tests/grid/test_plan.py; tests/grid/test_chain.py runs one",
-    **dict.fromkeys(["ray ", "export RAY_AUTH_MODE=token"], "tests/grid/test_job.py"),
+    "make tour": "the grid is planned in tests/plan/test_load.py, and families run in tests/plan/test_inherit.py",
+    "bwlm grid run grids/branching.yaml": "planned in tests/plan/test_load.py; tests/grid/test_chain.py runs one",
+    **dict.fromkeys(["ray ", "export RAY_AUTH_MODE=token"], "tests/cluster/test_job.py"),
     "python benchmarks/": "tests/test_benchmarks.py",
 }
 
@@ -85,12 +86,9 @@ def test_the_grid_of_the_reference_is_valid(tmp_path: Path) -> None:
 
 
 def test_every_file_has_its_line() -> None:
-    text = (ROOT / "README.md").read_text()
-    for path in (ROOT / "bwlm").rglob("*.py"):
-        if path.name != "__init__.py":
-            assert f"  {path.relative_to(ROOT / 'bwlm')} " in text, f"{path} is missing from the README's list"
-    listed = re.findall(r"^  ([\w/]+\.py) ", text, flags=re.MULTILINE)
-    assert all((ROOT / "bwlm" / name).exists() for name in listed)
+    assert PAGE.read_text().partition(MARK)[2] == file_list(), "run python -m tests.file_list"
+    listed = set(re.findall(r"^- `([\w/]+\.py)` .", file_list(), flags=re.MULTILINE))
+    assert {path.name for path in (ROOT / "bwlm").rglob("*.py")} - {"__init__.py"} <= listed
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -19,9 +19,9 @@ from bwlm.cli.runs import runs_app
 from bwlm.cli.streams import finish_writing, tolerate_any_text
 from bwlm.cli.terminal import say
 from bwlm.cli.train import train
+from bwlm.cluster.environment import check_ray_settings, prepare_environment
 from bwlm.credentials import masked
 from bwlm.errors import BwlmError
-from bwlm.grid.environment import check_ray_settings
 from bwlm.train.termination import TERMINATED
 
 app = typer.Typer(
@@ -67,6 +67,7 @@ def _main() -> NoReturn:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     before = signal.signal(signal.SIGTERM, _end)
     try:
+        prepare_environment()
         check_ray_settings()
         code = app(standalone_mode=False)  # typer returns the code of an Exit, and turns Ctrl-C into 130
     except BwlmError as error:

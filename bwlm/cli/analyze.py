@@ -13,13 +13,14 @@ import typer
 from bwlm.cli.terminal import Json, Storage, busy, print_json, say, show, table
 from bwlm.errors import UserError
 from bwlm.paths import readable
+from bwlm.phases import PHASES
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from bwlm.analysis.result import Analysis
-    from bwlm.analysis.stats import Gap
-    from bwlm.record.lineage import ExperimentFolder
+    from bwlm.analysis.commands.result import Analysis
+    from bwlm.record.experiment import ExperimentFolder
+    from bwlm.stats.gaps import Gap
 
 _LONGEST = 80
 """Characters of a folder's name."""
@@ -68,8 +69,8 @@ def gap(
 
     Example: `bwlm analyze gap --from losses.csv --output gaps.svg`
     """
-    from bwlm.analysis.losses import gaps_from
-    from bwlm.analysis.verdict import GAP_HEADER, gap_analysis, gap_columns, gap_figures
+    from bwlm.analysis.commands.gap import GAP_HEADER, gap_analysis, gap_columns, gap_figures
+    from bwlm.stats.loss_file import gaps_from
 
     _check(output)  # reading and resampling take longer than this mistake
     if bool(runs) == bool(losses):
@@ -95,16 +96,16 @@ def gap(
 
 
 def _gaps_of_runs(runs: list[str], storage: str | None) -> tuple[list[Gap], list[str]]:
-    from bwlm.analysis.audit import audit
-    from bwlm.analysis.findings import COMPARED_PHASES, find
-    from bwlm.analysis.select import begun, choose
-    from bwlm.analysis.stats import counted
+    from bwlm.analysis.runs.audit import audit
+    from bwlm.analysis.runs.findings import find
+    from bwlm.format import counted
     from bwlm.paths import storage_root
+    from bwlm.record.catalog.select import begun, choose
 
     chosen, left_out = choose(storage_root(storage), runs)
     folders, notes = begun(chosen, left_out)
     findings = find(chosen)  # a rate with a cell that has not begun cannot be the best one yet
-    compared = [folder for folder in folders if folder.config().experiment.phase in COMPARED_PHASES]
+    compared = [folder for folder in folders if PHASES[folder.config().experiment.phase].compared]
     if others := len(folders) - len(compared):
         notes.append(f"{counted(others, 'run')} of SFT or RL: each direction writes text of its own there")
     notes += [*audit(compared).refused, *findings.skipped, *findings.at_edge]
@@ -119,7 +120,7 @@ def compare(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
     Example: `bwlm analyze compare demo --output curves.svg`
     """
-    from bwlm.analysis.curves import compare
+    from bwlm.analysis.commands.compare import compare
 
     _run(compare, runs, output, storage, as_json, rates=True)
 
@@ -130,7 +131,7 @@ def transfer(runs: Runs, output: Output = None, storage: Storage = None, as_json
 
     Example: `bwlm analyze transfer demo`
     """
-    from bwlm.analysis.transfer import transfer
+    from bwlm.analysis.commands.transfer import transfer
 
     _run(transfer, runs, output, storage, as_json)
 
@@ -141,7 +142,7 @@ def positions(runs: Runs, output: Output = None, storage: Storage = None, as_jso
 
     Example: `bwlm analyze positions 'demo_*_d1_lr4_s*'`
     """
-    from bwlm.analysis.positions import positions
+    from bwlm.analysis.commands.positions import positions
 
     _run(positions, runs, output, storage, as_json)
 
@@ -152,7 +153,7 @@ def gradients(runs: Runs, output: Output = None, storage: Storage = None, as_jso
 
     Example: `bwlm analyze gradients mine`
     """
-    from bwlm.analysis.insides import over_time
+    from bwlm.analysis.commands.layers import over_time
 
     _run(lambda folders: over_time("gradients", folders), runs, output, storage, as_json)
 
@@ -163,7 +164,7 @@ def activations(runs: Runs, output: Output = None, storage: Storage = None, as_j
 
     Example: `bwlm analyze activations mine`
     """
-    from bwlm.analysis.insides import over_time
+    from bwlm.analysis.commands.layers import over_time
 
     _run(lambda folders: over_time("activations", folders), runs, output, storage, as_json)
 
@@ -174,7 +175,7 @@ def representations(runs: Runs, output: Output = None, storage: Storage = None, 
 
     Example: `bwlm analyze representations demo`
     """
-    from bwlm.analysis.representations import representations
+    from bwlm.analysis.commands.representations import representations
 
     _run(representations, runs, output, storage, as_json)
 
@@ -185,7 +186,7 @@ def scaling(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
     Example: `bwlm analyze scaling demo`
     """
-    from bwlm.analysis.scaling import scaling
+    from bwlm.analysis.commands.scaling import scaling
 
     _run(scaling, runs, output, storage, as_json, rates=True)
 
@@ -196,7 +197,7 @@ def rewards(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
     Example: `bwlm analyze rewards arithmetic_rl`
     """
-    from bwlm.analysis.rewards import rewards
+    from bwlm.analysis.commands.rewards import rewards
 
     _run(rewards, runs, output, storage, as_json)
 
@@ -207,10 +208,10 @@ def report(names: Runs, storage: Storage = None, as_json: Json = False) -> None:
 
     Example: `bwlm analyze report demo`
     """
-    from bwlm.analysis.report import write_experiment_report, write_grid_report
-    from bwlm.analysis.select import choose
+    from bwlm.analysis.report.study import write_experiment_report, write_grid_report
     from bwlm.paths import storage_root
-    from bwlm.record.lineage import grid_names
+    from bwlm.record.catalog.select import choose
+    from bwlm.record.grids import grid_names
 
     root = storage_root(storage)
     files = []
@@ -238,9 +239,9 @@ def _run(
     rates: bool = False,
 ) -> None:
     """`rates`: the analysis chooses learning rates, for which cells that have not begun count."""
-    from bwlm.analysis.select import begun, choose
-    from bwlm.analysis.stats import counted
+    from bwlm.format import counted
     from bwlm.paths import storage_root
+    from bwlm.record.catalog.select import begun, choose
 
     _check(output)
     chosen, left_out = choose(storage_root(storage), runs)
@@ -275,7 +276,7 @@ def _default(storage: str | None, runs: list[str]) -> Path:
 
 
 def _check(output: list[Path] | None) -> None:
-    from bwlm.analysis.result import PICTURES, TABLES
+    from bwlm.analysis.commands.result import PICTURES, TABLES
 
     suffixes = (*PICTURES, *TABLES)
     for path in output or []:

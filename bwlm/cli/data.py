@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bwlm.cli.terminal import Json, Set, Storage, print_json, say, show, show_heading, table
+from bwlm.directions import is_marked
 from bwlm.errors import UserError, nearest
+from bwlm.phases import FIRST, PHASES
 
 if TYPE_CHECKING:
     from bwlm.config import Recipe
@@ -41,11 +43,11 @@ def _prepared(settings: list[str] | None, storage: str | None) -> Prepared:
     recipe, root = _recipe(settings, storage)
 
     def pack(*arguments: Any) -> Any:
-        from bwlm.grid.cluster import cluster
-        from bwlm.grid.spec import LaunchSettings
+        from bwlm.cluster.session import open_cluster
+        from bwlm.plan.spec import LaunchSettings
         from bwlm.text.stream import pack_corpus
 
-        with cluster([recipe.resources], LaunchSettings(), 1):
+        with open_cluster([recipe.resources], LaunchSettings(), 1):
             return pack_corpus(*arguments)
 
     return prepare(recipe, root, pack, say)
@@ -84,7 +86,7 @@ def data_inspect(
     rows: Annotated[int, typer.Option(min=1, max=10_000, help="How many rows of the plan, or conversations.")] = 2,
     phase: Annotated[
         str, typer.Option(help="base: rows of documents. mid, sft, rl: conversations, and what of them is written.")
-    ] = "base",
+    ] = FIRST,
     set_: Set = None,
     storage: Storage = None,
     as_json: Json = False,
@@ -95,17 +97,18 @@ def data_inspect(
 
     Example: `bwlm data inspect --phase sft --rows 1 --set data.reversal=turns`
     """
-    from bwlm.config import DIRECTIONS, PHASES
+    from bwlm.directions import DIRECTIONS
+    from bwlm.phases import PHASES
     from bwlm.text.direction import check_direction
     from bwlm.text.inspect import inspect_rows
 
     if phase not in PHASES:
         raise UserError(f"--phase: {phase!r} is not one of {', '.join(PHASES)}{nearest(phase, PHASES)}")
-    known = [name for name in DIRECTIONS if phase == "base" or name != "permuted"]
+    known = [name for name, one in DIRECTIONS.items() if PHASES[phase].is_first or not one.is_control]
     wanted = [check_direction(direction)] if direction else known
     if as_json and direction is None:
         raise UserError("--json: say which --direction")
-    if phase != "base":
+    if not PHASES[phase].is_first:
         return _inspect_conversations(wanted, rows, phase, set_, storage, as_json)
     prepared = _prepared(set_, storage)
     shown = {name: inspect_rows(prepared, name, rows) for name in wanted}
@@ -125,11 +128,11 @@ def _inspect_conversations(
 ) -> None:
     from itertools import islice
 
-    from bwlm.grid.phases import with_defaults
-    from bwlm.grid.texts import sources_of
+    from bwlm.plan.inherit import with_defaults
     from bwlm.text.conversation import check_conversation
     from bwlm.text.inspect import inspect_conversation
     from bwlm.text.prepare import get_tokenizer
+    from tasks.sources import sources_of
 
     recipe, root = _recipe(settings, storage, lambda content: with_defaults(content, phase))
     _, _, tokenizer = get_tokenizer(recipe, root / "cache", say)
@@ -138,8 +141,9 @@ def _inspect_conversations(
         for source in sources_of(recipe)
         for index, messages in enumerate(islice(source.read("train"), count))
     ]
+    supervised = PHASES[phase].supervised == "written"
     shown = [
-        {name: inspect_conversation(one, name, recipe.data.reversal, phase != "mid", tokenizer) for name in directions}
+        {name: inspect_conversation(one, name, recipe.data.reversal, supervised, tokenizer) for name in directions}
         for one in found
     ]
     if as_json:
@@ -147,7 +151,7 @@ def _inspect_conversations(
     for number, one in enumerate(shown):
         for name, readings in one.items():
             for reading in readings:
-                marked = f", marked {reading['reading']}" if name == "bidirectional" else ""
+                marked = f", marked {reading['reading']}" if is_marked(name) else ""
                 show_heading(f"conversation {number}, {name}{marked}")
                 _show_supervised(reading["text"], reading["supervised"])
     show("in green on a terminal, else between « and »: what a model is trained to write")

@@ -21,9 +21,9 @@ def export(
 
     Example: `bwlm export demo_forward_d1_lr4_s0 --format hf demo-forward`
     """
-    from bwlm.evaluate.export import check_target, export_hf
-    from bwlm.evaluate.load import load_model
     from bwlm.paths import storage_root
+    from bwlm.trained.export_hf import check_target, export_hf
+    from bwlm.trained.load import load_model
 
     check_target(target)  # loading takes longer than this mistake
     loaded = load_model(storage_root(storage), experiment, step)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from bwlm.cli.terminal import Branch
 
 if TYPE_CHECKING:
-    from bwlm.analysis.overview import Best, Leaves, Member
+    from bwlm.record.catalog.describe import Best, Leaves, Member
 
 
 def branches(members: list[Member], gathered: bool) -> list[Branch]:
     """`gathered`: the many leaves of a grid as one line."""
-    from bwlm.analysis.overview import Leaves, gather
+    from bwlm.record.catalog.describe import Leaves, gather
 
     shown: list[Member | Leaves] = gather(members) if gathered else list(members)
     return [_leaves(one) if isinstance(one, Leaves) else _member(one, gathered) for one in shown]

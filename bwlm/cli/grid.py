@@ -14,11 +14,12 @@ import typer
 from bwlm.cli.launch import launch, show_places
 from bwlm.cli.terminal import AcceptCode, Json, Set, Storage, print_json, say, show, table
 from bwlm.errors import UserError
+from bwlm.phases import PHASES
 
 if TYPE_CHECKING:
     from bwlm.grid.cells import PlannedCell
     from bwlm.grid.launch import LaunchResult
-    from bwlm.grid.spec import Plan
+    from bwlm.plan.spec import Plan
 
 grid_app = typer.Typer(help="Plan, run and watch a grid of cells.", no_args_is_help=True)
 
@@ -26,8 +27,8 @@ GridFile = Annotated[Path, typer.Argument(metavar="GRID.yaml", help="The grid fi
 
 
 def _load(grid: Path, settings: list[str] | None, storage: str | None) -> tuple[Plan, Path]:
-    from bwlm.grid.plan import load_grid
     from bwlm.paths import storage_root
+    from bwlm.plan.load import load_grid
 
     plan = load_grid(grid, settings or [], storage)
     return plan, storage_root(storage or plan.launch.storage)
@@ -56,12 +57,12 @@ def grid_plan(
     if seed_noise is not None and not 0 < seed_noise < math.inf:
         raise UserError(f"--seed-noise: {seed_noise} is not a positive number of nats per token")
     plan, root = _load(grid, set_, storage)
-    from bwlm.grid.texts import check_sources
+    from tasks.sources import check_sources
 
     for cell in plan.cells:
         check_sources(cell.experiment)
-    from bwlm.grid.detectable import detectable, detectable_words  # scipy takes a second: a mistake is told before
     from bwlm.grid.progress import si
+    from bwlm.plan.power import detectable, detectable_words  # scipy takes a second: a mistake is told before
 
     seen = detectable(plan, seed_noise)
     if as_json:
@@ -84,8 +85,8 @@ def grid_status(grid: GridFile, set_: Set = None, storage: Storage = None, as_js
 
     Example: `bwlm grid status grids/demo.yaml --json`
     """
-    from bwlm.analysis.cells import CELL_HEADER, cell_columns, load_readable
     from bwlm.grid.cells import find_cells
+    from bwlm.record.catalog.rows import CELL_HEADER, cell_columns, load_readable
 
     plan, root = _load(grid, set_, storage)
     planned = find_cells(plan, root)
@@ -127,7 +128,7 @@ def grid_schema() -> None:
 
     Example: `bwlm grid schema > grid.schema.json`
     """
-    from bwlm.grid.spec import Grid
+    from bwlm.plan.spec import Grid
 
     print_json(Grid.model_json_schema())
 
@@ -137,7 +138,7 @@ _STOPPED_ABOVE = "what it begins from was stopped early"
 
 def _status_document(plan: Plan, root: Path) -> dict[str, Any]:
     from bwlm.grid.cells import find_cells, without_parent
-    from bwlm.record.logsize import bytes_of_log
+    from bwlm.record.researchlog_size import bytes_of_log
 
     planned = find_cells(plan, root)
     out = without_parent(planned)
@@ -161,16 +162,16 @@ def _reason(planned: PlannedCell) -> str:
 
 
 def _show_result(plan: Plan, root: Path, result: LaunchResult, submit: str) -> None:
-    from bwlm.analysis.cells import CELL_HEADER, cell_columns
-    from bwlm.analysis.findings import BEST_HEADER, best_columns, find
-    from bwlm.analysis.report import left_behind, left_behind_words
-    from bwlm.analysis.variants import variants
-    from bwlm.analysis.verdict import GAP_HEADER, gap_caption, gap_columns
-    from bwlm.record.lineage import ExperimentFolder
+    from bwlm.analysis.commands.gap import GAP_HEADER, gap_caption, gap_columns
+    from bwlm.analysis.report.study import dropped_cells, dropped_words
+    from bwlm.analysis.report.variants import variants
+    from bwlm.analysis.runs.findings import BEST_HEADER, best_columns, find
+    from bwlm.record.catalog.rows import CELL_HEADER, cell_columns
+    from bwlm.record.experiment import ExperimentFolder
 
     folders = [ExperimentFolder(root, cell.id) for cell in result.cells]
     findings = find(folders)
-    bases = [cell_columns(cell) for cell in result.cells if cell.phase == "base"]
+    bases = [cell_columns(cell) for cell in result.cells if PHASES[cell.phase].is_first]
     if bases:
         show(table(CELL_HEADER, bases, f"{plan.name}: cells"))
     for one in variants(folders):
@@ -182,7 +183,7 @@ def _show_result(plan: Plan, root: Path, result: LaunchResult, submit: str) -> N
         show(table(GAP_HEADER, [gap_columns(gap) for gap in findings.gaps], gap_caption(findings)))
     for line in findings.skipped:
         show(f"no result: {line}")
-    show(*findings.at_edge, *left_behind_words(left_behind(root, plan.name)))
+    show(*findings.at_edge, *dropped_words(dropped_cells(root, plan.name)))
     show_places(result)
     show(f"dashboard  {_dashboard_hint(result, submit)}")
 

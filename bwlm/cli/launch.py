@@ -12,7 +12,7 @@ from bwlm.cli.terminal import say, show
 
 if TYPE_CHECKING:
     from bwlm.grid.launch import LaunchResult
-    from bwlm.grid.spec import Plan
+    from bwlm.plan.spec import Plan
 
 
 def launch(plan: Plan, root: Path, accept_code: bool) -> LaunchResult:

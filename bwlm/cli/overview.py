@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from bwlm.phases import PHASES
+
 Fields = list[tuple[str, str]]
 
 
 def sections(run: dict[str, Any]) -> list[tuple[str, Fields]]:
-    """Titles and fields of what `bwlm.analysis.overview.describe` gives; what is empty is left out."""
+    """Titles and fields of what `bwlm.record.catalog.describe.describe` gives; what is empty is left out."""
     found = [
         (_headline(run), _itself(run)),
         ("family", _family(run)),
@@ -68,7 +70,7 @@ def _changes(changed: dict[str, dict[str, Any]]) -> Fields:
 
 
 def _tokens(run: dict[str, Any]) -> str:
-    steps = run["step"] if run["phase"] == "rl" else run["steps"]
+    steps = run["step"] if PHASES[run["phase"]].has_reward else run["steps"]
     return f"{run['tokens']:,} in {steps:,} steps" if run["tokens"] is not None else "none yet"
 
 

@@ -23,12 +23,12 @@ from bwlm.cli.terminal import (
 from bwlm.errors import UserError
 
 if TYPE_CHECKING:
-    from bwlm.analysis.cells import CellRow
-    from bwlm.record.lineage import ExperimentFolder
+    from bwlm.record.catalog.rows import CellRow
+    from bwlm.record.experiment import ExperimentFolder
 
 runs_app = typer.Typer(help="What was trained, and what descends from what.", no_args_is_help=True)
 
-Run = Annotated[str, typer.Argument(metavar="ID", help="The experiment.", show_default=False)]
+RunId = Annotated[str, typer.Argument(metavar="ID", help="The experiment.", show_default=False)]
 
 
 @runs_app.command("list")
@@ -56,10 +56,10 @@ def runs_list(
 
     Example: `bwlm runs list --where phase=sft --where 'val_bpb<2.5' --sort val_bpb`
     """
-    from bwlm.analysis.cells import load_readable
-    from bwlm.analysis.conditions import choose_cells
     from bwlm.paths import storage_root
-    from bwlm.record.lineage import list_experiments
+    from bwlm.record.catalog.filters import choose_cells
+    from bwlm.record.catalog.rows import load_readable
+    from bwlm.record.experiment import list_experiments
 
     root = storage_root(storage)
     known, left_out = load_readable(list_experiments(root))
@@ -75,7 +75,7 @@ def runs_list(
 
 
 def _show_list(cells: list[CellRow]) -> None:
-    from bwlm.analysis.cells import CELL_HEADER, cell_columns
+    from bwlm.record.catalog.rows import CELL_HEADER, cell_columns
 
     header = ["phase", "state", "step", *CELL_HEADER[5:]]
     rows = [[cell.phase, cell.state, str(cell.step), *cell_columns(cell)[5:]] for cell in cells]
@@ -118,11 +118,12 @@ def runs_tree(
 
     Example: `bwlm runs tree mine-sft --json`
     """
-    from bwlm.analysis.overview import family_of, load_members
-    from bwlm.analysis.select import choose
     from bwlm.cli.family import branches
     from bwlm.paths import storage_root
-    from bwlm.record.lineage import list_experiments, readable
+    from bwlm.record.catalog.describe import family_of, load_members
+    from bwlm.record.catalog.select import choose
+    from bwlm.record.experiment import list_experiments
+    from bwlm.record.health import readable
 
     root = storage_root(storage)
     chosen = choose(root, [name], damaged=True)[0] if name is not None else None
@@ -142,15 +143,16 @@ def runs_tree(
 
 
 @runs_app.command("show")
-def runs_show(run: Run, storage: Storage = None, as_json: Json = False) -> None:
+def runs_show(run: RunId, storage: Storage = None, as_json: Json = False) -> None:
     """All that is known of one experiment: state, family, what it changed against its parent, figures, files.
 
     Example: `bwlm runs show mine`
     """
-    from bwlm.analysis.overview import describe
     from bwlm.cli.overview import sections
     from bwlm.paths import storage_root
-    from bwlm.record.lineage import damage_words, open_experiment
+    from bwlm.record.catalog.describe import describe
+    from bwlm.record.experiment import open_experiment
+    from bwlm.record.health import damage_words
 
     folder = open_experiment(storage_root(storage), run)
     known = describe(folder)
@@ -166,7 +168,7 @@ def runs_show(run: Run, storage: Storage = None, as_json: Json = False) -> None:
 
 @runs_app.command("delete")
 def runs_delete(
-    run: Run,
+    run: RunId,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     storage: Storage = None,
 ) -> None:
@@ -178,7 +180,7 @@ def runs_delete(
     Example: `bwlm runs delete mine --yes`
     """
     from bwlm.paths import storage_root
-    from bwlm.record.lineage import ExperimentFolder, open_experiment
+    from bwlm.record.experiment import ExperimentFolder, open_experiment
     from bwlm.record.removal import check_deletable, delete, discard_deleted, unfinished_deletions
 
     root = storage_root(storage)
@@ -196,8 +198,8 @@ def runs_delete(
 
 
 def _what_goes(folder: ExperimentFolder) -> str:
-    from bwlm.analysis.overview import bytes_in
     from bwlm.cli.overview import size_words
+    from bwlm.record.catalog.describe import bytes_in
 
     size = size_words(bytes_in(folder.path))
     with contextlib.suppress(UserError):  # a run that cannot be read can be deleted all the same

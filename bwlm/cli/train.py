@@ -10,6 +10,7 @@ from bwlm.cli.eval import evaluate
 from bwlm.cli.launch import launch, show_places
 from bwlm.cli.terminal import AcceptCode, Json, Set, Storage, print_json, show, table
 from bwlm.errors import UserError
+from bwlm.phases import FIRST
 
 
 def train(
@@ -22,7 +23,7 @@ def train(
     ] = None,
     phase: Annotated[
         str, typer.Option(help="base, mid, sft, rl, or a chain: base,mid,sft; eval: see `bwlm eval`.")
-    ] = "base",
+    ] = FIRST,
     parent: Annotated[
         str | None, typer.Option(help="The finished run that a phase past base begins from.", show_default=False)
     ] = None,
@@ -51,8 +52,8 @@ def train(
 
     Example: `bwlm train --phase sft --parent ID --set optim.init_lr_frac=0.05`
     """
-    from bwlm.grid.plan import plan_experiment
     from bwlm.paths import storage_root
+    from bwlm.plan.load import plan_experiment
 
     if phase == "eval":
         if parent is None:
@@ -66,7 +67,7 @@ def train(
         cells = [cell.to_json() for cell in result.cells]
         print_json(cells if len(plan.cells) > 1 else cells[0])
     else:
-        from bwlm.analysis.cells import CELL_HEADER, cell_columns
+        from bwlm.record.catalog.rows import CELL_HEADER, cell_columns
 
         show(table(["id", *CELL_HEADER], [[cell.id, *cell_columns(cell)] for cell in result.cells], plan.name))
         show(*[cell.reason for cell in result.cells if cell.reason])

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bwlm.evaluate.load import LoadedModel
-from bwlm.evaluate.loss import LossEvaluation
+from bwlm.directions import is_marked, own_readings
+from bwlm.errors import UserError
+from bwlm.evaluate.windows import LossEvaluation
 from bwlm.model.observe import evaluating
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.phases import BUILTIN_MIXTURE, PHASES
+from bwlm.record.experiment import ExperimentFolder, open_finished
+from bwlm.record.repeat import repeat_command
+from bwlm.record.run_config import RunConfig
 from bwlm.text.batches import open_rows
 from bwlm.text.conversation import TurnIds, TurnLayout
-from bwlm.text.direction import SpecialIds, is_marked, own_readings
+from bwlm.text.direction import SpecialIds
+from bwlm.text.mixture import prepare_mixture
+from bwlm.text.packing import run_here
+from bwlm.text.prepare import find_packed
+from bwlm.trained.load import LoadedModel, load_model
+from tasks.sources import sources_of
 
 _ROWS_AT_ONCE = 8
 
@@ -75,11 +87,53 @@ def _evaluation(loaded: LoadedModel, task: str, corpus: str) -> LossEvaluation:
     talks = task == "conversations"
     return LossEvaluation(
         rows=open_rows(corpus, "validation"),
-        special=SpecialIds.of(tokenizer),
+        special=SpecialIds.from_tokenizer(tokenizer),
         token_bytes=tokenizer.token_bytes().astype(np.int64),
         tokens=experiment.evaluation.tokens,
         batch_rows=_ROWS_AT_ONCE,
         device=loaded.model.embedding.weight.device,
         masked=talks or experiment.model.document_mask,
-        turns=TurnLayout(TurnIds.of(tokenizer), experiment.data.reversal, supervised=False) if talks else None,
+        turns=TurnLayout(TurnIds.from_tokenizer(tokenizer), experiment.data.reversal, supervised=False)
+        if talks
+        else None,
     )
+
+
+def evaluate_run(storage: Path, run: str, readings: tuple[str, ...], progress: Callable[[str], None]) -> list[TextLoss]:
+    """Evaluates a finished run on the documents of its base and on conversations: its own mixture's, or built-in ones.
+
+    Text that is gone is named with the command that makes it again. Raises `UserError` for that, and if there is no
+    such run, or it has no checkpoint.
+    """
+    folder = open_finished(storage, run)
+    loaded = load_model(storage, run)
+    corpora = {
+        "documents": str(_documents(storage, folder, loaded.config)),
+        "conversations": str(_conversations(storage, loaded.config, progress)),
+    }
+    return evaluate_texts(loaded, corpora, readings, folder)
+
+
+def _documents(storage: Path, folder: ExperimentFolder, config: RunConfig) -> Path:
+    link = folder.link()
+    base = ExperimentFolder(storage, link.chain[0]).config() if link else config
+    packed = find_packed(storage, Path(base.corpus), base.identity["data"])
+    if packed is None:
+        place = shlex.quote(str(storage))
+        raise UserError(
+            f"{base.corpus}: the text that {base.id} was trained on is gone: this makes it again and trains nothing: "
+            f"{repeat_command(base, place)} --storage {place}"
+        )
+    return packed
+
+
+def _conversations(storage: Path, config: RunConfig, progress: Callable[[str], None]) -> Path:
+    recipe = config.experiment
+    if PHASES[recipe.phase].packs_whole:  # its own rows are what is asked for here: whole conversations
+        packed = find_packed(storage, Path(config.corpus), config.identity["data"])
+        if packed is not None:
+            return packed
+    if not recipe.data.mixture:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"mixture": BUILTIN_MIXTURE})})
+    sources, width = sources_of(recipe), recipe.model.sequence_length
+    return prepare_mixture(sources, Path(config.tokenizer), width, True, storage, run_here, progress).folder

@@ -10,12 +10,13 @@ from typing import Any
 
 from bwlm.config import Experiment
 from bwlm.errors import UserError
-from bwlm.grid.spec import Cell, Plan
+from bwlm.plan.spec import Cell, Plan
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.code import IDENTITY_VERSION, changed_modules, code_digest
-from bwlm.record.family import ParentLink
+from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.fingerprint import INHERITED, differences, identity, inherited, modules_of
-from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
+from bwlm.record.lineage import ParentLink
+from bwlm.record.run_config import RunConfig
 from bwlm.text.prepare import Prepared
 
 
@@ -120,7 +121,7 @@ def check_same(planned: PlannedCell, changed: list[str], plan: Plan, accept_code
     raise UserError(f"{plan.name}: exists with other settings ({'; '.join(changed)}): take another --id, or {remove}")
 
 
-def going_on(known: RunConfig, asked: RunConfig, begun: bool = True) -> RunConfig:
+def resume_config(known: RunConfig, asked: RunConfig, begun: bool = True) -> RunConfig:
     """A run that exists, with what this launch says of where and how fast it goes on.
 
     How it computes was chosen when it was planned, maybe on another machine, and stays once it has begun unless it is
@@ -173,16 +174,6 @@ def with_code_of(known: RunConfig, config: RunConfig, planned: PlannedCell) -> R
         modules=config.modules if planned.has_begun else known.modules,
         accepted_code=accepted,
     )
-
-
-def text_key(experiment: Experiment) -> str:
-    """Cells that agree in these share a prepared corpus, given a tokenizer."""
-    if experiment.phase == "base":
-        data: dict[str, Any] = {"data": {"source", "text_column", "validation", "shuffle"}, "tokenizer": True}
-    else:
-        data = {"data": {"mixture"}, "tasks": True}
-    split = " split" if experiment.phase == "mid" else ""
-    return experiment.model_dump_json(include=data | {"model": {"sequence_length"}}) + split
 
 
 def run_config(plan: Plan, cell: Cell, prepared: Prepared, storage: Path, link: ParentLink | None) -> RunConfig:

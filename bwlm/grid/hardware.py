@@ -10,15 +10,24 @@ import ray
 
 from bwlm.config import Experiment
 from bwlm.errors import UserError
-from bwlm.model.compute import Compute, DeviceType, Hardware, Wanted, choose_compute, look_at_hardware, why_not_compile
+from bwlm.model.compute import (
+    Compute,
+    ComputeOverrides,
+    DeviceType,
+    Hardware,
+    choose_compute,
+    look_at_hardware,
+    why_not_compile,
+)
 from bwlm.model.shape import GPTConfig
-from bwlm.record.lineage import RunConfig
+from bwlm.phases import PHASES
+from bwlm.record.run_config import RunConfig
 
 
 def plan_compute(experiment: Experiment, shape: GPTConfig, steps: int) -> Compute:
     """How a run will compute on its workers; what its settings leave open is chosen for the hardware."""
     asked, resources = experiment.compute, experiment.resources
-    wanted = Wanted(
+    wanted = ComputeOverrides(
         None if asked.precision == "auto" else asked.precision,
         None if asked.attention == "auto" else asked.attention,
         asked.fused_loss,
@@ -29,7 +38,7 @@ def plan_compute(experiment: Experiment, shape: GPTConfig, steps: int) -> Comput
     if 0 < (part := resources.gpus_per_worker) < 1:
         hardware = replace(hardware, name=f"{part:g} of a {hardware.name}", memory=part * hardware.memory)
     rows = experiment.budget.batch_tokens // shape.sequence_length // resources.workers
-    sampling = experiment.phase == "rl" and asked.compile is None
+    sampling = PHASES[experiment.phase].has_reward and asked.compile is None
     chosen = choose_compute(replace(wanted, compile=False) if sampling else wanted, hardware, peak, shape, rows, steps)
     if sampling:
         chosen = replace(chosen, reasons=chosen.reasons | {"compile": "off: most of a step is the writing of samples"})
@@ -57,9 +66,11 @@ def _allocator() -> str:
     if os.environ.get("RAY_ADDRESS"):
         return "as the environment of the cluster's nodes sets it (docs/performance.md)"
     kept = (
-        "freed memory stays in the process" if os.environ["MALLOC_MMAP_MAX_"] == "0" else "as the environment sets it"
+        "freed memory stays in the process"
+        if os.environ.get("MALLOC_MMAP_MAX_") == "0"
+        else "as the environment sets it"
     )
-    return f"{kept} (MALLOC_TRIM_THRESHOLD_={os.environ['MALLOC_TRIM_THRESHOLD_']})"
+    return f"{kept} (MALLOC_TRIM_THRESHOLD_={os.environ.get('MALLOC_TRIM_THRESHOLD_')})"
 
 
 @cache

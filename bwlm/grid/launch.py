@@ -14,25 +14,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from bwlm.analysis.cells import CellRow, load_cells
-from bwlm.analysis.report import GRID_FILE, REPORT, write_experiment_report, write_grid_report
-from bwlm.analysis.stats import counted
+from bwlm.analysis.report.study import REPORT, write_experiment_report, write_grid_report
+from bwlm.format import counted
 from bwlm.grid.cells import (
     PlannedCell,
     check_same,
     find_cells,
-    going_on,
     other_settings,
+    resume_config,
     run_config,
     waiting_cells,
     with_code_of,
 )
-from bwlm.grid.spec import Cell, Plan, generations
 from bwlm.paths import check_writable, exclusive, write_text
+from bwlm.plan.spec import Cell, Plan, generations
+from bwlm.record.catalog.rows import CellRow, load_cells
 from bwlm.record.checkpoint import checkpoint_steps
-from bwlm.record.family import ParentLink
-from bwlm.record.lineage import SAMPLES, ExperimentFolder, RunConfig, grid_folder, write_cells
+from bwlm.record.experiment import SAMPLES, ExperimentFolder
+from bwlm.record.grids import grid_folder, write_cells
+from bwlm.record.lineage import ParentLink
 from bwlm.record.parent import link_to
+from bwlm.record.repeat import GRID_FILE
+from bwlm.record.run_config import RunConfig
 from bwlm.record.tracking import Tracking, tracking_uri
 from bwlm.text.prepare import Prepared
 
@@ -65,9 +68,10 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     for cell in plan.cells:
         if (parent := cell.experiment.parent) is not None and parent not in ids:
             link_to(storage, parent, cell.experiment.phase, cell.id)
-    from bwlm.grid.cluster import cluster
-    from bwlm.grid.texts import check_sources, prepare_texts
+    from bwlm.cluster.session import open_cluster
+    from bwlm.grid.texts import prepare_texts
     from bwlm.grid.training import train_cells
+    from tasks.sources import check_sources
 
     for cell in plan.cells:
         check_sources(cell.experiment)
@@ -75,8 +79,9 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     _check_tracking(uri, storage)
     needs = {cell.experiment.resources for cell in plan.cells}
     home = folder_of(plan, storage)
-    with _only_launch(plan, storage), cluster(needs, plan.launch, len(plan.cells)) as room:
-        show(f"Ray on {room.cluster}, {counted(room.concurrency, 'cell')} at once{_dashboard(room.dashboard)}")
+    with _only_launch(plan, storage), open_cluster(needs, plan.launch, len(plan.cells)) as capacity:
+        at_once = counted(capacity.concurrency, "cell")
+        show(f"Ray on {capacity.cluster}, {at_once} at once{_dashboard(capacity.dashboard)}")
         prepared = prepare_texts(plan, storage, show)
         home.mkdir(parents=True, exist_ok=True)
         tracking = Tracking(uri, storage)
@@ -95,11 +100,17 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
             elif len(part.cells) < len(plan.cells):
                 show(f"{part.cells[0].experiment.phase}: {counted(len(part.cells), 'cell')} of {len(plan.cells)}")
             train_cells(
-                part, [cell.planned for cell in cells], room.concurrency, storage, tracking, grid_run or runs[0], show
+                part,
+                [cell.planned for cell in cells],
+                capacity.concurrency,
+                storage,
+                tracking,
+                grid_run or runs[0],
+                show,
             )
         show("writing the report")
         with exclusive(home / "lock"):  # another launch may end at the same moment
-            return _conclude(plan, storage, tracking, grid_run, room.dashboard)
+            return _conclude(plan, storage, tracking, grid_run, capacity.dashboard)
 
 
 def _tell_other_code(plan: Plan, storage: Path, show: Callable[[str], None]) -> None:
@@ -151,7 +162,7 @@ def _ready(generation: tuple[Cell, ...], storage: Path, show: Callable[[str], No
 
 def _check_tracking(uri: str, storage: Path) -> None:
     """A server that does not answer, or refuses, is told before anything is prepared."""
-    from bwlm.grid.cluster import check_answers
+    from bwlm.cluster.session import check_answers
 
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https") and parts.hostname:
@@ -190,7 +201,7 @@ def _resolved(plan: Plan, storage: Path, prepared: dict[str, Prepared], accept_c
         asked = run_config(plan, cell, prepared[cell.id], storage, link)
         if planned.folder.exists():
             known = planned.folder.config()
-            asked = going_on(known, asked, begun=planned.status.step > 0)
+            asked = resume_config(known, asked, begun=planned.status.step > 0)
             check_same(planned, other_settings(known.identity, asked.identity), plan, accept_code)
             asked = with_code_of(known, asked, planned)
         if not planned.is_done:

@@ -12,8 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from bwlm.grid.spec import Cell
-from bwlm.record.lineage import Status
+from bwlm.plan.spec import Cell
+from bwlm.record.experiment import Status
 
 
 def duration(seconds: float) -> str:
@@ -64,7 +64,7 @@ _DETAILS = (
 """Lines of metrics with their words; figures without a format of their own get a prefix (k, M, G, ..)."""
 
 
-class Progress:
+class ProgressDisplay:
     """A table that redraws itself in a terminal; elsewhere lines: when a cell ends, and now and then before."""
 
     def __init__(self, cells: tuple[Cell, ...], states: Mapping[str, Status]) -> None:
@@ -76,7 +76,7 @@ class Progress:
         self._done_before = self._flops_done()
         self._live = Live(console=self._console, get_renderable=self._picture, refresh_per_second=2, transient=True)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressDisplay:
         if self._console.is_terminal:
             self._live.start()
         return self

@@ -13,12 +13,12 @@ from ray.tune.experiment import Trial
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-from bwlm.grid.progress import Progress
-from bwlm.grid.spec import SchedulerSettings
-from bwlm.grid.worker import ask_to_end
+from bwlm.cluster.signals import ask_to_end
+from bwlm.grid.progress import ProgressDisplay
 from bwlm.paths import write_text
+from bwlm.plan.spec import SchedulerSettings
 from bwlm.record.checkpoint import checkpoint_steps
-from bwlm.record.lineage import ExperimentFolder, Status
+from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.train.termination import TERMINATED, Termination
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
     It takes the place of Tune's own display, which prints a line for each trial that was never begun.
     """
 
-    def __init__(self, storage: Path, progress: Progress, termination: Termination) -> None:
+    def __init__(self, storage: Path, progress: ProgressDisplay, termination: Termination) -> None:
         super().__init__()
         self._storage = storage
         self._progress = progress

@@ -17,12 +17,12 @@ import ray.tune
 from ray.tune.tune_config import TuneConfig
 
 from bwlm.grid.cells import PlannedCell
-from bwlm.grid.progress import Progress
+from bwlm.grid.progress import ProgressDisplay
 from bwlm.grid.scheduling import CellScheduler, CellStates, DirectionwiseASHA
-from bwlm.grid.spec import Plan, rivals
 from bwlm.grid.worker import train_cell, trial_resources
+from bwlm.plan.spec import Plan, asha_group
 from bwlm.record.checkpoint import checkpoint_steps
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.tracking import Tracking
 from bwlm.train.termination import TERMINATED, Termination
 
@@ -49,7 +49,7 @@ def train_cells(
         with (
             Termination() as termination,
             _ctrl_c_saves(show) as interrupted,
-            Progress(plan.cells, {planned.cell.id: planned.status for planned in cells}) as progress,
+            ProgressDisplay(plan.cells, {planned.cell.id: planned.status for planned in cells}) as progress,
             _delivery(tracking, folders),
         ):
             _tune(plan, unfinished, concurrency, storage, progress, termination)
@@ -117,7 +117,7 @@ def _tune(
     cells: list[PlannedCell],
     concurrency: int,
     storage: Path,
-    progress: Progress,
+    progress: ProgressDisplay,
     termination: Termination,
 ) -> None:
     resources = {planned.cell.id: planned.cell.experiment.resources for planned in cells}
@@ -151,7 +151,7 @@ def _tune(
 def _scheduler(plan: Plan, cells: list[PlannedCell], storage: Path, termination: Termination) -> CellScheduler:
     if plan.scheduler.kind == "fifo":
         return CellScheduler(storage, termination, plan.launch.grace_seconds)
-    strata = {planned.cell.id: rivals(planned.cell.experiment) for planned in cells}
+    strata = {planned.cell.id: asha_group(planned.cell.experiment) for planned in cells}
     longest = max(planned.cell.steps for planned in cells)
     return DirectionwiseASHA(plan.scheduler, longest, strata, storage, termination, plan.launch.grace_seconds)
 

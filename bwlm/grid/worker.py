@@ -4,47 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
-import ray
 from ray.exceptions import RayActorError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from bwlm.cluster.capacity import TRIAL_CPUS
+from bwlm.cluster.environment import prepare_environment
+from bwlm.cluster.signals import process_termination
 from bwlm.config import ResourceSettings
 from bwlm.errors import Interrupted, RunError
-from bwlm.grid.cluster import TRIAL_CPUS
 from bwlm.record.lease import LeaseLost
-from bwlm.train.termination import Termination
-
-
-@cache
-def process_termination() -> Termination:
-    """Of this worker process: one that was asked to end takes no further cell."""
-    return Termination()
-
-
-def ask_to_end(holder: str) -> None:
-    """Sends SIGTERM to the worker `host:pid`, on whatever node of the cluster it is."""
-    host, _, pid = holder.rpartition(":")
-    if host == socket.gethostname():
-        _terminate(pid)
-        return
-    for node in ray.nodes():
-        if node["Alive"] and node["NodeManagerHostname"] == host:
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ray.remote(_terminate).options(num_cpus=0, scheduling_strategy=there).remote(pid)
-
-
-def _terminate(pid: str) -> None:
-    with contextlib.suppress(psutil.Error, ValueError):  # a holder that has not yet written down who it is
-        process = psutil.Process(int(pid))
-        if process.name().startswith("ray::"):  # a number that was given away again is not ours to end
-            process.terminate()
 
 
 class RaySession:
@@ -101,8 +72,9 @@ def train_cell(config: dict[str, Any]) -> None:
     group takes; several workers get a TorchTrainer of their own. Raises a preemption if the cell comes back without an
     end, since it was asked to or another process took it over, and at once in a process that was asked to end before.
     """
-    from bwlm.record.lineage import ExperimentFolder
+    from bwlm.record.experiment import ExperimentFolder
 
+    prepare_environment()
     folder = ExperimentFolder(Path(config["storage"]), config["cell"])
     resources = ResourceSettings(**config["resources"])
     with process_termination() as termination:
@@ -143,10 +115,11 @@ def _trainer(config: dict[str, Any], resources: ResourceSettings) -> Any:
 
 def train_worker(config: dict[str, Any]) -> None:
     """What every worker of a cell runs. Its warnings go to a file, from which the launch tells them."""
+    prepare_environment()
     import torch
     import torch.distributed as dist
 
-    from bwlm.record.lineage import ExperimentFolder
+    from bwlm.record.experiment import ExperimentFolder
     from bwlm.text.stream import stream_batches
     from bwlm.train.run import run_phase
 

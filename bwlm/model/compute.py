@@ -75,7 +75,7 @@ class Hardware:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ComputeOverrides:
     """What the user forces; None leaves the choice to `choose_compute`."""
 
     precision: Precision | None = None
@@ -104,7 +104,9 @@ class Compute:
         return replace(self, threads=threads, reasons=self.reasons | {"threads": f"{threads} a worker"})
 
 
-def choose_compute(wanted: Wanted, hardware: Hardware, peak: float, shape: GPTConfig, rows: int, steps: int) -> Compute:
+def choose_compute(
+    wanted: ComputeOverrides, hardware: Hardware, peak: float, shape: GPTConfig, rows: int, steps: int
+) -> Compute:
     """`peak` in FLOP/s of one worker, `rows` of one worker and step."""
     device, why = hardware.device, {"device": hardware.name}
     precision, why["precision"] = _precision(wanted.precision, hardware)

@@ -17,8 +17,8 @@ from random import Random
 import torch
 from torch import Tensor
 
-from bwlm.model.cache import Reader
 from bwlm.model.gpt import GPT
+from bwlm.model.kv_cache import KVCache
 from bwlm.model.shape import GPTConfig
 
 
@@ -43,12 +43,12 @@ def generate(
     bound. Raises ValueError where a prompt has no ids or more than a row, where seeds are not as many as prompts, and
     for a temperature, `top_k` or `banned` with which nothing can be chosen.
     """
-    choice = _Choice(model.config, temperature, top_k, banned)
+    choice = Sampler(model.config, temperature, top_k, banned)
     limits = [_limit(model.config, len(prompt), new_tokens) for prompt in prompts]
     randoms = _randoms(seeds, len(prompts))
     new: list[list[int]] = [[] for _ in prompts]
     if any(limits):
-        reader = Reader(model)
+        reader = KVCache(model)
         room = max(len(prompt) + limit - 1 for prompt, limit in zip(prompts, limits, strict=True))
         logits = reader.read(prompts, room)
         for row, chosen in _decode(reader, logits, choice, randoms, limits, stop):
@@ -57,7 +57,7 @@ def generate(
 
 
 def stream(
-    model: GPT | Reader,
+    model: GPT | KVCache,
     ids: Sequence[int],
     new_tokens: int,
     *,
@@ -69,11 +69,11 @@ def stream(
 ) -> Iterator[int]:
     """The ids that `generate` gives for one prompt and `seeds=[seed]`, each as soon as it is known.
 
-    In a conversation, which begins each time with what was said before, a `Reader` that is given instead of its model
+    In a conversation, which begins each time with what was said before, a `KVCache` that is given instead of its model
     reads only what is new; one stream of it at a time. Raises ValueError as `generate` does, before the first id.
     """
-    reader = model if isinstance(model, Reader) else Reader(model)
-    choice = _Choice(reader.config, temperature, top_k, banned)
+    reader = model if isinstance(model, KVCache) else KVCache(model)
+    choice = Sampler(reader.config, temperature, top_k, banned)
     limit, randoms, ids = _limit(reader.config, len(ids), new_tokens), _randoms([seed], 1), list(ids)
 
     def decoded() -> Iterator[int]:
@@ -85,9 +85,9 @@ def stream(
 
 
 def _decode(
-    reader: Reader,
+    reader: KVCache,
     logits: Tensor,
-    choice: _Choice,
+    choice: Sampler,
     randoms: Sequence[Random],
     limits: Sequence[int],
     stop: Collection[int],
@@ -106,7 +106,7 @@ def _decode(
         logits = reader.follow([chosen[n] for n in order])
 
 
-class _Choice:
+class Sampler:
     """Which id comes next. Raises ValueError for what leaves nothing to choose."""
 
     def __init__(self, config: GPTConfig, temperature: float, top_k: int | None, banned: Collection[int]) -> None:

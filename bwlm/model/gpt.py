@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bwlm.model.attention import AttentionKernel, Mask, attend, positions_in, segment_mask
 from bwlm.model.compute import SMALLEST_FLEX_HEAD
-from bwlm.model.loss import ChunkGradient, Losses, cap, chunk_gradient, fused_loss, plain_loss
+from bwlm.model.loss import ChunkGradient, Losses, chunk_gradient, fused_loss, plain_loss, softcap
 from bwlm.model.shape import GPTConfig
 
 NORM_EPS = 1.1920929e-07  # float32's, in every compute dtype
@@ -32,7 +32,7 @@ Rope = tuple[Tensor, Tensor]  # cos, sin: [T, D/2], or [B, 1, T, D/2] where rows
 Attend = Callable[[Tensor, Tensor, Tensor, Mask, AttentionKernel], Tensor]  # `attend`, or what stands for it
 
 
-class Past(NamedTuple):
+class KVState(NamedTuple):
     """What rows have read, for ids that follow: the angles of their positions, and what attends in each layer."""
 
     rope: Rope
@@ -95,11 +95,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope, mask: Mask, attend: Attend = attend) -> Tensor:
         """x [B, T, C] to [B, T, C]; with the mask of segments, attention stays inside them."""
-        y = attend(*self.heads(x, rope), mask, self.kernel)
+        y = attend(*self.qkv(x, rope), mask, self.kernel)
         out: Tensor = self.output(y.transpose(1, 2).flatten(2))
         return out
 
-    def heads(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """What attends: x [B, T, C] to q [B, H, T, D] and k, v [B, K, T, D]; q and k turned first, then normed."""
         q, k, v = (self._split(linear(x)) for linear in (self.query, self.key, self.value))
         return norm(rotate(q, rope)), norm(rotate(k, rope)), v
@@ -176,12 +176,12 @@ class GPT(nn.Module):
         count from where it begins: so a segment gives the same logits wherever it stands. Without, a row is a segment.
         Raises ValueError where the shapes do not fit.
         """
-        return cap(self.lm_head(self._hidden(ids, segments)))
+        return softcap(self.lm_head(self._hidden(ids, segments)))
 
-    def next_logits(self, ids: Tensor, last: Tensor, past: Past) -> Tensor:
+    def next_logits(self, ids: Tensor, last: Tensor, past: KVState) -> Tensor:
         """Logits [B, V] for the id after place `last` [B] of ids [B, T], which go on where the past ends."""
         rows = torch.arange(len(ids), device=ids.device)
-        return cap(self.lm_head(self._hidden(ids, None, past)[rows, last]))
+        return softcap(self.lm_head(self._hidden(ids, None, past)[rows, last]))
 
     def loss(
         self,
@@ -214,7 +214,7 @@ class GPT(nn.Module):
         self._chunk_gradient = torch.compile(chunk_gradient, dynamic=False)
         self._is_compiled = True
 
-    def states(self, ids: Tensor, segments: Tensor | None = None, past: Past | None = None) -> Iterator[Tensor]:
+    def states(self, ids: Tensor, segments: Tensor | None = None, past: KVState | None = None) -> Iterator[Tensor]:
         """The residual stream [B, T, C]: after the embedding, then after each block."""
         self._check(ids, segments)
         rope, attends = past or (self.rope(ids.size(1), segments), repeat(attend))
@@ -237,7 +237,7 @@ class GPT(nn.Module):
         cos, sin = (table[positions][:, None].to(self.compute_dtype) for table in (self.cos, self.sin))
         return cos, sin
 
-    def _hidden(self, ids: Tensor, segments: Tensor | None, past: Past | None = None) -> Tensor:
+    def _hidden(self, ids: Tensor, segments: Tensor | None, past: KVState | None = None) -> Tensor:
         """What the head reads: [B, T, C], normed."""
         for x in self.states(ids, segments, past):
             last = x  # none of the others is kept

@@ -32,7 +32,7 @@ class Losses(NamedTuple):
     """The id with the largest logit at each place; empty unless it was asked for."""
 
 
-def cap(logits: Tensor) -> Tensor:
+def softcap(logits: Tensor) -> Tensor:
     """15 tanh(logits / 15), float32, to about 2e-6.
 
     As 30 sigmoid(2 logits / 15) - 15, which is the same and which CPUs compute in two thirds of the time.
@@ -48,7 +48,7 @@ def plain_loss(
     A target of -1 costs 0. No mean: ranks and micro-batches with unequal numbers of targets add up only as sums.
     """
     logits = F.linear(x, weight.to(x.dtype))
-    losses = F.cross_entropy(cap(logits), targets, ignore_index=IGNORED, reduction="none")
+    losses = F.cross_entropy(softcap(logits), targets, ignore_index=IGNORED, reduction="none")
     return Losses(_sum(losses, importance), losses.detach(), _largest(logits.detach(), predict))
 
 
@@ -93,7 +93,7 @@ def chunk_gradient(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, 
     the softmax needs no maximum.
     """
     logits = F.linear(x, weight)
-    z = logits.to(torch.float32, copy=True).mul_(2 / LOGIT_CAP).sigmoid_().mul_(2).sub_(1)  # as in `cap`
+    z = logits.to(torch.float32, copy=True).mul_(2 / LOGIT_CAP).sigmoid_().mul_(2).sub_(1)  # as in `softcap`
     p = z.mul(LOGIT_CAP)
     valid, index = targets >= 0, targets.clamp_min(0)[:, None]
     wanted = p.gather(1, index).squeeze(1)

@@ -130,7 +130,7 @@ def attention_statistics(
     with evaluating(model):
         for block, x in zip(model.blocks, model.states(ids, segments), strict=False):
             assert isinstance(block, Block)
-            query, key, _ = block.attention.heads(norm(x), rope)
+            query, key, _ = block.attention.qkv(norm(x), rope)
             shared = query.size(1) // key.size(1)
             found = []
             for head in range(query.size(1)):

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from safetensors import SafetensorError
 
 from bwlm.errors import RunError, UserError
-from bwlm.paths import Check, read_json, sha256_of, sync, unchecked, whole_folder, write_json
+from bwlm.paths import Check, atomic_folder, read_json, sha256_of, sync, unchecked, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,7 @@ class KeepPolicy:
             raise ValueError(f"last must be at least 1 and every not negative, not {self.last} and {self.every}")
 
 
-def kept(metrics: Mapping[int, float | None], policy: KeepPolicy) -> set[int]:
+def steps_to_keep(metrics: Mapping[int, float | None], policy: KeepPolicy) -> set[int]:
     """Steps that stay, of checkpoints given by step and metric. Of equally good ones the earliest is the best."""
     stay = set(sorted(metrics)[-policy.last :])
     if policy.every:
@@ -130,7 +130,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, keep: KeepPolicy, check: 
     hashes: dict[str, str] = {}
     writing = target
     try:
-        with whole_folder(target) as temporary:
+        with atomic_folder(target) as temporary:
             for name, tensors in files.items():
                 writing = target / name
                 save_file(tensors, temporary / name)
@@ -158,7 +158,7 @@ def _prune(folder: Path, newest: int, keep: KeepPolicy, check: Check) -> None:
         except RunError as error:
             log.warning("%s; it does not count among the checkpoints that are kept", error)
             unread.add(step)
-    _delete_all_but([known[step] for step in kept(metrics, keep) | unread], folder, check)
+    _delete_all_but([known[step] for step in steps_to_keep(metrics, keep) | unread], folder, check)
 
 
 def _write_meta(path: Path, snapshot: Snapshot, hashes: dict[str, str]) -> None:

@@ -16,11 +16,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeGuard
 
-IDENTITY_VERSION = 2
-"""Counts up whenever unchanged code would get another digest. Version 1 hashed whole files."""
+IDENTITY_VERSION = 3
+"""Counts up whenever unchanged code would get another digest.
+
+Version 1 hashed whole files; since version 2 many modules have other names.
+"""
 
 REPOSITORY = Path(__file__).parents[2]
-_FOLLOWED = ("bwlm.model.", "bwlm.text.", "bwlm.train.", "bwlm.evaluate.", "tasks.")
+_FOLLOWED = ("bwlm.directions", "bwlm.phases", "bwlm.model.", "bwlm.text.", "bwlm.train.", "bwlm.evaluate.", "tasks.")
 _ROOTS = ("bwlm.config", "bwlm.record.checkpoint", "bwlm.record.parent", "bwlm.text.stream", "bwlm.train.run")
 """Settings, the loading of a run's own and its parent's weights, the rows, and the phase."""
 

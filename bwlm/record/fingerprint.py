@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bwlm.config import Experiment
+from bwlm.phases import PHASES
 from bwlm.record.code import code_digest, module_digests
 
 _NOT_IDENTITY: Any = {
@@ -53,7 +54,8 @@ def identity(
 
     `parent` is `inherited` of the run that it begins from.
     """
-    settings = experiment.model_dump(exclude=_NOT_IDENTITY | ({} if experiment.phase == "rl" else {"rl": True}))
+    phase = PHASES[experiment.phase]
+    settings = experiment.model_dump(exclude=_NOT_IDENTITY | ({} if phase.has_reward else {"rl": True}))
     fields = {
         "code": code_digest(modules_of(experiment)),
         "data": data,
@@ -62,7 +64,7 @@ def identity(
         "steps": steps,
         "batch_tokens": experiment.budget.batch_tokens,
     }
-    if experiment.phase != "base":
+    if not phase.is_first:
         fields |= {"reversal": experiment.data.reversal, **(parent or {})}
     for name, value in settings.items():
         if isinstance(value, dict):

@@ -2,12 +2,12 @@
 
 `config.json` and `status.json` hold a digest of their own content. A run that finishes notes in `status.json` the size
 of each record that it leaves, and the SHA-256 of the small ones. Runs of earlier versions have neither: of theirs it is
-checked what can be known without. Not here: which runs an analysis leaves out (`lineage.readable`).
+checked what can be known without. Not here: whether a run may go on (`experiment`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,8 @@ from bwlm.record.fingerprint import fingerprint
 from bwlm.record.journal import NAME, faults_of_order, last_entry
 
 if TYPE_CHECKING:
-    from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
+    from bwlm.record.experiment import ExperimentFolder, Status
+    from bwlm.record.run_config import RunConfig
 
 DIGEST = "digest"
 RECORDS = "records"
@@ -55,7 +56,7 @@ def check_agrees(path: Path, content: Mapping[str, Any], mend: str) -> None:
             )
 
 
-def left_behind(folder: Path, steps: int) -> dict[str, dict[str, Any]]:
+def records_of(folder: Path, steps: int) -> dict[str, dict[str, Any]]:
     """Bytes of each record that a finished run leaves, by its path in the folder, and `sha256` of the small ones."""
     last = step_folder(folder / "checkpoints", steps)
     hashed = [path for pattern in _HASHED for path in sorted(folder.glob(pattern))]
@@ -146,3 +147,33 @@ def _flat(experiment: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from ((f"{name}.{inner}", value[inner]) for inner in value)
         else:
             yield name, value
+
+
+def readable(folders: Iterable[ExperimentFolder], damaged: bool = False) -> tuple[list[ExperimentFolder], list[str]]:
+    """The experiments whose records can be read and are whole, and of each other why not: one must not hide the rest.
+
+    With `damaged` those stay of which only config, status and link can be trusted; they are named all the same, by
+    what is told without reading much.
+    """
+    found, reasons = [], []
+    for folder in folders:
+        if not folder.path.exists():
+            reasons.append(f"{folder.id} is left out: it has not begun")
+            continue
+        try:
+            folder.link()
+            faults = folder.damage(thorough=not damaged)
+            if damaged or not faults:
+                found.append(folder)
+            if faults:
+                reasons.append(damage_words(folder, faults, left_out=not damaged))
+        except UserError as error:
+            reasons.append(f"{folder.id} is left out: {error}")
+    return found, reasons
+
+
+def damage_words(folder: ExperimentFolder, faults: list[str], left_out: bool = False) -> str:
+    """The line that names a damaged run, its faults and the way out."""
+    said = "is left out: it is damaged" if left_out else "is damaged"
+    mend = f"put the files back, or delete the run: bwlm runs delete {folder.id}"
+    return f"{folder.id} {said}: {'; '.join(faults)}: {mend}"

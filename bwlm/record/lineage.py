@@ -1,481 +1,162 @@
-"""The experiment folder: what a run is, whose child it is, how far it came, and who may write to it.
+"""Whose child a run is: `parent_link.json`, the chain up to its base, and who descends from whom.
 
-Not here: how the lease keeps two processes apart (`lease.py`).
+Not here: whether a parent's checkpoint is what the link says, which needs its files (`parent.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import platform
-import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import ValidationError
+from bwlm.errors import UserError
+from bwlm.paths import check_id, read_json, write_json
+from bwlm.phases import PHASES, order
 
-from bwlm.config import Experiment
-from bwlm.errors import UserError, nearest
-from bwlm.model.compute import Compute
-from bwlm.model.shape import GPTConfig
-from bwlm.paths import check_id, discard_unfinished, is_id, read_json, whole_folder, write_json
-from bwlm.record.family import ParentLink, read_link, write_link
-from bwlm.record.fingerprint import fingerprint
-from bwlm.record.health import DIGEST, RECORDS, check_agrees, check_seal, damage, left_behind, sealed
-from bwlm.record.journal import last_entry
-from bwlm.record.lease import LEASE_SECONDS, Holder, Lease, living_holder, take, take_at_once
-
-State = Literal["waiting", "running", "finished", "stopped", "failed"]
-LEASE = "lease.json"
-"""Of who trains the run."""
-LAUNCH = "launch.json"
-"""Of the command that has it trained."""
-SAMPLES = "samples"
-"""Folder of what was written at validations of RL, to be read."""
-TOKENIZER = "tokenizer"
-"""Folder of the run's own copy of its tokenizer."""
-_WRITTEN = (
-    *("status.json", "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*"),
-    *(f"{SAMPLES}/*", TOKENIZER),
-)
-"""What the holder of the lease writes under a temporary name first."""
-_SINCE_VERSION_2 = ("identity_version", "modules", "accepted_code")
-"""Fields that a config.json of identity version 1 lacks."""
-_CONFIG_MEND = "put back the file that the run was made with, or delete the run: bwlm runs delete {run}"
-_STATUS_MEND = "write {} into it and the run goes on from its last checkpoint"
-_PACKAGES = ("bwlm", "torch", "ray", "mlflow", "tiktoken", "numpy", "pyarrow")
-
-
-def shape_of(experiment: Experiment) -> GPTConfig:
-    """Raises ValueError where head_dim, kv_heads and depth do not fit together."""
-    model = experiment.model
-    return GPTConfig.from_depth(
-        experiment.depth, experiment.tokenizer.vocab_size, model.sequence_length, model.head_dim, model.kv_heads
-    )
+LINK = "parent_link.json"
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Content of config.json: everything that a worker needs to train, and a reader to know what was trained."""
+class ParentLink:
+    """What a run begins from."""
 
-    id: str
-    experiment: Experiment
-    identity: dict[str, Any]
-    steps: int
-    compute: Compute
-    corpus: str
-    """Folder of the packed corpus. In the file this and the next path are told from the storage, which may be moved."""
-    tokenizer: str
-    """Folder of the tokenizer."""
-    grid: str | None = None
-    identity_version: int = 1
-    """How `identity["code"]` was made; a run of before this was counted has version 1."""
-    modules: dict[str, str] = field(default_factory=dict)
-    """The digest of each module that `identity["code"]` covers."""
-    accepted_code: list[dict[str, Any]] = field(default_factory=list)
-    """Each resume with other code, on its user's word: step, time, code, and the modules that had changed."""
+    parent: str
+    """Id, in the same storage."""
+    phase: str
+    """The parent's."""
+    checkpoint: str
+    """Name of its folder, `step_000400`."""
+    step: int
+    sha256: str
+    """Of the checkpoint's weights."""
+    chain: list[str] = field(default_factory=list)
+    """Ids from the base to the parent."""
 
-    @property
-    def code(self) -> str:
-        """The digest of the code that trained the run, of all of them where it went on with another."""
-        return "+".join([str(self.identity.get("code", "")), *(accepted["code"] for accepted in self.accepted_code)])
 
-    @property
-    def compared(self) -> dict[str, Any]:
-        """The identity by which runs are compared: with all the code that trained the run."""
-        return self.identity | {"code": self.code}
+_NONE: dict[str, Any] = {"parent": None, "phase": None, "checkpoint": None, "step": None, "sha256": None, "chain": []}
 
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(self.identity)
 
-    @property
-    def shape(self) -> GPTConfig:
-        return shape_of(self.experiment)
+def write_link(folder: Path, link: ParentLink | None) -> None:
+    """None: of a base run, which has no parent."""
+    write_json(folder / LINK, _NONE if link is None else asdict(link))
 
-    def checkpoint_meta(self) -> dict[str, object]:
-        """What a reader of a checkpoint must know before it takes memory for it."""
-        experiment = self.experiment
-        return {
-            "id": self.id,
-            "phase": experiment.phase,
-            "direction": experiment.direction,
-            "reversal": experiment.data.reversal,
-            "depth": experiment.depth,
-            "vocab_size": experiment.tokenizer.vocab_size,
-            "tokenizer": self.identity["tokenizer"],
-            "fingerprint": self.fingerprint,
-        }
 
-
-@dataclass(frozen=True)
-class Status:
-    """Content of status.json: how a run ended, or that it has not."""
-
-    state: State = "waiting"
-    reason: str = ""
-    step: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    """The last that were measured, all finite."""
-    diverged: int | None = None
-    """The step whose loss was not finite any more."""
-
-    @property
-    def ended(self) -> bool:
-        """Whether somebody wrote down its end; a run that was merely interrupted goes on."""
-        return self.state in ("finished", "failed") or (self.state == "stopped" and bool(self.reason))
-
-
-class ExperimentFolder:
-    """`<storage>/<experiment id>/`."""
-
-    def __init__(self, storage: Path, experiment_id: str) -> None:
-        self.id = check_id(experiment_id, "experiment id")
-        self.path = storage / experiment_id
-        self.held: Lease | None = None
-        """The lease, while this process holds it by `lease`."""
-
-    def __fspath__(self) -> str:
-        return str(self.path)
-
-    def exists(self) -> bool:
-        return (self.path / "config.json").exists()
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    def research_log(self, phase: str) -> Path:
-        return self.path / f"{phase}.h5"
-
-    def evaluation(self, phase: str, reading: str) -> Path:
-        return self.path / "evaluations" / phase / reading
-
-    def create(self, config: RunConfig, link: ParentLink | None = None) -> None:
-        """Makes the folder of a run; config.json last, since it says that the experiment exists."""
-        assert (link is None) == (config.experiment.phase == "base")
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_link(self.path, link)
-        self.write_status(Status())
-        versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
-        self._write_config(config, {"versions": versions, "created": time.time()})
-
-    def reconfigure(self, config: RunConfig) -> None:
-        """Takes over settings that say where and how fast the run goes on, and by which code, not what it is."""
-        before = self._read_config()
-        assert config.identity | {"code": ""} == before["identity"] | {"code": ""}, "another run's settings"
-        self._write_config(config, {name: before[name] for name in ("versions", "created")})
-
-    def _write_config(self, config: RunConfig, besides: dict[str, Any]) -> None:
-        content = asdict(config) | {"experiment": config.experiment.model_dump(), "fingerprint": config.fingerprint}
-        own = self.path / TOKENIZER
-        folders = {"corpus": Path(config.corpus), "tokenizer": own if own.exists() else Path(config.tokenizer)}
-        told = {name: _from_storage(folder, self.path.parent) for name, folder in folders.items()}
-        write_json(self.path / "config.json", sealed(content | told | besides))
-
-    def _read_config(self) -> dict[str, Any]:
-        """Raises `UserError` naming the file if it is not the config of an experiment, or was edited."""
-        path, mend = self.path / "config.json", _CONFIG_MEND.format(run=self.id)
-        content = read_json(path)
-        try:
-            check_seal(path, content, mend)
-            if DIGEST not in content:  # of an earlier version
-                check_agrees(path, content, mend)
-        except (AttributeError, KeyError, TypeError):
-            raise UserError(f"{path}: not the config of an experiment; move it out of the storage") from None
-        return dict(content)
-
-    def keep_tokenizer(self, tokenizer: Path) -> None:
-        """Copies a tokenizer into the run's folder, which then needs no other; a run that has its own keeps it."""
-        own = self.path / TOKENIZER
-        if not self.exists():  # left by a launch that was cut off, which may have asked for another tokenizer
-            shutil.rmtree(own, ignore_errors=True)
-        if not own.exists():
-            with whole_folder(own) as folder:
-                for file in tokenizer.iterdir():
-                    shutil.copyfile(file, folder / file.name)
-
-    def config(self) -> RunConfig:
-        """Raises `UserError` naming the file if it is not an experiment's, or one of another version of bwlm."""
-        path, content = self.path / "config.json", self._read_config()
-        try:
-            known = {name: content[name] for name in RunConfig.__dataclass_fields__ if name not in _SINCE_VERSION_2}
-            known |= {name: content[name] for name in _SINCE_VERSION_2 if name in content}
-            # a run of before this setting read its documents in the order of their files
-            data = {"shuffle": False} | content["experiment"]["data"]
-            experiment = Experiment.model_validate(content["experiment"] | {"data": data})
-            read = {"experiment": experiment, "compute": Compute(**content["compute"])}
-            own = self.path / TOKENIZER
-            folders = {
-                "corpus": _in_storage(content["corpus"], self.path.parent),
-                "tokenizer": str(own) if own.exists() else _in_storage(content["tokenizer"], self.path.parent),
-            }
-            return RunConfig(**known | read | folders)
-        except (KeyError, TypeError):
-            raise UserError(f"{path}: not the config of an experiment; move it out of the storage") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or first["msg"].removeprefix("Value error, ")
-            raise UserError(f"{path}: not an experiment of this version of bwlm ({field})") from None
-
-    def link(self) -> ParentLink | None:
-        """None for a base run."""
-        return read_link(self.path)
-
-    def parent(self) -> str | None:
-        link = self.link()
-        return link.parent if link else None
-
-    def write_status(self, status: Status) -> None:
-        """Raises `LeaseLost` if this process held the lease and lost it."""
-        self._write_status(asdict(status))
-
-    def finish(self, status: Status) -> None:
-        """Notes that a run has finished, and what it leaves behind, so that later damage is told. Raises as above."""
-        assert status.state == "finished"
-        self._write_status(asdict(status) | {RECORDS: left_behind(self.path, status.step)})
-
-    def _write_status(self, content: dict[str, Any]) -> None:
-        try:
-            write_json(self.path / "status.json", sealed(content), self.check_lease)
-        except OSError:
-            self.check_lease()  # who took it may have deleted what was half written
-            raise
-
-    def status(self) -> Status:
-        """A run that holds no lease and did not end is `waiting`, or `stopped` if it had begun.
-
-        Raises `UserError` for a file that says something else, or was edited.
-        """
-        status = self._noted_status()
-        if status.ended:
-            return status
-        entry = last_entry(self.path)
-        step, metrics = (entry.step, entry.metrics) if entry else (0, {})
-        if validated := last_entry(self.path, "val_bpb"):
-            figures = {name: value for name, value in validated.metrics.items() if name.startswith("val_")}
-            metrics = figures | metrics
-        if self.lease_holder() is not None:
-            return Status("running", "", step, metrics)
-        if entry is None:
-            return Status()
-        return Status("stopped", "", step, metrics)
-
-    def _noted_status(self) -> Status:
-        """Content of status.json. Raises as `status`."""
-        content = self._read_status()
-        try:
-            return Status(**{name: value for name, value in content.items() if name not in (DIGEST, RECORDS)})
-        except TypeError:
-            raise UserError(f"{self.path / 'status.json'}: not the status of a run; {_STATUS_MEND}") from None
-
-    def _read_status(self) -> dict[str, Any]:
-        path = self.path / "status.json"
-        content = read_json(path)
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: not the status of a run; {_STATUS_MEND}")
-        check_seal(path, content, _STATUS_MEND)
-        return content
-
-    def records_left(self) -> dict[str, dict[str, Any]]:
-        """The sizes and hashes that the run noted when it finished; empty before, and for earlier versions."""
-        return dict(self._read_status().get(RECORDS, {}))
-
-    def damage(self, thorough: bool = True) -> list[str]:
-        """Faults of the run's records, a line each. Raises `UserError` if its config or status cannot be trusted."""
-        return damage(self, self.config(), self.status(), thorough)
-
-    @property
-    def warnings(self) -> Path:
-        """What the run's worker had to say that a person should hear."""
-        return self.path / "warnings.log"
-
-    # -- the lease: one writer at a time --
-
-    @contextmanager
-    def lease(
-        self, wait: float = 0.5, give_up: Callable[[], bool] = lambda: False, seconds: float = LEASE_SECONDS
-    ) -> Iterator[None]:
-        """Holds the run for this process; waits while another one trains it, until that one is dead or frozen.
-
-        Raises `Interrupted` if it is told to `give_up` while it waits. A failed run that is free is tried again, so it
-        has no end any more; how a run ended that was waited for stands.
-        """
-        self.held, waited = take(self.path / LEASE, seconds, wait, give_up)
-        try:
-            discard_unfinished(self.path, _WRITTEN)  # before anything is read: a holder that woke may yet finish it
-            if not waited and self.exists() and self._noted_status().state == "failed":
-                self.write_status(Status())
-            yield
-        finally:
-            self.held.release()
-            self.held = None
-
-    def check_lease(self) -> None:
-        """Raises `LeaseLost`, with who took it, if this process held the lease by `lease` and lost it."""
-        if self.held is not None:
-            self.held.check()
-
-    @property
-    def lost_lease(self) -> bool:
-        """Whether `check_lease` has raised."""
-        return self.held is not None and self.held.lost
-
-    def wait_until_free(self, give_up: Callable[[], bool], wait: float = 0.5) -> None:
-        """Returns once no process holds the lease, or when told to give up."""
-        while self.lease_holder() is not None and not give_up():
-            time.sleep(wait)
-
-    def lease_holder(self) -> str | None:
-        """`host:pid` of the process that trains this run now, or None; one that is frozen does not."""
-        holder = living_holder(self.path / LEASE)
-        return str(holder) if holder else None
-
-    def busy_with(self) -> Holder | None:
-        """The process that has this run trained now, or where its launch is gone the worker that trains it."""
-        return living_holder(self.path / LAUNCH) or living_holder(self.path / LEASE)
-
-    @contextmanager
-    def only_launch(self) -> Iterator[None]:
-        """For the one launch of an experiment: raises `UserError` if another one trains it, and leaves nothing then."""
-        if holder := self.busy_with():
-            raise self._is_trained_by(holder)
-        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
-        taken = take_at_once(self.path / LAUNCH)
-        if isinstance(taken, Holder):
-            raise self._is_trained_by(taken)
-        try:
-            yield
-        finally:
-            if taken.is_held():
-                (self.path / LAUNCH).unlink()
-            taken.release()
-            for folder in made:
-                with contextlib.suppress(OSError):  # not empty: there is a run
-                    folder.rmdir()
-
-    def _is_trained_by(self, holder: Holder) -> UserError:
-        return UserError(
-            f"{self.id}: {holder} trains it {holder.since_words}: wait for it, or end that process first; another "
-            "experiment needs another --id"
-        )
-
-
-def _from_storage(folder: Path, storage: Path) -> str:
-    """A path as files tell it: from the storage where it lies below it."""
-    return folder.relative_to(storage).as_posix() if folder.is_relative_to(storage) else str(folder)
-
-
-def _in_storage(told: str, storage: Path) -> str:
-    """The path that a file tells; earlier versions told where the storage's cache was when the run was made."""
-    path = Path(told)
-    moved = storage.joinpath(*path.parts[-3:])
-    if path.is_absolute() and path.parts[-3:-2] == ("cache",) and moved.exists():
-        return str(moved)
-    return str(storage / path)
-
-
-def list_experiments(storage: Path) -> list[ExperimentFolder]:
-    """Every experiment below a storage root, by id."""
-    if not storage.is_dir():
-        return []
-    found = [path.parent for path in sorted(storage.glob("*/config.json"))]
-    # others' folders have a config.json too; ours have a status beside it, and a safe name
-    return [
-        ExperimentFolder(storage, path.name) for path in found if is_id(path.name) and (path / "status.json").exists()
-    ]
-
-
-def readable(folders: Iterable[ExperimentFolder], damaged: bool = False) -> tuple[list[ExperimentFolder], list[str]]:
-    """The experiments whose records can be read and are whole, and of each other why not: one must not hide the rest.
-
-    With `damaged` those stay of which only config, status and link can be trusted; they are named all the same, by
-    what is told without reading much.
-    """
-    found, reasons = [], []
-    for folder in folders:
-        if not folder.path.exists():
-            reasons.append(f"{folder.id} is left out: it has not begun")
-            continue
-        try:
-            folder.link()
-            faults = folder.damage(thorough=not damaged)
-            if damaged or not faults:
-                found.append(folder)
-            if faults:
-                reasons.append(damage_words(folder, faults, left_out=not damaged))
-        except UserError as error:
-            reasons.append(f"{folder.id} is left out: {error}")
-    return found, reasons
-
-
-def damage_words(folder: ExperimentFolder, faults: list[str], left_out: bool = False) -> str:
-    """The line that names a damaged run, its faults and the way out."""
-    said = "is left out: it is damaged" if left_out else "is damaged"
-    mend = f"put the files back, or delete the run: bwlm runs delete {folder.id}"
-    return f"{folder.id} {said}: {'; '.join(faults)}: {mend}"
-
-
-def parents_in(storage: Path) -> dict[str, str | None]:
-    """The parent of every run below a storage root, None for one that has none.
-
-    By its link; where that is damaged, by its settings, so that nobody takes it for nobody's child.
-    """
-    return {folder.id: _parent_of(folder) for folder in list_experiments(storage)}
-
-
-def _parent_of(folder: ExperimentFolder) -> str | None:
-    for asked in (folder.parent, lambda: folder.config().experiment.parent):
-        with contextlib.suppress(UserError):
-            return asked()
-    return None
-
-
-def grid_folder(storage: Path, name: str) -> Path:
-    """Where a grid keeps the list of its cells, the file it was made from, and its report."""
-    return storage / "grids" / name
-
-
-def grid_names(storage: Path) -> list[str]:
-    return sorted(path.parent.name for path in (storage / "grids").glob("*/grid.json"))
-
-
-def write_cells(storage: Path, name: str, ids: list[str]) -> None:
-    home = grid_folder(storage, name)
-    home.mkdir(parents=True, exist_ok=True)
-    write_json(home / "grid.json", {"name": name, "cells": ids})
-
-
-def cells_of(storage: Path, name: str) -> list[str]:
-    """Ids of a grid's cells. Raises `UserError` that names the file if it is missing or says something else."""
-    path = grid_folder(storage, name) / "grid.json"
+def read_link(folder: Path) -> ParentLink | None:
+    """None for a base run. Raises `UserError` that names the file if it says something else."""
+    path = folder / LINK
     content = read_json(path)
     try:
-        return [check_id(run, "cell") for run in content["cells"]]
+        if content["parent"] is None:
+            return None
+        link = ParentLink(**content)
+        _check_types(link)
     except (KeyError, TypeError):
-        raise UserError(f"{path}: not a grid's list of cells; run the grid's command again") from None
+        raise UserError(f"{path}: not the link to a parent: put the file of this run back") from None
+    check_id(link.parent, f"{path}: parent")
+    return link
 
 
-def open_experiment(storage: Path, experiment_id: str) -> ExperimentFolder:
-    """Raises `UserError` naming the nearest ids if there is no such experiment."""
-    folder = ExperimentFolder(storage, experiment_id)
-    if not folder.exists():
-        known = [other.id for other in list_experiments(storage)]
-        raise UserError(
-            f"{experiment_id}: no such experiment in {storage}{nearest(experiment_id, known)}; see: bwlm runs list"
+def _check_types(link: ParentLink) -> None:
+    """Raises TypeError: JSON may hold anything."""
+    names = [link.parent, link.checkpoint, link.sha256, *link.chain]
+    numbers_and_lists = type(link.step) is int and isinstance(link.chain, list)
+    if not all(isinstance(name, str) for name in names) or link.phase not in PHASES or not numbers_and_lists:
+        raise TypeError
+
+
+def check_order(phase: str, parent: str, parent_phase: str) -> None:
+    """Raises `UserError` if a phase cannot begin from a run of another one."""
+    follows = PHASES[phase].follows
+    if parent_phase not in follows:
+        begins = " or ".join(follows) or "nothing"
+        raise UserError(f"parent: {parent} is of phase {parent_phase}, but {phase} begins from {begins}")
+
+
+def skipped(phase: str, parent_phase: str) -> list[str]:
+    """Phases between a run's and its parent's that it goes without."""
+    return list(PHASES)[order(parent_phase) + 1 : order(phase)]
+
+
+# ---- who descends from whom ----
+
+
+@dataclass(frozen=True)
+class LineageNode:
+    """A run with what descends from it."""
+
+    id: str
+    children: tuple[LineageNode, ...] = ()
+    note: str = ""
+    """Why it stands at the top although its link names a parent."""
+
+
+class Lineage:
+    """The runs of a storage by their links, of which some may name a run that is gone, or lead back to where they came.
+
+    Nothing here follows a link twice, so that no damage makes it run for ever.
+    """
+
+    def __init__(self, parents: Mapping[str, str | None]) -> None:
+        """`parents` names each run's; None for a base run."""
+        self._parents = dict(sorted(parents.items()))
+        self._children: dict[str, list[str]] = {}
+        for run, parent in self._parents.items():
+            if parent is not None:
+                self._children.setdefault(parent, []).append(run)
+
+    def children(self, run: str) -> list[str]:
+        """By id; also of a run that is gone."""
+        return self._children.get(run, [])
+
+    def ancestors(self, run: str) -> list[str]:
+        """From its parent up to the base, or to where a link is damaged."""
+        above: list[str] = []
+        parent = self._parents.get(run)
+        while parent is not None and parent in self._parents and parent != run and parent not in above:
+            above.append(parent)
+            parent = self._parents[parent]
+        return above
+
+    def descendants(self, run: str) -> list[str]:
+        """Its children and theirs, nearest first."""
+        found = [run]
+        for other in found:
+            found += [child for child in self.children(other) if child not in found]
+        return found[1:]
+
+    def around(self, runs: Iterable[str]) -> Lineage:
+        """These runs alone, with their ancestors and descendants."""
+        kept = {kin for run in runs for kin in (run, *self.ancestors(run), *self.descendants(run))}
+        return Lineage({run: parent for run, parent in self._parents.items() if run in kept})
+
+    def trees(self) -> list[LineageNode]:
+        """Each run once, below its parent; at the top base runs, and those whose parent is gone or their descendant."""
+        seen: set[str] = set()
+        found = []
+        for run, parent in self._parents.items():
+            if parent not in self._parents:
+                note = "" if parent is None else f"its parent {parent} is not here"
+                found.append(self._tree(run, note, seen))
+        for run in self._parents:
+            if run not in seen:  # its ancestors are a circle: whoever is highest in it gets the rest
+                circle = self._circle(run)
+                note = f"damaged links go in a circle: {' > '.join([*circle, circle[0]])}"
+                found.append(self._tree(circle[0], note, seen))
+        return sorted(found, key=lambda kin: kin.id)
+
+    def _tree(self, run: str, note: str, seen: set[str]) -> LineageNode:
+        seen.add(run)
+        return LineageNode(
+            run, tuple(self._tree(child, "", seen) for child in self.children(run) if child not in seen), note
         )
-    return folder
 
-
-def open_finished(storage: Path, parent: str) -> ExperimentFolder:
-    """A run that others can begin from. Raises `UserError` if there is no such run or it has not finished."""
-    folder = open_experiment(storage, parent)
-    state = folder.status().state
-    if state != "finished":
-        raise UserError(f"parent: {parent} is {state}, not finished: finish it first, or choose another parent")
-    return folder
+    def _circle(self, run: str) -> list[str]:
+        """Parents before their children, from the first by id; of a run whose ancestors are one."""
+        trail = [run]
+        while (parent := self._parents[trail[-1]]) not in trail:
+            assert parent is not None
+            trail.append(parent)
+        circle = trail[trail.index(parent) :][::-1]
+        first = circle.index(min(circle))
+        return circle[first:] + circle[:first]

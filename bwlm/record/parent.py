@@ -20,8 +20,9 @@ from bwlm.record.checkpoint import (
     step_folder,
     weights_digest,
 )
-from bwlm.record.family import ParentLink, check_order
-from bwlm.record.lineage import ExperimentFolder, RunConfig, open_finished
+from bwlm.record.experiment import ExperimentFolder, open_finished
+from bwlm.record.lineage import ParentLink, check_order
+from bwlm.record.run_config import RunConfig
 
 
 def link_to(storage: Path, parent: str, phase: str, child: str) -> ParentLink:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from bwlm.errors import UserError
 from bwlm.paths import sync
-from bwlm.record.family import Family
+from bwlm.record.experiment import LAUNCH, LEASE, ExperimentFolder, parents_in
 from bwlm.record.lease import Holder, take_at_once
-from bwlm.record.lineage import LAUNCH, LEASE, ExperimentFolder, parents_in
+from bwlm.record.lineage import Lineage
 
 _NAMED = 3
 """So many children are named."""
@@ -28,7 +28,7 @@ def check_deletable(folder: ExperimentFolder) -> None:
     """Raises `UserError` if runs begin from it, or a process trains it."""
     if folder.path.is_symlink():
         raise UserError(f"{folder.path}: a link to {folder.path.readlink()}: delete both by hand")
-    if children := Family(parents_in(folder.path.parent)).children(folder.id):
+    if children := Lineage(parents_in(folder.path.parent)).children(folder.id):
         more = f" and {len(children) - _NAMED} more" if len(children) > _NAMED else ""
         begin = "begins from it: delete that" if len(children) == 1 else "begin from it: delete those"
         raise UserError(f"{folder.id}: {', '.join(children[:_NAMED])}{more} {begin} first")

@@ -38,7 +38,7 @@ from safetensors.numpy import save as save_tensors
 from bwlm.errors import UserError
 from bwlm.paths import Check, sync, unchecked
 from bwlm.record.lease import Lease
-from bwlm.record.schema import GROUPS, VERSION, Column
+from bwlm.record.researchlog_schema import GROUPS, VERSION, Column
 
 log = logging.getLogger(__name__)
 

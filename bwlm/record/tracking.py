@@ -29,8 +29,8 @@ from bwlm.credentials import masked, refuse_secret
 from bwlm.errors import UserError
 from bwlm.paths import read_json, write_json
 from bwlm.record.database import database_of, prepare_database
+from bwlm.record.experiment import ExperimentFolder, State, Status
 from bwlm.record.journal import Entry, entries_after, last_entry
-from bwlm.record.lineage import ExperimentFolder, State, Status
 
 log = logging.getLogger(__name__)
 

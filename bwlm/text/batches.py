@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bwlm.directions import is_marked
 from bwlm.text.conversation import TurnLayout, turned
-from bwlm.text.direction import Directed, Rows, SpecialIds, is_marked, lay_out, readings
+from bwlm.text.direction import Directed, Rows, SpecialIds, lay_out, readings
 from bwlm.text.packing import PackedRows
 from bwlm.text.plan import MixturePlan, RowPlan
 

@@ -23,15 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bwlm.config import Reversal
+from bwlm.directions import READINGS, is_marked
 from bwlm.errors import UserError, nearest
-from bwlm.text.direction import BACKWARD, READINGS, Ints, Rows, arrange, is_marked, is_mirrored, restore
+from bwlm.text.direction import BACKWARD, Ints, Rows, arrange, is_mirrored, restore
 from bwlm.text.tokenizer import Tokenizer
 
 Role = Literal["user", "assistant"]
 ROLES: tuple[str, ...] = get_args(Role)
 _KNOWN = ("system", *ROLES)
 
-Ids = NDArray[np.uint32]
+TokenIds = NDArray[np.uint32]
 
 
 class Message(NamedTuple):
@@ -52,7 +53,7 @@ class TurnIds:
     assistant_end: int
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> TurnIds:
+    def from_tokenizer(cls, tokenizer: Tokenizer) -> TurnIds:
         return cls(*(tokenizer.specials[f"<|{role}_{edge}|>"] for role in ROLES for edge in ("start", "end")))
 
     def around(self, role: Role) -> tuple[int, int]:
@@ -126,10 +127,10 @@ def _kind(value: Any) -> str:
 # ---- rendering ----
 
 
-def render(conversation: Conversation, tokenizer: Tokenizer) -> Ids:
+def render(conversation: Conversation, tokenizer: Tokenizer) -> TokenIds:
     """Its ids in reading order, without BOS. Whatever is in a message is ordinary text there."""
-    turns = TurnIds.of(tokenizer)
-    parts: list[Ids] = []
+    turns = TurnIds.from_tokenizer(tokenizer)
+    parts: list[TokenIds] = []
     for role, content in conversation:
         start, end = turns.around(role)
         parts += [np.array([start], np.uint32), tokenizer.encode(content), np.array([end], np.uint32)]
@@ -138,7 +139,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> Ids:
 
 def read_back(ids: Ints, tokenizer: Tokenizer) -> Conversation | None:
     """Inverse of `render`; None for a piece of a conversation, or one that was cut."""
-    turns = TurnIds.of(tokenizer)
+    turns = TurnIds.from_tokenizer(tokenizer)
     edges = np.flatnonzero(turns.markers(ids)).tolist()
     conversation = [
         Message(ROLES[index % 2], tokenizer.decode(ids[start + 1 : end]))  # type: ignore[arg-type]
@@ -149,7 +150,7 @@ def read_back(ids: Ints, tokenizer: Tokenizer) -> Conversation | None:
     return conversation if whole and ids[edges].tolist() == expected else None
 
 
-def cut_to(ids: Ids, room: int, turns: TurnIds) -> Ids | None:
+def cut_to(ids: TokenIds, room: int, turns: TurnIds) -> TokenIds | None:
     """A rendered conversation in at most `room` tokens, or None where too little of it fits.
 
     It ends after the last answer that fits whole. Where even the first does not, it loses the end of that one with its
@@ -175,12 +176,12 @@ def parts_of(tokens: Ints, lengths: Ints, turns: TurnIds) -> Ints:
     return np.diff(np.append(np.flatnonzero(begins), len(tokens)))
 
 
-def asks(reading: str, reversal: Reversal) -> bool:
+def predicts_user_turn(reading: str, reversal: Reversal) -> bool:
     """Whether a model of that reading writes what the user says, given what follows, instead of answering."""
-    return reversal == "whole" and reading == "backward"
+    return is_mirrored(reading, reversal)
 
 
-def written(tokens: Ints, lengths: Ints, reading: Ints, reversal: Reversal, turns: TurnIds) -> NDArray[np.bool_]:
+def loss_mask(tokens: Ints, lengths: Ints, reading: Ints, reversal: Reversal, turns: TurnIds) -> NDArray[np.bool_]:
     """[N] true where a token is one that the model writes: the text of its role, and the marker that closes it.
 
     Tokens in reading order, segment after segment; `reading` [S]. Who answers writes the assistant's text and
@@ -218,7 +219,7 @@ class TurnLayout:
         if self.reversal == "turns":
             turned["parts"] = parts_of(rows.tokens, rows.lengths, self.turns)
         if self.supervised:
-            turned["targets"] = written(rows.tokens, rows.lengths, reading, self.reversal, self.turns)
+            turned["targets"] = loss_mask(rows.tokens, rows.lengths, reading, self.reversal, self.turns)
         return turned
 
 
@@ -243,7 +244,7 @@ def turned(name: str, rows: Rows, reading: Ints, turns: TurnLayout | None) -> Tu
 # ---- what a model is given, and gives back ----
 
 
-class Opening(NamedTuple):
+class Prompt(NamedTuple):
     """What a model reads before it writes a message."""
 
     ids: list[int]
@@ -251,15 +252,15 @@ class Opening(NamedTuple):
     """The marker that closes the message."""
 
 
-def opening(
+def build_prompt(
     conversation: Conversation, reading: str, direction: str, reversal: Reversal, tokenizer: Tokenizer
-) -> Opening:
+) -> Prompt:
     """For a model of `direction` that reads in `reading`.
 
     Who answers is given a conversation that ends with the user; who asks, one that begins with the assistant. Raises
     `UserError` for another one.
     """
-    turns, asking = TurnIds.of(tokenizer), asks(reading, reversal)
+    turns, asking = TurnIds.from_tokenizer(tokenizer), predicts_user_turn(reading, reversal)
     check_turns(conversation, "conversation")
     edge, role = (0, "assistant") if asking else (-1, "user")
     if not conversation or conversation[edge].role != role:
@@ -271,7 +272,7 @@ def opening(
     head = [tokenizer.bos]
     if is_marked(direction):
         head.append(tokenizer.forward if reading == "forward" else tokenizer.backward)
-    return Opening(head + arrange_conversation(ids.astype(np.int64), reading, reversal, turns).tolist(), stop)
+    return Prompt(head + arrange_conversation(ids.astype(np.int64), reading, reversal, turns).tolist(), stop)
 
 
 def arrange_conversation(tokens: Ints, reading: str, reversal: Reversal, turns: TurnIds) -> Ints:

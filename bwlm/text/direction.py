@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from bwlm.config import DIRECTIONS, Reversal
+from bwlm.config import Reversal
+from bwlm.directions import DIRECTIONS, READINGS, is_marked
 from bwlm.errors import UserError, nearest
 from bwlm.text.plan import counter_hash, splitmix64
 
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 Ints = NDArray[np.int64]
 Ids = NDArray[np.int32]
 
-READINGS = ("forward", "backward", "permuted")
-"""Orders in which text can be read. A direction is what a model is trained in; a bidirectional one has two readings."""
 FORWARD, BACKWARD, PERMUTED = range(3)
 
 HEAD_SLOTS = 2
@@ -57,7 +56,7 @@ class SpecialIds:
     backward: int
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> SpecialIds:
+    def from_tokenizer(cls, tokenizer: Tokenizer) -> SpecialIds:
         return cls(tokenizer.bos, tokenizer.pad, tokenizer.forward, tokenizer.backward)
 
 
@@ -107,16 +106,6 @@ def check_direction(name: str) -> str:
     return name
 
 
-def is_marked(direction: str) -> bool:
-    """Whether segments carry a marker after BOS."""
-    return direction == "bidirectional"
-
-
-def own_readings(direction: str) -> tuple[str, ...]:
-    """The readings whose mean is the direction's own figure."""
-    return ("forward", "backward") if direction == "bidirectional" else (direction,)
-
-
 def is_mirrored(name: str, reversal: Reversal = "whole") -> bool:
     """True for rows that are read backward as a whole, and so lay out their segments in reverse order.
 
@@ -128,7 +117,7 @@ def is_mirrored(name: str, reversal: Reversal = "whole") -> bool:
 
 def readings(direction: str, rows: Rows, seed: int) -> Ints:
     """[S] how each segment is read in training; a bidirectional coin is a hash of (seed, epoch, segment id)."""
-    if direction == "bidirectional":
+    if is_marked(direction):
         coins = counter_hash(seed, rows.epoch, rows.segment) >> np.uint64(63)
         return np.where(coins == 0, FORWARD, BACKWARD)
     return np.full(len(rows.lengths), READINGS.index(direction))

@@ -9,19 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bwlm.config import Reversal
+from bwlm.directions import READINGS, is_marked, own_readings
 from bwlm.text.batches import DirectedPlan, open_rows
 from bwlm.text.conversation import Conversation, TurnIds, TurnLayout, render, turned
-from bwlm.text.direction import (
-    CLOSING_SLOTS,
-    HEAD_SLOTS,
-    READINGS,
-    Rows,
-    SpecialIds,
-    is_marked,
-    lay_out,
-    own_readings,
-    read_row,
-)
+from bwlm.text.direction import CLOSING_SLOTS, HEAD_SLOTS, Rows, SpecialIds, lay_out, read_row
 from bwlm.text.plan import RowPlan
 from bwlm.text.prepare import Prepared
 from bwlm.text.tokenizer import Tokenizer
@@ -33,7 +24,7 @@ def inspect_rows(prepared: Prepared, direction: str, count: int) -> dict[str, An
     `text` is in reading order, restored from the directed ids alone, segments in the order of the text; `segments` are
     the slots where segments begin, in the order of the layout.
     """
-    special = SpecialIds.of(prepared.tokenizer)
+    special = SpecialIds.from_tokenizer(prepared.tokenizer)
     rows_read = open_rows(str(prepared.folder), "train")
     plan = DirectedPlan(str(prepared.folder), direction, special, RowPlan(len(rows_read), count, seed=0))
     rows = plan.rows(0)
@@ -60,13 +51,13 @@ def inspect_conversation(
     `ids` from BOS on, the `text` of each, and in `supervised` whether it is a target: what is written, or all.
     """
     shown = []
-    layout = TurnLayout(TurnIds.of(tokenizer), reversal, supervised)
+    layout = TurnLayout(TurnIds.from_tokenizer(tokenizer), reversal, supervised)
     rows = one_row(render(conversation, tokenizer))
     for reading in own_readings(direction):
         number = np.array([READINGS.index(reading)])
         width = len(rows.tokens) + HEAD_SLOTS + CLOSING_SLOTS
         told = turned(reading, rows, number, layout)
-        directed = lay_out(rows, number, is_marked(direction), SpecialIds.of(tokenizer), width, **told)
+        directed = lay_out(rows, number, is_marked(direction), SpecialIds.from_tokenizer(tokenizer), width, **told)
         length = len(rows.tokens) + 1 + is_marked(direction)
         ids = directed.ids[0, :length]
         targets = [False, *(directed.targets[0, : length - 1] >= 0).tolist()]

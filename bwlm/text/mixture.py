@@ -11,21 +11,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bwlm.errors import UserError
-from bwlm.paths import whole_folder
+from bwlm.paths import atomic_folder
 from bwlm.text.conversation import TurnIds, check_conversation, cut_to, render
 from bwlm.text.direction import HEAD_SLOTS
 from bwlm.text.overlap import DocumentHashes
 from bwlm.text.packing import (
     MANIFEST_VERSION,
-    Items,
+    SPLITS,
     Manifest,
-    Run,
+    PackedSplit,
+    PackJob,
+    PackResult,
+    RunJobs,
     ShardCounts,
     Source,
-    Split,
+    SplitName,
     Unsplit,
     cut,
     overlap_of,
@@ -34,14 +37,12 @@ from bwlm.text.packing import (
     room_of,
     write_rows,
 )
-from bwlm.text.prepare import Prepared, Progress
+from bwlm.text.prepare import Prepared, ShowProgress
 from bwlm.text.tokenizer import Tokenizer
 
 _SOURCE_BITS = 32
 """A document's id is a part of its source's key, shifted by this, plus its index there: one id in any mixture."""
 
-Name = Literal["train", "validation"]
-SPLITS: tuple[Name, ...] = ("train", "validation")
 FORMAT_VERSION = 3
 """Counts up whenever the same conversations would give other rows."""
 
@@ -54,12 +55,19 @@ class ConversationSource:
     weight: float
     key: str
     """Names what `read` gives."""
-    read: Callable[[Name], Iterator[Any]]
+    read: Callable[[SplitName], Iterator[Any]]
     """The messages of each conversation of a split, always in one order."""
     parts: int = 1
     """In which the training split is packed, beside each other; each reads all of it, so more than 1 is for files."""
     notes: tuple[str, ...] = ()
     """Lines that tell a person which of its files are left out."""
+
+
+@dataclass(frozen=True)
+class PartJob(PackJob):
+    """A part of a source's split that becomes a file of packed rows: every `parts`-th conversation."""
+
+    parts: int
 
 
 def prepare_mixture(
@@ -68,8 +76,8 @@ def prepare_mixture(
     width: int,
     whole: bool,
     storage: Path,
-    run: Run,
-    progress: Progress,
+    run: RunJobs,
+    progress: ShowProgress,
 ) -> Prepared:
     """Rows of `width` + 1 slots of all sources, from the cache where they were packed before.
 
@@ -83,14 +91,14 @@ def prepare_mixture(
             progress(note)
         if not (folder / "manifest.json").exists():
             progress(f"rendering and packing the conversations of {source.name}")
-            with whole_folder(folder) as temporary:
+            with atomic_folder(folder) as temporary:
                 manifest = _pack(source, tokenizer_folder, tokenizer, width, whole, temporary, run)
             for line in _lost(source.name, manifest):
                 progress(line)
     mixture = _mixed(sources, folders)
     folder = _folder(cache, f"mixture {mixture.digest}")
     if not (folder / "manifest.json").exists():
-        with whole_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary:
             overlap = overlap_of(temporary, mixture.train, mixture.validation)
             replace(mixture, overlap=overlap).write(temporary)
     mixture = Manifest.read(folder)
@@ -110,14 +118,16 @@ def _pack(
     width: int,
     whole: bool,
     folder: Path,
-    run: Run,
+    run: RunJobs,
 ) -> Manifest:
-    items: Items = []
-    for split, parts in (("train", source.parts), ("validation", 1)):
+    jobs: list[PartJob] = []
+    parts = {"train": source.parts, "validation": 1}
+    for split in SPLITS:
         (folder / split).mkdir()
-        items += [{"split": split, "part": part, "parts": parts, "folder": str(folder)} for part in range(parts)]
-    results = run(items, partial(_pack_part, source, str(tokenizer_folder), width, whole))
-    splits = packed_splits(results)
+        jobs += [
+            PartJob(split, index, f"part_{index:05d}.arrow", str(folder), parts[split]) for index in range(parts[split])
+        ]
+    splits = packed_splits(run(jobs, partial(_pack_part, source, str(tokenizer_folder), width, whole)))
     for name in SPLITS:
         if not splits[name].total("rows"):
             raise UserError(_empty(source.name, name, splits[name].total("documents"), width))
@@ -135,40 +145,37 @@ def _empty(source: str, split: str, conversations: int, width: int) -> str:
     )
 
 
-def _pack_part(
-    source: ConversationSource, tokenizer_folder: str, width: int, whole: bool, item: dict[str, Any]
-) -> dict[str, Any]:
-    """Every `parts`-th conversation of a split in, one file of packed rows out; as `bwlm.text.stream.pack_shard`."""
+def _pack_part(source: ConversationSource, tokenizer_folder: str, width: int, whole: bool, job: PartJob) -> PackResult:
+    """Renders every `parts`-th conversation of a split and writes one file of packed rows."""
     tokenizer = Tokenizer.load(Path(tokenizer_folder))
-    counts = ShardCounts(f"part_{item['part']:05d}.arrow")
+    counts = ShardCounts(job.file)
     hashes = DocumentHashes()
-    rendered = _render_part(source, item, tokenizer, counts, hashes, room_of(width) - HEAD_SLOTS if whole else None)
+    rendered = _render_part(source, job, tokenizer, counts, hashes, room_of(width) - HEAD_SLOTS if whole else None)
     rows = pack_whole(rendered, width) if whole else cut(((document, ids) for document, ids, _ in rendered), width)
-    target = Path(item["folder"]) / item["split"] / counts.file
     try:
-        write_rows(target, rows, tokenizer.vocab_size, counts)
-        hashes.save(target)
+        write_rows(job.target, rows, tokenizer.vocab_size, counts)
+        hashes.save(job.target)
     except UserError as error:
-        return {"split": item["split"], "file": counts.file, "counts": {}, "error": str(error)}
-    return {"split": item["split"], "file": counts.file, "counts": counts.finish(), "error": ""}
+        return PackResult(job.split, job.file, error=str(error))
+    return PackResult(job.split, job.file, counts.finish())
 
 
 def _render_part(
     source: ConversationSource,
-    item: dict[str, Any],
+    job: PartJob,
     tokenizer: Tokenizer,
     counts: ShardCounts,
     hashes: DocumentHashes,
     room: int | None,
 ) -> Iterator[Unsplit]:
     """Each conversation, cut to `room` tokens where there is one."""
-    turns, token_bytes = TurnIds.of(tokenizer), tokenizer.token_bytes()
+    turns, token_bytes = TurnIds.from_tokenizer(tokenizer), tokenizer.token_bytes()
     first = int(source.key[:6], 16) << _SOURCE_BITS
-    for index, messages in enumerate(source.read(item["split"])):
-        if index % item["parts"] != item["part"]:
+    for index, messages in enumerate(source.read(job.split)):
+        if index % job.parts != job.index:
             continue
         counts.documents += 1
-        whole = render(check_conversation(messages, f"{source.name}: {item['split']} conversation {index}"), tokenizer)
+        whole = render(check_conversation(messages, f"{source.name}: {job.split} conversation {index}"), tokenizer)
         hashes.add(whole)
         ids = whole if room is None else cut_to(whole, room, turns)
         if ids is None:
@@ -182,7 +189,7 @@ def _render_part(
 
 def _lost(name: str, manifest: Manifest) -> Iterator[str]:
     for split in SPLITS:
-        counted: Split = getattr(manifest, split)
+        counted: PackedSplit = getattr(manifest, split)
         cut_short, left_out = counted.total("cut"), counted.total("left_out")
         if cut_short or left_out:
             yield (
@@ -205,9 +212,9 @@ def _mixed(sources: list[ConversationSource], folders: list[Path]) -> Manifest:
     return Manifest(first.sequence_length, first.vocab_size, first.tokenizer, train, validation, shares)
 
 
-def _joined(name: Name, parts: list[tuple[str, Split]]) -> Split:
+def _joined(name: SplitName, parts: list[tuple[str, PackedSplit]]) -> PackedSplit:
     """The shards of one split of all sources, in order, as they lie from the mixture's folder."""
     shards = [
         shard | {"file": f"../../{folder}/{name}/{shard['file']}"} for folder, part in parts for shard in part.shards
     ]
-    return Split(tuple(shards), hashlib.sha256(" ".join(part.digest for _, part in parts).encode()).hexdigest())
+    return PackedSplit(tuple(shards), hashlib.sha256(" ".join(part.digest for _, part in parts).encode()).hexdigest())

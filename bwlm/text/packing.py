@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, Protocol, TypedDict, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,9 @@ from bwlm.errors import UserError
 from bwlm.paths import read_json, sync, write_json
 from bwlm.text.direction import CLOSING_SLOTS, HEAD_SLOTS, Ints, Rows
 from bwlm.text.overlap import Overlap, count_overlap
+
+SplitName = Literal["train", "validation"]
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 
 MANIFEST_VERSION = 3
 BATCH_ROWS = 1024
@@ -36,9 +39,48 @@ _WAITING = 256
 _SMALLEST = HEAD_SLOTS + 1
 """A remainder below this many slots is padding: no segment with text fits in it."""
 
-Items = list[dict[str, Any]]
-Run = Callable[[Items, Callable[[dict[str, Any]], dict[str, Any]]], Items]
-"""Does work on every item: with Ray Data (`bwlm.text.stream.with_ray`), or in this process."""
+
+@dataclass(frozen=True)
+class PackJob:
+    """One file of packed rows that is to be written."""
+
+    split: SplitName
+    index: int
+    """Of the file in its split."""
+    file: str
+    folder: str
+    """Of the packed corpus."""
+
+    @property
+    def target(self) -> Path:
+        return Path(self.folder) / self.split / self.file
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """What a job has written, or why it could not."""
+
+    split: SplitName
+    file: str
+    counts: dict[str, Any] = field(default_factory=dict)
+    """See `ShardCounts`."""
+    error: str = ""
+    """A user's mistake, in words."""
+
+
+Job = TypeVar("Job", bound=PackJob)
+
+
+class RunJobs(Protocol):
+    """Does work on every job: with Ray Data (`bwlm.text.stream.with_ray`), or in this process."""
+
+    def __call__(self, jobs: list[Job], work: Callable[[Job], PackResult]) -> list[PackResult]: ...
+
+
+def run_here(jobs: list[Job], work: Callable[[Job], PackResult]) -> list[PackResult]:
+    """Does the work in this process, job after job."""
+    return [work(job) for job in jobs]
+
 
 Piece = tuple[int, int, bool, NDArray[np.uint32]]
 """(document, offset of the first token in it, whole, tokens)"""
@@ -182,14 +224,14 @@ def _record_batch(rows: list[list[Piece]], schema: pa.Schema) -> pa.RecordBatch:
 
 
 @dataclass(frozen=True)
-class Split:
+class PackedSplit:
     """Counts of a split, and its files in order."""
 
     shards: tuple[dict[str, Any], ...]
     digest: str
 
     @classmethod
-    def of(cls, shards: Iterable[dict[str, Any]]) -> Split:
+    def from_shards(cls, shards: Iterable[dict[str, Any]]) -> PackedSplit:
         ordered = tuple(sorted(shards, key=lambda shard: shard["file"]))
         return cls(ordered, hashlib.sha256(" ".join(shard["sha256"] for shard in ordered).encode()).hexdigest())
 
@@ -203,18 +245,18 @@ class Split:
 
 
 class Splits(TypedDict):
-    train: Split
-    validation: Split
+    train: PackedSplit
+    validation: PackedSplit
 
 
-def packed_splits(results: Items) -> Splits:
-    """What packed files make: {split, file, counts, error} each. Raises the first error as `UserError`."""
-    for result in sorted(results, key=lambda result: (result["split"], result["file"])):
-        if result["error"]:
-            raise UserError(result["error"])
+def packed_splits(results: list[PackResult]) -> Splits:
+    """Returns the splits that packed files make. Raises the first error as `UserError`."""
+    for result in sorted(results, key=lambda result: (result.split, result.file)):
+        if result.error:
+            raise UserError(result.error)
 
-    def split(name: str) -> Split:
-        return Split.of(result["counts"] for result in results if result["split"] == name)
+    def split(name: str) -> PackedSplit:
+        return PackedSplit.from_shards(result.counts for result in results if result.split == name)
 
     return {"train": split("train"), "validation": split("validation")}
 
@@ -243,8 +285,8 @@ class Manifest:
     sequence_length: int
     vocab_size: int
     tokenizer: str
-    train: Split
-    validation: Split
+    train: PackedSplit
+    validation: PackedSplit
     sources: tuple[Source, ...] = ()
     """Of a mixture, in the order of their rows."""
     overlap: Overlap | None = None
@@ -264,7 +306,8 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         content = read_json(folder / "manifest.json")
         splits = {
-            name: Split(tuple(content[name]["shards"]), content[name]["digest"]) for name in ("train", "validation")
+            name: PackedSplit(tuple(content[name]["shards"]), content[name]["digest"])
+            for name in ("train", "validation")
         }
         sources = tuple(Source(**source) for source in content.get("sources", []))
         overlap = Overlap(**content["overlap"]) if content.get("overlap") else None
@@ -274,12 +317,12 @@ class Manifest:
         )  # fmt: skip
 
 
-def packed_files(folder: Path, name: str, split: Split) -> list[Path]:
+def packed_files(folder: Path, name: str, split: PackedSplit) -> list[Path]:
     """Returns the paths of a split's files; a mixture's lie beside its own folder, in those of its sources."""
     return [Path(os.path.normpath(folder / name / shard["file"])) for shard in split.shards]
 
 
-def overlap_of(folder: Path, train: Split, validation: Split) -> Overlap:
+def overlap_of(folder: Path, train: PackedSplit, validation: PackedSplit) -> Overlap:
     """Counts the documents that stand in both splits of a packed folder."""
     return count_overlap(packed_files(folder, "train", train), packed_files(folder, "validation", validation))
 
@@ -289,7 +332,7 @@ class PackedRows:
 
     def __init__(self, folder: Path, split: str) -> None:
         manifest = Manifest.read(folder)
-        shards: Split = getattr(manifest, split)
+        shards: PackedSplit = getattr(manifest, split)
         self.width = manifest.sequence_length
         self.sources = manifest.sources
         self._split = split

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from bwlm.config import Recipe
 from bwlm.errors import UserError
-from bwlm.paths import local_path, whole_folder
+from bwlm.paths import atomic_folder, local_path
 from bwlm.text.corpus import Corpus, check_shards, find_corpus, read_texts
 from bwlm.text.packing import MANIFEST_VERSION, Manifest
 from bwlm.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, train_tokenizer
 
-Progress = Callable[[str], None]
+ShowProgress = Callable[[str], None]
 Pack = Callable[[Corpus, Path, int, Path], Manifest]
 
 _TRAINING_CHARACTERS = 2_000_000_000
@@ -38,7 +38,7 @@ class Prepared:
     """None: a mixture of conversations."""
 
 
-def prepare(recipe: Recipe, storage: Path, pack: Pack, progress: Progress) -> Prepared:
+def prepare(recipe: Recipe, storage: Path, pack: Pack, progress: ShowProgress) -> Prepared:
     """Returns the corpus that `recipe` asks for, from the cache where it was prepared before.
 
     `pack` does the parallel work (`bwlm.text.stream.pack_corpus`). Raises `UserError` for every fault of the text.
@@ -52,7 +52,7 @@ def prepare(recipe: Recipe, storage: Path, pack: Pack, progress: Progress) -> Pr
     if not (folder / "manifest.json").exists():
         progress(f"tokenizing and packing {len(corpus.train) + len(corpus.validation)} shards")
         try:
-            with whole_folder(folder) as temporary:
+            with atomic_folder(folder) as temporary:
                 pack(corpus, tokenizer_folder, width, temporary)
         except UserError:
             # mended text is another corpus: a tokenizer made from this one just now would never be used
@@ -81,7 +81,7 @@ def _remove_empty(folders: list[Path], before: set[Path]) -> None:
                 folder.rmdir()
 
 
-def get_tokenizer(recipe: Recipe, cache: Path, progress: Progress) -> tuple[Corpus, Path, Tokenizer]:
+def get_tokenizer(recipe: Recipe, cache: Path, progress: ShowProgress) -> tuple[Corpus, Path, Tokenizer]:
     """The corpus, and the tokenizer at `tokenizer.path`, else the one trained on this corpus (now, if it never was)."""
     given = _given_tokenizer(recipe)
     corpus = find_corpus(recipe.data, cache, progress)
@@ -106,7 +106,7 @@ def _given_tokenizer(recipe: Recipe) -> tuple[Path, Tokenizer] | None:
     return folder, tokenizer
 
 
-def _trained_tokenizer(wanted: int, corpus: Corpus, cache: Path, progress: Progress) -> tuple[Path, Tokenizer]:
+def _trained_tokenizer(wanted: int, corpus: Corpus, cache: Path, progress: ShowProgress) -> tuple[Path, Tokenizer]:
     rules = hashlib.sha256(repr((SPLIT_PATTERN, SPECIAL_TOKENS)).encode()).hexdigest()[:8]
     folder = cache / "tokenizers" / f"{corpus.listing()}-{rules}-{wanted}"
     if not folder.exists():
@@ -117,7 +117,7 @@ def _trained_tokenizer(wanted: int, corpus: Corpus, cache: Path, progress: Progr
                 f"tokenizer.vocab_size: the text yields only {trained.vocab_size} tokens, not {wanted}: "
                 f"set tokenizer.vocab_size={trained.vocab_size} or give more text"
             )
-        with whole_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary:
             trained.save(temporary)
     return folder, Tokenizer.load(folder)
 

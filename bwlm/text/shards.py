@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bwlm.errors import UserError
-from bwlm.paths import whole_folder, write_atomic, write_json
+from bwlm.paths import atomic_folder, write_atomic, write_json
 
 MANIFEST = "manifest.json"
 
@@ -34,7 +34,7 @@ def counts(shards: Shards) -> dict[str, Any]:
 
 def write_shards(folder: Path, shards: Shards, manifest: Mapping[str, Any]) -> None:
     """Writes `shard_00000.parquet`.. and `manifest.json`, or nothing."""
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         for index, texts in enumerate(shards):
             write_atomic(temporary / f"shard_{index:05d}.parquet", _parquet(texts))
         write_json(temporary / MANIFEST, manifest)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
@@ -22,7 +22,19 @@ from bwlm.errors import UserError
 from bwlm.text.batches import Batch, DirectedPlan, join
 from bwlm.text.corpus import Corpus, read_texts
 from bwlm.text.overlap import DocumentHashes
-from bwlm.text.packing import Items, Manifest, Run, ShardCounts, cut, overlap_of, packed_splits, write_rows
+from bwlm.text.packing import (
+    SPLITS,
+    Job,
+    Manifest,
+    PackJob,
+    PackResult,
+    RunJobs,
+    ShardCounts,
+    cut,
+    overlap_of,
+    packed_splits,
+    write_rows,
+)
 from bwlm.text.plan import counter_hash
 from bwlm.text.tokenizer import Tokenizer
 
@@ -41,35 +53,41 @@ def _tokenizer(folder: str) -> Tokenizer:
     return Tokenizer.load(Path(folder))
 
 
-def pack_shard(item: dict[str, Any]) -> dict[str, Any]:
-    """One shard of text in, one file of packed rows out; returns its counts, or {"error"} for a user's mistake.
+@dataclass(frozen=True)
+class ShardJob(PackJob):
+    """A shard of text that becomes a file of packed rows."""
+
+    uri: str
+
+
+def pack_shard(tokenizer_folder: str, column: str, shuffle: bool, width: int, job: ShardJob) -> PackResult:
+    """Tokenizes one shard of text and writes one file of packed rows.
 
     Documents that are shuffled are held as tokens, of 4 bytes each, until the last of their shard has been read.
     """
-    tokenizer = _tokenizer(item["tokenizer"])
-    counts, hashes, content = ShardCounts(item["file"]), DocumentHashes(), hashlib.sha256()
+    tokenizer = _tokenizer(tokenizer_folder)
+    counts, hashes, content = ShardCounts(job.file), DocumentHashes(), hashlib.sha256()
     token_bytes = tokenizer.token_bytes()
 
     def documents() -> Iterator[Document]:
-        for texts in read_texts(item["uri"], item["column"]):
+        for texts in read_texts(job.uri, column):
             for text, tokens in zip(texts, tokenizer.encode_batch(texts, threads=1), strict=True):
                 text_bytes = text.encode()
                 content.update(len(text_bytes).to_bytes(8) + text_bytes)
-                document = (item["index"] << _SHARD_BITS) + counts.documents
+                document = (job.index << _SHARD_BITS) + counts.documents
                 counts.documents += 1
                 counts.empty_documents += len(tokens) == 0
                 counts.bytes += int(token_bytes[tokens].sum())
                 hashes.add(tokens)
                 yield document, tokens
 
-    target = Path(item["folder"]) / item["split"] / item["file"]
     try:
-        ordered = _shuffled(documents(), content.digest) if item["shuffle"] else documents()
-        write_rows(target, cut(ordered, item["width"]), tokenizer.vocab_size, counts)
-        hashes.save(target)
+        ordered = _shuffled(documents(), content.digest) if shuffle else documents()
+        write_rows(job.target, cut(ordered, width), tokenizer.vocab_size, counts)
+        hashes.save(job.target)
     except UserError as error:
-        return {"split": item["split"], "file": item["file"], "counts": {}, "error": str(error)}
-    return {"split": item["split"], "file": item["file"], "counts": counts.finish(), "error": ""}
+        return PackResult(job.split, job.file, error=str(error))
+    return PackResult(job.split, job.file, counts.finish())
 
 
 def _shuffled(documents: Iterable[Document], digest: Callable[[], bytes]) -> list[Document]:
@@ -84,29 +102,28 @@ def _shuffled(documents: Iterable[Document], digest: Callable[[], bytes]) -> lis
     return [held[index] for index in order]
 
 
-def with_ray(items: Items, work: Callable[[dict[str, Any]], dict[str, Any]]) -> Items:
-    """Each item in a task of Ray Data."""
+def with_ray(jobs: list[Job], work: Callable[[Job], PackResult]) -> list[PackResult]:
+    """Does the work on each job in a task of Ray Data."""
     quiet()
-    return list(ray.data.from_items(items, override_num_blocks=len(items)).map(work).take_all())
+    rows = ray.data.from_items([{"job": job} for job in jobs], override_num_blocks=len(jobs))
+    return [row["result"] for row in rows.map(lambda row: {"result": work(row["job"])}).take_all()]
 
 
-def pack_corpus(corpus: Corpus, tokenizer_folder: Path, width: int, folder: Path, run: Run = with_ray) -> Manifest:
+def pack_corpus(corpus: Corpus, tokenizer_folder: Path, width: int, folder: Path, run: RunJobs = with_ray) -> Manifest:
     """Tokenizes and packs every shard (by default with Ray Data), writes the manifest.
 
     Raises the first shard's `UserError`, and one for a split without text.
     """
-    items = [
-        {
-            "split": split, "index": index, "uri": shard.uri, "file": f"shard_{index:05d}.arrow", "width": width,
-            "column": corpus.text_column, "shuffle": corpus.shuffle,
-            "tokenizer": str(tokenizer_folder), "folder": str(folder),
-        }
-        for split, shards in (("train", corpus.train), ("validation", corpus.validation))
-        for index, shard in enumerate(shards)
-    ]  # fmt: skip
-    for split in ("train", "validation"):
+    shards = {"train": corpus.train, "validation": corpus.validation}
+    jobs = [
+        ShardJob(split, index, f"shard_{index:05d}.arrow", str(folder), shard.uri)
+        for split in SPLITS
+        for index, shard in enumerate(shards[split])
+    ]
+    for split in SPLITS:
         (folder / split).mkdir()
-    splits = packed_splits(run(items, pack_shard))
+    work = partial(pack_shard, str(tokenizer_folder), corpus.text_column, corpus.shuffle, width)
+    splits = packed_splits(run(jobs, work))
     tokenizer = _tokenizer(str(tokenizer_folder))
     overlap = overlap_of(folder, **splits)
     manifest = Manifest(width, tokenizer.vocab_size, tokenizer.digest, **splits, overlap=overlap)

@@ -1,9 +1,10 @@
 """The training loop that every phase shares.
 
-A phase says what is trained on what (`Phase`); the loop steps, evaluates, checkpoints, resumes and keeps the journal.
+A phase says what is trained on what (`PhaseSetup`); the loop steps, evaluates, checkpoints, resumes and keeps the
+journal.
 It knows nothing of direction or Ray.
 
-Not here: the step itself (`bwlm/model/step.py`), what is measured (`meter.py`), files (`bwlm/record`).
+Not here: the step itself (`bwlm/model/train_step.py`), what is measured (`meter.py`), files (`bwlm/record`).
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from bwlm.model.compute import Compute, peak_flops
 from bwlm.model.gpt import GPT
 from bwlm.model.optim import Optimizer, lr_schedule, muon_momentum, weight_decay_schedule
 from bwlm.model.shape import flops_per_token
-from bwlm.model.step import StepResult, TrainStep
+from bwlm.model.train_step import StepResult, TrainStep
 from bwlm.record.checkpoint import Snapshot, Tensors, copy_to_host, load_checkpoint, load_newest, step_folder
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.text.batches import Batch
 from bwlm.text.plan import counter_hash
-from bwlm.train.meter import Meter, Progress
-from bwlm.train.observer import Observer, StepView
+from bwlm.train.meter import Meter, TrainingProgress
 from bwlm.train.records import Entries, Records
-from bwlm.train.session import Session, together
+from bwlm.train.session import Session, raise_on_all_ranks
+from bwlm.train.step_log import Observer, StepView
 
 
 @dataclass(frozen=True)
-class Phase:
+class PhaseSetup:
     """What one phase trains, and how it is measured."""
 
     name: str
@@ -75,22 +76,22 @@ class Evaluated:
     """For the research log; on rank 0."""
 
 
-def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str, float]:
+def train(phase: PhaseSetup, folder: ExperimentFolder, session: Session) -> dict[str, float]:
     """Trains to the phase's last step, from the newest checkpoint if there is one; returns the final metrics.
 
     Raises `TrainingDiverged` at the first loss, gradient or validation figure that is not finite, `RunError` if a
     checkpoint cannot be written, and `Interrupted` once one is saved if any rank was asked to end.
     """
     progress = _resume(phase, folder, session)
-    step_of = TrainStep(phase.model, phase.optimizer, phase.compute.micro_rows, phase.optim.grad_clip, session.world)
+    train_step = TrainStep(phase.model, phase.optimizer, phase.compute.micro_rows, phase.optim.grad_clip, session.world)
     peak = peak_flops(session.device, phase.compute.precision) * session.world
     meter = Meter(progress, phase.steps, flops_per_token(phase.model.config), peak, session.device, folder.path)
     observer = Observer(phase.model, phase.research_log, session, phase.masked, phase.rows_at)
-    opened = together(session, lambda: _records(phase, folder, session, observer.fixed(), progress.step))
+    opened = raise_on_all_ranks(session, lambda: _records(phase, folder, session, observer.fixed(), progress.step))
     with opened or nullcontext() as records:
         for batch in phase.batches(progress.step, phase.steps):
             began = time.perf_counter()
-            result, metrics, view = _step(phase, step_of, batch, progress.step, observer)
+            result, metrics, view = _step(phase, train_step, batch, progress.step, observer)
             seconds = time.perf_counter() - began
             metrics |= meter.stepped(result.loss, batch["inputs"].size * session.world, seconds)
             entries = view.entries(result, meter.resources | metrics)
@@ -105,7 +106,7 @@ def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str,
             session.report(progress.step, metrics)
             if result.asked_to_stop and progress.step < phase.steps:
                 raise Interrupted(f"asked to end at step {progress.step}")
-        _settle(session, records, last=True)
+        _wait_for_save(session, records, last=True)
     if progress.validation is None:  # resumed at the very end
         _evaluate(phase, progress)
     assert progress.validation is not None
@@ -114,18 +115,18 @@ def train(phase: Phase, folder: ExperimentFolder, session: Session) -> dict[str,
 
 
 def _records(
-    phase: Phase, folder: ExperimentFolder, session: Session, fixed: dict[str, Any], step: int
+    phase: PhaseSetup, folder: ExperimentFolder, session: Session, fixed: dict[str, Any], step: int
 ) -> Records | None:
     if session.rank != 0:
         return None
     return Records(folder, phase.name, fixed | phase.fixed, phase.checkpoint, step)
 
 
-def _resume(phase: Phase, folder: ExperimentFolder, session: Session) -> Progress:
+def _resume(phase: PhaseSetup, folder: ExperimentFolder, session: Session) -> TrainingProgress:
     checkpoint = _newest(folder, session)
     own = f"rank{session.rank}/"
     rng = {name: state for name, state in (checkpoint.rng if checkpoint else {}).items() if name.startswith(own)}
-    progress = _restored(phase, folder, checkpoint) if checkpoint else Progress()
+    progress = _restored(phase, folder, checkpoint) if checkpoint else TrainingProgress()
     if rng:
         torch.set_rng_state(rng[f"{own}cpu"])
         if session.device.type == "cuda" and f"{own}cuda" in rng:
@@ -135,12 +136,12 @@ def _resume(phase: Phase, folder: ExperimentFolder, session: Session) -> Progres
     return progress
 
 
-def _restored(phase: Phase, folder: ExperimentFolder, checkpoint: Snapshot) -> Progress:
+def _restored(phase: PhaseSetup, folder: ExperimentFolder, checkpoint: Snapshot) -> TrainingProgress:
     """Puts a checkpoint into model and optimizer; where it stood. Raises `UserError` if it is of another version."""
     try:
         phase.model.load_state_dict(checkpoint.model)
         phase.optimizer.load_state_tensors(checkpoint.optimizer)
-        return Progress(**checkpoint.meta["progress"])
+        return TrainingProgress(**checkpoint.meta["progress"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         path, reason = step_folder(folder.checkpoints, checkpoint.step), " ".join(str(error).split())
         raise UserError(
@@ -151,14 +152,14 @@ def _restored(phase: Phase, folder: ExperimentFolder, checkpoint: Snapshot) -> P
 
 def _newest(folder: ExperimentFolder, session: Session) -> Snapshot | None:
     """The checkpoint that all ranks resume from: rank 0 chooses, since each might see another one as the newest."""
-    newest = together(session, lambda: load_newest(folder.checkpoints) if session.rank == 0 else None)
+    newest = raise_on_all_ranks(session, lambda: load_newest(folder.checkpoints) if session.rank == 0 else None)
     if session.world == 1:
         return newest
     chosen = torch.tensor(newest.step if newest else -1, device=session.device)
     dist.broadcast(chosen, src=0)
     if chosen < 0:
         return None
-    return together(session, lambda: newest or load_checkpoint(folder.checkpoints, int(chosen)))
+    return raise_on_all_ranks(session, lambda: newest or load_checkpoint(folder.checkpoints, int(chosen)))
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:
@@ -166,7 +167,7 @@ def _is_due(step: int, every: int, steps: int) -> bool:
 
 
 def _step(
-    phase: Phase, step_of: TrainStep, batch: Batch, step: int, observer: Observer
+    phase: PhaseSetup, train_step: TrainStep, batch: Batch, step: int, observer: Observer
 ) -> tuple[StepResult, dict[str, float], StepView]:
     session = observer.session
     tensors = {name: _tensor(array, session.device) for name, array in batch.items()}
@@ -182,7 +183,7 @@ def _step(
 
     importance = tensors.get("importance")
     asked = session.stopping()
-    result = step_of(tensors["inputs"], tensors["targets"], segments, importance, asked, view.predict, before_update)
+    result = train_step(tensors["inputs"], tensors["targets"], segments, importance, asked, view.predict, before_update)
     if not result.is_finite:
         rows = ", ".join(map(str, phase.rows_at(step)))
         raise TrainingDiverged(
@@ -200,7 +201,7 @@ def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
     return tensor if tensor.is_floating_point() else tensor.long()
 
 
-def _means(phase: Phase, session: Session, batch: Batch, token_losses: Tensor) -> dict[str, float]:
+def _means(phase: PhaseSetup, session: Session, batch: Batch, token_losses: Tensor) -> dict[str, float]:
     """What the phase measures of a step, over all ranks; a mean of nothing is left out."""
     found = {}
     for name, sums in phase.measure(batch, token_losses).items():
@@ -211,12 +212,12 @@ def _means(phase: Phase, session: Session, batch: Batch, token_losses: Tensor) -
     return found
 
 
-def _multiplier(step: int, phase: Phase) -> float:
+def _multiplier(step: int, phase: PhaseSetup) -> float:
     optim = phase.optim
     return lr_schedule(step, phase.steps, optim.warmup_steps, optim.warmdown_ratio, optim.final_lr_frac)
 
 
-def _validate(phase: Phase, progress: Progress) -> Evaluated | None:
+def _validate(phase: PhaseSetup, progress: TrainingProgress) -> Evaluated | None:
     """Validation, where it is due."""
     if not _is_due(progress.step, phase.evaluate_every, phase.steps):
         return None
@@ -225,7 +226,7 @@ def _validate(phase: Phase, progress: Progress) -> Evaluated | None:
     return replace(found, metrics=found.metrics | {"validation_seconds": time.perf_counter() - began})
 
 
-def _evaluate(phase: Phase, progress: Progress) -> Evaluated:
+def _evaluate(phase: PhaseSetup, progress: TrainingProgress) -> Evaluated:
     found = phase.evaluate(phase.model, progress.step)
     if broken := [name for name, figure in found.metrics.items() if not math.isfinite(figure)]:
         raise TrainingDiverged(
@@ -236,9 +237,11 @@ def _evaluate(phase: Phase, progress: Progress) -> Evaluated:
     return found
 
 
-def _save(phase: Phase, session: Session, progress: Progress, metric: float | None, records: Records | None) -> None:
+def _save(
+    phase: PhaseSetup, session: Session, progress: TrainingProgress, metric: float | None, records: Records | None
+) -> None:
     """A collective: every rank gives what it alone has, rank 0 copies and writes."""
-    _settle(session, records)  # first: two copies must not lie in memory
+    _wait_for_save(session, records)  # first: two copies must not lie in memory
     optimizer, rng = phase.optimizer.state_tensors(), _random_states(session)
     if records is not None:
         model, state = copy_to_host(phase.model.state_dict()), copy_to_host(optimizer)
@@ -246,9 +249,9 @@ def _save(phase: Phase, session: Session, progress: Progress, metric: float | No
         records.save(Snapshot(progress.step, model, state, rng, meta, metric))
 
 
-def _settle(session: Session, records: Records | None, last: bool = False) -> None:
+def _wait_for_save(session: Session, records: Records | None, last: bool = False) -> None:
     """Waits for what rank 0 saves; if anything that it writes failed all ranks raise `RunError`."""
-    together(session, lambda: records.settle(last) if records is not None else None)
+    raise_on_all_ranks(session, lambda: records.wait_for_save(last) if records is not None else None)
 
 
 def _random_states(session: Session) -> Tensors:

@@ -19,7 +19,7 @@ _LOOK_SECONDS = 1.0
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """The loop's own state, kept in checkpoints: with the seed, `step` fixes the position in data and schedules."""
 
     step: int = 0
@@ -44,7 +44,13 @@ class Meter:
     """Measures one rank's process; figures of speed and tokens are those of all ranks."""
 
     def __init__(
-        self, progress: Progress, steps: int, flops_per_token: int, peak: float, device: torch.device, folder: Path
+        self,
+        progress: TrainingProgress,
+        steps: int,
+        flops_per_token: int,
+        peak: float,
+        device: torch.device,
+        folder: Path,
     ) -> None:
         """`peak` in FLOP/s of all ranks; `folder` is where the run's records grow."""
         self._progress = progress

@@ -11,9 +11,9 @@ from typing import Any
 from bwlm.config import CheckpointSettings
 from bwlm.errors import RunError
 from bwlm.record.checkpoint import KeepPolicy, Snapshot
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import NAME, Journal
 from bwlm.record.lease import LeaseLost
-from bwlm.record.lineage import ExperimentFolder
 from bwlm.record.researchlog import ResearchLog
 from bwlm.record.saver import CheckpointSaver
 
@@ -32,7 +32,8 @@ def cannot_write(path: Path, error: OSError) -> RunError:
 class Records:
     """What rank 0 writes while a run trains: journal, research log, and checkpoints beside the training.
 
-    Nothing of it is written once the run's lease is lost; `LeaseLost` comes up in `settle`, as what cannot be written.
+    Nothing of it is written once the run's lease is lost; `LeaseLost` comes up in `wait_for_save`, as what
+    cannot be written.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Records:
         self._failure: RunError | None = None
 
     def log(self, step: int, metrics: dict[str, float], entries: Entries) -> None:
-        """What cannot be written comes up in `settle`, where all ranks hear of it, before the next checkpoint."""
+        """A failed write comes up in `wait_for_save`, where all ranks hear of it, before the next checkpoint."""
         with self._noting_failure(self._journal.path):
             self._check()
             self._journal.append(step, metrics)
@@ -81,7 +82,7 @@ class Records:
         except LeaseLost as error:
             self._failure = error
 
-    def settle(self, last: bool = False) -> None:
+    def wait_for_save(self, last: bool = False) -> None:
         """Waits for the save before, if there is one. Raises `RunError` for anything that could not be written."""
         self._saver.wait()
         with self._noting_failure(self._log.path):
@@ -90,7 +91,7 @@ class Records:
             raise self._failure
 
     def save(self, snapshot: Snapshot) -> None:
-        """Starts a save; `settle` raises what fails in it. A journal or log that cannot be synced fails it too."""
+        """Starts a save; `wait_for_save` raises its failure. A journal or log that cannot be synced fails it too."""
         self._saver.save(snapshot, self._sync)
 
     def _sync(self) -> None:

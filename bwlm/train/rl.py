@@ -18,30 +18,31 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bwlm.directions import TEXT_READINGS, is_marked, own_readings
 from bwlm.model.gpt import GPT
 from bwlm.paths import write_json
-from bwlm.record.lineage import SAMPLES, ExperimentFolder, RunConfig
+from bwlm.record.experiment import SAMPLES, ExperimentFolder
+from bwlm.record.run_config import RunConfig
 from bwlm.text.batches import Batch, open_rows
 from bwlm.text.conversation import TurnIds, restore_conversation
-from bwlm.text.direction import READINGS, is_marked, own_readings
 from bwlm.text.plan import permute
 from bwlm.text.tokenizer import Tokenizer
-from bwlm.train.loop import Evaluated, Phase
-from bwlm.train.packed import Stream, packed_phase, turn_layout
+from bwlm.train.loop import Evaluated, PhaseSetup
+from bwlm.train.packed_phase import Stream, packed_phase, turn_layout
 from bwlm.train.records import cannot_write
 from bwlm.train.rollouts import Problem, Rollouts, Sample, load_problems
-from bwlm.train.session import Session, together
+from bwlm.train.session import Session, raise_on_all_ranks
 
 _SHOWN = 20
 """Samples of a validation that are kept to be read."""
 
 
-def phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Phase:
+def phase(folder: ExperimentFolder, session: Session, stream: Stream) -> PhaseSetup:
     config = folder.config()
     experiment, settings = config.experiment, config.experiment.rl
     base = packed_phase(folder, session, stream, turn_layout(config, supervised=True))
     rollouts = rollouts_of(config)
-    held_out = _validation_problems(config, rollouts.tokenizer)
+    held_out = _validation_problems(config, rollouts.generator.tokenizer)
 
     def batches(first: int, last: int) -> Iterator[Batch]:
         return (rollouts.batch(base.model, step, session.rank, session.world) for step in range(first, last))
@@ -49,7 +50,7 @@ def phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Phase:
     def evaluate(model: GPT, step: int) -> Evaluated:
         found = base.evaluate(model, step)
         metrics, shown = _validate(model, rollouts, held_out, session)
-        together(session, lambda: _save_samples(folder, step, shown) if session.rank == 0 else None)
+        raise_on_all_ranks(session, lambda: _save_samples(folder, step, shown) if session.rank == 0 else None)
         return replace(found, metrics=found.metrics | metrics)
 
     def rows_at(step: int) -> NDArray[np.int64]:
@@ -70,7 +71,7 @@ def phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Phase:
 def rollouts_of(config: RunConfig) -> Rollouts:
     experiment = config.experiment
     weights = [source.weight for source in open_rows(config.corpus, "train").sources]
-    return Rollouts.of(
+    return Rollouts.from_corpus(
         config.corpus,
         experiment.rl,
         experiment.direction,
@@ -88,7 +89,7 @@ def measure(batch: Batch, losses: Tensor, surprise: bool) -> dict[str, Tensor]:
     Where samples are drawn as the model has it, its mean surprise at them estimates its entropy.
     """
     found = {name: batch[name] for name in ("reward", "sample_tokens", "finished", "rollout_seconds")}
-    for number, reading in enumerate(READINGS[:2]):
+    for number, reading in enumerate(TEXT_READINGS):
         found[f"reward_{reading}"] = batch["reward"][batch["reading"] == number]
     sums = {
         name: torch.tensor([values.sum(), len(values)], dtype=torch.float32, device=losses.device)
@@ -113,7 +114,7 @@ def _validate(
     """Mean reward of what is written greedily, in each of the own readings and over them; a collective."""
     metrics, shown = {}, []
     mine = problems[session.rank :: session.world]
-    for reading in own_readings(rollouts.direction):
+    for reading in own_readings(rollouts.generator.direction):
         samples = rollouts.write(model, mine, reading, [0] * len(mine), 0.0) if mine else []
         sums = [sum(sample.reward for sample in samples), len(samples)]
         earned = torch.tensor(sums, dtype=torch.float64, device=session.device)  # also of a rank that has none
@@ -135,16 +136,16 @@ def _save_samples(folder: ExperimentFolder, step: int, shown: list[tuple[str, Sa
     head = 1 + is_marked(config.experiment.direction)
 
     def given(sample: Sample, reading: str) -> str:
-        read = np.array(sample.opening.ids[head:])
-        return tokenizer.decode(restore_conversation(read, reading, reversal, TurnIds.of(tokenizer)))
+        read = np.array(sample.message.prompt.ids[head:])
+        return tokenizer.decode(restore_conversation(read, reading, reversal, TurnIds.from_tokenizer(tokenizer)))
 
     target = folder.path / SAMPLES / f"step_{step:06d}.json"
     content = [
         {
             "reading": reading,
             "given": given(sample, reading),
-            "written": sample.text,
-            "finished": sample.finished,
+            "written": sample.message.text,
+            "finished": sample.message.finished,
             "reward": sample.reward,
         }
         for reading, sample in shown

@@ -19,18 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bwlm.config import Reversal, RewardSettings
+from bwlm.directions import READINGS, own_readings
 from bwlm.errors import UserError
-from bwlm.model.generate import generate
+from bwlm.evaluate.generation import GeneratedMessage, MessageGenerator
 from bwlm.model.gpt import GPT
 from bwlm.text.batches import Batch, join, open_rows
-from bwlm.text.conversation import Conversation, Opening, asks, opening, read_back, read_message
-from bwlm.text.direction import IGNORED, READINGS, Rows, own_readings
+from bwlm.text.conversation import Conversation, predicts_user_turn, read_back
+from bwlm.text.direction import IGNORED, Rows
 from bwlm.text.plan import MixturePlan, counter_hash
 from bwlm.text.tokenizer import Tokenizer
-from tasks import Verifiable, find_task
-
-_ROWS_AT_ONCE = 256
-"""Samples that are written beside each other: each keeps keys and values of its length."""
+from tasks import Verifiable, Writes, find_task
 
 
 @dataclass(frozen=True)
@@ -41,19 +39,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a model wrote, and what it earned."""
+    """A message that a model wrote, and its reward."""
 
-    opening: Opening
-    written: list[int]
-    """Ids, the closing marker included if it came."""
-    text: str
-    """In reading order."""
+    message: GeneratedMessage
     reward: float
     """0 where it did not end by itself: what would have come is not known."""
-
-    @property
-    def finished(self) -> bool:
-        return self.written[-1:] == [self.opening.stop]
 
 
 def load_problems(corpus: str, split: str, tokenizer: Tokenizer) -> list[list[Problem]]:
@@ -88,14 +78,12 @@ class Rollouts:
     plan: MixturePlan
     """Over the problems."""
     settings: RewardSettings
-    direction: str
-    reversal: Reversal
-    tokenizer: Tokenizer
+    generator: MessageGenerator
     width: int
-    """T of a batch: the longest opening and sample, in a model's row at most."""
+    """T of a batch: the longest prompt and sample, in a model's row at most."""
 
     @classmethod
-    def of(
+    def from_corpus(
         cls,
         corpus: str,
         settings: RewardSettings,
@@ -108,9 +96,10 @@ class Rollouts:
     ) -> Rollouts:
         """`prompts` of a step, for all ranks; `weights` of the corpus' sources."""
         longest = open_rows(corpus, "train").width
+        generator = MessageGenerator(direction, reversal, tokenizer, settings.new_tokens, settings.top_k)
         by_source = load_problems(corpus, "train", tokenizer)
         lengths = [
-            len(_opening(problem.conversation, reading, direction, reversal, tokenizer).ids)
+            len(generator.prompt(problem.conversation, reading).ids)
             for problems in by_source
             for problem in problems
             for reading in own_readings(direction)
@@ -119,12 +108,12 @@ class Rollouts:
         drawn = tuple(max(1, round(weight * count)) for weight, count in zip(weights, rows, strict=True))
         plan = MixturePlan(rows, drawn, prompts, seed)
         width = min(longest, max(lengths) + settings.new_tokens)
-        return cls(list(itertools.chain(*by_source)), plan, settings, direction, reversal, tokenizer, width)
+        return cls(list(itertools.chain(*by_source)), plan, settings, generator, width)
 
     def chosen(self, step: int, rank: int, world: int) -> NDArray[np.int64]:
         """[R] problem of each sample of a rank, over its readings."""
         problems, _ = self.plan.at(step, rank, world)
-        readings = own_readings(self.direction)
+        readings = own_readings(self.generator.direction)
         return np.concatenate([np.repeat(problems, self.settings.samples // len(readings)) for _ in readings])
 
     def batch(self, model: GPT, step: int, rank: int = 0, world: int = 1) -> Batch:
@@ -134,7 +123,7 @@ class Rollouts:
         """
         began = time.perf_counter()
         places, _ = self.plan.at(step, rank, world)
-        readings = own_readings(self.direction)
+        readings = own_readings(self.generator.direction)
         group = self.settings.samples // len(readings)
         first = rank * len(places)
         parts = []
@@ -153,63 +142,38 @@ class Rollouts:
     def write(
         self, model: GPT, problems: list[Problem], reading: str, seeds: list[int], temperature: float
     ) -> list[Sample]:
-        """A sample for each problem; greedy at temperature 0."""
-        specials = set(self.tokenizer.specials.values())
-        samples = []
-        for start in range(0, len(problems), _ROWS_AT_ONCE):
-            some = problems[start : start + _ROWS_AT_ONCE]
-            openings = [
-                _opening(problem.conversation, reading, self.direction, self.reversal, self.tokenizer)
-                for problem in some
-            ]
-            stop = openings[0].stop
-            written = generate(
-                model,
-                [one.ids for one in openings],
-                self.settings.new_tokens,
-                temperature=temperature,
-                top_k=self.settings.top_k,
-                stop={stop},
-                banned=specials - {stop},
-                seeds=seeds[start : start + len(some)],
-            )
-            samples += [
-                self._judged(problem, one, ids, reading)
-                for problem, one, ids in zip(some, openings, written, strict=True)
-            ]
-        return samples
-
-    def _judged(self, problem: Problem, given: Opening, written: list[int], reading: str) -> Sample:
-        text = read_message(written, reading, self.tokenizer)
-        if written[-1:] != [given.stop]:
-            return Sample(given, written, text, 0.0)
-        truth = [message._asdict() for message in problem.conversation]
-        writes = "question" if asks(reading, self.reversal) else "answer"
-        return Sample(given, written, text, problem.task.reward(text, truth, writes))  # type: ignore[arg-type]
+        """Writes and rewards a sample for each problem; greedy at temperature 0."""
+        prompts = [self.generator.prompt(problem.conversation, reading) for problem in problems]
+        messages = self.generator.generate(model, prompts, reading, seeds, temperature)
+        writes: Writes = "question" if predicts_user_turn(reading, self.generator.reversal) else "answer"
+        return [
+            Sample(message, _reward(problem, message, writes))
+            for problem, message in zip(problems, messages, strict=True)
+        ]
 
     def _rows(self, samples: list[Sample], advantages: NDArray[np.float32], reading: str) -> Batch:
         """[R, T] inputs, targets (of what was written) and their importance, and [R] figures of each sample."""
         shape = (len(samples), self.width)
-        inputs = np.full(shape, self.tokenizer.pad, dtype=np.int32)
+        inputs = np.full(shape, self.generator.tokenizer.pad, dtype=np.int32)
         targets = np.full(shape, IGNORED, dtype=np.int32)
         for row, sample in enumerate(samples):
-            ids = [*sample.opening.ids, *sample.written][: self.width + 1]
+            prompt = sample.message.prompt.ids
+            ids = [*prompt, *sample.message.ids][: self.width + 1]
             inputs[row, : len(ids) - 1] = ids[:-1]
-            targets[row, len(sample.opening.ids) - 1 : len(ids) - 1] = ids[len(sample.opening.ids) :]
+            targets[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
         importance = np.where(targets == IGNORED, 0, advantages[:, None]).astype(np.float32)
         figures: dict[str, Any] = {
             "reward": np.array([sample.reward for sample in samples], dtype=np.float32),
-            "sample_tokens": np.array([len(sample.written) for sample in samples], dtype=np.float32),
-            "finished": np.array([sample.finished for sample in samples], dtype=np.float32),
+            "sample_tokens": np.array([len(sample.message.ids) for sample in samples], dtype=np.float32),
+            "finished": np.array([sample.message.finished for sample in samples], dtype=np.float32),
             "reading": np.full(len(samples), READINGS.index(reading), dtype=np.int32),
         }
         rows = {"inputs": inputs, "targets": targets, "segments": np.zeros_like(inputs), "importance": importance}
         return rows | figures
 
 
-def _opening(
-    conversation: Conversation, reading: str, direction: str, reversal: Reversal, tokenizer: Tokenizer
-) -> Opening:
-    """Of the last answer, given all before it, or of the first question, given all after it."""
-    given = conversation[1:] if asks(reading, reversal) else conversation[:-1]
-    return opening(given, reading, direction, reversal, tokenizer)
+def _reward(problem: Problem, message: GeneratedMessage, writes: Writes) -> float:
+    if not message.finished:
+        return 0.0
+    truth = [turn._asdict() for turn in problem.conversation]
+    return problem.task.reward(message.text, truth, writes)

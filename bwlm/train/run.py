@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 from bwlm.errors import Interrupted, RunError, TrainingDiverged, UserError
 from bwlm.record.checkpoint import refuse_foreign
-from bwlm.record.lineage import ExperimentFolder, Status
-from bwlm.train.loop import Phase, train
-from bwlm.train.packed import Stream
+from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.train.loop import PhaseSetup, train
+from bwlm.train.packed_phase import Stream
 from bwlm.train.records import cannot_write
-from bwlm.train.session import Session, together
+from bwlm.train.session import Session, raise_on_all_ranks
 
 
 def run_phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Status:
@@ -25,7 +25,7 @@ def run_phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Sta
     if done.ended:
         return done
     try:
-        metrics = train(together(session, lambda: _phase(folder, session, stream)), folder, session)
+        metrics = train(raise_on_all_ranks(session, lambda: _phase(folder, session, stream)), folder, session)
     except Interrupted:
         return Status("stopped", "", folder.status().step)
     except (RunError, UserError) as error:
@@ -41,11 +41,11 @@ def run_phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Sta
     return status
 
 
-def _phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Phase:
+def _phase(folder: ExperimentFolder, session: Session, stream: Stream) -> PhaseSetup:
     config = folder.config()
     expected = {name: value for name, value in config.checkpoint_meta().items() if name != "id"}
     refuse_foreign(folder.checkpoints, expected)
     # by its name: what one phase imports is no part of what another one is
     module = importlib.import_module(f"bwlm.train.{config.experiment.phase}")
-    build: Callable[[ExperimentFolder, Session, Stream], Phase] = module.phase
+    build: Callable[[ExperimentFolder, Session, Stream], PhaseSetup] = module.phase
     return build(folder, session, stream)

@@ -31,7 +31,7 @@ class Session(Protocol):
 
 
 @dataclass
-class AloneSession:
+class LocalSession:
     """One process without a scheduler: tests, benchmarks, a debugger."""
 
     rank: int = 0
@@ -46,7 +46,7 @@ class AloneSession:
         return self.termination is not None and self.termination.asked
 
 
-def together(session: Session, action: Callable[[], T]) -> T:
+def raise_on_all_ranks(session: Session, action: Callable[[], T]) -> T:
     """What `action` returns on this rank; a collective.
 
     If it raises `RunError` or `UserError` on any rank, all ranks raise: none may wait for one that has gone. Those that

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from bwlm.record.lineage import ExperimentFolder
-from bwlm.train.loop import Phase
-from bwlm.train.packed import Stream, packed_phase, turn_layout
+from bwlm.record.experiment import ExperimentFolder
+from bwlm.train.loop import PhaseSetup
+from bwlm.train.packed_phase import Stream, packed_phase, turn_layout
 from bwlm.train.session import Session
 
 
-def phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Phase:
+def phase(folder: ExperimentFolder, session: Session, stream: Stream) -> PhaseSetup:
     return packed_phase(folder, session, stream, turn_layout(folder.config(), supervised=True))

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 
 from bwlm.config import ResearchLogSettings
-from bwlm.evaluate.inside import InsideView
-from bwlm.evaluate.loss import LossEvaluation, Measured, SegmentLosses
+from bwlm.directions import TEXT_READINGS, is_marked, opposite, own_readings
+from bwlm.evaluate.states import ActivationProbe
+from bwlm.evaluate.windows import LossEvaluation, Measured, SegmentLosses
 from bwlm.model.gpt import GPT
 from bwlm.model.observe import evaluating
-from bwlm.record.lineage import RunConfig
+from bwlm.record.run_config import RunConfig
 from bwlm.text.batches import open_rows
 from bwlm.text.conversation import TurnLayout
-from bwlm.text.direction import SpecialIds, is_marked, own_readings
+from bwlm.text.direction import SpecialIds
 from bwlm.text.tokenizer import Tokenizer
 from bwlm.train.records import Entries
 
@@ -27,19 +28,19 @@ class Validation:
     """Measures a model of one direction on the validation windows, in both readings and its own."""
 
     evaluation: LossEvaluation
-    inside: InsideView
+    inside: ActivationProbe
     research_log: ResearchLogSettings
     direction: str
     turns: TurnLayout | None
     """Of conversations; None: documents."""
 
     @classmethod
-    def of(cls, config: RunConfig, device: torch.device, turns: TurnLayout | None = None) -> Validation:
+    def from_config(cls, config: RunConfig, device: torch.device, turns: TurnLayout | None = None) -> Validation:
         tokenizer = Tokenizer.load(Path(config.tokenizer), config.identity["tokenizer"])
         experiment = config.experiment
         evaluation = LossEvaluation(
             rows=open_rows(config.corpus, "validation"),
-            special=SpecialIds.of(tokenizer),
+            special=SpecialIds.from_tokenizer(tokenizer),
             token_bytes=tokenizer.token_bytes().astype(np.int64),
             tokens=experiment.evaluation.tokens,
             batch_rows=config.compute.micro_rows,
@@ -47,7 +48,7 @@ class Validation:
             masked=experiment.model.document_mask,
             turns=replace(turns, supervised=False) if turns else None,
         )
-        inside = InsideView(
+        inside = ActivationProbe(
             evaluation.rows,
             evaluation.windows,
             evaluation.special,
@@ -61,22 +62,21 @@ class Validation:
     @property
     def readings(self) -> tuple[str, ...]:
         """Forward, backward and, where it is neither, the direction's own."""
-        return tuple(dict.fromkeys(("forward", "backward", *own_readings(self.direction))))
+        return tuple(dict.fromkeys((*TEXT_READINGS, *own_readings(self.direction))))
 
     def measure(self, model: GPT) -> dict[str, Measured]:
         """What the windows cost, by reading."""
         with evaluating(model):
             return {name: self.evaluation.measure(model, name, is_marked(self.direction)) for name in self.readings}
 
-    def misled(self, model: GPT) -> dict[str, SegmentLosses]:
+    def wrong_marker_losses(self, model: GPT) -> dict[str, SegmentLosses]:
         """What the windows cost a model of both directions when the marker says the other one: does it switch?"""
         if not is_marked(self.direction):
             return {}
-        other = {"forward": "backward", "backward": "forward"}
         with evaluating(model):
             return {
-                f"{name}_marked_{told}": self.evaluation.measure(model, name, True, told)[0]
-                for name, told in other.items()
+                f"{name}_marked_{opposite(name)}": self.evaluation.measure(model, name, True, opposite(name))[0]
+                for name in TEXT_READINGS
             }
 
     def fixed(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class Validation:
         metrics = {f"val_{key}": sum(f[key] for f in own) / len(own) for key in own[0]}
         tuning = [losses[name].even_windows().summary()["bpb"] for name in own_readings(self.direction)]
         metrics["val_bpb_tuning"] = sum(tuning) / len(tuning)
-        for name in ("forward", "backward"):
+        for name in TEXT_READINGS:
             metrics |= {f"val_{key}_{name}": value for key, value in figures[name].items()}
         if self.turns and self.turns.supervised:
             metrics |= self._written_loss(measured, self.turns)
@@ -124,6 +124,6 @@ class Validation:
     def _written_loss(self, measured: dict[str, Measured], turns: TurnLayout) -> dict[str, float]:
         losses = []
         for reading in own_readings(self.direction):
-            losses.append(measured[reading][1].nll[self.evaluation.written(reading, turns.reversal, turns.turns)])
+            losses.append(measured[reading][1].nll[self.evaluation.loss_mask(reading, turns.reversal, turns.turns)])
         # windows may hold none, where conversations are cut short
         return {"val_loss_written": float(np.mean([nll.mean() for nll in losses]))} if all(map(len, losses)) else {}

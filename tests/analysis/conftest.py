@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from bwlm.analysis.select import choose
-from bwlm.record.lineage import ExperimentFolder, write_cells
+from bwlm.record.catalog.select import choose
+from bwlm.record.experiment import ExperimentFolder
+from bwlm.record.grids import write_cells
 from bwlm.text.prepare import Prepared
 from bwlm.train.run import run_phase
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
 from tests.runs import in_process, make_run
 
 IDS = ["b_s0", "b_s1", "f_s0", "f_s1", "x_s0"]
@@ -26,7 +27,7 @@ def trained(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Pat
     for name in IDS:
         settings: dict[str, Any] = {"direction": directions[name[0]], "seed": int(name[-1]), "research_log": LOG}
         run = make_run(prepared, storage, name, depth=2, **settings)
-        assert run_phase(run, AloneSession(), in_process).state == "finished"
+        assert run_phase(run, LocalSession(), in_process).state == "finished"
     write_cells(storage, "g", IDS[:4])
     return storage
 

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 
 from bwlm.config import Experiment
 from bwlm.model.compute import Compute
-from bwlm.record.family import ParentLink
+from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.journal import Journal
-from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
+from bwlm.record.lineage import ParentLink
+from bwlm.record.run_config import RunConfig
 
 COMPUTE = Compute("float32", "sdpa", 0, False, 8, 1)
 

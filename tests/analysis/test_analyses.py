@@ -13,21 +13,21 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bwlm.analysis.audit import audit
-from bwlm.analysis.curves import compare
-from bwlm.analysis.findings import find
-from bwlm.analysis.insides import over_time
-from bwlm.analysis.positions import KINDS, document_lengths, positions
-from bwlm.analysis.report import write_experiment_report
-from bwlm.analysis.representations import representations
-from bwlm.analysis.result import Analysis
-from bwlm.analysis.select import choose
-from bwlm.analysis.tables import byte_counts_of, load_losses
-from bwlm.analysis.transfer import transfer
+from bwlm.analysis.commands.compare import compare
+from bwlm.analysis.commands.layers import over_time
+from bwlm.analysis.commands.positions import KINDS, document_lengths, positions
+from bwlm.analysis.commands.representations import representations
+from bwlm.analysis.commands.result import Analysis
+from bwlm.analysis.commands.transfer import transfer
+from bwlm.analysis.report.study import write_experiment_report
+from bwlm.analysis.runs.audit import audit
+from bwlm.analysis.runs.findings import find
+from bwlm.analysis.runs.losses import byte_counts_of, load_losses
 from bwlm.cli import main
 from bwlm.errors import UserError
 from bwlm.paths import read_json, write_json
-from bwlm.record.lineage import ExperimentFolder, list_experiments
+from bwlm.record.catalog.select import choose
+from bwlm.record.experiment import ExperimentFolder, list_experiments
 from bwlm.text.corpus import read_texts
 from bwlm.text.prepare import Prepared
 from bwlm.text.tokenizer import Tokenizer, byte_counts
@@ -123,7 +123,7 @@ def test_places_share_out_every_token(folders: list[ExperimentFolder], trained: 
 def test_a_documents_length_is_that_of_its_whole_text(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("bwlm.analysis.positions._AT_ONCE", 7)
+    monkeypatch.setattr("bwlm.analysis.commands.positions._AT_ONCE", 7)
     texts = [text for part in read_texts(prepared.corpus.validation[0].uri, "text") for text in part]
     expected = [len(prepared.tokenizer.encode(text or "")) for text in texts]
     lengths = document_lengths(str(prepared.folder))

@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bwlm.analysis.controls import above_floor, judge_control
-from bwlm.analysis.findings import find
-from bwlm.analysis.report import write_grid_report
-from bwlm.analysis.stats import Gap
-from bwlm.analysis.tables import BestRate
+from bwlm.analysis.report.controls import above_floor, judge_control
+from bwlm.analysis.report.study import write_grid_report
+from bwlm.analysis.runs.findings import find
+from bwlm.analysis.runs.rates import BestRate
 from bwlm.config import NULL, PRODUCTS
-from bwlm.record.lineage import ExperimentFolder, Status, write_cells
+from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.record.grids import write_cells
+from bwlm.stats.gaps import Gap
 from bwlm.text.controls import null_floor, null_nll
-from bwlm.text.packing import Manifest, PackedRows, ShardCounts, Split, cut, write_rows
+from bwlm.text.packing import Manifest, PackedRows, PackedSplit, ShardCounts, cut, write_rows
 from tests.analysis.storage import finish, make_cell
 
 GAP = Gap(
@@ -177,7 +178,9 @@ def test_the_floor_is_what_the_true_chain_pays_for_the_same_windows(tmp_path: Pa
     counts = ShardCounts("0.arrow")
     (tmp_path / "corpus" / "validation").mkdir(parents=True)
     write_rows(tmp_path / "corpus" / "validation" / "0.arrow", cut(documents, width), 264, counts)
-    Manifest(width, 264, "", Split.of([]), Split.of([counts.finish()])).write(tmp_path / "corpus")
+    Manifest(width, 264, "", PackedSplit.from_shards([]), PackedSplit.from_shards([counts.finish()])).write(
+        tmp_path / "corpus"
+    )
     rows = PackedRows(tmp_path / "corpus", "validation")
     assert len(rows) > 2
 

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bwlm.analysis.curves import _sentences, at_best_rates, compare, differences, efficiency, single_curves
+from bwlm.analysis.commands.compare import _sentences, at_best_rates, compare, differences, efficiency, single_curves
 from bwlm.errors import UserError
+from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.journal import Journal
-from bwlm.record.lineage import ExperimentFolder, Status
 from tests.analysis.storage import make_cell, write_losses
 
 

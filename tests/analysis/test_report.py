@@ -15,24 +15,26 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from bwlm.analysis.audit import crossing_words
-from bwlm.analysis.charts.look import save_chart
 from bwlm.analysis.charts.losses import gap_chart, learning_curves
-from bwlm.analysis.findings import find
-from bwlm.analysis.losses import gaps_from
-from bwlm.analysis.report import LOSSES, PAGE, REPORT, train_command, write_experiment_report, write_grid_report
-from bwlm.analysis.result import frame_to_markdown, markdown_table
-from bwlm.analysis.sections import cost_section, data_section
-from bwlm.analysis.stats import PER_DIRECTION
-from bwlm.analysis.verdict import GAP_HEADER, gap_columns
+from bwlm.analysis.charts.style import save_chart
+from bwlm.analysis.commands.gap import GAP_HEADER, gap_columns
+from bwlm.analysis.commands.result import frame_to_markdown, markdown_table
+from bwlm.analysis.report.sections import cost_section, data_section
+from bwlm.analysis.report.study import LOSSES, PAGE, REPORT, write_experiment_report, write_grid_report
+from bwlm.analysis.runs.audit import crossing_words
+from bwlm.analysis.runs.findings import find
 from bwlm.cli.analyze import _gaps_of_runs
 from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
-from bwlm.grid.plan import plan_experiment
 from bwlm.paths import read_json
+from bwlm.plan.load import plan_experiment
+from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.record.grids import write_cells
 from bwlm.record.journal import Journal
-from bwlm.record.lineage import ExperimentFolder, Status, write_cells
-from bwlm.text.packing import Manifest, Split
+from bwlm.record.repeat import train_command
+from bwlm.stats.gaps import PER_DIRECTION
+from bwlm.stats.loss_file import gaps_from
+from bwlm.text.packing import Manifest, PackedSplit
 from tests.analysis.storage import finish, make_cell
 from tests.families import rewrite_config
 
@@ -521,7 +523,7 @@ def test_a_cell_whose_config_is_lost_or_damaged_is_named_and_the_rest_goes_on(tm
 )
 def test_the_order_of_the_documents_is_told(tmp_path: Path, phase: str, shuffle: bool, words: str) -> None:
     folder = make_cell(tmp_path, "forward", phase=phase)
-    empty = Split.of([])
+    empty = PackedSplit.from_shards([])
     Manifest(64, 264, "", empty, empty).write(tmp_path)
     experiment = folder.config().experiment.model_dump()
     experiment["data"]["shuffle"] = shuffle

@@ -9,15 +9,15 @@ import h5py
 import numpy as np
 import pytest
 
-from bwlm.analysis.cka import linear_cka
-from bwlm.analysis.logs import opened
-from bwlm.analysis.representations import States, pair_name, ranked_heads, representations
-from bwlm.analysis.select import choose
+from bwlm.analysis.commands.representations import States, pair_name, ranked_heads, representations
+from bwlm.analysis.runs.research_logs import opened
 from bwlm.errors import UserError
-from bwlm.record.lineage import ExperimentFolder, list_experiments
+from bwlm.record.catalog.select import choose
+from bwlm.record.experiment import ExperimentFolder, list_experiments
+from bwlm.stats.cka import linear_cka
 from bwlm.text.prepare import Prepared
 from bwlm.train.run import run_phase
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
 from tests.runs import in_process, make_run
 
 LOG = {"representations": 64}
@@ -67,7 +67,7 @@ def test_states_are_compared_at_one_size_and_learning_rate(prepared: Prepared, t
     }.items():
         direction = {"f": "forward", "b": "backward"}[name[0]]
         run = make_run(prepared, storage, name, **{"depth": 2, "direction": direction, "research_log": LOG, **settings})
-        assert run_phase(run, AloneSession(), in_process).state == "finished"
+        assert run_phase(run, LocalSession(), in_process).state == "finished"
     chosen = choose(storage, ["f_*", "b_*"])[0]
     first = representations(chosen).table.query("layer == -1")
     assert list(first[["group", "pair", "pairs"]].itertuples(index=False, name=None)) == [

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from bwlm.analysis.rewards import rewards
+from bwlm.analysis.commands.rewards import rewards
 from bwlm.errors import UserError
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import Journal
-from bwlm.record.lineage import ExperimentFolder
 from tests.analysis.storage import make_cell
 
 

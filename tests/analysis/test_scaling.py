@@ -13,13 +13,13 @@ import pandas as pd
 import pytest
 
 from bwlm.analysis.charts.scaling import law_chart, scaling_chart
-from bwlm.analysis.gap_over_size import GapTrend, gap_by_size
-from bwlm.analysis.scaling import analyse, scaling
-from bwlm.analysis.scaling_fit import COLUMNS, fit, hold_out
-from bwlm.analysis.scaling_law import Law, objective, scaling_parameters
-from bwlm.analysis.stats import PER_DIRECTION, Gap
+from bwlm.analysis.commands.scaling import analyse, scaling
 from bwlm.errors import UserError
 from bwlm.model.shape import GPTConfig
+from bwlm.stats.gap_trend import GapTrend, gap_by_size
+from bwlm.stats.gaps import PER_DIRECTION, Gap
+from bwlm.stats.scaling_fit import COLUMNS, fit, hold_out
+from bwlm.stats.scaling_law import Law, objective, scaling_parameters
 from tests.analysis.storage import STEPS, finish, make_cell
 
 TRUE = Law(E=1.8, A=40.0, a=0.30, B=120.0, b=0.33)

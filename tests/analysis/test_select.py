@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from bwlm.analysis.positions import positions
-from bwlm.analysis.select import begun, choose, shortest_names
+from bwlm.analysis.commands.positions import positions
 from bwlm.errors import UserError
-from bwlm.record.lineage import write_cells
+from bwlm.record.catalog.select import begun, choose, shortest_names
+from bwlm.record.grids import write_cells
 from bwlm.text.prepare import Prepared
 from bwlm.train.run import run_phase
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
 from tests.analysis.storage import make_cell
 from tests.runs import in_process, make_run
 
@@ -64,7 +64,7 @@ def test_runs_that_have_not_begun_are_left_out(prepared: Prepared, tmp_path: Pat
         begun([waiting], [])
     cut = make_run(prepared, tmp_path, "cut")
 
-    class Killed(AloneSession):
+    class Killed(LocalSession):
         def report(self, step: int, metrics: dict[str, float]) -> None:
             if step == 7:
                 raise KeyboardInterrupt

@@ -8,21 +8,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bwlm.analysis.cells import load_cell, load_cells
-from bwlm.analysis.tables import (
-    BestRate,
-    TriedRate,
-    best_learning_rates,
-    best_on_test,
-    load_curves,
-    load_gap_table,
-    own_losses,
-    series,
-    sizes,
-    tried_rates,
-)
+from bwlm.analysis.runs.labels import series, sizes
+from bwlm.analysis.runs.losses import load_curves, load_gap_table, own_losses
+from bwlm.analysis.runs.rates import BestRate, TriedRate, best_learning_rates, best_on_test, tried_rates
 from bwlm.errors import UserError
-from bwlm.record.lineage import Status
+from bwlm.record.catalog.rows import load_cell, load_cells
+from bwlm.record.experiment import Status
 from tests.analysis.storage import finish, make_cell
 
 LN2 = math.log(2)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bwlm.analysis.variants import variants, variants_section
-from bwlm.record.lineage import ExperimentFolder, Status
+from bwlm.analysis.report.variants import variants, variants_section
+from bwlm.record.experiment import ExperimentFolder, Status
 from tests.analysis.storage import make_cell
 from tests.families import rewrite_config
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from bwlm.evaluate.load import load_model
 from bwlm.evaluate.texts import TextLoss, evaluate_texts
 from bwlm.paths import read_json
-from bwlm.record.lineage import ExperimentFolder, Status
+from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.train.run import run_phase
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
+from bwlm.trained.load import load_model
 from tests.runs import NewChild, NewFamily, NewRun, in_process
 from tests.shell import Shell, check_mistake
 from tests.shell import shell as shell
@@ -23,7 +23,7 @@ BOTH = ("forward", "backward")
 
 
 def finish(folder: ExperimentFolder) -> ExperimentFolder:
-    assert run_phase(folder, AloneSession(), in_process).state == "finished"
+    assert run_phase(folder, LocalSession(), in_process).state == "finished"
     return folder
 
 

@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 
 from bwlm.paths import write_atomic
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.train.run import run_phase
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
 from tests.faults.ranks import LIMIT
 from tests.runs import in_process
 
@@ -33,7 +33,7 @@ SECONDS = 1.0
 """How long their leases last without a sign of life"""
 
 
-class Freezing(AloneSession):
+class Freezing(LocalSession):
     """Freezes at the end of a step, and like a worker of a cluster asks its rank to end once the lease is lost."""
 
     def __init__(self, folder: ExperimentFolder, rank: int, world: int, step: int) -> None:

@@ -27,9 +27,9 @@ import torch.distributed as dist
 
 from bwlm.paths import write_atomic
 from bwlm.record import checkpoint
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.train.run import run_phase
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
 from tests.runs import in_process
 
 WORLD = 2
@@ -60,7 +60,7 @@ def train(rank: int, folder: ExperimentFolder, store: Path) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=LIMIT)
     try:
-        outcome = run_phase(folder, AloneSession(rank, WORLD), in_process).state
+        outcome = run_phase(folder, LocalSession(rank, WORLD), in_process).state
     except Exception as error:  # the other rank is gone
         outcome = f"raised {error}"
     write_atomic(folder.path / f"rank{rank}.txt", outcome.encode())

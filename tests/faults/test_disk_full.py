@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from bwlm.errors import RunError
 from bwlm.record.checkpoint import KeepPolicy, Snapshot, checkpoint_steps, load_checkpoint, load_newest
-from bwlm.record.lineage import Status
+from bwlm.record.experiment import Status
 from bwlm.record.researchlog import ResearchLog, open_log
 from bwlm.record.saver import CheckpointSaver
 from bwlm.train.run import run_phase
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
 from tests.faults.checkpoints import is_of, names, same_bits, snapshot
 from tests.runs import STEPS, NewRun, in_process, losses
 
@@ -151,7 +151,7 @@ def test_a_writer_whose_disk_was_full_goes_on_when_there_is_room_again(disk: Dis
         assert np.array_equal(file["gradients/norm"][:], norms[: refused + 1])
 
 
-class FullAfter(AloneSession):
+class FullAfter(LocalSession):
     """A disk that has no room for weights from the first step after the first checkpoint."""
 
     def __init__(self, checkpoints: Path) -> None:
@@ -170,7 +170,7 @@ class FullAfter(AloneSession):
 
 def test_a_run_whose_disk_was_full_goes_on_as_if_nothing_had_been(new_run: NewRun) -> None:
     calm, cut = new_run("calm"), new_run("cut", research_log__tokens=0, research_log__representations=0)
-    run_phase(calm, AloneSession(), in_process)
+    run_phase(calm, LocalSession(), in_process)
     session = FullAfter(cut.checkpoints)
     try:
         status = run_phase(cut, session, in_process)
@@ -183,7 +183,7 @@ def test_a_run_whose_disk_was_full_goes_on_as_if_nothing_had_been(new_run: NewRu
     assert names(cut.checkpoints) == ["step_000004"]
 
     cut.write_status(Status())  # as a launch does that tries it again
-    assert run_phase(cut, AloneSession(), in_process).state == "finished"
+    assert run_phase(cut, LocalSession(), in_process).state == "finished"
     assert losses(cut) == losses(calm)
     one, other = (load_checkpoint(folder.checkpoints, STEPS) for folder in (cut, calm))
     assert all(same_bits(getattr(one, part), getattr(other, part)) for part in ("model", "optimizer", "rng"))

@@ -16,12 +16,12 @@ import psutil
 import pytest
 
 from bwlm.record.checkpoint import checkpoint_steps, load_checkpoint
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import read_journal
-from bwlm.record.lineage import ExperimentFolder
 from bwlm.record.researchlog import open_log
 from bwlm.text.prepare import Prepared
 from bwlm.train.run import run_phase
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
 from tests.faults.checkpoints import same_bits
 from tests.faults.frozen import SECONDS
 from tests.runs import STEPS, NewRun, in_process, losses, make_run
@@ -64,7 +64,7 @@ def wait_until(true: Callable[[], bool]) -> None:
 def take_over(folder: ExperimentFolder) -> str:
     """Trains a run to its end once the lease of a frozen process has run out; gives how it ended."""
     with folder.lease(wait=0.02, seconds=SECONDS):
-        return run_phase(folder, AloneSession(), in_process).state
+        return run_phase(folder, LocalSession(), in_process).state
 
 
 def wake(frozen: psutil.Process, folder: ExperimentFolder, world: int = 1) -> list[str]:
@@ -98,7 +98,7 @@ def check_same(run: ExperimentFolder, calm: ExperimentFolder) -> None:
 def calm(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> ExperimentFolder:
     """A run that nothing happened to. Read only."""
     folder = make_run(prepared, tmp_path_factory.mktemp("calm"), "calm", checkpoint__keep=1)
-    assert run_phase(folder, AloneSession(), in_process).state == "finished"
+    assert run_phase(folder, LocalSession(), in_process).state == "finished"
     return folder
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from bwlm.record.checkpoint import checkpoint_steps, load_checkpoint
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import read_journal
-from bwlm.record.lineage import ExperimentFolder
 from tests.faults.checkpoints import names, same_bits
 from tests.runs import STEPS, NewRun, losses
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bwlm.grid.launch import run_plan
-from bwlm.grid.plan import load_grid
+from bwlm.plan.load import load_grid
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import read_journal
-from bwlm.record.lineage import ExperimentFolder
 
 GRID = Path(__file__).parents[2] / "grids" / "arithmetic_rl.yaml"
 FIRST, LAST = 5, 10

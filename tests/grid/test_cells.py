@@ -10,11 +10,11 @@ import pytest
 from bwlm.config import Experiment
 from bwlm.errors import UserError
 from bwlm.grid import hardware
-from bwlm.grid.cells import going_on
+from bwlm.grid.cells import resume_config
 from bwlm.grid.hardware import compiled_if_it_can
 from bwlm.model.compute import Compute
 from bwlm.record.fingerprint import differences, identity
-from bwlm.record.lineage import RunConfig
+from bwlm.record.run_config import RunConfig
 
 COMPUTE = Compute("bfloat16", "blocked", 512, True, 4, 2)
 
@@ -35,7 +35,7 @@ def run(precision: str = "bfloat16", **settings: Any) -> RunConfig:
 def test_where_it_runs_and_what_it_keeps_is_taken_over_and_how_it_computes_stays() -> None:
     known = run()
     asked = run("float32", resources={"workers": 3, "cpus_per_worker": 5}, checkpoint={"every": 7})
-    taken = going_on(known, asked)
+    taken = resume_config(known, asked)
     assert taken.experiment.resources == asked.experiment.resources
     assert taken.experiment.checkpoint == asked.experiment.checkpoint
     assert taken.compute == COMPUTE.with_threads(5)
@@ -47,21 +47,21 @@ def test_where_it_runs_and_what_it_keeps_is_taken_over_and_how_it_computes_stays
 def test_a_run_that_has_not_begun_computes_as_this_machine_does_best() -> None:
     """Unless that would be in another precision, which is part of what the run is and which sizes were chosen for."""
     known, asked = run(), replace(run(), compute=Compute("bfloat16", "sdpa", 0, False, 2, 1))
-    assert going_on(known, asked, begun=False).compute == asked.compute.with_threads(1)
-    assert going_on(known, asked).compute == COMPUTE.with_threads(1)
+    assert resume_config(known, asked, begun=False).compute == asked.compute.with_threads(1)
+    assert resume_config(known, asked).compute == COMPUTE.with_threads(1)
     other = replace(run("float32"), compute=Compute("float32", "sdpa", 0, False, 2, 1))
-    assert going_on(known, other, begun=False).compute == COMPUTE.with_threads(1)
+    assert resume_config(known, other, begun=False).compute == COMPUTE.with_threads(1)
 
 
 def test_how_it_computes_changes_where_that_is_asked_for() -> None:
     known, asked = run(), run("float32", compute={"attention": "sdpa"})
     asked = replace(asked, compute=Compute("float32", "sdpa", 0, False, 2, 1))
-    assert going_on(known, asked).compute == Compute("bfloat16", "sdpa", 0, False, 2, 1).with_threads(1)
+    assert resume_config(known, asked).compute == Compute("bfloat16", "sdpa", 0, False, 2, 1).with_threads(1)
 
 
 def test_another_precision_that_is_asked_for_is_another_run() -> None:
     known, asked = run(), run("float32", compute={"precision": "float32"})
-    assert differences(known.identity, going_on(known, asked).identity)
+    assert differences(known.identity, resume_config(known, asked).identity)
 
 
 def test_a_compiled_run_goes_on_where_the_compiler_fails_unless_compiling_was_set(

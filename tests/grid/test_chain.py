@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 
 from bwlm.grid import hardware
 from bwlm.paths import read_json
-from bwlm.record.lineage import ExperimentFolder, Status
-from tests.grid.conftest import GridFile, runs
+from bwlm.record.experiment import ExperimentFolder, Status
+from tests.grids import GridFile, runs
 from tests.runs import exchanges
 from tests.shell import Answer, Shell
 from tests.shell import shell as shell

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from bwlm.grid.launch import LaunchResult, run_plan
-from bwlm.grid.plan import load_grid
+from bwlm.plan.load import load_grid
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import read_journal
-from bwlm.record.lineage import ExperimentFolder
-from tests.grid.conftest import BWLM, GridFile, holder, once_at_step, private_environment
+from tests.grids import BWLM, GridFile, holder, once_at_step, private_environment
 
 STEPS = 300
 CELL = "g_forward_d1_lr1_s0"

@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bwlm.analysis.cells import load_cells
 from bwlm.grid.launch import run_plan
-from bwlm.grid.plan import load_grid
+from bwlm.plan.load import load_grid
+from bwlm.record.catalog.rows import load_cells
 from bwlm.record.journal import last_entry, read_journal
-from tests.grid.conftest import BWLM, private_environment, reap, runs
+from tests.grids import BWLM, private_environment, reap, runs
 
 GridFile = Callable[..., Path]
 CELLS = ["g_forward_d1_lr1_s0", "g_backward_d1_lr1_s0"]

@@ -13,10 +13,10 @@ import pytest
 from mlflow import MlflowClient
 
 from bwlm.paths import read_json, write_json
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import read_journal
-from bwlm.record.lineage import ExperimentFolder
 from tests.families import rewrite_config
-from tests.grid.conftest import GridFile
+from tests.grids import GridFile
 from tests.shell import Shell
 from tests.shell import shell as shell
 

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from bwlm.analysis.audit import audit
+from bwlm.analysis.runs.audit import audit
 from bwlm.errors import UserError
 from bwlm.grid.cells import PlannedCell, check_same, find_cells, with_code_of
 from bwlm.grid.launch import run_plan
-from bwlm.grid.plan import load_grid
-from bwlm.grid.spec import Cell, LaunchSettings, Plan, SchedulerSettings
 from bwlm.paths import read_json, write_json
+from bwlm.plan.load import load_grid
+from bwlm.plan.spec import Cell, LaunchSettings, Plan, SchedulerSettings
 from bwlm.record.checkpoint import _checksum, checkpoint_steps
 from bwlm.record.code import IDENTITY_VERSION
+from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.fingerprint import modules_of
-from bwlm.record.lineage import ExperimentFolder, Status
 from bwlm.train.run import run_phase
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
 from tests.families import rewrite_config
-from tests.grid.conftest import GridFile
+from tests.grids import GridFile
 from tests.runs import NewRun, in_process, losses
 
 
@@ -59,7 +59,7 @@ def planned(folder: ExperimentFolder) -> tuple[Plan, PlannedCell]:
 @pytest.fixture
 def trained(new_run: NewRun) -> ExperimentFolder:
     folder = new_run("x")
-    run_phase(folder, AloneSession(), in_process)
+    run_phase(folder, LocalSession(), in_process)
     folder.write_status(Status("finished", "", 12))
     return folder
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bwlm.grid.plan import load_grid
-from bwlm.grid.progress import Progress, duration
-from bwlm.grid.spec import Cell
-from bwlm.record.lineage import Status
+from bwlm.grid.progress import ProgressDisplay, duration
+from bwlm.plan.load import load_grid
+from bwlm.plan.spec import Cell
+from bwlm.record.experiment import Status
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -21,7 +21,7 @@ def cells() -> tuple[Cell, ...]:
     return load_grid(ROOT / "grids" / "demo.yaml", []).cells
 
 
-def seen(progress: Progress, width: int = 120) -> str:
+def seen(progress: ProgressDisplay, width: int = 120) -> str:
     console = Console(file=io.StringIO(), force_terminal=False, width=width)
     console.print(progress._picture())
     assert isinstance(console.file, io.StringIO)
@@ -30,7 +30,7 @@ def seen(progress: Progress, width: int = 120) -> str:
 
 def test_the_picture_counts_cells_and_shows_the_running_ones(cells: tuple[Cell, ...]) -> None:
     before = {cell.id: Status("finished") for cell in cells[:3]} | {cells[3].id: Status("stopped", "by the scheduler")}
-    progress = Progress(cells, before)
+    progress = ProgressDisplay(cells, before)
     progress.began(cells[4].id, 0)
     progress.moved(cells[4].id, {"step": 20, "train_loss_smooth": 4.5, "val_bpb": 2.3, "tokens_per_second": 23456.7})
     progress.began(cells[5].id, 0)
@@ -45,7 +45,7 @@ def test_the_picture_counts_cells_and_shows_the_running_ones(cells: tuple[Cell, 
 
 
 def test_elsewhere_a_line_for_each_cell_that_ends(cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(cells, {}) as progress:
+    with ProgressDisplay(cells, {}) as progress:
         progress.began(cells[0].id, 0)
         progress.ended(cells[0].id, Status("finished", "", 40, {"val_bpb": 2.25}))
         progress.ended(cells[1].id, Status("failed", "crashed, see error.txt: oh"))
@@ -55,7 +55,7 @@ def test_elsewhere_a_line_for_each_cell_that_ends(cells: tuple[Cell, ...], capsy
 
 
 def test_a_cell_that_is_taken_up_again_is_told(cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(cells, {}) as progress:
+    with ProgressDisplay(cells, {}) as progress:
         progress.began(cells[0].id, 0)
         progress.moved(cells[0].id, {"step": 20, "val_bpb": 2.5})
         progress.broke_off(cells[0].id, 20)
@@ -69,7 +69,7 @@ def test_a_grid_tells_now_and_then_where_its_cells_are(
 ) -> None:
     now = 0.0
     monkeypatch.setattr("bwlm.grid.progress.time.monotonic", lambda: now)
-    with Progress(cells, {cells[0].id: Status("finished")}) as progress:
+    with ProgressDisplay(cells, {cells[0].id: Status("finished")}) as progress:
         progress.began(cells[1].id, 0)
         progress.began(cells[2].id, 0)
         for now in (10.0, 310.0, 320.0):
@@ -79,7 +79,7 @@ def test_a_grid_tells_now_and_then_where_its_cells_are(
 
 
 def test_a_single_experiment_tells_its_validations(cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(cells[:1], {}) as progress:
+    with ProgressDisplay(cells[:1], {}) as progress:
         progress.began(cells[0].id, 10)
         looked_at = {"memory_bytes": 912e6, "research_log_bytes": 1234567, "disk_free_bytes": 70e9}
         progress.moved(cells[0].id, {"step": 15, "train_loss_smooth": 4.5, **looked_at})
@@ -101,7 +101,7 @@ def test_what_an_earlier_launch_did_is_not_counted_as_speed(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    progress = Progress(cells[:1], {})
+    progress = ProgressDisplay(cells[:1], {})
     progress.began(cells[0].id, 20)
     now[0] = 60.0
     progress.moved(cells[0].id, {"step": 30})  # ten of its forty steps in a minute, ten are left
@@ -110,14 +110,14 @@ def test_what_an_earlier_launch_did_is_not_counted_as_speed(
 
 def test_in_rl_the_reward_is_told_and_not_the_loss(cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str]) -> None:
     figures = {"step": 20, "train_loss_smooth": -0.001, "train_loss": -0.02, "reward": 0.25, "sample_tokens": 4.0}
-    with Progress(cells[:1], {}) as progress:
+    with ProgressDisplay(cells[:1], {}) as progress:
         progress.began(cells[0].id, 0)
         progress.moved(cells[0].id, figures | {"val_bpb": 2.3, "val_reward": 0.5})
     told = capsys.readouterr().err
     assert told.startswith("step 20/40, reward 0.250, val_bpb 2.3000, val_reward 0.500")
     assert "4.0 tokens a sample" in told
     assert "loss" not in told
-    progress = Progress(cells, {})
+    progress = ProgressDisplay(cells, {})
     progress.began(cells[0].id, 0)
     progress.moved(cells[0].id, figures)
     heading, row = seen(progress).splitlines()[1:3]
@@ -132,7 +132,7 @@ def test_duration(seconds: float, shown: str) -> None:
 
 
 def test_the_picture_of_a_single_experiment_has_its_figures_below(cells: tuple[Cell, ...]) -> None:
-    progress = Progress(cells[:1], {})
+    progress = ProgressDisplay(cells[:1], {})
     progress.began(cells[0].id, 0)
     progress.moved(cells[0].id, {"step": 20, "grad_norm": 0.5, "mfu": 0.25, "tokens": 2048})
     *_, learns, takes = seen(progress).splitlines()

@@ -15,22 +15,22 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from bwlm.analysis.cells import load_cells
 from bwlm.cli import main
 from bwlm.errors import UserError
 from bwlm.grid import hardware
 from bwlm.grid.cells import find_cells, run_config
 from bwlm.grid.launch import LaunchResult, run_plan
-from bwlm.grid.plan import load_grid
 from bwlm.model.optim import build_optimizer
 from bwlm.paths import read_json
+from bwlm.plan.load import load_grid
+from bwlm.record.catalog.rows import load_cells
 from bwlm.record.checkpoint import KeepPolicy, Snapshot, copy_to_host, write_checkpoint
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import read_journal
-from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.prepare import Prepared
-from bwlm.train.meter import Progress
-from bwlm.train.packed import build_model
-from tests.grid.conftest import once_at_step
+from bwlm.train.meter import TrainingProgress
+from bwlm.train.packed_phase import build_model
+from tests.grids import once_at_step
 from tests.mlflow_server import free_port, server
 
 GridFile = Callable[..., Path]
@@ -190,7 +190,7 @@ def test_a_cell_that_diverges_fails_alone(
     model = build_model(config, torch.device("cpu"))
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     states = copy_to_host(model.state_dict()), copy_to_host(build_optimizer(model).state_tensors())
-    meta = config.checkpoint_meta() | {"progress": vars(Progress(step=4))}
+    meta = config.checkpoint_meta() | {"progress": vars(TrainingProgress(step=4))}
     write_checkpoint(folder.checkpoints, Snapshot(4, *states, {}, meta), KeepPolicy(2))
     result = run_plan(plan, storage, lambda _: None)
     assert not result.complete

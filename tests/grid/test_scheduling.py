@@ -11,9 +11,9 @@ import pytest
 
 from bwlm.grid.cells import PlannedCell
 from bwlm.grid.scheduling import CellStates
-from bwlm.grid.spec import Cell
 from bwlm.grid.training import _in_order
-from bwlm.record.lineage import ExperimentFolder, Status
+from bwlm.plan.spec import Cell
+from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.train.termination import Termination
 from tests.analysis.storage import make_cell
 

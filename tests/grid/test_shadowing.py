@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.grid.conftest import BWLM, private_environment
+from tests.grids import BWLM, private_environment
 
 pytestmark = pytest.mark.faults
 NAMES = ("tasks", "bwlm", "numpy", "random", "statistics", "jobs", "tests")

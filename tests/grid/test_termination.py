@@ -15,13 +15,13 @@ import psutil
 import pytest
 import ray
 
-from bwlm.grid import worker
+from bwlm.cluster import signals
 from bwlm.grid.launch import run_plan
-from bwlm.grid.plan import load_grid
+from bwlm.plan.load import load_grid
 from bwlm.record.checkpoint import checkpoint_steps
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import last_entry, read_journal
-from bwlm.record.lineage import ExperimentFolder
-from tests.grid.conftest import BWLM, GridFile, once_at_step, private_environment
+from tests.grids import BWLM, GridFile, once_at_step, private_environment
 
 STEPS = 300
 SETTINGS: dict[str, Any] = {
@@ -153,18 +153,18 @@ def test_a_worker_of_another_node_is_asked_there(monkeypatch: pytest.MonkeyPatch
     actor = Worker.remote()
     pid = ray.get(actor.pid.remote())
     host = ray.nodes()[0]["NodeManagerHostname"]
-    monkeypatch.setattr(worker.socket, "gethostname", lambda: "elsewhere")
-    worker.ask_to_end(f"{host}:{pid}")
+    monkeypatch.setattr(signals.socket, "gethostname", lambda: "elsewhere")
+    signals.ask_to_end(f"{host}:{pid}")
     psutil.Process(pid).wait(timeout=120)
-    worker.ask_to_end(f"{host}:{pid}")  # nobody is there any more
-    worker.ask_to_end("nowhere:1")
-    worker.ask_to_end(f"{host}:?")
+    signals.ask_to_end(f"{host}:{pid}")  # nobody is there any more
+    signals.ask_to_end("nowhere:1")
+    signals.ask_to_end(f"{host}:?")
 
 
 def test_no_other_process_is_ended() -> None:
     bystander = subprocess.Popen(["sleep", "600"])
     try:
-        worker.ask_to_end(f"{worker.socket.gethostname()}:{bystander.pid}")
+        signals.ask_to_end(f"{signals.socket.gethostname()}:{bystander.pid}")
         with pytest.raises(subprocess.TimeoutExpired):
             bystander.wait(timeout=0.5)
     finally:

@@ -19,11 +19,11 @@ from mlflow import MlflowClient
 
 from bwlm.cli import main
 from bwlm.grid.launch import run_plan
-from bwlm.grid.plan import load_grid
+from bwlm.plan.load import load_grid
 from bwlm.record.checkpoint import checkpoint_steps, step_folder
+from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.journal import last_entry, read_journal
-from bwlm.record.lineage import ExperimentFolder, Status
-from tests.grid.conftest import BWLM, GridFile, holder, private_environment, reap, runs
+from tests.grids import BWLM, GridFile, holder, private_environment, reap, runs
 
 # of the grid that `grid_file` writes
 SETTINGS = {

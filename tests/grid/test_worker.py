@@ -18,8 +18,9 @@ from bwlm.grid import hardware, worker
 from bwlm.grid.hardware import plan_compute
 from bwlm.grid.worker import train_worker
 from bwlm.model.compute import Compute, Hardware
+from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.lease import LeaseLost
-from bwlm.record.lineage import ExperimentFolder, Status, shape_of
+from bwlm.record.run_config import shape_of
 from bwlm.train import run
 from tests.runs import NewRun
 
@@ -120,7 +121,12 @@ def test_an_end_that_cannot_be_noted_is_raised_for_tune_to_count(
 
 def test_a_stopped_cell_has_time_to_write_its_records() -> None:
     """In a worker, whose environment a cluster sets, not the launch: past 2 s Tune would drop the next cell."""
-    code = "import os, bwlm.grid.worker; print(os.environ['TUNE_FUNCTION_THREAD_TIMEOUT_S'])"
+    code = (
+        "import os, bwlm.grid.worker as worker\n"
+        "worker.ResourceSettings = None  # the next step after the environment fails\n"
+        "try: worker.train_cell({'storage': '.', 'cell': 'c', 'resources': {}})\n"
+        "except TypeError: print(os.environ['TUNE_FUNCTION_THREAD_TIMEOUT_S'])"
+    )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TUNE_")}
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert int(shown.stdout) >= 600

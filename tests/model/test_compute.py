@@ -16,8 +16,8 @@ import torch
 
 from bwlm.model.compute import (
     Compute,
+    ComputeOverrides,
     Hardware,
-    Wanted,
     choose_compute,
     gpu_peak,
     look_at_hardware,
@@ -27,7 +27,7 @@ from bwlm.model.compute import (
 from bwlm.model.gpt import GPT
 from bwlm.model.optim import build_optimizer
 from bwlm.model.shape import GPTConfig, flops_per_token
-from bwlm.model.step import TrainStep
+from bwlm.model.train_step import TrainStep
 
 CPU = Hardware("cpu", "this CPU", native_bfloat16=True, compiler="/usr/bin/g++", threads=2)
 GPU = Hardware("cuda", "NVIDIA H200", native_bfloat16=True, compiler="triton")
@@ -35,11 +35,11 @@ PEAK = {"cpu": 4e11, "cuda": 989e12}
 
 
 def choose(
-    wanted: Wanted | None = None, hardware: Hardware = CPU, depth: int = 4, steps: int = 100, **shape: int
+    wanted: ComputeOverrides | None = None, hardware: Hardware = CPU, depth: int = 4, steps: int = 100, **shape: int
 ) -> Compute:
     sizes = {"vocab_size": 4096, "sequence_length": 512} | shape
     config = GPTConfig.from_depth(depth, **sizes)
-    return choose_compute(wanted or Wanted(), hardware, PEAK[hardware.device], config, rows=64, steps=steps)
+    return choose_compute(wanted or ComputeOverrides(), hardware, PEAK[hardware.device], config, rows=64, steps=steps)
 
 
 def test_precision_is_what_the_hardware_multiplies() -> None:
@@ -57,11 +57,14 @@ def test_attention_is_blocked_on_a_cpu_until_it_would_keep_too_much() -> None:
 
 
 def test_a_gpu_skips_blocks_where_they_are_compiled() -> None:
-    assert choose(Wanted(compile=True), GPU).attention == "flex"
-    assert choose(Wanted(compile=False), GPU).attention == "sdpa"
-    assert choose(Wanted(compile=True, attention="sdpa"), GPU).attention == "sdpa"
+    assert choose(ComputeOverrides(compile=True), GPU).attention == "flex"
+    assert choose(ComputeOverrides(compile=False), GPU).attention == "sdpa"
+    assert choose(ComputeOverrides(compile=True, attention="sdpa"), GPU).attention == "sdpa"
     narrow = GPTConfig.from_depth(4, 4096, 512, head_dim=8)  # no tensor core multiplies 8 at a time
-    assert choose_compute(Wanted(compile=True), GPU, PEAK["cuda"], narrow, rows=64, steps=100).attention == "sdpa"
+    assert (
+        choose_compute(ComputeOverrides(compile=True), GPU, PEAK["cuda"], narrow, rows=64, steps=100).attention
+        == "sdpa"
+    )
 
 
 @pytest.mark.parametrize(("vocab", "chunk"), [(1024, 2048), (4096, 512), (32768, 256), (131072, 256)])
@@ -81,9 +84,9 @@ def test_a_pass_fits_a_gpus_memory(gigabytes: int, depth: int, rows: int) -> Non
     """47 bytes a token, channel and layer in half of it: at depth 20, 1.2 MB a token, so 2^15 tokens take 39.4 GB."""
     hardware = replace(GPU, memory=gigabytes * 1e9)
     assert choose(hardware=hardware, depth=depth, sequence_length=2048).micro_rows == rows
-    assert choose(Wanted(micro_rows=7), hardware, depth, sequence_length=2048).micro_rows == 7
+    assert choose(ComputeOverrides(micro_rows=7), hardware, depth, sequence_length=2048).micro_rows == 7
     in_float32 = choose(
-        Wanted(precision="float32"), replace(hardware, memory=2e9 * gigabytes), depth, sequence_length=2048
+        ComputeOverrides(precision="float32"), replace(hardware, memory=2e9 * gigabytes), depth, sequence_length=2048
     )
     assert in_float32.micro_rows == rows
 
@@ -119,14 +122,14 @@ def test_it_does_not_compile_without_a_compiler() -> None:
     ],
 )
 def test_each_choice_can_be_forced(wanted: dict[str, Any], field: str, value: object, reason: str) -> None:
-    chosen = choose(Wanted(**wanted), steps=10**6 if wanted.get("compile") is False else 1)
+    chosen = choose(ComputeOverrides(**wanted), steps=10**6 if wanted.get("compile") is False else 1)
     assert getattr(chosen, field) == value
     assert chosen.reasons[reason].endswith("as set")
 
 
 def test_a_gpu_of_unknown_peak_does_not_break_the_choice() -> None:
     config = GPTConfig.from_depth(4, 4096, 512)
-    chosen = choose_compute(Wanted(), GPU, math.nan, config, rows=64, steps=10**6)
+    chosen = choose_compute(ComputeOverrides(), GPU, math.nan, config, rows=64, steps=10**6)
     assert chosen.compile
     assert "unknown" in chosen.reasons["compile"]
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from bwlm.model.attention import AttentionKernel
-from bwlm.model.cache import Reader
 from bwlm.model.generate import _draw, generate, stream
 from bwlm.model.gpt import GPT
+from bwlm.model.kv_cache import KVCache
 from bwlm.model.shape import GPTConfig
-from tests.model.test_cache import SHAPES, lively
-from tests.model.test_cache import reads as reads
+from tests.model.test_kv_cache import SHAPES, lively
+from tests.model.test_kv_cache import reads as reads
 
 T, V = 16, 12
 CONFIG = GPTConfig(vocab_size=V, depth=2, width=32, heads=4, kv_heads=2, sequence_length=T)
@@ -199,7 +199,7 @@ def test_a_stream_gives_an_id_before_it_reads_it(model: GPT, reads: list[tuple[i
 
 
 def test_a_conversation_reads_what_is_new(model: GPT, reads: list[tuple[int, ...]]) -> None:
-    reader, said = Reader(model), [3, 1]
+    reader, said = KVCache(model), [3, 1]
     for turn in ([4, 1], [5, 9], [2]):
         said += turn
         reads.clear()
@@ -212,7 +212,7 @@ def test_a_conversation_reads_what_is_new(model: GPT, reads: list[tuple[int, ...
 
 
 def test_a_stream_that_is_broken_off_can_be_gone_on_from(model: GPT, reads: list[tuple[int, ...]]) -> None:
-    reader = Reader(model)
+    reader = KVCache(model)
     begun = list(islice(stream(reader, PROMPT, 8), 3))
     reads.clear()
     rest = list(stream(reader, [*PROMPT, *begun], 5))

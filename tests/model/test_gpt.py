@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bwlm.model.attention import AttentionKernel
-from bwlm.model.cache import Reader
 from bwlm.model.gpt import GPT, Attention
+from bwlm.model.kv_cache import KVCache
 from bwlm.model.shape import GPTConfig, count_parameters
 
 B, T, V = 2, 24, 50
@@ -117,7 +117,7 @@ def test_a_segment_of_a_row_is_what_a_cache_reads() -> None:
     with torch.no_grad():
         inside = model(ids, segments)[0, 10:]
     piece = ids[0, 10:].tolist()
-    reader = Reader(model)
+    reader = KVCache(model)
     read = [reader.read([piece[:3]], T)[0], *(reader.follow([new])[0] for new in piece[3:])]
     torch.testing.assert_close(torch.stack(read), inside[2:], atol=1e-5, rtol=1e-5)
 
@@ -162,7 +162,7 @@ def test_heads_share_kv_heads() -> None:
     model, ids = lively(), some_ids()
     attention = model.get_submodule("blocks.0.attention")
     assert isinstance(attention, Attention)
-    q, k, v = attention.heads(torch.randn(B, T, 32), (model.cos, model.sin))
+    q, k, v = attention.qkv(torch.randn(B, T, 32), (model.cos, model.sin))
     assert q.shape == (B, 4, T, 8)
     assert k.shape == v.shape == (B, 2, T, 8)
     assert attention.key.weight.shape == attention.value.weight.shape == (16, 32)

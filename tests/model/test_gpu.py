@@ -9,7 +9,7 @@ from bwlm.model.attention import AttentionKernel
 from bwlm.model.gpt import GPT
 from bwlm.model.optim import build_optimizer
 from bwlm.model.shape import GPTConfig
-from bwlm.model.step import TrainStep
+from bwlm.model.train_step import TrainStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

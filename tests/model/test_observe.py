@@ -24,7 +24,7 @@ from bwlm.model.observe import (
     statistics,
 )
 from bwlm.model.optim import build_optimizer
-from bwlm.model.step import TrainStep
+from bwlm.model.train_step import TrainStep
 from tests.model.test_gpt import CONFIG, B, T, halves, lively, some_ids
 
 ALL = torch.ones(B, T, dtype=torch.bool)

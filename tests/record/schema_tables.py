@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bwlm.record.schema import GROUPS, Column
+from bwlm.record.researchlog_schema import GROUPS, Column
 
 PAGE = Path(__file__).parents[2] / "docs" / "research-log.md"
-MARK = "<!-- from bwlm/record/schema.py, by `python -m tests.record.schema_tables` -->\n"
+MARK = "<!-- from bwlm/record/researchlog_schema.py, by `python -m tests.record.schema_tables` -->\n"
 HEADER = "| dataset | type | axes | unit | holds |\n| --- | --- | --- | --- | --- |\n"
 
 

@@ -22,13 +22,13 @@ from bwlm.record.checkpoint import (
     check_fits,
     checkpoint_steps,
     copy_to_host,
-    kept,
     load_checkpoint,
     load_newest,
     load_weights,
     read_meta,
     refuse_foreign,
     step_folder,
+    steps_to_keep,
     write_checkpoint,
 )
 from tests.faults.checkpoints import ALL, flip, is_of, names, rewrite_meta, same_bits, snapshot
@@ -112,13 +112,13 @@ METRICS = {100: 3.0, 200: 1.0, 300: None, 400: 2.0, 500: 1.0, 600: None}
     ],
 )
 def test_what_stays(policy: KeepPolicy, stay: set[int]) -> None:
-    assert kept(METRICS, policy) == stay
-    assert kept({step: METRICS[step] for step in reversed(METRICS)}, policy) == stay
+    assert steps_to_keep(METRICS, policy) == stay
+    assert steps_to_keep({step: METRICS[step] for step in reversed(METRICS)}, policy) == stay
 
 
 def test_where_nothing_was_measured_there_is_no_best() -> None:
-    assert kept({1: None, 2: None}, KeepPolicy(last=1, best=True)) == {2}
-    assert kept({}, KeepPolicy(best=True)) == set()
+    assert steps_to_keep({1: None, 2: None}, KeepPolicy(last=1, best=True)) == {2}
+    assert steps_to_keep({}, KeepPolicy(best=True)) == set()
 
 
 @pytest.mark.parametrize("fields", [{"last": 0}, {"last": -1}, {"every": -1}])

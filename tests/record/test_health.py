@@ -13,14 +13,15 @@ from typing import Any
 import h5py
 import pytest
 
-from bwlm.analysis.report import write_experiment_report, write_grid_report
+from bwlm.analysis.report.study import write_experiment_report, write_grid_report
 from bwlm.errors import Interrupted, UserError
 from bwlm.paths import read_json, write_json
-from bwlm.record.health import DIGEST, RECORDS
+from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.record.grids import write_cells
+from bwlm.record.health import DIGEST, RECORDS, readable
 from bwlm.record.journal import NAME, read_journal
-from bwlm.record.lineage import ExperimentFolder, Status, readable, write_cells
 from bwlm.train.run import run_phase
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
 from tests.runs import STEPS, NewFamily, NewRun, in_process
 from tests.shell import Shell, check_mistake
 
@@ -109,7 +110,7 @@ def test_an_edited_end_is_refused_and_can_be_taken_back(run: ExperimentFolder) -
     with pytest.raises(UserError, match=r"status\.json: edited by hand .*: write \{\} into it and the run goes on"):
         run.status()
     (run.path / "status.json").write_text("{}")
-    assert run_phase(run, AloneSession(), in_process).state == "finished"
+    assert run_phase(run, LocalSession(), in_process).state == "finished"
     assert run.damage() == []
 
 
@@ -226,12 +227,12 @@ def test_a_killed_run_with_a_torn_last_line_is_whole(new_run: NewRun) -> None:
         yield from plan.batches(first, 7)
         raise Interrupted("killed")
 
-    run_phase(folder, AloneSession(), killed)
+    run_phase(folder, LocalSession(), killed)
     assert folder.status().state == "stopped"
     cut(folder.path / NAME, 0.99)
     assert [entry.step for entry in read_journal(folder.path)] == [1, 2, 3, 4, 5, 6]
     assert folder.damage() == folder.damage(thorough=False) == []
-    assert run_phase(folder, AloneSession(), in_process).state == "finished"
+    assert run_phase(folder, LocalSession(), in_process).state == "finished"
     assert folder.damage() == []
 
 

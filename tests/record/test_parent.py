@@ -15,11 +15,11 @@ import torch
 from bwlm.errors import UserError
 from bwlm.paths import read_json, write_json
 from bwlm.record.checkpoint import load_weights, step_folder
-from bwlm.record.family import LINK
-from bwlm.record.lineage import ExperimentFolder, Status
+from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.record.lineage import LINK
 from bwlm.record.parent import inherited_weights, link_to
 from bwlm.train.run import run_phase
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
 from tests.runs import STEPS, NewChild, NewFamily, NewRun, in_process
 
 
@@ -54,7 +54,7 @@ def train_again(folder: ExperimentFolder, new_run: NewRun, **settings: Any) -> N
     """As if somebody had deleted a run and trained another one of that id."""
     shutil.rmtree(folder.path)
     new_run(folder.id, lr=4.0, **settings)
-    assert run_phase(folder, AloneSession(), in_process).state == "finished"
+    assert run_phase(folder, LocalSession(), in_process).state == "finished"
 
 
 # ---- when a child is made ----
@@ -93,7 +93,7 @@ def test_an_order_that_is_none_is_refused(storage: Path, phase: str, begins: str
 
 def test_no_phase_goes_back(base: ExperimentFolder, storage: Path, new_child: NewChild) -> None:
     sft = new_child(base, "sft", "s")
-    assert run_phase(sft, AloneSession(), in_process).state == "finished"
+    assert run_phase(sft, LocalSession(), in_process).state == "finished"
     for phase in ("sft", "mid"):
         assert f"s is of phase sft, but {phase} begins from" in refused(lambda p=phase: link_to(storage, "s", p, "x"))
     assert link_to(storage, "s", "rl", "x").chain == ["forward", "s"]
@@ -117,7 +117,7 @@ def test_one_flipped_bit_is_named_and_refused(base: ExperimentFolder, storage: P
 def test_no_run_begins_from_its_own_descendant(base: ExperimentFolder, storage: Path, new_child: NewChild) -> None:
     """A chain must not become its own parent, also where somebody has deleted its beginning."""
     sft = new_child(base, "sft", "s")
-    assert run_phase(sft, AloneSession(), in_process).state == "finished"
+    assert run_phase(sft, LocalSession(), in_process).state == "finished"
     shutil.rmtree(base.path)
     line = refused(lambda: link_to(storage, "s", "rl", "forward"))
     assert line == ("forward: would begin from its own descendant (forward > s): choose another id or another parent")
@@ -167,7 +167,7 @@ def test_one_bit_flipped_since_is_named_and_refused(base: ExperimentFolder, chil
     flip_a_bit(weights_of(base).with_name(file))
     line = refused(lambda: begin(child))
     assert line.startswith(f"m: its parent's checkpoint is gone or damaged: {weights_of(base).with_name(file)}: ")
-    assert run_phase(child, AloneSession(), in_process).reason == line
+    assert run_phase(child, LocalSession(), in_process).reason == line
 
 
 def test_a_parent_that_was_trained_again_is_refused(
@@ -220,7 +220,7 @@ def test_a_run_past_base_without_a_parent_is_told(child: ExperimentFolder) -> No
 def test_a_link_that_is_nonsense_is_told_and_never_followed(child: ExperimentFolder, changed: dict[str, Any]) -> None:
     write_json(child.path / LINK, read_json(child.path / LINK) | changed)
     assert str(child.path / LINK) in refused(lambda: begin(child))
-    status = run_phase(child, AloneSession(), in_process)
+    status = run_phase(child, LocalSession(), in_process)
     assert (status.state, str(child.path / LINK) in status.reason) == ("failed", True)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from bwlm.errors import UserError
-from bwlm.record.family import LINK
-from bwlm.record.lineage import ExperimentFolder, list_experiments, parents_in
+from bwlm.record.experiment import ExperimentFolder, list_experiments, parents_in
+from bwlm.record.lineage import LINK
 from bwlm.record.removal import check_deletable, delete, discard_deleted, unfinished_deletions
 from tests.families import untrained_child
 from tests.runs import NewRun
@@ -107,7 +107,7 @@ _KILLED_AT_EACH_BOUNDARY = """
 import os, shutil, signal, sys
 from itertools import count
 from pathlib import Path
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.removal import delete
 
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "open", "os.truncate"}

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from bwlm.errors import UserError
 from bwlm.record import researchlog
 from bwlm.record.researchlog import ResearchLog, open_log, tail_of
-from bwlm.record.schema import GROUPS, VERSION
+from bwlm.record.researchlog_schema import GROUPS, VERSION
 from tests.faults.checkpoints import flip, names
 from tests.record.logwriter import EVERY, progress, written, wrong
 from tests.record.schema_tables import MARK, PAGE, tables

@@ -27,8 +27,9 @@ from bwlm.errors import UserError
 from bwlm.grid.launch import _check_tracking
 from bwlm.model.compute import Compute
 from bwlm.paths import read_json
+from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.journal import Journal
-from bwlm.record.lineage import ExperimentFolder, RunConfig, Status
+from bwlm.record.run_config import RunConfig
 from bwlm.record.tracking import EXPERIMENT, Tracking, tracking_uri, ui_command
 from tests.mlflow_server import free_port, server
 

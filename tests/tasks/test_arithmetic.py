@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from bwlm.errors import UserError
 from tasks.arithmetic import LARGEST, Arithmetic, parse
-from tasks.task import Conversation, Split, Verifiable, exchange
+from tasks.task import RawConversation, SplitName, Verifiable, exchange
 
 TASK = Arithmetic()
-SPLITS: tuple[Split, ...] = ("train", "validation")
+SPLITS: tuple[SplitName, ...] = ("train", "validation")
 DIGEST = "e0e38001c9e3bdc0"
 """Other problems under the same version would mix in caches: count up `FORMAT_VERSION`, then write the digest here."""
 
@@ -28,7 +28,7 @@ def evaluate(left: int, sign: str, right: int) -> int:
     return {"+": left + right, "-": left - right, "*": left * right}[sign]
 
 
-def problem(left: int, sign: str, right: int) -> Conversation:
+def problem(left: int, sign: str, right: int) -> RawConversation:
     return exchange(f"{left}{sign}{right}=", str(evaluate(left, sign, right)))
 
 
@@ -76,7 +76,7 @@ def test_a_path_is_refused() -> None:
 # ---- rewards ----
 
 
-def both() -> Iterator[tuple[Conversation, Split]]:
+def both() -> Iterator[tuple[RawConversation, SplitName]]:
     return ((conversation, split) for split in SPLITS for conversation in TASK.conversations(split))
 
 

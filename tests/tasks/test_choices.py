@@ -14,18 +14,18 @@ from bwlm.errors import UserError
 from tasks.arc import ARC_CHALLENGE, ARC_EASY
 from tasks.choices import MultipleChoice
 from tasks.mmlu import MMLU
-from tasks.task import Conversation
+from tasks.task import RawConversation
 from tests.tasks.data import real
 
 SKY = {"question": "What is blue?", "choices": {"text": ["grass", "the sky"], "label": ["A", "B"]}, "answerKey": "B"}
 RING = {"question": "What is 1+1 in Z_2?", "subject": "abstract_algebra", "choices": ["0", "1", "2", "3"], "answer": 0}
 
 
-def everything(task: MultipleChoice, path: str) -> list[Conversation]:
+def everything(task: MultipleChoice, path: str) -> list[RawConversation]:
     return [*task.conversations("train", path), *task.conversations("validation", path)]
 
 
-def read(task: MultipleChoice, row: dict[str, Any], folder: Path) -> Conversation:
+def read(task: MultipleChoice, row: dict[str, Any], folder: Path) -> RawConversation:
     """The row as a conversation, in whichever split its hash puts it."""
     (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
     (conversation,) = everything(task, str(folder))

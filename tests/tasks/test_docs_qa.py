@@ -15,50 +15,50 @@ from bwlm.errors import UserError
 from bwlm.text.pydocs import held_out
 from tasks import docs_qa
 from tasks.docs_qa import LONGEST, QUESTIONS, DocsQA, first_paragraph, is_prose
-from tasks.task import Conversation, exchange
+from tasks.task import RawConversation, exchange
 
 TASK = DocsQA()
 _ASKED = re.compile("|".join(re.escape(text).replace(r"\{\}", "([^`]+)") for text in QUESTIONS))
 
 
-def asked(conversation: Conversation) -> str:
+def asked(conversation: RawConversation) -> str:
     found = _ASKED.fullmatch(conversation[0]["content"])
     assert found
     return next(filter(None, found.groups()))
 
 
 @pytest.fixture(scope="module")
-def train() -> list[Conversation]:
+def train() -> list[RawConversation]:
     return list(TASK.conversations("train"))
 
 
 @pytest.fixture(scope="module")
-def validation() -> list[Conversation]:
+def validation() -> list[RawConversation]:
     return list(TASK.conversations("validation"))
 
 
 def test_some_thousands_of_which_about_a_tenth_validates(
-    train: list[Conversation], validation: list[Conversation]
+    train: list[RawConversation], validation: list[RawConversation]
 ) -> None:
     assert 5000 < len(train) < 15_000
     assert 0.05 < len(validation) / (len(train) + len(validation)) < 0.15
 
 
-def test_conversations_by_hand(train: list[Conversation], validation: list[Conversation]) -> None:
+def test_conversations_by_hand(train: list[RawConversation], validation: list[RawConversation]) -> None:
     answers = {asked(conversation): conversation[1]["content"] for conversation in train + validation}
     assert answers["json.dumps"] == "Serialize ``obj`` to a JSON formatted ``str``."
     assert answers["asyncio.locks.Event.wait"] == "Block until the internal flag is true."
     assert answers["click.formatting.HelpFormatter.write_usage"] == "Writes a usage line into the buffer."
 
 
-def test_no_answer_comes_twice_and_no_question(train: list[Conversation], validation: list[Conversation]) -> None:
+def test_no_answer_comes_twice_and_no_question(train: list[RawConversation], validation: list[RawConversation]) -> None:
     both = train + validation
     assert len({conversation[1]["content"] for conversation in both}) == len(both)
     assert len({asked(conversation) for conversation in both}) == len(both)
 
 
 def test_a_module_validates_where_it_does_in_the_corpus(
-    train: list[Conversation], validation: list[Conversation]
+    train: list[RawConversation], validation: list[RawConversation]
 ) -> None:
     modules = set(docs_qa.find_modules(docs_qa.PACKAGES))
     for split, wanted in ((train, False), (validation, True)):
@@ -69,7 +69,7 @@ def test_a_module_validates_where_it_does_in_the_corpus(
 
 
 def test_answers_are_prose_on_one_line_about_what_is_public(
-    train: list[Conversation], validation: list[Conversation]
+    train: list[RawConversation], validation: list[RawConversation]
 ) -> None:
     for conversation in train + validation:
         answer = conversation[1]["content"]
@@ -81,18 +81,18 @@ def test_answers_are_prose_on_one_line_about_what_is_public(
         answer.encode()
 
 
-def test_every_way_of_asking_comes_about_as_often(train: list[Conversation]) -> None:
+def test_every_way_of_asking_comes_about_as_often(train: list[RawConversation]) -> None:
     for template in QUESTIONS:
         start, end = template.split("{}")
         matching = [c for c in train if c[0]["content"].startswith(start) and c[0]["content"].endswith(end)]
         assert 0.2 < len(matching) / len(train) < 0.3
 
 
-def test_neighbours_are_of_different_modules(train: list[Conversation]) -> None:
+def test_neighbours_are_of_different_modules(train: list[RawConversation]) -> None:
     assert len({asked(conversation).split(".")[0] for conversation in train[:100]}) > 15
 
 
-def test_every_process_gives_the_same(train: list[Conversation]) -> None:
+def test_every_process_gives_the_same(train: list[RawConversation]) -> None:
     command = (
         "import hashlib, json; from tasks.docs_qa import DocsQA\n"
         "print(hashlib.sha256(json.dumps(list(DocsQA().conversations('train'))).encode()).hexdigest())"
@@ -174,7 +174,7 @@ def test_a_path_is_refused() -> None:
             read("docs")
 
 
-def test_questions_are_the_users_and_answers_the_assistants(train: list[Conversation]) -> None:
+def test_questions_are_the_users_and_answers_the_assistants(train: list[RawConversation]) -> None:
     for conversation in train:
         question, answer = conversation
         assert conversation == exchange(question["content"], answer["content"])

@@ -20,13 +20,13 @@ from bwlm.errors import UserError
 from tasks.files import HELD_OUT
 from tasks.gsm8k import GSM8K
 from tasks.messages import SMOLTALK, FileTask
-from tasks.task import Conversation, Split, exchange
+from tasks.task import RawConversation, SplitName, exchange
 
 TALKS = [exchange(f"Question {index}?", f"Answer {index}.") for index in range(400)]
-SPLITS: tuple[Split, ...] = ("train", "validation")
+SPLITS: tuple[SplitName, ...] = ("train", "validation")
 
 
-def write(path: Path, conversations: list[Conversation]) -> Path:
+def write(path: Path, conversations: list[RawConversation]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pq.write_table(pa.table({"messages": conversations, "source": ["x"] * len(conversations)}), path)
@@ -36,12 +36,12 @@ def write(path: Path, conversations: list[Conversation]) -> Path:
     return path
 
 
-def read(source: Path | str) -> tuple[list[Conversation], list[Conversation]]:
+def read(source: Path | str) -> tuple[list[RawConversation], list[RawConversation]]:
     task = FileTask(str(source))
     return list(task.conversations("train")), list(task.conversations("validation"))
 
 
-def sorted_talks(conversations: list[Conversation]) -> list[Conversation]:
+def sorted_talks(conversations: list[RawConversation]) -> list[RawConversation]:
     return sorted(conversations, key=TALKS.index)
 
 

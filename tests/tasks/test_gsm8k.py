@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.gsm8k import GSM8K, final_number, quantities, quantities_agree
-from tasks.task import Conversation, Verifiable, exchange
+from tasks.task import RawConversation, Verifiable, exchange
 from tests.tasks.data import real
 
 TASK = GSM8K()
@@ -28,19 +28,19 @@ law = settings(derandomize=True, deadline=None, max_examples=200)
 
 
 @pytest.fixture(scope="module")
-def train() -> list[Conversation]:
+def train() -> list[RawConversation]:
     return list(TASK.conversations("train", real("gsm8k/main")))
 
 
 @pytest.fixture(scope="module")
-def validation() -> list[Conversation]:
+def validation() -> list[RawConversation]:
     return list(TASK.conversations("validation", real("gsm8k/main")))
 
 
 # ---- real problems ----
 
 
-def test_the_training_file_gives_both_splits(train: list[Conversation], validation: list[Conversation]) -> None:
+def test_the_training_file_gives_both_splits(train: list[RawConversation], validation: list[RawConversation]) -> None:
     """Its 7,473 problems; the 1,319 of the test file are left for evaluation."""
     assert len(train) + len(validation) == 7473
     assert len(validation) == pytest.approx(7473 / 20, rel=0.15)
@@ -49,12 +49,12 @@ def test_the_training_file_gives_both_splits(train: list[Conversation], validati
     assert re.fullmatch(r".*/test\.parquet: left for evaluation, neither trained nor validated on", told)
 
 
-def test_a_copy_of_the_hubs_folder_is_found_by_its_root(train: list[Conversation]) -> None:
+def test_a_copy_of_the_hubs_folder_is_found_by_its_root(train: list[RawConversation]) -> None:
     assert next(TASK.conversations("train", real("gsm8k"))) == train[0]
     assert TASK.key(real("gsm8k")) == TASK.key(real("gsm8k/main"))
 
 
-def test_no_annotation_is_left_and_nothing_else_is_gone(train: list[Conversation]) -> None:
+def test_no_annotation_is_left_and_nothing_else_is_gone(train: list[RawConversation]) -> None:
     for _, answer in train:
         assert "<<" not in answer["content"]
         assert ">>" not in answer["content"]
@@ -62,7 +62,7 @@ def test_no_annotation_is_left_and_nothing_else_is_gone(train: list[Conversation
 
 
 def test_every_true_answer_earns_1_and_a_wrong_one_nothing(
-    train: list[Conversation], validation: list[Conversation]
+    train: list[RawConversation], validation: list[RawConversation]
 ) -> None:
     assert isinstance(TASK, Verifiable)
     for conversation in train + validation:
@@ -72,7 +72,9 @@ def test_every_true_answer_earns_1_and_a_wrong_one_nothing(
         assert TASK.reward(answer + "1", conversation, "answer") == 0
 
 
-def test_every_true_question_with_digits_earns_1(train: list[Conversation], validation: list[Conversation]) -> None:
+def test_every_true_question_with_digits_earns_1(
+    train: list[RawConversation], validation: list[RawConversation]
+) -> None:
     without = 0
     for conversation in train + validation:
         question = conversation[0]["content"]
@@ -82,13 +84,13 @@ def test_every_true_question_with_digits_earns_1(train: list[Conversation], vali
     assert without == 138
 
 
-def test_questions_of_others_earn_little(train: list[Conversation]) -> None:
+def test_questions_of_others_earn_little(train: list[RawConversation]) -> None:
     others = train[1:] + train[:1]
     earned = [TASK.reward(o[0]["content"], c, "question") for c, o in zip(train, others, strict=True)]
     assert sum(earned) / len(earned) < 0.15
 
 
-def test_what_the_answer_gives_away_is_worth_less_than_the_question(train: list[Conversation]) -> None:
+def test_what_the_answer_gives_away_is_worth_less_than_the_question(train: list[RawConversation]) -> None:
     copied = [TASK.reward(f"{c[1]['content']} How many are there?", c, "question") for c in train]
     asked = [TASK.reward(c[0]["content"], c, "question") for c in train]
     assert sum(copied) < 0.6 * sum(asked)

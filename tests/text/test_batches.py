@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bwlm.config import DIRECTIONS, Reversal
+from bwlm.config import Reversal
+from bwlm.directions import DIRECTIONS
 from bwlm.text.batches import Batch, DirectedPlan, join, open_rows, row_plan
 from bwlm.text.conversation import TurnIds, TurnLayout
 from bwlm.text.direction import IGNORED, SpecialIds, read_row
@@ -21,7 +22,7 @@ ROWS, SEED = 8, 3
 def plan_of(prepared: Prepared, direction: str, seed: int = SEED, rank: int = 0, world: int = 1) -> DirectedPlan:
     folder = str(prepared.folder)
     rows = RowPlan(len(open_rows(folder, "train")), ROWS, seed)
-    return DirectedPlan(folder, direction, SpecialIds.of(prepared.tokenizer), rows, rank, world)
+    return DirectedPlan(folder, direction, SpecialIds.from_tokenizer(prepared.tokenizer), rows, rank, world)
 
 
 def whole_rows(batch: Batch, special: SpecialIds) -> np.ndarray:
@@ -71,7 +72,7 @@ def test_no_token_crosses_a_segment_and_every_direction_reads_the_same_text(prep
 
 
 def test_directions_differ_in_order_alone(prepared: Prepared) -> None:
-    special = SpecialIds.of(prepared.tokenizer)
+    special = SpecialIds.from_tokenizer(prepared.tokenizer)
 
     def text_of(inputs: np.ndarray) -> np.ndarray:
         """The tokens of each row, sorted; which BOS closes a row is another one in each direction."""
@@ -104,8 +105,8 @@ def test_segments_stand_in_reverse_order_only_in_rows_that_are_read_backward_as_
     mixture_for: Callable[[str], Prepared], direction: str, reversal: Reversal
 ) -> None:
     mixture = mixture_for("mid")
-    turns = TurnLayout(TurnIds.of(mixture.tokenizer), reversal, supervised=False)
-    rows_of_corpus, special = row_plan(str(mixture.folder), ROWS, SEED), SpecialIds.of(mixture.tokenizer)
+    turns = TurnLayout(TurnIds.from_tokenizer(mixture.tokenizer), reversal, supervised=False)
+    rows_of_corpus, special = row_plan(str(mixture.folder), ROWS, SEED), SpecialIds.from_tokenizer(mixture.tokenizer)
     plan = DirectedPlan(str(mixture.folder), direction, special, rows_of_corpus, turns=turns)
     rows = plan.rows(0)
     steps = np.diff(plan.lay_out(rows).starts)[rows.row[1:] == rows.row[:-1]]

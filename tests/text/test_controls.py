@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bwlm.config import CONTROL_SOURCES, MERGE_FREE_VOCABULARY, DataSettings, Recipe
+from bwlm.directions import READINGS
 from bwlm.errors import UserError
 from bwlm.text import shards as writing
 from bwlm.text.batches import DirectedPlan, open_rows
@@ -38,7 +39,7 @@ from bwlm.text.controls import (
     write_control,
 )
 from bwlm.text.corpus import BUILTINS, find_corpus, read_texts
-from bwlm.text.direction import READINGS, SpecialIds, arrange, read_row, restore
+from bwlm.text.direction import SpecialIds, arrange, read_row, restore
 from bwlm.text.plan import RowPlan
 from bwlm.text.prepare import Pack, Prepared, prepare
 from bwlm.text.tokenizer import train_tokenizer
@@ -350,7 +351,7 @@ def test_every_symbol_is_one_token_and_packing_keeps_them_all(control: Prepared)
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "bidirectional", "permuted"])
 def test_every_direction_reads_the_same_symbols(control: Prepared, direction: str) -> None:
-    special = SpecialIds.of(control.tokenizer)
+    special = SpecialIds.from_tokenizer(control.tokenizer)
     plan = RowPlan(len(open_rows(str(control.folder), "train")), 8, 3)
     batch = DirectedPlan(str(control.folder), direction, special, plan).batch(5)
     rows = open_rows(str(control.folder), "train").take(*plan.at(5))

@@ -9,28 +9,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bwlm.config import Reversal
+from bwlm.directions import READINGS, is_marked, own_readings
 from bwlm.errors import UserError
 from bwlm.text.conversation import (
     Conversation,
     Message,
     TurnIds,
     arrange_conversation,
-    asks,
+    build_prompt,
     check_conversation,
     cut_to,
-    opening,
+    loss_mask,
     parts_of,
+    predicts_user_turn,
     read_message,
     render,
     restore_conversation,
-    written,
 )
-from bwlm.text.direction import HEAD_SLOTS, READINGS, Rows, SpecialIds, is_marked, lay_out, own_readings
+from bwlm.text.direction import HEAD_SLOTS, Rows, SpecialIds, lay_out
 from bwlm.text.tokenizer import Tokenizer
 
 law = settings(derandomize=True, deadline=None, max_examples=80)
 BYTES = Tokenizer({bytes([byte]): byte for byte in range(256)})
-TURNS, SPECIAL = TurnIds.of(BYTES), SpecialIds.of(BYTES)
+TURNS, SPECIAL = TurnIds.from_tokenizer(BYTES), SpecialIds.from_tokenizer(BYTES)
 US, UE, AS, AE = TURNS.user_start, TURNS.user_end, TURNS.assistant_start, TURNS.assistant_end
 REVERSALS: tuple[Reversal, ...] = ("whole", "turns")
 
@@ -187,7 +188,7 @@ def test_parts_cut_anything_into_markers_and_the_text_between(segments: list[lis
 )
 def test_what_is_written_by_hand(reading: str, reversal: Reversal, expected: str) -> None:
     ids = render(check_conversation(said("ab", "cd", "ef", "gh"), "x"), BYTES).astype(np.int64)
-    mask = written(ids, np.array([len(ids)]), np.array([READINGS.index(reading)]), reversal, TURNS)
+    mask = loss_mask(ids, np.array([len(ids)]), np.array([READINGS.index(reading)]), reversal, TURNS)
     shown = {US: "(", UE: ")", AS: "[", AE: "]"}
     kept = "".join(shown.get(int(id_), chr(id_)) for id_, is_written in zip(ids, mask, strict=True) if is_written)
     assert kept == expected.replace(" ", "")
@@ -198,7 +199,7 @@ def test_what_is_written_ends_at_the_segment() -> None:
     cut = np.array([US, 1, UE, AS, 2])
     piece = np.array([3, UE, AS, 4, AE])  # begins inside of a message of which nobody knows whose it is
     tokens, lengths = np.concatenate([cut, piece, piece]), np.array([5, 5, 5])
-    mask = written(tokens, lengths, np.array([0, 0, 1]), "whole", TURNS)
+    mask = loss_mask(tokens, lengths, np.array([0, 0, 1]), "whole", TURNS)
     assert mask.tolist() == [False] * 4 + [True] + [False] * 3 + [True] * 2 + [False] * 5
 
 
@@ -206,7 +207,7 @@ def test_an_answer_that_was_cut_is_not_taken_for_one_that_ends_there() -> None:
     """Read from where it was cut, it would begin with a token that ends no answer."""
     cut, whole = np.array([US, 1, UE, AS, 2, 3, 4]), np.array([US, 1, UE, AS, 2, 3, AE])
     tokens, lengths = np.concatenate([cut, cut, whole, whole[:0]]), np.array([7, 7, 7, 0])
-    mask = written(tokens, lengths, np.array([0, 1, 1, 1]), "turns", TURNS)
+    mask = loss_mask(tokens, lengths, np.array([0, 1, 1, 1]), "turns", TURNS)
     before = [False] * 4
     assert mask.tolist() == [*before, True, True, True, *before, True, True, False, *before, True, True, True]
 
@@ -220,18 +221,18 @@ def test_training_teaches_exactly_what_chat_gives_and_awaits(
     for reading in own_readings(direction):
         rows = as_rows(render(conversation, BYTES))
         number = np.array([READINGS.index(reading)])
-        mask = written(rows.tokens, rows.lengths, number, reversal, TURNS)
+        mask = loss_mask(rows.tokens, rows.lengths, number, reversal, TURNS)
         parts = parts_of(rows.tokens, rows.lengths, TURNS) if reversal == "turns" else None
         width = int(rows.lengths[0]) + HEAD_SLOTS
         laid = lay_out(rows, number, is_marked(direction), SPECIAL, width, parts=parts, targets=mask)
         ids, targets = laid.ids[0], laid.targets[0]
 
-        asking = asks(reading, reversal)
+        asking = predicts_user_turn(reading, reversal)
         role = "user" if asking else "assistant"
         supervised = 0
         for index in [i for i, message in enumerate(conversation) if message.role == role]:
             context = conversation[index + 1 :] if asking else conversation[:index]
-            given_, stop = opening(context, reading, direction, reversal, BYTES)
+            given_, stop = build_prompt(context, reading, direction, reversal, BYTES)
             assert ids[: len(given_)].tolist() == given_
             wanted = np.frombuffer(conversation[index].content.encode(errors="replace"), np.uint8).astype(np.int64)
             answer = [*(wanted if reading == "forward" else wanted[::-1]).tolist(), stop]
@@ -253,5 +254,5 @@ def test_training_teaches_exactly_what_chat_gives_and_awaits(
 )
 def test_an_opening_that_nothing_can_follow_is_refused(conversation: Conversation, reading: str, told: str) -> None:
     with pytest.raises(UserError) as error:
-        opening(conversation, reading, reading, "whole", BYTES)
+        build_prompt(conversation, reading, reading, "whole", BYTES)
     assert told in str(error.value)

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from bwlm.config import DIRECTIONS
+from bwlm.directions import DIRECTIONS
 from bwlm.text.batches import DirectedPlan, open_rows
 from bwlm.text.direction import SpecialIds
 from bwlm.text.inspect import inspect_rows
@@ -20,7 +20,7 @@ def test_rows_are_the_plans_first_with_seed_0(prepared: Prepared, direction: str
     shown = inspect_rows(prepared, direction, 5)
     assert json.loads(json.dumps(shown)) == shown
     assert list(shown) == ["bos", "pad", "forward", "backward", "direction", "rows"]
-    special = SpecialIds.of(prepared.tokenizer)
+    special = SpecialIds.from_tokenizer(prepared.tokenizer)
     assert [shown[name] for name in ("bos", "pad", "forward", "backward")] == [
         special.bos, special.pad, special.forward, special.backward,
     ]  # fmt: skip

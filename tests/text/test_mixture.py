@@ -21,11 +21,11 @@ from bwlm.text.conversation import Conversation, TurnIds, check_conversation, cu
 from bwlm.text.direction import HEAD_SLOTS, IGNORED, SpecialIds, lay_out
 from bwlm.text.mixture import SPLITS, ConversationSource, prepare_mixture
 from bwlm.text.overlap import Overlap
-from bwlm.text.packing import Items, PackedRows, room_of
+from bwlm.text.packing import Job, PackedRows, PackResult, room_of
 from bwlm.text.plan import MixturePlan
 from bwlm.text.prepare import Prepared
 from bwlm.text.tokenizer import Tokenizer
-from tests.conftest import english, in_this_process
+from tests.conftest import english, run_here
 
 Messages = list[dict[str, str]]
 WIDTH = 128
@@ -68,9 +68,9 @@ class Mixer:
         folder = tokenizer or self.tokenizer_folder
         return prepare_mixture(list(sources), folder, width, whole, self.storage, self._run, self.told.append)
 
-    def _run(self, items: Items, work: Callable[[dict[str, Any]], dict[str, Any]]) -> Items:
-        self.packed += [f"{item['split']} {item['part']}" for item in items]
-        return in_this_process(items, work)
+    def _run(self, jobs: list[Job], work: Callable[[Job], PackResult]) -> list[PackResult]:
+        self.packed += [f"{job.split} {job.index}" for job in jobs]
+        return run_here(jobs, work)
 
     def refusal(self, *sources: ConversationSource, whole: bool = True) -> str:
         """What is told, in one line; nothing may be left behind of a mixture that is refused as a whole."""
@@ -127,7 +127,7 @@ def test_every_conversation_is_in_exactly_one_row_and_comes_back(mix: Mixer, spl
 def test_a_row_holds_conversations_of_one_source_and_fits_into_every_direction(mix: Mixer) -> None:
     sources = [source("one"), source("two")]
     mixed = mix(*sources)
-    packed, special = PackedRows(mixed.folder, "train"), SpecialIds.of(mixed.tokenizer)
+    packed, special = PackedRows(mixed.folder, "train"), SpecialIds.from_tokenizer(mixed.tokenizer)
     rows = packed.take(np.arange(len(packed)))
     used = np.bincount(rows.row, rows.lengths + HEAD_SLOTS)
     assert used.max() <= room_of(WIDTH)
@@ -391,7 +391,7 @@ def test_a_megabyte_is_cut_or_left_out_counted_and_told(mix: Mixer) -> None:
         "talks: of 5 train conversations 2 were cut to the length of a row, and 1 left out, of which nothing to learn "
         "would have been left"
     )
-    turns, tokenizer = TurnIds.of(mixed.tokenizer), mixed.tokenizer
+    turns, tokenizer = TurnIds.from_tokenizer(mixed.tokenizer), mixed.tokenizer
     found = {document & 0xFFFFFFFF: ids for _, document, ids in segments(mixed, "train")}
     assert sorted(found) == [0, 1, 3, 4]
     for index, messages in ((1, long_answer), (3, long_end)):
@@ -405,7 +405,7 @@ def test_a_megabyte_is_cut_or_left_out_counted_and_told(mix: Mixer) -> None:
 def test_a_conversation_that_was_cut_has_no_end(mix: Mixer) -> None:
     """Nothing may be taught or scored of an end, or in the other direction of a beginning, that is none."""
     mixed = mix(source("talks", train=[said("a", "b", "c", "long " * 200), said("d", "e"), said("f", "g " * 9)]))
-    packed, special = PackedRows(mixed.folder, "train"), SpecialIds.of(mixed.tokenizer)
+    packed, special = PackedRows(mixed.folder, "train"), SpecialIds.from_tokenizer(mixed.tokenizer)
     rows = packed.take(np.arange(len(packed)))
     cut = rows.document & 0xFFFFFFFF == 0
     assert rows.whole.tolist() == (~cut).tolist()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bwlm.config import Recipe
 from bwlm.text.overlap import DocumentHashes, Overlap, count_overlap
-from bwlm.text.packing import Manifest, Split
+from bwlm.text.packing import Manifest, PackedSplit
 from bwlm.text.prepare import Pack, prepare
 
 Documents = list[list[int]]
@@ -77,7 +77,7 @@ def test_preparation_counts_and_tells(
 
 
 def test_a_manifest_from_before_documents_were_counted_is_read(tmp_path: Path) -> None:
-    Manifest(8, 264, "", Split.of([]), Split.of([])).write(tmp_path)
+    Manifest(8, 264, "", PackedSplit.from_shards([]), PackedSplit.from_shards([])).write(tmp_path)
     content = json.loads((tmp_path / "manifest.json").read_text())
     del content["overlap"]
     (tmp_path / "manifest.json").write_text(json.dumps(content))

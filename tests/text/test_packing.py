@@ -11,14 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bwlm.directions import READINGS
 from bwlm.text import packing
-from bwlm.text.direction import HEAD_SLOTS, READINGS, SpecialIds, lay_out
+from bwlm.text.direction import HEAD_SLOTS, SpecialIds, lay_out
 from bwlm.text.packing import (
     Manifest,
     PackedRows,
+    PackedSplit,
     Piece,
     ShardCounts,
-    Split,
     cut,
     pack_whole,
     room_of,
@@ -91,7 +92,9 @@ def write_split(folder: Path, shards: list[list[int]], width: int, vocab_size: i
         tokens += sum(lengths)
         counted.append(counts.finish())
         rows += shard
-    Manifest(width, vocab_size, "tokenizer", Split.of(counted), Split.of([])).write(folder)
+    Manifest(width, vocab_size, "tokenizer", PackedSplit.from_shards(counted), PackedSplit.from_shards([])).write(
+        folder
+    )
     return rows
 
 
@@ -138,7 +141,7 @@ def test_a_row_costs_its_own_memory_and_not_its_shards(tmp_path: Path) -> None:
 def digest_of(tmp_path: Path, documents: Documents, width: int = 12) -> str:
     counts = ShardCounts("shard_00000.arrow")
     write_rows(tmp_path / counts.file, cut(documents, width), 400, counts)
-    return Split.of([counts.finish()]).digest
+    return PackedSplit.from_shards([counts.finish()]).digest
 
 
 def test_the_digest_repeats_and_sees_every_change(tmp_path: Path) -> None:
@@ -158,9 +161,11 @@ def test_the_digest_repeats_and_sees_every_change(tmp_path: Path) -> None:
 
 def test_the_manifests_digest_covers_splits_and_tokenizer() -> None:
     shards = [{"file": f"shard_{index:05d}.arrow", "sha256": str(index)} for index in range(3)]
-    whole, fewer = Split.of(shards), Split.of(shards[:2])
-    assert Split.of(reversed(shards)) == whole
-    assert [shard["file"] for shard in Split.of(reversed(shards)).shards] == [shard["file"] for shard in shards]
+    whole, fewer = PackedSplit.from_shards(shards), PackedSplit.from_shards(shards[:2])
+    assert PackedSplit.from_shards(reversed(shards)) == whole
+    assert [shard["file"] for shard in PackedSplit.from_shards(reversed(shards)).shards] == [
+        shard["file"] for shard in shards
+    ]
     digests = {
         Manifest(64, 400, "a", whole, fewer).digest,
         Manifest(64, 400, "b", whole, fewer).digest,
@@ -181,7 +186,7 @@ def shard_texts(prepared: Prepared, split: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_counts_are_those_of_the_text(prepared: Prepared, split: str) -> None:
-    counted: Split = getattr(prepared.manifest, split)
+    counted: PackedSplit = getattr(prepared.manifest, split)
     rows = PackedRows(prepared.folder, split)
     everything = rows.take(np.arange(len(rows)))
     for shard, texts in zip(counted.shards, shard_texts(prepared, split), strict=True):
@@ -208,7 +213,7 @@ def test_the_text_comes_back_document_by_document(prepared: Prepared, split: str
 
 
 def test_every_row_fits_in_every_direction_and_padding_is_what_the_manifest_says(prepared: Prepared) -> None:
-    rows, special = PackedRows(prepared.folder, "train"), SpecialIds.of(prepared.tokenizer)
+    rows, special = PackedRows(prepared.folder, "train"), SpecialIds.from_tokenizer(prepared.tokenizer)
     taken = rows.take(np.arange(len(rows)))
     for reading in range(len(READINGS)):
         laid = lay_out(taken, np.full(len(taken.lengths), reading), False, special, rows.width)
@@ -224,7 +229,7 @@ def test_every_row_fits_in_every_direction_and_padding_is_what_the_manifest_says
 def test_padding_of_long_documents_is_under_one_percent(tmp_path: Path) -> None:
     write_split(tmp_path, [[1500] * 200], 511, vocab_size=2**21)
     assert Manifest.read(tmp_path).train.padding_share(511) < 0.01
-    assert Split.of([]).padding_share(511) == 0
+    assert PackedSplit.from_shards([]).padding_share(511) == 0
 
 
 # ---- documents that stay whole ----

@@ -17,7 +17,7 @@ from bwlm.text.conversation import TurnIds, TurnLayout
 from bwlm.text.corpus import Corpus, Shard
 from bwlm.text.direction import SpecialIds
 from bwlm.text.mixture import ConversationSource, prepare_mixture
-from bwlm.text.packing import Items, Manifest
+from bwlm.text.packing import Job, Manifest, PackResult
 from bwlm.text.plan import RowPlan
 from bwlm.text.prepare import Prepared
 from bwlm.text.stream import pack_corpus, stream_batches, with_ray
@@ -26,15 +26,15 @@ from tasks import TASKS
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def backwards(items: Items, work: Callable[[dict[str, Any]], dict[str, Any]]) -> Items:
+def backwards(jobs: list[Job], work: Callable[[Job], PackResult]) -> list[PackResult]:
     """In this process, with the results in another order than Ray's."""
-    return [work(item) for item in items][::-1]
+    return [work(job) for job in jobs][::-1]
 
 
 def plan_of(prepared: Prepared, direction: str, rank: int = 0, world: int = 1) -> DirectedPlan:
     folder = str(prepared.folder)
     rows = RowPlan(len(open_rows(folder, "train")), 8, 3)
-    return DirectedPlan(folder, direction, SpecialIds.of(prepared.tokenizer), rows, rank, world)
+    return DirectedPlan(folder, direction, SpecialIds.from_tokenizer(prepared.tokenizer), rows, rank, world)
 
 
 def assert_equal(streamed: list[Batch], read: list[Batch]) -> None:
@@ -72,8 +72,8 @@ def test_conversations_are_streamed_as_they_are_read_in_process(
     """With what is turned around in them, and what is a target."""
     monkeypatch.setattr(stream, "_BLOCK_TOKENS", 2 * 4 * 64)
     mixture = mixture_for("sft")
-    layout = TurnLayout(TurnIds.of(mixture.tokenizer), reversal, supervised=True)
-    rows, special = row_plan(str(mixture.folder), 8, 3), SpecialIds.of(mixture.tokenizer)
+    layout = TurnLayout(TurnIds.from_tokenizer(mixture.tokenizer), reversal, supervised=True)
+    rows, special = row_plan(str(mixture.folder), 8, 3), SpecialIds.from_tokenizer(mixture.tokenizer)
     plan = DirectedPlan(str(mixture.folder), direction, special, rows, 1, 2, layout)
     assert_equal(list(stream_batches(plan, 2, 7)), list(plan.batches(2, 7)))
 

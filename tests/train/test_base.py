@@ -25,16 +25,16 @@ from bwlm.record.checkpoint import (
     load_checkpoint,
     write_checkpoint,
 )
+from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.journal import Journal, read_journal
-from bwlm.record.lineage import ExperimentFolder, Status
 from bwlm.record.researchlog import ResearchLog
 from bwlm.text.batches import Batch, DirectedPlan
 from bwlm.text.direction import SpecialIds
-from bwlm.train import packed
-from bwlm.train.packed import build_model, loss_by_direction
+from bwlm.train import packed_phase as packed
+from bwlm.train.packed_phase import build_model, loss_by_direction
 from bwlm.train.records import Records
 from bwlm.train.run import run_phase
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
 from tests.runs import STEPS, NewRun, in_process, losses, weights_digest
 
 
@@ -55,7 +55,7 @@ def killed_at(step: int) -> Any:
 @pytest.mark.parametrize("direction", ["forward", "backward", "bidirectional", "permuted"])
 def test_a_run_learns_and_leaves_its_records(new_run: NewRun, direction: str) -> None:
     folder = new_run(direction=direction, lr=4.0)
-    status = run_phase(folder, AloneSession(), in_process)
+    status = run_phase(folder, LocalSession(), in_process)
     assert status.state == "finished"
     assert folder.status() == status
     assert losses(folder)[-1] < losses(folder)[0] - 0.3
@@ -71,21 +71,21 @@ def test_a_run_learns_and_leaves_its_records(new_run: NewRun, direction: str) ->
 
 
 def test_own_figure_is_the_own_reading_and_the_mean_for_bidirectional(new_run: NewRun) -> None:
-    backward = run_phase(new_run("b", direction="backward"), AloneSession(), in_process).metrics
+    backward = run_phase(new_run("b", direction="backward"), LocalSession(), in_process).metrics
     assert backward["val_bpb"] == backward["val_bpb_backward"] != backward["val_bpb_forward"]
     assert backward["val_bpb_tuning"] != backward["val_bpb"]
-    both = run_phase(new_run("bi", direction="bidirectional"), AloneSession(), in_process).metrics
+    both = run_phase(new_run("bi", direction="bidirectional"), LocalSession(), in_process).metrics
     assert both["val_bpb"] == pytest.approx((both["val_bpb_forward"] + both["val_bpb_backward"]) / 2, rel=1e-12)
 
 
 @pytest.mark.parametrize("kill", [2, 4, 7, 11])
 def test_resume_after_a_kill_is_exact(new_run: NewRun, kill: int) -> None:
     calm = new_run("calm")
-    run_phase(calm, AloneSession(), in_process)
+    run_phase(calm, LocalSession(), in_process)
     cut = new_run("cut")
     with pytest.raises(Killed):
-        run_phase(cut, AloneSession(), killed_at(kill))
-    assert run_phase(cut, AloneSession(), in_process).state == "finished"
+        run_phase(cut, LocalSession(), killed_at(kill))
+    assert run_phase(cut, LocalSession(), in_process).state == "finished"
     assert losses(cut) == losses(calm)
     assert [entry.step for entry in read_journal(cut.path)] == list(range(1, STEPS + 1))
     assert weights_digest(cut) == weights_digest(calm)
@@ -108,9 +108,9 @@ def test_a_kill_straight_after_a_checkpoint_loses_no_entry(
 
     monkeypatch.setattr(Records, "save", save_and_die)
     with pytest.raises(Killed):
-        run_phase(folder, AloneSession(), in_process)
+        run_phase(folder, LocalSession(), in_process)
     monkeypatch.setattr(Records, "save", save)
-    assert run_phase(folder, AloneSession(), in_process).state == "finished"
+    assert run_phase(folder, LocalSession(), in_process).state == "finished"
     entries = list(read_journal(folder.path))
     assert [entry.step for entry in entries] == list(range(1, STEPS + 1))
     assert "val_bpb" in entries[-1].metrics
@@ -119,22 +119,22 @@ def test_a_kill_straight_after_a_checkpoint_loses_no_entry(
 def test_what_the_scheduler_stopped_stays_stopped(new_run: NewRun) -> None:
     folder = new_run()
     folder.write_status(Status("stopped", "by the scheduler at step 4", 4))
-    assert run_phase(folder, AloneSession(), killed_at(0)).state == "stopped"
+    assert run_phase(folder, LocalSession(), killed_at(0)).state == "stopped"
 
 
 def test_a_finished_run_is_left_alone(new_run: NewRun) -> None:
     folder = new_run()
-    run_phase(folder, AloneSession(), in_process)
+    run_phase(folder, LocalSession(), in_process)
     before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*") if path.is_file()}
-    assert run_phase(folder, AloneSession(), killed_at(0)).state == "finished"
+    assert run_phase(folder, LocalSession(), killed_at(0)).state == "finished"
     assert before == {path: path.stat().st_mtime_ns for path in folder.path.rglob("*") if path.is_file()}
 
 
 def test_a_kill_between_the_last_checkpoint_and_the_end_costs_nothing(new_run: NewRun) -> None:
     folder = new_run()
-    finished = run_phase(folder, AloneSession(), in_process)
+    finished = run_phase(folder, LocalSession(), in_process)
     folder.write_status(Status())
-    again = run_phase(folder, AloneSession(), killed_at(0))
+    again = run_phase(folder, LocalSession(), killed_at(0))
     assert again.metrics["val_bpb"] == finished.metrics["val_bpb"]
 
 
@@ -152,10 +152,10 @@ def test_rates_momentum_and_decay_follow_their_schedules(new_run: NewRun, monkey
     optim = {"warmup_steps": 2, "warmdown_ratio": 0.5, "final_lr_frac": 0.1, "weight_decay": 0.3}
     folder = new_run(optim=optim)
     with pytest.raises(Killed):
-        run_phase(folder, AloneSession(), killed_at(9))
+        run_phase(folder, LocalSession(), killed_at(9))
     before = dict(seen)
     seen = {number: before[number] for number in range(8)}  # the checkpoint of step 8 is gone on from
-    run_phase(folder, AloneSession(), in_process)
+    run_phase(folder, LocalSession(), in_process)
     rates = [0.5, 1, 1, 1, 1, 1, 1, *(1 - 0.9 * gone / 6 for gone in range(1, 6))]
     momenta = [0.85 + 0.1 * number / 300 for number in range(STEPS)]
     decays = [0.15 * (1 + math.cos(math.pi * number / STEPS)) for number in range(STEPS)]
@@ -182,11 +182,11 @@ def spoilt_progress(snapshot: Snapshot) -> None:
 def test_a_checkpoint_of_another_version_is_told_by_name(new_run: NewRun, spoil: Callable[[Snapshot], None]) -> None:
     folder = new_run()
     with pytest.raises(Killed):
-        run_phase(folder, AloneSession(), killed_at(9))
+        run_phase(folder, LocalSession(), killed_at(9))
     saved = load_checkpoint(folder.checkpoints, 8)
     spoil(saved)
     write_checkpoint(folder.checkpoints, saved, KeepPolicy(9))
-    status = run_phase(folder, AloneSession(), in_process)
+    status = run_phase(folder, LocalSession(), in_process)
     assert status.state == "failed"
     assert re.search(
         r"step_000008: whole, but not what this version saves \(.*\): go on with the version", status.reason
@@ -204,9 +204,9 @@ def test_an_end_that_cannot_be_noted_keeps_its_reason(new_run: NewRun, monkeypat
     fine, failing = new_run("fine"), new_run("failing")
     for noting in ("finish", "write_status"):
         monkeypatch.setattr(ExperimentFolder, noting, full)
-    finished = run_phase(fine, AloneSession(), in_process)
+    finished = run_phase(fine, LocalSession(), in_process)
     assert (finished.state, "No space left" in finished.reason) == ("failed", True)
-    failed = run_phase(failing, AloneSession(), broken)
+    failed = run_phase(failing, LocalSession(), broken)
     assert (failed.state, failed.reason) == ("failed", "the reason of its own")
 
 
@@ -225,7 +225,7 @@ def test_every_cell_of_a_process_is_compiled_anew(new_run: NewRun, monkeypatch: 
         settings = {"model": {"sequence_length": 64, "head_dim": head_dim}, "compute": {"compile": True}}
         folder = new_run(f"h{head_dim}", **settings, budget={"steps": 1, "batch_tokens": 512})
         before = len(graphs)
-        assert run_phase(folder, AloneSession(), in_process).state == "finished"
+        assert run_phase(folder, LocalSession(), in_process).state == "finished"
         found.append(len(graphs) - before)
     assert min(found) > 0
 
@@ -233,9 +233,9 @@ def test_every_cell_of_a_process_is_compiled_anew(new_run: NewRun, monkeypatch: 
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_the_batch_does_not_depend_on_the_device_batch_size(new_run: NewRun, rows: int) -> None:
     whole = new_run("whole", compute={"device_batch_size": 8})
-    run_phase(whole, AloneSession(), in_process)
+    run_phase(whole, LocalSession(), in_process)
     parts = new_run("parts", compute={"device_batch_size": rows})
-    run_phase(parts, AloneSession(), in_process)
+    run_phase(parts, LocalSession(), in_process)
     assert losses(parts) == pytest.approx(losses(whole), rel=2e-4)
     assert losses(parts)[0] == pytest.approx(losses(whole)[0], rel=1e-6)
 
@@ -243,11 +243,11 @@ def test_the_batch_does_not_depend_on_the_device_batch_size(new_run: NewRun, row
 def test_a_loss_that_is_not_finite_names_step_and_rows(new_run: NewRun) -> None:
     folder = new_run()
     with pytest.raises(Killed):
-        run_phase(folder, AloneSession(), killed_at(6))
+        run_phase(folder, LocalSession(), killed_at(6))
     healthy = load_checkpoint(folder.checkpoints, 4)
     poisoned = healthy.model | {"lm_head.weight": torch.full_like(healthy.model["lm_head.weight"], math.nan)}
     write_checkpoint(folder.checkpoints, replace(healthy, model=poisoned), KeepPolicy(3))
-    status = run_phase(folder, AloneSession(), in_process)
+    status = run_phase(folder, LocalSession(), in_process)
     assert status.state == "failed"
     assert "loss nan" in status.reason
     assert status == folder.status()
@@ -270,20 +270,20 @@ def test_every_direction_starts_from_the_same_weights_and_seeds_differ(new_run: 
 
 def test_document_mask_changes_what_a_model_sees(new_run: NewRun) -> None:
     crossing, inside = new_run("crossing", model__document_mask=False), new_run("inside")
-    run_phase(crossing, AloneSession(), in_process)
-    run_phase(inside, AloneSession(), in_process)
+    run_phase(crossing, LocalSession(), in_process)
+    run_phase(inside, LocalSession(), in_process)
     assert losses(crossing)[0] == pytest.approx(losses(inside)[0], rel=1e-3)
     assert losses(crossing)[3:] != losses(inside)[3:]
 
 
 def test_loss_by_direction_adds_up(new_run: NewRun) -> None:
     folder = new_run(direction="bidirectional")
-    run_phase(folder, AloneSession(), in_process)
+    run_phase(folder, LocalSession(), in_process)
     for entry in read_journal(folder.path):
         low, high = sorted(entry.metrics[f"train_loss_{name}"] for name in ("forward", "backward"))
         assert low < entry.metrics["train_loss"] < high
     backward = new_run("b", direction="backward")
-    run_phase(backward, AloneSession(), in_process)
+    run_phase(backward, LocalSession(), in_process)
     for entry in read_journal(backward.path):
         assert entry.metrics["train_loss_backward"] == pytest.approx(entry.metrics["train_loss"], rel=1e-5)
         assert "train_loss_forward" not in entry.metrics
@@ -305,7 +305,7 @@ def test_loss_by_direction_by_hand() -> None:
     assert loss_by_direction("permuted", special, batch, losses)["train_loss_permuted"].tolist() == [15, 4]
 
 
-class AskedAt(AloneSession):
+class AskedAt(LocalSession):
     """A session whose process is asked to end while a step is computed."""
 
     def __init__(self, step: int) -> None:
@@ -322,12 +322,12 @@ def test_a_run_that_is_asked_to_end_saves_at_that_step_and_goes_on_as_if_nothing
     new_run: NewRun, step: int
 ) -> None:
     calm, cut = new_run("calm"), new_run("cut")
-    run_phase(calm, AloneSession(), in_process)
+    run_phase(calm, LocalSession(), in_process)
     status = run_phase(cut, AskedAt(step), in_process)
     assert step in checkpoint_steps(cut.checkpoints)
     assert (status.state, status.step) == ("finished" if step == STEPS else "stopped", step)
     assert status.ended == (step == STEPS)
-    assert run_phase(cut, AloneSession(), killed_at(0) if step == STEPS else in_process).state == "finished"
+    assert run_phase(cut, LocalSession(), killed_at(0) if step == STEPS else in_process).state == "finished"
     assert losses(cut) == losses(calm)
     assert weights_digest(cut) == weights_digest(calm)
 
@@ -340,11 +340,11 @@ def test_another_models_checkpoint_is_refused_before_a_model_is_made(
 ) -> None:
     folder = new_run()
     with pytest.raises(Killed):
-        run_phase(folder, AloneSession(), killed_at(6))
+        run_phase(folder, LocalSession(), killed_at(6))
     saved = load_checkpoint(folder.checkpoints, 4)
     write_checkpoint(folder.checkpoints, replace(saved, meta=saved.meta | {field: value}), KeepPolicy(3))
     monkeypatch.setattr(packed, "build_model", None)
-    status = run_phase(folder, AloneSession(), in_process)
+    status = run_phase(folder, LocalSession(), in_process)
     assert status.state == "failed"
     assert re.search(f"step_000004: another model's checkpoint .*{field} is", status.reason)
 
@@ -352,7 +352,7 @@ def test_another_models_checkpoint_is_refused_before_a_model_is_made(
 def test_the_best_and_every_so_many_checkpoints_stay(new_run: NewRun) -> None:
     kept = {"every": 2, "keep": 1, "keep_every": 4, "keep_best": True}
     folder = new_run(checkpoint=kept, evaluation={"every": 2, "tokens": 1024}, lr=4.0)
-    run_phase(folder, AloneSession(), in_process)
+    run_phase(folder, LocalSession(), in_process)
     figures = {e.step: e.metrics["val_bpb_tuning"] for e in read_journal(folder.path) if "val_bpb_tuning" in e.metrics}
     best = min(figures, key=figures.__getitem__)
     assert checkpoint_steps(folder.checkpoints) == sorted({4, 8, 12, best})
@@ -362,7 +362,7 @@ def test_a_journal_that_cannot_be_written_fails_the_run_before_its_next_checkpoi
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calm, folder = new_run("calm"), new_run()
-    run_phase(calm, AloneSession(), in_process)
+    run_phase(calm, LocalSession(), in_process)
     write = Journal.append
 
     def full_from_six(journal: Journal, step: int, metrics: dict[str, float]) -> None:
@@ -371,13 +371,13 @@ def test_a_journal_that_cannot_be_written_fails_the_run_before_its_next_checkpoi
         write(journal, step, metrics)
 
     monkeypatch.setattr(Journal, "append", full_from_six)
-    status = run_phase(folder, AloneSession(), in_process)
+    status = run_phase(folder, LocalSession(), in_process)
     assert status.state == "failed"
     assert re.search(r"metrics\.jsonl: cannot be written \(No space left", status.reason)
     assert checkpoint_steps(folder.checkpoints) == [4]
     monkeypatch.setattr(Journal, "append", write)
     folder.write_status(Status())
-    assert run_phase(folder, AloneSession(), in_process).state == "finished"
+    assert run_phase(folder, LocalSession(), in_process).state == "finished"
     assert losses(folder) == losses(calm)
 
 
@@ -393,7 +393,7 @@ def test_journal_and_log_are_durable_before_their_checkpoint_and_hold_up_no_step
 
     monkeypatch.setattr(os, "fsync", note)
     folder = new_run()
-    run_phase(folder, AloneSession(), in_process)
+    run_phase(folder, LocalSession(), in_process)
     own = ["metrics.jsonl", "base.h5.tail"]
     beside = synced["checkpoint_0"]
     starts = [at for at, name in enumerate(beside) if name == own[0]]
@@ -412,7 +412,7 @@ def test_a_checkpoint_whose_steps_are_not_durable_is_none(
 
     monkeypatch.setattr(owner, "sync", broken)
     folder = new_run()
-    status = run_phase(folder, AloneSession(), in_process)
+    status = run_phase(folder, LocalSession(), in_process)
     assert status.state == "failed"
     assert f"{named}: cannot be written (Input/output error)" in status.reason
     assert checkpoint_steps(folder.checkpoints) == []
@@ -425,7 +425,7 @@ def test_a_validation_that_is_not_finite_fails_the_run(new_run: NewRun, monkeypa
         return measure(*arguments) | {"val_bpb": math.nan}
 
     monkeypatch.setattr(packed.Validation, "metrics", broken)
-    status = run_phase(folder, AloneSession(), in_process)
+    status = run_phase(folder, LocalSession(), in_process)
     assert status.state == "failed"
     assert re.search(r"^val_bpb not finite at step 5, .*lower lr", status.reason)
     assert status.diverged == 5
@@ -445,8 +445,8 @@ def test_what_cannot_be_written_fails_the_run_with_its_file(
     folder = new_run()
     with monkeypatch.context() as patched:
         patched.setattr(owner, method, full)
-        status = run_phase(folder, AloneSession(), in_process)
+        status = run_phase(folder, LocalSession(), in_process)
     assert status.state == "failed"
     assert re.search(rf"{named}: cannot be written \(No space left on device\): free space", status.reason)
     folder.write_status(Status())
-    assert run_phase(folder, AloneSession(), in_process).state == "finished"
+    assert run_phase(folder, LocalSession(), in_process).state == "finished"

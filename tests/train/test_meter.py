@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bwlm.train import meter as module
-from bwlm.train.meter import Meter, Progress
+from bwlm.train.meter import Meter, TrainingProgress
 
 
 @pytest.fixture
@@ -19,12 +19,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def new(progress: Progress, folder: Path, steps: int = 10) -> Meter:
+def new(progress: TrainingProgress, folder: Path, steps: int = 10) -> Meter:
     return Meter(progress, steps, flops_per_token=50, peak=10_000.0, device=torch.device("cpu"), folder=folder)
 
 
 def test_speed_leaves_out_the_first_two_steps(tmp_path: Path, clock: list[float]) -> None:
-    meter = new(Progress(), tmp_path)
+    meter = new(TrainingProgress(), tmp_path)
     for seconds in (60.0, 30.0):
         clock[0] += seconds
         early = meter.stepped(loss=3.0, tokens=200, step_seconds=seconds)
@@ -41,7 +41,7 @@ def test_speed_leaves_out_the_first_two_steps(tmp_path: Path, clock: list[float]
 
 
 def test_the_time_of_a_validation_is_not_a_steps(tmp_path: Path, clock: list[float]) -> None:
-    meter = new(Progress(), tmp_path)
+    meter = new(TrainingProgress(), tmp_path)
     for _ in range(2):
         meter.stepped(loss=3.0, tokens=200, step_seconds=1.0)
     clock[0] += 70.0
@@ -52,7 +52,7 @@ def test_the_time_of_a_validation_is_not_a_steps(tmp_path: Path, clock: list[flo
 
 def test_a_run_that_goes_on_counts_on_and_measures_its_speed_anew(tmp_path: Path, clock: list[float]) -> None:
     """It may have another number of workers now, or another machine."""
-    before = Progress(step=4, tokens=800, average=1.0, seconds=8.0, timed_tokens=400)
+    before = TrainingProgress(step=4, tokens=800, average=1.0, seconds=8.0, timed_tokens=400)
     meter = new(before, tmp_path)
     for tokens in (1000, 1200):
         clock[0] += 50
@@ -66,7 +66,7 @@ def test_a_run_that_goes_on_counts_on_and_measures_its_speed_anew(tmp_path: Path
 
 
 def test_the_smooth_loss_has_no_bias_of_its_start(tmp_path: Path) -> None:
-    meter = new(Progress(), tmp_path)
+    meter = new(TrainingProgress(), tmp_path)
     assert meter.stepped(2.0, 1, 1.0)["train_loss_smooth"] == pytest.approx(2.0)
     assert meter.stepped(4.0, 1, 1.0)["train_loss_smooth"] == pytest.approx((0.09 * 2 + 0.1 * 4) / (1 - 0.9**2))
 
@@ -75,7 +75,7 @@ def test_memory_records_and_disk_are_looked_at_once_a_second(tmp_path: Path, clo
     (tmp_path / "metrics.jsonl").write_bytes(b"x" * 70)
     (tmp_path / "base.h5").write_bytes(b"x" * 30)
     (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
-    meter = new(Progress(), tmp_path)
+    meter = new(TrainingProgress(), tmp_path)
     first = meter.stepped(1.0, 1, 1.0)
     assert first["research_log_bytes"] == 100
     assert first["memory_bytes"] > 2**20

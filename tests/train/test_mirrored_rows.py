@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 
 import bwlm.text.conversation
-from bwlm.analysis.stats import Gap, gap
 from bwlm.config import Recipe
+from bwlm.stats.gaps import Gap, gap
 from bwlm.text.controls import ReversibleChain
 from bwlm.text.plan import counter_hash
 from bwlm.text.prepare import Pack, Prepared, prepare
 from bwlm.train.run import run_phase
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
 from tests.runs import in_process, make_run
 
 SYMBOLS = 16
@@ -98,7 +98,7 @@ def train(chapters: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Train
         with pytest.MonkeyPatch.context() as patch:
             if kept:
                 patch.setattr(bwlm.text.conversation, "is_mirrored", lambda *_: False)
-            assert run_phase(folder, AloneSession(), in_process).state == "finished"
+            assert run_phase(folder, LocalSession(), in_process).state == "finished"
         table = pq.read_table(folder.evaluation("base", direction) / "validation.parquet").to_pandas()
         return table.assign(run=name, direction=direction, seed=seed, size=1)
 

@@ -13,22 +13,24 @@ import pandas as pd
 import pytest
 import torch
 
-from bwlm.evaluate.loss import LossEvaluation
+from bwlm.directions import READINGS
+from bwlm.evaluate import generation
+from bwlm.evaluate.windows import LossEvaluation
 from bwlm.model.gpt import GPT
 from bwlm.model.loss import Losses
 from bwlm.paths import read_json
 from bwlm.record.checkpoint import load_newest, load_weights
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import read_journal
-from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.batches import Batch, DirectedPlan, open_rows
 from bwlm.text.conversation import TurnIds, TurnLayout, read_back
-from bwlm.text.direction import IGNORED, READINGS, SpecialIds
+from bwlm.text.direction import IGNORED, SpecialIds
 from bwlm.text.prepare import Prepared
 from bwlm.text.tokenizer import Tokenizer
-from bwlm.train.packed import build_model, turn_layout
+from bwlm.train.packed_phase import build_model, turn_layout
 from bwlm.train.rollouts import Rollouts
 from bwlm.train.run import run_phase
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
 from bwlm.train.validation import Validation
 from tests.runs import STEPS, NewChild, NewFamily, NewRun, in_process, losses, weights_digest
 from tests.train.test_base import Killed, killed_at
@@ -40,7 +42,7 @@ BATCH = ("inputs", "targets", "segments")
 
 
 def finish(folder: ExperimentFolder) -> dict[str, float]:
-    status = run_phase(folder, AloneSession(), in_process)
+    status = run_phase(folder, LocalSession(), in_process)
     assert status.state == "finished", status.reason
     return status.metrics
 
@@ -55,7 +57,7 @@ def trained(folder: ExperimentFolder) -> GPT:
 
 def validation_of(folder: ExperimentFolder) -> Validation:
     config = folder.config()
-    return Validation.of(config, torch.device("cpu"), turn_layout(config, config.experiment.phase != "mid"))
+    return Validation.from_config(config, torch.device("cpu"), turn_layout(config, config.experiment.phase != "mid"))
 
 
 class Spy:
@@ -127,7 +129,7 @@ def test_a_child_begins_with_its_parents_weights_to_the_last_bit(
 ) -> None:
     base = new_family(direction)
     child, spy = new_child(base, phase), Spy()
-    assert run_phase(child, AloneSession(), spy).state == "finished"
+    assert run_phase(child, LocalSession(), spy).state == "finished"
     inputs, targets, segments = (torch.from_numpy(spy.batches[0][name]).long() for name in BATCH)
     seen = segments if child.config().experiment.model.document_mask else None
     own, fresh = (
@@ -144,7 +146,7 @@ def test_a_child_that_goes_on_takes_its_own_weights_and_not_its_parents(
     base = new_family("forward")
     child = new_child(base, "mid")
     with pytest.raises(Killed):
-        run_phase(child, AloneSession(), killed_at(6))
+        run_phase(child, LocalSession(), killed_at(6))
     base.path.rename(base.path.with_name("elsewhere"))
     finish(child)
     assert len(losses(child)) == STEPS
@@ -165,7 +167,7 @@ def test_a_child_that_was_killed_ends_as_the_calm_one_to_the_last_bit(
     calm, cut = (new_child(base, phase, name) for name in ("calm", "cut"))
     finish(calm)
     with pytest.raises(Killed):
-        run_phase(cut, AloneSession(), killed_at(kill))
+        run_phase(cut, LocalSession(), killed_at(kill))
     finish(cut)
     assert losses(cut) == losses(calm)
     assert weights_digest(cut) == weights_digest(calm)
@@ -185,7 +187,7 @@ def test_rl_that_was_killed_ends_as_the_calm_one_to_the_last_bit(
         finish(calm)
         die_at(patched, kill)
         with pytest.raises(Killed):
-            run_phase(cut, AloneSession(), in_process)
+            run_phase(cut, LocalSession(), in_process)
     give_something_to_learn(monkeypatch)
     finish(cut)
     assert sum(loss != 0 for loss in losses(calm)) > 2
@@ -202,12 +204,16 @@ def give_something_to_learn(patched: pytest.MonkeyPatch) -> None:
         return sum(ord(character) % 2 == 0 for character in written) / (1 + len(written))
 
     patched.setattr(Arithmetic, "reward", reward)
-    judged = Rollouts._judged
+    generate = generation.generate
 
-    def always_finished(rollouts: Rollouts, problem: Any, given: Any, written: list[int], reading: str) -> Any:
-        return judged(rollouts, problem, given, [*written[: 5 - (written[-1:] == [given.stop])], given.stop], reading)
+    def always_finished(
+        model: Any, prompts: Any, new_tokens: int, *, stop: set[int], **options: Any
+    ) -> list[list[int]]:
+        [end] = stop
+        written = generate(model, prompts, new_tokens, stop=stop, **options)
+        return [[*ids[: 5 - (ids[-1:] == [end])], end] for ids in written]
 
-    patched.setattr(Rollouts, "_judged", always_finished)
+    patched.setattr(generation, "generate", always_finished)
 
 
 def die_at(patched: pytest.MonkeyPatch, step: int) -> None:
@@ -261,9 +267,9 @@ def test_sft_trains_on_what_its_direction_writes_and_on_nothing_else(
     Worked out anew, from the ids as the model reads them.
     """
     folder, spy = new_child(new_family(direction), "sft", data__reversal=reversal), Spy()
-    assert run_phase(folder, AloneSession(), spy).state == "finished"
+    assert run_phase(folder, LocalSession(), spy).state == "finished"
     tokenizer = mixture_for("sft").tokenizer
-    turns, special = TurnIds.of(tokenizer), SpecialIds.of(tokenizer)
+    turns, special = TurnIds.from_tokenizer(tokenizer), SpecialIds.from_tokenizer(tokenizer)
     seen = dict.fromkeys(READINGS[:2], 0)
     for batch in spy.batches:
         for inputs, targets, segments in zip(*(batch[name] for name in BATCH), strict=True):
@@ -293,8 +299,8 @@ def test_mid_trains_on_every_token_but_no_marker_of_direction(
     new_family: NewFamily, new_child: NewChild, mixture_for: Callable[[str], Prepared], direction: str
 ) -> None:
     folder, spy = new_child(new_family(direction), "mid"), Spy()
-    assert run_phase(folder, AloneSession(), spy).state == "finished"
-    special = SpecialIds.of(mixture_for("mid").tokenizer)
+    assert run_phase(folder, LocalSession(), spy).state == "finished"
+    special = SpecialIds.from_tokenizer(mixture_for("mid").tokenizer)
     for batch in spy.batches:
         after, targets = batch["inputs"][:, 1:], batch["targets"][:, :-1]
         assert not np.isin(batch["targets"], [special.pad, special.forward, special.backward]).any()
@@ -312,8 +318,8 @@ def test_at_every_step_all_directions_read_the_same_conversations(
     folder = new_child(new_family(direction), "sft")
     rows = open_rows(folder.config().corpus, "train")
     spy = Spy()
-    run_phase(folder, AloneSession(), spy)
-    special = set(SpecialIds.of(tokenizer).__dict__.values())
+    run_phase(folder, LocalSession(), spy)
+    special = set(SpecialIds.from_tokenizer(tokenizer).__dict__.values())
     for step, batch in enumerate(spy.batches):
         taken = rows.take(*spy.plan.plan.at(step))
         owner = np.repeat(taken.row, taken.lengths)
@@ -339,8 +345,8 @@ class Ascending:
 def evaluation_of(folder: ExperimentFolder, reversal: str) -> tuple[LossEvaluation, Tokenizer]:
     config = folder.config()
     tokenizer = Tokenizer.load(Path(config.tokenizer))
-    layout = TurnLayout(TurnIds.of(tokenizer), reversal, supervised=False)  # type: ignore[arg-type]
-    rows, special = open_rows(config.corpus, "validation"), SpecialIds.of(tokenizer)
+    layout = TurnLayout(TurnIds.from_tokenizer(tokenizer), reversal, supervised=False)  # type: ignore[arg-type]
+    rows, special = open_rows(config.corpus, "validation"), SpecialIds.from_tokenizer(tokenizer)
     lengths = tokenizer.token_bytes().astype(np.int64)
     return LossEvaluation(rows, special, lengths, 10**6, 3, torch.device("cpu"), False, layout), tokenizer
 
@@ -364,7 +370,7 @@ def test_conversations_are_scored_by_their_text_alone_and_by_the_same_in_every_d
             for ids in np.split(rows.tokens, np.cumsum(rows.lengths)[:-1])
         ]
         assert segments.nll.sum() == text.sum()
-        mask = evaluation.written(reading, reversal, TurnIds.of(tokenizer))  # type: ignore[arg-type]
+        mask = evaluation.loss_mask(reading, reversal, TurnIds.from_tokenizer(tokenizer))  # type: ignore[arg-type]
         role = "user" if reading == "backward" and reversal == "whole" else "assistant"
         wanted = [
             token
@@ -396,9 +402,9 @@ def test_the_figure_of_what_is_written_is_that_of_the_own_readings(new_family: N
     folder = new_child(new_family("bidirectional"), "sft")
     figures, validation = finish(folder), validation_of(folder)
     measured = validation.measure(trained(folder))
-    turns, parts = TurnIds.of(Tokenizer.load(Path(folder.config().tokenizer))), []
+    turns, parts = TurnIds.from_tokenizer(Tokenizer.load(Path(folder.config().tokenizer))), []
     for reading in READINGS[:2]:
-        mask = validation.evaluation.written(reading, "whole", turns)
+        mask = validation.evaluation.loss_mask(reading, "whole", turns)
         parts.append(measured[reading][1].nll[mask].mean())
     assert figures["val_loss_written"] == pytest.approx(np.mean(parts), rel=1e-5)
     assert all(measured[reading][1].nll.min() > 0 for reading in READINGS[:2])  # what is not written is measured too
@@ -414,7 +420,7 @@ def test_a_child_of_a_run_that_is_gone_fails_in_words_and_can_be_mended(
     base = new_family("forward")
     child = new_child(base, "sft")
     base.path.rename(base.path.with_name("elsewhere"))
-    status = run_phase(child, AloneSession(), in_process)
+    status = run_phase(child, LocalSession(), in_process)
     assert status.state == "failed"
     assert status.reason.startswith("forward-sft: its parent's checkpoint is gone or damaged: ")
     assert "\n" not in status.reason

@@ -14,22 +14,23 @@ import torch
 import torch.nn.functional as F
 
 from bwlm.config import Experiment
+from bwlm.directions import READINGS, own_readings
+from bwlm.evaluate import generation as module
 from bwlm.model.gpt import GPT
 from bwlm.model.optim import build_optimizer
-from bwlm.model.step import TrainStep
+from bwlm.model.train_step import TrainStep
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import read_journal
-from bwlm.record.lineage import ExperimentFolder
 from bwlm.text.batches import Batch, open_rows
-from bwlm.text.conversation import Message, TurnIds, opening
-from bwlm.text.direction import IGNORED, READINGS, own_readings
+from bwlm.text.conversation import Message, TurnIds, build_prompt
+from bwlm.text.direction import IGNORED
 from bwlm.text.prepare import Prepared
 from bwlm.text.tokenizer import Tokenizer
-from bwlm.train import rollouts as module
-from bwlm.train.packed import build_model
+from bwlm.train.packed_phase import build_model
 from bwlm.train.rl import measure, rollouts_of
 from bwlm.train.rollouts import Problem, Rollouts, load_problems
 from bwlm.train.run import run_phase
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
 from tasks.arithmetic import parse
 from tests.runs import STEPS, NewChild, NewFamily, in_process, losses
 from tests.train.test_phases import give_something_to_learn
@@ -49,7 +50,7 @@ def new_rl(new_family: NewFamily, new_child: NewChild) -> NewRL:
         sft = ExperimentFolder(new_family(direction).path.parent, f"{direction}-{reversal}-sft")
         if not sft.exists():
             sft = new_child(new_family(direction), "sft", sft.id, budget={"steps": 1}, data__reversal=reversal)
-            assert run_phase(sft, AloneSession(), in_process).state == "finished"
+            assert run_phase(sft, LocalSession(), in_process).state == "finished"
         return new_child(sft, "rl", name, **settings)
 
     return make
@@ -133,7 +134,7 @@ def test_two_workers_train_as_one_also_where_one_has_nothing_to_validate(new_rl:
     """One validation problem, two workers: the figures are those of one worker."""
     settings = {"lr": 0.2, "budget": {"steps": 3, "batch_tokens": 512}, "checkpoint": {"every": 0}, "rl__validation": 1}
     one, two = (new_rl("bidirectional", "turns", name, **settings) for name in ("one", "two"))
-    assert run_phase(one, AloneSession(), in_process).state == "finished"
+    assert run_phase(one, LocalSession(), in_process).state == "finished"
     train_in_processes(two, 2)
     assert losses(two) == pytest.approx(losses(one), rel=1e-3, abs=1e-5)
     alone, shared = one.status().metrics, two.status().metrics
@@ -174,12 +175,22 @@ class Script:
     def __init__(self, rollouts: Rollouts, say: Callable[[Problem, str, int], tuple[str, bool]]) -> None:
         """`say`: (problem, reading, number of the sample) -> the text, and whether its closing marker comes."""
         self.calls: list[dict[str, Any]] = []
-        self._say, self._tokenizer, self._count = say, rollouts.tokenizer, {}
+        self._say, self._tokenizer, self._count = say, rollouts.generator.tokenizer, {}
         self._known: dict[tuple[int, ...], tuple[Problem, str]] = {}
-        for reading in own_readings(rollouts.direction):
+        for reading in own_readings(rollouts.generator.direction):
             for problem in rollouts.problems:
-                given = problem.conversation[1:] if is_asking(reading, rollouts.reversal) else problem.conversation[:-1]
-                opened = opening(given, reading, rollouts.direction, rollouts.reversal, rollouts.tokenizer)
+                given = (
+                    problem.conversation[1:]
+                    if is_asking(reading, rollouts.generator.reversal)
+                    else problem.conversation[:-1]
+                )
+                opened = build_prompt(
+                    given,
+                    reading,
+                    rollouts.generator.direction,
+                    rollouts.generator.reversal,
+                    rollouts.generator.tokenizer,
+                )
                 self._known[tuple(opened.ids)] = problem, reading
 
     def __call__(
@@ -207,7 +218,7 @@ def test_rewards_advantages_and_targets_by_hand(
     """
     folder = new_rl(direction, reversal, rl__samples=8 if direction == "bidirectional" else 4)
     rollouts = rollouts_of(folder.config())
-    turns = TurnIds.of(rollouts.tokenizer)
+    turns = TurnIds.from_tokenizer(rollouts.generator.tokenizer)
 
     def say(problem: Problem, reading: str, number: int) -> tuple[str, bool]:
         question, answer = (message.content for message in problem.conversation)
@@ -226,12 +237,12 @@ def test_rewards_advantages_and_targets_by_hand(
     for call, reading in zip(script.calls, readings, strict=True):
         stop = turns.user_start if is_asking(reading, reversal) else turns.assistant_end
         assert call["stop"] == {stop}
-        assert call["banned"] == set(rollouts.tokenizer.specials.values()) - {stop}
+        assert call["banned"] == set(rollouts.generator.tokenizer.specials.values()) - {stop}
         assert (call["temperature"], call["top_k"], call["new_tokens"]) == (1.0, None, 6)
         assert len(set(call["seeds"])) == 8
         for prompt in call["prompts"]:
             last = turns.user_end if is_asking(reading, reversal) else turns.assistant_start
-            assert prompt[0] == rollouts.tokenizer.bos
+            assert prompt[0] == rollouts.generator.tokenizer.bos
             assert prompt[-1] == last
     assert script.calls[0]["seeds"] != script.calls[-1]["seeds"] or len(readings) == 1
 
@@ -244,11 +255,11 @@ def test_rewards_advantages_and_targets_by_hand(
         assert place.tolist() == list(range(place[0], place[-1] + 1))
         assert len(place) == batch["sample_tokens"][row]
         assert inputs[len(prompt) : place[-1] + 1] == targets[place[:-1]].tolist()
-        assert set(inputs[place[-1] + 1 :]) <= {rollouts.tokenizer.pad}
+        assert set(inputs[place[-1] + 1 :]) <= {rollouts.generator.tokenizer.pad}
         assert (batch["importance"][row][place] == advantages[row]).all()
         assert not batch["importance"][row][targets == IGNORED].any()
         assert (targets[place[-1]] in vars(turns).values()) == bool(batch["finished"][row])
-    assert not np.isin(batch["targets"], [rollouts.tokenizer.pad, rollouts.tokenizer.bos]).any()
+    assert not np.isin(batch["targets"], [rollouts.generator.tokenizer.pad, rollouts.generator.tokenizer.bos]).any()
 
 
 def test_the_halves_of_a_bidirectional_group_have_means_of_their_own(
@@ -353,7 +364,7 @@ def test_a_run_in_which_nothing_is_earned_ends_well_with_its_parents_weights(
     monkeypatch.setattr(
         module, "generate", lambda model, prompts, new_tokens, **options: [[5] * new_tokens for _ in prompts]
     )
-    status = run_phase(folder, AloneSession(), in_process)
+    status = run_phase(folder, LocalSession(), in_process)
     assert status.state == "finished"
     assert losses(folder) == [0.0] * STEPS
     assert status.metrics["val_reward"] == 0
@@ -394,7 +405,7 @@ def test_a_run_tells_what_was_earned_and_keeps_examples(
 ) -> None:
     give_something_to_learn(monkeypatch)
     folder = new_rl(direction, reversal)
-    status = run_phase(folder, AloneSession(), in_process)
+    status = run_phase(folder, LocalSession(), in_process)
     assert status.state == "finished", status.reason
     entries = list(read_journal(folder.path))
     assert [entry.step for entry in entries] == list(range(1, STEPS + 1))
@@ -434,7 +445,7 @@ def test_validation_is_greedy_and_on_problems_that_are_not_trained_on(
 
     monkeypatch.setattr(module, "generate", note)
     folder = new_rl("forward")
-    assert run_phase(folder, AloneSession(), in_process).state == "finished"
+    assert run_phase(folder, LocalSession(), in_process).state == "finished"
     greedy = {prompt for temperature, prompt in asked if temperature == 0}
     drawn = {prompt for temperature, prompt in asked if temperature == 1}
     assert len(greedy) == 5
@@ -483,7 +494,9 @@ def test_a_longest_sample_fits_into_its_batch(new_rl: NewRL) -> None:
     assert full.any()
     assert ((batch["targets"][full] != IGNORED)[:, -1]).all()
     few = rollouts.settings.model_copy(update={"new_tokens": 2})
-    short = Rollouts.of(folder.config().corpus, few, "bidirectional", "whole", rollouts.tokenizer, 2, [1.0], 0)
+    short = Rollouts.from_corpus(
+        folder.config().corpus, few, "bidirectional", "whole", rollouts.generator.tokenizer, 2, [1.0], 0
+    )
     assert short.width < 20
 
 
@@ -501,6 +514,6 @@ def test_a_model_is_left_as_it_was(new_rl: NewRL) -> None:
 
 def test_the_samples_folder_of_a_run_is_its_own(new_rl: NewRL, tmp_path: Path) -> None:
     folder = new_rl("forward")
-    assert run_phase(folder, AloneSession(), in_process).state == "finished"
+    assert run_phase(folder, LocalSession(), in_process).state == "finished"
     assert not list(tmp_path.glob("samples"))
     assert list((folder.path / "samples").glob("*.json"))

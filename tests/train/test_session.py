@@ -10,25 +10,25 @@ from pathlib import Path
 import pytest
 
 from bwlm.errors import UserError
-from bwlm.train.session import AloneSession, together
+from bwlm.train.session import LocalSession, raise_on_all_ranks
 
 RANK = """
 import sys
 from datetime import timedelta
 import torch.distributed as dist
 from bwlm.errors import BwlmError, UserError
-from bwlm.train.session import AloneSession, together
+from bwlm.train.session import LocalSession, raise_on_all_ranks
 rank = int(sys.argv[1])
 dist.init_process_group(
     "gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=3, timeout=timedelta(seconds=60)
 )
-session = AloneSession(rank, 3)
-assert together(session, lambda: rank) == rank
+session = LocalSession(rank, 3)
+assert raise_on_all_ranks(session, lambda: rank) == rank
 def fails_on_the_later_ranks():
     if rank > 0:
         raise UserError(f"tokenizer.json: no such file on node {rank} (\u00fc)")
 try:
-    together(session, fails_on_the_later_ranks)
+    raise_on_all_ranks(session, fails_on_the_later_ranks)
 except BwlmError as error:
     print(f"{type(error).__name__}: {error}")
 """
@@ -36,8 +36,8 @@ except BwlmError as error:
 
 def test_alone_a_failure_is_raised_as_it_is() -> None:
     with pytest.raises(UserError, match=r"^mine$"):
-        together(AloneSession(), _fail)
-    assert together(AloneSession(), lambda: 5) == 5
+        raise_on_all_ranks(LocalSession(), _fail)
+    assert raise_on_all_ranks(LocalSession(), lambda: 5) == 5
 
 
 def _fail() -> None:

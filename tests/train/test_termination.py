@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
 from bwlm.train.termination import Termination
 
 
@@ -75,7 +75,7 @@ def test_what_was_noted_stays_and_does_not_reach_a_later_one(received: list[int]
 @pytest.mark.usefixtures("received")
 def test_a_session_alone_stops_if_it_was_given_one() -> None:
     with Termination() as termination:
-        sessions = AloneSession(termination=termination), AloneSession()
+        sessions = LocalSession(termination=termination), LocalSession()
         assert [session.stopping() for session in sessions] == [False, False]
         ask()
         assert [session.stopping() for session in sessions] == [True, False]

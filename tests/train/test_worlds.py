@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bwlm.record.checkpoint import checkpoint_steps, load_checkpoint, step_folder
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.record.experiment import ExperimentFolder
 from tests.runs import STEPS, NewRun, losses, weights_digest
 
 REPOSITORY = Path(__file__).parents[2]

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bwlm.record.lineage import ExperimentFolder
+from bwlm.record.experiment import ExperimentFolder
 from bwlm.text.batches import Batch, DirectedPlan
 from bwlm.train.run import run_phase
-from bwlm.train.session import AloneSession
+from bwlm.train.session import LocalSession
 
 LIMIT = timedelta(seconds=60)
 """A rank that waits for another one gives up after this"""
@@ -35,7 +35,7 @@ def train(rank: int, world: int, folder: ExperimentFolder, store: Path, deadly: 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=LIMIT)
-    assert run_phase(folder, AloneSession(rank, world), stream).state == "finished"
+    assert run_phase(folder, LocalSession(rank, world), stream).state == "finished"
 
 
 def main(folder: ExperimentFolder, world: int, deadly: int | None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from bwlm.analysis.charts.look import SHORT_NUMBER, direction_color, series_in_order, styled
+from bwlm.analysis.charts.style import SHORT_NUMBER, direction_color, series_in_order, styled
 
 _FEWEST_TOKENS = 30
 """Under so many a mean loss says little; the table has it."""

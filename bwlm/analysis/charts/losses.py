@@ -5,7 +5,8 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from bwlm.analysis.charts.look import PALETTE, SHORT_NUMBER, direction_color, nothing, styled
+from bwlm.analysis.charts.style import PALETTE, SHORT_NUMBER, direction_color, nothing, styled
+from bwlm.directions import TEXT_READINGS
 
 VERDICTS = {
     "different": "#d17a00",
@@ -126,7 +127,7 @@ def transfer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     table = table.assign(
         model=table["direction"] + " model", row=table["size"] + ", lr " + table["lr"].map("{:g}".format)
     )
-    readings = ["forward", "backward"]
+    readings = list(TEXT_READINGS)
     base = alt.Chart(table).encode(
         y=alt.Y("model:N", title=None, sort=[f"{name} model" for name in PALETTE]),
         color=alt.Color(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from bwlm.analysis.charts.look import direction_color, styled
+from bwlm.analysis.charts.style import direction_color, styled
 
 
 def reward_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:

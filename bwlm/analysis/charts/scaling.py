@@ -7,7 +7,7 @@ import math
 import altair as alt
 import pandas as pd
 
-from bwlm.analysis.charts.look import direction_color, styled
+from bwlm.analysis.charts.style import direction_color, styled
 
 _WIDTH = 520
 _COLOR = "#4b5563"

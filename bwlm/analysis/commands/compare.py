@@ -1,0 +1,289 @@
+"""Learning curves of several runs: over steps, tokens, FLOPs and time, and what a direction needs to reach a loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bwlm.analysis.charts.losses import comparison_curves
+from bwlm.analysis.commands.result import Analysis
+from bwlm.analysis.runs.findings import best_rates
+from bwlm.analysis.runs.labels import sizes
+from bwlm.analysis.runs.losses import load_curves
+from bwlm.directions import DIRECTIONS
+from bwlm.errors import UserError
+from bwlm.format import counted
+from bwlm.phases import PHASES
+from bwlm.record.experiment import ExperimentFolder
+from bwlm.stats.gaps import FEWEST_SEEDS, paired_t
+
+AXES = {"step": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
+_GROUP = ["size", "direction", "lr"]
+_SMOOTHED = 25
+"""A training loss is averaged over one in so many of a run's steps, centred."""
+_POINTS = 120
+"""Points of a curve in the chart."""
+_LEVELS = 3
+_EFFICIENCY = [
+    *("size", "loss", "direction", "seeds", "tokens", "flops"),
+    *("against", "ratio", "ratio_low", "ratio_high", "averaged"),
+]
+_DIFFERENCE = ["tokens", "difference", "low", "high", "size", "direction", "against", "seeds"]
+_OF_ONE_RUN = 200
+"""Points of a single run's curve."""
+
+
+def compare(folders: list[ExperimentFolder]) -> Analysis:
+    """Curves with bands over seeds, and the tokens and FLOPs to reach a loss (learning efficiency).
+
+    Directions are held against each other in base and mid alone: in SFT each learns to write text of its own.
+
+    Raises `UserError` if no run has logged a step, or if all are of RL.
+    """
+    learning = without_rl(folders)
+    if not learning:
+        raise UserError("nothing to compare: in RL a loss says nothing of learning; see `bwlm analyze rewards`")
+    curves = smoothed_curves(learning)
+    if curves.empty:
+        raise UserError("nothing to compare: no step has been logged yet")
+    several = curves["direction"].nunique() > 1
+    same_text = {folder.id for folder in learning if PHASES[folder.config().experiment.phase].compared}
+    held = curves[curves["run"].isin(same_text)] if several else curves
+    chosen = at_best_rates(held, {(rate.size, rate.direction): rate.lr for rate in best_rates(learning)})
+    table, apart = efficiency(chosen), differences(chosen)
+    title = "Learning curves"
+    without = sorted({folder.id for folder in learning if folder.status().step} - set(curves["run"]))
+    notes = [f"{run}: its metrics.jsonl holds no step, so it is left out" for run in without]
+    if others := len(folders) - len(learning):
+        notes.append(f"left out: {counted(others, 'run')} of RL, whose rewards `bwlm analyze rewards` shows")
+    if apart_from := curves["run"].nunique() - held["run"].nunique():
+        notes.append(f"{counted(apart_from, 'run')} of SFT: directions write text of their own there, so only curves")
+    found = [*_sentences(table), *_difference_sentences(apart)]
+    return Analysis("compare", title, found, table, comparison_curves(bands(curves), apart, title), notes)
+
+
+def without_rl(folders: list[ExperimentFolder]) -> list[ExperimentFolder]:
+    """All but those of RL: the loss of a policy gradient goes nowhere while rewards rise."""
+    return [folder for folder in folders if not PHASES[folder.config().experiment.phase].has_reward]
+
+
+def smoothed_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
+    """A row a step: run, size, direction, lr, seed, step, tokens, flops, seconds, loss and, if measured, val_loss.
+
+    Losses are in nats per token that is learnt, in SFT those that a direction writes; `loss` is the training loss,
+    averaged about its step over `averaged` tokens: an average of the past would lag behind a falling loss.
+    """
+    labels, parts = sizes(folders), []
+    for folder in folders:
+        curve = load_curves(folder)
+        if curve.empty:
+            continue
+        experiment = folder.config().experiment
+        learnt = PHASES[experiment.phase].metric
+        window = max(1, len(curve) // _SMOOTHED)
+        parts.append(
+            pd.DataFrame(
+                {
+                    "run": folder.id,
+                    "size": labels[folder.id],
+                    "direction": experiment.direction,
+                    "lr": experiment.lr,
+                    "seed": experiment.seed,
+                    "step": curve["step"],
+                    "tokens": curve["tokens"],
+                    "flops": curve["flops"],
+                    "seconds": curve["step_seconds"].cumsum(),
+                    "averaged": window * curve["tokens"].diff().median() if len(curve) > 1 else curve["tokens"],
+                    "loss": curve["train_loss"].rolling(window, center=True, min_periods=1).mean(),
+                    "val_loss": curve.get(learnt, math.nan),
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def single_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
+    """The input of `charts.losses.learning_curves`: few enough steps to be drawn, all validations among them."""
+    curves = smoothed_curves(without_rl(folders))
+    if curves.empty:
+        return curves
+    place = curves.groupby("run").cumcount()
+    steps = curves.groupby("run")["step"].transform("size")
+    stride = (steps // _OF_ONE_RUN).clip(lower=1)
+    return curves[(place % stride == 0) | (place == steps - 1) | curves["val_loss"].notna()]
+
+
+def bands(curves: pd.DataFrame) -> pd.DataFrame:
+    """Mean, lowest and highest loss over seeds, on a grid of each axis: axis, x, loss, low, high, seeds."""
+    parts = []
+    for key, group in curves.groupby(_GROUP):
+        runs = [run for _, run in group.groupby("run")]
+        for axis, label in AXES.items():
+            end = min(run[axis].iloc[-1] for run in runs)
+            start = max(run[axis].iloc[0] for run in runs)
+            x = np.linspace(start, end, min(_POINTS, min(map(len, runs))))
+            loss = np.stack([np.interp(x, run[axis], run["loss"]) for run in runs])
+            named: dict[str, Any] = dict(zip(_GROUP, key, strict=True))
+            parts.append(
+                pd.DataFrame(
+                    {"axis": label, "x": x, "loss": loss.mean(0), "low": loss.min(0), "high": loss.max(0)}
+                ).assign(seeds=len(runs), **named)
+            )
+    return pd.concat(parts, ignore_index=True)
+
+
+def differences(curves: pd.DataFrame) -> pd.DataFrame:
+    """Averaged training loss of each direction less that of the first of its size; of one learning rate each.
+
+    Columns: size, direction, against, seeds, tokens, difference (nats per token, mean over the seeds that both have),
+    low, high (95 % t-interval over three seeds or more, for each point by itself). At a step all directions of one seed
+    read the same text, so what is hard about it cancels.
+    """
+    parts = []
+    for size, of_size in curves.groupby("size"):
+        names = [name for name in DIRECTIONS if name in set(of_size["direction"])]
+        for name in names[1:]:
+            apart = _losses_by_seed(of_size, name) - _losses_by_seed(of_size, names[0])
+            apart = apart.dropna(axis="columns", how="all").dropna()
+            if not apart.empty:
+                parts.append(_spread(apart).assign(size=size, direction=name, against=names[0]))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=_DIFFERENCE)
+
+
+def _losses_by_seed(curves: pd.DataFrame, direction: str) -> pd.DataFrame:
+    """A row a step, by its tokens; a column a seed."""
+    return curves[curves["direction"] == direction].pivot_table(index="tokens", columns="seed", values="loss")
+
+
+def _spread(apart: pd.DataFrame) -> pd.DataFrame:
+    """Mean and interval over the columns, at so many of the rows that they can be drawn."""
+    chosen = apart.iloc[np.unique(np.linspace(0, len(apart) - 1, _POINTS).astype(int))]
+    tested = [paired_t(row) if len(row) >= FEWEST_SEEDS else None for row in chosen.to_numpy()]
+    low, high = zip(*[found[1] if found else (math.nan, math.nan) for found in tested], strict=True)
+    return pd.DataFrame(
+        {
+            "tokens": chosen.index,
+            "difference": chosen.mean(axis="columns").to_numpy(),
+            "low": low,
+            "high": high,
+            "seeds": chosen.shape[1],
+        }
+    )
+
+
+def _difference_sentences(apart: pd.DataFrame) -> list[str]:
+    """One for each size and direction, at the quarters of the training."""
+    found = []
+    for (size, name, first), part in apart.groupby(["size", "direction", "against"], sort=False):
+        end = part["tokens"].max()
+        at = [part.iloc[(part["tokens"] - end * share).abs().argmin()]["difference"] for share in (0.25, 0.5, 0.75, 1)]
+        quarters = ", ".join(f"{value:+.4f}" for value in at)
+        seeds = counted(int(part["seeds"].iloc[0]), "seed")
+        found.append(
+            f"{size}: training loss of {name} less that of {first} on the same text, in nats per token, after each "
+            f"quarter of the training: {quarters} ({seeds})"
+        )
+    return found
+
+
+def efficiency(curves: pd.DataFrame) -> pd.DataFrame:
+    """What each direction needs to reach some losses, beside the first direction of its size.
+
+    The losses lie between where all runs of a size have left their start behind and the lowest that all of them reach.
+    `ratio` is the geometric mean over seeds of tokens against the first direction's, with its 95 % t-interval over
+    seeds of the logarithm; all figures of a row are over the seeds that both have. FLOPs a token are equal within a
+    size, so it holds for FLOPs too. `averaged` is over how many tokens a loss is: no step is told from its neighbours
+    more finely.
+    """
+    rows = []
+    for size, of_size in curves.groupby("size"):
+        reachable = max(run["loss"].min() for _, run in of_size.groupby("run"))
+        start = max(run["loss"].iloc[0] for _, run in of_size.groupby("run"))
+        levels = np.linspace(start, reachable, _LEVELS + 1)[1:]
+        names = [name for name in DIRECTIONS if name in set(of_size["direction"])]
+        for level in levels:
+            needed = {name: _needed(of_size[of_size["direction"] == name], float(level)) for name in names}
+            rows += [
+                _row(str(size), float(level), name, needed, names[0]) | {"averaged": of_size["averaged"].max()}
+                for name in names
+            ]
+    return pd.DataFrame(rows, columns=_EFFICIENCY)
+
+
+def at_best_rates(curves: pd.DataFrame, best: dict[tuple[str, str], float]) -> pd.DataFrame:
+    """Of each size and direction the runs at the rate that verdicts take.
+
+    Where no rate has one yet, those at the rate with the lowest mean training loss at the end.
+    """
+    ends = curves.groupby([*_GROUP, "run"])["loss"].last().groupby(_GROUP).mean()
+    chosen = {(size, direction): lr for size, direction, lr in ends.groupby(_GROUP[:2]).idxmin()} | best
+    keys = zip(curves["size"], curves["direction"], curves["lr"], strict=True)
+    return curves[[chosen[size, direction] == lr for size, direction, lr in keys]]
+
+
+def _needed(curves: pd.DataFrame, level: float) -> dict[int, tuple[float, float]]:
+    """Tokens and FLOPs at which each seed first comes down to a loss, on the line between the steps about it."""
+    found = {}
+    for seed, run in curves.groupby("seed"):
+        lowest = np.minimum.accumulate(run["loss"].to_numpy())
+        at = int(np.argmax(lowest <= level + 1e-12))
+        before = max(at - 1, 0)
+        share = (lowest[before] - level) / (lowest[before] - lowest[at]) if lowest[before] > lowest[at] else 1.0
+        tokens, flops = (run[name].to_numpy(dtype=float)[[before, at]] for name in ("tokens", "flops"))
+        found[int(str(seed))] = (float(tokens @ [1 - share, share]), float(flops @ [1 - share, share]))
+    return found
+
+
+def _row(
+    size: str, level: float, name: str, needed: dict[str, dict[int, tuple[float, float]]], first: str
+) -> dict[str, object]:
+    own, other = needed[name], needed[first]
+    seeds = sorted(own.keys() & other.keys())
+    logs = np.array([math.log(own[seed][0] / other[seed][0]) for seed in seeds])
+    spread = paired_t(logs) if name != first else None
+    low, high = (math.exp(bound) for bound in spread[1]) if spread else (math.nan, math.nan)
+    return {
+        "size": size,
+        "loss": level,
+        "direction": name,
+        "seeds": len(seeds),
+        "tokens": float(np.mean([own[seed][0] for seed in seeds]).round()) if seeds else math.nan,
+        "flops": float(np.mean([own[seed][1] for seed in seeds]).round()) if seeds else math.nan,
+        "against": first,
+        "ratio": math.exp(float(logs.mean())) if len(logs) else math.nan,
+        "ratio_low": low,
+        "ratio_high": high,
+    }
+
+
+def _sentences(table: pd.DataFrame) -> list[str]:
+    """One for each size and direction but the first, at the lowest loss that all reach; and one where it is alone."""
+    lowest = table[table["loss"] == table.groupby("size")["loss"].transform("min")]
+    directions = table.groupby("size")["direction"].nunique()
+    return [
+        _sentence(row)
+        for _, row in lowest.iterrows()
+        if directions[row["size"]] == 1 or row["direction"] != row["against"]
+    ]
+
+
+def _sentence(row: pd.Series[Any]) -> str:
+    level = f"{row['loss']:.3f} nats per token (training loss, averaged over {row['averaged']:,.0f} tokens)"
+    if row["direction"] == row["against"]:
+        needs = f"{row['tokens']:,.0f} tokens and {row['flops']:.3g} FLOPs"
+        return f"{row['size']}: {row['direction']} needs {needs} to reach {level}: {counted(int(row['seeds']), 'seed')}"
+    if not row["seeds"]:
+        return f"{row['size']}: {row['direction']} and {row['against']} share no seed: what they need is not compared"
+    return (
+        f"{row['size']}: {row['direction']} needs {row['ratio']:.2f} times the tokens of {row['against']} to reach "
+        f"{level}{_interval(row['ratio_low'], row['ratio_high'], int(row['seeds']))}"
+    )
+
+
+def _interval(low: float, high: float, seeds: int) -> str:
+    if math.isnan(low):
+        return ": one seed"
+    return f": 95 % over {seeds} seeds {low:.2f} .. {high:.2f}"

@@ -1,0 +1,165 @@
+"""What models make of the same text at the end: states layer by layer, and where attention heads look."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from bwlm.analysis.charts.insides import similarity_chart
+from bwlm.analysis.commands.result import Analysis
+from bwlm.analysis.runs.labels import sizes
+from bwlm.analysis.runs.research_logs import LoggedRun, from_each, opened
+from bwlm.directions import READINGS, is_marked, rank
+from bwlm.errors import UserError
+from bwlm.record.experiment import ExperimentFolder
+from bwlm.stats.cka import Kernel, cka
+
+_EMBEDDING = -1
+"""Its layer, as the research log counts them: states after the embedding, then after each block from 0 on."""
+_STATISTICS = ("entropy", "distance", "first_share")
+
+
+@dataclass(frozen=True)
+class States:
+    """One run's newest states in one reading."""
+
+    run: str
+    group: str
+    """Runs of one group are paired."""
+    direction: str
+    reading: str
+    seed: int
+    step: int
+    tokens: NDArray[np.int64]
+    layers: list[Kernel]
+
+    @property
+    def label(self) -> str:
+        return f"{self.direction} ({self.reading})" if is_marked(self.direction) else self.direction
+
+    @property
+    def rank(self) -> tuple[str, int, str, int]:
+        return (self.group, *rank(self.direction), READINGS.index(self.reading))
+
+
+def representations(folders: list[ExperimentFolder]) -> Analysis:
+    """Layer by layer, how alike the states of two runs are on the same tokens: across directions, and across seeds.
+
+    Runs of one size are paired, of one learning rate where a direction of that size has several. Raises `UserError`
+    with under two of those that logged states of the same tokens.
+    """
+    groups = _groups(folders)
+    states, notes = _states(folders, groups)
+    alike = _over_pairs(_pairs(states, notes))
+    if alike.empty:
+        raise UserError("; ".join(notes) or "representations: two runs of one size are needed to compare their states")
+    title = "Representations"
+    try:
+        heads, without = from_each(folders, ranked_heads)
+    except UserError as error:  # attention need not be logged
+        heads, without = pd.DataFrame(), [str(error)]
+    notes += [note for note in without if note not in notes]
+    more = {} if heads.empty else {"heads": _mean_heads(heads)}
+    chart = similarity_chart(alike, heads if heads.empty else heads.assign(group=heads["run"].map(groups)), title)
+    table = alike.drop(columns=["direction", "reading"])
+    return Analysis("representations", title, _alike(table), table, chart, notes, more=more)
+
+
+def _groups(folders: list[ExperimentFolder]) -> dict[str, str]:
+    """The size of each run, with its learning rate where a direction has several of them at that size."""
+    labels, experiments = sizes(folders), {folder.id: folder.config().experiment for folder in folders}
+    rates: dict[tuple[str, str], set[float]] = {}
+    for run, experiment in experiments.items():
+        rates.setdefault((labels[run], experiment.direction), set()).add(experiment.lr)
+    several = {size for (size, _), of in rates.items() if len(of) > 1}
+    return {run: f"{size}, lr {experiments[run].lr:g}" if size in several else size for run, size in labels.items()}
+
+
+def _states(folders: list[ExperimentFolder], groups: dict[str, str]) -> tuple[list[States], list[str]]:
+    """Of each run and, for a bidirectional one, reading; and why others have none."""
+    found: list[States] = []
+    notes = []
+    for folder in folders:
+        try:
+            with opened(folder) as run:
+                readings = run.fixed("representations", "reading")
+                tokens, states = run.fixed("representations", "token"), run.last("representations", "states")
+                step = int(run.last("representations", "step"))
+                for reading, of_reading in zip(readings, states, strict=True):
+                    layers = [Kernel.from_states(of_layer) for of_layer in of_reading]
+                    found.append(
+                        States(
+                            folder.id, groups[folder.id], run.direction, str(reading), run.seed, step, tokens, layers
+                        )
+                    )
+        except UserError as error:
+            notes.append(str(error))
+    return sorted(found, key=lambda one: one.rank), notes
+
+
+def _pairs(states: list[States], notes: list[str]) -> pd.DataFrame:
+    """A row a pair of runs and layer: group, pair, direction and reading (of pairs of seeds), layer, cka."""
+    rows = []
+    for one, other in combinations(states, 2):
+        if one.group != other.group or (pair := pair_name(one, other)) is None:
+            continue
+        if not np.array_equal(one.tokens, other.tokens):
+            notes.append(f"{one.run} and {other.run}: states of other tokens: they cannot be compared")
+            continue
+        if one.step != other.step:
+            notes.append(f"{one.run} at step {one.step} is compared with {other.run} at step {other.step}")
+        seeds = one.label == other.label
+        of = (one.group, pair, one.direction if seeds else "", one.reading if seeds else "")
+        layers = enumerate(zip(one.layers, other.layers, strict=True), start=_EMBEDDING)
+        rows += [(*of, layer, cka(x, y)) for layer, (x, y) in layers]
+    return pd.DataFrame(rows, columns=["group", "pair", "direction", "reading", "layer", "cka"])
+
+
+def _over_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Mean, lowest and highest over the pairs of a kind; in each group those of seeds first."""
+    keys = ["group", "pair", "direction", "reading", "layer"]
+    alike = pairs.groupby(keys, sort=False)["cka"].agg(["mean", "min", "max", "size"]).reset_index()
+    alike = alike.assign(across=alike["direction"] == "").sort_values(["group", "across"], kind="stable")
+    return alike.drop(columns="across").rename(columns={"mean": "cka", "min": "low", "max": "high", "size": "pairs"})
+
+
+def pair_name(one: States, other: States) -> str | None:
+    """What a comparison is of; None for two runs that differ in neither direction nor seed."""
+    if one.run == other.run:
+        return f"both readings of one {one.direction} model"
+    if one.label != other.label:
+        return f"{one.label} and {other.label}"
+    return f"seeds of {one.label}" if one.seed != other.seed else None
+
+
+def ranked_heads(run: LoggedRun) -> pd.DataFrame:
+    """Newest attention statistics, a row a head, the nearest-looking of its layer first.
+
+    reading, layer, head (its rank), entropy in nats, distance in tokens, first_share: the share on the first token.
+    Rank and not number, since what a number is in one seed is another in the next.
+    """
+    found = {name: run.last("attention", name) for name in _STATISTICS}  # each [reading, layer, head]
+    order = found["distance"].argsort(axis=-1)
+    ranked = {name: np.take_along_axis(values, order, axis=-1) for name, values in found.items()}
+    reading, layer, head = np.indices(order.shape)
+    readings = run.fixed("attention", "reading")
+    frame = {"reading": readings[reading.ravel()], "layer": layer.ravel(), "head": head.ravel()}
+    return pd.DataFrame(frame | {name: values.ravel() for name, values in ranked.items()})
+
+
+def _mean_heads(of_runs: pd.DataFrame) -> pd.DataFrame:
+    """Means over the runs of a series, and the lowest and highest distance among them."""
+    keys = ["series", "reading", "layer", "head"]
+    means = {name: (name, "mean") for name in _STATISTICS}
+    spread = {"nearest": ("distance", "min"), "farthest": ("distance", "max"), "runs": ("run", "nunique")}
+    return of_runs.groupby(keys, sort=False).agg(**means, **spread).reset_index()
+
+
+def _alike(table: pd.DataFrame) -> list[str]:
+    """The mean over layers of each kind of pair."""
+    means = table.groupby(["group", "pair"], sort=False)["cka"].mean().reset_index()
+    return [f"{row.group}: {row.pair}: CKA {row.cka:.3f}, mean over layers" for row in means.itertuples()]

@@ -1,0 +1,1 @@
+"""RESEARCH_REPORT.md of a grid."""

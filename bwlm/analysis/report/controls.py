@@ -1,0 +1,172 @@
+"""What a study stands on: controls in the same storage, where a gap must not be found, and where one must."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from bwlm.analysis.commands.gap import GAP_HEADER, gap_columns
+from bwlm.analysis.commands.result import markdown_table
+from bwlm.analysis.runs.findings import Findings, find
+from bwlm.analysis.runs.labels import sizes
+from bwlm.analysis.runs.losses import load_losses, with_losses
+from bwlm.analysis.runs.rates import BestRate
+from bwlm.config import CONTROL_SOURCES, NULL, PRODUCTS
+from bwlm.directions import BASELINE, DIRECTIONS, TEXT_READINGS
+from bwlm.record.experiment import ExperimentFolder, list_experiments
+from bwlm.record.health import readable
+from bwlm.stats.gaps import DIFFERENT, Gap
+from bwlm.stats.loss_table import Size
+from bwlm.text.controls import null_floor, null_nll_of_rows
+from bwlm.text.packing import PackedRows
+
+FARTHEST = 0.1
+"""Bits per symbol above the null corpus' entropy within which a model has learned it: (H(pi) - h) / ln 2 = 2.9 above is
+one that knows only how frequent symbols are."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """One pair of a control."""
+
+    name: str
+    gap: Gap
+    passed: bool | None
+    """None: nothing to hold it against."""
+    why: str
+
+
+def control_runs(storage: Path) -> dict[tuple[str, str], list[ExperimentFolder]]:
+    """Runs on a control's corpus, however they ended, by corpus and by the grid that they are of."""
+    found: dict[tuple[str, str], list[ExperimentFolder]] = {}
+    for folder in readable(list_experiments(storage))[0]:
+        config = folder.config()
+        if config.experiment.data.source in CONTROL_SOURCES:
+            found.setdefault((config.experiment.data.source, config.grid or ""), []).append(folder)
+    return dict(sorted(found.items()))
+
+
+def judge_control(source: str, gaps: list[Gap], study: float | None, above: Mapping[Size, float]) -> list[Control]:
+    """Which of a control's pairs do what they must; `study` is the gap (nats) that the null control must be finer than.
+
+    Null, forward against backward: passes if the interval over seeds covers zero, half its width is below the study's
+    gap, and both are at most `FARTHEST` above the corpus' known entropy: of models that learned nothing a gap of zero
+    says nothing. `above` is how far the farther of both is at each size, in bits per symbol. Positive, and anything
+    against permuted: passes if the verdict is `different`, the second one worse.
+    """
+    controls = []
+    for one in gaps:
+        if {one.a, one.b} == set(TEXT_READINGS) and source == NULL:
+            controls.append(_null(one, study, above.get(one.size, math.inf)))
+        elif (one.a, one.b) == TEXT_READINGS or (one.a == BASELINE and DIRECTIONS[one.b].is_control):
+            found = one.verdict == DIFFERENT and one.gap_nats > 0
+            name = one.b if DIRECTIONS[one.b].is_control else "positive"
+            controls.append(Control(name, one, found, f"{one.verdict}, as it must be" if found else f"{one.verdict}"))
+    return controls
+
+
+def _null(one: Gap, study: float | None, above: float) -> Control:
+    if above > FARTHEST:
+        far = f"{above:.2f} bits per symbol above the known entropy, more than {FARTHEST}"
+        return Control("null", one, False, f"{far}: not learned, so a gap of zero says nothing")
+    if one.seed_interval is None:
+        return Control("null", one, False, "one seed gives no interval")
+    low, high = one.seed_interval
+    half = (high - low) / 2
+    if not low <= 0 <= high:
+        return Control("null", one, False, "a gap was found where there is none")
+    if study is not None and half >= abs(study):
+        return Control("null", one, False, f"too coarse: half its width, {half:.4f}, is not below the study's gap")
+    if study is None:
+        return Control("null", one, None, f"covers zero, half its width is {half:.4f}: no gap is claimed to be below")
+    return Control(
+        "null", one, True, f"the interval covers zero, half its width {half:.4f} is below the study's {abs(study):.4f}"
+    )
+
+
+def above_floor(folders: list[ExperimentFolder], best: list[BestRate]) -> pd.DataFrame:
+    """How far runs at their best rates on the null corpus are from what the true chain pays for the same windows.
+
+    A row a run: size, direction, bits per symbol. Where the packed text is gone, from what the chain is expected to
+    pay for segments as long.
+    """
+    rows, labels = [], sizes(folders)
+    wanted = {(rate.size, rate.direction, rate.lr) for rate in best if rate.direction in TEXT_READINGS}
+    finished = [folder for folder in folders if folder.status().state == "finished"]
+    for folder in with_losses(finished)[0]:
+        experiment = folder.config().experiment
+        size, direction = labels[folder.id], experiment.direction
+        if (size, direction, experiment.lr) in wanted:
+            losses = load_losses(folder, direction)
+            loss = losses["nll"].sum() / losses["tokens"].sum()
+            rows.append((size, direction, (loss - _floor(folder, losses)) / math.log(2)))
+    return pd.DataFrame(rows, columns=["size", "direction", "bits"])
+
+
+def _floor(folder: ExperimentFolder, losses: pd.DataFrame) -> float:
+    """Nats per symbol."""
+    corpus = Path(folder.config().corpus)
+    if not (corpus / "manifest.json").exists():
+        return null_floor(losses["tokens"].to_numpy())
+    return null_nll_of_rows(PackedRows(corpus, "validation").take(losses["window"].unique()))
+
+
+# ---- the report's section ----
+
+_CONTROL = {True: "passed", False: "**failed**", None: "no study"}
+
+_NO_CONTROL = {
+    NULL: f"a reversible corpus ({NULL}), on which no gap may be found",
+    PRODUCTS: f"a one-way corpus ({PRODUCTS}), on which one must",
+}
+_RUN_CONTROLS = "With this storage, `bwlm grid run grids/controls.yaml` runs them; the next report shows them."
+
+
+def controls_section(folders: list[ExperimentFolder], findings: Findings) -> list[str]:
+    """A report's section: controls in the study's storage, held against its gap between forward and backward."""
+    runs = control_runs(folders[0].path.parent) if folders else {}
+    claimed = [g for g in findings.gaps if (g.a, g.b) == TEXT_READINGS and g.verdict == DIFFERENT]
+    is_control = {folder.id for folder in folders} & {folder.id for of in runs.values() for folder in of}
+    finest = None if is_control else min((abs(g.gap_nats) for g in claimed), default=None)
+    rows, notes = [], []
+    for (source, grid), of in runs.items():
+        found = find(of)
+        floor = above_floor(of, found.best) if source == NULL else pd.DataFrame()
+        controls = judge_control(source, found.gaps, finest, _farther(floor))
+        rows += [[c.name, grid, *gap_columns(c.gap)[:6], _CONTROL[c.passed], c.why] for c in controls]
+        notes += [f"{source}: no pair was compared"] if not controls else []
+        notes += found.skipped + _of_other_code(source, of, folders) + _floor_words(floor)
+    lacking = [name for name in CONTROL_SOURCES if name not in {source for source, _ in runs}]
+    parts = ["## Controls"]
+    parts += [markdown_table(["control", "grid", *GAP_HEADER[:6], "result", "why"], rows)] if rows else []
+    parts += ["\n".join(f"- {note}" for note in notes)] if notes else []
+    not_run = " and ".join(_NO_CONTROL[name] for name in lacking)
+    return [*parts, f"Not run: {not_run}. {_RUN_CONTROLS}"] if lacking else parts
+
+
+def _of_other_code(source: str, of: list[ExperimentFolder], study: list[ExperimentFolder]) -> list[str]:
+    ours, theirs = ({folder.config().code for folder in runs} for runs in (study, of))
+    return [] if theirs <= ours else [f"{source}: trained with other code than the study"]
+
+
+def _farther(floor: pd.DataFrame) -> dict[Size, float]:
+    """By size the mean over seeds of the direction that is farther from the floor."""
+    if floor.empty:
+        return {}
+    means = floor.groupby(["size", "direction"])["bits"].mean().groupby("size").max()
+    return {str(size): float(bits) for size, bits in means.items()}
+
+
+def _floor_words(floor: pd.DataFrame) -> list[str]:
+    if floor.empty:
+        return []
+    means = floor.groupby(["size", "direction"])["bits"].agg(["mean", "min", "max"])
+    told = [
+        f"{size} {direction} {mean:.4f} ({low:.4f} .. {high:.4f})"
+        for (size, direction), (mean, low, high) in zip(means.index, means.to_numpy(), strict=True)
+    ]
+    return [f"above the known entropy of the null corpus, in bits per symbol: {'; '.join(told)}"]

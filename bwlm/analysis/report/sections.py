@@ -1,0 +1,211 @@
+"""The sections of a report after the verdict: data, audit, dynamics, transfer, insides, cost, how to repeat it."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bwlm.analysis.commands.compare import compare
+from bwlm.analysis.commands.layers import over_time
+from bwlm.analysis.commands.positions import positions
+from bwlm.analysis.commands.representations import representations
+from bwlm.analysis.commands.result import Analysis, frame_to_markdown, markdown_table
+from bwlm.analysis.commands.rewards import rewards
+from bwlm.analysis.commands.transfer import transfer
+from bwlm.analysis.runs.audit import audit, crossing_words
+from bwlm.analysis.runs.losses import load_curves
+from bwlm.config import DataSettings
+from bwlm.errors import UserError
+from bwlm.format import counted
+from bwlm.paths import read_json
+from bwlm.phases import PHASES
+from bwlm.record.catalog.select import begun
+from bwlm.record.experiment import ExperimentFolder
+
+Analyse = Callable[[list[ExperimentFolder]], Analysis]
+
+_ROWS = 40
+"""Rows of a table that a report shows; the rest is for the command that makes all of it."""
+
+_ANALYSES: dict[str, tuple[str, Analyse, bool]] = {
+    "rewards": ("Rewards", rewards, True),
+    "compare": ("Learning efficiency", compare, True),
+    "transfer": ("Both readings", transfer, True),
+    "positions": ("Where the loss lies", positions, False),
+    "gradients": ("Gradients", lambda folders: over_time("gradients", folders), False),
+    "activations": ("Activations", lambda folders: over_time("activations", folders), False),
+    "representations": ("Representations and attention", representations, True),
+}
+"""By command: title, analysis, and whether its tables are for reading."""
+
+
+def analyses_of(folders: list[ExperimentFolder]) -> list[str]:
+    """Those that tell something of such runs: RL is told by rewards, and not by losses."""
+    rewarded = {PHASES[folder.config().experiment.phase].has_reward for folder in folders}
+    wanted = {"rewards": True in rewarded, "compare": rewarded != {True}}
+    return [command for command in _ANALYSES if wanted.get(command, True)]
+
+
+def analysis_sections(
+    commands: list[str], folders: list[ExperimentFolder], home: Path, names: list[str]
+) -> tuple[list[str], list[Path]]:
+    """Markdown of what each analysis finds, and its pictures below `home`; `names` are what a person would type."""
+    try:
+        folders, _ = begun(folders, [])
+    except UserError:
+        folders = []
+    parts, pictures = [], []
+    for command in commands:
+        title, analyse, with_tables = _ANALYSES[command]
+        again = f"`bwlm analyze {command} {shlex.join(names)}`"
+        parts.append(f"## {title}")
+        try:
+            found = analyse(folders)
+        except UserError as error:
+            ended = bool(folders) and all(folder.status().ended for folder in folders)
+            first, *others = str(error).split("; ")
+            told = first + (f", and {len(others)} more like it" if others else "")
+            parts.append(f"Nothing: {told}." if ended else f"Nothing yet ({told}); once there is, {again} makes it.")
+            continue
+        pictures.append(home / f"{command}.svg")
+        found.write(pictures[-1])
+        parts.append("\n".join(f"- {line}" for line in found.findings))
+        parts.append(f"![{found.title}]({command}.svg)")
+        parts += found.tables(_ROWS) if with_tables else []
+        parts += ["\n".join(f"- {note}" for note in found.notes)] if found.notes else []
+        parts.append(f"All of it: {again}.")
+    return parts, pictures
+
+
+def audit_section(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -> list[str]:
+    """Of all pairs among the runs, or of one run's with the others."""
+    words = audit(folders, of).words() + crossing_words([of] if of else folders)
+    return ["## Audit", "\n".join(f"- {line}" for line in words)]
+
+
+def configuration_section(folders: list[ExperimentFolder]) -> list[str]:
+    """Every setting that decides what the cells learn, and all its values."""
+    identities = [folder.config().compared for folder in folders]
+    names = sorted({name for fields in identities for name in fields})
+    rows = [(name, ", ".join(dict.fromkeys(str(fields.get(name, "–")) for fields in identities))) for name in names]
+    grid = folders[0].config().grid if folders else None
+    phases = ", ".join(dict.fromkeys(folder.config().experiment.phase for folder in folders))
+    lineage = f"{counted(len(folders), 'run')} ({phases})" + (f", children of the MLflow run {grid}" if grid else "")
+    return ["## Configuration and lineage", f"{lineage}.", markdown_table(["setting", "values"], rows)]
+
+
+def _order_words(data: DataSettings) -> str:
+    if data.mixture or not data.shuffle:
+        return "in the order of their files"
+    return "shuffled inside each shard"
+
+
+def data_section(folders: list[ExperimentFolder]) -> list[str]:
+    """Each corpus that the runs read: its source or mixture, digest and size."""
+    rows = {}
+    for folder in folders:
+        config = folder.config()
+        if not (manifest := Path(config.corpus) / "manifest.json").exists():
+            continue
+        content = read_json(manifest)
+        counts = {split: _totals(content[split]["shards"]) for split in ("train", "validation")}
+        data = config.experiment.data
+        rows[content["digest"]] = {
+            "source": data.mixture_words or data.source,
+            "vocabulary": config.experiment.tokenizer.vocab_size,
+            "row": config.experiment.model.sequence_length,
+            "documents": _order_words(data),
+            **{f"{split} {what}": f"{n:,}" for split, of in counts.items() for what, n in of.items()},
+            "validation documents trained on too": _overlap(content),
+            "digest": f"`{content['digest'][:12]}`",
+        }
+    if not rows:
+        return [
+            "## Data",
+            "The packed text is no longer below the storage's cache; its digest is in every config.json.",
+        ]
+    columns = [f"corpus {number}" for number in range(1, len(rows) + 1)] if len(rows) > 1 else ["corpus"]
+    names = next(iter(rows.values()))
+    return [
+        "## Data",
+        markdown_table(["", *columns], [[name, *(row[name] for row in rows.values())] for name in names]),
+    ]
+
+
+def _overlap(manifest: dict[str, Any]) -> str:
+    """Exact duplicates; those of rows that were packed before they were counted are not known."""
+    return f"{manifest['overlap']['validation']:,}" if manifest.get("overlap") else "–"
+
+
+def _totals(shards: list[dict[str, Any]]) -> dict[str, int]:
+    return {what: sum(int(shard[what]) for shard in shards) for what in ("documents", "tokens", "bytes")}
+
+
+def cost_section(folders: list[ExperimentFolder]) -> list[str]:
+    """Time, tokens, FLOPs and, of runs whose GPU told its power, energy, by direction."""
+    rows = []
+    for folder in folders:
+        curve = load_curves(folder)
+        if not curve.empty:
+            last, validation = curve.iloc[-1], curve.get("validation_seconds", pd.Series(dtype=float)).sum()
+            rows.append(
+                {
+                    "direction": folder.config().experiment.direction,
+                    "runs": 1,
+                    "tokens": float(last["tokens"]),
+                    "FLOPs": float(last["flops"]),
+                    "hours of steps": curve["step_seconds"].sum() / 3600,
+                    "hours of validation": validation / 3600,
+                    "kWh of GPUs": _energy(folder, curve),
+                }
+            )
+    if not rows:
+        return ["## Cost", "Nothing has been trained yet."]
+    by_direction = pd.DataFrame(rows).groupby("direction", sort=False)
+    table = by_direction.sum()
+    # of some runs alone it would be too little
+    table["kWh of GPUs"] = by_direction["kWh of GPUs"].agg(lambda of_runs: of_runs.sum(skipna=False))
+    table = table.reset_index()
+    unknown = table["kWh of GPUs"].isna().all()
+    energy = (
+        "not known: no GPU told its power"
+        if unknown
+        else "that of GPUs during steps, all like rank 0's; of a shared one, a run's part"
+    )
+    table = table.drop(columns="kWh of GPUs") if unknown else table
+    for name in ("tokens", "FLOPs"):
+        table[name] = [f"{value:.3g}" for value in table[name]]
+    return ["## Cost", frame_to_markdown(table), f"Hours are those of workers. Energy is {energy}."]
+
+
+def _energy(folder: ExperimentFolder, curve: pd.DataFrame) -> float:
+    """kWh of all ranks' GPUs in training steps, of one that is shared this run's part; NaN where power was not told."""
+    if "gpu_watts" not in curve:
+        return math.nan
+    joules = (curve["gpu_watts"].ffill().bfill() * curve["step_seconds"]).sum()
+    resources = folder.config().experiment.resources
+    return float(joules) * resources.workers * resources.gpus_per_worker / 3.6e6
+
+
+def repeat_section(folders: list[ExperimentFolder], command: str) -> list[str]:
+    """The command, versions and fingerprints."""
+    lines = []
+    for folder in folders:
+        config = read_json(folder.path / "config.json")
+        versions = ", ".join(f"{name} {number}" for name, number in sorted(config["versions"].items()))
+        compute = config["compute"]
+        how = (
+            f"{compute['precision']}, {compute['attention']} attention, {'' if compute['compile'] else 'not '}compiled"
+        )
+        lines.append((folder.id, config["fingerprint"], versions, how))
+    kinds = dict.fromkeys((versions, how) for _, _, versions, how in lines)
+    told = ["With `BWLM_STORAGE` naming this storage:"] if "$BWLM_STORAGE" in command else []
+    parts = ["## How to repeat it", *told, f"```bash\n{command}\n```"]
+    parts += [f"With {versions}; {how}." for versions, how in kinds]
+    parts.append("Fingerprints: " + ", ".join(f"{run} `{mark}`" for run, mark, _, _ in lines) + ".")
+    return parts

@@ -1,0 +1,236 @@
+"""RESEARCH_REPORT.md: what was asked, what was measured, and how sure one may be."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from bwlm.analysis.charts.losses import gap_chart, learning_curves
+from bwlm.analysis.charts.style import save_chart
+from bwlm.analysis.commands.compare import single_curves, without_rl
+from bwlm.analysis.commands.gap import GAP_HEADER, gap_caption, gap_columns, gap_frame, gap_line
+from bwlm.analysis.commands.result import markdown_table
+from bwlm.analysis.report.baseline import baseline_section
+from bwlm.analysis.report.controls import controls_section
+from bwlm.analysis.report.page import to_page
+from bwlm.analysis.report.sections import (
+    analyses_of,
+    analysis_sections,
+    audit_section,
+    configuration_section,
+    cost_section,
+    data_section,
+    repeat_section,
+)
+from bwlm.analysis.report.variants import variants_section
+from bwlm.analysis.runs.audit import comparable
+from bwlm.analysis.runs.findings import BEST_HEADER, Findings, best_columns, find
+from bwlm.analysis.runs.labels import sizes
+from bwlm.analysis.runs.rates import BestRate
+from bwlm.paths import write_text
+from bwlm.phases import PHASES
+from bwlm.record.catalog.rows import CELL_HEADER, cell_columns, load_cell
+from bwlm.record.catalog.select import shortest_names
+from bwlm.record.experiment import ExperimentFolder, list_experiments
+from bwlm.record.grids import cells_of, grid_folder
+from bwlm.record.health import readable
+from bwlm.record.repeat import _grid_command, repeat_command
+from bwlm.stats.gaps import TOO_FEW_CHOSE, Gap
+from bwlm.stats.loss_file import write_losses
+
+REPORT = "RESEARCH_REPORT.md"
+PAGE = "RESEARCH_REPORT.html"
+LOSSES = "losses.parquet"
+
+
+def write_grid_report(storage: Path, name: str) -> list[Path]:
+    """Writes the report of a grid and its charts into the grid's folder; returns the files, the report first."""
+    folder = grid_folder(storage, name)
+    folders, left_out = readable(ExperimentFolder(storage, run) for run in cells_of(storage, name))
+    findings = find(folders)
+    findings = replace(findings, without_result=left_out + findings.without_result)
+    charts = list[Path]()
+    if without_rl(folders) or not folders:
+        charts += save_chart(learning_curves(single_curves(folders), f"{name}: learning curves"), folder, "curves")
+    if findings.gaps:
+        charts += save_chart(gap_chart(gap_frame(findings.gaps), f"{name}: gaps between directions"), folder, "gaps")
+        charts.append(write_losses(findings.losses, folder / LOSSES))
+    sections, pictures = _grid_sections(name, folders, findings, folder)
+    text = _grid_text(name, folders, findings, dropped_cells(storage, name))
+    text += "\n".join(["", *(f"{part}\n" for part in sections)])
+    return [*_write(text, folder, storage, f"bwlm: {name}"), *charts, *pictures]
+
+
+def _grid_sections(
+    name: str, folders: list[ExperimentFolder], findings: Findings, home: Path
+) -> tuple[list[str], list[Path]]:
+    """What follows the verdict; insides are shown of what it is about, at each direction's best learning rate."""
+    storage = home.parent.parent
+
+    def analysed(chosen: list[ExperimentFolder], commands: list[str]) -> tuple[list[str], list[Path]]:
+        names = [name] if chosen == folders else shortest_names(storage, [folder.id for folder in chosen])
+        return analysis_sections(commands, chosen, home, names)
+
+    phases = {folder.id: PHASES[folder.config().experiment.phase] for folder in folders}
+    compared = [folder for folder in folders if phases[folder.id].compared]
+    chosen = _at_best_rates(compared, findings.best) or compared or folders
+    analyses, pictures = analysed(chosen, analyses_of(chosen))
+    if rewarded := [folder for folder in folders if phases[folder.id].has_reward and folder not in chosen]:
+        rewards, chart = analysed(rewarded, ["rewards"])
+        analyses, pictures = [*rewards, *analyses], [*chart, *pictures]
+    command = _grid_command(name)
+    parts = [
+        *variants_section(folders),
+        *controls_section(folders, findings),
+        *audit_section(compared),
+        *configuration_section(folders),
+        *data_section(folders),
+    ]
+    parts += [*analyses, *cost_section(folders)]
+    return [*parts, *repeat_section(folders, command)], pictures
+
+
+def _at_best_rates(folders: list[ExperimentFolder], best: list[BestRate]) -> list[ExperimentFolder]:
+    labels, wanted = sizes(folders), {(rate.size, rate.direction, rate.lr) for rate in best}
+    experiments = {folder.id: folder.config().experiment for folder in folders}
+    return [f for f in folders if (labels[f.id], experiments[f.id].direction, experiments[f.id].lr) in wanted]
+
+
+def _write(text: str, folder: Path, storage: Path, title: str) -> list[Path]:
+    """The report, and the same as a page of its own; both tell paths from the storage, which may be moved."""
+    text = re.sub(rf"(?<![\w.~/-]){re.escape(f'{storage}/')}", "", text)
+    write_text(folder / REPORT, text)
+    write_text(folder / PAGE, to_page(text, folder, title))
+    return [folder / REPORT, folder / PAGE]
+
+
+def write_experiment_report(folder: ExperimentFolder, insides: bool = True) -> list[Path]:
+    """Writes one run's report with its learning curve; returns the files, the report first.
+
+    Without `insides` it says by which command they and the comparison with the baseline are added: for a grid's many
+    cells they are seldom looked at.
+    """
+    cell, config = load_cell(folder), folder.config()
+    learnt, charts = _learning(folder)
+    more, pictures = [_WITHOUT_INSIDES.format(run=folder.id)], list[Path]()
+    if insides:
+        commands = [command for command in analyses_of([folder]) if command != "rewards"]
+        analyses, pictures = analysis_sections(commands, [folder], folder.path, [folder.id])
+        more = [*baseline_section(folder), *analyses]
+    settings = markdown_table(["setting", "value"], [(k, v) for k, v in sorted(config.compared.items())])
+    text = "\n\n".join(
+        [
+            f"# {folder.id}",
+            f"A {cell.direction} model of depth {cell.depth}, {cell.state} at step {cell.step} of {config.steps}."
+            + (f" {cell.reason}" if cell.reason else "")
+            + (f" **Damaged**, so that no verdict counts it: {'; '.join(cell.damage)}." if cell.damage else ""),
+            markdown_table(CELL_HEADER, [cell_columns(cell)]),
+            "Loss is in nats per token, bpb in bits per UTF-8 byte of the validation windows.",
+            *learnt,
+            _lineage(folder),
+            *data_section([folder]),
+            *(audit_section(comparable(folder), of=folder) if PHASES[config.experiment.phase].compared else []),
+            *more,
+            *cost_section([folder]),
+            f"## Settings\n\nFingerprint `{config.fingerprint}`.\n\n{settings}",
+            *repeat_section([folder], repeat_command(folder.config())),
+        ]
+    )
+    return [*_write(f"{text}\n", folder.path, folder.path.parent, f"bwlm: {folder.id}"), *charts, *pictures]
+
+
+def _learning(folder: ExperimentFolder) -> tuple[list[str], list[Path]]:
+    """How its loss fell, or in RL its reward rose; and the pictures."""
+    if not without_rl([folder]):
+        return analysis_sections(["rewards"], [folder], folder.path, [folder.id])
+    chart = learning_curves(single_curves([folder]), f"{folder.id}: learning curve")
+    return ["![learning curve](curves.svg) ([in the browser](curves.html))"], save_chart(chart, folder.path, "curves")
+
+
+def _lineage(folder: ExperimentFolder) -> str:
+    config, parent = folder.config(), folder.parent()
+    of_grid = f", a cell of the grid {config.grid}" if config.grid else ""
+    return f"## Lineage\n\nPhase {config.experiment.phase}{of_grid}; parent: {parent or 'none'}."
+
+
+def dropped_cells(storage: Path, name: str) -> list[str]:
+    """Runs of a grid that its last launch no longer asked for: who chooses cells after the fact is to be seen."""
+    cells = set(cells_of(storage, name))
+    return [f.id for f in readable(list_experiments(storage))[0] if f.config().grid == name and f.id not in cells]
+
+
+def dropped_words(runs: list[str]) -> list[str]:
+    """A line, if there are any."""
+    return [f"Of this grid, but not of its last launch, and not judged here: {', '.join(runs)}."] if runs else []
+
+
+def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings, others: list[str]) -> str:
+    cells = [load_cell(folder) for folder in folders]
+    own_text = bool(cells) and not any(PHASES[cell.phase].compared for cell in cells)
+    parts = [f"# {name}" if own_text else f"# {name}: which way should a language model read?", "## Verdict"]
+    parts += [_OWN_TEXT] if own_text else []
+    if findings.gaps:
+        parts += ["\n".join(map(gap_line, findings.gaps, findings.windows))]
+        parts += [markdown_table(GAP_HEADER, [gap_columns(found) for found in findings.gaps])]
+        parts += [f"{gap_caption(findings)}. {_READING}"]
+        parts += ["![gaps](gaps.svg) ([in the browser](gaps.html))"]
+        parts += [_judged_again(findings.gaps)]
+    parts += dropped_words(others)
+    if not findings.best and not findings.not_compared and not own_text:
+        reason = "no learning rate finished at every seed" if findings.excluded else "no cell has finished yet"
+        parts += [f"None: {reason}."]
+    if findings.not_compared:
+        parts += ["Not compared:", "\n".join(f"- {line}" for line in findings.not_compared)]
+    if findings.best or findings.excluded:
+        parts += ["## Best learning rate"]
+    if findings.best:
+        parts += [markdown_table(BEST_HEADER, [best_columns(rate) for rate in findings.best]), _CHOICE]
+    if findings.at_edge:
+        parts += ["\n".join(f"- {line}" for line in findings.at_edge)]
+    if findings.excluded:
+        parts += ["\n".join(f"- {line}" for line in findings.excluded), _EXCLUSION]
+    if without_rl(folders) or not folders:
+        parts += ["## Learning curves", "![learning curves](curves.svg) ([in the browser](curves.html))", _CURVES]
+    parts += ["## Cells", markdown_table(["id", *CELL_HEADER], [[c.id, *cell_columns(c)] for c in cells])]
+    if findings.without_result:
+        parts += ["Cells without a result:", "\n".join(f"- {line}" for line in findings.without_result)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _judged_again(gaps: list[Gap]) -> str:
+    line = f"Every document's loss lies beside this report: `bwlm analyze gap --from {LOSSES}` judges them again"
+    if any(found.verdict == TOO_FEW_CHOSE for found in gaps):
+        return f"{line}, but as losses alone: the file does not say how many seeds chose a rate."
+    return f"{line}."
+
+
+_READING = """A gap is the second direction's loss minus the first's on the same text, in nats per token, at each one's
+best learning rate, on the test half of the validation windows; a bidirectional model's loss is the mean of its two
+readings, at equal total tokens. `different` is said only if the paired t-test over seeds, Holm-adjusted over all pairs
+of this report, gives p < 0.05; the intervals are of each pair by itself, so one may leave out zero where the verdict,
+which reads all pairs together, sees no difference. Where one of several rates was chosen by under three seeds, the
+verdict is `too few seeds chose the rate`: such a choice calls more than 5 % of equal pairs different. The noise floor
+is the same statistic between seeds of one direction."""
+
+
+_CURVES = """Lines are smoothed training losses of single runs, points their validation losses (own reading); in SFT
+both are of what a direction writes."""
+
+
+_OWN_TEXT = """None between directions: in SFT and RL each learns to write text of its own. What variants of one
+direction came to follows below."""
+
+
+_CHOICE = """Chosen for each direction by the mean over seeds on the tuning half (even validation windows); the verdict
+is measured on the other half. The halves are made of windows, not of documents: a long document can have windows in
+both, so the two halves are then not independent texts. And the runs are the same in both halves: what chance gave a
+run took part in the choice of its rate, the more where few seeds chose."""
+
+
+_EXCLUSION = """A learning rate can be chosen only if all its cells finished, at every seed that was planned for it."""
+
+
+_WITHOUT_INSIDES = """## More
+
+`bwlm analyze report {run}` adds the comparison with the forward baseline and what the research log says."""

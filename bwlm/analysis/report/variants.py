@@ -1,0 +1,212 @@
+"""The phases after base of a grid, side by side: what their variants differ in, and what each came to over seeds.
+
+Runs of a variant differ in seeds alone: their own, and those of the runs that they descend from. The first of these
+that differs, the base's where there are several bases, is what statistics take for a seed: runs of one base are not
+independent of each other, and count as their mean.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from bwlm.analysis.commands.result import markdown_table
+from bwlm.analysis.runs.labels import with_ancestors
+from bwlm.format import counted
+from bwlm.phases import LATER
+from bwlm.record.catalog.select import without_seed
+from bwlm.record.experiment import ExperimentFolder
+from bwlm.record.fingerprint import OF_ONE_PARENT
+from bwlm.record.labels import setting_of, varying_settings
+from bwlm.stats.gaps import FEWEST_SEEDS, holm, paired_t
+from bwlm.stats.loss_table import FloatArray
+
+_FIGURES = {
+    "val_loss_written": "loss of what it writes",
+    "val_loss": "loss of all text",
+    "val_bpb": "bpb",
+    "val_reward": "reward",
+}
+_JUDGED = ("val_reward", "val_loss_written", "val_loss")
+"""A variant is judged by the first that its phase measures."""
+_SAME_TASK = ("direction", "depth", "data", "tokenizer", "reversal", "model.sequence_length", "evaluation.tokens")
+"""What two variants must agree in: else they were measured on other text, or on another part of it."""
+_ALSO_IN_RL = ("rl.validation",)
+_READING = f"""Losses are in nats per token of the validation conversations. In SFT and RL a direction learns to write
+its own part of a conversation: compare variants of one direction. A reward is the mean over greedy answers to
+validation problems. With {FEWEST_SEEDS} seeds or more ± is half of the 95 % t-interval over seeds; two variants of one
+direction, depth and text are compared by the paired t-test over the seeds that both have, Holm-adjusted over all such
+pairs of the phase. Runs of one base count as their mean."""
+
+Seeds = tuple[Any, ...]
+"""Of a run and those that it descends from, the base's first."""
+
+
+@dataclass(frozen=True)
+class Variants:
+    """The finished runs of one phase."""
+
+    phase: str
+    header: list[str]
+    rows: list[list[str]]
+    """A variant each, the best of those that are comparable first."""
+    comparisons: list[str]
+    """Of each two that are comparable, in words."""
+
+
+@dataclass(frozen=True)
+class _Variant:
+    name: str
+    fields: dict[str, Any]
+    """Of `with_ancestors`, of its first run."""
+    figures: dict[Seeds, dict[str, float]]
+    """Means over the runs of the same seeds."""
+
+    def of(self, name: str) -> dict[Seeds, float]:
+        return {seeds: found[name] for seeds, found in self.figures.items() if name in found}
+
+
+def variants(folders: list[ExperimentFolder]) -> list[Variants]:
+    """For each phase after base, in their order."""
+    found = []
+    for phase in LATER:
+        runs = [f for f in folders if f.config().experiment.phase == phase and f.status().state == "finished"]
+        if runs:
+            found.append(_of_phase(phase, runs))
+    return found
+
+
+def variants_section(folders: list[ExperimentFolder]) -> list[str]:
+    """For a grid's report."""
+    parts = []
+    for one in variants(folders):
+        parts += [f"### {one.phase}", markdown_table(one.header, one.rows)]
+        parts += ["\n".join(f"- {line}" for line in one.comparisons)] if one.comparisons else []
+    return ["## Phases after base", *parts, _READING] if parts else []
+
+
+def _of_phase(phase: str, runs: list[ExperimentFolder]) -> Variants:
+    fields = {run.id: with_ancestors(run) for run in runs}
+    found = _grouped(runs, fields)
+    varied = [name for name in varying_settings(fields) if name != "parent_recipe"] + _varying_rates(fields)
+    figures = [name for name in _FIGURES if any(one.of(name) for one in found)]
+    judged = next(name for name in _JUDGED if name in figures)
+    found.sort(key=lambda one: (_task(one), _rank(one, judged)))
+    seeded = any(len(one.figures) > 1 for one in found)
+    header = ["id", "direction", "depth", *map(_short, varied)]
+    header += [*(["seeds"] if seeded else []), *(_FIGURES[name] for name in figures)]
+    rows = [
+        [
+            one.name,
+            *(str(one.fields.get(name)) for name in ("direction", "depth", *varied)),
+            *([str(len(_by_seed(one.of(judged))))] if seeded else []),
+            *(_mean(_by_seed(one.of(name))) for name in figures),
+        ]
+        for one in found
+    ]
+    return Variants(phase, header, rows, _comparisons(found, judged))
+
+
+def _grouped(runs: list[ExperimentFolder], fields: dict[str, dict[str, Any]]) -> list[_Variant]:
+    groups: dict[str, list[ExperimentFolder]] = {}
+    for run in runs:
+        alike = {name: value for name, value in fields[run.id].items() if not _is_of_a_seed(name)}
+        groups.setdefault(json.dumps(alike, sort_keys=True), []).append(run)
+    found = []
+    for group in groups.values():
+        metrics: dict[Seeds, list[dict[str, float]]] = {}
+        for run in group:
+            metrics.setdefault(_seeds(fields[run.id]), []).append(run.status().metrics)
+        figures = {
+            seeds: {name: _over(of_runs, name) for name in _FIGURES if all(name in one for one in of_runs)}
+            for seeds, of_runs in metrics.items()
+        }
+        globs = {without_seed(run.id) for run in group}
+        name = globs.pop() if len(group) > 1 and len(globs) == 1 else ", ".join(run.id for run in group)
+        found.append(_Variant(name, fields[group[0].id], figures))
+    return found
+
+
+def _over(runs: list[dict[str, float]], name: str) -> float:
+    return float(np.mean([one[name] for one in runs]))
+
+
+def _is_of_a_seed(name: str) -> bool:
+    return setting_of(name)[1] == "seed" or name in OF_ONE_PARENT
+
+
+def _seeds(fields: dict[str, Any]) -> Seeds:
+    names = [name for name in fields if setting_of(name)[1] == "seed"]
+    return tuple(fields[name] for name in sorted(names, key=setting_of, reverse=True))
+
+
+def _varying_rates(fields: dict[str, dict[str, Any]]) -> list[str]:
+    """Learning rates, own and of ancestors; what an ancestor's says that the own says already is left out."""
+    known = {name for of_run in fields.values() for name in of_run if setting_of(name)[1] == "lr"}
+    columns = {name: tuple(of_run.get(name) for of_run in fields.values()) for name in sorted(known, key=setting_of)}
+    found: list[str] = []
+    for name, column in columns.items():
+        if len(set(column)) > 1 and column not in [columns[other] for other in found]:
+            found.append(name)
+    return found
+
+
+def _short(name: str) -> str:
+    """mid.optim.init_lr_frac -> mid init_lr_frac"""
+    far, setting = setting_of(name)
+    return (f"{name.partition('.')[0]} " if far else "") + setting.rpartition(".")[2]
+
+
+def _task(one: _Variant) -> tuple[str, ...]:
+    return tuple(str(one.fields.get(name)) for name in (*_SAME_TASK, *_ALSO_IN_RL))
+
+
+def _rank(one: _Variant, judged: str) -> float:
+    """Lower is better."""
+    mean = float(np.mean([*one.of(judged).values()] or [np.inf]))
+    return -mean if judged == "val_reward" else mean
+
+
+def _by_seed(figures: dict[Seeds, float]) -> FloatArray:
+    """[seeds] means over the runs of each."""
+    place = next((n for n, column in enumerate(zip(*figures, strict=True)) if len(set(column)) > 1), 0)
+    found: dict[Any, list[float]] = {}
+    for seeds, figure in figures.items():
+        found.setdefault(seeds[place], []).append(figure)
+    return np.array([np.mean(of_seed) for of_seed in found.values()])
+
+
+def _mean(values: FloatArray) -> str:
+    if not len(values):
+        return ""
+    spread = paired_t(values) if len(values) >= FEWEST_SEEDS else None
+    return f"{values.mean():.4f}" + (f" ± {(spread[1][1] - spread[1][0]) / 2:.4f}" if spread else "")
+
+
+def _comparisons(found: list[_Variant], judged: str) -> list[str]:
+    """`found` is in order: the better of two stands first."""
+    pairs = [(one, other) for one, other in combinations(found, 2) if _task(one) == _task(other)]
+    apart = [_differences(one.of(judged), other.of(judged)) for one, other in pairs]
+    tested = {
+        number: test for number, d in enumerate(apart) if len(d) >= FEWEST_SEEDS and (test := paired_t(d)) is not None
+    }
+    adjusted = dict(zip(tested, holm([p for p, _ in tested.values()]), strict=True))
+    unit = "" if judged == "val_reward" else " nats per token"
+    lines = []
+    for number, (_, (low, high)) in tested.items():
+        one, other = (f"`{variant.name}`" for variant in pairs[number])
+        sure = f"95 % over {counted(len(apart[number]), 'seed')} {low:+.4f} .. {high:+.4f}, p = {adjusted[number]:.2g}"
+        lines.append(f"{one} less {other}: {_FIGURES[judged]} {apart[number].mean():+.4f}{unit}, {sure}")
+    if len(tested) < len(pairs):
+        left = "variants" if not tested else counted(len(pairs) - len(tested), "pair") + " of variants"
+        lines.append(f"{left} with under {FEWEST_SEEDS} seeds in common: too few to tell which is better")
+    return lines
+
+
+def _differences(one: dict[Seeds, float], other: dict[Seeds, float]) -> FloatArray:
+    """[seeds] of those that both have."""
+    return _by_seed({seeds: one[seeds] - other[seeds] for seeds in one if seeds in other})

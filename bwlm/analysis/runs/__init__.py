@@ -1,0 +1,1 @@
+"""Tables that are read from the folders of runs."""

@@ -1,0 +1,107 @@
+"""Which runs may be compared: those whose identities differ in the direction, and in what is tuned for it, alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from bwlm.analysis.runs.losses import byte_counts_of
+from bwlm.directions import is_marked
+from bwlm.record.experiment import ExperimentFolder, list_experiments
+from bwlm.record.fingerprint import VARIED, differences
+from bwlm.record.health import readable
+
+TUNED = frozenset(VARIED) - {"seed", "parent_seed"}
+"""What the cells of a pair may differ in."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found when every pair of runs of two directions, one depth and one seed was compared."""
+
+    passed: int
+    """Pairs whose data, tokenizer, code, precision, budget, row order and evaluation windows are equal."""
+    doubled: int
+    """Pairs of a bidirectional run with twice the other's steps that agree in all else: as many tokens each way."""
+    refused: list[str]
+    """Pairs that differ in more than they may, with the fields."""
+
+    def words(self) -> list[str]:
+        """For a report."""
+        if not (self.passed or self.doubled or self.refused):
+            return ["No pair of runs of two directions with one depth and one seed lies here to be compared."]
+        equal = "data, tokenizer, code, precision, budget, row order and validation windows"
+        doubled = (
+            f"{self.doubled} more agree but for a bidirectional run's twice the steps, its tokens in each direction."
+        )
+        return [f"{self.passed} pairs of runs agree in {equal}.", *([doubled] if self.doubled else []), *self.refused]
+
+
+def crossing_words(folders: list[ExperimentFolder]) -> list[str]:
+    """Says which runs let attention cross segments, and what that does to their figures; nothing where none does."""
+    crossing = [found for folder in folders if not (found := folder.config().experiment).model.document_mask]
+    if not crossing:
+        return []
+    words = [
+        f"Attention crosses segments in {len(crossing)} of {len(folders)} runs (`model.document_mask: false`): what a "
+        "segment costs depends on the documents before it in its row."
+    ]
+    if any(is_marked(experiment.direction) for experiment in crossing):
+        words.append(
+            "Rows of such a bidirectional run, whose segments are read both ways, are no mirror images of each other: "
+            "its two readings see other documents before a segment."
+        )
+    return words
+
+
+def comparable(folder: ExperimentFolder) -> list[ExperimentFolder]:
+    """The runs of its grid, or for one of no grid those of no grid, with itself."""
+    others, _ = readable(list_experiments(folder.path.parent))
+    grid = folder.config().grid
+    return [other for other in others if other.config().grid == grid]
+
+
+def audit(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -> Audit:
+    """Compares the identities of all pairs that a gap could be taken between; many refusals of one kind become one.
+
+    With `of` only the pairs that this run is in.
+    """
+    identities = {folder.id: folder.config().compared for folder in folders}
+    counts = {folder.id: byte_counts_of(folder) for folder in folders}
+    passed, doubled, refused = 0, 0, dict[tuple[str, ...], list[str]]()
+    for (one, fields), (other, other_fields) in combinations(identities.items(), 2):
+        if (of and of.id not in (one, other)) or not _is_pair(fields, other_fields):
+            continue
+        twice = _equal_per_direction(fields, other_fields)
+        allowed = dict.fromkeys(TUNED | ({"steps"} if twice else set()))
+        changed = differences(fields | allowed, other_fields | allowed)
+        changed += _counts(counts[one], counts[other])
+        if changed:
+            refused.setdefault(tuple(changed), []).append(f"{one} and {other}")
+        elif twice:
+            doubled += 1
+        else:
+            passed += 1
+    return Audit(passed, doubled, [_refusal(changed, pairs) for changed, pairs in refused.items()])
+
+
+def _counts(one: str, other: str) -> list[str]:
+    """Returns true unless the two count the bytes of a token by other tables; earlier versions do not say."""
+    return [f"bytes per token: {one} -> {other}"] if one and other and one != other else []
+
+
+def _is_pair(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    same = all(one[name] == other[name] for name in ("depth", "seed", "phase"))
+    return same and one["direction"] != other["direction"]
+
+
+def _equal_per_direction(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether a bidirectional run of a pair has twice the other's steps, and so as many tokens in each direction."""
+    once, twice = sorted((one, other), key=lambda fields: is_marked(fields["direction"]))
+    return is_marked(twice["direction"]) and bool(twice["steps"] == 2 * once["steps"])
+
+
+def _refusal(changed: tuple[str, ...], pairs: list[str]) -> str:
+    more = f" and {len(pairs) - 1} more pairs" if len(pairs) > 1 else ""
+    return f"refused: {pairs[0]}{more}: differ in {'; '.join(changed)}"

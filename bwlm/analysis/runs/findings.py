@@ -1,0 +1,176 @@
+"""What a grid's finished cells say: best learning rates, and the gaps between directions at those."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import pandas as pd
+
+from bwlm.analysis.runs.labels import sizes
+from bwlm.analysis.runs.losses import load_gap_table, with_losses
+from bwlm.analysis.runs.rates import (
+    BestRate,
+    TriedRate,
+    best_learning_rates,
+    best_on_test,
+    equal_per_direction,
+    tried_rates,
+)
+from bwlm.directions import DIRECTIONS
+from bwlm.errors import UserError
+from bwlm.format import counted
+from bwlm.phases import PHASES
+from bwlm.record.catalog.rows import load_cell
+from bwlm.record.experiment import ExperimentFolder
+from bwlm.stats.gaps import PER_DIRECTION, Gap, gap, is_pair, judge
+from bwlm.stats.loss_table import COLUMNS, with_counts
+
+ONE_WINDOW = "one validation window leaves none to compare on: raise evaluation.tokens"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a grid's finished cells say."""
+
+    best: list[BestRate]
+    gaps: list[Gap]
+    without_result: list[str]
+    """Cells that have none, with the reason."""
+    not_compared: list[str]
+    """Pairs that could not be, with the reason."""
+    excluded: list[str]
+    """Learning rates that could not be chosen, with the reason, and directions that are left with none."""
+    windows: list[int]
+    """Of the compared half, for each gap."""
+    at_edge: list[str]
+    """Best learning rates beyond which none was tried: a better one may lie there."""
+    losses: pd.DataFrame
+    """That the gaps were measured on, a row a run and document: `stats.COLUMNS`."""
+
+    @property
+    def skipped(self) -> list[str]:
+        return [*self.without_result, *self.excluded, *self.not_compared]
+
+
+def find(folders: list[ExperimentFolder]) -> Findings:
+    """Best learning rate per direction and size, and the paired gaps between directions at their best rates.
+
+    Of phases that learn all of a text. In SFT and RL directions learn to write different parts of a conversation: what
+    all of it costs them says little of either.
+    """
+    folders = [folder for folder in folders if PHASES[folder.config().experiment.phase].compared]
+    cells = {folder.id: load_cell(folder) for folder in folders}
+    finished, unreadable = with_losses([folder for folder in folders if cells[folder.id].state == "finished"])
+    skipped = [
+        f"{c.id}: {c.state}{f' ({c.reason})' if c.reason else ''}" for c in cells.values() if c.state != "finished"
+    ] + unreadable
+    if not finished:
+        return Findings([], [], skipped, [], [], [], [], pd.DataFrame(columns=COLUMNS))
+    labels = sizes(folders)
+    table, tried, best = _rates(folders, finished, labels)
+    losses = best_on_test(table, best)
+    test = pd.concat([losses, equal_per_direction(losses, finished, labels)], ignore_index=True)
+    can_choose = best or any(rate.qualifies for rate in tried)
+    compared, problems = _compare(test) if can_choose else ([], [])
+    problems += _codes(finished)
+    windows = [_windows(test, found) for found in compared]
+    at_edge = _at_edge(best, tried)
+    return Findings(best, compared, skipped, problems, _excluded(tried), windows, at_edge, test[with_counts(test)])
+
+
+def _codes(folders: list[ExperimentFolder]) -> list[str]:
+    """Sentences on depths whose runs were trained by several codes; each code has pairs and verdicts of its own."""
+    found: dict[int, dict[str, set[int]]] = {}
+    for config in (folder.config() for folder in folders):
+        found.setdefault(config.experiment.depth, {}).setdefault(config.code, set()).add(config.experiment.seed)
+    return [
+        f"d{depth}: trained by {len(codes)} codes, which are judged apart: "
+        + "; ".join(f"{code} seeds {', '.join(map(str, sorted(seeds)))}" for code, seeds in codes.items())
+        for depth, codes in sorted(found.items())
+        if len(codes) > 1
+    ]
+
+
+def best_rates(folders: list[ExperimentFolder]) -> list[BestRate]:
+    """Those of `find`, without comparing directions; sizes have the labels that they have among all of the runs."""
+    labels = sizes(folders)
+    folders = [folder for folder in folders if PHASES[folder.config().experiment.phase].compared]
+    finished, _ = with_losses([folder for folder in folders if folder.status().state == "finished"])
+    return _rates(folders, finished, labels)[2] if finished else []
+
+
+def _rates(
+    folders: list[ExperimentFolder], finished: list[ExperimentFolder], labels: dict[str, str]
+) -> tuple[pd.DataFrame, list[TriedRate], list[BestRate]]:
+    """The losses of every finished run's documents, the rates that were tried, and the best of them."""
+    table = load_gap_table(finished, labels)
+    tried = tried_rates(folders, labels, {folder.id for folder in finished})
+    return table, tried, best_learning_rates(table, tried)
+
+
+def _windows(test: pd.DataFrame, found: Gap) -> int:
+    """Those of one run stand for all of the pair, which were compared because they are of the same text."""
+    one = test["size"].eq(found.size) & test["direction"].eq(found.a) & test["seed"].eq(found.seeds[0])
+    return int(test.loc[one, "windows"].iloc[0])
+
+
+def _excluded(tried: list[TriedRate]) -> list[str]:
+    rates = [
+        f"excluded: {r.direction} {r.size} lr {r.lr:g}: "
+        f"{r.cells - r.finished} of {counted(r.cells, 'cell')} gave no result"
+        for r in tried
+        if not r.qualifies
+    ]
+    able = {(rate.size, rate.direction) for rate in tried if rate.qualifies}
+    unable = sorted({(rate.size, rate.direction) for rate in tried} - able)
+    return rates + [f"{size}: {direction} has no best learning rate: none is left" for size, direction in unable]
+
+
+def _at_edge(best: list[BestRate], tried: list[TriedRate]) -> list[str]:
+    """Where a verdict on directions may be one on learning rates: what was best is the last that was tried."""
+    lines = dict[str, list[str]]()
+    for one in best:
+        rates = [rate.lr for rate in tried if (rate.size, rate.direction) == (one.size, one.direction)]
+        if len(rates) == 1:
+            said = f"lr {one.lr:g} is the only one that was tried"
+        elif one.lr in (min(rates), max(rates)):
+            side, other = ("lowest", "lower") if one.lr == min(rates) else ("highest", "higher")
+            said = f"the best lr, {one.lr:g}, is the {side} that was tried, and a {other} one may be better still"
+        else:
+            continue
+        lines.setdefault(f"{one.size}: {said}", []).append(one.direction)
+    return [f"{said}: {', '.join(directions)}" for said, directions in lines.items()]
+
+
+def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
+    """The gap of every pair that can be measured, judged as one family, and why there is none of the others."""
+    if test.empty:
+        return [], [ONE_WINDOW]
+    found, problems = [], []
+    for size, rows in test.groupby("size"):
+        present = [name for name in DIRECTIONS if name in set(rows["direction"])]
+        if len(present) < 2 and PER_DIRECTION not in str(size):
+            problems.append(f"{size}: only {present[0]} has a best learning rate, and a gap needs two directions")
+        for a, b in combinations(present, 2):
+            if not is_pair(str(size), b):
+                continue
+            pair = rows[rows["direction"].isin([a, b])]
+            try:  # with the pair's rows alone: what is wrong with another must not silence this one
+                found.append(replace(gap(pair, a, b, str(size)), choosing_seeds=_fewest_that_chose(pair)))
+            except UserError as error:
+                problems.append(f"{size}: {error}")
+    return judge(found), problems
+
+
+def _fewest_that_chose(pair: pd.DataFrame) -> int | None:
+    """How many seeds chose the learning rates of a pair, of the direction with fewer; None if neither was chosen."""
+    fewest = pair["choosing_seeds"].min()
+    return None if pd.isna(fewest) else int(fewest)
+
+
+BEST_HEADER = ["size", "direction", "best lr", "rates tried", "bpb on the tuning half", "seeds"]
+
+
+def best_columns(rate: BestRate) -> list[str]:
+    return [rate.size, rate.direction, f"{rate.lr:g}", str(rate.candidates), f"{rate.bpb:.4f}", str(rate.seeds)]

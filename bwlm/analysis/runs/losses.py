@@ -1,0 +1,97 @@
+"""Tables of what runs left behind: learning curves, the loss of every document, the best learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bwlm.directions import TEXT_READINGS, own_readings
+from bwlm.errors import UserError
+from bwlm.paths import read_json
+from bwlm.record.experiment import ExperimentFolder
+from bwlm.record.journal import read_journal
+
+HALVES = ("tuning", "test")
+"""Even validation windows choose the learning rate, odd ones compare the directions."""
+
+_TEXT = ["window", "segment", "document", "tokens", "bytes"]
+
+
+def load_curves(folder: ExperimentFolder) -> pd.DataFrame:
+    """One row a step: step and every metric that was logged."""
+    return pd.DataFrame([{"step": entry.step, **entry.metrics} for entry in read_journal(folder.path)])
+
+
+def load_losses(folder: ExperimentFolder, reading: str) -> pd.DataFrame:
+    """One row a segment of the validation windows: window, document, tokens, bytes, nll (nats), end_nll.
+
+    Raises `UserError` that names the file if it is missing or damaged.
+    """
+    path = folder.evaluation(folder.config().experiment.phase, reading) / "validation.parquet"
+    try:
+        table: pd.DataFrame = pq.read_table(path).to_pandas()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file: a run is evaluated in this reading at its end") from None
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())})") from None
+    return table
+
+
+def byte_counts_of(folder: ExperimentFolder) -> str:
+    """The digest of the bytes per token that a run's losses are counted by; empty where it noted none."""
+    path = folder.evaluation(folder.config().experiment.phase, TEXT_READINGS[0]) / "validation.json"
+    return str(read_json(path).get("token_bytes", "")) if path.exists() else ""
+
+
+def own_losses(folder: ExperimentFolder) -> pd.DataFrame:
+    """Losses in the direction's own reading; a bidirectional model's are the mean of its two."""
+    direction = folder.config().experiment.direction
+    first, *others = (load_losses(folder, reading) for reading in own_readings(direction))
+    if not others:
+        return first
+    [second] = others
+    if not first[_TEXT].equals(second[_TEXT]):
+        raise UserError(f"{folder.id}: its two readings were measured on other windows: evaluate it again")
+    return first.assign(nll=(first["nll"] + second["nll"]) / 2, end_nll=(first["end_nll"] + second["end_nll"]) / 2)
+
+
+def with_losses(folders: list[ExperimentFolder]) -> tuple[list[ExperimentFolder], list[str]]:
+    """The runs whose own losses can be read, and of each other why not."""
+    readable, reasons = [], []
+    for folder in folders:
+        try:
+            own_losses(folder)
+            readable.append(folder)
+        except UserError as error:
+            reasons.append(f"{folder.id}: {error}")
+    return readable, reasons
+
+
+def load_gap_table(folders: list[ExperimentFolder], labels: dict[str, str]) -> pd.DataFrame:
+    """The input of `stats`: run, direction, seed, size, lr, half, document, nll, tokens, bytes; a row a document.
+
+    `windows` beside them is how many the run's half has. Sizes are taken from `labels`, those of the whole grid.
+    """
+    parts = []
+    for folder in folders:
+        experiment = folder.config().experiment
+        losses = own_losses(folder)
+        losses["half"] = [HALVES[window % 2] for window in losses["window"]]
+        losses["nll"] = losses["nll"].fillna(math.inf)  # a sum would skip it, and a diverged run look good
+        windows = losses.groupby("half")["window"].nunique()
+        summed = losses.groupby(["half", "document"], as_index=False)[["nll", "tokens", "bytes"]].sum()
+        parts.append(
+            summed.assign(
+                run=folder.id,
+                direction=experiment.direction,
+                seed=experiment.seed,
+                size=labels[folder.id],
+                lr=experiment.lr,
+                windows=summed["half"].map(windows),
+                token_bytes=byte_counts_of(folder),
+            )
+        )
+    return pd.concat(parts, ignore_index=True)

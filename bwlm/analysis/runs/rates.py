@@ -1,0 +1,115 @@
+"""Learning rates: those that were tried, the best of each direction, and its losses on the test half."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+import pandas as pd
+
+from bwlm.directions import TEXT_READINGS, is_marked
+from bwlm.record.experiment import ExperimentFolder
+from bwlm.record.labels import double_budget_pairs
+from bwlm.stats.gaps import PER_DIRECTION
+
+
+@dataclass(frozen=True)
+class TriedRate:
+    """A learning rate that the grid planned for a direction at a size."""
+
+    size: str
+    direction: str
+    lr: float
+    cells: int
+    finished: int
+
+    @property
+    def qualifies(self) -> bool:
+        """Had it diverged at one seed, the seeds that survived would say nothing of it."""
+        return self.finished == self.cells
+
+
+def tried_rates(folders: list[ExperimentFolder], labels: dict[str, str], finished: set[str]) -> list[TriedRate]:
+    """Every learning rate of the grid with how many of its cells, one a seed, are among the `finished`."""
+    keys = {}
+    for folder in folders:
+        experiment = folder.config().experiment
+        keys[folder.id] = (labels[folder.id], experiment.direction, experiment.lr)
+    done = Counter(key for run, key in keys.items() if run in finished)
+    return [TriedRate(*key, cells, done[key]) for key, cells in sorted(Counter(keys.values()).items())]
+
+
+@dataclass(frozen=True)
+class BestRate:
+    """The learning rate at which a direction is compared."""
+
+    size: str
+    direction: str
+    lr: float
+    candidates: int
+    """Learning rates that were tried, those that do not qualify among them."""
+    seeds: int
+    bpb: float
+    """Mean over those seeds, tuning half."""
+    choosing_seeds: int | None
+    """The fewest seeds that any rate was judged by in the choice; None where one rate alone was tried: no choice."""
+
+
+def best_learning_rates(table: pd.DataFrame, tried: Sequence[TriedRate]) -> list[BestRate]:
+    """For each size and direction the qualifying learning rate with the lowest mean over seeds on the tuning half.
+
+    Only seeds that every qualifying rate of that size and direction was trained with count, where there are any. A
+    direction of which no rate qualifies has no best one.
+    """
+    candidates = Counter((rate.size, rate.direction) for rate in tried)
+    qualifying = {(rate.size, rate.direction, rate.lr) for rate in tried if rate.qualifies}
+    tuning = table[_among(table, qualifying) & table["half"].eq("tuning")]
+    sums = tuning.groupby(["size", "direction", "lr", "seed"], as_index=False)[["nll", "bytes"]].sum()
+    sums["bpb"] = sums["nll"] / (math.log(2) * sums["bytes"])
+    found = []
+    for (size, direction), group in sums.groupby(["size", "direction"]):
+        tried_here = candidates[str(size), str(direction)]
+        rates = group["lr"].nunique()
+        of_seed = group.groupby("seed")["lr"].nunique()
+        shared = group[group["seed"].isin(of_seed.index[of_seed == rates])]
+        counted = shared if len(shared) else group
+        means = counted.groupby("lr")["bpb"].mean()
+        lr = float(means.index[int(means.to_numpy().argmin())])  # of equal ones the lowest
+        of_rate = counted.groupby("lr")["seed"].nunique()
+        choosing_seeds = int(of_rate.min()) if tried_here > 1 else None
+        bpb, seeds = float(means.min()), int(of_rate[lr])
+        found.append(BestRate(str(size), str(direction), lr, tried_here, seeds, bpb, choosing_seeds))
+    return found
+
+
+def best_on_test(table: pd.DataFrame, best: list[BestRate]) -> pd.DataFrame:
+    """The test half of the cells at their direction's best learning rate.
+
+    A column `choosing_seeds` says how many seeds chose that rate; missing where nothing was chosen.
+    """
+    wanted = {(rate.size, rate.direction, rate.lr): rate.choosing_seeds for rate in best}
+    test = table[_among(table, wanted.keys()) & table["half"].eq("test")].drop(columns="half")
+    keys = zip(test["size"], test["direction"], test["lr"], strict=True)
+    return test.assign(choosing_seeds=pd.Series([wanted[key] for key in keys], index=test.index, dtype=float))
+
+
+def equal_per_direction(test: pd.DataFrame, folders: list[ExperimentFolder], labels: dict[str, str]) -> pd.DataFrame:
+    """Rows of `test` once more, for the pairs of one-directional runs and bidirectional ones of twice their steps.
+
+    Of all pairs these alone may differ in their budget, and so in their row order.
+    """
+    parts = []
+    for once, twice in double_budget_pairs({labels[folder.id]: folder.config().compared for folder in folders}):
+        is_pair = (test["size"].eq(once) & test["direction"].isin(TEXT_READINGS)) | (
+            test["size"].eq(twice) & test["direction"].map(is_marked)
+        )
+        parts.append(test[is_pair].assign(size=f"{once}{PER_DIRECTION}"))
+    return pd.concat(parts, ignore_index=True) if parts else test.head(0)
+
+
+def _among(table: pd.DataFrame, wanted: Set[tuple[str, str, float]]) -> pd.Series[bool]:
+    """Which rows are of the wanted sizes, directions and learning rates."""
+    keys = zip(table["size"], table["direction"], table["lr"], strict=True)
+    return pd.Series([key in wanted for key in keys], index=table.index, dtype=bool)

@@ -1,0 +1,77 @@
+"""Research logs as tables: what analyses read of `<phase>.h5`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from bwlm.analysis.runs.labels import series
+from bwlm.errors import UserError
+from bwlm.record.experiment import ExperimentFolder
+from bwlm.record.researchlog import open_log
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """A run whose log is open."""
+
+    folder: ExperimentFolder
+    direction: str
+    lr: float
+    seed: int
+    file: Any
+
+    def last(self, group: str, column: str) -> NDArray[Any]:
+        """The newest entry. Raises `UserError` where there is none."""
+        return np.asarray(self._entries(group, column)[-1])
+
+    def all(self, group: str, column: str) -> NDArray[Any]:
+        """Every entry [steps, ..]. Raises `UserError` where there is none."""
+        return np.asarray(self._entries(group, column)[:])
+
+    def fixed(self, group: str, column: str) -> NDArray[Any]:
+        values = self.file[f"{group}/{column}"][:]
+        return values.astype(str) if values.dtype.kind == "O" else np.asarray(values)
+
+    def _entries(self, group: str, column: str) -> Any:
+        name = f"{group}/{column}"
+        if name not in self.file or not len(self.file[name]):
+            raise UserError(f"{self.file.filename}: holds no {name}: none logged so far, or research_log.{group} is 0")
+        return self.file[name]
+
+
+@contextmanager
+def opened(folder: ExperimentFolder) -> Iterator[LoggedRun]:
+    """Raises `UserError` naming the file if it is missing, or turns out to be damaged when it is read in the block."""
+    experiment = folder.config().experiment
+    path = folder.research_log(experiment.phase)
+    try:
+        with open_log(path) as file:
+            yield LoggedRun(folder, experiment.direction, experiment.lr, experiment.seed, file)
+    except (KeyError, OSError, RuntimeError, ValueError) as error:  # what h5py raises of a flipped bit
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())})") from error
+
+
+def from_each(
+    folders: list[ExperimentFolder], read: Callable[[LoggedRun], pd.DataFrame]
+) -> tuple[pd.DataFrame, list[str]]:
+    """What `read` makes of each run's log, joined, with run, direction, series; and why others gave nothing.
+
+    Raises `UserError` if none gave anything.
+    """
+    parts, notes, named = [], [], series(folders)
+    for folder in folders:
+        try:
+            with opened(folder) as run:
+                parts.append(read(run).assign(run=folder.id, direction=run.direction, series=named[folder.id]))
+        except UserError as error:
+            notes.append(str(error))
+    if not parts:
+        raise UserError("; ".join(notes))
+    return pd.concat(parts, ignore_index=True), notes

@@ -1,0 +1,123 @@
+"""How many cells a cluster has room for."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+
+import ray
+
+from bwlm.config import ResourceSettings
+from bwlm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 1.0
+
+
+SPARE_CPUS = 1.0
+"""Logical CPUs left for Ray Data's tasks: without one, a cell waits for its first batch for ever."""
+
+
+_ROUNDING = 1e-6  # a tenth of a GPU can be given ten times
+
+
+TRIAL_CPUS = 0.1
+"""What the trial that drives several workers asks for itself."""
+
+
+def cpus_of_cell(resources: ResourceSettings) -> float:
+    """Logical CPUs that one cell holds while it runs."""
+    return resources.workers * resources.cpus_per_worker + (TRIAL_CPUS if resources.workers > 1 else 0)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How many cells run at once, and on what."""
+
+    concurrency: int
+    dashboard: str | None
+    cluster: str
+    """`this machine` or the address of a cluster."""
+
+
+def capacity_of_cluster(
+    needs: Collection[ResourceSettings], concurrency: int | None, cells: int, dashboard: str | None
+) -> Capacity:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = sum(node.get("CPU", 0) for node in nodes) - SPARE_CPUS
+    gpus = sum(node.get("GPU", 0) for node in nodes)
+    for resources in needs:
+        places = sum(_places(node, resources) for node in nodes)
+        if places < resources.workers:
+            raise UserError(
+                f"resources.workers: {resources.workers} workers of {resources.cpus_per_worker} CPUs and "
+                f"{resources.gpus_per_worker:g} GPUs asked for, but the cluster has room for {int(places)}: "
+                "lower resources or add nodes"
+            )
+    chosen = choose_concurrency(needs, concurrency, cells, cpus, gpus, "the cluster")
+    gpus_of_cell = max(resources.workers * resources.gpus_per_worker for resources in needs)
+    chosen = min(chosen, _free_now(max(map(cpus_of_cell, needs)), gpus_of_cell))
+    unused = gpus and not any(resources.gpus_per_worker for resources in needs)
+    hint = f", whose {int(gpus)} GPUs no cell asks for (resources.gpus_per_worker)" if unused else ""
+    return Capacity(chosen, dashboard, f"{ray.get_runtime_context().gcs_address}{hint}")
+
+
+def _free_now(cpus: float, gpus: float) -> int:
+    """Cells of so many CPUs and GPUs that fit beside the cluster's other work; waits until one does.
+
+    A cell that took the last CPU would wait for its rows for ever, and so would those of the other work.
+    """
+    while True:
+        free = ray.available_resources()
+        fits = (free.get("CPU", 0) - SPARE_CPUS) // cpus
+        fits = min(fits, free.get("GPU", 0) / gpus + _ROUNDING) if gpus else fits
+        if fits >= 1:
+            return int(fits)
+        _tell_once(f"waiting for {cpus + SPARE_CPUS:g} CPUs and {gpus:g} GPUs of the cluster that no other work holds")
+        time.sleep(_LOOK_SECONDS)
+
+
+@cache
+def _tell_once(message: str) -> None:
+    log.warning("%s", message)
+
+
+def _places(node: dict[str, float], resources: ResourceSettings) -> float:
+    """Workers that fit on one node."""
+    places = node.get("CPU", 0) // resources.cpus_per_worker
+    if resources.gpus_per_worker:
+        places = min(places, _parts(node.get("GPU", 0), resources.gpus_per_worker))
+    return places
+
+
+def _parts(gpus: float, each: float) -> int:
+    """How often a part of a GPU, or some of them, can be given: a part never lies on two."""
+    return int(gpus) * int(1 / each + _ROUNDING) if each < 1 else int(gpus // each)
+
+
+def choose_concurrency(
+    needs: Collection[ResourceSettings], wanted: int | None, cells: int, cpus: float, gpus: float, where: str
+) -> int:
+    """Cells at once: as many of the largest kind as fit, so that none of them ever waits for room."""
+    fits = min(_fitting(resources, cpus, gpus, where) for resources in needs)
+    if wanted is not None and wanted > fits:
+        raise UserError(f"launch.concurrency: {wanted} cells at once, but {where} has room for {fits}: lower it")
+    return max(1, min(wanted or fits, cells))
+
+
+def _fitting(resources: ResourceSettings, cpus: float, gpus: float, where: str) -> int:
+    fits = int(cpus // cpus_of_cell(resources))
+    need = f"{resources.workers} x {resources.cpus_per_worker} CPUs"
+    if resources.gpus_per_worker:
+        fits = min(fits, _parts(gpus, resources.workers * resources.gpus_per_worker))
+        need += f" and {resources.gpus_per_worker:g} GPUs"
+    if fits < 1:
+        raise UserError(
+            f"resources.workers: a cell needs {need}, but {where} has {int(cpus)} CPUs and {int(gpus)} GPUs to give: "
+            "lower resources.workers, resources.cpus_per_worker or resources.gpus_per_worker, or take a larger cluster"
+        )
+    return fits

@@ -1,0 +1,186 @@
+"""The Ray cluster: this machine's own or one that is there, and how many cells it has room for."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import ray
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+import bwlm
+from bwlm.cluster.capacity import (
+    SPARE_CPUS,
+    TRIAL_CPUS,
+    Capacity,
+    capacity_of_cluster,
+    choose_concurrency,
+    cpus_of_cell,
+)
+from bwlm.config import ResourceSettings
+from bwlm.errors import UserError
+from bwlm.model.compute import count_gpus
+from bwlm.plan.machine import available_cores
+from bwlm.plan.spec import LaunchSettings
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def open_cluster(needs: Collection[ResourceSettings], launch: LaunchSettings, cells: int) -> Iterator[Capacity]:
+    """Connects to the cluster at RAY_ADDRESS, or starts a private one on this machine for the time of the block.
+
+    `needs` are the resources of the cells, each kind once. Raises `UserError` if the cluster can never place one of
+    them, or not as many at once as `launch.concurrency` asks for: Ray itself would wait for ever without a word.
+    """
+    concurrency = launch.concurrency
+    if ray.is_initialized():
+        yield capacity_of_cluster(needs, concurrency, cells, None)
+        return
+    for noisy in ("ray.data", "ray._private.authentication"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            context = _connect(address)
+            yield capacity_of_cluster(needs, concurrency, cells, context.dashboard_url)
+        else:
+            # no node of a cluster that is this machine is ever drained: one process less for each group of workers.
+            # Not at import, which a real cluster's workers do too
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+            # a trial driver sleeps: it needs a logical CPU share to be placed, but no core of this machine
+            cores = available_cores() + TRIAL_CPUS
+            chosen = choose_concurrency(needs, concurrency, cells, cores, count_gpus(), "this machine")
+            # Ray Data's tasks and the trial drivers need logical CPUs of their own, or nothing would ever start
+            logical = math.ceil(chosen * (max(map(cpus_of_cell, needs)) + TRIAL_CPUS) + SPARE_CPUS)
+            context = _start(logical, launch.ray_start_seconds)
+            yield Capacity(chosen, context.dashboard_url, "this machine")
+    finally:
+        ray.shutdown()
+
+
+def _start(logical_cpus: int, seconds: float) -> Any:
+    """A cluster that is this machine; where Ray gives up after its own 30 s, tries again until `seconds` are over."""
+    _check_temporary_folder()
+    began = time.monotonic()
+    while True:
+        try:
+            return _init(address="local", num_cpus=logical_cpus, include_dashboard=True)
+        except Exception as error:  # Ray has no class for what keeps it from starting
+            ray.shutdown()
+            if "timed out during startup" not in str(error):
+                raise UserError(f"Ray does not start on this machine: {_first_line(error)}: {_RAY_SETTINGS}") from None
+        waited = time.monotonic() - began
+        if waited >= seconds:
+            raise UserError(
+                f"Ray did not start within {waited:.0f} s, so this machine is busy with something else: raise "
+                "launch.ray_start_seconds, run the same command once it is less so, or on a cluster (RAY_ADDRESS)"
+            )
+        log.warning("Ray's node has not answered for %.0f s: this machine is busy; trying again", waited)
+
+
+_RAY_SETTINGS = "look at HOME and the variables that begin with RAY_ in the environment, at free memory and /dev/shm"
+_SOCKET_PATH = 107
+"""Bytes that a path of a socket may have on Linux."""
+_BELOW_TEMPORARY = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+
+
+def _check_temporary_folder() -> None:
+    """Raises `UserError` that names the variable where Ray could not put its sockets: its own error is a crash."""
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), None)
+    folder = Path(os.environ[name]) if name else Path("/tmp")
+    what = f"{name or 'the temporary folder'}: {folder}"
+    if not folder.is_dir():
+        raise UserError(f"{what} is not a folder: make it, or set RAY_TMPDIR=/tmp")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{what} is not writable: set RAY_TMPDIR to a folder that is")
+    if len(os.fsencode(folder)) + len(_BELOW_TEMPORARY) > _SOCKET_PATH:
+        longest = _SOCKET_PATH - len(_BELOW_TEMPORARY)
+        raise UserError(f"{what} is too long for Ray's sockets (over {longest} bytes): set RAY_TMPDIR=/tmp")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0].rstrip(".")
+
+
+def _connect(address: str) -> Any:
+    """Joins a cluster, or says in one line why that cannot work: Ray would try for minutes."""
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"RAY_ADDRESS: {address} takes jobs only: use `ray job submit`, or RAY_ADDRESS=auto on the cluster"
+        )
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        check_answers(host, int(port), f"RAY_ADDRESS: {address}", "start the cluster, or unset RAY_ADDRESS")
+    try:
+        _check_token(address)
+        return _init(address=address)
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(f"RAY_ADDRESS: {address}: {_first_line(error)}: {_TOKEN}") from None
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"RAY_ADDRESS: {address}: {_first_line(error)}") from None
+
+
+def _check_token(address: str) -> None:
+    """Raises `UserError` where the cluster asks for another token: Ray itself would ask again for minutes.
+
+    Asks the cluster for its id, which is the first thing that Ray does. Raises Ray's `AuthenticationError` where this
+    process is to show a token and has none.
+    """
+    if address == "auto":
+        found = ray._private.services.find_gcs_addresses()
+        if len(found) != 1:
+            return  # Ray says what it looks for
+        [gcs] = found
+    else:
+        gcs = address
+    if "://" in gcs:
+        return  # a Ray client's server, which has no such call
+    header = AuthenticationTokenLoader.instance().get_token_for_http_header()
+    metadata = [(name.lower(), value) for name, value in header.items()]
+    with grpc.insecure_channel(gcs) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        try:
+            ask(b"", timeout=_ANSWER_SECONDS, metadata=metadata)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise UserError(
+                    f"RAY_ADDRESS: {address}: asks for a token that this process does not show: {_TOKEN}"
+                ) from None
+
+
+_ANSWER_SECONDS = 10.0
+_TOKEN = "export RAY_AUTH_MODE=token, and copy the head's ~/.ray/auth_token here, or set RAY_AUTH_TOKEN"
+
+
+def _init(**options: Any) -> Any:
+    """`ray.init`, which replaces the handler of SIGTERM: a command's own one stays.
+
+    It also has its workers import from the working folder before anything else, where a user's `tasks.py` or `numpy.py`
+    would take the place of what we import. So it is called in the folder that this package lies in.
+    """
+    ours = signal.getsignal(signal.SIGTERM)
+    with contextlib.chdir(Path(bwlm.__file__).parents[1]):
+        context = ray.init(**options, logging_level="warning", log_to_driver=False)
+    if callable(ours) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ours)
+    return context
+
+
+def check_answers(host: str, port: int, what: str, mend: str) -> None:
+    """Raises `UserError` within seconds if nothing listens at an address."""
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError as error:
+        raise UserError(f"{what} does not answer ({error.strerror or error}): {mend}") from None

@@ -1,0 +1,88 @@
+"""How a model reads a few validation windows: its states for fixed tokens, and where its heads look.
+
+Axes: L layers, Q tokens, C width, T time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bwlm.directions import READINGS
+from bwlm.model.gpt import GPT
+from bwlm.model.observe import AttentionStatistics, attention_statistics, evaluating
+from bwlm.text.conversation import TurnLayout, turned
+from bwlm.text.direction import Directed, Ids, Ints, Rows, SpecialIds, lay_out
+from bwlm.text.packing import PackedRows
+
+STATE_WINDOWS = 8
+"""States are taken from so many windows: neighbours in one are alike."""
+ATTENTION_WINDOWS = 2
+MAP_POSITIONS = 128
+"""Positions of an attention map that is kept whole."""
+
+
+@dataclass(frozen=True)
+class ActivationProbe:
+    """Looks into a model while it reads the first of the windows given."""
+
+    rows: PackedRows
+    windows: Ints
+    special: SpecialIds
+    tokens: int
+    """Whose states are taken, at most."""
+    device: torch.device
+    masked: bool
+    turns: TurnLayout | None = None
+    """Of conversations; None: documents."""
+
+    def tokens_of(self) -> dict[str, Ints]:
+        """token and window of each state, in reading order."""
+        rows, windows = self._rows(STATE_WINDOWS)
+        chosen = self._chosen(rows)
+        return {"token": rows.tokens[chosen], "window": windows[np.repeat(rows.row, rows.lengths)[chosen]]}
+
+    @torch.no_grad()
+    def states(self, model: GPT, reading: str, marked: bool) -> NDArray[np.float16]:
+        """[L+1, Q, C]: the embedding's output and each block's, where each token is read."""
+        rows, _ = self._rows(STATE_WINDOWS)
+        directed = self._directed(rows, reading, marked)
+        place = torch.from_numpy(directed.text[self._chosen(rows)] + 1).to(self.device)  # behind what predicts it
+        with evaluating(model):
+            states = [
+                state.flatten(0, 1)[place].half().cpu().numpy() for state in model.states(*self._inputs(directed))
+            ]
+        return np.stack(states)
+
+    def attention(self, model: GPT, reading: str, marked: bool) -> AttentionStatistics:
+        """Over all positions of the first windows but padding."""
+        directed = self._directed(self._rows(ATTENTION_WINDOWS)[0], reading, marked)
+        ids, segments = self._inputs(directed)
+        return attention_statistics(model, ids, segments, ids != self.special.pad, MAP_POSITIONS)
+
+    def _rows(self, count: int) -> tuple[Rows, Ints]:
+        windows = self.windows[:count]
+        return self.rows.take(windows), windows
+
+    def _chosen(self, rows: Rows) -> Ints:
+        """Indices of tokens, evenly over the windows.
+
+        Any token will do: each is an input in every reading, since a row's last slot, which is only a target, is kept
+        for the BOS that closes it.
+        """
+        count = min(self.tokens, len(rows.tokens))
+        return np.linspace(0, len(rows.tokens) - 1, count).astype(np.int64)
+
+    def _directed(self, rows: Rows, reading: str, marked: bool) -> Directed:
+        chosen = np.full(len(rows.lengths), READINGS.index(reading))
+        told = turned(reading, rows, chosen, self.turns)
+        return lay_out(rows, chosen, marked, self.special, self.rows.width, **told)
+
+    def _inputs(self, directed: Directed) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def tensor(ids: Ids) -> torch.Tensor:
+            return torch.from_numpy(ids).long().to(self.device)
+
+        return tensor(directed.ids[:, :-1]), tensor(directed.segments) if self.masked else None

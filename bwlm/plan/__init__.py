@@ -1,0 +1,1 @@
+"""From a grid file to cells, before Ray or torch is imported."""

@@ -1,0 +1,110 @@
+"""From the axes of a grid file to cells: one of the first phase for each choice, and what descends from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bwlm.config import Experiment
+from bwlm.errors import UserError
+from bwlm.paths import LONGEST_ID, check_id
+from bwlm.phases import FIRST, LATER
+from bwlm.plan.axes import IN_ID, axes_of, choices, with_chosen
+from bwlm.plan.inherit import inherit, phase_content, with_defaults
+from bwlm.plan.resolve import resolve_experiment, resolve_steps
+from bwlm.plan.spec import Cell
+from bwlm.record.experiment import open_finished
+from bwlm.record.lineage import check_order
+from bwlm.settings_file import Document
+
+_GRID_ONLY = ("name", "axes", "also", "phases", "scheduler", "launch")
+
+
+def grid_cells(blocks: dict[str, dict[str, list[Any]]], family: CellBuilder) -> Iterator[Cell]:
+    """Raises `UserError` if a cell is not valid, or if two have the same id."""
+    document = family.document
+    fixed = {name: value for name, value in document.content.items() if name not in _GRID_ONLY}
+    seen: set[str] = set()
+    for where, axes in blocks.items():
+        for chosen in choices(axes):
+            content, at = with_chosen(fixed, chosen, where, document)
+            experiment = family.first(content, at)
+            for cell in family.cells(experiment, _cell_id(experiment, chosen, document), content, at):
+                if cell.id in seen:
+                    raise UserError(f"{document.where(where)}: cell {cell.id} is asked for twice; remove one")
+                seen.add(cell.id)
+                yield cell
+
+
+@dataclass(frozen=True)
+class CellBuilder:
+    """How cells descend from each other: the phases that follow the first, and where parents lie that are no cells."""
+
+    document: Document
+    following: list[str]
+    storage: Path
+
+    def first(self, content: dict[str, Any], document: Document) -> Experiment:
+        """Of the first phase; past base, what it takes from its parent comes from there."""
+        phase = content.get("phase", FIRST)
+        if phase not in LATER:
+            if self.following and isinstance(content.get("data"), dict):  # the chain's, whose base reads documents
+                content = content | {"data": {k: v for k, v in content["data"].items() if k != "mixture"}}
+            return resolve_experiment(content, document)
+        run = content.get("parent")
+        if not isinstance(run, str):
+            raise UserError(f"{document.where('parent')}: missing: name the run that {phase} begins from")
+        try:
+            parent = open_finished(self.storage, run).config().experiment
+            check_order(phase, run, parent.phase)
+        except UserError as error:
+            raise UserError(f"{document.where('parent')}: {str(error).removeprefix('parent: ')}") from None
+        return resolve_experiment(inherit(with_defaults(content, phase), run, parent, document), document)
+
+    def cells(self, first: Experiment, name: str, content: dict[str, Any], document: Document) -> Iterator[Cell]:
+        """The cell of an experiment and all that descend from it, each after its parent."""
+        run = f"{name}-{first.phase}" if self.following else name
+        cell = Cell(_checked(run, self.document), first, resolve_steps(first))
+        yield cell
+        yield from self._descendants(cell, name, "", content, document, self.following)
+
+    def _descendants(
+        self, parent: Cell, name: str, ending: str, content: dict[str, Any], document: Document, phases: list[str]
+    ) -> Iterator[Cell]:
+        if not phases:
+            return
+        phase, *following = phases
+        own, at = phase_content(content, phase, Document(document.name, self.document.content, document.places))
+        for chosen in choices(axes_of(phase, self.document)):
+            chosen_content, place = with_chosen(own, chosen, f"phases.{phase}.axes", at)
+            content_of_phase = with_defaults(chosen_content, phase)
+            experiment = resolve_experiment(inherit(content_of_phase, parent.id, parent.experiment, place), place)
+            longer = ending + "".join(f"_{part}" for part in _parts(chosen))
+            run = _checked(re.sub(r"[^A-Za-z0-9._-]+", "-", f"{name}-{phase}{longer}"), self.document)
+            cell = Cell(run, experiment, resolve_steps(experiment))
+            yield cell
+            yield from self._descendants(cell, name, longer, content, document, following)
+
+
+def _cell_id(experiment: Experiment, chosen: dict[str, Any], document: Document) -> str:
+    rate = f"{experiment.lr:g}" if float(f"{experiment.lr:g}") == experiment.lr else repr(experiment.lr)
+    parts = [document.content["name"], experiment.direction, f"d{experiment.depth}", f"lr{rate}", f"s{experiment.seed}"]
+    parts += _parts({name: value for name, value in chosen.items() if name not in IN_ID})
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts))
+
+
+def _parts(chosen: dict[str, Any]) -> list[str]:
+    """Of an id: what was chosen on axes, the last part of each name."""
+    return [f"{name.rpartition('.')[2]}{value}" for name, value in chosen.items()]
+
+
+def _checked(run: str, document: Document) -> str:
+    if len(run) > LONGEST_ID:
+        raise UserError(
+            f"{document.where('name')}: cell id {run!r} is longer than {LONGEST_ID} characters: "
+            "give the grid a shorter name"
+        )
+    return check_id(run, "cell id")

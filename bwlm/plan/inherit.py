@@ -1,0 +1,168 @@
+"""What a phase after base takes from its parent, and what it begins with where nothing is said.
+
+Direction, depth, tokenizer, model and the reversal of conversations are the parent's. Another direction or reversal is
+refused unless `differs` names it, and is then recorded there; nothing else can change on the way.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bwlm.config import HORIZONS, Experiment
+from bwlm.errors import UserError, nearest
+from bwlm.paths import local_path
+from bwlm.phases import LATER, PHASES
+from bwlm.settings_file import Document, assign, holds
+
+_SAME = ("depth", "tokenizer", "model")
+_OWN = ("seed", "budget.batch_tokens", "model.document_mask")
+"""Taken from the parent too, where nothing else is said."""
+_OF_THE_FIRST = ("parent", "direction", *_SAME)
+_MAY_DIFFER = {"direction": "direction", "data.reversal": "reversal"}
+"""Fields that a phase may change on purpose, with their names in `differs`."""
+
+
+def split_phases(names: str, where: str) -> list[str]:
+    """`base,mid,sft` as a list. Raises `UserError` for a name that is none, or an order that is not one of training."""
+    phases = [name.strip() for name in names.split(",")]
+    for name in phases:
+        if name not in PHASES:
+            raise UserError(f"{where}: {name!r} is not one of {', '.join(PHASES)}{nearest(name, PHASES)}")
+    _check_chain(phases, where)
+    return phases
+
+
+def check_phase_names(document: Document, first: str) -> list[str]:
+    """The phases that follow the first of a file, in the order of training. Raises `UserError` for one that cannot."""
+    blocks = document.content.get("phases", {})
+    if not isinstance(blocks, dict):
+        raise UserError(f"{document.where('phases')}: must hold settings by phase, as in phases.sft.seed=1")
+    for name, block in blocks.items():
+        where = document.where(f"phases.{name}")
+        if name not in LATER:
+            raise UserError(f"{where}: not one of {', '.join(LATER)}{nearest(name, LATER)}")
+        if not isinstance(block, dict | None):
+            raise UserError(f"{where}: must hold settings (field: value)")
+        _check_block(block or {}, name, document)
+    following = [name for name in PHASES if name in blocks]
+    _check_chain([first, *following], document.where("phases"))
+    return following
+
+
+def _check_block(block: Mapping[str, Any], name: str, document: Document) -> None:
+    """Raises `UserError` where it says what the chain says."""
+    axes = block.get("axes")
+    chosen = [f"axes.{field}" for field in axes] if isinstance(axes, dict) else []
+    for field in (*block, *chosen):
+        if field.removeprefix("axes.") in ("phase", "parent"):
+            raise UserError(
+                f"{document.where(f'phases.{name}.{field}')}: follows from the order of the phases: leave it out"
+            )
+
+
+def _check_chain(phases: list[str], where: str) -> None:
+    for before, after in itertools.pairwise(phases):
+        if before not in PHASES[after].follows:
+            begins = " or ".join(PHASES[after].follows) or "nothing"
+            raise UserError(f"{where}: {after} cannot follow {before}: it begins from {begins}")
+
+
+def with_defaults(content: Mapping[str, Any], phase: str) -> dict[str, Any]:
+    """The content of an experiment with what its phase begins with, where it says nothing itself."""
+    filled = copy.deepcopy(dict(content))
+    budget = filled.get("budget")
+    has_horizon = isinstance(budget, dict) and any(budget.get(name) is not None for name in HORIZONS)
+    for field, value in PHASES[phase].defaults.items():
+        is_horizon = field.startswith("budget.")
+        if not (has_horizon if is_horizon else holds(filled, field)):
+            assign(filled, field, copy.deepcopy(value), field)
+    return filled
+
+
+def inherit(content: Mapping[str, Any], run: str, parent: Experiment, document: Document) -> dict[str, Any]:
+    """The content of a child's experiment with what it takes from its parent `run`.
+
+    Raises `UserError` naming the field where another value is asked for.
+    """
+    child = copy.deepcopy(dict(content))
+    child["parent"] = run
+    values = parent.model_dump()
+    named = child.get("differs")
+    differs = named if isinstance(named, list) else []  # what is no list is told when all is validated
+    if PHASES[parent.phase].is_first and not holds(child, "data.reversal"):
+        assign(child, "data.reversal", parent.data.reversal, run)  # documents know none, so the child may choose
+    for field in _fields(values, parent.phase):
+        value = _value(values, field)
+        if not holds(child, field):
+            assign(child, field, value, run)
+        elif not _agree(field, _value(child, field), value) and _MAY_DIFFER.get(field) not in differs:
+            may = f", or set differs=[{_MAY_DIFFER[field]}] to change it on purpose" if field in _MAY_DIFFER else ""
+            raise UserError(
+                f"{document.where(field)}: {_value(child, field)}, but the parent {run} has {value}: leave it out{may}"
+            )
+    for field in _OWN:
+        if not holds(child, field):
+            assign(child, field, _value(values, field), run)
+    if PHASES[child["phase"]].packs_whole and _value(child, "model.document_mask") is False:
+        raise UserError(
+            f"{document.where('model.document_mask')}: false, but {child['phase']} reads conversations, "
+            "which a chat has alone in its row: leave it out"
+        )
+    return child
+
+
+def _agree(field: str, one: Any, other: Any) -> bool:
+    """Compares two values; a folder equals itself however it is spelled."""
+    if field != "tokenizer.path" or not (isinstance(one, str) and isinstance(other, str)):
+        return bool(one == other)
+    folders = [local_path(address) for address in (one, other)]
+    return one == other or (None not in folders and len({folder.resolve() for folder in folders if folder}) == 1)
+
+
+def _fields(values: Mapping[str, Any], phase: str) -> Iterator[str]:
+    for name in _SAME:
+        if isinstance(values[name], dict):
+            yield from (field for inner in values[name] if (field := f"{name}.{inner}") not in _OWN)
+        else:
+            yield name
+    yield "direction"
+    if not PHASES[phase].is_first:
+        yield "data.reversal"
+
+
+def _value(content: Mapping[str, Any], field: str) -> Any:
+    value: Any = content
+    for name in field.split("."):
+        value = value[name]
+    return value
+
+
+def phase_content(content: Mapping[str, Any], phase: str, document: Document) -> tuple[dict[str, Any], Document]:
+    """What a file or the flags say of a phase that follows another: all that is said, and over it `phases.<phase>`.
+
+    What comes from the parent is said of the first phase.
+    """
+    own = copy.deepcopy({name: value for name, value in content.items() if name not in ("phases", *_OF_THE_FIRST)})
+    own["phase"] = phase
+    places = dict(document.places)
+    block = document.content["phases"][phase] or {}
+    given = dict(_leaves({name: value for name, value in block.items() if name != "axes"}))
+    if any(f"budget.{name}" in given for name in HORIZONS) and isinstance(own.get("budget"), dict):
+        own["budget"] = {name: value for name, value in own["budget"].items() if name not in HORIZONS}
+    for field, value in given.items():
+        places[field] = document.place(f"phases.{phase}.{field}")
+        assign(own, field, value, places[field])
+    return own, Document(document.name, own, places)
+
+
+def _leaves(block: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted fields and their values; a mixture is one value."""
+    for name, value in block.items():
+        field = f"{section}{name}"
+        if isinstance(value, dict) and field not in ("data.mixture", "tasks"):
+            yield from _leaves(value, f"{field}.")
+        else:
+            yield field, value

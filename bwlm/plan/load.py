@@ -1,0 +1,79 @@
+"""A grid file or the settings of one experiment, resolved to a plan before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from bwlm.errors import UserError
+from bwlm.paths import check_id, storage_root
+from bwlm.phases import PHASES
+from bwlm.plan.axes import blocks_of, family_size, following_phases, product_size, with_first_values
+from bwlm.plan.descendants import CellBuilder, grid_cells
+from bwlm.plan.inherit import split_phases
+from bwlm.plan.machine import with_resources
+from bwlm.plan.spec import Cell, Grid, LaunchSettings, Plan, SchedulerSettings
+from bwlm.settings_file import Document, dump_yaml, load_yaml, override, validate
+
+
+def load_grid(path: Path, settings: list[str], storage: str | None = None) -> Plan:
+    """Reads, overrides and resolves a grid file; its parents, if it has any, lie in `storage` or where it says.
+
+    Raises `UserError` for every fault, before anything is made.
+    """
+    document = override(load_yaml(path), settings)
+    grid = validate(Grid, *with_first_values(document))
+    check_id(grid.name, document.where("name"))
+    blocks = blocks_of(document)
+    following = following_phases(document, grid.phase)
+    count = sum(map(product_size, blocks.values())) * family_size(following, document)
+    if count > grid.launch.max_cells:  # counted before any is built: a slip of the pen can ask for billions
+        raise UserError(
+            f"{document.where('axes')}: {count} cells, more than launch.max_cells={grid.launch.max_cells}: "
+            "remove values or raise the cap"
+        )
+    family = CellBuilder(document, following, storage_root(storage or grid.launch.storage))
+    cells = with_resources(tuple(grid_cells(blocks, family)), document)
+    if grid.scheduler.kind == "asha":
+        _check_asha(cells, document)
+    text = dump_yaml(document.content) if settings else path.read_text("utf-8")
+    return Plan(grid.name, cells, grid.launch, grid.scheduler, text)
+
+
+def plan_experiment(
+    flags: Mapping[str, Any], settings: list[str], chosen_id: str | None, storage: str | None = None
+) -> Plan:
+    """One experiment from the command line, or with `phase: base,mid,sft` a chain; `settings` go over `flags`.
+
+    Raises `UserError` naming the flag or field.
+    """
+    first, *following = split_phases(flags["phase"], "--phase")
+    flags = dict(flags) | {"phase": first, **({"phases": {phase: {} for phase in following}} if following else {})}
+    document = override(Document("--set", flags, {name: f"--{name}" for name in flags}), settings)
+    for name in ("direction", "depth"):
+        if PHASES[first].is_first and name not in document.content:
+            raise UserError(f"--{name}: missing: a base run has no parent to take it from")
+    blocks = document.content.get("phases", {})
+    if isinstance(blocks, dict) and (unknown := set(blocks) - set(following)):
+        raise UserError(f"--set phases.{min(unknown)}: not a phase of this command's --phase: add it there")
+    following = following_phases(document, document.content["phase"])
+    family = CellBuilder(document, following, storage_root(storage))
+    experiment = family.first({name: value for name, value in document.content.items() if name != "phases"}, document)
+    usual = f"{experiment.phase}_{date.today():%Y%m%d}_{experiment.direction}_d{experiment.depth}"
+    run = check_id(chosen_id or usual, "--id")
+    cells = tuple(family.cells(experiment, run, document.content, document))
+    return Plan(run, with_resources(cells, document), LaunchSettings(), SchedulerSettings(), None)
+
+
+def _check_asha(cells: tuple[Cell, ...], document: Document) -> None:
+    """ASHA chooses learning rates by what it sees on the way; among seeds it would keep the lucky ones."""
+    where = document.where("scheduler.kind")
+    if any(cell.experiment.evaluation.every == 0 for cell in cells):
+        raise UserError(f"{where}: asha decides at validations: set evaluation.every")
+    if len({cell.experiment.seed for cell in cells}) > 1:
+        raise UserError(
+            f"{where}: asha with several seeds would stop the unlucky ones and spoil the pairs: "
+            "choose the learning rates with one seed, then run the seeds of the best with fifo"
+        )

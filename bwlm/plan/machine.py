@@ -1,0 +1,76 @@
+"""What of this machine each worker gets, where nobody said."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from bwlm.errors import UserError
+from bwlm.plan.spec import Cell, generations
+from bwlm.settings_file import Document, holds
+
+
+def with_resources(cells: tuple[Cell, ...], document: Document) -> tuple[Cell, ...]:
+    """A GPU and the threads of a worker, unless they are given: this machine's, where it is not a cluster's.
+
+    A cell alone takes all cores; where cells are many each takes one, which is faster than to share the work of each.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return cells
+    if not _is_given(document, "gpus_per_worker") and (gpus := available_gpus()):
+        cells = tuple(
+            _resourced(cell, gpus_per_worker=int(gpus >= cell.experiment.resources.workers)) for cell in cells
+        )
+    if not _is_given(document, "cpus_per_worker"):
+        cores = available_cores()
+        beside = max(map(len, generations(cells)), default=1)
+        cells = tuple(_with_threads(cell, cores // min(beside, cores)) for cell in cells)
+    return cells
+
+
+def _is_given(document: Document, name: str) -> bool:
+    field = f"resources.{name}"
+    return holds(document.content, field) or field in document.content.get("axes", {})
+
+
+def available_gpus() -> int:
+    """CUDA devices of this machine. torch is asked only where a driver is: its import takes seconds.
+
+    Raises `UserError` where torch cannot use them: nobody wants to learn that from the speed.
+    """
+    if not Path("/dev/nvidiactl").exists():
+        return 0
+    from bwlm.model.compute import can_use_gpus, count_gpus
+
+    found = count_gpus()
+    if found and not can_use_gpus():
+        raise UserError(
+            f"this machine has {found} GPUs that torch cannot use: update the driver, or install a torch that it "
+            "can run; resources.gpus_per_worker=0 trains on the CPU"
+        )
+    return found
+
+
+def available_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may use: a batch system or a container may have given it a part of the machine."""
+    cores = len(psutil.Process().cpu_affinity()) if psutil.LINUX else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no control group (version 2), or `max`: no quota
+        microseconds, period = map(int, quota.read_text("ascii").split())
+        cores = min(cores, microseconds // period)
+    return max(1, cores)
+
+
+def _with_threads(cell: Cell, cores: int) -> Cell:
+    resources = cell.experiment.resources
+    if resources.gpus_per_worker:
+        return cell
+    return _resourced(cell, cpus_per_worker=max(1, cores // resources.workers))
+
+
+def _resourced(cell: Cell, **update: float) -> Cell:
+    resources = cell.experiment.resources.model_copy(update=update)
+    return replace(cell, experiment=cell.experiment.model_copy(update={"resources": resources}))

@@ -1,0 +1,99 @@
+"""One experiment of a document, resolved: its batch, and its horizon in steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bwlm.config import Experiment
+from bwlm.errors import UserError
+from bwlm.model.shape import batch_tokens_for, count_parameters, flops_per_token
+from bwlm.phases import PHASES
+from bwlm.record.run_config import shape_of
+from bwlm.settings_file import Document, holds, validate
+
+
+def resolve_experiment(content: Mapping[str, Any], document: Document) -> Experiment:
+    """Raises `UserError` where a field is not valid, or fields do not fit together."""
+    experiment = validate(Experiment, content, document)
+    try:
+        shape_of(experiment)
+    except ValueError as error:
+        raise UserError(f"{document.where('model')}: {error}: change head_dim or kv_heads") from None
+    if not holds(dict(content), "budget.batch_tokens"):
+        experiment = _with_batch(experiment)
+    _check_batch(experiment, document)
+    return experiment
+
+
+def _with_batch(experiment: Experiment) -> Experiment:
+    """nanochat's batch for the depth, in whole rows for every worker."""
+    unit = experiment.model.sequence_length * experiment.resources.workers
+    tokens = max(1, round(batch_tokens_for(shape_of(experiment)) / unit)) * unit
+    budget = experiment.budget.model_copy(update={"batch_tokens": tokens})
+    return experiment.model_copy(update={"budget": budget})
+
+
+def _check_batch(experiment: Experiment, document: Document) -> None:
+    width, tokens = experiment.model.sequence_length, experiment.budget.batch_tokens
+    workers = experiment.resources.workers
+    if PHASES[experiment.phase].has_reward:
+        _check_prompts(experiment, document)
+    if tokens % width:
+        near = max(1, round(tokens / width)) * width
+        raise UserError(
+            f"{document.where('budget.batch_tokens')}: {tokens} is not a multiple of "
+            f"model.sequence_length={width}: take {near}"
+        )
+    rows = tokens // width
+    if rows % workers:
+        raise UserError(
+            f"{document.where('budget.batch_tokens')}: {rows} rows a step cannot be shared by "
+            f"resources.workers={workers}: take a multiple of {workers * width}"
+        )
+
+
+def _check_prompts(experiment: Experiment, document: Document) -> None:
+    """Every worker writes for as many prompts; how many they are in all must not depend on the workers."""
+    rl, workers, prompts = experiment.rl, experiment.resources.workers, experiment.prompts_per_step
+    written = rl.samples * rl.new_tokens
+    if prompts < workers and prompts < rl.prompts:
+        raise UserError(
+            f"{document.where('budget.batch_tokens')}: {experiment.budget.batch_tokens} tokens are too few for "
+            f"{workers} x rl.samples={rl.samples} of rl.new_tokens={rl.new_tokens}: take at least {workers * written}"
+        )
+    if prompts % workers:
+        raise UserError(
+            f"{document.where('rl.prompts')}: {prompts} prompts a step cannot be shared by {workers} workers: "
+            f"take {max(1, prompts // workers) * workers}"
+        )
+
+
+def resolve_steps(experiment: Experiment) -> int:
+    """The horizon in steps; tokens per parameter count matrices and output head, as in nanochat.
+
+    Raises `UserError` if the learning rate's way up and down does not fit into it.
+    """
+    steps, optim = _horizon(experiment), experiment.optim
+    down = round(optim.warmdown_ratio * steps)
+    if optim.warmup_steps is not None and optim.warmup_steps + down > steps:
+        raise UserError(
+            f"optim.warmup_steps: {optim.warmup_steps} steps up and {down} down (optim.warmdown_ratio) do not fit into "
+            f"a run of {steps} steps: lower one of them"
+        )
+    return steps
+
+
+def _horizon(experiment: Experiment) -> int:
+    budget, shape = experiment.budget, shape_of(experiment)
+    counts = count_parameters(shape)
+    if budget.steps is not None:
+        return budget.steps
+    if budget.tokens is not None:
+        tokens = float(budget.tokens)
+    elif budget.flops is not None:
+        tokens = budget.flops / flops_per_token(shape)
+    else:
+        assert budget.tokens_per_parameter is not None
+        tokens = budget.tokens_per_parameter * (counts.matrices + counts.lm_head)
+    return max(1, round(tokens / budget.batch_tokens))

@@ -1,0 +1,124 @@
+"""What a grid file can say, and the cells that it becomes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from bwlm.config import Depth, Experiment, LearningRate, Recipe, Seed, Settings
+from bwlm.directions import DirectionName
+from bwlm.model.shape import GPTConfig, count_parameters, flops_per_token
+from bwlm.phases import PHASES
+from bwlm.record.run_config import shape_of
+
+
+class SchedulerSettings(Settings):
+    kind: Literal["fifo", "asha"] = Field(
+        "fifo", description="asha stops cells early, within a direction and depth; fifo none"
+    )
+    grace_steps: int = Field(100, ge=1, description="asha: no cell is stopped before this step")
+    reduction_factor: int = Field(2, ge=2, description="asha: one in so many goes on at each rung")
+
+
+class LaunchSettings(Settings):
+    concurrency: int | None = Field(
+        None, ge=1, description="cells at once; default: as many as the cluster has room for"
+    )
+    retries: int = Field(2, ge=0, description="how often a cell that crashed is taken up again")
+    grace_seconds: float = Field(
+        20.0,
+        ge=0,
+        description="after SIGTERM or Ctrl-C, for a step and a checkpoint; what has not ended by then is left behind",
+    )
+    ray_start_seconds: float = Field(
+        180.0, ge=0, description="in which a Ray on this machine must have started; it is tried again meanwhile"
+    )
+    max_cells: int = Field(1000, ge=1, le=100_000, description="a grid of more cells is refused")
+    storage: str | None = Field(None, description="folder of experiments; default: BWLM_STORAGE, else runs/")
+    tracking_uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else SQLite below the storage")
+
+
+class Grid(Recipe):
+    """A grid file, at its fullest. `lr` multiplies the learning rate of every parameter group."""
+
+    name: str
+    axes: dict[str, list[Any]]
+    also: list[dict[str, list[Any]]] = Field(default_factory=list)
+    direction: DirectionName | None = None
+    depth: Depth | None = None
+    lr: LearningRate | None = None
+    seed: Seed | None = None
+    phases: dict[str, dict[str, Any] | None] = Field(
+        default_factory=dict,
+        description="what follows each cell: by phase its settings, and axes of its own; its cells are their children",
+    )
+    scheduler: SchedulerSettings = SchedulerSettings()
+    launch: LaunchSettings = LaunchSettings()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a grid and what it will cost."""
+
+    id: str
+    experiment: Experiment
+    steps: int
+
+    @property
+    def shape(self) -> GPTConfig:
+        return shape_of(self.experiment)
+
+    @property
+    def parameters(self) -> int:
+        return count_parameters(self.shape).total
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.experiment.budget.batch_tokens
+
+    @property
+    def flops(self) -> int:
+        return self.tokens * flops_per_token(self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of a grid, a single experiment or a chain of them, and how they are run."""
+
+    name: str
+    """Of the grid, or the experiment's id."""
+    cells: tuple[Cell, ...]
+    launch: LaunchSettings
+    scheduler: SchedulerSettings
+    grid_text: str | None
+    """The grid file with what `--set` changed, for the record; None for a single experiment."""
+
+    @property
+    def is_grid(self) -> bool:
+        return self.grid_text is not None
+
+
+def generations(cells: tuple[Cell, ...]) -> list[tuple[Cell, ...]]:
+    """Cells by what must have finished before: those without a parent among them, their children, and so on."""
+    number: dict[str, int] = {}
+    for cell in cells:  # parents stand before their children
+        number[cell.id] = number.get(cell.experiment.parent or "", -1) + 1
+    return [tuple(cell for cell in cells if number[cell.id] == n) for n in sorted(set(number.values()))]
+
+
+def asha_group(experiment: Experiment) -> str:
+    """Names the cells that compete under ASHA: those that differ in the learning rate alone."""
+    return experiment.model_dump_json(exclude={"lr"})
+
+
+def text_key(experiment: Experiment) -> str:
+    """Cells that agree in these share a prepared corpus, given a tokenizer."""
+    phase = PHASES[experiment.phase]
+    if phase.is_first:
+        data: dict[str, Any] = {"data": {"source", "text_column", "validation", "shuffle"}, "tokenizer": True}
+    else:
+        data = {"data": {"mixture"}, "tasks": True}
+    split = "" if phase.is_first or phase.packs_whole else " split"
+    return experiment.model_dump_json(include=data | {"model": {"sequence_length"}}) + split

@@ -1,0 +1,216 @@
+"""Experiments looked at from outside: their family with the best that each has reached, and one with all that is known.
+
+Needs neither torch nor pandas: what is here comes from small files and from the names of large ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bwlm.errors import UserError
+from bwlm.model.shape import count_parameters
+from bwlm.paths import read_json
+from bwlm.phases import PHASES
+from bwlm.record.catalog.rows import CellRow, load_cell
+from bwlm.record.checkpoint import checkpoint_steps, step_folder
+from bwlm.record.experiment import ExperimentFolder, parents_in
+from bwlm.record.health import damage_of_weights
+from bwlm.record.journal import entries_holding, last_entry
+from bwlm.record.lineage import Lineage, LineageNode, ParentLink, skipped
+from bwlm.record.run_config import RunConfig
+from bwlm.record.tracking import noted_run
+
+_OF_THE_PHASE = {"phase", "parent"}
+"""Settings in which a child differs from its parent in any case."""
+
+
+_TOO_MANY = 4
+"""Leaves of a grid, to be shown one by one beside other families."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best of a run's validations: the lowest `val_bpb`, in RL the highest `val_reward`."""
+
+    metric: str
+    value: float
+    step: int
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run in its family."""
+
+    cell: CellRow
+    steps: int
+    grid: str | None
+    best: Best | None
+    note: str
+    children: tuple[Member, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        besides = {"steps": self.steps, "grid": self.grid, "best": asdict(self.best) if self.best else None}
+        children = [child.to_json() for child in self.children]
+        return self.cell.to_json() | besides | {"note": self.note, "children": children}
+
+
+def best_of(folder: ExperimentFolder, cell: CellRow) -> Best | None:
+    """Of equally good ones the earliest; None before the first validation."""
+    phase = PHASES[cell.phase]
+    metric, better = phase.best_metric, max if phase.has_reward else min
+    found = [(entry.metrics[metric], entry.step) for entry in entries_holding(folder.path, metric)]
+    if metric in cell.metrics:  # how it ended, where the journal is gone
+        found.append((cell.metrics[metric], cell.step))
+    value, step = better(found, key=lambda one: one[0], default=(None, 0))
+    return None if value is None else Best(metric, value, step)
+
+
+def family_of(folders: list[ExperimentFolder]) -> Lineage:
+    """Of experiments that can be read."""
+    return Lineage({folder.id: folder.parent() for folder in folders})
+
+
+def load_members(storage: Path, trees: list[LineageNode]) -> list[Member]:
+    return [_load_member(storage, kin) for kin in trees]
+
+
+def _load_member(storage: Path, kin: LineageNode) -> Member:
+    folder = ExperimentFolder(storage, kin.id)
+    cell, config = load_cell(folder), folder.config()
+    children = tuple(load_members(storage, list(kin.children)))
+    return Member(cell, config.steps, config.grid, best_of(folder, cell), kin.note, children)
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """Runs of one grid and phase that stand side by side and have no children."""
+
+    grid: str
+    members: tuple[Member, ...]
+
+
+def gather(members: Iterable[Member]) -> list[Member | Leaves]:
+    """Leaves of a grid as one, in the place of the first of them, where there are too many to look at."""
+    kept: dict[tuple[str, str], list[Member]] = {}
+    for member in members:
+        is_leaf = member.grid and not member.children and not member.note
+        key = (member.grid or "", member.cell.phase) if is_leaf else ("", member.cell.id)
+        kept.setdefault(key, []).append(member)
+    found: list[Member | Leaves] = []
+    for (grid, _), alike in kept.items():
+        found += alike if len(alike) < _TOO_MANY else [Leaves(grid, tuple(alike))]
+    return found
+
+
+# ---- one experiment ----
+
+
+def describe(folder: ExperimentFolder) -> dict[str, Any]:
+    """All that is known of an experiment, as JSON. Raises `UserError` if its own records cannot be read."""
+    cell, config, link = load_cell(folder), folder.config(), folder.link()
+    noted = read_json(folder.path / "config.json")
+    best, holder = best_of(folder, cell), folder.busy_with()
+    faults = folder.damage() + damage_of_weights(folder, config, folder.status())
+    return cell.to_json() | {
+        "damage": faults,
+        "steps": config.steps,
+        "best": asdict(best) if best else None,
+        "grid": config.grid,
+        "parameters": count_parameters(config.shape).total,
+        "tokens": _tokens(folder, config),
+        **_kinship(folder, config, link),
+        **_text(config),
+        "fingerprint": config.fingerprint,
+        "code": config.code,
+        "compute": asdict(config.compute),
+        "created": noted.get("created"),
+        "versions": noted.get("versions", {}),
+        "holder": asdict(holder) if holder else None,
+        "mlflow_run": noted_run(folder.path),
+        **_what_is_kept(folder),
+    }
+
+
+def _tokens(folder: ExperimentFolder, config: RunConfig) -> int | None:
+    """In all its steps; in RL, where it follows from what is written, until now, and None before the first."""
+    if not PHASES[config.experiment.phase].has_reward:
+        return config.steps * config.experiment.budget.batch_tokens
+    last = last_entry(folder.path)
+    return int(last.metrics["tokens"]) if last else None
+
+
+def _text(config: RunConfig) -> dict[str, Any]:
+    """What it was trained on, by content and by place."""
+    experiment, digests = config.experiment, config.identity
+    reads_documents = PHASES[experiment.phase].is_first
+    named = {"source": experiment.data.source} if reads_documents else {"mixture": experiment.data.mixture}
+    return {
+        "data": named | {"digest": digests.get("data", ""), "folder": config.corpus},
+        "tokenizer": {
+            "vocab_size": experiment.tokenizer.vocab_size,
+            "digest": digests.get("tokenizer", ""),
+            "folder": config.tokenizer,
+        },
+    }
+
+
+def _kinship(folder: ExperimentFolder, config: RunConfig, link: ParentLink | None) -> dict[str, Any]:
+    parent = _readable_config(folder.path.parent, link.parent) if link else None
+    return {
+        "link": asdict(link) if link else None,
+        "parent_is_here": parent is not None,
+        "skips": skipped(config.experiment.phase, link.phase) if link else [],
+        "children": Lineage(parents_in(folder.path.parent)).children(folder.id),
+        "changed": _changed(parent, config) if parent else None,
+    }
+
+
+def _readable_config(storage: Path, run: str) -> RunConfig | None:
+    try:
+        return ExperimentFolder(storage, run).config()
+    except UserError:
+        return None
+
+
+def _changed(parent: RunConfig, child: RunConfig) -> dict[str, dict[str, Any]]:
+    """Settings that are not the parent's, by name."""
+    old, new = (_settings(config) for config in (parent, child))
+    names = sorted(old.keys() | new.keys())
+    return {n: {"parent": old.get(n), "own": new.get(n)} for n in names if old.get(n) != new.get(n)}
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Flat, with the steps as they were resolved."""
+    flat: dict[str, Any] = {"steps": config.steps}
+    for name, value in config.experiment.model_dump(exclude=_OF_THE_PHASE).items():
+        flat |= {f"{name}.{inner}": value[inner] for inner in value} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _what_is_kept(folder: ExperimentFolder) -> dict[str, Any]:
+    saved = {step: step_folder(folder.checkpoints, step) for step in checkpoint_steps(folder.checkpoints)}
+    files = sorted(path for path in folder.path.iterdir() if path.is_file() and not path.name.startswith("."))
+    evaluations = sorted(folder.path.glob("evaluations/*/*/*.json"))
+    return {
+        "folder": str(folder.path),
+        "bytes": bytes_in(folder.path),
+        "checkpoints": [{"step": step, "bytes": bytes_in(path)} for step, path in saved.items()],
+        "evaluations": ["/".join(path.with_suffix("").parts[-3:]) for path in evaluations],
+        "files": {path.name: _bytes_of(path) for path in files},
+    }
+
+
+def bytes_in(folder: Path) -> int:
+    """Of all files below a folder."""
+    return sum(_bytes_of(path) for path in folder.rglob("*") if path.is_file())
+
+
+def _bytes_of(path: Path) -> int:
+    """0 of a file that went meanwhile."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,119 @@
+"""Which experiments a list shows, and in what order: `--where 'val_bpb<2.5' --sort -step`."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import get_args
+
+from bwlm.directions import DIRECTIONS
+from bwlm.errors import UserError, nearest
+from bwlm.phases import PHASES, order
+from bwlm.record.catalog.rows import CellRow
+from bwlm.record.experiment import State
+
+WORDS = ("id", "phase", "direction", "parent", "state")
+NUMBERS = ("depth", "lr", "seed", "step")
+METRICS = ("val_bpb", "val_bpb_forward", "val_bpb_backward", "val_loss", "val_reward", "tokens_per_second")
+"""Known also where no run has them yet."""
+
+_ONE_OF = {"phase": tuple(PHASES), "direction": tuple(DIRECTIONS), "state": get_args(State)}
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    "<=": operator.le, ">=": operator.ge, "!=": operator.ne, "=": operator.eq, "<": operator.lt, ">": operator.gt
+}  # fmt: skip
+_CONDITION = re.compile(rf"\s*([^\s=!<>]+)\s*(==|{'|'.join(_OPERATORS)})\s*(.*?)\s*")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """`FIELD=VALUE` with = != < > <= >=; of words = and != alone, and their values are globs."""
+
+    field: str
+    sign: str
+    value: str | float
+
+    def holds(self, cell: CellRow) -> bool:
+        found = value_of(cell, self.field)
+        if isinstance(self.value, float):  # what was not measured fulfils nothing, whatever is asked of it
+            return isinstance(found, int | float) and _OPERATORS[self.sign](found, self.value)
+        matches = found == self.value if found in (None, "") else fnmatch.fnmatchcase(str(found), self.value)
+        return matches == (self.sign == "=")
+
+
+def value_of(cell: CellRow, field: str) -> str | float | None:
+    """None where a run has no such figure; '' of a parent that it has not."""
+    if field == "parent":
+        return cell.parent or ""
+    if field in WORDS or field in NUMBERS:
+        found: str | float = getattr(cell, field)
+        return found
+    return cell.metrics.get(field)
+
+
+def choose_cells(cells: list[CellRow], where: Iterable[str], sort: str | None) -> list[CellRow]:
+    """Those that fulfil every condition; by id, or by the field `sort`, from the highest if it begins with `-`.
+
+    Runs without the figure come last. Raises `UserError` for a condition or a field that means nothing.
+    """
+    metrics = {*METRICS, *(name for cell in cells for name in cell.metrics)}
+    conditions = [parse(text, metrics) for text in where]
+    kept = [cell for cell in cells if all(condition.holds(cell) for condition in conditions)]
+    kept.sort(key=lambda cell: cell.id)
+    if sort is None:
+        return kept
+    field = sort.removeprefix("-")
+    _check_field("--sort", field, metrics)
+    ranks = {cell.id: _rank(cell, field) for cell in kept}
+    have = [cell for cell in kept if ranks[cell.id] is not None]
+    have.sort(key=lambda cell: ranks[cell.id] or 0, reverse=sort.startswith("-"))
+    return have + [cell for cell in kept if ranks[cell.id] is None]
+
+
+def _rank(cell: CellRow, field: str) -> tuple[float, str] | None:
+    """What two runs are compared by: phases in their order, other words by the alphabet; None comes last."""
+    found = value_of(cell, field)
+    if found in (None, ""):
+        return None
+    if isinstance(found, str):
+        return float(order(found)) if field == "phase" else 0.0, found
+    assert found is not None
+    return found, ""
+
+
+def parse(text: str, metrics: Iterable[str]) -> Condition:
+    """Raises `UserError` that says what is wrong with a condition."""
+    match = _CONDITION.fullmatch(text)
+    if match is None:
+        raise UserError(f"--where {text}: write it as FIELD=VALUE, or with != < > <= >=")
+    field, sign, value = match[1], match[2].replace("==", "="), match[3]
+    _check_field("--where", field, metrics)
+    if field not in WORDS:
+        return Condition(field, sign, _number(text, value))
+    if sign not in ("=", "!="):
+        raise UserError(f"--where {text}: {field} is a word: compare it with = or !=")
+    known = _ONE_OF.get(field)
+    if known and not glob.has_magic(value) and value not in known:
+        raise UserError(f"--where {text}: no such {field}{nearest(value, known)}; there are {', '.join(known)}")
+    return Condition(field, sign, value)
+
+
+def _number(text: str, value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise UserError(f"--where {text}: {repr(value) if value else 'nothing'} is not a number")
+    return number
+
+
+def _check_field(option: str, field: str, metrics: Iterable[str]) -> None:
+    known = [*WORDS, *NUMBERS, *sorted(metrics)]
+    if field not in known:
+        besides = ", ".join((*WORDS, *NUMBERS))
+        raise UserError(f"{option} {field}: unknown field{nearest(field, known)}; there are {besides}, and any metric")

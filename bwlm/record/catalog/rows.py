@@ -1,0 +1,86 @@
+"""Experiments as lists and scripts see them: a line each, with what they are and how far they came.
+
+Needs neither torch nor pandas, so that a list of runs is there at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bwlm.errors import UserError
+from bwlm.record.experiment import ExperimentFolder
+from bwlm.record.health import damage, damage_words
+
+
+@dataclass(frozen=True)
+class CellRow:
+    """One experiment, as lists and scripts see it."""
+
+    id: str
+    phase: str
+    direction: str
+    depth: int
+    lr: float
+    seed: int
+    parent: str | None
+    state: str
+    reason: str
+    step: int
+    metrics: dict[str, float]
+    damage: list[str] = field(default_factory=list)
+    """Faults of its records, as far as they are told without reading much."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_cell(folder: ExperimentFolder) -> CellRow:
+    config, status = folder.config(), folder.status()
+    experiment = config.experiment
+    return CellRow(
+        id=folder.id,
+        phase=experiment.phase,
+        direction=experiment.direction,
+        depth=experiment.depth,
+        lr=experiment.lr,
+        seed=experiment.seed,
+        parent=folder.parent(),
+        state=status.state,
+        reason=status.reason,
+        step=status.step,
+        metrics=status.metrics,
+        damage=damage(folder, config, status, thorough=False),
+    )
+
+
+def load_readable(folders: Iterable[ExperimentFolder]) -> tuple[list[CellRow], list[str]]:
+    """The experiments that can be read, and what is wrong with them or with others; each is read once."""
+    cells, told = [], []
+    for folder in folders:
+        try:
+            cell = load_cell(folder)
+        except UserError as error:
+            told.append(f"{folder.id} is left out: {error}")
+            continue
+        cells.append(cell)
+        if cell.damage:
+            told.append(damage_words(folder, cell.damage))
+    return cells, told
+
+
+CELL_HEADER = ["direction", "depth", "lr", "seed", "state", "loss", "bpb", "bpb forward", "bpb backward", "tokens/s"]
+
+
+def cell_columns(cell: CellRow) -> list[str]:
+    """A cell's line in the table of a grid; loss in nats per token, bits per byte in its own and in both readings."""
+    shown = [("val_loss", ".4f"), ("val_bpb", ".4f"), ("val_bpb_forward", ".4f"), ("val_bpb_backward", ".4f")]
+    figures = [format(cell.metrics[k], style) if k in cell.metrics else "" for k, style in shown]
+    speed = f"{cell.metrics['tokens_per_second']:,.0f}" if "tokens_per_second" in cell.metrics else ""
+    return [cell.direction, str(cell.depth), f"{cell.lr:g}", str(cell.seed), cell.state, *figures, speed]
+
+
+def load_cells(storage: Path, ids: list[str]) -> list[CellRow]:
+    return [load_cell(ExperimentFolder(storage, name)) for name in ids]

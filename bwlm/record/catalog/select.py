@@ -1,0 +1,76 @@
+"""Which runs an analysis is about: ids, globs over ids, or grids by name."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import re
+from pathlib import Path
+
+from bwlm.errors import UserError, nearest
+from bwlm.record.experiment import ExperimentFolder, list_experiments
+from bwlm.record.grids import cells_of, grid_names
+from bwlm.record.health import readable
+
+
+def choose(storage: Path, names: list[str], damaged: bool = False) -> tuple[list[ExperimentFolder], list[str]]:
+    """Each experiment that is named, once, in the order of the names; and why some of them are left out.
+
+    With `damaged` those stay of which only config, status and link can be trusted, as in `readable`.
+
+    Raises `UserError` for a name that is neither an experiment nor a grid, with the nearest, for a glob without a
+    match, and if none can be read.
+    """
+    known = [folder.id for folder in list_experiments(storage)]
+    ids = dict.fromkeys(run for name in names for run in _named(storage, name, known))
+    chosen, left_out = readable((ExperimentFolder(storage, run) for run in ids), damaged)
+    if not chosen:
+        raise UserError("; ".join(left_out) or f"{', '.join(names)}: no cell")
+    return chosen, left_out
+
+
+def _named(storage: Path, name: str, known: list[str]) -> list[str]:
+    if name in known:
+        return [name]
+    grids = grid_names(storage)
+    if name in grids:
+        return cells_of(storage, name)
+    if not glob.has_magic(name):
+        told = nearest(name, [*known, *grids])
+        raise UserError(f"{name}: no such experiment or grid in {storage}{told}; see: bwlm runs list")
+    found = [run for run in known if fnmatch.fnmatchcase(run, name)]
+    if not found:
+        raise UserError(f"{name}: no experiment in {storage} matches; see: bwlm runs list")
+    return found
+
+
+def shortest_names(storage: Path, ids: list[str]) -> list[str]:
+    """What a person would type for these experiments: a glob over seeds where it matches no other."""
+    known, wanted = [folder.id for folder in list_experiments(storage)], set(ids)
+    globs = {run: without_seed(run) for run in ids}
+    exact = {name for name in globs.values() if set(fnmatch.filter(known, name)) <= wanted}
+    return list(dict.fromkeys(globs[run] if globs[run] in exact else run for run in ids))
+
+
+def without_seed(run: str) -> str:
+    """A glob over what seeds an id could name."""
+    return re.sub(r"(_s|_seed)\d+(?=[_-]|$)", r"\1*", run)
+
+
+def begun(folders: list[ExperimentFolder], left_out: list[str]) -> tuple[list[ExperimentFolder], list[str]]:
+    """The runs that have done a step, and what a reader must know of those that have not ended well.
+
+    `left_out` says so of others already. Raises `UserError` if no run has done a step.
+    """
+    states = {folder.id: folder.status() for folder in folders}
+    notes = left_out + [
+        f"{folder.id} is {status.state}: analysed up to step {status.step:,}"
+        for folder in folders
+        if (status := states[folder.id]).state != "finished" and status.step
+    ]
+    waiting = [run for run, status in states.items() if not status.step]
+    if waiting:
+        notes.append(f"not begun, and left out: {', '.join(waiting)}")
+    if len(waiting) == len(folders):
+        raise UserError(f"{', '.join(waiting)}: not begun: there is nothing to analyse yet")
+    return [folder for folder in folders if states[folder.id].step], notes

@@ -1,0 +1,90 @@
+"""Labels of runs: the settings in which runs differ that are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bwlm.phases import PHASES, order
+from bwlm.record.fingerprint import VARIED
+
+_DIGESTS = ("tokenizer", "data", "code", "parent_recipe")
+"""Fields of an identity that are 64 hex digits, a possible cause before its effect."""
+
+
+_SHORT = 8
+"""So many digits of a digest are shown."""
+
+
+def size_labels(identities: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """A label for what cells must agree in to be compared: all that varies but direction, learning rate and seed.
+
+    The depth is always in it, so what follows from the depth is left out; so is a digest that follows from the rest.
+    Where there are several phases theirs is in it, and what follows from it is left out.
+    """
+    phases = sorted({str(fields["phase"]) for fields in identities.values()}, key=order)
+    of_phase = {
+        phase: {run: fields for run, fields in identities.items() if fields["phase"] == phase} for phase in phases
+    }
+    if len(phases) < 2:
+        return _labels_of_phase(identities)
+    return {
+        run: f"{phase} {label}" for phase, fields in of_phase.items() for run, label in _labels_of_phase(fields).items()
+    }
+
+
+def _labels_of_phase(identities: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    varying = varying_settings(identities)
+    labels = {
+        run: " ".join([f"d{fields['depth']}", *(f"{name}={fields.get(name)}" for name in varying)])
+        for run, fields in identities.items()
+    }
+    for name in _DIGESTS:
+        digests = {run: str(fields.get(name)) for run, fields in identities.items()}
+        if len(set(zip(labels.values(), digests.values(), strict=True))) > len(set(labels.values())):
+            labels = {run: f"{label} {name}={digests[run][:_SHORT]}" for run, label in labels.items()}
+    return labels
+
+
+def varying_settings(identities: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Settings other than direction, learning rate, seed and depth that do not follow from the depth, by name.
+
+    Those of ancestors come last, the nearest first, and are left out where they say what another said.
+    """
+    known = {name for fields in identities.values() for name in fields}
+    depths = {fields["depth"] for fields in identities.values()}
+
+    def varies(name: str, depth: int) -> bool:
+        return len({str(fields.get(name)) for fields in identities.values() if fields["depth"] == depth}) > 1
+
+    def values(name: str) -> list[str]:
+        return [str(fields.get(name)) for fields in identities.values()]
+
+    names = [name for name in known if setting_of(name)[1] not in {*VARIED, *_DIGESTS, "depth"}]
+    found: list[str] = []
+    for name in sorted(names, key=setting_of):
+        said = (setting_of(name)[1] == setting_of(other)[1] and values(name) == values(other) for other in found)
+        if any(varies(name, depth) for depth in depths) and not any(said):
+            found.append(name)
+    return found
+
+
+def setting_of(name: str) -> tuple[int, str]:
+    """How far back the run is that a field of `with_ancestors` is of, and the field: `mid.steps` is (2, steps)."""
+    phase, _, setting = name.partition(".")
+    return (len(PHASES) - 1 - order(phase), setting) if phase in PHASES else (0, name)
+
+
+def double_budget_pairs(identities: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Pairs of sizes that differ in their steps alone, of which the second has twice as many."""
+    return [
+        (once, twice)
+        for once, fields in identities.items()
+        for twice, others in identities.items()
+        if others["steps"] == 2 * fields["steps"] and _same_but_budget(fields, others)
+    ]
+
+
+def _same_but_budget(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    free = dict.fromkeys((*VARIED, "steps"))
+    return {**one, **free} == {**other, **free}

@@ -1,0 +1,41 @@
+"""The command that trains a run or a grid again."""
+
+from __future__ import annotations
+
+import shlex
+
+from pydantic import BaseModel
+
+from bwlm.config import Experiment
+from bwlm.phases import PHASES
+from bwlm.record.run_config import RunConfig
+from bwlm.settings_file import written_settings
+
+GRID_FILE = "grid.yaml"
+
+
+_STORAGE = '"$BWLM_STORAGE"'
+
+
+def _grid_command(name: str, storage: str = _STORAGE) -> str:
+    """With the grid file that lies beside the report, `--set` worked into it."""
+    return f"bwlm grid run {storage}/grids/{name}/{GRID_FILE}"
+
+
+def repeat_command(config: RunConfig, storage: str = _STORAGE) -> str:
+    """The command that trains a run again; `storage` is a word of the shell, by default the variable that names it."""
+    return _grid_command(config.grid, storage) if config.grid else train_command(config.id, config.experiment)
+
+
+def train_command(run: str, experiment: Experiment) -> str:
+    """`bwlm train` with every setting that is not its default, but where and with how many workers it ran."""
+    words = ["bwlm", "train", "--id", run]
+    for flag in ("phase", "parent", "direction", "depth", "lr", "seed"):
+        if (value := getattr(experiment, flag)) is not None:
+            words += [f"--{flag}", str(value)]
+    sections = {name for name, value in experiment if isinstance(value, BaseModel)} - {"resources"}
+    given = experiment.model_dump(include=sections | {"tasks", "differs"}, exclude_defaults=True)
+    if not PHASES[experiment.phase].is_first:  # whose defaults are the phase's own or the parent's
+        given.setdefault("model", {})["document_mask"] = experiment.model.document_mask
+        given.setdefault("optim", {})["init_lr_frac"] = experiment.optim.init_lr_frac
+    return shlex.join([*words, *(word for setting in written_settings(given) for word in ("--set", setting))])

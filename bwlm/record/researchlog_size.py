@@ -1,0 +1,109 @@
+"""How large a research log will be, before there is one: the schema's sizes, times what compression leaves of them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from bwlm.config import Experiment
+from bwlm.directions import DIRECTIONS, TEXT_READINGS, own_readings
+from bwlm.model.shape import GPTConfig
+from bwlm.phases import PHASES
+from bwlm.record.researchlog_schema import GROUPS, Column
+
+_BINS, _MAP_POSITIONS, _STATE_WINDOWS = 48, 128, 8
+_PLACES_PER_LAYER, _MATRICES_PER_LAYER = 4, 6
+
+# Bytes stored over raw bytes of the datasets of a group (`get_storage_size()`, `nbytes`), in the log of a forward run
+# of depth 2 on English web text: vocabulary 2048, 256 tokens a row, 60 steps, 3 validations. The frame is what was left
+# of its file.
+_COMPRESSION = {
+    "train": 0.73,
+    "tokens": 0.735,
+    "gradients": 0.45,
+    "activations": 0.555,
+    "attention": 0.47,
+    "representations": 0.74,
+    "validation": 0.67,
+}
+_PER_VALIDATION_TOKEN = 2.2
+"""Bytes stored of what holds for the whole run: id, bytes, segment, document and window of each."""
+_FRAME = 200_000
+"""Bytes of HDF5's own accounts: names, attributes, indices of chunks."""
+
+
+_OF_SAMPLES = ("reward", "sample_tokens", "finished", "entropy", "rollout_seconds")
+"""Scalars of RL."""
+
+
+def bytes_of_log(experiment: Experiment, shape: GPTConfig, steps: int) -> int:
+    """What `<phase>.h5` will take when a run of so many steps has ended.
+
+    An estimate: text compresses as it likes, and a validation split may have fewer windows than were asked for.
+    """
+    raw = raw_bytes(experiment, shape, steps)
+    fixed = _PER_VALIDATION_TOKEN * _sizes(experiment, shape)["N"]
+    return round(_FRAME + fixed + sum(_COMPRESSION[group] * size for group, size in raw.items()))
+
+
+def raw_bytes(experiment: Experiment, shape: GPTConfig, steps: int) -> dict[str, int]:
+    """Of the values of each group, uncompressed."""
+    sizes = _sizes(experiment, shape)
+    return {
+        name: _entries(experiment, name, steps)
+        * sum(_bytes(column, sizes, shape) for column in _kept(experiment, name))
+        for name in GROUPS
+    }
+
+
+def _kept(experiment: Experiment, group: str) -> list[Column]:
+    """The columns of one entry: figures by reading are those of the run's own readings, power is a GPU's."""
+    others = {f"{name}_{reading}" for name in ("loss", "reward") for reading in DIRECTIONS}
+    if PHASES[experiment.phase].has_reward:
+        others -= {f"reward_{reading}" for reading in own_readings(experiment.direction)}
+    else:
+        others -= {f"loss_{reading}" for reading in own_readings(experiment.direction)}
+        others |= set(_OF_SAMPLES) if group == "train" else set()
+    others |= set() if experiment.resources.gpus_per_worker else {"gpu_watts"}
+    return [column for name, column in GROUPS[group].columns.items() if name not in others]
+
+
+def _entries(experiment: Experiment, group: str, steps: int) -> int:
+    wanted, every = experiment.research_log, experiment.evaluation.every
+    if group in ("validation", "attention", "representations"):
+        evaluations = math.ceil(steps / every) if every else 1
+        return evaluations if getattr(wanted, group) else 0
+    interval: int = getattr(wanted, {"train": "scalars"}.get(group, group))
+    return steps // interval if interval else 0
+
+
+def _sizes(experiment: Experiment, shape: GPTConfig) -> dict[str, int]:
+    """How long each of the schema's axes is."""
+    length, depth, own = shape.sequence_length, shape.depth, own_readings(experiment.direction)
+    windows = max(1, experiment.evaluation.tokens // length)
+    rows, time = experiment.budget.batch_tokens // length, length
+    if PHASES[experiment.phase].has_reward:  # a prompt, whose length is the text's, and what follows it
+        rows, time = experiment.prompts_per_step * experiment.rl.samples, min(length, 2 * experiment.rl.new_tokens)
+    return {
+        "R": rows,
+        "T": time,
+        "P": 2 + _MATRICES_PER_LAYER * depth,
+        "S": 1 + _PLACES_PER_LAYER * depth,
+        "B": _BINS,
+        "D": len(own),
+        "validation D": len({*TEXT_READINGS, *own}),
+        "N": windows * length,
+        "L": depth,
+        "L+1": depth + 1,
+        "H": shape.heads,
+        "M": min(length, _MAP_POSITIONS),
+        "Q": min(experiment.research_log.representations, min(windows, _STATE_WINDOWS) * length),
+        "C": shape.width,
+    }
+
+
+def _bytes(column: Column, sizes: dict[str, int], shape: GPTConfig) -> int:
+    kind = ("int16" if shape.vocab_size <= 2**15 else "int32") if column.dtype == "int" else column.dtype
+    axes = ["validation D" if axis == "D" and "N" in column.axes.split() else axis for axis in column.axes.split()]
+    return int(np.dtype(kind).itemsize * math.prod(sizes[axis] for axis in axes))

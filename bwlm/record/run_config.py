@@ -1,0 +1,73 @@
+"""Content of config.json: what a run trains, by which code, and how it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from bwlm.config import Experiment
+from bwlm.model.compute import Compute
+from bwlm.model.shape import GPTConfig
+from bwlm.record.fingerprint import fingerprint
+
+
+def shape_of(experiment: Experiment) -> GPTConfig:
+    """Raises ValueError where head_dim, kv_heads and depth do not fit together."""
+    model = experiment.model
+    return GPTConfig.from_depth(
+        experiment.depth, experiment.tokenizer.vocab_size, model.sequence_length, model.head_dim, model.kv_heads
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Content of config.json: everything that a worker needs to train, and a reader to know what was trained."""
+
+    id: str
+    experiment: Experiment
+    identity: dict[str, Any]
+    steps: int
+    compute: Compute
+    corpus: str
+    """Folder of the packed corpus. In the file this and the next path are told from the storage, which may be moved."""
+    tokenizer: str
+    """Folder of the tokenizer."""
+    grid: str | None = None
+    identity_version: int = 1
+    """How `identity["code"]` was made; a run of before this was counted has version 1."""
+    modules: dict[str, str] = field(default_factory=dict)
+    """The digest of each module that `identity["code"]` covers."""
+    accepted_code: list[dict[str, Any]] = field(default_factory=list)
+    """Each resume with other code, on its user's word: step, time, code, and the modules that had changed."""
+
+    @property
+    def code(self) -> str:
+        """The digest of the code that trained the run, of all of them where it went on with another."""
+        return "+".join([str(self.identity.get("code", "")), *(accepted["code"] for accepted in self.accepted_code)])
+
+    @property
+    def compared(self) -> dict[str, Any]:
+        """The identity by which runs are compared: with all the code that trained the run."""
+        return self.identity | {"code": self.code}
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.identity)
+
+    @property
+    def shape(self) -> GPTConfig:
+        return shape_of(self.experiment)
+
+    def checkpoint_meta(self) -> dict[str, object]:
+        """What a reader of a checkpoint must know before it takes memory for it."""
+        experiment = self.experiment
+        return {
+            "id": self.id,
+            "phase": experiment.phase,
+            "direction": experiment.direction,
+            "reversal": experiment.data.reversal,
+            "depth": experiment.depth,
+            "vocab_size": experiment.tokenizer.vocab_size,
+            "tokenizer": self.identity["tokenizer"],
+            "fingerprint": self.fingerprint,
+        }

@@ -1,0 +1,57 @@
+"""How alike two models' states of the same tokens are.
+
+Axes: Q tokens, C width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def linear_cka(x: NDArray[Any], y: NDArray[Any]) -> float:
+    """Linear CKA of states [Q, C] and [Q, C'] of the same tokens, without the bias of few tokens, at most 1.
+
+    HSIC(x x', y y') / sqrt(HSIC(x x', x x') HSIC(y y', y y')) with the unbiased estimator of Song et al. (2012, JMLR
+    13:1393-1434), as in Nguyen et al. (2021, arXiv:2010.15327): the plain one of Kornblith et al. (2019,
+    arXiv:1905.00414) is near 1 for anything where tokens are hardly more than features.
+    """
+    return cka(Kernel.from_states(x), Kernel.from_states(y))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """x x' of centred states x [Q, C] without its diagonal, never built: [Q, Q] is larger than [Q, C]."""
+
+    x: NDArray[np.float64]
+    diagonal: NDArray[np.float64]
+    sums: NDArray[np.float64]
+    """Of its rows [Q]."""
+
+    @classmethod
+    def from_states(cls, states: NDArray[Any]) -> Kernel:
+        values = states.astype(np.float64)
+        x = values - values.mean(0)
+        diagonal = np.square(x).sum(1)
+        return cls(x, diagonal, x @ x.sum(0) - diagonal)
+
+    @cached_property
+    def own(self) -> float:
+        return hsic(self, self)
+
+
+def hsic(k: Kernel, m: Kernel) -> float:
+    """The unbiased estimator of Song et al., for kernels without their diagonals."""
+    n = len(k.x)
+    products = np.square(k.x.T @ m.x).sum() - k.diagonal @ m.diagonal
+    total = products + k.sums.sum() * m.sums.sum() / ((n - 1) * (n - 2)) - 2 * (k.sums @ m.sums) / (n - 2)
+    return float(total / (n * (n - 3)))
+
+
+def cka(k: Kernel, m: Kernel) -> float:
+    return hsic(k, m) / math.sqrt(k.own * m.own) if k.own > 0 and m.own > 0 else math.nan

@@ -1,0 +1,203 @@
+"""The table of losses that statistics take, checked, and its runs by size, direction and seed.
+
+A row per run and document (or per window of a document), with the columns `COLUMNS`; nll in nats, summed over the text
+tokens. Raises `UserError` that names the row, run or document at fault.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from bwlm.directions import DIRECTIONS
+from bwlm.errors import UserError, nearest
+from bwlm.format import listed
+
+Size = int | str
+FloatArray = npt.NDArray[np.float64]
+
+COLUMNS: Final = ("run", "direction", "seed", "size", "document", "nll", "tokens", "bytes")
+TOKEN_BYTES: Final = "token_bytes"
+"""An optional column: a digest of the table of bytes per token that a run's bytes are counted by; empty: unknown."""
+_CELL: Final = ["size", "direction", "seed"]
+_HAS_COMMA: Final = re.compile(r"[-+]?[0-9.]*,[0-9.,]*(?:[eE][-+]?[0-9]+)?")
+_LARGEST: Final = 1e15  # of a sum over a document; beyond it doubles no longer hold every whole number
+
+
+@dataclass(frozen=True, eq=False)
+class LossRun:
+    """One run's losses by document, sorted by document id."""
+
+    name: str
+    documents: list[str]
+    nll_d: FloatArray
+    tokens_d: FloatArray
+    bytes_d: FloatArray
+
+
+LossRuns = dict[Size, dict[str, dict[int, LossRun]]]  # by size, direction, seed
+
+
+def loss_runs(losses: pd.DataFrame) -> LossRuns:
+    """Check the table and sum the windows of each document."""
+    rows = checked_rows(losses)
+    _refuse_other_byte_counts(rows)
+    _refuse_two_runs_in_a_cell(rows)
+    summed = rows.groupby([*_CELL, "run", "document"], sort=False)[["nll", "tokens", "bytes"]].sum()
+    summed = summed.reset_index().sort_values("document", ignore_index=True)
+    _refuse_empty_documents(summed)
+    column = {str(name): summed[name].to_numpy() for name in summed.columns}
+    runs: LossRuns = {}
+    for of_run in summed.groupby(_CELL, sort=False).indices.values():
+        size, direction, seed, name = (column[key][of_run[0]] for key in (*_CELL, "run"))
+        run = LossRun(
+            name, list(column["document"][of_run]), *(column[key][of_run] for key in ("nll", "tokens", "bytes"))
+        )
+        if run.nll_d.sum() <= 0:
+            raise UserError(f"nll of run '{name}' does not sum to a positive loss: it must be -log p, in nats")
+        runs.setdefault(plain_size(size), {}).setdefault(direction, {})[int(seed)] = run
+    return runs
+
+
+def checked_rows(losses: pd.DataFrame) -> pd.DataFrame:
+    """Returns the table with plain types.
+
+    Names and document ids become text without blanks around it, the directions that bwlm knows lower case; numbers
+    are finite, not negative, in double precision.
+    """
+    require_columns(losses, COLUMNS, "the losses")
+    if losses.empty:
+        raise UserError("the losses hold no rows: give a row for each run and document")
+    for name in ("run", "direction", "seed", "size", "document"):
+        blank = losses[name].isna() | (_stripped(losses[name]) == "")
+        if blank.any():
+            row = int(blank.to_numpy().argmax()) + 1
+            raise UserError(f"the losses' row {row} has no {name}: fill it in or leave the row out")
+    rows = pd.DataFrame(
+        {
+            "run": _stripped(losses["run"]).to_numpy(),
+            "direction": [_plain_direction(name) for name in _stripped(losses["direction"])],
+            "seed": _whole_seeds(losses),
+            "size": [plain_size(size) for size in losses["size"]],
+            "document": _stripped(losses["document"]).to_numpy(),
+        }
+        | {name: _finite(losses, name) for name in ("nll", "tokens", "bytes")}
+    )
+    for name in ("direction", "size"):
+        _refuse_spellings(rows, name)
+    if TOKEN_BYTES in losses.columns:
+        rows[TOKEN_BYTES] = losses[TOKEN_BYTES].fillna("").to_numpy()
+    return rows
+
+
+def _stripped(names: pd.Series[Any]) -> pd.Series[str]:
+    return names.astype(object).map(lambda name: str(name).strip())
+
+
+def _plain_direction(name: str) -> str:
+    return name.lower() if name.lower() in DIRECTIONS else name
+
+
+def _refuse_spellings(rows: pd.DataFrame, column: str) -> None:
+    """Two names that differ in case alone would be two groups, of which each holds a part of the runs."""
+    known: dict[str, str] = {}
+    for name in dict.fromkeys(map(str, rows[column])):
+        if (other := known.setdefault(name.casefold(), name)) != name:
+            raise UserError(f"column '{column}' has both '{other}' and '{name}': write one name one way")
+
+
+def require_columns(table: pd.DataFrame, needed: Sequence[str], rows: str) -> None:
+    """Raises `UserError` that names the first column that `rows`, the table in words, lack."""
+    missing = [name for name in needed if name not in table.columns]
+    if missing:
+        raise UserError(
+            f"{rows} lack column '{missing[0]}'{nearest(missing[0], map(str, table.columns))}; "
+            f"needed: {', '.join(needed)}"
+        )
+
+
+def _finite(losses: pd.DataFrame, name: str) -> FloatArray:
+    values = pd.to_numeric(losses[name], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    mend = "evaluate that run again or leave it out"
+    log_p = f"{name} is -log p: turn the sign of what is log p" if name == "nll" else mend
+    faults = {
+        ("not a finite number", mend): ~np.isfinite(values),
+        ("which is negative", log_p): values < 0,
+        ("more than any text can have", mend): values > _LARGEST,
+    }
+    for (fault, advice), wrong in faults.items():
+        if wrong.any():
+            place = int(wrong.argmax())
+            row = losses.iloc[place]
+            if _HAS_COMMA.fullmatch(found := str(row[name]).strip()):
+                fault, advice = "which has a comma", "write numbers without commas, with a point before decimals"
+            raise UserError(
+                f"row {place + 1}: {name} of document '{row['document']}' in run '{row['run']}' is {found}, {fault}: "
+                f"{advice}"
+            )
+    return values
+
+
+def _whole_seeds(losses: pd.DataFrame) -> npt.NDArray[np.int64]:
+    seeds = pd.to_numeric(losses["seed"], errors="coerce")
+    values = seeds.to_numpy(dtype=np.float64, na_value=np.nan)
+    wrong = ~np.isfinite(values) | (values != np.rint(values))
+    if wrong.any():
+        row = losses.iloc[int(wrong.argmax())]
+        raise UserError(f"seed of run '{row['run']}' is {row['seed']}: seeds must be whole numbers")
+    return seeds.to_numpy(dtype=np.int64)
+
+
+def plain_size(size: object) -> Size:
+    if isinstance(size, int | float | np.integer | np.floating) and float(size).is_integer():
+        return int(size)
+    return str(size).strip()
+
+
+def with_counts(losses: pd.DataFrame) -> list[str]:
+    """The columns of a table that statistics take: `COLUMNS`, and `TOKEN_BYTES` where it has it."""
+    return [*COLUMNS, *([TOKEN_BYTES] if TOKEN_BYTES in losses.columns else [])]
+
+
+def _refuse_other_byte_counts(losses: pd.DataFrame) -> None:
+    """Bytes of one token counted in two ways are no common measure."""
+    if TOKEN_BYTES not in losses.columns:
+        return
+    known = losses[losses[TOKEN_BYTES].ne("")]
+    for size, of_size in known.groupby("size", sort=False):
+        first = of_size.drop_duplicates(TOKEN_BYTES)
+        if len(first) > 1:
+            (one, counts), (other, others) = first[["run", TOKEN_BYTES]].head(2).itertuples(index=False)
+            raise UserError(
+                f"runs '{one}' and '{other}' of size {size} count the bytes of tokens by other tables (token_bytes "
+                f"{counts} and {others}): evaluate both again with one version, or leave one out"
+            )
+
+
+def _refuse_two_runs_in_a_cell(rows: pd.DataFrame) -> None:
+    cells = rows[[*_CELL, "run"]].drop_duplicates()
+    clashes = cells[cells.duplicated(_CELL, keep=False)]
+    if not clashes.empty:
+        first = clashes.iloc[0]
+        same = (clashes[_CELL] == first[_CELL]).all(axis=1)
+        raise UserError(
+            f"direction {first['direction']}, seed {first['seed']}, size {first['size']} has several runs: "
+            f"{listed(clashes['run'][same])}; keep one of them"
+        )
+
+
+def _refuse_empty_documents(summed: pd.DataFrame) -> None:
+    for name in ("tokens", "bytes"):
+        empty = summed[summed[name] <= 0]
+        if not empty.empty:
+            first = empty.sort_values(["run", "document"]).iloc[0]
+            raise UserError(
+                f"document '{first['document']}' in run '{first['run']}' has {first[name]:g} {name} in all: "
+                "leave out documents without text"
+            )

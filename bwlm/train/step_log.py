@@ -1,0 +1,135 @@
+"""What a training step leaves in the research log: gathered from all ranks, only at the steps that log it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bwlm.config import ResearchLogSettings
+from bwlm.model.gpt import GPT
+from bwlm.model.observe import (
+    activation_statistics,
+    gradient_statistics,
+    histogram_edges,
+    parameters,
+    places,
+)
+from bwlm.model.train_step import StepResult
+from bwlm.record.researchlog_schema import GROUPS
+from bwlm.train.records import Entries
+from bwlm.train.session import Session
+
+_ACTIVATION_TOKENS = 2**11
+"""Tokens of rank 0 that the model reads once more for its activations."""
+
+_SCALARS = {
+    name: {"lr": "lr_multiplier"}.get(name, f"train_{name}" if name.startswith("loss") else name)
+    for name in GROUPS["train"].columns
+    if name != "step"
+}
+"""Columns of the log by the metrics that they hold."""
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Says what a step must show, and turns it into entries of the log."""
+
+    model: GPT
+    settings: ResearchLogSettings
+    session: Session
+    masked: bool
+    rows_at: Callable[[int], NDArray[np.int64]]
+    """Those of the whole batch, rank after rank, of a step counted from 0"""
+
+    def fixed(self) -> dict[str, Any]:
+        """What the groups of steps hold for the whole run."""
+        layers, seen = parameters(self.model), places(self.model.config.depth)
+        return {
+            "gradients/parameter": np.array(list(layers)),
+            "gradients/layer": np.array(list(layers.values()), np.int16),
+            "gradients/edges": np.array(histogram_edges()),
+            "activations/place": np.array([place for place, _ in seen]),
+            "activations/layer": np.array([layer for _, layer in seen], np.int16),
+            "activations/edges": np.array(histogram_edges()),
+        }
+
+    def step(self, step: int, tensors: dict[str, Tensor]) -> StepView:
+        """The view of a step that is about to be done."""
+        return StepView(self, step, tensors)
+
+    def is_due(self, group: str, step: int) -> bool:
+        every: int = getattr(self.settings, group)
+        return bool(every) and step % every == 0
+
+
+@dataclass
+class StepView:
+    """One step, while it happens."""
+
+    observer: Observer
+    number: int
+    tensors: dict[str, Tensor]
+    seen: Entries = field(default_factory=dict)
+
+    @property
+    def predict(self) -> bool:
+        return self.observer.is_due("tokens", self.number)
+
+    def see_gradients(self) -> None:
+        """Called when the gradients are complete: they are the same on all ranks, so rank 0 looks at its own."""
+        observer = self.observer
+        if observer.session.rank != 0:
+            return
+        if observer.is_due("gradients", self.number):
+            self.seen["gradients"] = _arrays(gradient_statistics(observer.model))
+        if observer.is_due("activations", self.number):
+            rows = slice(max(1, _ACTIVATION_TOKENS // self.tensors["inputs"].size(1)))
+            segments = self.tensors["segments"][rows] if observer.masked else None
+            found = activation_statistics(observer.model, self.tensors["inputs"][rows], segments)
+            self.seen["activations"] = _arrays(found)
+
+    def entries(self, result: StepResult, metrics: dict[str, float]) -> Entries:
+        """What rank 0 writes of the step; a collective."""
+        if self.predict:
+            self._see_tokens(result)
+        if self.observer.is_due("scalars", self.number):
+            self.seen["train"] = {name: metrics[key] for name, key in _SCALARS.items() if key in metrics}
+        return self.seen
+
+    def _see_tokens(self, result: StepResult) -> None:
+        session = self.observer.session
+        ids = torch.stack([self.tensors["inputs"], self.tensors["targets"], result.predicted]).int()
+        everywhere, losses = _gathered(ids, session), _gathered(result.token_losses.half(), session)
+        if session.rank != 0:
+            return
+        kind = np.int16 if self.observer.model.config.vocab_size <= 2**15 else np.int32
+        read, target, predicted = np.concatenate(everywhere, axis=1).astype(kind)
+        ranks = np.repeat(np.arange(session.world, dtype=np.int16), len(losses[0]))
+        self.seen["tokens"] = {
+            "rank": ranks,
+            "row": self.observer.rows_at(self.number - 1),  # takes a millisecond
+            "input": read,
+            "target": target,
+            "predicted": predicted,
+            "loss": np.concatenate(losses),
+        }
+
+
+def _arrays(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def _gathered(tensor: Tensor, session: Session) -> list[NDArray[Any]]:
+    """Of every rank, on rank 0; a collective."""
+    if session.world == 1:
+        return [tensor.cpu().numpy()]
+    parts = [torch.empty_like(tensor) for _ in range(session.world)] if session.rank == 0 else None
+    dist.gather(tensor.contiguous(), parts, dst=0)
+    return [part.cpu().numpy() for part in parts or []]

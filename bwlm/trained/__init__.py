@@ -1,0 +1,1 @@
+"""A trained model: loaded from its run, and exported with its card."""

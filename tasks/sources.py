@@ -1,0 +1,73 @@
+"""The sources of a mixture: tasks by their names, and files of conversations by their paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import tasks
+from bwlm.config import Experiment, Recipe
+from bwlm.errors import UserError, nearest
+from bwlm.paths import local_path
+from bwlm.phases import PHASES
+from bwlm.text.conversation import check_conversation
+from bwlm.text.mixture import ConversationSource
+
+_FILE_PARTS = 8
+"""In which the conversations of files are packed beside each other."""
+
+
+def sources_of(recipe: Recipe) -> list[ConversationSource]:
+    """The sources of a mixture, in its order. Raises `UserError` for one that is no task and no file."""
+    return [_source(name, weight, recipe) for name, weight in recipe.data.mixture.items()]
+
+
+def check_sources(experiment: Experiment) -> None:
+    """Raises `UserError` for the name of a task or of a mixture's part that there is none of."""
+    for name in experiment.tasks:
+        if name not in tasks.TASKS:
+            raise UserError(f"tasks.{name}: no such task{nearest(name, tasks.TASKS)}")
+    for name in experiment.data.mixture:
+        task = find_source(name)
+        if PHASES[experiment.phase].has_reward and not isinstance(task, tasks.Verifiable):
+            known = ", ".join(name for name, task in tasks.TASKS.items() if isinstance(task, tasks.Verifiable))
+            raise UserError(f"data.mixture: {name}: nothing says what an answer of it is worth: rl takes {known}")
+
+
+def find_source(name: str) -> tasks.Task:
+    """A task by its name, or the conversations of a file by its path. Raises `UserError` with the nearest name."""
+    if name in tasks.TASKS or not _is_path(name):
+        try:
+            return tasks.find_task(name)
+        except UserError as error:
+            raise UserError(f"data.mixture: {str(error).removeprefix('tasks: ')}, or give a path") from None
+    return tasks.FileTask(name)
+
+
+def _is_path(name: str) -> bool:
+    return "/" in name or name.endswith((".parquet", ".jsonl", ".jsonl.gz")) or Path(name).exists()
+
+
+def _source(name: str, weight: float, recipe: Recipe) -> ConversationSource:
+    task = find_source(name)
+    setting = recipe.tasks.get(name)
+    path = _for_workers(setting.path if setting else name if isinstance(task, tasks.FileTask) else None)
+    parts = 1 if name.startswith("builtin:") else _FILE_PARTS
+    notes = task.notes(path) if isinstance(task, tasks.FromFiles) else ()
+    return ConversationSource(name, weight, task.key(path), partial(_read, task, path), parts, notes)
+
+
+def _for_workers(address: str | None) -> str | None:
+    """The address of files as a worker finds it, whose working folder is another one."""
+    folder = local_path(address) if address is not None else None
+    return address if folder is None else str(folder.absolute())
+
+
+def _read(task: tasks.Task, path: str | None, split: tasks.SplitName) -> Iterator[tasks.RawConversation]:
+    if not isinstance(task, tasks.FileTask):
+        yield from task.conversations(split, path)
+        return
+    for place, messages in task.placed(split, path):
+        check_conversation(messages, place)  # here, where the row is known
+        yield messages

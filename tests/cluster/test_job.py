@@ -1,0 +1,236 @@
+"""`ray job submit` against a real head node: logs a person can read, an exit status a script can trust."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+
+from bwlm.record.checkpoint import checkpoint_steps
+from bwlm.record.experiment import ExperimentFolder
+from bwlm.record.journal import last_entry
+from tests.grids import reap
+
+ROOT = Path(__file__).parent.parent.parent
+BIN = Path(sys.executable).parent
+
+
+def free_ports(count: int) -> list[int]:
+    """Free ports outside 10002-19999, where Ray's workers listen."""
+    found: list[int] = []
+    for port in range(21000 + os.getpid() % 5000, 32000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError("no free ports")
+
+
+def answers(dashboard: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{dashboard}/api/version", timeout=5):
+            return True
+    except urllib.error.HTTPError:  # it is there, and asks for the token
+        return True
+    except OSError:
+        return False
+
+
+def status_of(url: str, token: str = "") -> int:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+class Head(NamedTuple):
+    environment: dict[str, str]
+    """The environment of a client that follows docs/cluster.md."""
+    gcs: str
+    dashboard: str
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A head as docs/cluster.md starts one, on a machine that has no token yet; with ports and folders of its own."""
+    folder = tempfile.mkdtemp(prefix="bwj-", dir="/tmp")
+    gcs, dashboard, agent, client, metrics = free_ports(5)
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "BWLM_STORAGE")}
+    environment |= {
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HOME": folder,
+        "OMP_NUM_THREADS": "1",
+    }
+    exported, make_token, start = documented("export RAY_AUTH_MODE=token", "ray get-auth-token", "ray start --head")
+    assert exported == "export RAY_AUTH_MODE=token"
+    subprocess.run(shlex.split(make_token), env=environment, check=True, capture_output=True)
+    options = {
+        "--port": gcs, "--dashboard-port": dashboard, "--dashboard-agent-listen-port": agent,
+        "--ray-client-server-port": client, "--metrics-export-port": metrics, "--temp-dir": folder, "--num-cpus": 4,
+    }  # fmt: skip
+    command = [*shlex.split(start), "--block", "--disable-usage-stats", *(f"{k}={v}" for k, v in options.items())]
+    try:
+        with node_of(command, environment, Path(folder) / "head.log", lambda: answers(dashboard)):
+            address = f"http://127.0.0.1:{dashboard}"
+            yield Head(environment | {"RAY_API_SERVER_ADDRESS": address}, f"127.0.0.1:{gcs}", address)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def documented(*beginnings: str) -> list[str]:
+    """The first command of docs/cluster.md that begins so, for each."""
+    lines = (ROOT / "docs" / "cluster.md").read_text().splitlines()
+    return [next(line.split("  #")[0] for line in lines if line.startswith(beginning)) for beginning in beginnings]
+
+
+@contextlib.contextmanager
+def node_of(command: list[str], environment: dict[str, str], log: Path, is_up: Callable[[], bool]) -> Iterator[None]:
+    """A node's processes, from when it is up until the end of the block."""
+    with log.open("wb") as file:
+        node = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 180
+        while not is_up():
+            assert time.monotonic() < deadline, log.read_text()[-2000:]
+            assert node.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.2)
+        yield
+    finally:
+        processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):  # one that ends as its parent does
+                process.terminate()
+        _, alive = psutil.wait_procs(processes, timeout=10)
+        reap(alive)
+        node.wait()
+
+
+def submit(
+    head: Head, storage: Path, *arguments: str, options: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """The submit of docs/cluster.md with another grid and storage, from the checkout."""
+    words = shlex.split(documented("ray job submit")[0])
+    assert words[:3] == ["ray", "job", "submit"]
+    end = words.index("jobs/run_grid.py") + 1
+    return ray_job(head, "submit", *options, *words[3:end], *arguments, "--storage", str(storage))
+
+
+def ray_job(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [BIN / "ray", "job", *arguments], cwd=ROOT, env=head.environment, capture_output=True, text=True, timeout=400
+    )
+
+
+def test_a_submitted_grid_runs_and_reports(head: Head, corpus: Path, tmp_path: Path) -> None:
+    source = f"data.source={corpus}"
+    small = ["--set", source, "--set", "tokenizer.vocab_size=400", "--set", "axes.direction=[forward, backward]"]
+    done = submit(head, tmp_path / "storage", "grids/tiny.yaml", *small)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"storage: {tmp_path / 'storage'}" in done.stdout
+    assert "2/2 tiny_" in done.stdout
+    assert "too few seeds to tell" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert (tmp_path / "storage" / "grids" / "tiny" / "RESEARCH_REPORT.md").exists()
+
+    wrong = submit(head, tmp_path / "storage", "grids/tiny.yaml", "--set", "model.sequence_lenght=3")
+    assert wrong.returncode != 0
+    assert "did you mean 'sequence_length'?" in wrong.stdout
+    assert "Traceback" not in wrong.stdout
+
+
+def test_the_line_that_a_launch_prints_runs_the_same_grid_as_a_job(head: Head, corpus: Path, tmp_path: Path) -> None:
+    sets = [f"data.source={corpus}", "tokenizer.vocab_size=400", "axes.direction=[forward]", "budget.steps=4"]
+    options = [word for one in sets for word in ("--set", one)]
+    alone = {name: value for name, value in head.environment.items() if name != "RAY_ADDRESS"}
+    run = [BIN / "bwlm", "grid", "run", "grids/tiny.yaml", *options, "--storage", str(tmp_path / "storage")]
+    launched = subprocess.run(run, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=400)
+    assert launched.returncode == 0, launched.stdout[-3000:] + launched.stderr[-3000:]
+    words = shlex.split(launched.stdout[launched.stdout.index("ray job submit") :])
+    done = ray_job(head, *words[2:])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"storage: {tmp_path / 'storage'}" in done.stdout
+    assert "1/1" not in done.stdout  # nothing was left to train
+
+
+def test_the_readme_says_what_the_page_does() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for command in documented("export RAY_AUTH_MODE=token", "ray job submit"):
+        assert command in readme
+
+
+def test_the_dashboard_asks_for_the_token(head: Head) -> None:
+    token = (Path(head.environment["HOME"]) / ".ray" / "auth_token").read_text()
+    assert status_of(f"{head.dashboard}/api/jobs/") == 401
+    assert status_of(f"{head.dashboard}/api/jobs/", "x" * 64) == 403
+    assert status_of(f"{head.dashboard}/api/jobs/", token) == 200
+
+
+def test_a_second_node_joins_with_the_token(head: Head, tmp_path: Path) -> None:
+    start = shlex.split(documented("ray start --address")[0].replace("HEAD:6379", head.gcs))
+
+    def nodes() -> int:
+        words = [BIN / "ray", "status", "--address", head.gcs]
+        done = subprocess.run(words, env=head.environment, capture_output=True, text=True, timeout=60)
+        return len(re.findall(r"^ 1 node_", done.stdout, re.MULTILINE))
+
+    [metrics] = free_ports(1)
+    command = [*start, "--block", "--disable-usage-stats", "--num-cpus=1", f"--metrics-export-port={metrics}"]
+    assert nodes() == 1
+    with node_of(command, head.environment, tmp_path / "node.log", lambda: nodes() == 2):
+        pass
+
+
+@pytest.mark.parametrize("mode", ["token", None])
+def test_a_cluster_that_refuses_is_told_in_one_line(head: Head, corpus: Path, tmp_path: Path, mode: str | None) -> None:
+    environment = head.environment | {"HOME": str(tmp_path), "RAY_ADDRESS": head.gcs}
+    del environment["RAY_AUTH_MODE"]
+    command = [BIN / "bwlm", "grid", "run", ROOT / "grids/tiny.yaml", "--set", f"data.source={corpus}"]
+    done = subprocess.run(
+        [*command, "--storage", tmp_path / "runs"],
+        env=environment | ({"RAY_AUTH_MODE": mode} if mode else {}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"bwlm: RAY_ADDRESS: {head.gcs}: ")
+    assert "export RAY_AUTH_MODE=token" in done.stderr
+
+
+def test_a_stopped_job_saves_its_cells(head: Head, corpus: Path, tmp_path: Path) -> None:
+    settings = [f"data.source={corpus}", "tokenizer.vocab_size=400", "axes.direction=[forward]", "budget.steps=100000"]
+    options = ("--no-wait", "--submission-id", "stopped")
+    arguments = [word for setting in [*settings, "checkpoint.every=0"] for word in ("--set", setting)]
+    submitted = submit(head, tmp_path / "storage", "grids/tiny.yaml", *arguments, options=options)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    folder = ExperimentFolder(tmp_path / "storage", "tiny_forward_d1_lr1_s0")
+    deadline = time.monotonic() + 400
+    while (entry := last_entry(folder.path)) is None or entry.step < 5:
+        assert time.monotonic() < deadline, ray_job(head, "logs", "stopped").stdout[-3000:]
+        time.sleep(0.1)
+    ray_job(head, "stop", "stopped")
+    assert "bwlm: stopped by SIGTERM; run the same command to resume" in ray_job(head, "logs", "stopped").stdout
+    status = folder.status()
+    assert (status.state, status.reason) == ("stopped", "")
+    assert checkpoint_steps(folder.checkpoints) == [status.step]
