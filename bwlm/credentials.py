@@ -13,16 +13,23 @@ from urllib.parse import unquote
 
 from bwlm.errors import UserError
 
-_PASSWORD = re.compile(r"(?<=:/)(/?(?!\[)[^/?#\s@:]*):(?!\d{1,5}(?:/|$))[^?#\s@]*(?:@[^/?#\s@]*)*@")
-"""`user:password@`; a password may hold slashes, and `host:8000/name@revision` is none; a `Path` has lost a slash."""
-_LOGIN = re.compile(r"(https?://?)([^/?#\s@]+)@")
+_PASSWORD = re.compile(r"(?<=:/)(/?(?!\[)[^/?#\s@:]*):(?!\d{1,5}(?:[/?#]|$))[^\s@]*(?:@[^/?#\s@]*)*@")
+"""`user:password@`; a password may hold slashes, ? and #, and `host:8000/name@revision` is none.
+
+A `Path` has lost a slash.
+"""
+_LOGIN = re.compile(r"(https?://?)([^/\s@]+)@")
 """`token@` of HTTP; elsewhere a name before the host is a user or a container."""
+_KNOWN = re.compile(r"(?<![A-Za-z0-9])(?:hf_|gh[pousr]_|github_pat_|glpat-|AKIA|ASIA)[A-Za-z0-9_-]{16,}")
+"""Tokens that their makers gave a beginning: Hugging Face, GitHub, GitLab, AWS."""
 _PARAMETER = re.compile(r"(?:(?<=[?&;#])|^)([\w.-]+)=([^?&;#\s]+)")
 _SECRET_PARTS = (
     *("secret", "passw", "signature", "credential", "accesskey", "accountkey", "apikey", "privatekey"),
     *("sessionkey", "authorization"),
 )
-_SECRET_NAMES = frozenset({"sig", "sas", "key", "pwd", "pass", "auth", "keypairid", "awsaccesskeyid"})
+_SECRET_NAMES = frozenset(
+    {"sig", "sas", "pwd", "pass", "auth", "jwt", "bearer", "hmac", "ticket", "keypairid", "awsaccesskeyid"}
+)
 _AWS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _AZURE = "AZURE_STORAGE_CONNECTION_STRING"
 _GOOGLE = "GOOGLE_APPLICATION_CREDENTIALS"
@@ -67,13 +74,16 @@ def secrets_in(content: Any, field: str = "") -> Iterator[str]:
 
 def masked(text: str) -> str:
     """A text that may quote addresses, with *** for each secret in them."""
-    text = _PASSWORD.sub(r"\1:***@", text)
+    text = _KNOWN.sub("***", _PASSWORD.sub(r"\1:***@", text))
     text = _LOGIN.sub(lambda match: match[0] if match[2].endswith(":***") else f"{match[1]}***@", text)
     return _PARAMETER.sub(lambda match: f"{match[1]}=***" if _is_secret(match[1]) else match[0], text)
 
 
 def _kind(address: str) -> str | None:
-    if "://" in address and (_PASSWORD.search(address) or _LOGIN.search(address)):
+    if address.startswith("//"):
+        address = f"scheme:{address}"
+    unbroken = re.sub(r"\s", "_", address)  # a blank does not end a password that was typed in
+    if "://" in address and (_PASSWORD.search(unbroken) or _LOGIN.search(unbroken) or _KNOWN.search(address)):
         return "a user's password or token"
     if "://" in address or ";" in address:
         names = [name for name, _ in _PARAMETER.findall(address) if _is_secret(name)]
@@ -83,7 +93,7 @@ def _kind(address: str) -> str | None:
 
 def _is_secret(name: str) -> bool:
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    return plain in _SECRET_NAMES or plain.endswith("token") or any(part in plain for part in _SECRET_PARTS)
+    return plain in _SECRET_NAMES or plain.endswith(("token", "key")) or any(part in plain for part in _SECRET_PARTS)
 
 
 def _variables(address: str, field: str) -> str:

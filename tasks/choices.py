@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from bwlm.errors import UserError
+from bwlm.text.splits import NamedSplits
 from tasks.files import DataSet, Row
 from tasks.task import RawConversation, SplitName, exchange
 
@@ -62,5 +63,5 @@ class MultipleChoice:
     def key(self, path: str | None = None) -> str:
         return self.data.key(path, self.name, FORMAT_VERSION)
 
-    def notes(self, path: str | None = None) -> tuple[str, ...]:
-        return self.data.notes(path)
+    def splits(self, path: str | None = None) -> NamedSplits:
+        return self.data.splits(path)

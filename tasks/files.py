@@ -96,16 +96,12 @@ class DataSet:
 
     def rows(self, split: SplitName, path: str | None = None) -> Iterator[Row]:
         """The rows of a split, file by file. Raises `UserError`, naming the file and where it can the row."""
-        named = self._splits(path)
+        named = self.splits(path)
         by_name = bool(named.validation)
         for file in named.validation if by_name and split == "validation" else named.train:
             for row in _read(file.uri, self.columns):
                 if by_name or self._held_out(row) == (split == "validation"):
                     yield row
-
-    def notes(self, path: str | None = None) -> tuple[str, ...]:
-        """Returns a line for each thing that a person must know of the splits: files that are left out."""
-        return self._splits(path).notes
 
     def key(self, path: str | None, *recipe: Any) -> str:
         """Returns a short hash of both splits' files and of `recipe`, which names all else that makes conversations.
@@ -113,11 +109,12 @@ class DataSet:
         Local files count by their content, so that a copy or a touched file gives the same rows; remote ones by
         address, size and stamp.
         """
-        named = self._splits(path)
+        named = self.splits(path)
         files = [[_content(file) for file in split] for split in (named.train, named.validation)]
         return recipe_key(*recipe, HELD_OUT, files)
 
-    def _splits(self, path: str | None) -> NamedSplits:
+    def splits(self, path: str | None = None) -> NamedSplits:
+        """Returns the files by split. Raises `UserError` for a file of another kind, and where none trains."""
         files = self._list(path)
         for file in files:
             if not file.uri.endswith((PARQUET, *JSONL)):

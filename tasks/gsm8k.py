@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 
+from bwlm.text.splits import NamedSplits
 from tasks.files import DataSet, Row
 from tasks.task import RawConversation, SplitName, Writes, exchange, truth
 
@@ -40,8 +41,8 @@ class GSM8K:
     def key(self, path: str | None = None) -> str:
         return _DATA.key(path, self.name, FORMAT_VERSION)
 
-    def notes(self, path: str | None = None) -> tuple[str, ...]:
-        return _DATA.notes(path)
+    def splits(self, path: str | None = None) -> NamedSplits:
+        return _DATA.splits(path)
 
     def reward(self, written: str, conversation: RawConversation, writes: Writes) -> float:
         """An answer: 1 if its final number is the true one, else 0. A question: `quantities_agree`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from bwlm.text.splits import NamedSplits
 from tasks.files import DataSet, Row
 from tasks.task import RawConversation, RawMessage, SplitName
 
@@ -39,8 +40,8 @@ class FileTask:
     def key(self, path: str | None = None) -> str:
         return self._data.key(path, _COLUMN, FORMAT_VERSION)
 
-    def notes(self, path: str | None = None) -> tuple[str, ...]:
-        return self._data.notes(path)
+    def splits(self, path: str | None = None) -> NamedSplits:
+        return self._data.splits(path)
 
 
 def _messages(row: Row) -> RawConversation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 
 import tasks
@@ -13,14 +14,35 @@ from bwlm.paths import local_path
 from bwlm.phases import PHASES
 from bwlm.text.conversation import check_conversation
 from bwlm.text.mixture import ConversationSource
+from bwlm.text.splits import NamedSplits, without_copies
 
 _FILE_PARTS = 8
 """In which the conversations of files are packed beside each other."""
 
 
 def sources_of(recipe: Recipe) -> list[ConversationSource]:
-    """The sources of a mixture, in its order. Raises `UserError` for one that is no task and no file."""
-    return [_source(name, weight, recipe) for name, weight in recipe.data.mixture.items()]
+    """Returns the sources of a mixture, in its order.
+
+    Raises `UserError` for one that is no task and no file, and for a training file that another source holds out.
+    """
+    mixture = recipe.data.mixture
+    places = {name: _place(name, recipe) for name in mixture}
+    splits = {name: task.splits(path) for name, (task, path) in places.items() if isinstance(task, tasks.FromFiles)}
+    for one, other in permutations(splits, 2):
+        _refuse_held_out(one, splits[one], other, splits[other])
+    return [
+        _source(name, weight, *places[name], splits[name].notes if name in splits else ())
+        for name, weight in mixture.items()
+    ]
+
+
+def _refuse_held_out(one: str, trained: NamedSplits, other: str, held: NamedSplits) -> None:
+    kept, _ = without_copies(trained.train, [*held.validation, *held.test])
+    if dropped := [file.uri for file in trained.train if file not in kept]:
+        raise UserError(
+            f"data.mixture: {one}: {dropped[0]} is held out by {other}, under another name maybe: "
+            "train on other files, or leave one of the two sources out"
+        )
 
 
 def check_sources(experiment: Experiment) -> None:
@@ -49,12 +71,14 @@ def _is_path(name: str) -> bool:
     return "/" in name or name.endswith((".parquet", ".jsonl", ".jsonl.gz")) or Path(name).exists()
 
 
-def _source(name: str, weight: float, recipe: Recipe) -> ConversationSource:
-    task = find_source(name)
-    setting = recipe.tasks.get(name)
-    path = _for_workers(setting.path if setting else name if isinstance(task, tasks.FileTask) else None)
+def _place(name: str, recipe: Recipe) -> tuple[tasks.Task, str | None]:
+    """The task, and the path of its files where one is given."""
+    task, setting = find_source(name), recipe.tasks.get(name)
+    return task, _for_workers(setting.path if setting else name if isinstance(task, tasks.FileTask) else None)
+
+
+def _source(name: str, weight: float, task: tasks.Task, path: str | None, notes: tuple[str, ...]) -> ConversationSource:
     parts = 1 if name.startswith("builtin:") else _FILE_PARTS
-    notes = task.notes(path) if isinstance(task, tasks.FromFiles) else ()
     return ConversationSource(name, weight, task.key(path), partial(_read, task, path), parts, notes)
 
 

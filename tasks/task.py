@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from bwlm.errors import UserError
+from bwlm.text.splits import NamedSplits
 
 RawMessage = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": str}`"""
@@ -49,8 +50,8 @@ class Verifiable(Task, Protocol):
 
 @runtime_checkable
 class FromFiles(Task, Protocol):
-    def notes(self, path: str | None = None) -> tuple[str, ...]:
-        """Returns a line for each file that is left out, and why. `path` as in `conversations`."""
+    def splits(self, path: str | None = None) -> NamedSplits:
+        """Returns its files by split, with a line for each that is left out. `path` as in `conversations`."""
 
 
 def truth(conversation: RawConversation, writes: Writes) -> str:

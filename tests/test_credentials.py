@@ -36,6 +36,13 @@ HOLDING = {
     f"https://h/x?url=https%3A%2F%2Fu%3A{SECRET}%40h": ("a user's password or token", "HF_TOKEN"),
     f"az://c/x;AccountKey={SECRET}==": ("a secret in AccountKey=", "AZURE_STORAGE_CONNECTION_STRING"),
     f"hf://datasets/o/n?token={SECRET}": ("a secret in token=", "HF_TOKEN"),
+    f"https://h/x?subscription-key={SECRET}": ("a secret in subscription-key=", "HF_TOKEN"),
+    f"https://h/x?jwt={SECRET}": ("a secret in jwt=", "HF_TOKEN"),
+    f"https://h/x#access_key={SECRET}": ("a secret in access_key=", "HF_TOKEN"),
+    f"http://u:a#{SECRET}@h/x": ("a user's password or token", "HF_TOKEN"),
+    f"http://u:a?{SECRET}@h/x": ("a user's password or token", "HF_TOKEN"),
+    f"//u:{SECRET}@h/x": ("a user's password or token", "HF_TOKEN"),
+    f"hf://datasets/o/n@hf_{SECRET}0123456789/f": ("a user's password or token", "HF_TOKEN"),
     f"postgresql+psycopg2://me:{SECRET}@h/db": ("a user's password or token", "PGPASSWORD"),
 }
 
@@ -54,8 +61,19 @@ def test_a_secret_is_told_with_the_variable_and_never_shown(address: str) -> Non
     assert fault.startswith(f"data.source: holds {kind}: take it out, and set ")
     assert variable in fault
     assert SECRET not in fault
-    if "%" not in address:
+    if "%" not in address and not address.startswith("//"):
         assert SECRET not in masked(f"{address}: cannot be listed")
+
+
+@pytest.mark.parametrize("blank", [" ", "\t", "\n"])
+def test_a_blank_does_not_end_a_password(blank: str) -> None:
+    assert "a user's password or token" in str(secret_in(f"http://u:a{blank}{SECRET}@h/x", "data.source"))
+
+
+@pytest.mark.parametrize("address", ["http://h:notaport", "http://[::1", "http://h:99999"])
+def test_a_tracking_uri_that_is_no_address_is_told_in_a_line(address: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^launch.tracking_uri: .* is no address .*: give http://host:port, or unset"):
+        tracking_uri(tmp_path, address)
 
 
 @pytest.mark.parametrize("address", PLAIN)

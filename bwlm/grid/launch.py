@@ -276,7 +276,7 @@ def _conclude(
 ) -> LaunchResult:
     planned_cells = find_cells(plan, storage)
     for planned in planned_cells:
-        if planned.status.step:
+        if planned.status.step or planned.status.ended:
             artifacts = write_experiment_report(planned.folder, insides=not plan.is_grid)
             artifacts += sorted((planned.folder.path / SAMPLES).glob("*.json"))
             tracking.close_child(planned.folder, planned.status, artifacts)

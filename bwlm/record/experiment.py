@@ -26,7 +26,7 @@ from bwlm.phases import PHASES
 from bwlm.record.health import DIGEST, RECORDS, check_agrees, check_seal, damage, records_of, sealed
 from bwlm.record.journal import last_entry
 from bwlm.record.lease import LEASE_SECONDS, Holder, Lease, living_holder, take, take_at_once
-from bwlm.record.lineage import ParentLink, read_link, write_link
+from bwlm.record.lineage import LINK, ParentLink, read_link, write_link
 from bwlm.record.run_config import RunConfig
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
@@ -118,6 +118,8 @@ class ExperimentFolder:
     def _read_config(self) -> dict[str, Any]:
         """Raises `UserError` naming the file if it is not the config of an experiment, or was edited."""
         path, mend = self.path / "config.json", _CONFIG_MEND.format(run=self.id)
+        if not path.exists():
+            raise UserError(f"{path}: gone: {mend}")
         content = read_json(path)
         try:
             check_seal(path, content, mend)
@@ -213,6 +215,8 @@ class ExperimentFolder:
 
     def _read_status(self) -> dict[str, Any]:
         path = self.path / "status.json"
+        if not path.exists():
+            raise UserError(f"{path}: gone; {_STATUS_MEND}")
         content = read_json(path)
         if not isinstance(content, dict):
             raise UserError(f"{path}: not the status of a run; {_STATUS_MEND}")
@@ -322,11 +326,19 @@ def list_experiments(storage: Path) -> list[ExperimentFolder]:
     """Every experiment below a storage root, by id."""
     if not storage.is_dir():
         return []
-    found = [path.parent for path in sorted(storage.glob("*/config.json"))]
-    # others' folders have a config.json too; ours have a status beside it, and a safe name
-    return [
-        ExperimentFolder(storage, path.name) for path in found if is_id(path.name) and (path / "status.json").exists()
-    ]
+    return [ExperimentFolder(storage, path.name) for path in sorted(storage.iterdir()) if _is_experiment(path)]
+
+
+def _is_experiment(path: Path) -> bool:
+    """True for a folder of a run, also where its config or status is gone: what reads it then names the file.
+
+    Folders of others have a config.json too, and a launch that was cut off leaves all but the config.
+    """
+    if not is_id(path.name) or not path.is_dir():
+        return False
+    if (path / "config.json").exists():
+        return (path / "status.json").exists() or (path / LINK).exists()
+    return (path / LINK).exists() and (path / "checkpoints").exists()
 
 
 def parents_in(storage: Path) -> dict[str, str | None]:
@@ -347,7 +359,7 @@ def _parent_of(folder: ExperimentFolder) -> str | None:
 def open_experiment(storage: Path, experiment_id: str) -> ExperimentFolder:
     """Raises `UserError` naming the nearest ids if there is no such experiment."""
     folder = ExperimentFolder(storage, experiment_id)
-    if not folder.exists():
+    if not folder.exists() and not _is_experiment(folder.path):
         known = [other.id for other in list_experiments(storage)]
         raise UserError(
             f"{experiment_id}: no such experiment in {storage}{nearest(experiment_id, known)}; see: bwlm runs list"
@@ -360,5 +372,5 @@ def open_finished(storage: Path, parent: str) -> ExperimentFolder:
     folder = open_experiment(storage, parent)
     state = folder.status().state
     if state != "finished":
-        raise UserError(f"parent: {parent} is {state}, not finished: finish it first, or choose another parent")
+        raise UserError(f"{parent} is {state}, not finished: finish it first, or choose another run")
     return folder

@@ -60,7 +60,8 @@ def records_of(folder: Path, steps: int) -> dict[str, dict[str, Any]]:
     """Bytes of each record that a finished run leaves, by its path in the folder, and `sha256` of the small ones."""
     last = step_folder(folder / "checkpoints", steps)
     hashed = [path for pattern in _HASHED for path in sorted(folder.glob(pattern))]
-    sized = [*sorted(folder.glob("*.h5")), *(path for path in (last / META, last / MODEL) if path.exists())]
+    hashed += sorted(folder.glob("*.h5"))
+    sized = [path for path in (last / META, last / MODEL) if path.exists()]
     records = {path: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in hashed}
     records |= {path: {"bytes": path.stat().st_size} for path in sized}
     return {str(path.relative_to(folder)): record for path, record in records.items()}
@@ -84,6 +85,13 @@ def damage(folder: ExperimentFolder, config: RunConfig, status: Status, thorough
     return found
 
 
+def check_log(folder: ExperimentFolder, path: Path) -> None:
+    """Raises `UserError` if a finished run's research log is not what it left; reads it whole, once a process."""
+    left = folder.records_left().get(path.name, {})
+    if "sha256" in left and path.exists() and _sha256(_state(path)) != left["sha256"]:
+        raise UserError(f"{path}: edited since the run finished (its SHA-256 differs): put the file back")
+
+
 def damage_of_weights(folder: ExperimentFolder, config: RunConfig, status: Status) -> list[str]:
     """The fault of a finished run's last weights, which are read whole for it."""
     if status.state != "finished" or not step_folder(folder.checkpoints, config.steps).exists():
@@ -102,7 +110,7 @@ def _changed(folder: Path, records: Mapping[str, Mapping[str, Any]], thorough: b
             yield f"{name}: gone"
         elif (size := path.stat().st_size) != left["bytes"]:
             yield f"{name}: {size:,} bytes, and {left['bytes']:,} when the run finished"
-        elif thorough and "sha256" in left and _sha256(_state(path)) != left["sha256"]:
+        elif thorough and "sha256" in left and path.suffix != ".h5" and _sha256(_state(path)) != left["sha256"]:
             yield f"{name}: edited since the run finished (its SHA-256 differs)"
 
 

@@ -46,11 +46,15 @@ _STATES: dict[State, str] = {"finished": "FINISHED", "failed": "FAILED", "stoppe
 def tracking_uri(storage: Path, chosen: str | None) -> str:
     """The grid's setting, else the environment's as for any MLflow client, else SQLite below the storage.
 
-    Raises `UserError` if it holds a secret: it is printed, and noted by MLflow itself.
+    Raises `UserError` if it holds a secret, since it is printed and noted by MLflow itself, and if it is no address.
     """
     named = "launch.tracking_uri" if chosen else "MLFLOW_TRACKING_URI"
     uri = chosen or os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(storage / "mlflow.db")
     refuse_secret(uri, named)
+    try:
+        urlsplit(uri).port  # noqa: B018 - raises where it is no number
+    except ValueError as error:
+        raise UserError(f"{named}: {uri} is no address ({error}): give http://host:port, or unset it") from None
     return uri
 
 

@@ -80,6 +80,7 @@ class NamedSplits:
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
     notes: tuple[str, ...]
+    test: tuple[Shard, ...] = ()
 
 
 def split_by_name(files: Sequence[Shard], source: str, field: str) -> NamedSplits:
@@ -98,7 +99,7 @@ def split_by_name(files: Sequence[Shard], source: str, field: str) -> NamedSplit
             f"{field}: {source}: no file to train on ({', '.join(held_out)}): "
             "name a training file, or rename one whose name says another split than it is"
         )
-    return NamedSplits(train, validation, (*notes, *copies, *repeats, *held_repeats))
+    return NamedSplits(train, validation, (*notes, *copies, *repeats, *held_repeats), tuple(named["test"]))
 
 
 def without_copies(files: Iterable[Shard], held_out: Iterable[Shard]) -> tuple[tuple[Shard, ...], list[str]]:

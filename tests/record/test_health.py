@@ -153,6 +153,45 @@ def test_a_file_that_was_cut_off_or_deleted_is_named_by_every_command(
     check_mistake(shell("analyze", "compare", "forward", *storage), "forward is left out: it is damaged: ")
 
 
+@pytest.mark.parametrize("name", ["config.json", "status.json"])
+def test_a_run_whose_config_or_status_is_gone_is_named(
+    name: str, run: ExperimentFolder, new_family: NewFamily, shell: Shell
+) -> None:
+    new_family("backward")
+    (run.path / name).unlink()
+    storage = ("--storage", str(run.path.parent))
+    told = rf"forward is left out: .*/forward/{name}: gone"
+    for command in (["runs", "list"], ["runs", "tree"], ["analyze", "compare", "*"]):
+        answer = shell(*command, *storage)
+        assert answer.code == 0, command
+        assert re.search(told, answer.err), command
+    check_mistake(shell("runs", "show", "forward", *storage), f"/forward/{name}: gone")
+    assert shell("runs", "delete", "forward", "--yes", *storage).code == 0
+    assert not run.path.exists()
+
+
+def test_folders_of_others_are_no_runs(run: ExperimentFolder, shell: Shell) -> None:
+    """An exported model has a config.json too, and a launch that was cut off made a folder without one."""
+    storage = run.path.parent
+    (storage / "exported").mkdir()
+    (storage / "exported" / "config.json").write_text("{}")
+    shutil.copytree(run.path, storage / "begun")
+    (storage / "begun" / "config.json").unlink()
+    shutil.rmtree(storage / "begun" / "checkpoints")
+    answer = shell("runs", "list", "--storage", str(storage))
+    assert answer.err == ""
+    assert [row["id"] for row in shell.json("runs", "list", "--storage", str(storage))] == ["forward"]
+
+
+def test_a_log_whose_values_were_edited_is_not_analysed(run: ExperimentFolder, shell: Shell) -> None:
+    log = run.path / "base.h5"
+    content = bytearray(log.read_bytes())
+    content[len(content) // 2] ^= 1
+    log.write_bytes(content)
+    answer = shell("analyze", "positions", "forward", "--storage", str(run.path.parent))
+    check_mistake(answer, f"{log}: edited since the run finished (its SHA-256 differs): put the file back")
+
+
 def test_values_that_were_edited_are_named(run: ExperimentFolder) -> None:
     """The new value has the same length: no size tells it."""
     journal, losses = run.path / NAME, run.path / LOSSES

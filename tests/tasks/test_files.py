@@ -16,10 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bwlm.config import Recipe
 from bwlm.errors import UserError
 from tasks.files import HELD_OUT
 from tasks.gsm8k import GSM8K
 from tasks.messages import SMOLTALK, FileTask
+from tasks.sources import sources_of
 from tasks.task import RawConversation, SplitName, exchange
 
 TALKS = [exchange(f"Question {index}?", f"Answer {index}.") for index in range(400)]
@@ -136,7 +138,7 @@ def test_a_test_file_is_neither_trained_nor_validated_on_and_that_is_told(tmp_pa
     test = write(tmp_path / "test.jsonl", TALKS[200:])
     train, validation = read(tmp_path)
     assert sorted_talks(train + validation) == TALKS[:200]
-    assert FileTask(str(tmp_path)).notes() == (f"{test}: left for evaluation, neither trained nor validated on",)
+    assert FileTask(str(tmp_path)).splits().notes == (f"{test}: left for evaluation, neither trained nor validated on",)
     write(tmp_path / "dev.jsonl", TALKS[300:])
     assert read(tmp_path) == (TALKS[:200], TALKS[300:])
 
@@ -160,7 +162,31 @@ def test_a_copy_of_the_test_file_under_another_name_is_not_trained_on(tmp_path: 
     copy = Path(shutil.copy(test, tmp_path / "more.jsonl"))
     train, validation = read(tmp_path)
     assert sorted_talks(train + validation) == TALKS[:200]
-    assert f"{copy}: not trained on: it has the content of {test}, which is held out" in FileTask(str(tmp_path)).notes()
+    assert (
+        f"{copy}: not trained on: it has the content of {test}, which is held out"
+        in FileTask(str(tmp_path)).splits().notes
+    )
+
+
+@pytest.mark.parametrize("held_out", ["val", "test"])
+def test_no_source_of_a_mixture_trains_on_what_another_holds_out(held_out: str, tmp_path: Path) -> None:
+    """Neither through a link nor in a copy."""
+    first, other = tmp_path / "first", tmp_path / "other"
+    write(first / "train.jsonl", TALKS[:40])
+    held = write(first / f"{held_out}.jsonl", TALKS[40:60])
+    write(other / "mine.jsonl", TALKS[60:90])
+
+    def sources() -> list[str]:
+        data = {"mixture": {str(first): 1.0, str(other): 1.0}}
+        return [source.name for source in sources_of(Recipe.model_validate({"phase": "sft", "data": data}))]
+
+    assert sources() == [str(first), str(other)]
+    for make in (lambda path: path.symlink_to(held), lambda path: shutil.copyfile(held, path)):
+        make(other / "more.jsonl")
+        refusal = rf"^data\.mixture: {other}: {other}/more\.jsonl is held out by {first}, .*: train on other files"
+        with pytest.raises(UserError, match=refusal):
+            sources()
+        (other / "more.jsonl").unlink()
 
 
 def test_a_link_to_a_file_is_read_once(tmp_path: Path) -> None:
@@ -168,7 +194,7 @@ def test_a_link_to_a_file_is_read_once(tmp_path: Path) -> None:
     (path.parent / "b.jsonl").symlink_to(path)
     (tmp_path / "data" / "c.jsonl").hardlink_to(path)
     assert read(path.parent) == read(path)
-    assert len(FileTask(str(path.parent)).notes()) == 2
+    assert len(FileTask(str(path.parent)).splits().notes) == 2
 
 
 def test_the_key_does_not_depend_on_the_spelling_of_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

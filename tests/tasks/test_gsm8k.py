@@ -45,7 +45,7 @@ def test_the_training_file_gives_both_splits(train: list[RawConversation], valid
     assert len(train) + len(validation) == 7473
     assert len(validation) == pytest.approx(7473 / 20, rel=0.15)
     assert train[0] == CLIPS
-    [told] = TASK.notes(real("gsm8k/main"))
+    [told] = TASK.splits(real("gsm8k/main")).notes
     assert re.fullmatch(r".*/test\.parquet: left for evaluation, neither trained nor validated on", told)
 
 
