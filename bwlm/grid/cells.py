@@ -136,6 +136,8 @@ def resume_config(known: RunConfig, asked: RunConfig, begun: bool = True) -> Run
     if settings.compute.precision == "auto":
         compute = replace(compute, precision=known.compute.precision)
         identity["precision"] = known.identity["precision"]
+    if _counts_files_by_time(known, settings):
+        identity["data"] = known.identity["data"]
     compute = compute.with_threads(settings.resources.cpus_per_worker)
     return replace(
         known,
@@ -147,6 +149,15 @@ def resume_config(known: RunConfig, asked: RunConfig, begun: bool = True) -> Run
         identity_version=asked.identity_version,
         modules=asked.modules,
     )
+
+
+def _counts_files_by_time(known: RunConfig, settings: Experiment) -> bool:
+    """True for a run of the same mixture whose digest of its rows holds the times of its files.
+
+    Before identity version 3 the ids of conversations did, which order no row and are no target.
+    """
+    same = settings.data.mixture == known.experiment.data.mixture and settings.tasks == known.experiment.tasks
+    return known.identity_version < 3 and bool(settings.data.mixture) and same
 
 
 def with_code_of(known: RunConfig, config: RunConfig, planned: PlannedCell) -> RunConfig:

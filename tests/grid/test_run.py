@@ -183,21 +183,26 @@ def test_a_cell_that_diverges_fails_alone(
     path, storage = grid_file(), tmp_path / "storage"
     plan = load_grid(path, [])
     monkeypatch.setattr("bwlm.grid.texts.prepare", lambda *_: prepared)
-    # a checkpoint of step 4 whose head is not a number any more
+    # a checkpoint from before the first step, whose head is not a number any more
     folder = ExperimentFolder(storage, plan.cells[0].id)
     config = run_config(plan, plan.cells[0], prepared, storage, None)
     folder.create(config)
     model = build_model(config, torch.device("cpu"))
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     states = copy_to_host(model.state_dict()), copy_to_host(build_optimizer(model).state_tensors())
-    meta = config.checkpoint_meta() | {"progress": vars(TrainingProgress(step=4))}
-    write_checkpoint(folder.checkpoints, Snapshot(4, *states, {}, meta), KeepPolicy(2))
+    meta = config.checkpoint_meta() | {"progress": vars(TrainingProgress(step=0))}
+    write_checkpoint(folder.checkpoints, Snapshot(0, *states, {}, meta), KeepPolicy(2))
     result = run_plan(plan, storage, lambda _: None)
     assert not result.complete
     failed, finished = result.cells
     assert (failed.state, finished.state) == ("failed", "finished")
     assert "loss nan" in failed.reason
-    assert "step 5, on rows" in failed.reason
+    assert "step 1, on rows" in failed.reason
+    tag = f"tags.`bwlm.experiment_id` = '{failed.id}'"
+    client = MlflowClient(result.tracking_uri)
+    [shown_run] = client.search_runs([e.experiment_id for e in client.search_experiments()], tag)
+    assert shown_run.info.status == "FAILED"
+    assert shown_run.data.tags["bwlm.diverged"] == "step 1"
     assert failed.reason in result.report.read_text()
 
     # the command says so too: the failed cell is tried again, the finished one is not, and the exit code is 1
