@@ -15,7 +15,7 @@ from bwlm.errors import UserError
 from bwlm.evaluate.windows import LossEvaluation
 from bwlm.model.observe import evaluating
 from bwlm.phases import BUILTIN_MIXTURE, PHASES
-from bwlm.record.experiment import ExperimentFolder, open_finished
+from bwlm.record.experiment import ExperimentFolder, open_experiment
 from bwlm.record.repeat import repeat_command
 from bwlm.record.run_config import RunConfig
 from bwlm.text.batches import open_rows
@@ -105,7 +105,9 @@ def evaluate_run(storage: Path, run: str, readings: tuple[str, ...], progress: C
     Text that is gone is named with the command that makes it again. Raises `UserError` for that, and if there is no
     such run, or it has no checkpoint.
     """
-    folder = open_finished(storage, run)
+    folder = open_experiment(storage, run)
+    if (state := folder.status().state) != "finished":
+        raise UserError(f"{run} is {state}, not finished: finish it first, or evaluate another run")
     loaded = load_model(storage, run)
     corpora = {
         "documents": str(_documents(storage, folder, loaded.config)),

@@ -70,8 +70,8 @@ def _seeds_that_choose(rates: dict[float, set[int]]) -> int | None:
     return len(set.intersection(*rates.values())) or min(len(seeds) for seeds in rates.values())
 
 
-def detectable(plan: Plan, seed_noise: float | None, power: float = POWER) -> dict[str, Any]:
-    """For each planned pair the smallest true gap that is called `different` with a chance of `power`.
+def detectable(plan: Plan, seed_noise: float | None) -> dict[str, Any]:
+    """For each planned pair the smallest true gap that is called `different` with a chance of `POWER`.
 
     `seed_noise` is the standard deviation of the paired per-seed difference in nats per token. The family is all pairs
     that get a verdict; each is held to Holm's strictest step, so the chance is at least that. `gap_sd` is in standard
@@ -81,7 +81,7 @@ def detectable(plan: Plan, seed_noise: float | None, power: float = POWER) -> di
     pairs = planned_pairs(plan)
     family = sum(pair.gets_verdict for pair in pairs)
     return {
-        "power": power,
+        "power": POWER,
         "seed_noise": seed_noise,
         "family": family,
         "pairs": [
@@ -92,7 +92,7 @@ def detectable(plan: Plan, seed_noise: float | None, power: float = POWER) -> di
                 "gap_nats": None if gap is None or seed_noise is None else gap * seed_noise,
             }
             for pair in pairs
-            for gap in [detectable_gap(pair.seeds, power=power, family=family) if pair.gets_verdict else None]
+            for gap in [detectable_gap(pair.seeds, power=POWER, family=family) if pair.gets_verdict else None]
         ],
     }  # fmt: skip
 

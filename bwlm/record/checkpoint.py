@@ -272,13 +272,12 @@ def weights_digest(folder: Path, step: int) -> str:
     return str(meta["sha256"][MODEL])
 
 
-def load_newest(folder: Path, expected: Mapping[str, object] | None = None) -> Snapshot | None:
-    """The newest checkpoint that is whole, None where there is none at all; says so loudly when it takes an older one.
+def load_newest(folder: Path) -> Snapshot | None:
+    """Returns the newest checkpoint that is whole, with a warning for each newer one that is not; None without any.
 
-    Raises `UserError` if any of them is another model's (`check_fits`), a mistake and not damage, or if none is whole;
-    `RunError` if one cannot be read: to pass over it for a moment's fault would cost the steps up to it.
+    Raises `UserError` if none is whole, and `RunError` if one cannot be read: to pass over it for a moment's fault
+    would cost the steps up to it. Whose checkpoint it is, is checked before (`refuse_foreign`).
     """
-    refuse_foreign(folder, expected or {})
     steps = checkpoint_steps(folder)
     for step in reversed(steps):
         try:

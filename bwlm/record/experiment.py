@@ -372,5 +372,5 @@ def open_finished(storage: Path, parent: str) -> ExperimentFolder:
     folder = open_experiment(storage, parent)
     state = folder.status().state
     if state != "finished":
-        raise UserError(f"{parent} is {state}, not finished: finish it first, or choose another run")
+        raise UserError(f"parent: {parent} is {state}, not finished: finish it first, or choose another parent")
     return folder

@@ -34,9 +34,10 @@ class GapTrend:
     sentence: str
 
 
-def gap_by_size(
-    gaps: Sequence[Gap], parameters: Mapping[Size, float] | None = None, alpha: float = 0.05
-) -> list[GapTrend]:
+_ALPHA = 1 - CONFIDENCE
+
+
+def gap_by_size(gaps: Sequence[Gap], parameters: Mapping[Size, float] | None = None) -> list[GapTrend]:
     """Slope of the gap b - a on log2 N for each pair of directions, and whether the gap grows.
 
     `parameters` gives the N of each `Gap.size`; without it the sizes are taken as numbers. With gap g_i, the mean over
@@ -46,14 +47,14 @@ def gap_by_size(
         variance = sum_i c_i^2 s_i^2 / n_i,   degrees of freedom by Satterthwaite (1946, Biometrics 2:110-114)
 
     Sizes weigh by their seeds and not by 1 / s_i^2, which from three seeds is too noisy to weigh by. A trend is told
-    only if its p, Holm-adjusted over the pairs, is below alpha, and a change of sign only if the line's interval leaves
+    only if its p, Holm-adjusted over the pairs, is below 0.05, and a change of sign only if the line's interval leaves
     out zero at both ends. Sizes with under three seeds, or with a rate that under three chose, are left out.
     """
     pairs = list(dict.fromkeys((one.a, one.b) for one in gaps))
     slopes = [_slope([one for one in gaps if (one.a, one.b) == pair], parameters) for pair in pairs]
     adjusted = iter(holm([slope.p for slope in slopes if slope is not None]))
     return [
-        _too_few_for_a_trend(*pair) if slope is None else _told(*pair, slope, next(adjusted) < alpha)
+        _too_few_for_a_trend(*pair) if slope is None else _told(*pair, slope, next(adjusted) < _ALPHA)
         for pair, slope in zip(pairs, slopes, strict=True)
     ]
 

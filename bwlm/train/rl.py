@@ -1,8 +1,20 @@
 """Reinforcement learning: on-policy policy gradient on samples that their tasks reward, as nanochat's.
 
-Groups of samples for each prompt; advantage = reward - mean of the group, not divided by its deviation (Dr. GRPO,
-arXiv:2503.20783); one update for each batch of samples, so no ratio and no clip; no KL term; the loss is a mean over
-all tokens of a batch (DAPO, arXiv:2503.14476). The workers that train write the samples, by the weights as they are.
+With samples i of a prompt's group g(i), rewards r_i, and the N generated tokens t of all samples of a step, each step
+minimizes
+
+    loss = 1/N  sum_i A_i  sum_t -log p(token_it given the prompt and the tokens before)
+    A_i  = r_i - mean of r over g(i)
+
+- Rewards and advantages: `Rollouts.batch` (`rollouts.py`). A_i is not divided by the group's deviation (Dr. GRPO,
+  arXiv:2503.20783).
+- A_i for each generated token, 0 elsewhere: `importance` of a batch (`Rollouts._rows`).
+- -log p weighted by it: `GPT.loss` (`model/gpt.py`).
+- 1/N over all ranks and passes, a mean over all tokens of a step (DAPO, arXiv:2503.14476): `TrainStep`
+  (`model/train_step.py`).
+
+One update for each batch of samples, so there is no ratio and no clip; no KL term. The workers that train write the
+samples, by the weights as they are.
 """
 
 from __future__ import annotations
