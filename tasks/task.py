@@ -1,4 +1,4 @@
-"""What a task is: conversations to learn from, and for some of them a reward that can be checked."""
+"""The protocols of a task: conversations to learn from, and a reward that can be checked."""
 
 from __future__ import annotations
 

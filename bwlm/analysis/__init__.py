@@ -1,1 +1,1 @@
-"""Statistics, tables, charts and reports; reads records, never torch."""
+"""Tables, charts and reports from the records of runs; never torch."""

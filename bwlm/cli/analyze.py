@@ -1,4 +1,4 @@
-"""`bwlm analyze`: what runs say, each with findings in words, a picture and a table."""
+"""`bwlm analyze`: analyses of runs, each with findings in words, a picture and a table."""
 
 from __future__ import annotations
 

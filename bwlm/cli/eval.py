@@ -1,4 +1,4 @@
-"""`bwlm eval`: what a trained model makes of texts, in both directions."""
+"""`bwlm eval`: bits per byte of a trained model, in both directions."""
 
 from __future__ import annotations
 

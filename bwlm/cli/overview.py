@@ -1,4 +1,4 @@
-"""All that is known of one run, in words: `bwlm runs show`."""
+"""`bwlm runs show`: one run in words."""
 
 from __future__ import annotations
 

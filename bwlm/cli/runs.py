@@ -1,4 +1,4 @@
-"""`bwlm runs`: what was trained, and what descends from what."""
+"""`bwlm runs`: lists, trees, details and deletion of runs."""
 
 from __future__ import annotations
 

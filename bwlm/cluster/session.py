@@ -1,4 +1,4 @@
-"""The Ray cluster: this machine's own or one that is there, and how many cells it has room for."""
+"""The Ray session: this machine's own cluster, or one at RAY_ADDRESS."""
 
 from __future__ import annotations
 

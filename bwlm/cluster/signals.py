@@ -1,4 +1,4 @@
-"""How a worker process is asked to end, wherever it runs."""
+"""SIGTERM to a worker process, wherever in the cluster it runs."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a trained model costs per byte, in each direction."""
+"""The loss of a trained model in each direction, and the messages that it writes."""

@@ -1,4 +1,4 @@
-"""How a model reads a few validation windows: its states for fixed tokens, and where its heads look.
+"""States and attention of a model for a fixed set of validation tokens.
 
 Axes: L layers, Q tokens, C width, T time.
 """

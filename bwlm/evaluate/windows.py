@@ -1,4 +1,4 @@
-"""What text costs a model: the loss of whole windows, segment by segment, in one reading.
+"""The loss of whole validation windows, segment by segment, in one reading.
 
 bits per byte = sum of -log2 p over text tokens / UTF-8 bytes of the same text. BOS, markers and padding are conditioned
 on, never scored. `bpb_with_end` also scores the boundary after whole documents, over those documents alone: there it is

@@ -1,4 +1,4 @@
-"""Cells and their folders: what is already there, and what a new one is made from."""
+"""Cells and their folders: compared with the plan, and the config of a new or resumed run."""
 
 from __future__ import annotations
 

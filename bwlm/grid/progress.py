@@ -1,4 +1,4 @@
-"""A live picture of a launch on stderr: which cells run, how many wait, how long it will take."""
+"""The live table of a launch on stderr: running cells, waiting cells, time left."""
 
 from __future__ import annotations
 

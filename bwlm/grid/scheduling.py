@@ -1,4 +1,4 @@
-"""What Tune is told: which cells may be stopped early, what to note of a cell when it ends, and when all must end."""
+"""Schedulers (FIFO, ASHA) and callbacks of Tune: early stops, the end of each cell, the end of the launch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the cells of a plan read: documents, or mixtures of conversations; prepared before anything is trained."""
+"""The text of all cells, prepared before anything is trained: documents, or mixtures of conversations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs in Ray's workers: a cell through Tune and Train, its session, and how it is asked to end."""
+"""The code of Ray's workers: a cell through Tune and Train, and its session."""
 
 from __future__ import annotations
 

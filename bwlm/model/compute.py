@@ -1,4 +1,4 @@
-"""How a run computes on its hardware: chosen once when it is planned, each choice with its reason, each can be forced.
+"""Precision, kernels and compilation for the hardware: each chosen once, with its reason, and each can be forced.
 
 None of it changes what is computed, only how fast and in which rounding; docs/performance.md has the measurements
 behind the constants. Imports torch only where it looks at the machine, so that records are read without it.

@@ -1,4 +1,4 @@
-"""Decoding: ids that follow ids, of many rows at once or as a stream.
+"""Decoding: generates ids after prompts, many rows at once or one row as a stream.
 
 What a row says does not depend on the rows beside it, except for rounding: each draws from a stream of random numbers
 of its own.

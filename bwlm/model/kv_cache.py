@@ -1,4 +1,4 @@
-"""Reading rows that grow: keys and values are kept, so that a further id costs one position and not the whole row.
+"""The KV cache: decodes the next token without reading the row again.
 
 Every row begins at place 0 of the cache and grows to the right, to a length of its own. So a place is a position, a
 row is read as it would be alone, and none runs into the limit of a longer one. What lies beyond a row's end, padding or

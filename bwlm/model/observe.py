@@ -1,4 +1,4 @@
-"""What a model looks like inside: its gradients, its activations, where its heads look.
+"""Statistics of gradients, activations and attention, which change nothing in the model.
 
 Everything here reads a model and changes nothing of it: training is the same, bit for bit, whether it is observed or
 not. Activations and attention come from a pass of their own, so that training keeps its compiled blocks and kernels.

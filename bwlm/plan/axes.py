@@ -1,4 +1,4 @@
-"""The axes of a grid file: products of values, each a place in the file that a fault of it can name."""
+"""The axes of a grid file and the product of their values; each value knows its place in the file, for errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the axes of a grid file to cells: one of the first phase for each choice, and what descends from it."""
+"""The cells of a grid: one of the first phase for each choice of axis values, and the phases that follow it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a phase after base takes from its parent, and what it begins with where nothing is said.
+"""The settings that a phase takes from its parent run, and its own defaults.
 
 Direction, depth, tokenizer, model and the reversal of conversations are the parent's. Another direction or reversal is
 refused unless `differs` names it, and is then recorded there; nothing else can change on the way.

@@ -1,4 +1,4 @@
-"""What of this machine each worker gets, where nobody said."""
+"""Default threads and GPUs of each worker, from this machine."""
 
 from __future__ import annotations
 

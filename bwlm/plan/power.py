@@ -1,4 +1,4 @@
-"""What gap the planned seeds of a grid could see, before any of them is trained."""
+"""The smallest gap that the planned seeds of a grid can see, before anything is trained."""
 
 from __future__ import annotations
 

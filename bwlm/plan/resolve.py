@@ -1,4 +1,4 @@
-"""One experiment of a document, resolved: its batch, and its horizon in steps."""
+"""One experiment, resolved: its batch size, and its horizon in steps."""
 
 from __future__ import annotations
 

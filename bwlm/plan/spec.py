@@ -1,4 +1,4 @@
-"""What a grid file can say, and the cells that it becomes."""
+"""The fields of a grid file, its cells, and the plan that holds them."""
 
 from __future__ import annotations
 

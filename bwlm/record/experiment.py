@@ -1,4 +1,4 @@
-"""The experiment folder: what a run is, whose child it is, how far it came, and who may write to it.
+"""The experiment folder: a run's config, link to its parent, status, and lease.
 
 Not here: how the lease keeps two processes apart (`lease.py`).
 """

@@ -1,4 +1,4 @@
-"""Identity: what changes a run's result, and nothing else.
+"""The identity of a run: every setting, digest and code that changes its result, and nothing else.
 
 Two runs with equal fingerprints are the same run. Workers, storage, concurrency and checkpoint intervals say where and
 how fast, so they are not in it.

@@ -1,4 +1,4 @@
-"""Labels of runs: the settings in which runs differ that are compared."""
+"""Labels of runs that are compared: the settings in which they differ."""
 
 from __future__ import annotations
 

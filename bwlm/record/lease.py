@@ -1,4 +1,4 @@
-"""The lease on a run: one process at a time writes to its folder, and one that lost it cannot.
+"""A lease on a run's folder: one process may write to it; a process that lost the lease is fenced off.
 
 `lease.json` says who holds it, since when, and how long it lasts without a sign of life. The holder keeps a lock on the
 file, which the kernel frees when the process dies; so nothing has to expire. But a process that is frozen (SIGSTOP, a

@@ -1,4 +1,4 @@
-"""Whose child a run is: `parent_link.json`, the chain up to its base, and who descends from whom.
+"""Links from a run to its parent (`parent_link.json`), and the tree of runs.
 
 Not here: whether a parent's checkpoint is what the link says, which needs its files (`parent.py`).
 """

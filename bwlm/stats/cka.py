@@ -1,4 +1,4 @@
-"""How alike two models' states of the same tokens are.
+"""CKA: how alike two models' states of the same tokens are.
 
 Axes: Q tokens, C width.
 """

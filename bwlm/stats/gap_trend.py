@@ -1,4 +1,4 @@
-"""Whether the gap between two directions grows with size: its slope on log2 of the parameters, over several sizes."""
+"""The trend of the gap over size: its slope on log2 of the parameters."""
 
 from __future__ import annotations
 

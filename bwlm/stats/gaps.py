@@ -1,4 +1,4 @@
-"""How far apart two directions are, and whether the seeds agree that they are.
+"""Gaps between directions, paired by seed: intervals, tests, noise floor and verdict.
 
 Input is a table of losses, a row per run and document (`bwlm.stats.loss_table`), output one `Gap` per size and pair
 of directions: the gap b - a in nats per token, bits per byte and percent, two intervals, a noise floor and a verdict in

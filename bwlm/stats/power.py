@@ -1,4 +1,4 @@
-"""What a planned number of seeds can see: the power of the paired t-test that verdicts rest on.
+"""The power of the paired t-test that verdicts rest on, for a planned number of seeds.
 
 Gaps are told in standard deviations of the paired per-seed difference g_s (`stats.gap`): how far the gap of one seed
 lies, typically, from that of another. With d such deviations between the directions and n seeds, the test's statistic

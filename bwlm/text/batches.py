@@ -1,4 +1,4 @@
-"""Directed batches of a split, as a function of the step: what Ray Data's tasks run, and what tests read in-process.
+"""Batches of a split in one direction, as a function of the step: by Ray Data's tasks, or in this process.
 
 A batch is a dictionary of arrays with one record a row: `inputs`, `targets` and `segments`, each [R, T] int32. RL adds
 what its samples earned (`bwlm/train/rollouts.py`).

@@ -1,4 +1,4 @@
-"""The corpora `builtin:null` and `builtin:products`: what a comparison of directions must not and must tell apart.
+"""The control corpora `builtin:null` and `builtin:products`: no gap may be found on null, one must on products.
 
 `null` is exactly reversible: both directions of it are one distribution, so a gap found on it is the method's own.
 `products` is easy to learn forwards and hard backwards, so a method that finds no gap on it is blind. docs/controls.md

@@ -1,4 +1,4 @@
-"""Conversations: checked, rendered to ids, and what of them a model writes.
+"""Conversations: checked, rendered to token ids, laid out in a direction, with their loss mask.
 
 Rendered, in reading order and without BOS, a conversation is
 

@@ -1,4 +1,4 @@
-"""Files of data: which split a file's name says, and which files are one file.
+"""Splits by the names of files (train, validation, test), and copies of one file.
 
 Names are read as the hub's `datasets` reads them: the words of a file's name, then those of the folders between it and
 the source, from the nearest on; the first word of `SPLIT_WORDS` decides (`train-00000-of-00002.parquet`,

@@ -1,4 +1,4 @@
-"""What a run measures of itself, step by step: how far it is, how fast, how much it takes, how long it will."""
+"""Speed, MFU, memory and time left of a run, step by step."""
 
 from __future__ import annotations
 

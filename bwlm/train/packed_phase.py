@@ -1,4 +1,4 @@
-"""Phases that read packed rows of text: what base, mid and SFT have in common."""
+"""The common part of phases that read packed rows: base, mid and SFT."""
 
 from __future__ import annotations
 

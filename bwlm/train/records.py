@@ -1,4 +1,4 @@
-"""What rank 0 writes while a run trains, and what happens where it cannot."""
+"""The files that rank 0 writes while a run trains, and what happens when a write fails."""
 
 from __future__ import annotations
 

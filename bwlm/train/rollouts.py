@@ -1,4 +1,4 @@
-"""What a model writes in RL, and what it earns: the prompts of a step, samples in groups, rewards, advantages.
+"""RL's samples: the prompts of a step, samples in groups, rewards and advantages.
 
 A prompt is a problem of a task. A model that answers is given the question, and one that asks the answer; of a
 bidirectional model's samples half are written in each reading. An advantage is a sample's reward less the mean of its

@@ -1,4 +1,4 @@
-"""What the loop knows of the place that it runs in: who it is among the workers, and how to say how far it came."""
+"""The loop's view of where it runs: rank, world size, device, and how to report a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training step leaves in the research log: gathered from all ranks, only at the steps that log it."""
+"""The research log's entries of a training step, gathered from all ranks at the steps that log them."""
 
 from __future__ import annotations
 

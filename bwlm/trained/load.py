@@ -1,4 +1,4 @@
-"""A trained model by its experiment's id, with its tokenizer and what it was trained as.
+"""Loads a trained model by its experiment's id, with its tokenizer and its direction.
 
 Not here: the state of training, which only a run that goes on needs (`record/checkpoint.py`).
 """

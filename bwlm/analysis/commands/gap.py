@@ -1,4 +1,4 @@
-"""Judged gaps in words, in tables and for scripts."""
+"""Judged gaps as sentences, tables and JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the loss lies: by position from each end of a segment, by frequency of a token, by length of its document."""
+"""The loss by position from each end of a segment, by frequency of a token, and by length of its document."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What models make of the same text at the end: states layer by layer, and where attention heads look."""
+"""States layer by layer at the end of training (CKA), and what attention heads look at."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every analysis gives: findings in words, tables, a picture; and how they are written down."""
+"""The result of an analysis: findings in words, tables and a picture, and how they are written."""
 
 from __future__ import annotations
 

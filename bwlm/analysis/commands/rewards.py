@@ -1,4 +1,4 @@
-"""What RL came to: reward, length and surprise over the steps, by direction and whatever else differs but the seed."""
+"""RL's reward, length and entropy over the steps, by direction and by the settings that differ."""
 
 from __future__ import annotations
 

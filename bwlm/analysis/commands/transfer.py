@@ -1,4 +1,4 @@
-"""What a model that learned one direction makes of the other, and whether a bidirectional one reads both as well."""
+"""The loss of each model in the other direction, and of a bidirectional one in both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a study stands on: controls in the same storage, where a gap must not be found, and where one must."""
+"""The controls of a study: a gap must not be found on one corpus, and must be found on the other."""
 
 from __future__ import annotations
 

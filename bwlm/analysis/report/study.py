@@ -1,4 +1,4 @@
-"""RESEARCH_REPORT.md: what was asked, what was measured, and how sure one may be."""
+"""RESEARCH_REPORT.md: the verdict of a grid, its evidence and its cost; and the report of one run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which runs may be compared: those whose identities differ in the direction, and in what is tuned for it, alone."""
+"""The audit of pairs: which runs may be compared, and which fields forbid it for the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a grid's finished cells say: best learning rates, and the gaps between directions at those."""
+"""The findings of a grid: best learning rates, and the gaps between directions at those rates."""
 
 from __future__ import annotations
 

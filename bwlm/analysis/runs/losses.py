@@ -1,4 +1,4 @@
-"""Tables of what runs left behind: learning curves, the loss of every document, the best learning rate."""
+"""Tables of losses: learning curves, and the loss of every document."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experiments looked at from outside: their family with the best that each has reached, and one with all that is known.
+"""Runs described from their folders: the tree with each run's best checkpoint, and one run in full.
 
 Needs neither torch nor pandas: what is here comes from small files and from the names of large ones.
 """

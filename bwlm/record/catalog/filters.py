@@ -1,4 +1,4 @@
-"""Which experiments a list shows, and in what order: `--where 'val_bpb<2.5' --sort -step`."""
+"""The filter and the order of a list of runs: `--where 'val_bpb<2.5' --sort -step`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experiments as lists and scripts see them: a line each, with what they are and how far they came.
+"""Runs as rows of lists and tables: settings, state, step and metrics.
 
 Needs neither torch nor pandas, so that a list of runs is there at once.
 """

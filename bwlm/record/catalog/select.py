@@ -1,4 +1,4 @@
-"""Which runs an analysis is about: ids, globs over ids, or grids by name."""
+"""The choice of runs on the command line: ids, globs over ids, or grids by name."""
 
 from __future__ import annotations
 
