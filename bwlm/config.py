@@ -92,15 +92,17 @@ class OptimSettings(Settings):
         1.0,
         gt=0,
         le=1000,
-        description="of every rate, besides lr; default: base and mid 1, sft 0.02, rl 0.05, as in nanochat",
+        description="multiplies all learning rates, besides lr; default: base and mid 1, sft 0.02, rl 0.05 (nanochat)",
         json_schema_extra=_hide_default,
     )
     kind: Literal["muon", "adamw"] = Field("muon", description="muon: for the hidden matrices, AdamW for the rest")
-    weight_decay: float = Field(0.0, ge=0, description="of the blocks' matrices; falls to 0 over the run")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of the blocks' matrices; falls to 0 over the run")
     warmup_steps: int | None = Field(None, ge=0, description="default: 40, but at most a tenth of the run")
-    warmdown_ratio: float = Field(0.65, ge=0, le=0.9, description="last share of the run, in which the rates fall")
-    final_lr_frac: float = Field(0.05, ge=0, le=1, description="to this share of themselves")
-    grad_clip: float = Field(1.0, ge=0, description="global norm; 0: none")
+    warmdown_ratio: float = Field(
+        0.65, ge=0, le=0.9, description="share of the run, at its end, in which the learning rates fall"
+    )
+    final_lr_frac: float = Field(0.05, ge=0, le=1, description="final learning rate as a share of the peak")
+    grad_clip: float = Field(1.0, ge=0, description="largest global norm of the gradients; 0: no clipping")
 
 
 HORIZONS = ("steps", "tokens", "flops", "tokens_per_parameter")
@@ -108,8 +110,8 @@ HORIZONS = ("steps", "tokens", "flops", "tokens_per_parameter")
 
 class BudgetSettings(Settings):
     steps: int | None = Field(None, ge=1, le=10**9, description="optimizer steps")
-    tokens: int | None = Field(None, ge=1, le=10**15, description="trained on, in whole steps")
-    flops: float | None = Field(None, gt=0, le=1e30, description="spent on training, in whole steps")
+    tokens: int | None = Field(None, ge=1, le=10**15, description="training tokens, in whole steps")
+    flops: float | None = Field(None, gt=0, le=1e30, description="training FLOPs, in whole steps")
     tokens_per_parameter: float | None = Field(
         None,
         gt=0,
@@ -135,14 +137,14 @@ class BudgetSettings(Settings):
 
 class EvaluationSettings(Settings):
     every: int = Field(250, ge=0, description="steps between validations; 0: only at the end")
-    tokens: int = Field(2**18, ge=1, description="validation windows are taken up to this many tokens")
+    tokens: int = Field(2**18, ge=1, description="tokens of the validation windows, at most")
 
 
 class CheckpointSettings(Settings):
     every: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(2, ge=1, description="how many of the newest stay")
-    keep_best: bool = Field(False, description="the best on the tuning half of the validation windows stays too")
-    keep_every: int = Field(0, ge=0, description="multiples of this step stay too; 0: none")
+    keep: int = Field(2, ge=1, description="how many of the newest checkpoints are kept")
+    keep_best: bool = Field(False, description="keep also the best one on the tuning half of the validation windows")
+    keep_every: int = Field(0, ge=0, description="keep also each multiple of this step; 0: none")
 
 
 class RewardSettings(Settings):
@@ -179,7 +181,8 @@ class ComputeSettings(Settings):
 
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of activations; weights are float32")
     attention: Literal["auto", "sdpa", "blocked", "flex"] = Field(
-        "auto", description="torch's kernel, one for CPUs, or torch's for compiled training on a GPU inside segments"
+        "auto",
+        description="sdpa: torch's kernel; blocked: for CPUs; flex: for compiled training inside segments on a GPU",
     )
     fused_loss: bool | None = Field(None, description="head and loss in one, without all logits; default: yes")
     compile: bool | None = Field(None, description="torch.compile; default: where it saves more than it costs")
@@ -217,11 +220,9 @@ class Recipe(Settings):
 
     phase: PhaseName = Field(FIRST, description="base on documents; mid and sft on conversations; rl by rewards")
     parent: str | None = Field(None, description="id of the finished run that a phase after base begins from")
-    differs: list[Inherited] = Field(
-        default_factory=list, description="what need not be the parent's, to change it on purpose"
-    )
+    differs: list[Inherited] = Field(default_factory=list, description="settings that may differ from the parent run")
     data: DataSettings = DataSettings()
-    tasks: dict[str, TaskSettings] = Field(default_factory=dict, description="where tasks lie that have files")
+    tasks: dict[str, TaskSettings] = Field(default_factory=dict, description="where the files of tasks lie")
     tokenizer: TokenizerSettings = TokenizerSettings()
     model: ModelSettings = ModelSettings()
     optim: OptimSettings = OptimSettings()

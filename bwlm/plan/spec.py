@@ -16,7 +16,7 @@ from bwlm.record.run_config import shape_of
 
 class SchedulerSettings(Settings):
     kind: Literal["fifo", "asha"] = Field(
-        "fifo", description="asha stops cells early, within a direction and depth; fifo none"
+        "fifo", description="asha: stops cells early, within a direction and depth; fifo: stops none"
     )
     grace_steps: int = Field(100, ge=1, description="asha: no cell is stopped before this step")
     reduction_factor: int = Field(2, ge=2, description="asha: one in so many goes on at each rung")
@@ -26,14 +26,14 @@ class LaunchSettings(Settings):
     concurrency: int | None = Field(
         None, ge=1, description="cells at once; default: as many as the cluster has room for"
     )
-    retries: int = Field(2, ge=0, description="how often a cell that crashed is taken up again")
+    retries: int = Field(2, ge=0, description="how often a crashed cell is tried again")
     grace_seconds: float = Field(
         20.0,
         ge=0,
-        description="after SIGTERM or Ctrl-C, for a step and a checkpoint; what has not ended by then is left behind",
+        description="time after SIGTERM or Ctrl-C for a step and a checkpoint; no cell is waited for longer",
     )
     ray_start_seconds: float = Field(
-        180.0, ge=0, description="in which a Ray on this machine must have started; it is tried again meanwhile"
+        180.0, ge=0, description="time in which Ray must have started on this machine; it is tried again until then"
     )
     max_cells: int = Field(1000, ge=1, le=100_000, description="a grid of more cells is refused")
     storage: str | None = Field(None, description="folder of experiments; default: BWLM_STORAGE, else runs/")
@@ -52,7 +52,7 @@ class Grid(Recipe):
     seed: Seed | None = None
     phases: dict[str, dict[str, Any] | None] = Field(
         default_factory=dict,
-        description="what follows each cell: by phase its settings, and axes of its own; its cells are their children",
+        description="phases to run after each cell; per phase: settings and axes. Each becomes a child run",
     )
     scheduler: SchedulerSettings = SchedulerSettings()
     launch: LaunchSettings = LaunchSettings()
