@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 
 from bwlm.config import Experiment
 from bwlm.model.compute import Compute
+from bwlm.paths import read_json, write_json
 from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.record.health import DIGEST, RECORDS, sealed
 from bwlm.record.journal import Journal
 from bwlm.record.lineage import ParentLink
 from bwlm.record.run_config import RunConfig
@@ -20,6 +22,16 @@ from bwlm.record.run_config import RunConfig
 COMPUTE = Compute("float32", "sdpa", 0, False, 8, 1)
 
 STEPS = 20
+
+
+def without_hash_of_log(run: Path) -> None:
+    """As a run of an earlier version, which noted no hash of its research log."""
+    path = run / "status.json"
+    content = {name: value for name, value in read_json(path).items() if name != DIGEST}
+    for name, record in content[RECORDS].items():
+        if name.endswith(".h5"):
+            record.pop("sha256", None)
+    write_json(path, sealed(content))
 
 
 def make_cell(

@@ -31,6 +31,7 @@ from bwlm.record.experiment import ExperimentFolder, list_experiments
 from bwlm.text.corpus import read_texts
 from bwlm.text.prepare import Prepared
 from bwlm.text.tokenizer import Tokenizer, byte_counts
+from tests.analysis.storage import without_hash_of_log
 from tests.runs import make_run
 
 ALL: dict[str, Callable[[list[ExperimentFolder]], Analysis]] = {
@@ -189,6 +190,8 @@ def test_pairs_count_the_bytes_of_a_token_alike(trained: Path, tmp_path: Path) -
 def test_a_damaged_log_is_named_and_the_rest_goes_on(trained: Path, tmp_path: Path) -> None:
     storage = tmp_path / "copy"
     shutil.copytree(trained, storage)
+    for run in ("f_s0", "b_s0"):
+        without_hash_of_log(storage / run)
     (storage / "f_s0" / "base.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
     (storage / "b_s1" / "base.h5").unlink()
     found = positions(list_experiments(storage))
@@ -240,8 +243,10 @@ def flip_chunk(path: Path, column: str) -> None:
 def test_a_flipped_byte_in_a_log_costs_that_run_in_every_analysis(
     trained: Path, tmp_path: Path, name: str, column: str
 ) -> None:
+    """HDF5's own checksum tells it of a run that noted no hash."""
     storage = tmp_path / "copy"
     shutil.copytree(trained, storage)
+    without_hash_of_log(storage / "f_s0")
     flip_chunk(storage / "f_s0" / "base.h5", column)
     found = ALL[name](choose(storage, ["*"])[0])
     [note] = found.notes
