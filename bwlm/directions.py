@@ -38,7 +38,7 @@ DIRECTIONS: Mapping[str, Direction] = MappingProxyType(
         "permuted": Direction(("permuted",), is_control=True),
     }
 )
-"""By name, in the order of tables and legends."""
+"""The directions by name, in the order of tables and legends."""
 
 
 def own_readings(direction: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 
 def counted(number: int, noun: str) -> str:
+    """Returns `1 cell`, `3 cells`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 

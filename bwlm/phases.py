@@ -15,7 +15,7 @@ BUILTIN_MIXTURE = {"builtin:docs_qa": 1.0, "builtin:arithmetic": 10.0, "builtin:
 
 @dataclass(frozen=True)
 class Phase:
-    """What a phase trains on, by what it learns, and how its runs are judged."""
+    """A phase of training: its data, its objective, and how its runs are judged."""
 
     follows: tuple[str, ...]
     """Phases from whose runs it can begin; empty: it begins from nothing."""
@@ -105,7 +105,7 @@ PHASES: Mapping[str, Phase] = MappingProxyType(
         ),
     }
 )
-"""By name, in the order of training."""
+"""The phases by name, in the order of training."""
 FIRST: PhaseName = "base"
 LATER = tuple(name for name in PHASES if name != FIRST)
 """Phases that begin from a run."""

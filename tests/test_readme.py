@@ -49,6 +49,7 @@ def commands() -> list[str]:
     return list(dict.fromkeys(line.split("  #")[0].strip() for line in lines if line.strip()))
 
 
+@pytest.mark.faults
 def test_every_command_runs(tmp_path: Path) -> None:
     """As a new user would, each with a Ray of its own, in a folder with nothing but the grids and the pages' files."""
     (tmp_path / "grids").symlink_to(ROOT / "grids")

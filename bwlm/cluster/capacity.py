@@ -26,7 +26,7 @@ _ROUNDING = 1e-6  # a tenth of a GPU can be given ten times
 
 
 TRIAL_CPUS = 0.1
-"""What the trial that drives several workers asks for itself."""
+"""Logical CPUs of the trial that drives several workers."""
 
 
 def cpus_of_cell(resources: ResourceSettings) -> float:

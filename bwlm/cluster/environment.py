@@ -1,4 +1,4 @@
-"""What Ray, its workers and their allocators read from the environment when they start."""
+"""Environment variables that Ray, its workers and their allocators read when they start."""
 
 from __future__ import annotations
 

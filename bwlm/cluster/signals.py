@@ -15,7 +15,7 @@ from bwlm.train.termination import Termination
 
 @cache
 def process_termination() -> Termination:
-    """Of this worker process: one that was asked to end takes no further cell."""
+    """Returns this worker process's flag: a process that was asked to end takes no further cell."""
     return Termination()
 
 

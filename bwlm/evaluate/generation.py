@@ -27,7 +27,7 @@ class GeneratedMessage:
     ids: list[int]
     """Generated ids, in the order in which they were written, with the closing marker if it came."""
     text: str
-    """In reading order, without markers."""
+    """The text in reading order, without markers."""
 
     @property
     def finished(self) -> bool:

@@ -1,1 +1,1 @@
-"""From a grid file to cells, before Ray or torch is imported."""
+"""Grid files become cells here, before Ray or torch is imported."""

@@ -31,9 +31,9 @@ from bwlm.record.run_config import RunConfig
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
 LEASE = "lease.json"
-"""Of who trains the run."""
+"""The lease of the worker that trains the run."""
 LAUNCH = "launch.json"
-"""Of the command that has it trained."""
+"""The lease of the command that launched the training."""
 SAMPLES = "samples"
 """Folder of what was written at validations of RL, to be read."""
 TOKENIZER = "tokenizer"
@@ -42,7 +42,7 @@ _WRITTEN = (
     *("status.json", "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*"),
     *(f"{SAMPLES}/*", TOKENIZER),
 )
-"""What the holder of the lease writes under a temporary name first."""
+"""Files that the holder of the lease writes under a temporary name first."""
 _SINCE_VERSION_2 = ("identity_version", "modules", "accepted_code")
 """Fields that a config.json of identity version 1 lacks."""
 _CONFIG_MEND = "put back the file that the run was made with, or delete the run: bwlm runs delete {run}"
@@ -64,7 +64,7 @@ class Status:
 
     @property
     def ended(self) -> bool:
-        """Whether somebody wrote down its end; a run that was merely interrupted goes on."""
+        """True if the run has an end; a run that was only interrupted resumes."""
         return self.state in ("finished", "failed") or (self.state == "stopped" and bool(self.reason))
 
 
@@ -233,7 +233,7 @@ class ExperimentFolder:
 
     @property
     def warnings(self) -> Path:
-        """What the run's worker had to say that a person should hear."""
+        """The file of the worker's warnings, which the launch tells."""
         return self.path / "warnings.log"
 
     # -- the lease: one writer at a time --
@@ -264,7 +264,7 @@ class ExperimentFolder:
 
     @property
     def lost_lease(self) -> bool:
-        """Whether `check_lease` has raised."""
+        """True once `check_lease` has raised."""
         return self.held is not None and self.held.lost
 
     def wait_until_free(self, give_up: Callable[[], bool], wait: float = 0.5) -> None:

@@ -19,7 +19,7 @@ LINK = "parent_link.json"
 
 @dataclass(frozen=True)
 class ParentLink:
-    """What a run begins from."""
+    """The link to a parent: its checkpoint, and the chain up to the base."""
 
     parent: str
     """Id, in the same storage."""
@@ -29,7 +29,7 @@ class ParentLink:
     """Name of its folder, `step_000400`."""
     step: int
     sha256: str
-    """Of the checkpoint's weights."""
+    """SHA-256 of the checkpoint's weights."""
     chain: list[str] = field(default_factory=list)
     """Ids from the base to the parent."""
 
@@ -106,11 +106,11 @@ class Lineage:
                 self._children.setdefault(parent, []).append(run)
 
     def children(self, run: str) -> list[str]:
-        """By id; also of a run that is gone."""
+        """Returns the ids of a run's children, also of a run that is gone."""
         return self._children.get(run, [])
 
     def ancestors(self, run: str) -> list[str]:
-        """From its parent up to the base, or to where a link is damaged."""
+        """Returns the ids from its parent up to the base, or to a damaged link."""
         above: list[str] = []
         parent = self._parents.get(run)
         while parent is not None and parent in self._parents and parent != run and parent not in above:

@@ -18,7 +18,7 @@ _STORAGE = '"$BWLM_STORAGE"'
 
 
 def _grid_command(name: str, storage: str = _STORAGE) -> str:
-    """With the grid file that lies beside the report, `--set` worked into it."""
+    """Returns the command with the grid file beside the report, which holds what `--set` changed."""
     return f"bwlm grid run {storage}/grids/{name}/{GRID_FILE}"
 
 

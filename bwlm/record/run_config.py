@@ -59,7 +59,7 @@ class RunConfig:
         return shape_of(self.experiment)
 
     def checkpoint_meta(self) -> dict[str, object]:
-        """What a reader of a checkpoint must know before it takes memory for it."""
+        """Returns the fields that a reader of a checkpoint checks before it takes memory for it."""
         experiment = self.experiment
         return {
             "id": self.id,

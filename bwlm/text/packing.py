@@ -46,10 +46,10 @@ class PackJob:
 
     split: SplitName
     index: int
-    """Of the file in its split."""
+    """The number of the file in its split."""
     file: str
     folder: str
-    """Of the packed corpus."""
+    """The folder of the packed corpus."""
 
     @property
     def target(self) -> Path:
@@ -58,7 +58,7 @@ class PackJob:
 
 @dataclass(frozen=True)
 class PackResult:
-    """What a job has written, or why it could not."""
+    """The counts of a written file, or the error that a user can mend."""
 
     split: SplitName
     file: str

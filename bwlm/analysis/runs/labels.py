@@ -11,7 +11,7 @@ from bwlm.record.labels import _SHORT, size_labels
 from bwlm.record.run_config import RunConfig
 
 _SAID_BY_THE_RUN = ("phase", "direction", "depth", "code", "data", "tokenizer", "precision", *INHERITED)
-"""Of an ancestor's identity: in the run's own too, in its parent's recipe, or in words."""
+"""Fields of an ancestor's identity that are left out: the run's own, its parent's recipe or words hold them."""
 
 
 def with_ancestors(folder: ExperimentFolder) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Research logs as tables: what analyses read of `<phase>.h5`."""
+"""Research logs (`<phase>.h5`) as tables for analyses."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a storage holds: rows of runs, filters, descriptions, and the choice of runs."""
+"""The runs of a storage: rows, filters, descriptions, and the choice of runs."""
