@@ -174,6 +174,8 @@ def storage_root(storage: str | None) -> Path:
     refuse_secret(chosen, "storage")
     if (folder := local_path(chosen)) is None:
         raise UserError(f"storage: {chosen!r} is not a folder: give a local or shared (NFS) path")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"storage: {chosen!r} is a file: give the folder that holds the runs")
     return folder.absolute()
 
 

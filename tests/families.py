@@ -14,6 +14,8 @@ from bwlm.record.journal import Journal
 from bwlm.record.lineage import LINK, ParentLink
 
 MIXTURE = {"builtin:arithmetic": 1.0}
+WEIGHTS = "ab" * 32
+"""The SHA-256 of the weights from which a child begins, which it has not."""
 
 
 def untrained_child(
@@ -26,14 +28,18 @@ def untrained_child(
     folder = ExperimentFolder(parent.path.parent, name)
     folder.create(
         replace(
-            above, id=name, grid=grid, experiment=Experiment.model_validate(content), identity=above.identity | settings
+            above,
+            id=name,
+            grid=grid,
+            experiment=Experiment.model_validate(content),
+            identity=above.identity | settings | {"parent": WEIGHTS},
         ),
         ParentLink(
             parent=parent.id,
             phase=above.experiment.phase,
             checkpoint=f"step_{above.steps:06d}",
             step=above.steps,
-            sha256="ab" * 32,
+            sha256=WEIGHTS,
             chain=[*(link.chain if link else []), parent.id],
         ),
     )

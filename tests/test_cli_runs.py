@@ -17,11 +17,13 @@ import pytest
 
 from bwlm.paths import write_json
 from bwlm.record.checkpoint import KeepPolicy, write_checkpoint
+from bwlm.record.code import IDENTITY_VERSION
 from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.record.fingerprint import fingerprint, modules_of
 from bwlm.record.grids import write_cells
 from bwlm.record.lineage import LINK
 from bwlm.text.prepare import Prepared
-from tests.families import MIXTURE, in_grid, link_anew, untrained_child, validated
+from tests.families import MIXTURE, in_grid, link_anew, rewrite_config, untrained_child, validated
 from tests.faults.checkpoints import snapshot
 from tests.runs import STEPS, make_run
 from tests.shell import Shell, check_mistake
@@ -159,6 +161,31 @@ def test_a_run_with_a_damaged_link_hides_no_other(command: str, family: Path, sh
     assert {"talk-base", "talk-sft", "talk-two", "alone"} <= set(answer.out.split())
     check_mistake(shell("runs", "tree", "talk-mid"), "talk-mid is left out: ")
     check_mistake(shell("runs", "show", "talk-mid"), "parent_link.json: not the link to a parent")
+
+
+def test_a_link_that_was_edited_is_named_with_what_the_settings_say(family: Path, shell: Shell) -> None:
+    link_anew(family, "talk-sft", "talk-base")
+    told = "parent_link.json: edited by hand (parent is talk-base, and talk-mid in config.json)"
+    for command in (["list"], ["tree"], ["show", "talk-sft"]):
+        answer = shell("runs", *command)
+        assert answer.code == 0
+        assert answer.err.startswith(f"talk-sft is damaged: {told}: put the files back"), command
+
+
+def test_a_storage_that_is_a_file_is_refused(tmp_path: Path, shell: Shell) -> None:
+    (tmp_path / "file").write_text("mine")
+    told = "is a file: give the folder that holds the runs"
+    check_mistake(shell("runs", "list", "--storage", str(tmp_path / "file")), told)
+
+
+def test_a_run_of_other_code_is_shown_with_what_changed(family: Path, shell: Shell) -> None:
+    folder = ExperimentFolder(family, "alone")
+    assert shell.json("runs", "show", "alone")["other_code"] == ""
+    modules = modules_of(folder.config().experiment) | {"bwlm.model.gpt": "another"}
+    identity = folder.config().identity | {"code": "b" * 16}
+    version = {"identity_version": IDENTITY_VERSION, "fingerprint": fingerprint(identity)}
+    rewrite_config(folder, modules=modules, identity=identity, **version)
+    assert "today's code  bwlm.model.gpt changed" in shell("runs", "show", "alone").out
 
 
 def test_the_many_leaves_of_a_grid_are_one_line(prepared: Prepared, family: Path, shell: Shell) -> None:

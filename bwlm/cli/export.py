@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bwlm.cli.terminal import Storage
+from bwlm.cli.terminal import Storage, say
 
 
 def export(
@@ -29,6 +29,8 @@ def export(
     loaded = load_model(storage_root(storage), experiment, step)
     export_hf(loaded, target)
     direction = loaded.config.experiment.direction
+    if loaded.step < loaded.config.steps:
+        say(f"{experiment}: step {loaded.step:,} of {loaded.config.steps:,}: the model is not trained to its end")
     print(f"{experiment}, step {loaded.step}, reads {direction}: how to feed it stands in {target / 'README.md'}")
     print(f'model = transformers.AutoModelForCausalLM.from_pretrained("{target}")')
     print(f'tokenizer = transformers.AutoTokenizer.from_pretrained("{target}")')

@@ -92,6 +92,7 @@ def _made_from(run: dict[str, Any]) -> Fields:
         ("data", f"{texts} (digest {data['digest'][:12]})"),
         ("tokenizer", f"{tokenizer['vocab_size']:,} ids (digest {tokenizer['digest'][:12]})"),
         ("code", run["code"]),
+        ("today's code", run["other_code"].removeprefix("code: ")),
         ("computes", f"{compute['precision']}, {compute['attention']} attention, {compiled}"),
         ("fingerprint", run["fingerprint"]),
         ("created", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(created)) if created else ""),

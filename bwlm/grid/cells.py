@@ -12,7 +12,7 @@ from bwlm.config import Experiment
 from bwlm.errors import UserError
 from bwlm.plan.spec import Cell, Plan
 from bwlm.record.checkpoint import checkpoint_steps
-from bwlm.record.code import IDENTITY_VERSION, changed_modules, code_digest
+from bwlm.record.code import IDENTITY_VERSION, changed_modules
 from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.fingerprint import INHERITED, differences, identity, inherited, modules_of
 from bwlm.record.lineage import ParentLink
@@ -78,25 +78,13 @@ def _find_cell(cell: Cell, folder: ExperimentFolder) -> PlannedCell:
         parent={name: value for name, value in known.items() if name in INHERITED},
     )
     return PlannedCell(
-        cell, folder, folder.status(), other_settings(known, planned), _other_code(folder.config(), cell.experiment)
+        cell, folder, folder.status(), other_settings(known, planned), folder.config().other_code(cell.experiment)
     )
 
 
 def other_settings(known: Mapping[str, Any], planned: Mapping[str, Any]) -> list[str]:
     """Lists the fields besides the code in which two identities differ."""
     return differences({**known, "code": ""}, {**planned, "code": ""})
-
-
-def _other_code(known: RunConfig, experiment: Experiment) -> str:
-    """`code: bwlm.model.gpt changed`, or '' where the code that trains a run today is what trained it."""
-    modules = modules_of(experiment)
-    current = known.accepted_code[-1]["code"] if known.accepted_code else known.identity["code"]
-    if current == code_digest(modules):
-        return ""
-    if known.identity_version < IDENTITY_VERSION:
-        return f"code: trained under identity version {known.identity_version}, which names no modules"
-    changed = changed_modules(known.modules, modules)
-    return f"code: {', '.join(changed)} changed" if changed else "code: another version of torch"
 
 
 def check_same(planned: PlannedCell, changed: list[str], plan: Plan, accept_code: bool) -> None:

@@ -17,9 +17,11 @@ from bwlm.paths import sha256_of
 from bwlm.record.checkpoint import META, MODEL, step_folder, weights_digest
 from bwlm.record.fingerprint import fingerprint
 from bwlm.record.journal import NAME, faults_of_order, last_entry
+from bwlm.record.lineage import LINK
 
 if TYPE_CHECKING:
     from bwlm.record.experiment import ExperimentFolder, Status
+    from bwlm.record.lineage import ParentLink
     from bwlm.record.run_config import RunConfig
 
 DIGEST = "digest"
@@ -75,6 +77,7 @@ def damage(folder: ExperimentFolder, config: RunConfig, status: Status, thorough
     """
     records = folder.records_left()
     found = list(_changed(folder.path, records, thorough))
+    found += _link_faults(folder.link(), config)
     if NAME not in records:
         found += _journal_faults(folder.path, status, thorough)
     log = folder.research_log(config.experiment.phase)
@@ -83,6 +86,15 @@ def damage(folder: ExperimentFolder, config: RunConfig, status: Status, thorough
         due = status.step - status.step % every if every and status.state == "finished" else 0
         found += _log_faults(_state(log), due)
     return found
+
+
+def _link_faults(link: ParentLink | None, config: RunConfig) -> Iterator[str]:
+    """Yield how a link to a parent contradicts the settings of its run, whose digest shows that they are whole."""
+    named = {"parent": link.parent if link else None, "sha256": link.sha256 if link else None}
+    known = {"parent": config.experiment.parent, "sha256": config.identity.get("parent")}
+    for name, value in named.items():
+        if value != known[name]:
+            yield f"{LINK}: edited by hand ({name} is {value}, and {known[name]} in config.json)"
 
 
 def check_log(folder: ExperimentFolder, path: Path) -> None:

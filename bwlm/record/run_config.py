@@ -8,7 +8,8 @@ from typing import Any
 from bwlm.config import Experiment
 from bwlm.model.compute import Compute
 from bwlm.model.shape import GPTConfig
-from bwlm.record.fingerprint import fingerprint
+from bwlm.record.code import IDENTITY_VERSION, changed_modules, code_digest
+from bwlm.record.fingerprint import fingerprint, modules_of
 
 
 def shape_of(experiment: Experiment) -> GPTConfig:
@@ -44,6 +45,20 @@ class RunConfig:
     def code(self) -> str:
         """The digest of the code that trained the run, of all of them where it went on with another."""
         return "+".join([str(self.identity.get("code", "")), *(accepted["code"] for accepted in self.accepted_code)])
+
+    def other_code(self, experiment: Experiment | None = None) -> str:
+        """Return how today's code differs from the code that trained the run: `code: bwlm.model.gpt changed`.
+
+        '' where it does not. Today's code is the one that `experiment`, by default the run's own, would be trained by.
+        """
+        modules = modules_of(experiment or self.experiment)
+        current = self.accepted_code[-1]["code"] if self.accepted_code else self.identity["code"]
+        if current == code_digest(modules):
+            return ""
+        if self.identity_version < IDENTITY_VERSION:
+            return f"code: trained under identity version {self.identity_version}, which names no modules"
+        changed = changed_modules(self.modules, modules)
+        return f"code: {', '.join(changed)} changed" if changed else "code: another version of torch"
 
     @property
     def compared(self) -> dict[str, Any]:

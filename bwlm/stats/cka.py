@@ -36,6 +36,8 @@ class Kernel:
     @classmethod
     def from_states(cls, states: NDArray[Any]) -> Kernel:
         values = states.astype(np.float64)
+        if not np.isfinite(values).all():
+            values = np.full_like(values, np.nan)  # as their kernel would be, without a warning for each infinity
         x = values - values.mean(0)
         diagonal = np.square(x).sum(1)
         return cls(x, diagonal, x @ x.sum(0) - diagonal)
@@ -54,4 +56,5 @@ def hsic(k: Kernel, m: Kernel) -> float:
 
 
 def cka(k: Kernel, m: Kernel) -> float:
+    """Return the CKA of two kernels, at most 1; NaN where either has no variance or states that are not finite."""
     return hsic(k, m) / math.sqrt(k.own * m.own) if k.own > 0 and m.own > 0 else math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -24,12 +25,14 @@ from tests.runs import in_process, make_run
 LOG = {"representations": 64}
 
 
+@pytest.mark.filterwarnings("error")
 def test_cka_of_what_is_known() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 8))
     turned = x @ np.linalg.qr(rng.normal(size=(8, 8)))[0]
     assert linear_cka(x, x) == pytest.approx(1)
     assert linear_cka(x, 3 * turned + 5) == pytest.approx(1)
+    assert math.isnan(linear_cka(x, np.full_like(x, np.inf)))  # of a run that diverged; no warning besides
     unrelated = [linear_cka(rng.normal(size=(50, 64)), rng.normal(size=(50, 64))) for _ in range(40)]
     assert abs(np.mean(unrelated)) < 0.02
     wide = rng.normal(size=(4000, 8))  # half of the features shared, all of one variance: 4 / 8

@@ -125,6 +125,7 @@ def describe(folder: ExperimentFolder) -> dict[str, Any]:
         **_text(config),
         "fingerprint": config.fingerprint,
         "code": config.code,
+        "other_code": config.other_code(),
         "compute": asdict(config.compute),
         "created": noted.get("created"),
         "versions": noted.get("versions", {}),
