@@ -10,6 +10,37 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def short_number(value: float) -> str:
+    """Return three digits with a suffix: 1234567 -> 1.23M."""
+    for bound, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= bound:
+            return f"{value / bound:.3g}{suffix}"
+    return f"{value:g}"
+
+
+def file_size(size: int) -> str:
+    """Return a size in decimal units: 1234567 -> 1.2 MB."""
+    for bound, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= bound:
+            return f"{size / bound:.1f} {unit}"
+    return f"{size} B"
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as a clock shows it: 3:07, or 1:02:03 from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in the largest unit of which there are two: `12 minutes`."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 def listed(items: Iterable[object]) -> str:
     """Distinct items in a fixed order: 2, 10, a, b."""
     return ", ".join(map(str, sorted(set(items), key=lambda item: (isinstance(item, str), item))))

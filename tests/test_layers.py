@@ -22,7 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "record": {"model.shape", "model.compute"},
     "tasks": {"text"},
     "trained": {"record", "text", "model"},
-    "plan": {"record", "stats", "model.shape", "model.compute"},
+    "plan": {"record", "stats", "model.compute"},
     "analysis": {"record", "text", "stats"},
     "evaluate": {"trained", "tasks", "record", "text", "model"},
     "train": {"evaluate", "tasks", "record", "text", "model"},

@@ -61,7 +61,7 @@ def grid_plan(
 
     for cell in plan.cells:
         check_sources(cell.experiment)
-    from bwlm.grid.progress import si
+    from bwlm.format import short_number
     from bwlm.plan.power import detectable, detectable_words  # scipy takes a second: a mistake is told before
 
     seen = detectable(plan, seed_noise)
@@ -69,12 +69,12 @@ def grid_plan(
         return print_json(_status_document(plan, root) | {"detectable": seen})
     cells = _status_document(plan, root)["cells"]
     costs = ("params", "tokens", "flops", "log_bytes")
-    rows = [[c["id"], *(si(c[cost]) for cost in costs), c["state"], c["reason"]] for c in cells]
+    rows = [[c["id"], *(short_number(c[cost]) for cost in costs), c["state"], c["reason"]] for c in cells]
     header = ["cell", "params", "tokens", "FLOPs", "log (bytes)", "state", "reason"]
     show(table(header, rows, f"{plan.name}: {len(cells)} cells"))
     total = sum(c["flops"] for c in cells)
     left = sum(c["flops"] for c in cells if c["state"] not in ("finished", "failed") and c["reason"] != _STOPPED_ABOVE)
-    show(f"{si(total)} FLOPs in all, {si(left)} to do; storage {root}")
+    show(f"{short_number(total)} FLOPs in all, {short_number(left)} to do; storage {root}")
     show(detectable_words(seen))
     return None
 
@@ -86,7 +86,7 @@ def grid_status(grid: GridFile, set_: Set = None, storage: Storage = None, as_js
     Example: `bwlm grid status grids/demo.yaml --json`
     """
     from bwlm.grid.cells import find_cells
-    from bwlm.record.catalog.rows import CELL_HEADER, cell_columns, load_readable
+    from bwlm.record.catalog.rows import FIGURES, cell_columns, load_readable
 
     plan, root = _load(grid, set_, storage)
     planned = find_cells(plan, root)
@@ -95,7 +95,8 @@ def grid_status(grid: GridFile, set_: Set = None, storage: Storage = None, as_js
         say(line)
     if as_json:
         return print_json(_status_document(plan, root))
-    show(table(["id", *CELL_HEADER[4:]], [[c.id, *cell_columns(c)[4:]] for c in known], plan.name))
+    shown = ["state", *FIGURES]
+    show(table(["id", *shown], [[c.id, *cell_columns(c, shown)] for c in known], plan.name))
     show(f"{sum(c.state == 'finished' for c in known)} of {len(planned)} cells finished")
     return None
 

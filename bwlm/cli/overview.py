@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from bwlm.format import file_size
 from bwlm.phases import PHASES
 
 Fields = list[tuple[str, str]]
@@ -102,12 +103,12 @@ def _made_from(run: dict[str, Any]) -> Fields:
 
 
 def _kept(run: dict[str, Any]) -> Fields:
-    checkpoints = [f"step {saved['step']:,} ({size_words(saved['bytes'])})" for saved in run["checkpoints"]]
+    checkpoints = [f"step {saved['step']:,} ({file_size(saved['bytes'])})" for saved in run["checkpoints"]]
     files = run["files"]
-    logs = [f"{name} ({size_words(size)})" for name, size in files.items() if name.endswith(".h5")]
+    logs = [f"{name} ({file_size(size)})" for name, size in files.items() if name.endswith(".h5")]
     reports = [name for name in files if name.startswith("RESEARCH_REPORT")]
     return [
-        ("folder", f"{run['folder']} ({size_words(run['bytes'])})"),
+        ("folder", f"{run['folder']} ({file_size(run['bytes'])})"),
         ("checkpoints", ", ".join(checkpoints) or "none"),
         ("research log", ", ".join(logs) or "none"),
         ("report", ", ".join(reports) or "none"),
@@ -115,11 +116,3 @@ def _kept(run: dict[str, Any]) -> Fields:
         ("besides", ", ".join(name for name in files if not name.endswith(".h5") and name not in reports)),
         ("MLflow run", run["mlflow_run"] or "none"),
     ]
-
-
-def size_words(size: int) -> str:
-    """1234567 -> 1.2 MB"""
-    for bound, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= bound:
-            return f"{size / bound:.1f} {unit}"
-    return f"{size} B"

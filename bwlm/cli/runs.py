@@ -75,10 +75,10 @@ def runs_list(
 
 
 def _show_list(cells: list[CellRow]) -> None:
-    from bwlm.record.catalog.rows import CELL_HEADER, cell_columns
+    from bwlm.record.catalog.rows import FIGURES, cell_columns
 
-    header = ["phase", "state", "step", *CELL_HEADER[5:]]
-    rows = [[cell.phase, cell.state, str(cell.step), *cell_columns(cell)[5:]] for cell in cells]
+    header = ["phase", "state", "step", *FIGURES]
+    rows = [cell_columns(cell, header) for cell in cells]
     if any("val_reward" in cell.metrics for cell in cells):
         header.append("reward")
         rows = [[*row, _figure(cell, "val_reward")] for cell, row in zip(cells, rows, strict=True)]
@@ -198,10 +198,10 @@ def runs_delete(
 
 
 def _what_goes(folder: ExperimentFolder) -> str:
-    from bwlm.cli.overview import size_words
+    from bwlm.format import file_size
     from bwlm.record.catalog.describe import bytes_in
 
-    size = size_words(bytes_in(folder.path))
+    size = file_size(bytes_in(folder.path))
     with contextlib.suppress(UserError):  # a run that cannot be read can be deleted all the same
         status = folder.status()
         return f"{status.state} at step {status.step:,}, {size}"

@@ -14,15 +14,12 @@ from numpy.typing import NDArray
 from bwlm.directions import READINGS
 from bwlm.model.gpt import GPT
 from bwlm.model.observe import AttentionStatistics, attention_statistics, evaluating
-from bwlm.text.conversation import TurnLayout, turned
+from bwlm.record.researchlog_schema import MAP_POSITIONS, STATE_WINDOWS
+from bwlm.text.conversation import TurnLayout, row_layout
 from bwlm.text.direction import Directed, Ids, Ints, Rows, SpecialIds, lay_out
 from bwlm.text.packing import PackedRows
 
-STATE_WINDOWS = 8
-"""States are taken from so many windows: neighbours in one are alike."""
 ATTENTION_WINDOWS = 2
-MAP_POSITIONS = 128
-"""Positions of an attention map that is kept whole."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,8 @@ class ActivationProbe:
 
     def _directed(self, rows: Rows, reading: str, marked: bool) -> Directed:
         chosen = np.full(len(rows.lengths), READINGS.index(reading))
-        told = turned(reading, rows, chosen, self.turns)
-        return lay_out(rows, chosen, marked, self.special, self.rows.width, **told)
+        layout = row_layout(reading, rows, chosen, self.turns)
+        return lay_out(rows, chosen, marked, self.special, self.rows.width, layout)
 
     def _inputs(self, directed: Directed) -> tuple[torch.Tensor, torch.Tensor | None]:
         def tensor(ids: Ids) -> torch.Tensor:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bwlm.directions import is_marked, own_readings
 from bwlm.errors import UserError
 from bwlm.evaluate.windows import LossEvaluation
@@ -18,9 +16,7 @@ from bwlm.phases import BUILTIN_MIXTURE, PHASES
 from bwlm.record.experiment import ExperimentFolder, open_experiment
 from bwlm.record.repeat import repeat_command
 from bwlm.record.run_config import RunConfig
-from bwlm.text.batches import open_rows
 from bwlm.text.conversation import TurnIds, TurnLayout
-from bwlm.text.direction import SpecialIds
 from bwlm.text.mixture import prepare_mixture
 from bwlm.text.packing import run_here
 from bwlm.text.prepare import find_packed
@@ -85,17 +81,15 @@ def evaluate_texts(
 def _evaluation(loaded: LoadedModel, task: str, corpus: str) -> LossEvaluation:
     experiment, tokenizer = loaded.config.experiment, loaded.tokenizer
     talks = task == "conversations"
-    return LossEvaluation(
-        rows=open_rows(corpus, "validation"),
-        special=SpecialIds.from_tokenizer(tokenizer),
-        token_bytes=tokenizer.token_bytes().astype(np.int64),
-        tokens=experiment.evaluation.tokens,
-        batch_rows=_ROWS_AT_ONCE,
-        device=loaded.model.embedding.weight.device,
+    turns = TurnLayout(TurnIds.from_tokenizer(tokenizer), experiment.data.reversal, supervised=False)
+    return LossEvaluation.from_corpus(
+        corpus,
+        tokenizer,
+        experiment.evaluation.tokens,
+        _ROWS_AT_ONCE,
+        loaded.model.embedding.weight.device,
         masked=talks or experiment.model.document_mask,
-        turns=TurnLayout(TurnIds.from_tokenizer(tokenizer), experiment.data.reversal, supervised=False)
-        if talks
-        else None,
+        turns=turns if talks else None,
     )
 
 

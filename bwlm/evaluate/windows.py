@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from bwlm.config import Reversal
 from bwlm.directions import READINGS
 from bwlm.model.gpt import GPT
 from bwlm.paths import Check, unchecked, write_atomic, write_json
-from bwlm.text.conversation import TurnIds, TurnLayout, loss_mask, turned
+from bwlm.text.batches import open_rows
+from bwlm.text.conversation import TurnIds, TurnLayout, loss_mask, row_layout
 from bwlm.text.direction import IGNORED, Ids, Ints, Rows, SpecialIds, lay_out
 from bwlm.text.packing import PackedRows
 from bwlm.text.plan import permute
-from bwlm.text.tokenizer import byte_counts
+from bwlm.text.tokenizer import Tokenizer, byte_counts
 
 Floats = NDArray[np.float64]
 
@@ -107,6 +108,29 @@ class LossEvaluation:
     turns: TurnLayout | None = None
     """Of conversations, all of whose text is measured; None: documents."""
 
+    @classmethod
+    def from_corpus(
+        cls,
+        corpus: str,
+        tokenizer: Tokenizer,
+        tokens: int,
+        batch_rows: int,
+        device: torch.device,
+        masked: bool,
+        turns: TurnLayout | None = None,
+    ) -> LossEvaluation:
+        """Return the evaluation of the validation windows in the folder `corpus`, all of whose text is measured."""
+        return cls(
+            rows=open_rows(corpus, "validation"),
+            special=SpecialIds.from_tokenizer(tokenizer),
+            token_bytes=tokenizer.token_bytes().astype(np.int64),
+            tokens=tokens,
+            batch_rows=batch_rows,
+            device=device,
+            masked=masked,
+            turns=replace(turns, supervised=False) if turns else None,
+        )
+
     @property
     def byte_counts(self) -> str:
         """The digest of `token_bytes`."""
@@ -161,11 +185,13 @@ class LossEvaluation:
     def _batch(self, model: GPT, windows: Ints, reading: str, marked: bool, marker: str) -> Measured:
         rows = self.rows.take(windows)
         chosen, markers = (np.full(len(rows.lengths), READINGS.index(name)) for name in (reading, marker))
-        told = turned(reading, rows, chosen, self.turns)
-        directed = lay_out(rows, chosen, marked, self.special, self.rows.width, markers=markers, **told)
+        layout = replace(row_layout(reading, rows, chosen, self.turns), markers=markers)
+        directed = lay_out(rows, chosen, marked, self.special, self.rows.width, layout)
         segments = self._tensor(directed.segments) if self.masked else None
         inputs, targets = self._tensor(directed.ids[:, :-1]), self._tensor(directed.targets)
         losses = model.loss(inputs, targets, segments, predict=True)
+        # `directed.text` and `directed.ends` index the flattened [R, T]: the loss of each text token, in reading order,
+        # stands where the model predicted it
         flat = losses.each.double().cpu().numpy().reshape(-1)
         right = (losses.predicted == targets).cpu().numpy().reshape(-1)
         is_text = self._is_text(rows)
@@ -177,6 +203,7 @@ class LossEvaluation:
             document=rows.document,
             tokens=_per_segment(is_text.astype(np.float64), rows).astype(np.int64),
             bytes=_per_segment(self.token_bytes[rows.tokens].astype(np.float64), rows).astype(np.int64),
+            # markers of conversations are conditioned on, never scored
             nll=_per_segment(np.where(is_text, flat[directed.text], 0.0), rows),
             end_nll=np.where(directed.ends == IGNORED, np.nan, flat[directed.ends]),
         )

@@ -12,24 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from bwlm.format import clock, short_number
 from bwlm.plan.spec import Cell
 from bwlm.record.experiment import Status
-
-
-def duration(seconds: float) -> str:
-    """3:07, or 1:02:03 from an hour on."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def si(value: float) -> str:
-    """1234567 -> 1.23M"""
-    for bound, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= bound:
-            return f"{value / bound:.3g}{suffix}"
-    return f"{value:g}"
-
 
 _LINE_SECONDS = 30.0
 """A single experiment tells how far it is about so often, also between validations."""
@@ -121,8 +106,8 @@ class ProgressDisplay:
             return
         self._told = time.monotonic()
         left = self._seconds_left()
-        clock = f", about {duration(left)} left" if left else ""
-        for line in (text + clock, *(f"  {detail}" for detail in below)):
+        remaining = f", about {clock(left)} left" if left else ""
+        for line in (text + remaining, *(f"  {detail}" for detail in below)):
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _flops_done(self) -> float:
@@ -145,8 +130,8 @@ class ProgressDisplay:
         head = Text.assemble(
             (f"{len(self._ended) - failed} done", "green"),
             (f" · {failed} failed" if failed else "", "red"),
-            f" · {len(running)} running · {waiting} waiting · {duration(time.monotonic() - self._began)} gone",
-            f" · about {duration(left)} left" if left is not None else "",
+            f" · {len(running)} running · {waiting} waiting · {clock(time.monotonic() - self._began)} gone",
+            f" · about {clock(left)} left" if left is not None else "",
         )
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         learnt = "reward" if any("reward" in result for result in running.values()) else "loss"
@@ -179,8 +164,9 @@ def _details(result: Mapping[str, Any]) -> list[str]:
         result = {name: value for name, value in result.items() if not name.startswith("train_loss")}
     lines = []
     for parts in _DETAILS:
-        told = [words.format(result[key] if ":" in words else si(result[key])) for key, words in parts if key in result]
-        lines += [" · ".join(told)] if told else []
+        known = [(words, result[key]) for key, words in parts if key in result]
+        shown = [words.format(value if ":" in words else short_number(value)) for words, value in known]
+        lines += [" · ".join(shown)] if shown else []
     return lines
 
 

@@ -68,6 +68,11 @@ class ParameterCounts:
     def total(self) -> int:
         return self.embedding + self.lm_head + self.matrices
 
+    @property
+    def scaling(self) -> int:
+        """N of budgets, FLOPs and scaling laws: the parameters that multiply, so without the embedding's lookup."""
+        return self.matrices + self.lm_head
+
 
 def count_parameters(config: GPTConfig) -> ParameterCounts:
     """Count without allocating: a block has query, output (C x C), key, value (C x KD) and the MLP (2 x 4C x C)."""
@@ -88,13 +93,8 @@ def batch_tokens_for(config: GPTConfig) -> int:
     in proportion to the parameters that multiply.
     """
     reference = GPTConfig.from_depth(_BATCH_DEPTH, config.vocab_size, config.sequence_length, config.head_dim)
-    ratio = _multiplying(config) / _multiplying(reference)
+    ratio = count_parameters(config).scaling / count_parameters(reference).scaling
     return int(2 ** round(math.log2(_BATCH_TOKENS * ratio**_BATCH_POWER)))
-
-
-def _multiplying(config: GPTConfig) -> int:
-    counts = count_parameters(config)
-    return counts.matrices + counts.lm_head
 
 
 def flops_per_token(config: GPTConfig) -> int:
@@ -105,4 +105,4 @@ def flops_per_token(config: GPTConfig) -> int:
     MFU compares with theirs, and budgets do not depend on how long documents are.
     """
     attention = 12 * config.depth * config.heads * config.head_dim * config.sequence_length
-    return 6 * _multiplying(config) + attention
+    return 6 * count_parameters(config).scaling + attention

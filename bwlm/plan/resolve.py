@@ -95,5 +95,5 @@ def _horizon(experiment: Experiment) -> int:
         tokens = budget.flops / flops_per_token(shape)
     else:
         assert budget.tokens_per_parameter is not None
-        tokens = budget.tokens_per_parameter * (counts.matrices + counts.lm_head)
+        tokens = budget.tokens_per_parameter * counts.scaling
     return max(1, round(tokens / budget.batch_tokens))

@@ -12,7 +12,7 @@ _DIGESTS = ("tokenizer", "data", "code", "parent_recipe")
 """Fields of an identity that are 64 hex digits, a possible cause before its effect."""
 
 
-_SHORT = 8
+DIGITS = 8
 """So many digits of a digest are shown."""
 
 
@@ -42,7 +42,7 @@ def _labels_of_phase(identities: Mapping[str, Mapping[str, Any]]) -> dict[str, s
     for name in _DIGESTS:
         digests = {run: str(fields.get(name)) for run, fields in identities.items()}
         if len(set(zip(labels.values(), digests.values(), strict=True))) > len(set(labels.values())):
-            labels = {run: f"{label} {name}={digests[run][:_SHORT]}" for run, label in labels.items()}
+            labels = {run: f"{label} {name}={digests[run][:DIGITS]}" for run, label in labels.items()}
     return labels
 
 

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import IO
 
 from bwlm.errors import Interrupted, RunError
+from bwlm.format import duration
 
 log = logging.getLogger(__name__)
 
@@ -75,15 +76,7 @@ class Holder:
         if math.isnan(self.since):
             return "since an unknown time"
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
-        return f"since {at} ({_words(max(0.0, time.time() - self.since))} ago)"
-
-
-def _words(seconds: float) -> str:
-    """`12 minutes`, in the largest unit of which there are two."""
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
+        return f"since {at} ({duration(max(0.0, time.time() - self.since))} ago)"
 
 
 class Lease:

@@ -17,14 +17,14 @@ GRID_FILE = "grid.yaml"
 _STORAGE = '"$BWLM_STORAGE"'
 
 
-def _grid_command(name: str, storage: str = _STORAGE) -> str:
+def grid_command(name: str, storage: str = _STORAGE) -> str:
     """Returns the command with the grid file beside the report, which holds what `--set` changed."""
     return f"bwlm grid run {storage}/grids/{name}/{GRID_FILE}"
 
 
 def repeat_command(config: RunConfig, storage: str = _STORAGE) -> str:
     """The command that trains a run again; `storage` is a word of the shell, by default the variable that names it."""
-    return _grid_command(config.grid, storage) if config.grid else train_command(config.id, config.experiment)
+    return grid_command(config.grid, storage) if config.grid else train_command(config.id, config.experiment)
 
 
 def train_command(run: str, experiment: Experiment) -> str:

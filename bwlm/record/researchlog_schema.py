@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 VERSION = 1
+STATE_WINDOWS = 8
+"""Validation windows from which states are taken: neighbours in one window are alike."""
+MAP_POSITIONS = 128
+"""Positions of an attention map that is kept whole."""
 
 
 @dataclass(frozen=True)

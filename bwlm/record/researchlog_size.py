@@ -10,9 +10,9 @@ from bwlm.config import Experiment
 from bwlm.directions import DIRECTIONS, TEXT_READINGS, own_readings
 from bwlm.model.shape import GPTConfig
 from bwlm.phases import PHASES
-from bwlm.record.researchlog_schema import GROUPS, Column
+from bwlm.record.researchlog_schema import GROUPS, MAP_POSITIONS, STATE_WINDOWS, Column
 
-_BINS, _MAP_POSITIONS, _STATE_WINDOWS = 48, 128, 8
+_BINS = 48
 _PLACES_PER_LAYER, _MATRICES_PER_LAYER = 4, 6
 
 # Bytes stored over raw bytes of the datasets of a group (`get_storage_size()`, `nbytes`), in the log of a forward run
@@ -97,8 +97,8 @@ def _sizes(experiment: Experiment, shape: GPTConfig) -> dict[str, int]:
         "L": depth,
         "L+1": depth + 1,
         "H": shape.heads,
-        "M": min(length, _MAP_POSITIONS),
-        "Q": min(experiment.research_log.representations, min(windows, _STATE_WINDOWS) * length),
+        "M": min(length, MAP_POSITIONS),
+        "Q": min(experiment.research_log.representations, min(windows, STATE_WINDOWS) * length),
         "C": shape.width,
     }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from bwlm.config import Experiment
 from bwlm.model.compute import Compute
-from bwlm.model.shape import GPTConfig
+from bwlm.model.shape import GPTConfig, ParameterCounts, count_parameters
 from bwlm.record.code import IDENTITY_VERSION, changed_modules, code_digest
 from bwlm.record.fingerprint import fingerprint, modules_of
 
@@ -72,6 +72,11 @@ class RunConfig:
     @property
     def shape(self) -> GPTConfig:
         return shape_of(self.experiment)
+
+    @property
+    def parameters(self) -> ParameterCounts:
+        """Return the counts of the model's parameters."""
+        return count_parameters(self.shape)
 
     def checkpoint_meta(self) -> dict[str, object]:
         """Returns the fields that a reader of a checkpoint checks before it takes memory for it."""

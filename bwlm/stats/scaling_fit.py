@@ -4,7 +4,7 @@ Input is a table with a row per finished run and the columns
 
     run, direction, seed, parameters, tokens, loss (nats per token)
 
-`tokens` are those trained on; `parameters` are counted by `scaling_parameters`.
+`tokens` are those trained on; `parameters` are `ParameterCounts.scaling`.
 
 The intervals hold what another draw of seeds would change. They do not hold the error of the law itself: that is what
 the prediction of the largest size is for. Not covered here: which runs may be compared (the report audits their

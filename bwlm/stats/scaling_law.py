@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize, nnls
 
-from bwlm.model.shape import GPTConfig, count_parameters
 from bwlm.stats.loss_table import FloatArray
 
 CONVENTION: Final = "N counts the matrices of the blocks and the output layer, without the token embedding"
@@ -30,12 +29,6 @@ COEFFICIENT_AND_EXPONENT: Final[dict[Term, tuple[str, str]]] = {"parameters": ("
 _EXPONENTS: Final = (0.05, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5)  # of the starts
 _LARGEST_EXPONENT: Final = 3.0
 _STARTS: Final = 6  # the best of the grid; L-BFGS-B goes down from each (in simulations all led to one minimum)
-
-
-def scaling_parameters(config: GPTConfig) -> int:
-    """N of a model: its `matrices` and its `lm_head` as `count_parameters` counts them, without the embedding."""
-    counts = count_parameters(config)
-    return counts.matrices + counts.lm_head
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bwlm.directions import is_marked
-from bwlm.text.conversation import TurnLayout, turned
+from bwlm.text.conversation import TurnLayout, row_layout
 from bwlm.text.direction import Directed, Rows, SpecialIds, lay_out, readings
 from bwlm.text.packing import PackedRows
 from bwlm.text.plan import MixturePlan, RowPlan
@@ -65,8 +65,8 @@ class DirectedPlan:
         """Rows as the model of this direction trains on them."""
         reading = readings(self.direction, rows, self.plan.seed)
         width = open_rows(self.folder, "train").width
-        told = turned(self.direction, rows, reading, self.turns)
-        return lay_out(rows, reading, is_marked(self.direction), self.special, width, **told)
+        layout = row_layout(self.direction, rows, reading, self.turns)
+        return lay_out(rows, reading, is_marked(self.direction), self.special, width, layout)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """Steps first..last-1, read in this process."""

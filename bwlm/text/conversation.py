@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import Any, Literal, NamedTuple, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from bwlm.config import Reversal
 from bwlm.directions import READINGS, is_marked
 from bwlm.errors import UserError, nearest
-from bwlm.text.direction import BACKWARD, Ints, Rows, arrange, is_mirrored, restore
+from bwlm.text.direction import BACKWARD, Ints, Layout, Rows, arrange, is_mirrored, restore
 from bwlm.text.tokenizer import Tokenizer
 
 Role = Literal["user", "assistant"]
@@ -213,32 +213,20 @@ class TurnLayout:
     supervised: bool
     """Whether only what is written is a target; else everything is, as in documents."""
 
-    def of(self, rows: Rows, reading: Ints) -> Turned:
-        """For rows whose segments are read in `reading` [S]."""
-        turned: Turned = {}
-        if self.reversal == "turns":
-            turned["parts"] = parts_of(rows.tokens, rows.lengths, self.turns)
-        if self.supervised:
-            turned["targets"] = loss_mask(rows.tokens, rows.lengths, reading, self.reversal, self.turns)
-        return turned
 
-
-class Turned(TypedDict, total=False):
-    """Arguments of `lay_out` besides rows and their readings."""
-
-    mirrored: bool
-    parts: Ints
-    targets: NDArray[np.bool_]
-
-
-def turned(name: str, rows: Rows, reading: Ints, turns: TurnLayout | None) -> Turned:
-    """Arguments of `lay_out` for rows of conversations, or without `turns` of documents.
+def row_layout(name: str, rows: Rows, reading: Ints, turns: TurnLayout | None) -> Layout:
+    """Return the layout of rows of conversations, or without `turns` of documents.
 
     `name` is the direction of training, or the reading of an evaluation; `reading` [S] is that of each segment.
     """
     if turns is None:
-        return {"mirrored": is_mirrored(name)}
-    return {"mirrored": is_mirrored(name, turns.reversal), **turns.of(rows, reading)}
+        return Layout(is_mirrored(name))
+    by_turns = turns.reversal == "turns"
+    return Layout(
+        is_mirrored(name, turns.reversal),
+        parts_of(rows.tokens, rows.lengths, turns.turns) if by_turns else None,
+        loss_mask(rows.tokens, rows.lengths, reading, turns.reversal, turns.turns) if turns.supervised else None,
+    )
 
 
 # ---- what a model is given, and gives back ----

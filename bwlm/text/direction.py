@@ -100,6 +100,23 @@ class Directed:
     """[R, T] ordinal in the laid-out row of the segment that each input belongs to; padding belongs to the last"""
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What decides how rows are laid out besides the reading of each segment; the default is that of documents."""
+
+    mirrored: bool = False
+    """The segments of each row stand in reverse order; see `is_mirrored`."""
+    parts: Ints | None = None
+    """[P] lengths that add up to those of the segments: each part is read for itself and stays in its place."""
+    targets: NDArray[np.bool_] | None = None
+    """[N] the text tokens that are targets, and nothing else is; None: all are, and the ends of whole documents."""
+    markers: Ints | None = None
+    """[S] the reading that each marker names; None: the one in which the segment is read."""
+
+
+DOCUMENTS = Layout()
+
+
 def check_direction(name: str) -> str:
     if name not in DIRECTIONS:
         raise UserError(f"direction: {name!r} is not one of {', '.join(DIRECTIONS)}{nearest(name, DIRECTIONS)}")
@@ -181,46 +198,39 @@ def lay_out(
     marked: bool,
     special: SpecialIds,
     width: int,
-    *,
-    mirrored: bool = False,
-    markers: Ints | None = None,
-    parts: Ints | None = None,
-    targets: NDArray[np.bool_] | None = None,
+    layout: Layout = DOCUMENTS,
 ) -> Directed:
-    """Lays rows out for a model that takes `width` = T inputs.
+    """Lay rows out for a model that takes `width` = T inputs; `reading` [S] is that of each segment.
 
-    `reading` is [S]; with `mirrored`, the segments of each row stand in reverse order (see `is_mirrored`). `marked`
-    puts the marker of each segment's reading after its BOS, or that of `markers` [S], to see what a model makes of a
-    wrong one. With `parts` [P], lengths that add up to those of the segments, each part is read for itself and stays in
-    its place.
-
-    BOS is a target exactly after a segment that is a whole document, the last of a row too; markers and padding never
-    are. With `targets` [N], tokens where it is true are targets and nothing else.
+    `marked` puts a marker of the reading after the BOS of each segment. BOS is a target exactly after a segment that is
+    a whole document, the last of a row too; markers and padding never are.
     """
     head = 1 + marked
     sizes = rows.lengths + head
-    starts, is_last = _starts(rows, sizes, mirrored)
+    starts, is_last = _starts(rows, sizes, layout.mirrored)
     assert (starts + rows.lengths + HEAD_SLOTS + CLOSING_SLOTS <= width + 1).all(), (
         "packing left too little room for a segment"
     )
-    true_end = rows.whole & (targets is None)
+    true_end = rows.whole & (layout.targets is None)
 
-    # flat indices into [R, T+1]
+    # Flat indices into [R, T+1]. A whole document is closed by the BOS of the segment behind it; the last of a row has
+    # none behind it, so packing has kept a slot for one.
     opening = rows.row * (width + 1) + starts
     next_opening = opening + sizes
-    slots = np.repeat(opening + head, rows.lengths) + _places(rows.lengths, reading, width, parts)
+    slots = np.repeat(opening + head, rows.lengths) + _places(rows.lengths, reading, width, layout.parts)
     ids = np.full((rows.count, width + 1), special.pad, dtype=np.int32)
     ids.flat[opening] = special.bos
     ids.flat[next_opening[is_last & true_end]] = special.bos
     if marked:
-        told = reading if markers is None else markers
-        ids.flat[opening + 1] = np.where(told == FORWARD, special.forward, special.backward)
+        named = reading if layout.markers is None else layout.markers
+        ids.flat[opening + 1] = np.where(named == FORWARD, special.forward, special.backward)
     ids.flat[slots] = rows.tokens
 
     scored = np.zeros((rows.count, width + 1), dtype=bool)
-    scored.flat[slots] = True if targets is None else targets
+    scored.flat[slots] = True if layout.targets is None else layout.targets
     scored.flat[next_opening[true_end]] = True
 
+    # 1 at each BOS that opens a segment: their running sum numbers the segments from 1, padding before the first is 0
     opens = np.zeros((rows.count, width + 1), dtype=np.int32)
     opens.flat[opening] = 1
     # position p of [R, T] predicts slot p + 1 of [R, T+1]; each row before it has one slot more

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from bwlm.config import Reversal
 from bwlm.directions import READINGS, is_marked, own_readings
 from bwlm.text.batches import DirectedPlan, open_rows
-from bwlm.text.conversation import Conversation, TurnIds, TurnLayout, render, turned
+from bwlm.text.conversation import Conversation, TurnIds, TurnLayout, render, row_layout
 from bwlm.text.direction import CLOSING_SLOTS, HEAD_SLOTS, Rows, SpecialIds, lay_out, read_row
 from bwlm.text.plan import RowPlan
 from bwlm.text.prepare import Prepared
@@ -51,13 +51,13 @@ def inspect_conversation(
     `ids` from BOS on, the `text` of each, and in `supervised` whether it is a target: what is written, or all.
     """
     shown = []
-    layout = TurnLayout(TurnIds.from_tokenizer(tokenizer), reversal, supervised)
+    turns = TurnLayout(TurnIds.from_tokenizer(tokenizer), reversal, supervised)
     rows = one_row(render(conversation, tokenizer))
     for reading in own_readings(direction):
         number = np.array([READINGS.index(reading)])
         width = len(rows.tokens) + HEAD_SLOTS + CLOSING_SLOTS
-        told = turned(reading, rows, number, layout)
-        directed = lay_out(rows, number, is_marked(direction), SpecialIds.from_tokenizer(tokenizer), width, **told)
+        layout = row_layout(reading, rows, number, turns)
+        directed = lay_out(rows, number, is_marked(direction), SpecialIds.from_tokenizer(tokenizer), width, layout)
         length = len(rows.tokens) + 1 + is_marked(direction)
         ids = directed.ids[0, :length]
         targets = [False, *(directed.targets[0, : length - 1] >= 0).tolist()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from bwlm.directions import is_marked
 from bwlm.evaluate.windows import SegmentLosses
 from bwlm.model.gpt import GPT
-from bwlm.model.optim import build_optimizer
+from bwlm.model.optim import Optimizer, build_optimizer
 from bwlm.phases import PHASES
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder
@@ -66,49 +67,50 @@ def packed_phase(
 ) -> PhaseSetup:
     """Next-token prediction on the rows of the run's corpus, which hold documents, or with `turns` conversations."""
     config = folder.config()
-    experiment, optim = config.experiment, config.experiment.optim
+    experiment = config.experiment
     model = starting_model(folder, config, session.device)
     validation = Validation.from_config(config, session.device, turns)
     rows = row_plan(config.corpus, rows_per_step(config), experiment.seed)
     special = validation.evaluation.special
     plan = DirectedPlan(config.corpus, experiment.direction, special, rows, session.rank, session.world, turns)
-
-    def evaluate(model: GPT, step: int) -> Evaluated:
-        measured = validation.measure(model)
-        losses = {reading: segments for reading, (segments, _) in measured.items()}
-        if step == config.steps:
-            misled = validation.wrong_marker_losses(model)
-            counts, kept = validation.evaluation.byte_counts, losses | misled
-            raise_on_all_ranks(session, lambda: _save_losses(folder, kept, counts) if session.rank == 0 else None)
-        entries = validation.entries(model, measured) if session.rank == 0 else {}
-        return Evaluated(validation.metrics(measured), entries)
-
     return PhaseSetup(
         name=experiment.phase,
         model=model,
-        optimizer=build_optimizer(
-            model,
-            experiment.lr * optim.init_lr_frac,
-            optim.weight_decay,
-            optim.kind,
-            session.rank,
-            session.world,
-        ),
+        optimizer=_optimizer(model, config, session),
         batches=lambda first, last: stream(plan, first, last),
         measure=lambda batch, losses: loss_by_direction(experiment.direction, special, batch, losses),
-        evaluate=evaluate,
+        evaluate=partial(_evaluate, folder, config, session, validation),
         rows_at=lambda step: rows.at(step)[0],
         steps=config.steps,
         seed=experiment.seed,
         compute=config.compute,
         masked=experiment.model.document_mask,
         evaluate_every=experiment.evaluation.every,
-        optim=optim,
+        optim=experiment.optim,
         checkpoint=experiment.checkpoint,
         research_log=experiment.research_log,
         fixed=validation.fixed(),
         meta=config.checkpoint_meta(),
     )
+
+
+def _optimizer(model: GPT, config: RunConfig, session: Session) -> Optimizer:
+    optim, lr = config.experiment.optim, config.experiment.lr
+    return build_optimizer(model, lr * optim.init_lr_frac, optim.weight_decay, optim.kind, session.rank, session.world)
+
+
+def _evaluate(
+    folder: ExperimentFolder, config: RunConfig, session: Session, validation: Validation, model: GPT, step: int
+) -> Evaluated:
+    """Measure the validation windows, on all ranks; after the last step, save the losses of every segment."""
+    measured = validation.measure(model)
+    if step == config.steps:
+        losses = {reading: segments for reading, (segments, _) in measured.items()}
+        losses |= validation.wrong_marker_losses(model)
+        counts = validation.evaluation.byte_counts
+        raise_on_all_ranks(session, lambda: _save_losses(folder, losses, counts) if session.rank == 0 else None)
+    entries = validation.entries(model, measured) if session.rank == 0 else {}
+    return Evaluated(validation.metrics(measured), entries)
 
 
 def starting_model(folder: ExperimentFolder, config: RunConfig, device: torch.device) -> GPT:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,7 @@ from bwlm.evaluate.windows import LossEvaluation, Measured, SegmentLosses
 from bwlm.model.gpt import GPT
 from bwlm.model.observe import evaluating
 from bwlm.record.run_config import RunConfig
-from bwlm.text.batches import open_rows
 from bwlm.text.conversation import TurnLayout
-from bwlm.text.direction import SpecialIds
 from bwlm.text.tokenizer import Tokenizer
 from bwlm.train.records import Entries
 
@@ -38,15 +36,14 @@ class Validation:
     def from_config(cls, config: RunConfig, device: torch.device, turns: TurnLayout | None = None) -> Validation:
         tokenizer = Tokenizer.load(Path(config.tokenizer), config.identity["tokenizer"])
         experiment = config.experiment
-        evaluation = LossEvaluation(
-            rows=open_rows(config.corpus, "validation"),
-            special=SpecialIds.from_tokenizer(tokenizer),
-            token_bytes=tokenizer.token_bytes().astype(np.int64),
-            tokens=experiment.evaluation.tokens,
-            batch_rows=config.compute.micro_rows,
-            device=device,
-            masked=experiment.model.document_mask,
-            turns=replace(turns, supervised=False) if turns else None,
+        evaluation = LossEvaluation.from_corpus(
+            config.corpus,
+            tokenizer,
+            experiment.evaluation.tokens,
+            config.compute.micro_rows,
+            device,
+            experiment.model.document_mask,
+            turns,
         )
         inside = ActivationProbe(
             evaluation.rows,

@@ -15,11 +15,11 @@ import pytest
 from bwlm.analysis.charts.scaling import law_chart, scaling_chart
 from bwlm.analysis.commands.scaling import analyse, scaling
 from bwlm.errors import UserError
-from bwlm.model.shape import GPTConfig
+from bwlm.model.shape import GPTConfig, count_parameters
 from bwlm.stats.gap_trend import GapTrend, gap_by_size
 from bwlm.stats.gaps import PER_DIRECTION, Gap
 from bwlm.stats.scaling_fit import COLUMNS, fit, hold_out
-from bwlm.stats.scaling_law import Law, objective, scaling_parameters
+from bwlm.stats.scaling_law import Law, objective
 from tests.analysis.storage import STEPS, finish, make_cell
 
 TRUE = Law(E=1.8, A=40.0, a=0.30, B=120.0, b=0.33)
@@ -80,7 +80,7 @@ def test_the_fit_is_a_minimum_of_the_objective() -> None:
 
 def test_parameters_are_those_that_multiply() -> None:
     # Width 128: a block has 4 x 128^2 and 8 x 128^2, 12 x 16384 = 196608; two of them and 1000 x 128 outputs.
-    assert scaling_parameters(GPTConfig.from_depth(2, 1000, 64)) == 2 * 196608 + 128000
+    assert count_parameters(GPTConfig.from_depth(2, 1000, 64)).scaling == 2 * 196608 + 128000
 
 
 # Laws recovered

@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from bwlm.directions import READINGS
-from bwlm.evaluate.states import MAP_POSITIONS, ActivationProbe
+from bwlm.evaluate.states import ActivationProbe
 from bwlm.model.gpt import GPT
 from bwlm.model.observe import attention_statistics
 from bwlm.model.shape import GPTConfig
+from bwlm.record.researchlog_schema import MAP_POSITIONS
 from bwlm.text.batches import open_rows
 from bwlm.text.direction import SpecialIds, arrange
 from bwlm.text.prepare import Prepared

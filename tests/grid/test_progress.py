@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bwlm.grid.progress import ProgressDisplay, duration
+from bwlm.format import clock
+from bwlm.grid.progress import ProgressDisplay
 from bwlm.plan.load import load_grid
 from bwlm.plan.spec import Cell
 from bwlm.record.experiment import Status
@@ -127,8 +128,8 @@ def test_in_rl_the_reward_is_told_and_not_the_loss(cells: tuple[Cell, ...], caps
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (187, "3:07"), (3723, "1:02:03"), (59.6, "1:00")])
-def test_duration(seconds: float, shown: str) -> None:
-    assert duration(seconds) == shown
+def test_a_clock(seconds: float, shown: str) -> None:
+    assert clock(seconds) == shown
 
 
 def test_the_picture_of_a_single_experiment_has_its_figures_below(cells: tuple[Cell, ...]) -> None:

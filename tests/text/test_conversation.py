@@ -26,7 +26,7 @@ from bwlm.text.conversation import (
     render,
     restore_conversation,
 )
-from bwlm.text.direction import HEAD_SLOTS, Rows, SpecialIds, lay_out
+from bwlm.text.direction import HEAD_SLOTS, Layout, Rows, SpecialIds, lay_out
 from bwlm.text.tokenizer import Tokenizer
 
 law = settings(derandomize=True, deadline=None, max_examples=80)
@@ -224,7 +224,7 @@ def test_training_teaches_exactly_what_chat_gives_and_awaits(
         mask = loss_mask(rows.tokens, rows.lengths, number, reversal, TURNS)
         parts = parts_of(rows.tokens, rows.lengths, TURNS) if reversal == "turns" else None
         width = int(rows.lengths[0]) + HEAD_SLOTS
-        laid = lay_out(rows, number, is_marked(direction), SPECIAL, width, parts=parts, targets=mask)
+        laid = lay_out(rows, number, is_marked(direction), SPECIAL, width, Layout(parts=parts, targets=mask))
         ids, targets = laid.ids[0], laid.targets[0]
 
         asking = predicts_user_turn(reading, reversal)

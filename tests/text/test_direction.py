@@ -23,6 +23,7 @@ from bwlm.text.direction import (
     IGNORED,
     PERMUTED,
     Directed,
+    Layout,
     Rows,
     SpecialIds,
     arrange,
@@ -75,7 +76,7 @@ def packed(draw: st.DrawFn) -> tuple[Rows, int]:
 
 def directed(rows: Rows, direction: str, width: int, seed: int = 0) -> Directed:
     mirrored = is_mirrored(direction)
-    return lay_out(rows, readings(direction, rows, seed), is_marked(direction), SPECIAL, width, mirrored=mirrored)
+    return lay_out(rows, readings(direction, rows, seed), is_marked(direction), SPECIAL, width, Layout(mirrored))
 
 
 def mirror(rows: Rows) -> Rows:
@@ -234,8 +235,8 @@ def test_the_backward_layout_of_a_row_is_the_forward_layout_of_its_mirror(case: 
     rows, width = case
     other, backwards = mirror(rows), np.full(len(rows.lengths), BACKWARD)
     # a marked row, of a bidirectional model that is measured in one reading, differs in its markers alone
-    backward = lay_out(rows, backwards, marked, SPECIAL, width, mirrored=True)
-    forward = lay_out(other, np.full(len(rows.lengths), FORWARD), marked, SPECIAL, width, markers=backwards)
+    backward = lay_out(rows, backwards, marked, SPECIAL, width, Layout(mirrored=True))
+    forward = lay_out(other, np.full(len(rows.lengths), FORWARD), marked, SPECIAL, width, Layout(markers=backwards))
     assert np.array_equal(backward.ids, forward.ids)
     assert np.array_equal(backward.targets, forward.targets)
     assert np.array_equal(backward.segments, forward.segments)
@@ -305,7 +306,7 @@ def test_one_direction_by_hand(reading: int, ids: list[list[int]], targets: list
 
 
 def test_backward_by_hand() -> None:
-    laid = lay_out(HAND, np.full(4, BACKWARD), False, SPECIAL, 11, mirrored=True)
+    laid = lay_out(HAND, np.full(4, BACKWARD), False, SPECIAL, 11, Layout(mirrored=True))
     assert laid.ids.tolist() == [[BOS, 5, BOS, 4, BOS, 3, 2, 1, BOS, PAD, PAD, PAD], [BOS, *LONG[::-1], PAD, PAD]]
     assert laid.targets.tolist() == [[5, BOS, 4, -1, 3, 2, 1, BOS, -1, -1, -1], [*LONG[::-1], -1, -1]]
     assert laid.segments.tolist() == [[0, 0, 1, 1, 2, 2, 2, 2, 2, 2, 2], [0] * 11]
@@ -394,7 +395,7 @@ def test_a_perturbed_token_changes_no_logit_before_it(model: GPT, direction: str
     @torch.no_grad()
     def logits(tokens: np.ndarray) -> tuple[Directed, torch.Tensor]:
         laid = lay_out(
-            replace(rows, tokens=tokens), reading, is_marked(direction), SPECIAL, 23, mirrored=is_mirrored(direction)
+            replace(rows, tokens=tokens), reading, is_marked(direction), SPECIAL, 23, Layout(is_mirrored(direction))
         )
         segments = torch.from_numpy(laid.segments) if masked else None
         return laid, model(torch.from_numpy(laid.ids[:, :-1]).long(), segments)[0]
@@ -420,7 +421,7 @@ def test_a_perturbed_token_changes_no_logit_before_it(model: GPT, direction: str
 def test_a_wrong_marker_changes_the_marker_alone() -> None:
     reading = np.array([BACKWARD, FORWARD, BACKWARD, BACKWARD])
     right, wrong = (
-        lay_out(HAND, reading, True, SPECIAL, 11, markers=told) for told in (None, FORWARD + BACKWARD - reading)
+        lay_out(HAND, reading, True, SPECIAL, 11, Layout(markers=told)) for told in (None, FORWARD + BACKWARD - reading)
     )
     changed = right.ids != wrong.ids
     assert sorted(set(right.ids[changed].tolist())) == sorted({SPECIAL.forward, SPECIAL.backward})

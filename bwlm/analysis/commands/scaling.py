@@ -17,7 +17,7 @@ from bwlm.analysis.runs.losses import load_gap_table, with_losses
 from bwlm.analysis.runs.rates import best_on_test
 from bwlm.directions import rank
 from bwlm.errors import UserError
-from bwlm.format import counted
+from bwlm.format import counted, short_number
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.labels import varying_settings
 from bwlm.stats.gap_trend import GapTrend, gap_by_size
@@ -29,7 +29,6 @@ from bwlm.stats.scaling_law import (
     CONVENTION,
     Law,
     Term,
-    scaling_parameters,
     unknowns,
 )
 
@@ -59,7 +58,7 @@ def losses_by_size(folders: list[ExperimentFolder], findings: Findings) -> pd.Da
     return pd.DataFrame(
         {
             **{name: summed[name] for name in ("run", "direction", "seed", "size")},
-            "parameters": [scaling_parameters(configs[run].shape) for run in summed["run"]],
+            "parameters": [configs[run].parameters.scaling for run in summed["run"]],
             "tokens": [configs[run].steps * configs[run].experiment.budget.batch_tokens for run in summed["run"]],
             "loss": summed["nll"] / summed["tokens"],
         }
@@ -149,7 +148,8 @@ def _fit_words(one: ScalingFit) -> str:
 
 
 def _held_out_words(one: HeldOut) -> str:
-    where = f"{one.direction}, largest size left out (N = {_short(one.parameters)}, D = {_short(one.tokens)})"
+    size = f"N = {short_number(one.parameters)}, D = {short_number(one.tokens)}"
+    where = f"{one.direction}, largest size left out ({size})"
     found = f"found {one.found:.4f} over {counted(one.seeds, 'seed')}, {one.found - one.predicted:+.4f}"
     if one.predicted_interval is None or one.miss_interval is None:
         return f"{where}: predicted {one.predicted:.4f} nats per token, {found}."
@@ -161,12 +161,6 @@ def _held_out_words(one: HeldOut) -> str:
         f"{where}: predicted {one.predicted:.4f} nats per token (95 % {low:.4f} .. {high:.4f}), {found} "
         f"(95 % {short:+.4f} .. {far:+.4f}): {verdict}."
     )
-
-
-def _short(number: float) -> str:
-    """1.23k, 4.5M, 6G: as the chart's axes have it."""
-    unit, factor = next((u, f) for u, f in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 0.0)) if number >= f)
-    return f"{number / (factor or 1.0):.3g}{unit}"
 
 
 def _fit_frame(fits: Sequence[ScalingFit]) -> pd.DataFrame:
@@ -233,7 +227,7 @@ def _law_chart(fits: Sequence[ScalingFit], held: Sequence[HeldOut]) -> Any:
     points = pd.concat([_points(one, axis) for one in fits], ignore_index=True)
     curves = pd.concat([_curve(one, axis) for one in fits if axis.variable in one.terms], ignore_index=True)
     moved = any(len(one.terms) == 2 and one.runs["tokens"].nunique() > 1 for one in fits)
-    note = f"points moved along the law to {_short(axis.tokens)} tokens" if moved else ""
+    note = f"points moved along the law to {short_number(axis.tokens)} tokens" if moved else ""
     x_title = "parameters (blocks and output layer)" if axis.variable == "parameters" else "training tokens"
     return law_chart(points, curves, _predictions(fits, held, axis), x_title, note)
 

@@ -35,7 +35,7 @@ from bwlm.record.catalog.select import shortest_names
 from bwlm.record.experiment import ExperimentFolder, list_experiments
 from bwlm.record.grids import cells_of, grid_folder
 from bwlm.record.health import readable
-from bwlm.record.repeat import _grid_command, repeat_command
+from bwlm.record.repeat import grid_command, repeat_command
 from bwlm.stats.gaps import TOO_FEW_CHOSE, Gap
 from bwlm.stats.loss_file import write_losses
 
@@ -79,7 +79,7 @@ def _grid_sections(
     if rewarded := [folder for folder in folders if phases[folder.id].has_reward and folder not in chosen]:
         rewards, chart = analysed(rewarded, ["rewards"])
         analyses, pictures = [*rewards, *analyses], [*chart, *pictures]
-    command = _grid_command(name)
+    command = grid_command(name)
     parts = [
         *variants_section(folders),
         *controls_section(folders, findings),

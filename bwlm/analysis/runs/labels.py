@@ -7,7 +7,7 @@ from typing import Any
 from bwlm.errors import UserError
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.fingerprint import INHERITED
-from bwlm.record.labels import _SHORT, size_labels
+from bwlm.record.labels import DIGITS, size_labels
 from bwlm.record.run_config import RunConfig
 
 _SAID_BY_THE_RUN = ("phase", "direction", "depth", "code", "data", "tokenizer", "precision", *INHERITED)
@@ -50,7 +50,7 @@ def sizes(folders: list[ExperimentFolder]) -> dict[str, str]:
     digests, sources = (len(set(column)) for column in zip(*names, strict=True)) if names else (0, 0)
     if digests == sources == len(names):
         for digest, source in names:
-            labels = {run: label.replace(f"data={digest[:_SHORT]}", f"data={source}") for run, label in labels.items()}
+            labels = {run: label.replace(f"data={digest[:DIGITS]}", f"data={source}") for run, label in labels.items()}
     return labels
 
 

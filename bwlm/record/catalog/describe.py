@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from bwlm.errors import UserError
-from bwlm.model.shape import count_parameters
 from bwlm.paths import read_json
 from bwlm.phases import PHASES
 from bwlm.record.catalog.rows import CellRow, load_cell
@@ -119,7 +118,7 @@ def describe(folder: ExperimentFolder) -> dict[str, Any]:
         "steps": config.steps,
         "best": asdict(best) if best else None,
         "grid": config.grid,
-        "parameters": count_parameters(config.shape).total,
+        "parameters": config.parameters.total,
         "tokens": _tokens(folder, config),
         **_kinship(folder, config, link),
         **_text(config),

@@ -71,15 +71,29 @@ def load_readable(folders: Iterable[ExperimentFolder]) -> tuple[list[CellRow], l
     return cells, told
 
 
-CELL_HEADER = ["direction", "depth", "lr", "seed", "state", "loss", "bpb", "bpb forward", "bpb backward", "tokens/s"]
+AXES = ("direction", "depth", "lr", "seed")
+FIGURES = {
+    "loss": ("val_loss", ".4f"),
+    "bpb": ("val_bpb", ".4f"),
+    "bpb forward": ("val_bpb_forward", ".4f"),
+    "bpb backward": ("val_bpb_backward", ".4f"),
+    "tokens/s": ("tokens_per_second", ",.0f"),
+}
+"""Columns of figures, each with its metric and its format: loss in nats per token, then bits per byte."""
+CELL_HEADER = [*AXES, "state", *FIGURES]
 
 
-def cell_columns(cell: CellRow) -> list[str]:
-    """A cell's line in the table of a grid; loss in nats per token, bits per byte in its own and in both readings."""
-    shown = [("val_loss", ".4f"), ("val_bpb", ".4f"), ("val_bpb_forward", ".4f"), ("val_bpb_backward", ".4f")]
-    figures = [format(cell.metrics[k], style) if k in cell.metrics else "" for k, style in shown]
-    speed = f"{cell.metrics['tokens_per_second']:,.0f}" if "tokens_per_second" in cell.metrics else ""
-    return [cell.direction, str(cell.depth), f"{cell.lr:g}", str(cell.seed), cell.state, *figures, speed]
+def cell_columns(cell: CellRow, header: Iterable[str] = CELL_HEADER) -> list[str]:
+    """Return a cell's line under some of the columns of `CELL_HEADER`; a figure that it has not is empty."""
+    return [_column(cell, name) for name in header]
+
+
+def _column(cell: CellRow, name: str) -> str:
+    if name in FIGURES:
+        metric, style = FIGURES[name]
+        return format(cell.metrics[metric], style) if metric in cell.metrics else ""
+    value = getattr(cell, name)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def load_cells(storage: Path, ids: list[str]) -> list[CellRow]:
