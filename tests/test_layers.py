@@ -17,12 +17,12 @@ PACKAGE = Path(__file__).parent.parent / "bwlm"
 # each room may import itself, the ground, and the rooms named; the order is the story's
 ROOMS: dict[str, set[str]] = {
     "model": set(),
-    "stats": {"model.shape"},
+    "stats": set(),
     "text": set(),
     "record": {"model.shape", "model.compute"},
     "tasks": {"text"},
     "trained": {"record", "text", "model"},
-    "plan": {"record", "stats", "model.compute"},
+    "plan": {"record", "stats", "model.shape", "model.compute"},
     "analysis": {"record", "text", "stats"},
     "evaluate": {"trained", "tasks", "record", "text", "model"},
     "train": {"evaluate", "tasks", "record", "text", "model"},
