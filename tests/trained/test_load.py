@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from bwlm.trained.load import load_model
 from tests.runs import NewRun
 from tests.trained.conftest import STEPS
 
-DOCS = Path(__file__).parents[2] / "docs" / "models.md"
+DOCS = Path(__file__).parents[2] / "docs"
 EARLY = STEPS // 2
 
 
@@ -178,19 +180,41 @@ def test_the_optimizer_is_not_read(copied: ExperimentFolder) -> None:
 # ---- the docs ----
 
 
-def test_the_code_in_the_docs_runs(
-    storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 3
+@pytest.fixture
+def run_page(storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
+    """Run the Python of a page, one block after the other, beside the runs that it names; return its variables."""
     for direction in ("forward", "backward"):
         shutil.copytree(storage / direction, tmp_path / "runs" / f"tiny_{direction}_d1_lr1_s0")
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, DOCS.name, "exec"), names)
+
+    def run(page: str) -> dict[str, Any]:
+        names: dict[str, Any] = {}
+        for block in re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), flags=re.MULTILINE | re.DOTALL):
+            exec(compile(block, page, "exec"), names)
+        return names
+
+    return run
+
+
+def test_the_code_of_models_runs(
+    run_page: Callable[[str], dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_page("models.md")
     assert "and so it came to an end." in capsys.readouterr().out
     assert (tmp_path / "tiny-hf" / "config.json").exists()
+
+
+def test_the_code_of_the_python_page_runs(
+    run_page: Callable[[str], dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = run_page("python.md")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"backward ('backward',) step {STEPS} of {STEPS}"
+    assert lines[-3:-2] == ["[1 2 3] [3.  1.5 1. ]"]
+    assert [line.split()[0] for line in lines[-2:]] == ["forward", "backward"]
+    by_reading = {line.split()[0]: float(line.split()[1]) for line in lines[-2:]}
+    assert by_reading["backward"] < by_reading["forward"]  # it was trained backward
+    assert (names["inputs"].shape, names["segments"].shape) == ((4, 64), (4, 64))
 
 
 @pytest.mark.parametrize("other", ["direction", "depth"])
