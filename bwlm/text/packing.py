@@ -25,6 +25,7 @@ from bwlm.errors import UserError
 from bwlm.paths import read_json, sync, write_json
 from bwlm.text.direction import CLOSING_SLOTS, HEAD_SLOTS, Ints, Rows
 from bwlm.text.overlap import Overlap, count_overlap
+from bwlm.text.plan import rows_drawn
 
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
@@ -275,7 +276,7 @@ class Source:
     @property
     def drawn(self) -> int:
         """Rows that an epoch takes."""
-        return max(1, round(self.weight * self.rows))
+        return rows_drawn(self.weight, self.rows)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,11 @@ class RowPlan:
         return _draw(_places(step, self.rows_per_step, rank, world), self.rows, self.seed)
 
 
+def rows_drawn(weight: float, rows: int) -> int:
+    """Return how many of a source's `rows` an epoch of a mixture takes, at least one."""
+    return max(1, round(weight * rows))
+
+
 @dataclass(frozen=True)
 class MixturePlan:
     """Which packed rows of several sources make the batch of a step, numbered one source after the other.

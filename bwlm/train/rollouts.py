@@ -26,7 +26,7 @@ from bwlm.model.gpt import GPT
 from bwlm.text.batches import Batch, join, open_rows
 from bwlm.text.conversation import Conversation, predicts_user_turn, read_back
 from bwlm.text.direction import IGNORED, Rows
-from bwlm.text.plan import MixturePlan, counter_hash
+from bwlm.text.plan import MixturePlan, counter_hash, rows_drawn
 from bwlm.text.tokenizer import Tokenizer
 from tasks import Verifiable, Writes, find_task
 
@@ -105,7 +105,7 @@ class Rollouts:
             for reading in own_readings(direction)
         ]
         rows = tuple(map(len, by_source))
-        drawn = tuple(max(1, round(weight * count)) for weight, count in zip(weights, rows, strict=True))
+        drawn = tuple(map(rows_drawn, weights, rows))
         plan = MixturePlan(rows, drawn, prompts, seed)
         width = min(longest, max(lengths) + settings.new_tokens)
         return cls(list(itertools.chain(*by_source)), plan, settings, generator, width)
