@@ -309,7 +309,7 @@ def test_files_that_cannot_be_read(shell: Shell) -> None:
     check_mistake(shell("grid", "plan", "."), ".: cannot be read (Is a directory)")
 
 
-@pytest.mark.parametrize("storage", ["/proc/bwlm-runs", "g.yaml/runs", "g.yaml"])
+@pytest.mark.parametrize("storage", ["/proc/bwlm-runs", "g.yaml/runs"])
 def test_a_storage_that_cannot_be_written_is_told_before_anything_runs(storage: str, shell: Shell) -> None:
     grid = shell.file(GOOD)
     check_mistake(shell("grid", "run", grid, "--storage", storage), "is not writable")

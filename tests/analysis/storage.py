@@ -22,6 +22,8 @@ from bwlm.record.run_config import RunConfig
 COMPUTE = Compute("float32", "sdpa", 0, False, 8, 1)
 
 STEPS = 20
+WEIGHTS = "0" * 64
+"""The SHA-256 of weights that no file holds."""
 
 
 def without_hash_of_log(run: Path) -> None:
@@ -60,9 +62,11 @@ def make_cell(
     }
     content = {"phase": phase, "direction": direction, "depth": depth, "lr": lr, "seed": seed}
     content["data"] = {"source": source} if phase == "base" else {"mixture": {"builtin:arithmetic": 1.0}}
+    if phase != "base":
+        content["parent"], fields["parent"] = parent, WEIGHTS
     experiment = Experiment.model_validate(content | {"tokenizer": {"vocab_size": 264}})
     folder = ExperimentFolder(storage, name)
-    link = None if phase == "base" else ParentLink(parent, "base", "step_000020", 20, "0" * 64, [parent])
+    link = None if phase == "base" else ParentLink(parent, "base", "step_000020", 20, WEIGHTS, [parent])
     folder.create(RunConfig(name, experiment, fields, fields["steps"], COMPUTE, "/corpus", "/tokenizer", "g"), link)
     return folder
 
