@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +19,10 @@ def first_line(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
 
 
+def wrapped(line: str, indent: str = "") -> str:
+    return "\n".join(textwrap.wrap(line, 118, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
+
+
 def file_list() -> str:
     """A heading for each room with its first line, and below it a line for each of its files."""
     parts = []
@@ -25,7 +30,8 @@ def file_list() -> str:
         files = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
         init = folder / "__init__.py"
         head = f"**`{folder.relative_to(ROOT)}/`** {first_line(init) if init.exists() else ''}".rstrip()
-        parts.append("\n".join([head, "", *(f"- `{path.name}` {first_line(path)}" for path in files), ""]))
+        lines = [f"- `{path.name}` {first_line(path)}" for path in files]
+        parts.append("\n".join([wrapped(head), "", *(wrapped(line, "  ") for line in lines), ""]))
     return "\n" + "\n".join(parts)
 
 

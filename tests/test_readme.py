@@ -121,6 +121,14 @@ def test_every_file_has_its_line() -> None:
     assert {path.name for path in (ROOT / "bwlm").rglob("*.py")} - {"__init__.py"} <= listed
 
 
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
+def test_lines_of_prose_fit_the_screen(path: Path) -> None:
+    """Lines of text have at most 120 characters; rows of tables and code cannot be wrapped."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    prose = [line for line in text.splitlines() if not line.startswith(("|", "    "))]
+    assert not [line for line in prose if len(line) > 120]
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
