@@ -213,8 +213,7 @@ def _whole_segments(runs: Tensor) -> Sequence[Tile]:
 
 
 def _by_segment(runs: Tensor, longest: int) -> Iterator[Tile]:
-    """Yield tiles of whole short segments, or pieces of longer ones. Neighbouring rows with equal borders share them.
-    """
+    """Yield tiles of whole short segments, or pieces of longer ones. Rows with equal borders share tiles."""
     borders_of: list[list[int]] = [[] for _ in runs]
     for row, place in _opens(runs).nonzero().tolist():
         borders_of[row].append(place)

@@ -34,7 +34,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, Mask, AttentionKernel], Tensor]  # `a
 
 
 class KVState(NamedTuple):
-    """State for incremental decoding: RoPE tables at each row's positions, and a cached-attention function per layer.
+    """State for incremental decoding.
+
+    RoPE tables at each row's positions, and one cached-attention function per layer.
     """
 
     rope: Rope
@@ -57,7 +59,9 @@ def rope_tables(sequence_length: int, head_dim: int) -> Rope:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of x [B, H, T, D] by minus their angle: nanochat's sign, the opposite of Llama's.
+    """Rotate the pairs (i, i + D/2) of x [B, H, T, D] by minus their angle.
+
+    This is nanochat's sign, the opposite of Llama's.
     """
     cos, sin = rope
     x1, x2 = x.chunk(2, dim=-1)
@@ -133,7 +137,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of the residual stream: attention, then MLP, each added to its input."""
+    """Layer of the residual stream: attention, then MLP, each added to its input."""
 
     def __init__(self, config: GPTConfig, kernel: AttentionKernel) -> None:
         super().__init__()

@@ -149,9 +149,7 @@ def _mask(places: Tensor, seen: int, dtype: torch.dtype) -> Tensor:
 
 
 def _attend(kept: Tensor, step: _Step, q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: AttentionKernel) -> Tensor:
-    """Return what `attend` does, for queries that also see earlier ids; store k and v [B, K, T, D] in the layer's
-    cache.
-    """
+    """Return what `attend` does for queries that also see earlier ids; store k and v [B, K, T, D] in the cache."""
     keys, values = kept
     rows = torch.arange(len(q), device=q.device)[:, None]
     keys[rows, :, step.places] = k.transpose(1, 2).to(keys.dtype)

@@ -201,16 +201,12 @@ def muon_momentum(step: int) -> float:
 
 
 def weight_decay_schedule(step: int, steps: int) -> float:
-    """Return the multiplier of the weight decay: a cosine from 1 to 0 over the run (nanochat's `get_weight_decay`,
-    2026).
-    """
+    """Return the multiplier of the weight decay, a cosine from 1 to 0 (nanochat's `get_weight_decay`, 2026)."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _spread(matrices: list[nn.Parameter], world: int) -> dict[Tensor, int]:
-    """Return the rank that updates each matrix: the costliest first, each to the rank with the least work (Graham's
-    LPT).
-    """
+    """Return the rank that updates each matrix: the costliest first, each to the least busy rank (Graham's LPT)."""
     load = [0] * world
     owners: dict[Tensor, int] = {}
     for matrix in sorted(matrices, key=_orthogonalization_cost, reverse=True):
@@ -243,9 +239,7 @@ def _group(name: str, parameters: list[nn.Parameter], lr: float) -> dict[str, An
 
 
 def _initial_state(part: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """Return the state that torch would make at the first step, so that a checkpoint has the same names at every
-    step.
-    """
+    """Return the state that torch would make at the first step: so a checkpoint's names are the same at every step."""
     if isinstance(part, torch.optim.Muon):
         return {"momentum_buffer": torch.zeros_like(parameter)}
     return {

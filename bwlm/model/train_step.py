@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward over a batch in as many passes as its rows need, then the update.
+"""The optimizer step: forward and backward over a batch in as many passes as its rows need, then the update.
 
 The result does not depend on the device batch size or the number of ranks: losses are summed over all targets and
 divided once. The module imports torch alone, so that a machine without anything else can time it.
