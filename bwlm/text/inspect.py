@@ -19,8 +19,7 @@ from bwlm.text.tokenizer import Tokenizer
 
 
 def inspect_rows(prepared: Prepared, direction: str, count: int) -> dict[str, Any]:
-    """Return the plan's first rows with seed 0: ids and targets of length T, the text read back from the ids, and
-    segments.
+    """Return the plan's first rows with seed 0: ids and targets of length T, the text of the ids, and segments.
 
     `text` is in reading order, restored from the directed ids alone, with segments in the order of the text.
     `segments` are the slots where segments begin, in the order of the layout.

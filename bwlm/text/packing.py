@@ -246,15 +246,16 @@ class PackedSplit:
         return sum(int(shard[count]) for shard in self.shards)
 
     def padding_share(self, width: int) -> float:
-        """Return the share of slots after a row's last segment in one-directional runs; a BOS may close it in the
-        first one.
+        """Return the share of slots after the last segment of each row, in one-directional runs.
+
+        The first of these slots may hold the BOS that closes the row.
         """
         slots = self.total("rows") * (width + 1)
         return 1 - (self.total("tokens") + self.total("segments")) / slots if slots else 0.0
 
 
 class Splits(TypedDict):
-    """Both splits by name."""
+    """Training and validation split of a packed corpus."""
 
     train: PackedSplit
     validation: PackedSplit

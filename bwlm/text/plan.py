@@ -17,9 +17,7 @@ _FEISTEL_ROUNDS = 6
 
 
 def splitmix64(x: U64) -> U64:
-    """Return the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): a well-mixing bijection of 64-bit
-    words.
-    """
+    """Return the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), a well-mixing bijection on 64 bits."""
     with np.errstate(over="ignore"):
         z = x + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -68,9 +66,7 @@ class RowPlan:
     seed: int
 
     def at(self, step: int, rank: int = 0, world: int = 1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return (row index, epoch) of each row that `rank` of `world` reads at `step`, in the order of the whole
-        batch.
-        """
+        """Return (row index, epoch) of each row that `rank` of `world` reads at `step`, in the batch's order."""
         return _draw(_places(step, self.rows_per_step, rank, world), self.rows, self.seed)
 
 
@@ -88,8 +84,9 @@ class MixturePlan:
     seed: int
 
     def at(self, step: int, rank: int = 0, world: int = 1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the same as `RowPlan.at`; a row's epoch is that of its source, so that it differs each time the row
-        comes.
+        """Return the same as `RowPlan.at`.
+
+        A row's epoch is that of its source, so that it differs each time the row comes.
         """
         mixed, epochs = _draw(_places(step, self.rows_per_step, rank, world), sum(self.drawn), self.seed)
         drawn = np.array(self.drawn)
@@ -112,8 +109,9 @@ def _places(step: int, rows_per_step: int, rank: int, world: int) -> NDArray[np.
 
 
 def _draw(places: NDArray[np.int64], rows: int, *key: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return (row, epoch) at places of the endless sequence that visits each row once an epoch, in orders given by
-    `key`.
+    """Return (row, epoch) at places of the endless sequence of rows.
+
+    It visits each row once an epoch, in orders given by `key`.
     """
     epochs, positions = places // rows, places % rows
     chosen = np.empty_like(places)

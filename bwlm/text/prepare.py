@@ -67,9 +67,7 @@ def prepare(recipe: Recipe, storage: Path, pack: Pack, progress: ShowProgress) -
 
 
 def find_packed(storage: Path, named: Path, digest: str) -> Path | None:
-    """Return the packed text with this digest: the folder `named`, else any in the storage's cache; None if it is
-    gone.
-    """
+    """Return the packed text with this digest: the folder `named`, else any in the cache; None if it is gone."""
     for folder in (named, *sorted((storage / "cache" / "packed").glob("*"))):
         if (folder / "manifest.json").exists() and Manifest.read(folder).digest == digest:
             return folder
@@ -84,8 +82,7 @@ def _remove_empty(folders: list[Path], before: set[Path]) -> None:
 
 
 def get_tokenizer(recipe: Recipe, cache: Path, progress: ShowProgress) -> tuple[Corpus, Path, Tokenizer]:
-    """Return the corpus and its tokenizer with its folder: the one at `tokenizer.path`, else one trained on this
-    corpus.
+    """Return the corpus, and its tokenizer with its folder: that at `tokenizer.path`, else one trained on the corpus.
 
     A tokenizer that was trained on the same corpus before is read from the cache. Raises `UserError` for a fault of
     the text or of the tokenizer.

@@ -236,8 +236,9 @@ def _module_documents(read: dict[str, list[Docstring]]) -> dict[str, str]:
 
 
 def _deal(documents: dict[str, str]) -> list[list[str]]:
-    """Return shards of texts, the last one for validation. A text's shard and place follow from its name's hash
-    alone.
+    """Return shards of texts, the last one for validation.
+
+    A text's shard, and its place there, follow from the hash of its name alone.
     """
     shards: list[list[str]] = [[] for _ in range(TRAIN_SHARDS + 1)]
     for name in sorted(documents, key=lambda name: (_hash(name), name)):

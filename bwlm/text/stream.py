@@ -42,7 +42,7 @@ _BLOCK_TOKENS = 2**19
 """Tokens of one Ray Data block: large enough to hide a task's cost, small enough to start soon."""
 
 Document = tuple[int, NDArray[np.uint32]]
-"""(number, tokens)"""
+"""(number, tokens) of a document"""
 
 _SHARD_BITS = 32
 """Bits of a document's row in its shard: its id is the shard's index, shifted by this, plus that row."""
