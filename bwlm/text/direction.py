@@ -230,10 +230,12 @@ def lay_out(
         ids.flat[opening + 1] = np.where(told == FORWARD, special.forward, special.backward)
     ids.flat[slots] = rows.tokens
 
+    # a slot is a target if it holds a chosen token, or the BOS behind a whole document
     scored = np.zeros((rows.count, width + 1), dtype=bool)
     scored.flat[slots] = True if targets is None else targets
     scored.flat[next_opening[true_end]] = True
 
+    # the ordinal of a slot's segment is the number of BOS that open segments up to it, minus 1
     opens = np.zeros((rows.count, width + 1), dtype=np.int32)
     opens.flat[opening] = 1
     # Position p of [R, T] predicts slot p + 1 of [R, T+1]. A row has one slot more than positions, so a flat index of

@@ -142,7 +142,7 @@ class Tokenizer:
         return self.specials["<|backward|>"]
 
     def encode(self, text: str) -> NDArray[np.uint32]:
-        """Return the ids of ordinary text, without any special token. Do not write to the array: it may be read-only."""
+        """Return the ids of ordinary text, without any special token. The array may be read-only."""
         return _join([self._encode_piece(piece) for piece in pieces(text)])
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[NDArray[np.uint32]]:

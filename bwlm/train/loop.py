@@ -138,8 +138,9 @@ def _resume(phase: PhaseSetup, folder: ExperimentFolder, session: Session) -> Tr
 
 
 def _restored(phase: PhaseSetup, folder: ExperimentFolder, checkpoint: Snapshot) -> TrainingProgress:
-    """Load a checkpoint into model and optimizer; return its progress. Raises `UserError` if another version wrote
-    it.
+    """Load a checkpoint into model and optimizer; return its progress.
+
+    Raises `UserError` if it does not fit what this version saves.
     """
     try:
         phase.model.load_state_dict(checkpoint.model)
@@ -154,7 +155,7 @@ def _restored(phase: PhaseSetup, folder: ExperimentFolder, checkpoint: Snapshot)
 
 
 def _newest(folder: ExperimentFolder, session: Session) -> Snapshot | None:
-    """Return the checkpoint that all ranks resume from. Rank 0 chooses: ranks might see different ones as the newest."""
+    """Return the checkpoint that all ranks resume from. Rank 0 chooses: ranks might see different newest ones."""
     newest = raise_on_all_ranks(session, lambda: load_newest(folder.checkpoints) if session.rank == 0 else None)
     if session.world == 1:
         return newest
@@ -199,9 +200,7 @@ def _step(
 
 
 def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Return an array as a tensor on the device: integers as int64, the type that torch indexes with; floats as they
-    are.
-    """
+    """Return an array as a tensor on the device: integers as int64, with which torch indexes; floats as they are."""
     tensor = torch.from_numpy(array).to(device)
     return tensor if tensor.is_floating_point() else tensor.long()
 

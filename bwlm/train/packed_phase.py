@@ -116,8 +116,9 @@ def packed_phase(
 
 
 def starting_model(folder: ExperimentFolder, config: RunConfig, device: torch.device) -> GPT:
-    """Return the model that a run begins with: of a base run initialised by its seed, of any other with its parent's
-    weights.
+    """Return the model that a run begins with.
+
+    A base run is initialised by its seed. Any other takes its parent's weights, unless it resumes from a checkpoint.
     """
     model = build_model(config, device)
     if not PHASES[config.experiment.phase].is_first and not checkpoint_steps(folder.checkpoints):

@@ -39,8 +39,7 @@ class Records:
     def __init__(
         self, folder: ExperimentFolder, phase: str, fixed: Mapping[str, Any], settings: CheckpointSettings, step: int
     ) -> None:
-        """Open the files to continue after `step`; `fixed` are contents of the research log that hold for the whole
-        run.
+        """Open the files to continue after `step`; `fixed` are contents of the research log for the whole run.
 
         Raises `RunError` if a file cannot be written.
         """
@@ -101,9 +100,7 @@ class Records:
             raise self._failure
 
     def save(self, snapshot: Snapshot) -> None:
-        """Start a save; `wait_for_save` raises its failure. It also fails if journal or research log cannot be
-        synced.
-        """
+        """Start a save; `wait_for_save` raises its failure. A journal or log that cannot be synced fails it too."""
         self._saver.save(snapshot, self._sync)
 
     def _sync(self) -> None:

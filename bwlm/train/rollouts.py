@@ -96,10 +96,10 @@ class Rollouts:
         weights: Sequence[float],
         seed: int,
     ) -> Rollouts:
-        """Return the writer for a corpus' training problems; `prompts` of a step, for all ranks; `weights` of its
-        sources.
+        """Return the writer for a corpus' training problems.
 
-        Raises `UserError` if a source has no whole conversation.
+        `prompts` of a step are for all ranks; `weights` are those of the corpus' sources. Raises `UserError` if a
+        source has no whole conversation.
         """
         longest = open_rows(corpus, "train").width
         generator = MessageGenerator(direction, reversal, tokenizer, settings.new_tokens, settings.top_k)
@@ -135,6 +135,7 @@ class Rollouts:
         parts = []
         for number, reading in enumerate(readings):
             problems = [self.problems[place] for place in places for _ in range(group)]
+            # samples are counted over all ranks, so that the seed of a sample does not depend on their number
             counters = np.arange(first * group, first * group + len(problems))
             seeds = counter_hash(self.plan.seed, step, number, counters).tolist()
             samples = self.write(model, problems, reading, seeds, self.settings.temperature)
@@ -166,7 +167,7 @@ class Rollouts:
             prompt = sample.message.prompt.ids
             ids = [*prompt, *sample.message.ids][: self.width + 1]
             inputs[row, : len(ids) - 1] = ids[:-1]
-            targets[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
+            targets[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]  # the first one follows the whole prompt
         importance = np.where(targets == IGNORED, 0, advantages[:, None]).astype(np.float32)
         figures: dict[str, Any] = {
             "reward": np.array([sample.reward for sample in samples], dtype=np.float32),

@@ -29,8 +29,9 @@ class Session(Protocol):
         """Report a step to the scheduler; every rank calls it at the same steps. The scheduler may end the run here."""
 
     def stopping(self) -> bool:
-        """Return true if this process was asked to end (SIGTERM). Ranks may differ: the loop ends all of them
-        together.
+        """Return true if this process was asked to end (SIGTERM).
+
+        Ranks may differ: the loop ends all of them together.
         """
 
 

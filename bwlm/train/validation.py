@@ -71,10 +71,9 @@ class Validation:
             return {name: self.evaluation.measure(model, name, is_marked(self.direction)) for name in self.readings}
 
     def wrong_marker_losses(self, model: GPT) -> dict[str, SegmentLosses]:
-        """Return the losses of the windows with the opposite marker, by name: does a bidirectional model obey its
-        marker?
+        """Return the losses of the windows with the opposite marker: does a bidirectional model obey its marker?
 
-        Empty for a model of one direction.
+        By name, `<reading>_marked_<opposite>`; empty for a model of one direction.
         """
         if not is_marked(self.direction):
             return {}
