@@ -172,7 +172,7 @@ class LossEvaluation:
         segments = self._tensor(directed.segments) if self.masked else None
         inputs, targets = self._tensor(directed.ids[:, :-1]), self._tensor(directed.targets)
         losses = model.loss(inputs, targets, segments, predict=True)
-        # `directed.text` and `directed.ends` index the flat positions that predict each text token and each segment's end
+        # `directed.text` and `directed.ends` index the positions that predict each text token and each segment's end
         flat = losses.each.double().cpu().numpy().reshape(-1)
         right = (losses.predicted == targets).cpu().numpy().reshape(-1)
         is_text = self._is_text(rows)

@@ -86,7 +86,7 @@ def check_conversation(messages: Any, where: str) -> Conversation:
     conversation = [Message(role, content) for role, content in checked]  # type: ignore[arg-type]
     check_turns(conversation, where)
     if not conversation:
-        raise UserError(f"{where}: messages: empty: give a question and an answer at least")
+        raise UserError(f"{where}: messages: empty: give at least a question and an answer")
     if conversation[0].role != "user" or conversation[-1].role != "assistant":
         raise UserError(
             f"{where}: messages: from {conversation[0].role} to {conversation[-1].role}: "
@@ -100,7 +100,7 @@ def check_turns(conversation: Conversation, where: str) -> None:
     for index, (before, after) in enumerate(itertools.pairwise(conversation), start=1):
         if before.role == after.role:
             raise UserError(
-                f"{where}: messages[{index}].role: {after.role} again: join the two, or put in what is missing"
+                f"{where}: messages[{index}].role: {after.role} again: join the two messages, or add one between"
             )
 
 
@@ -114,13 +114,13 @@ def _message(message: Any, where: str) -> tuple[str, str]:
     if role not in _KNOWN:
         raise UserError(f"{where}.role: {role[:40]!r} is not one of {', '.join(_KNOWN)}{nearest(role, _KNOWN)}")
     if not content.strip():
-        raise UserError(f"{where}.content: empty: write it or take the conversation out")
+        raise UserError(f"{where}.content: empty: fill it, or remove the conversation")
     return role, content
 
 
 def _joined_system(checked: list[tuple[str, str]], where: str) -> list[tuple[str, str]]:
     if len(checked) < 2 or checked[1][0] != "user":
-        raise UserError(f"{where}: messages[1].role: after a system message comes the user's")
+        raise UserError(f"{where}: messages[1].role: after a system message must come a user message: add it")
     return [("user", f"{checked[0][1]}\n\n{checked[1][1]}"), *checked[2:]]
 
 
@@ -272,7 +272,7 @@ def build_prompt(
     check_turns(conversation, "conversation")
     edge, role = (0, "assistant") if asking else (-1, "user")
     if not conversation or conversation[edge].role != role:
-        raise UserError(f"conversation: must {'begin' if asking else 'end'} with the {role}: add what is missing")
+        raise UserError(f"conversation: must {'begin' if asking else 'end'} with the {role}: add a message")
     if asking:
         ids, stop = np.append(np.uint32(turns.user_end), render(conversation, tokenizer)), turns.user_start
     else:

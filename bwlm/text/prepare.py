@@ -149,5 +149,7 @@ def bytes_per_token(tokenizer: Tokenizer, corpus: Corpus) -> float:
                 counted += int(lengths[ids].sum())
                 tokens += len(ids)
     if tokens == 0:
-        raise UserError("data.validation: the validation shards hold no text")
+        raise UserError(
+            "data.validation: the validation shards hold no text: give shards with documents that are not empty"
+        )
     return counted / tokens

@@ -160,7 +160,7 @@ def _open(uri: str) -> IO[bytes]:
         except ValueError:  # an HTTP server without range requests
             return io.BytesIO(filesystem.cat_file(path))
     except Exception as error:  # every file system has its own errors, without a common base class
-        raise UserError(f"{uri}: cannot be read ({error}): make it readable or take it out of the data") from None
+        raise UserError(f"{uri}: cannot be read ({error}): make it readable, or remove it from the data") from None
     return file  # type: ignore[no-any-return]
 
 

@@ -202,10 +202,13 @@ class Tokenizer:
         except ValueError as error:
             raise UserError(f"{folder}: not a tokenizer ({error}): train it again") from None
         if tokenizer.digest != told:
-            raise UserError(f"{folder / _HEADER}: digest: not that of this file and {_RANKS}: copy or train them again")
+            raise UserError(
+                f"{folder / _HEADER}: digest: does not match this file and {_RANKS}: copy both again, or train again"
+            )
         if digest not in (None, tokenizer.digest):
             raise UserError(
-                f"{folder / _HEADER}: another tokenizer than the run's ({told} instead of {digest}): put that one back"
+                f"{folder / _HEADER}: another tokenizer than the run's (digest {told}, not {digest}): "
+                "restore the run's own"
             )
         return tokenizer
 

@@ -150,7 +150,7 @@ def _restored(phase: PhaseSetup, folder: ExperimentFolder, checkpoint: Snapshot)
         path, reason = step_folder(folder.checkpoints, checkpoint.step), " ".join(str(error).split())
         raise UserError(
             f"{path}: whole, but not what this version saves ({reason}): go on with the version that saved it, or move "
-            "it away"
+            "the checkpoint away"
         ) from None
 
 

@@ -60,7 +60,10 @@ def load_problems(corpus: str, split: str, tokenizer: Tokenizer) -> list[list[Pr
         assert isinstance(task, Verifiable), "refused when it was planned"
         problems = [Problem(talk, task) for talk in _conversations(rows.take(np.arange(first, last)), tokenizer)]
         if not problems:
-            raise UserError(f"data.mixture: {source.name}: no {split} conversation fits whole into {rows.width} tokens")
+            raise UserError(
+                f"data.mixture: {source.name}: no {split} conversation fits whole into {rows.width} tokens: "
+                "give shorter ones, or a model with a longer model.sequence_length"
+            )
         found.append(problems)
     return found
 
