@@ -75,7 +75,10 @@ class ParameterCounts:
 
 
 def count_parameters(config: GPTConfig) -> ParameterCounts:
-    """Count without allocating: a block has query, output (C x C), key, value (C x KD) and the MLP (2 x 4C x C)."""
+    """Return the numbers of parameters, counted without allocating any.
+
+    A block has query, output (C x C), key, value (C x KD) and the MLP (2 x 4C x C).
+    """
     width = config.width
     attention = 2 * width * width + 2 * width * config.kv_heads * config.head_dim
     mlp = 2 * 4 * width * width

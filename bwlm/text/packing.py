@@ -307,7 +307,9 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Covers every token, its document and its segment, in order, of both splits, the tokenizer and the weights."""
+        """Digest of every token, its document and its segment, in order, of both splits, the tokenizer and the
+        weights.
+        """
         parts = f"{self.tokenizer} {self.sequence_length} {self.train.digest} {self.validation.digest}"
         parts += "".join(f" {source.rows} {float(source.weight)!r}" for source in self.sources)
         return hashlib.sha256(parts.encode()).hexdigest()

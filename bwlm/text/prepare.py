@@ -77,7 +77,7 @@ def find_packed(storage: Path, named: Path, digest: str) -> Path | None:
 def _remove_empty(folders: list[Path], before: set[Path]) -> None:
     for folder in folders:
         if folder not in before:
-            with contextlib.suppress(OSError):  # not empty: somebody needs it
+            with contextlib.suppress(OSError):  # not empty: still in use
                 folder.rmdir()
 
 

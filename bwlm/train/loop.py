@@ -65,7 +65,7 @@ class PhaseSetup:
     fixed: dict[str, Any]
     """Contents of its validation entries in the research log that hold for the whole run"""
     meta: dict[str, object]
-    """Goes into every checkpoint: what a reader must know before loading it"""
+    """Metadata that goes into every checkpoint: what a reader must know before loading it"""
 
 
 @dataclass(frozen=True)
