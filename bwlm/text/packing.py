@@ -307,7 +307,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Digest of every token, its document and its segment, in order, of both splits, the tokenizer and the
+        """Digest of every token with its document and segment, in order, of both splits, the tokenizer and the
         weights.
         """
         parts = f"{self.tokenizer} {self.sequence_length} {self.train.digest} {self.validation.digest}"
