@@ -1,1 +1,1 @@
-"""The loss of a trained model in each direction, and the messages that it writes."""
+"""Evaluation of a trained model: its loss in each direction, and the messages that it writes."""

@@ -16,47 +16,47 @@ from bwlm.text.conversation import Conversation, Prompt, build_prompt, predicts_
 from bwlm.text.tokenizer import Tokenizer
 
 _ROWS_AT_ONCE = 256
-"""Messages that are decoded beside each other: each row holds keys and values of its whole length."""
+"""Messages that are decoded together: each row holds keys and values of its whole length."""
 
 
 @dataclass(frozen=True)
 class GeneratedMessage:
-    """A message that a model wrote."""
+    """Message that a model wrote."""
 
     prompt: Prompt
     ids: list[int]
     """Generated ids, in the order in which they were written, with the closing marker if it came."""
     text: str
-    """The text in reading order, without markers."""
+    """Text in reading order, without markers."""
 
     @property
     def finished(self) -> bool:
-        """True if the model ended the message itself; what would have come else is not known."""
+        """True if the model ended the message itself; otherwise its continuation is not known."""
         return self.ids[-1:] == [self.prompt.stop]
 
 
 @dataclass(frozen=True)
 class MessageGenerator:
-    """How messages are prompted for and decoded, for models of one direction."""
+    """Prompts for messages and decodes them, for models of one direction."""
 
     direction: str
     reversal: Reversal
     tokenizer: Tokenizer
     new_tokens: int
-    """The longest message."""
+    """Most ids of a message."""
     top_k: int | None = None
 
     def prompt(self, conversation: Conversation, reading: str) -> Prompt:
-        """Returns the prompt for the last answer of a whole conversation, or for its first question."""
+        """Return the prompt for the last answer of a whole conversation, or for its first question."""
         given = conversation[1:] if predicts_user_turn(reading, self.reversal) else conversation[:-1]
         return build_prompt(given, reading, self.direction, self.reversal, self.tokenizer)
 
     def generate(
         self, model: GPT, prompts: Sequence[Prompt], reading: str, seeds: Sequence[int], temperature: float = 0.0
     ) -> list[GeneratedMessage]:
-        """Writes a message for each prompt, greedily at temperature 0; all prompts are of one reading.
+        """Write a message for each prompt, greedily at temperature 0; all prompts have the same reading.
 
-        `seeds` has one for each prompt, so that a message does not depend on the others of its batch, except for
+        `seeds` has one seed for each prompt, so that a message does not depend on the others of its batch, except for
         rounding.
         """
         specials, messages = set(self.tokenizer.specials.values()), list[GeneratedMessage]()

@@ -20,34 +20,35 @@ from bwlm.text.direction import Directed, Ids, Ints, Rows, SpecialIds, lay_out
 from bwlm.text.packing import PackedRows
 
 ATTENTION_WINDOWS = 2
+"""Windows that attention is measured on."""
 
 
 @dataclass(frozen=True)
 class ActivationProbe:
-    """Looks into a model while it reads the first of the windows given."""
+    """Observes a model while it reads the first of the given windows."""
 
     rows: PackedRows
     windows: Ints
     special: SpecialIds
     tokens: int
-    """Whose states are taken, at most."""
+    """Most tokens whose states are taken."""
     device: torch.device
     masked: bool
     turns: TurnLayout | None = None
-    """Of conversations; None: documents."""
+    """Layout of conversations; None: documents."""
 
     def tokens_of(self) -> dict[str, Ints]:
-        """token and window of each state, in reading order."""
+        """Return `token` and `window` of each state, in reading order."""
         rows, windows = self._rows(STATE_WINDOWS)
         chosen = self._chosen(rows)
         return {"token": rows.tokens[chosen], "window": windows[np.repeat(rows.row, rows.lengths)[chosen]]}
 
     @torch.no_grad()
     def states(self, model: GPT, reading: str, marked: bool) -> NDArray[np.float16]:
-        """[L+1, Q, C]: the embedding's output and each block's, where each token is read."""
+        """Return [L+1, Q, C]: the embedding's output and each block's, at the places where the tokens are read."""
         rows, _ = self._rows(STATE_WINDOWS)
         directed = self._directed(rows, reading, marked)
-        place = torch.from_numpy(directed.text[self._chosen(rows)] + 1).to(self.device)  # behind what predicts it
+        place = torch.from_numpy(directed.text[self._chosen(rows)] + 1).to(self.device)  # one after its predictor
         with evaluating(model):
             states = [
                 state.flatten(0, 1)[place].half().cpu().numpy() for state in model.states(*self._inputs(directed))
@@ -55,7 +56,7 @@ class ActivationProbe:
         return np.stack(states)
 
     def attention(self, model: GPT, reading: str, marked: bool) -> AttentionStatistics:
-        """Over all positions of the first windows but padding."""
+        """Return the attention statistics over all positions of the first windows, except padding."""
         directed = self._directed(self._rows(ATTENTION_WINDOWS)[0], reading, marked)
         ids, segments = self._inputs(directed)
         return attention_statistics(model, ids, segments, ids != self.special.pad, MAP_POSITIONS)
@@ -65,10 +66,10 @@ class ActivationProbe:
         return self.rows.take(windows), windows
 
     def _chosen(self, rows: Rows) -> Ints:
-        """Indices of tokens, evenly over the windows.
+        """Return the indices of tokens, spread evenly over the windows.
 
-        Any token will do: each is an input in every reading, since a row's last slot, which is only a target, is kept
-        for the BOS that closes it.
+        Any token will do: each is an input in every reading, since a row's last slot, which is only a target, is
+        reserved for the BOS that closes it.
         """
         count = min(self.tokens, len(rows.tokens))
         return np.linspace(0, len(rows.tokens) - 1, count).astype(np.int64)

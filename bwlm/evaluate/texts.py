@@ -28,15 +28,15 @@ _ROWS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class TextLoss:
-    """What a text costs a model in one reading."""
+    """Loss of a model on a text in one reading."""
 
     id: str
     task: str
     """`documents` or `conversations`."""
     direction: str
-    """In which the text was read."""
+    """Reading of the text."""
     native: bool
-    """Whether the model was trained to read so."""
+    """True if the model was trained to read so."""
     bpb: float
     loss: float
     """Nats per token."""
@@ -49,9 +49,10 @@ class TextLoss:
 def evaluate_texts(
     loaded: LoadedModel, corpora: dict[str, str], readings: tuple[str, ...], folder: ExperimentFolder
 ) -> list[TextLoss]:
-    """The loss of the validation windows of each corpus, by `task`; every segment's is kept in the run's folder.
+    """Return the loss of the validation windows of each corpus, by `task`.
 
-    `evaluations/<phase>/<direction>/<task>.parquet`, with its summary beside it.
+    Saves the loss of every segment in the run's folder, as `evaluations/<phase>/<direction>/<task>.parquet` with a
+    summary beside it.
     """
     found = []
     for task, corpus in corpora.items():
@@ -94,10 +95,10 @@ def _evaluation(loaded: LoadedModel, task: str, corpus: str) -> LossEvaluation:
 
 
 def evaluate_run(storage: Path, run: str, readings: tuple[str, ...], progress: Callable[[str], None]) -> list[TextLoss]:
-    """Evaluates a finished run on the documents of its base and on conversations: its own mixture's, or built-in ones.
+    """Evaluate a finished run on its base's documents, and on conversations: its own mixture's, or built-in ones.
 
-    Text that is gone is named with the command that makes it again. Raises `UserError` for that, and if there is no
-    such run, or it has no checkpoint.
+    Raises `UserError` if there is no such run, it is not finished or has no checkpoint, and if its text is gone: the
+    message gives the command that makes the text again.
     """
     folder = open_experiment(storage, run)
     if (state := folder.status().state) != "finished":
@@ -125,7 +126,7 @@ def _documents(storage: Path, folder: ExperimentFolder, config: RunConfig) -> Pa
 
 def _conversations(storage: Path, config: RunConfig, progress: Callable[[str], None]) -> Path:
     recipe = config.experiment
-    if PHASES[recipe.phase].packs_whole:  # its own rows are what is asked for here: whole conversations
+    if PHASES[recipe.phase].packs_whole:  # the run's own rows already hold whole conversations
         packed = find_packed(storage, Path(config.corpus), config.identity["data"])
         if packed is not None:
             return packed

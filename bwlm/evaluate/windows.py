@@ -1,8 +1,8 @@
 """The loss of whole validation windows, segment by segment, in one reading.
 
-bits per byte = sum of -log2 p over text tokens / UTF-8 bytes of the same text. BOS, markers and padding are conditioned
-on, never scored. `bpb_with_end` also scores the boundary after whole documents, over those documents alone: there it is
-the full joint likelihood in either direction.
+bits per byte = sum of -log2 p over text tokens / UTF-8 bytes of the same text. BOS, markers and padding are
+conditioned on, never scored. `bpb_with_end` also scores the boundary after whole documents, over those documents
+alone: there it is the full joint likelihood in either direction.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SegmentLosses:
-    """One entry a segment of the evaluated windows; nll in nats, summed over the segment's text tokens."""
+    """Losses of the evaluated windows, an entry for each segment; nll is in nats, summed over its text tokens."""
 
     window: Ints
     segment: Ints
@@ -48,7 +48,7 @@ class SegmentLosses:
     """Nats of the boundary after the segment; NaN where none is scored."""
 
     def summary(self) -> dict[str, float]:
-        """`loss` in nats per token, `bpb`, `bpb_with_end` where a whole document was scored."""
+        """Return `loss` in nats per token, `bpb`, and `bpb_with_end` if a whole document was scored."""
         nll = self.nll.sum()
         figures = {"loss": nll / self.tokens.sum(), "bpb": nll / (math.log(2) * self.bytes.sum())}
         ended = ~np.isnan(self.end_nll)
@@ -58,14 +58,14 @@ class SegmentLosses:
         return {name: float(value) for name, value in figures.items()}
 
     def even_windows(self) -> SegmentLosses:
-        """The tuning half: what may be looked at to choose settings."""
+        """Return the tuning half, which may be used to choose settings: the even windows, or all if none is even."""
         even = self.window % 2 == 0
         return SegmentLosses(*(column[even] for column in vars(self).values())) if even.any() else self
 
     def save(self, folder: Path, counts: str, check: Check = unchecked, name: str = "validation") -> None:
-        """`<name>.parquet` with every segment, `<name>.json` with the summary.
+        """Write `<name>.parquet` with every segment, and `<name>.json` with the summary.
 
-        `counts` is the digest of the table of bytes per token that these are counted by.
+        `counts` is the digest of the table of bytes per token by which bytes are counted.
         """
         folder.mkdir(parents=True, exist_ok=True)
         content = pa.BufferOutputStream()
@@ -81,7 +81,7 @@ class SegmentLosses:
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """One entry a text token, in reading order, segment after segment."""
+    """Losses of the evaluated windows, an entry for each text token, in reading order, segment after segment."""
 
     nll: NDArray[np.float32]
     """Nats."""
@@ -104,9 +104,9 @@ class LossEvaluation:
     batch_rows: int
     device: torch.device
     masked: bool
-    """Attention stays inside a segment."""
+    """True: attention stays inside a segment."""
     turns: TurnLayout | None = None
-    """Of conversations, all of whose text is measured; None: documents."""
+    """Layout of conversations, all of whose text is measured; None: documents."""
 
     @classmethod
     def from_corpus(
@@ -133,17 +133,17 @@ class LossEvaluation:
 
     @property
     def byte_counts(self) -> str:
-        """The digest of `token_bytes`."""
+        """Digest of `token_bytes`."""
         return byte_counts(self.token_bytes)
 
     @property
     def windows(self) -> Ints:
-        """Which windows: a fixed draw, since neighbours share documents and a verdict stands on documents."""
+        """Evaluated windows: a fixed draw, since neighbours share documents and a verdict rests on documents."""
         count = max(1, min(len(self.rows), self.tokens // self.rows.width))
         return np.sort(permute(np.arange(count), len(self.rows), 0))
 
     def tokens_of(self) -> dict[str, Ints]:
-        """What the entries of `TokenLosses` are of: token, bytes, segment, document and window of each."""
+        """Return token, bytes, segment, document and window of each entry of `TokenLosses`."""
         rows = self.rows.take(self.windows)
         each = {"segment": rows.segment, "document": rows.document, "window": self.windows[rows.row]}
         columns = {name: np.repeat(values, rows.lengths) for name, values in each.items()}
@@ -151,20 +151,26 @@ class LossEvaluation:
         return {name: values[self._is_text(rows)] for name, values in columns.items()}
 
     def loss_mask(self, reading: str, reversal: Reversal, turns: TurnIds) -> NDArray[np.bool_]:
-        """For each entry of `TokenLosses` of conversations, whether a model with this reading writes it."""
+        """Return the loss mask of conversations, an entry for each entry of `TokenLosses`.
+
+        True where a model with this reading writes the token.
+        """
         rows = self.rows.take(self.windows)
         chosen = np.full(len(rows.lengths), READINGS.index(reading))
         return loss_mask(rows.tokens, rows.lengths, chosen, reversal, turns)[self._is_text(rows)]
 
     def _is_text(self, rows: Rows) -> NDArray[np.bool_]:
-        """[N] false for the markers of conversations, which are never scored."""
+        """Return [N], false for the markers of conversations, which are never scored."""
         is_text: NDArray[np.bool_] = self.token_bytes[rows.tokens] > 0
         return is_text
 
     def measure(self, model: GPT, reading: str, marked: bool, marker: str = "") -> Measured:
-        """The same windows in the order of the split, whatever the number of ranks; `marker`: not the reading's own."""
+        """Return the losses of the same windows in the order of the split, whatever the number of ranks; a collective.
+
+        `marker`: the reading whose marker stands after each BOS, if it is not `reading` itself.
+        """
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        mine = self.windows[rank::world]
+        mine = self.windows[rank::world]  # the results are gathered below and sorted back into the split's order
         parts = [
             self._batch(model, mine[start : start + self.batch_rows], reading, marked, marker or reading)
             for start in range(0, len(mine), self.batch_rows)

@@ -1,14 +1,15 @@
 """Causal self-attention over whole rows or inside their segments, by one of three kernels that compute the same.
 
-'blocked' is for CPUs, where torch's kernel multiplies slowly: tiles of queries against the keys that they may see, as
-plain batched matmuls, with the probabilities kept for the backward pass. It holds at most about B H T^2 / 2 of them, so
-it is not for very long rows. 'sdpa' is torch's `scaled_dot_product_attention`: on a GPU flash attention, its own or
-cuDNN's, with a dense mask where attention stays inside segments; on a CPU it is called segment by segment. 'flex' is
-torch's `flex_attention` where a GPU trains compiled blocks inside segments, and 'sdpa' elsewhere: it skips the blocks
-that no query of theirs may see.
+- 'blocked' is for CPUs, where torch's own kernel multiplies slowly. It cuts the queries into tiles and multiplies
+  each tile with the keys that it may see, as plain batched matmuls. It keeps the probabilities for the backward pass,
+  at most about B H T^2 / 2 of them, so it is not for very long rows.
+- 'sdpa' is torch's `scaled_dot_product_attention`. On a GPU it is flash attention, torch's or cuDNN's; to keep
+  attention inside segments it takes a dense mask. On a CPU it is called segment by segment.
+- 'flex' is torch's `flex_attention` where a GPU trains compiled blocks with attention inside segments, and 'sdpa'
+  everywhere else. It skips every block of keys that no query of the block may see.
 
-What a kernel needs to know of the segments is the same for all layers, so `segment_mask` makes it once for a pass.
-Masks are data: another mask compiles nothing anew.
+All layers need the same facts about the segments, so `segment_mask` makes the mask once for each forward pass. Masks
+are data: a new mask does not trigger a new compilation.
 
 Axes: B batch, T time, H heads, K kv heads, D head dimension, Q queries of a tile, S keys of a tile, N tiles.
 """
@@ -28,16 +29,20 @@ AttentionKernel = Literal["sdpa", "blocked", "flex"]
 
 
 _SMALLEST_BLOCK = 128
+"""Fewest queries of a block, where 'blocked' cuts all rows alike."""
 _MOST_BLOCKS = 8
+"""Most blocks that 'blocked' cuts a row into."""
 _SEGMENT_BLOCK = 256
-"""Positions of neighbouring short segments that share a tile; no piece of a longer one is smaller unless it must be."""
+"""Positions that short neighbouring segments may share in one tile. A longer segment is cut into smaller pieces only
+if it must be."""
 _TILE_COST = 2**17
-"""The cost of starting a tile, in pairs of a query and a key of one head."""
+"""Cost of starting a tile, counted in query-key pairs of one head."""
 _FLEX_BLOCK = 128
+"""Queries, and keys, of a block of 'flex'."""
 
 
 class Tile(NamedTuple):
-    """Queries of some rows, multiplied with the keys of these rows from `keys` to the last query."""
+    """Queries of neighbouring rows, and their keys: from `keys` to the last query of the tile, in the same rows."""
 
     first_row: int
     end_row: int
@@ -45,30 +50,31 @@ class Tile(NamedTuple):
     start: int
     end: int
     is_mixed: bool
-    """Several segments lie in it, so that keys are hidden one by one."""
+    """True if the tile holds several segments, so that keys are masked one by one."""
 
 
 class TiledMask(NamedTuple):
-    """Which keys the queries of each row may see, for kernels that run on the CPU tile by tile."""
+    """Mask for the kernels that run on a CPU tile by tile: the segments of the rows, and the tiles that cover them."""
 
     runs: Tensor
-    """[B, T] int32, the segment of each position, counted from 0"""
+    """[B, T] int32, segment of each position, counted from 0"""
     tiles: Tensor
-    """[B n, 6] int32 in the order of `Tile`, as many for every batch of a shape; the tiles left over are empty"""
+    """[B n, 6] int32, fields in the order of `Tile`. The number of tiles is the same for every batch of a shape;
+    unused tiles are empty."""
 
     def listed(self) -> list[Tile]:
-        """The tiles that hold queries."""
+        """Return the tiles that hold queries."""
         return [Tile(*tile) for tile in self.tiles.tolist() if tile[3] < tile[4]]
 
 
 Mask = Tensor | TiledMask | BlockMask | None
-"""The result of `segment_mask`: a dense mask [B, 1, T, T], tiles, or blocks. None: rows are one segment."""
+"""Result of `segment_mask`: a dense mask [B, 1, T, T], tiles, or blocks. None: each row is one segment."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: AttentionKernel) -> Tensor:
-    """q [B, H, T, D], k and v [B, K, T, D] to [B, H, T, D]; K divides H.
+    """Return the attention [B, H, T, D] of queries q [B, H, T, D] over k and v [B, K, T, D]; K divides H.
 
-    A query sees the keys that are not later than itself and, with a mask, of its own segment.
+    A query sees the keys at its own and earlier positions; with a mask, only those keys that lie in its segment.
     """
     grouped = k.size(1) < q.size(1)
     out: Tensor
@@ -90,9 +96,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: AttentionKernel)
 
 
 def segment_mask(segments: Tensor | None, kernel: AttentionKernel, heads: int, compiled: bool = False) -> Mask:
-    """The mask that keeps attention inside segments [B, T], stretches of equal integers, for a kernel; None for None.
+    """Return the mask that keeps attention inside `segments` [B, T], in the form that `kernel` takes; None for None.
 
-    `compiled`: for blocks that torch.compile compiled, the only ones in which 'flex' is fast.
+    A segment is a run of equal integers. `compiled` says that torch.compile compiled the blocks: only there is 'flex'
+    fast.
     """
     if segments is None:
         return None
@@ -105,21 +112,25 @@ def segment_mask(segments: Tensor | None, kernel: AttentionKernel, heads: int, c
 
 
 def positions_in(segments: Tensor) -> Tensor:
-    """[B, T] segments to the position of each place in its own segment, from 0."""
+    """Return the position of each place [B, T] in its own segment, counted from 0."""
     places = torch.arange(segments.size(1), device=segments.device)
     return places - torch.where(_opens(segments), places, 0).cummax(1).values
 
 
 def dense_mask(runs: Tensor) -> Tensor:
-    """[B, T] segments to [B, 1, T, T]: True where a query (row) may look at a key: not later, same segment."""
+    """Return a mask [B, 1, T, T] of segments [B, T].
+
+    True where a query (row) may see a key: not a later one, and in the same segment.
+    """
     same = runs[:, None, :, None] == runs[:, None, None, :]
     return same.tril()
 
 
 def block_mask(runs: Tensor) -> BlockMask:
-    """[B, T] segments, counted upwards, as 'flex' takes them: blocks to skip, to mask pair by pair, and to see whole.
+    """Return the mask of segments [B, T], counted upwards, in the form that 'flex' takes.
 
-    All of it is computed on the segments' device, so that the host does not wait for it.
+    It lists the blocks to skip, to mask pair by pair, and to see whole. Everything is computed on the segments'
+    device, so that the host does not wait for it.
     """
 
     def may_see(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -131,7 +142,7 @@ def block_mask(runs: Tensor) -> BlockMask:
     begun = starts[:, None] >= starts
     seen = begun & (last[:, None, :] >= first[:, :, None])
     whole = begun.tril(-1) & (first[:, None, :] == last[:, :, None])
-    whole &= (starts + _FLEX_BLOCK <= time)[:, None]  # a block beyond the row's end is masked, as torch's own are
+    whole &= (starts + _FLEX_BLOCK <= time)[:, None]  # mask a block that crosses the row's end, as torch does
     return BlockMask.from_kv_blocks(
         *_listed(seen & ~whole),
         *_listed(whole),
@@ -142,13 +153,13 @@ def block_mask(runs: Tensor) -> BlockMask:
 
 
 def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, blocks, blocks] of flags to how many of each line are set, and their indices first: [B, 1, ..] int32."""
+    """Return how many flags of [B, blocks, blocks] each line has set, and their indices first: [B, 1, ..] int32."""
     order = chosen.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
 
 def _opens(segments: Tensor) -> Tensor:
-    """[B, T] True where a segment begins."""
+    """Return [B, T], true where a segment begins."""
     opens = torch.ones_like(segments, dtype=torch.bool)
     opens[:, 1:] = segments[:, 1:] != segments[:, :-1]
     return opens
@@ -158,19 +169,21 @@ def _opens(segments: Tensor) -> Tensor:
 
 
 def _block_size(time: int) -> int:
-    """Small blocks waste less above the diagonal, large ones multiply faster."""
+    """Return the queries of a block: small blocks waste less above the diagonal, large ones multiply faster."""
     return max(_SMALLEST_BLOCK, -(-time // _MOST_BLOCKS))
 
 
 def _blocks(rows: int, time: int, is_mixed: bool) -> tuple[Tile, ...]:
-    """Blocks of queries of all rows at once, each with all keys up to its end."""
+    """Return blocks of queries of all rows at once, each with all keys up to its end."""
     block = _block_size(time)
     return tuple(Tile(0, rows, 0, at, min(at + block, time), is_mixed) for at in range(0, time, block))
 
 
 def _tiled(runs: Tensor, tiles: Sequence[Tile]) -> TiledMask:
-    # A segment longer than _SEGMENT_BLOCK makes at most two pieces for each _SEGMENT_BLOCK of its length, and ends at
-    # most one group of short ones before it; of other groups, two neighbours are longer than _SEGMENT_BLOCK together.
+    """Return the mask with its tiles padded to the number that any batch of this shape can need."""
+    # Upper bound on the tiles of a row, so that their number depends on the shape of the batch alone. A segment
+    # longer than _SEGMENT_BLOCK makes at most two pieces per _SEGMENT_BLOCK of its length, and closes at most one
+    # group of short segments before it. Any two other neighbouring groups together exceed _SEGMENT_BLOCK.
     capacity = len(runs) * (3 * -(-runs.size(1) // _SEGMENT_BLOCK) + 2)
     assert len(tiles) <= capacity, f"{len(tiles)} tiles, but at most {capacity} were expected"
     filled = torch.zeros(capacity, len(Tile._fields), dtype=torch.int32)
@@ -179,9 +192,9 @@ def _tiled(runs: Tensor, tiles: Sequence[Tile]) -> TiledMask:
 
 
 def _cheapest(runs: Tensor, heads: int) -> Sequence[Tile]:
-    """Tiles by segments, or blocks of all rows where those would be so many and so small that starting them costs more.
+    """Return tiles by segment, or blocks of all rows where so many small tiles would cost more than they save.
 
-    Rows of one segment each are the blocks that they are without a mask.
+    Rows of one segment each get the blocks that they have without a mask.
     """
     rows, time = runs.shape
     return min(
@@ -195,12 +208,12 @@ def _cheapest(runs: Tensor, heads: int) -> Sequence[Tile]:
 
 
 def _whole_segments(runs: Tensor) -> Sequence[Tile]:
-    """Tiles that hold the keys of all their queries: a long segment, or some short ones."""
+    """Return tiles that hold all keys of their queries: a long segment, or several short ones."""
     return tuple(_by_segment(runs, runs.size(1)))
 
 
 def _by_segment(runs: Tensor, longest: int) -> Iterator[Tile]:
-    """Tiles of whole short segments, or pieces of a longer one; neighbouring rows that are cut alike share tiles."""
+    """Yield tiles of whole short segments, or pieces of longer ones. Rows with equal borders share tiles."""
     borders_of: list[list[int]] = [[] for _ in runs]
     for row, place in _opens(runs).nonzero().tolist():
         borders_of[row].append(place)
@@ -212,8 +225,8 @@ def _by_segment(runs: Tensor, longest: int) -> Iterator[Tile]:
 
 
 def _cut(borders: Sequence[int], longest: int) -> Iterator[tuple[int, int, int, bool]]:
-    """Borders of a row's segments to (keys, start, end, is mixed) of its tiles."""
-    group, members = borders[0], 0  # where short segments begin that no tile holds yet, and how many they are
+    """Yield (keys, start, end, is mixed) of the tiles of a row, given the borders of its segments."""
+    group, members = borders[0], 0  # start and number of the short segments that no tile holds yet
     for start, end in itertools.pairwise(borders):
         if members and end - group > _SEGMENT_BLOCK:
             yield group, group, start, members > 1
@@ -229,7 +242,7 @@ def _cut(borders: Sequence[int], longest: int) -> Iterator[tuple[int, int, int, 
 
 
 def _piece(length: int, longest: int) -> int:
-    """The length of equal pieces of a segment, none longer than `longest`."""
+    """Return the length of equal pieces of a segment, each at most `longest`."""
     pieces = -(-length // longest)
     return -(-length // pieces)
 
@@ -239,7 +252,7 @@ def _piece(length: int, longest: int) -> int:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _blocked(q: Tensor, k: Tensor, v: Tensor, mask: TiledMask | None) -> Tensor:
-    """Runs uncompiled, since the shapes of the tiles are those of the text."""
+    """Return attention by tiles. Runs uncompiled: the shapes of the tiles change with the text."""
     runs, tiles = (mask.runs, mask.listed()) if mask else (None, _blocks(len(q), q.size(2), is_mixed=False))
     out: Tensor = _Blocked.apply(q, k, v, runs, tiles)  # type: ignore[no-untyped-call]
     return out
@@ -247,7 +260,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, mask: TiledMask | None) -> Tensor:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _sdpa_in_segments(q: Tensor, k: Tensor, v: Tensor, mask: TiledMask) -> Tensor:
-    """torch's kernel tile by tile, whose keys are those of its queries; k and v may have fewer heads than q."""
+    """Return attention by torch's kernel, tile by tile, each with its own keys; k and v may have fewer heads than q."""
     rows: dict[int, list[Tensor]] = {}
     for tile in mask.listed():
         at = slice(tile.first_row, tile.end_row), slice(None), slice(tile.start, tile.end)
@@ -260,7 +273,7 @@ def _sdpa_in_segments(q: Tensor, k: Tensor, v: Tensor, mask: TiledMask) -> Tenso
 
 
 class _Blocked(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D)) v and its gradient, tile by tile: no key outside of a tile is ever multiplied."""
+    """softmax(q k^T / sqrt(D)) v and its gradient, tile by tile: keys outside a tile are never multiplied."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, runs: Tensor | None, tiles: Sequence[Tile]) -> Tensor:
@@ -294,12 +307,12 @@ class _Blocked(torch.autograd.Function):
 
 
 def _slices(tile: Tile) -> tuple[slice, slice, slice]:
-    """Rows, queries and keys."""
+    """Return the slices of a tile: rows, queries and keys."""
     return slice(tile.first_row, tile.end_row), slice(tile.start, tile.end), slice(tile.keys, tile.end)
 
 
 def _hide(scores: Tensor, tile: Tile, runs: Tensor | None) -> None:
-    """Sets scores [rows, H, Q, S] of a tile to -inf at later keys and, in a mixed one, at those of other segments."""
+    """Set scores [rows, H, Q, S] of a tile to -inf at later keys and, in a mixed tile, at keys of other segments."""
     queries = tile.end - tile.start
     later = torch.ones(queries, queries, dtype=torch.bool, device=scores.device).triu(1)
     if not tile.is_mixed or runs is None:

@@ -1,7 +1,8 @@
 """Precision, kernels and compilation for the hardware: each chosen once, with its reason, and each can be forced.
 
-None of it changes what is computed, only how fast and in which rounding; docs/performance.md has the measurements
-behind the constants. Imports torch only where it looks at the machine, so that records are read without it.
+The choices change how fast a run is and how it rounds, not what it computes. docs/performance.md has the measurements
+behind the constants. The module imports torch only where it looks at the machine, so that records can be read without
+torch.
 """
 
 from __future__ import annotations
@@ -26,29 +27,32 @@ Attention = Literal["sdpa", "blocked", "flex"]
 DeviceType = Literal["cpu", "cuda"]
 
 _MICRO_TOKENS = {"cpu": 2**12, "cuda": 2**15}
-"""Tokens of one forward pass, where memory allows them."""
+"""Tokens of one forward pass, if memory allows them."""
 
 _KEPT_BYTES: dict[Precision, int] = {"bfloat16": 47, "float32": 94}
-"""That the backward pass needs of each token, channel and layer where nothing is compiled."""
+"""Bytes that the backward pass needs per token, channel and layer, without compilation."""
 _KEPT_SHARE = 0.5
-"""Of a GPU's memory, for what the backward pass needs."""
+"""Share of a GPU's memory for what the backward pass needs."""
 
 _LOGITS = {"cpu": 2**21, "cuda": 2**27}
-"""Logits that the fused loss holds at once, in float32: what stays in a CPU's cache, or keeps a GPU busy."""
+"""Float32 logits that the fused loss holds at once: as many as fit a CPU's cache, or as keep a GPU busy."""
 _FEWEST_TOKENS = 256
+"""Fewest tokens of a chunk of the fused loss."""
 
 _BLOCKED_BYTES = 2**32
-"""Probabilities that 'blocked' attention may keep for the backward pass, over all layers."""
+"""Most bytes of probabilities that 'blocked' attention may keep for the backward pass, over all layers."""
 
 SMALLEST_FLEX_HEAD = 16
-"""Head dimension that the tensor cores of 'flex' need at least."""
+"""Smallest head dimension that the tensor cores of 'flex' accept."""
 
 _COMPILE_SECONDS = {"cpu": 30.0, "cuda": 30.0}
+"""Seconds that torch.compile takes at most, by device."""
 _COMPILE_GAIN = {"cpu": 1.10, "cuda": 2.0}
+"""Speed of a compiled run, as a multiple of the uncompiled one."""
 _EAGER_SHARE = {"cpu": 0.45, "cuda": 0.23}
-"""Of the peak, as a run that is not compiled reaches it."""
+"""Share of the peak FLOP/s that an uncompiled run reaches."""
 
-# dense bf16 FLOP/s from NVIDIA's data sheets; the first whose words the device's name contains counts
+# Dense bf16 FLOP/s from NVIDIA's data sheets. The first entry whose words occur in the device's name counts.
 _GPU_PEAKS = {
     "B200": 2250e12, "B100": 1800e12, "GH200": 989e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
     "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
@@ -56,27 +60,27 @@ _GPU_PEAKS = {
 }  # fmt: skip
 
 _NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-"""Any of these capabilities of a CPU, x86 or ARM."""
+"""CPU capabilities, x86 and ARM, any of which means native bfloat16."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What one worker computes on."""
+    """Hardware of one worker."""
 
     device: DeviceType
     name: str
     native_bfloat16: bool
-    """Multiplied by the hardware itself, not emulated."""
+    """True if the hardware itself multiplies bfloat16, instead of emulating it."""
     compiler: str
-    """What `torch.compile` would build with; '' if it is missing."""
+    """Compiler that `torch.compile` would use; '' if it is missing."""
     threads: int = 1
     memory: float = math.inf
-    """Bytes of a GPU."""
+    """Bytes of a GPU's memory."""
 
 
 @dataclass(frozen=True)
 class ComputeOverrides:
-    """What the user forces; None leaves the choice to `choose_compute`."""
+    """Settings that the user forces; None leaves the choice to `choose_compute`."""
 
     precision: Precision | None = None
     attention: Attention | None = None
@@ -87,27 +91,31 @@ class ComputeOverrides:
 
 @dataclass(frozen=True)
 class Compute:
-    """The choices of a run. They stay with it, so that it resumes as it began."""
+    """Choices of a run. They are saved with the run, so that it resumes as it began."""
 
     precision: Precision
     attention: Attention
     loss_chunk: int
-    """Tokens whose logits exist at once; 0: all of a pass."""
+    """Tokens whose logits exist at once; 0: all tokens of a pass."""
     compile: bool
     micro_rows: int
     """Rows of one forward pass."""
     threads: int
     reasons: dict[str, str] = field(default_factory=dict)
-    """A line for a person by choice."""
+    """Reason for each choice, one line for a person."""
 
     def with_threads(self, threads: int) -> Compute:
+        """Return the same choices with another number of threads for each worker."""
         return replace(self, threads=threads, reasons=self.reasons | {"threads": f"{threads} a worker"})
 
 
 def choose_compute(
     wanted: ComputeOverrides, hardware: Hardware, peak: float, shape: GPTConfig, rows: int, steps: int
 ) -> Compute:
-    """`peak` in FLOP/s of one worker, `rows` of one worker and step."""
+    """Return the choices for a run: the forced ones as they are, the others by the hardware and the size of the run.
+
+    `peak` is the FLOP/s of one worker (NaN if unknown), `rows` the rows of one worker in a step.
+    """
     device, why = hardware.device, {"device": hardware.name}
     precision, why["precision"] = _precision(wanted.precision, hardware)
     micro_rows = wanted.micro_rows or max(1, _micro_tokens(hardware, precision, shape) // shape.sequence_length)
@@ -123,7 +131,7 @@ def choose_compute(
 
 
 def _micro_tokens(hardware: Hardware, precision: Precision, shape: GPTConfig) -> int:
-    """A power of two."""
+    """Return the tokens of one forward pass, reduced to a power of two where memory is short."""
     fit = _KEPT_SHARE * hardware.memory / (_KEPT_BYTES[precision] * shape.width * shape.depth)
     most = _MICRO_TOKENS[hardware.device]
     return most if fit >= most else 2 ** max(0, math.floor(math.log2(fit)))
@@ -151,7 +159,7 @@ def _attention(
             return "flex", "flex: skips what other segments hold; sdpa, torch's fused kernel, where nothing is masked"
         return "sdpa", "sdpa: torch's fused kernel"
     item = 2 if precision == "bfloat16" else 4
-    # a block of an eighth of the row reaches half a block beyond the diagonal
+    # blocks of an eighth of the row also hold half of each diagonal block: (1/2 + 1/16) T^2 = 9/16 T^2 pairs
     kept = shape.depth * rows * shape.heads * shape.sequence_length**2 * 9 // 16 * item
     if kept > _BLOCKED_BYTES:
         return "sdpa", f"sdpa: blocked would keep {kept / 1e9:.1f} GB for the backward pass"
@@ -175,7 +183,11 @@ def _compile(wanted: bool | None, hardware: Hardware, seconds: float) -> tuple[b
 
 
 def look_at_hardware(device: DeviceType, threads: int) -> tuple[Hardware, float]:
-    """The machine of this process, and the bf16 FLOP/s of a worker with so many threads (NaN for an unknown GPU)."""
+    """Return this process's hardware, and the peak FLOP/s of a worker with that many threads.
+
+    A GPU's peak is in bfloat16, NaN if the GPU is unknown. A CPU's is measured, in bfloat16 where the CPU multiplies
+    it natively, else in float32.
+    """
     import torch
 
     if device == "cuda":
@@ -196,20 +208,21 @@ def look_at_hardware(device: DeviceType, threads: int) -> tuple[Hardware, float]
 
 
 def count_gpus() -> int:
-    """Those of this machine."""
+    """Return the number of GPUs of this machine."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def can_use_gpus() -> bool:
-    """Whether torch and the driver go together."""
+    """Return true if torch and the GPU driver work together."""
     import torch
 
     return torch.cuda.is_available()
 
 
 _COMPILER_SECONDS = 600.0
+"""Longest wait of `why_not_compile`."""
 
 _COMPILE_SOMETHING = """
 import sys, torch
@@ -219,12 +232,13 @@ except Exception as error:
     if "out of memory" not in str(error):  # another process fills the GPU: no word on the compiler
         sys.exit((str(error).strip() or type(error).__name__).splitlines()[0])
 """
+"""Program that compiles and runs a tiny function on the device in its argument."""
 
 
 def why_not_compile(device: DeviceType) -> str:
-    """What `torch.compile` fails with on this machine, '' if it works: seconds, and more where its cache is empty.
+    """Return the error of `torch.compile` on this machine, '' if it works. Takes seconds, longer with an empty cache.
 
-    In a process of its own, since a compiler leaves helpers behind.
+    Runs in a separate process, since a compiler leaves helper processes behind.
     """
     command = [sys.executable, "-c", _COMPILE_SOMETHING, device]
     try:
@@ -249,7 +263,10 @@ def _find_triton() -> str:
 
 @lru_cache
 def peak_flops(device: torch.device, precision: Precision) -> float:
-    """FLOP/s that MFU is a share of: a GPU's dense bf16 peak from a table (NaN if unknown), a CPU's measured matmul."""
+    """Return the FLOP/s that MFU divides by.
+
+    For a GPU the dense bf16 peak from a table (NaN if unknown), for a CPU a matmul measured in `precision`.
+    """
     import torch
 
     if device.type == "cuda":
@@ -258,19 +275,19 @@ def peak_flops(device: torch.device, precision: Precision) -> float:
 
 
 def gpu_peak(name: str) -> float:
-    """Dense bf16 FLOP/s of a GPU by its name, NaN where the table does not have it."""
-    if re.search(r"Laptop|\b(MIG|Ti|D)\b", name):  # a part of the chip that the table has, or another one
+    """Return the dense bf16 FLOP/s of a GPU by its name, NaN if the table does not list it."""
+    if re.search(r"Laptop|\b(MIG|Ti|D)\b", name):  # part of a chip in the table, or a different chip
         return float("nan")
     return next((peak for words, peak in _GPU_PEAKS.items() if re.search(rf"\b{words}\b", name)), float("nan"))
 
 
 def measured_matmul(dtype: torch.dtype, size: int = 1024, tries: int = 5) -> float:
-    """The best of a few square matmuls on this CPU with the threads that torch has now, in FLOP/s."""
+    """Return the FLOP/s of the best of a few square matmuls on this CPU, with torch's current number of threads."""
     import torch
 
     a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     best = float("inf")
-    for _ in range(tries + 1):  # the first packs its operands and starts the threads
+    for _ in range(tries + 1):  # the first try packs its operands and starts the threads
         began = time.perf_counter()
         a @ b
         best = min(best, time.perf_counter() - began)

@@ -1,9 +1,9 @@
 """Decoding: generates ids after prompts, many rows at once or one row as a stream.
 
-What a row says does not depend on the rows beside it, except for rounding: each draws from a stream of random numbers
-of its own.
+The ids of a row do not depend on the rows beside it, except for rounding: each row draws from its own stream of
+random numbers.
 
-Not here: what is kept of a row that is read (`cache.py`), and in what order a text's ids go in (`text/direction.py`).
+Not here: the KV cache (`kv_cache.py`), and the order in which the ids of a text are read (`text/direction.py`).
 
 Axes: B rows, V vocabulary.
 """
@@ -33,15 +33,16 @@ def generate(
     banned: Collection[int] = frozenset(),
     seeds: Sequence[int] | int = 0,
 ) -> list[list[int]]:
-    """At most `new_tokens` ids that follow each prompt, up to and with the first one that is in `stop`.
+    """Return at most `new_tokens` ids after each prompt, up to and including the first id in `stop`.
 
-    Greedy at temperature 0, else drawn from softmax(logits / temperature), of the `top_k` best alone where that is
-    given; never one of `banned`. `seeds` has one for each prompt, or is one from which each gets its own. Where the row
-    of `sequence_length` ids is full, decoding ends early: the last id is the one that follows a full row.
+    Decodes greedily at temperature 0; else samples from softmax(logits / temperature), with `top_k` from the `top_k`
+    best ids alone. Ids in `banned` are never chosen. `seeds` has one seed for each prompt, or is one seed from which
+    each prompt gets its own. Decoding ends early where the row of `sequence_length` ids is full: the last id is the
+    one that follows a full row.
 
-    A prompt that occurs several times is read once. All rows are decoded at once: what they need is the caller's to
-    bound. Raises ValueError where a prompt has no ids or more than a row, where seeds are not as many as prompts, and
-    for a temperature, `top_k` or `banned` with which nothing can be chosen.
+    A prompt that occurs several times is read once. All rows are decoded at once: the caller bounds their memory.
+    Raises `ValueError` if a prompt has no ids or more than a row holds, if there are not as many seeds as prompts, or
+    if `temperature`, `top_k` or `banned` leave nothing to choose.
     """
     choice = Sampler(model.config, temperature, top_k, banned)
     limits = [_limit(model.config, len(prompt), new_tokens) for prompt in prompts]
@@ -67,10 +68,11 @@ def stream(
     banned: Collection[int] = frozenset(),
     seed: int = 0,
 ) -> Iterator[int]:
-    """The ids that `generate` gives for one prompt and `seeds=[seed]`, each as soon as it is known.
+    """Return an iterator over the ids that `generate` gives for one prompt, each as soon as it is known.
 
-    In a conversation, which begins each time with what was said before, a `KVCache` that is given instead of its model
-    reads only what is new; one stream of it at a time. Raises ValueError as `generate` does, before the first id.
+    The ids are those of `seeds=[seed]`. In a conversation each prompt begins with the text so far. Pass the same
+    `KVCache` instead of the model: it reads only the new ids. Run one stream at a time on a cache. Raises
+    `ValueError` as `generate` does, before the first id.
     """
     reader = model if isinstance(model, KVCache) else KVCache(model)
     choice = Sampler(reader.config, temperature, top_k, banned)
@@ -92,8 +94,8 @@ def _decode(
     limits: Sequence[int],
     stop: Collection[int],
 ) -> Iterator[tuple[int, int]]:
-    """(row, id) as they are chosen. `logits` [B, V] are for the ids after the rows that were read."""
-    live, count = list(range(len(limits))), 0  # which of the rows each row of the reader is
+    """Yield (row, id) as ids are chosen. `logits` [B, V] are for the ids after the rows that the cache has read."""
+    live, count = list(range(len(limits))), 0  # index of the prompt that each row of the cache belongs to
     while True:
         chosen = choice(logits, [randoms[row] for row in live])
         count += 1
@@ -107,7 +109,7 @@ def _decode(
 
 
 class Sampler:
-    """Which id comes next. Raises ValueError for what leaves nothing to choose."""
+    """Chooses the next id. Raises `ValueError` if temperature, `top_k` or `banned` leave nothing to choose."""
 
     def __init__(self, config: GPTConfig, temperature: float, top_k: int | None, banned: Collection[int]) -> None:
         if not 0 <= temperature < math.inf:
@@ -123,7 +125,7 @@ class Sampler:
             raise ValueError("every id is banned")
 
     def __call__(self, logits: Tensor, randoms: Sequence[Random]) -> list[int]:
-        """An id for each row of logits [B, V]; each row's random numbers are advanced by one."""
+        """Return an id for each row of logits [B, V]. Unless greedy, it draws one number from each row's stream."""
         if self.banned:
             logits = logits.index_fill(1, torch.tensor(self.banned, device=logits.device), -torch.inf)
         if self.temperature == 0:
@@ -138,10 +140,10 @@ class Sampler:
 
 
 def _draw(probabilities: Tensor, uniform: list[float]) -> Tensor:
-    """[B, 1]: where the sum of probabilities [B, V] passes a row's number of [0, 1).
+    """Return [B, 1]: the index where the cumulative sum of probabilities [B, V] passes the row's number in [0, 1).
 
-    The sums are of integers, to 2^-40: they grow with every id that has a probability, with no other, and alike on
-    every device. Sums of floats that are added in parallel do not, and would let ids through that are banned.
+    The sums are of integers, to 2^-40: they grow at every id that has a probability, at no other id, and equally on
+    every device. Sums of floats that are added in parallel do not, and could choose a banned id.
     """
     sums = (probabilities * 2**40).long().cumsum(-1)
     reached = torch.tensor(uniform, dtype=torch.float64, device=sums.device) * sums[:, -1]
@@ -149,7 +151,10 @@ def _draw(probabilities: Tensor, uniform: list[float]) -> Tensor:
 
 
 def _randoms(seeds: Sequence[int] | int, rows: int) -> list[Random]:
-    """A stream of random numbers for each row. Python's: a number of it takes 50 ns, and a row has one at each step."""
+    """Return a stream of random numbers for each row.
+
+    Python's generator: a number takes 50 ns, and a row needs one at each step.
+    """
     if isinstance(seeds, Sequence):
         if len(seeds) != rows:
             raise ValueError(f"{len(seeds)} seeds for {rows} prompts")
@@ -158,7 +163,7 @@ def _randoms(seeds: Sequence[int] | int, rows: int) -> list[Random]:
 
 
 def _limit(config: GPTConfig, length: int, new_tokens: int) -> int:
-    """How many ids can follow as many."""
+    """Return how many ids can follow a prompt of `length` ids: `new_tokens`, or fewer where the row is full before."""
     longest = config.sequence_length
     if not 1 <= length <= longest:
         raise ValueError(f"{length} ids to go on from: give 1 to {longest}")

@@ -1,10 +1,11 @@
 """The GPT: nanochat's architecture of 2025, which transformers ships as `NanoChatForCausalLM`.
 
 RoPE and then QK-norm, a norm after the embedding, RMSNorm without weights, ReLU squared, no biases, an untied head,
-logits capped at 15. It predicts position t + 1 from positions up to t and knows nothing of what order the ids are in.
+logits capped at 15. The model predicts position t + 1 from positions up to t and does not know the order in which the
+ids of a text are read.
 
-Not here: sizes and costs (`shape.py`), the kernels of attention and loss (`attention.py`, `loss.py`) and which of them
-pays (`compute.py`), optimizers (`optim.py`), what is kept of rows that grow (`cache.py`), decoding (`generate.py`).
+Not here: sizes and costs (`shape.py`), the kernels of attention and loss (`attention.py`, `loss.py`), the choice
+among them (`compute.py`), optimizers (`optim.py`), the KV cache (`kv_cache.py`), decoding (`generate.py`).
 
 Axes: B batch, T time, C width, H heads, K kv heads, D head dimension, V vocabulary.
 """
@@ -29,55 +30,68 @@ NORM_EPS = 1.1920929e-07  # float32's, in every compute dtype
 ROPE_BASE = 10_000
 
 Rope = tuple[Tensor, Tensor]  # cos, sin: [T, D/2], or [B, 1, T, D/2] where rows have positions of their own
-Attend = Callable[[Tensor, Tensor, Tensor, Mask, AttentionKernel], Tensor]  # `attend`, or what stands for it
+Attend = Callable[[Tensor, Tensor, Tensor, Mask, AttentionKernel], Tensor]  # `attend`, or the KV cache's form of it
 
 
 class KVState(NamedTuple):
-    """What rows have read, for ids that follow: the angles of their positions, and what attends in each layer."""
+    """State for incremental decoding.
+
+    RoPE tables at each row's positions, and one cached-attention function per layer.
+    """
 
     rope: Rope
     attends: Sequence[Attend]
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last axis, without weights (Zhang & Sennrich, arXiv:1910.07467)."""
+    """Return the RMSNorm over the last axis, without weights (Zhang & Sennrich, arXiv:1910.07467)."""
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
 def rope_tables(sequence_length: int, head_dim: int) -> Rope:
-    """cos and sin [T, D/2], float32: pair i at position t has angle t * base^(-2i/D) (Su et al., arXiv:2104.09864)."""
+    """Return cos and sin [T, D/2], float32, of RoPE (Su et al., arXiv:2104.09864).
+
+    Pair i at position t has angle t * base^(-2i/D).
+    """
     frequencies = ROPE_BASE ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(sequence_length, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn the pairs (i, i + D/2) of x [B, H, T, D] by minus their angle: nanochat's sign, the opposite of Llama's."""
+    """Rotate the pairs (i, i + D/2) of x [B, H, T, D] by minus their angle.
+
+    This is nanochat's sign, the opposite of Llama's.
+    """
     cos, sin = rope
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, kept in float32 and multiplied in the dtype of its input, as in nanochat.
+    """Matrix without bias, kept in float32 and multiplied in the dtype of its input, as in nanochat.
 
-    This is autocast without its cache and its lists: the optimizer sees float32, the matmul what the activations are.
+    This is autocast without its cache and its lists: the optimizer sees float32, the matmul the dtype of the
+    activations.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
     def reset_parameters(self) -> None:
+        """Fill the matrix with NaN, until `GPT.init_weights` or a checkpoint fills it."""
         nn.init.constant_(self.weight, torch.nan)  # until init_weights
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x [.., inputs] times the matrix: [.., outputs], in the dtype of x."""
         return F.linear(x, self.weight.to(x.dtype))
 
 
 class Embedding(nn.Embedding):
-    """A table of vectors [V, C] in float32."""
+    """Table of vectors [V, C] in float32."""
 
     def reset_parameters(self) -> None:
+        """Fill the table with NaN, until `GPT.init_weights` or a checkpoint fills it."""
         nn.init.constant_(self.weight, torch.nan)  # until init_weights
 
 
@@ -94,13 +108,13 @@ class Attention(nn.Module):
         self.output = Linear(config.heads * config.head_dim, config.width)
 
     def forward(self, x: Tensor, rope: Rope, mask: Mask, attend: Attend = attend) -> Tensor:
-        """x [B, T, C] to [B, T, C]; with the mask of segments, attention stays inside them."""
+        """Return [B, T, C] for x [B, T, C]; with the mask of segments, attention stays inside them."""
         y = attend(*self.qkv(x, rope), mask, self.kernel)
         out: Tensor = self.output(y.transpose(1, 2).flatten(2))
         return out
 
     def qkv(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """What attends: x [B, T, C] to q [B, H, T, D] and k, v [B, K, T, D]; q and k turned first, then normed."""
+        """Return q [B, H, T, D] and k, v [B, K, T, D] for x [B, T, C]; q and k are rotated first, then normed."""
         q, k, v = (self._split(linear(x)) for linear in (self.query, self.key, self.value))
         return norm(rotate(q, rope)), norm(rotate(k, rope)), v
 
@@ -109,7 +123,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Up to 4C, ReLU squared (So et al., Primer, arXiv:2109.08668), down to C."""
+    """Feed-forward layer: up to 4C, ReLU squared (So et al., Primer, arXiv:2109.08668), down to C."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -117,12 +131,13 @@ class MLP(nn.Module):
         self.down = Linear(4 * config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return [B, T, C] for x [B, T, C]."""
         out: Tensor = self.down(F.relu(self.up(x)).square())
         return out
 
 
 class Block(nn.Module):
-    """One layer of the residual stream: x [B, T, C] to [B, T, C]."""
+    """Layer of the residual stream: attention, then MLP, each added to its input."""
 
     def __init__(self, config: GPTConfig, kernel: AttentionKernel) -> None:
         super().__init__()
@@ -130,6 +145,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rope: Rope, mask: Mask, attend: Attend = attend) -> Tensor:
+        """Return the residual stream [B, T, C] after the layer, for x [B, T, C] before it."""
         x = x + self.attention(norm(x), rope, mask, attend)
         out: Tensor = x + self.mlp(norm(x))
         return out
@@ -138,8 +154,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model. Weights are float32; activations run in `compute_dtype`; logits come out in float32.
 
-    A new model holds NaN, so that one that was neither initialised nor loaded cannot pass for a model. `attention` and
-    `loss_chunk` (tokens whose logits exist at once in a loss; 0: all) say how it computes, not what.
+    A new model holds NaN, so that a model without initialised or loaded weights cannot pass for a trained one.
+    `attention` and `loss_chunk` (tokens whose logits exist at once in a loss; 0: all) change how it computes, not
+    what. Raises `ValueError` for any `compute_dtype` but float32 and bfloat16.
     """
 
     cos: Tensor
@@ -154,7 +171,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         if compute_dtype not in (torch.float32, torch.bfloat16):
-            # float16 would underflow without a gradient scaler, which the training step has not
+            # float16 would underflow: the training step has no gradient scaler
             raise ValueError(f"compute_dtype must be torch.float32 or torch.bfloat16, not {compute_dtype}")
         self.config = config
         self.compute_dtype = compute_dtype
@@ -170,16 +187,16 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V] for the id after each of ids [B, T] (int64).
+        """Return logits [B, T, V] for the id after each of ids [B, T] (int64).
 
-        With segments [B, T], an integer per position, attention stays inside a stretch of equal integers, and positions
-        count from where it begins: so a segment gives the same logits wherever it stands. Without, a row is a segment.
-        Raises ValueError where the shapes do not fit.
+        With `segments` [B, T], an integer per position, attention stays inside each run of equal integers, and
+        positions count from its beginning: so a segment gives the same logits wherever it stands. Without, each row
+        is one segment. Raises `ValueError` if the shapes do not fit.
         """
         return softcap(self.lm_head(self._hidden(ids, segments)))
 
     def next_logits(self, ids: Tensor, last: Tensor, past: KVState) -> Tensor:
-        """Logits [B, V] for the id after place `last` [B] of ids [B, T], which go on where the past ends."""
+        """Return logits [B, V] for the id after place `last` [B] of ids [B, T]; the ids continue the rows of `past`."""
         rows = torch.arange(len(ids), device=ids.device)
         return softcap(self.lm_head(self._hidden(ids, None, past)[rows, last]))
 
@@ -191,9 +208,10 @@ class GPT(nn.Module):
         predict: bool = False,
         importance: Tensor | None = None,
     ) -> Losses:
-        """Cross-entropy in nats of targets [B, T] given ids [B, T]; with `predict` also the likeliest ids [B, T].
+        """Return the cross-entropy in nats of targets [B, T] given ids [B, T]; with `predict` also the likeliest ids.
 
-        A target of -1 costs 0; `importance` [B, T] weighs each in the sum. Raises ValueError as `forward` does.
+        A target of -1 costs 0; `importance` [B, T] is each target's weight in the sum. Raises `ValueError` as
+        `forward` does.
         """
         x, flat = self._hidden(ids, segments).flatten(0, 1), targets.flatten()
         weights = None if importance is None else importance.flatten()
@@ -205,9 +223,9 @@ class GPT(nn.Module):
         return Losses(found.total, found.each.view_as(targets), predicted)
 
     def compile_training(self) -> None:
-        """Compiles blocks and loss for training; in evaluation mode the model stays as it is.
+        """Compile blocks and loss for training; in evaluation mode the model still runs uncompiled.
 
-        The blocks share one compiled program, so that the time it takes does not grow with depth.
+        The blocks share one compiled program, so that compilation time does not grow with depth.
         """
         for block in self.blocks:
             block.compile(dynamic=False)
@@ -215,7 +233,10 @@ class GPT(nn.Module):
         self._is_compiled = True
 
     def states(self, ids: Tensor, segments: Tensor | None = None, past: KVState | None = None) -> Iterator[Tensor]:
-        """The residual stream [B, T, C]: after the embedding, then after each block."""
+        """Yield the residual stream [B, T, C]: after the embedding, then after each block.
+
+        Raises `ValueError` as `forward` does.
+        """
         self._check(ids, segments)
         rope, attends = past or (self.rope(ids.size(1), segments), repeat(attend))
         has_blocks = self.training and self._is_compiled and self.config.head_dim >= SMALLEST_FLEX_HEAD
@@ -227,9 +248,10 @@ class GPT(nn.Module):
             yield x
 
     def rope(self, time: int, segments: Tensor | None = None) -> Rope:
-        """The angles of the first positions, or of each place's position in its segment [B, T].
+        """Return the RoPE tables of positions 0 to `time` - 1 or, with segments [B, T], of each place in its segment.
 
-        They are cast after they were chosen, so that a place has the same angles wherever its segment stands.
+        Positions are looked up before the cast to `compute_dtype`, so that a segment gets the same angles wherever it
+        stands.
         """
         if segments is None:
             return self.cos[:time].to(self.compute_dtype), self.sin[:time].to(self.compute_dtype)
@@ -238,17 +260,18 @@ class GPT(nn.Module):
         return cos, sin
 
     def _hidden(self, ids: Tensor, segments: Tensor | None, past: KVState | None = None) -> Tensor:
-        """What the head reads: [B, T, C], normed."""
+        """Return the normed states [B, T, C] that the head reads."""
         for x in self.states(ids, segments, past):
-            last = x  # none of the others is kept
+            last = x  # earlier states are dropped
         return norm(last)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """nanochat's initialisation (its `GPT.init_weights`, of 2026), the same on every device for one seed.
+        """Initialise as nanochat does (its `GPT.init_weights`, of 2026).
 
-        Embedding N(0, 0.8), head N(0, 0.001), query, key and value uniform with standard deviation 1/sqrt(C), `up`
-        0.4 times that, and zeros into the residual stream, so that each block begins as the identity.
+        One seed gives the same weights on every device. Embedding N(0, 0.8), head N(0, 0.001), query, key and value
+        uniform with standard deviation 1/sqrt(C), `up` 0.4 times that, and zeros for the matrices that write into the
+        residual stream, so that each block begins as the identity.
         """
         generator = torch.Generator().manual_seed(seed)
         _fill_normal(self.embedding.weight, 0.8, generator)

@@ -1,12 +1,12 @@
 """The KV cache: decodes the next token without reading the row again.
 
-Every row begins at place 0 of the cache and grows to the right, to a length of its own. So a place is a position, a
-row is read as it would be alone, and none runs into the limit of a longer one. What lies beyond a row's end, padding or
-what it was before it was taken back, is hidden from it until it grows over it.
+Every row begins at place 0 of the cache and grows to the right, to a length of its own. So a place in the cache is a
+position, a row is read as it would be alone, and no row meets the length limit of a longer one. Places beyond a row's
+end hold padding or dropped ids; the row does not see them until it overwrites them.
 
-Not here: which id comes next and when a row ends (`generate.py`).
+Not here: the choice of the next id and the end of a row (`generate.py`).
 
-Axes: L layers, B rows, T ids of a row that are read at once, S places seen, H heads, K kv heads, G = H / K of them to a
+Axes: L layers, B rows, T ids of a row that are read at once, S places seen, H heads, K kv heads, G = H / K heads of a
 group, D head dimension, V vocabulary.
 """
 
@@ -27,26 +27,26 @@ from bwlm.model.gpt import GPT, KVState
 
 
 class KVCache:
-    """Reads rows with a model and goes on from what it has read.
+    """Keys and values of the rows that a model has read, to continue them.
 
-    It decodes with the weights as they are when it is made, and leaves the model alone: the mode that it is in, and
-    whether its blocks are compiled. Every key and value of its rows is kept: 2 L K D numbers a place.
+    Decodes with the weights that the model had when the cache was made. The model itself stays as it is, in its mode
+    and with its blocks compiled or not. The cache holds every key and value of its rows: 2 L K D numbers a place.
     """
 
     def __init__(self, model: GPT) -> None:
         self.config = model.config
         self.device = model.embedding.weight.device
         self.rows: list[list[int]] = []
-        """What has been read."""
+        """Ids of each row that has been read."""
         self._model = _in_compute_dtype(model)
         self._kept = self._empty(0, 0)
 
     @torch.inference_mode()
     def read(self, rows: Sequence[Sequence[int]], room: int) -> Tensor:
-        """Forgets all rows and reads these, of any lengths: logits [B, V] for the id after each.
+        """Forget all rows and read these, of any lengths; return logits [B, V] for the id after each.
 
-        None of them will have more than `room` ids. Rows that are the same are read once. Raises ValueError where there
-        is none, one is empty, or the room is too small or more than the model's.
+        No row may grow beyond `room` ids. Equal rows are read once. Raises `ValueError` if there is no row, a row is
+        empty or longer than `room`, or `room` is more than the model's sequence length.
         """
         shortest, longest = min(map(len, rows), default=0), max(map(len, rows), default=0)
         if not 1 <= shortest <= longest <= room <= self.config.sequence_length:
@@ -63,16 +63,16 @@ class KVCache:
 
     @torch.inference_mode()
     def reread(self, row: Sequence[int]) -> Tensor:
-        """Reads one row, but for what it begins with like the one before it: logits [1, V] for the id after it.
+        """Read one row, except for the beginning that it shares with the previous one; return logits [1, V] after it.
 
-        Raises ValueError where it is empty or longer than the model's.
+        Raises `ValueError` if the row is empty or longer than the model's sequence length.
         """
         room = self.config.sequence_length
         if not 1 <= len(row) <= room:
             raise ValueError(f"{len(row)} ids in a row: give 1 to {room}")
         if len(self.rows) != 1 or self._kept.size(-2) < room:
             self.rows, self._kept = [[]], self._empty(1, room)
-        # the last id is read in any case, for its logits
+        # always read the last id, for its logits
         alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.rows[0], row[:-1], strict=False))
         known = sum(1 for _ in alike)
         del self.rows[0][known:]
@@ -80,14 +80,14 @@ class KVCache:
 
     @torch.inference_mode()
     def follow(self, ids: Sequence[int]) -> Tensor:
-        """Reads one further id of each row: logits [B, V] for the id after it."""
+        """Read one further id of each row; return logits [B, V] for the id after it."""
         return self._go_on([[new] for new in ids])
 
     @torch.inference_mode()
     def drop(self, ended: Collection[int]) -> list[int]:
-        """Forgets these rows. The last ones move into their places, so that few are copied.
+        """Forget the rows in `ended`. The last rows move into the free places, so that few are copied.
 
-        Returns where each row of now was before.
+        Returns the former index of each remaining row.
         """
         left = len(self.rows) - len(ended)
         holes = [row for row in sorted(ended) if row < left]
@@ -101,7 +101,7 @@ class KVCache:
         return order
 
     def _go_on(self, more: Sequence[Sequence[int]]) -> Tensor:
-        """Reads further ids of each row: logits [B, V] for the id after the last of them."""
+        """Read further ids of each row; return logits [B, V] for the id after the last of them."""
         time = max(map(len, more))
         ids = torch.tensor([[*row, *[0] * (time - len(row))] for row in more], device=self.device)
         last = torch.tensor([len(row) - 1 for row in more], device=self.device)
@@ -111,7 +111,7 @@ class KVCache:
         return logits
 
     def _past(self, time: int) -> KVState:
-        """For `time` further ids of each row."""
+        """Return the state for reading `time` further ids of each row."""
         lengths = torch.tensor([len(row) for row in self.rows], device=self.device)
         places = lengths[:, None] + torch.arange(time, device=self.device)
         seen = max(map(len, self.rows)) + time
@@ -123,7 +123,7 @@ class KVCache:
         return KVState(rope, [partial(_attend, kept, _Step(places, seen, mask)) for kept in self._kept])
 
     def _empty(self, rows: int, places: int) -> Tensor:
-        """[L, 2, B, K, S, D] of zeros, not of whatever memory holds: what is hidden is multiplied too, by 0."""
+        """Return zeros [L, 2, B, K, S, D], not uninitialised memory: hidden places are multiplied too, by 0."""
         config = self.config
         # CPUs multiply single queries by keys in float32 two to five times as fast as in bfloat16
         dtype = torch.float32 if self.device.type == "cpu" else self._model.compute_dtype
@@ -132,31 +132,31 @@ class KVCache:
 
 
 class _Step(NamedTuple):
-    """What the layers share when rows go on."""
+    """Arguments that all layers share when rows grow."""
 
     places: Tensor
-    """[B, T] of the ids that are read"""
+    """[B, T] place of each id that is read"""
     seen: int
-    """Places up to the last of them, in any row"""
+    """Places up to the last id that is read, in any row"""
     mask: Tensor | None
-    """[B, 1, G T, S], to be added; None where rows begin"""
+    """[B, 1, G T, S], added to the scores; None where rows begin"""
 
 
 def _mask(places: Tensor, seen: int, dtype: torch.dtype) -> Tensor:
-    """[B, 1, T, S]: 0 where the id at a place [B, T] may look, -inf at what comes later."""
+    """Return [B, 1, T, S]: 0 where the id at a place [B, T] may look, -inf at later places."""
     later = torch.arange(seen, device=places.device) > places[..., None]
     return torch.zeros(later.shape, dtype=dtype, device=places.device).masked_fill_(later, -torch.inf)[:, None]
 
 
 def _attend(kept: Tensor, step: _Step, q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: AttentionKernel) -> Tensor:
-    """What `attend` does, for queries that also see what was read before; keeps k and v [B, K, T, D] in one layer."""
+    """Return what `attend` does for queries that also see earlier ids; store k and v [B, K, T, D] in the cache."""
     keys, values = kept
     rows = torch.arange(len(q), device=q.device)[:, None]
     keys[rows, :, step.places] = k.transpose(1, 2).to(keys.dtype)
     values[rows, :, step.places] = v.transpose(1, 2).to(values.dtype)
     if step.mask is None:
         return attend(q, k, v, mask, kernel)
-    # a group's queries see the same keys, and are multiplied by them as if they were one head's
+    # the queries of a group see the same keys, so they are multiplied as if they belonged to one head
     y = F.scaled_dot_product_attention(
         q.reshape(len(q), k.size(1), -1, q.size(-1)).to(keys.dtype),  # [B, K, G T, D]
         keys[: len(q), :, : step.seen],
@@ -167,9 +167,9 @@ def _attend(kept: Tensor, step: _Step, q: Tensor, k: Tensor, v: Tensor, mask: Ma
 
 
 def _in_compute_dtype(model: GPT) -> GPT:
-    """The model with its weights in the dtype that it multiplies in: the same numbers, cast once and not at every id.
+    """Return the model with its weights cast once to the compute dtype, not again at every id: the same numbers.
 
-    In evaluation mode, not compiled, and of the same memory where nothing is to be cast.
+    It is in evaluation mode, not compiled, and shares memory with the model where no cast is needed.
     """
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor.detach().to(model.compute_dtype) for tensor in tensors}).eval()

@@ -1,7 +1,8 @@
 """Cross-entropy of capped logits, straight from the last hidden states.
 
-The fused loss never holds all logits: it takes some tokens at a time, and computes their gradients while their logits
-are still in the cache (as Liger Kernel does, arXiv:2410.10989). The plain one keeps all of them, as nanochat does.
+The fused loss never holds all logits: it takes some tokens at a time and computes their gradients while their logits
+are still in the CPU's or GPU's cache (as Liger Kernel does, arXiv:2410.10989). The plain loss keeps all logits, as
+nanochat does.
 
 Axes: N tokens, C width, V vocabulary.
 """
@@ -22,20 +23,20 @@ ChunkGradient = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]
 
 
 class Losses(NamedTuple):
-    """Of N targets, or of [B, T] of them."""
+    """Losses of N targets, or of targets [B, T]."""
 
     total: Tensor
-    """Sum in nats, each times its weight; the only field with a gradient."""
+    """Sum in nats, each loss times its weight; the only field with a gradient."""
     each: Tensor
-    """Nats of each target, 0 where there is none."""
+    """Nats of each target, 0 where there is no target."""
     predicted: Tensor
-    """The id with the largest logit at each place; empty unless it was asked for."""
+    """Id with the largest logit at each place; empty unless it was asked for."""
 
 
 def softcap(logits: Tensor) -> Tensor:
-    """15 tanh(logits / 15), float32, to about 2e-6.
+    """Return 15 tanh(logits / 15), in float32, to about 2e-6.
 
-    As 30 sigmoid(2 logits / 15) - 15, which is the same and which CPUs compute in two thirds of the time.
+    Computed as 30 sigmoid(2 logits / 15) - 15: the same function, in two thirds of the time on CPUs.
     """
     return torch.sigmoid(logits.float() * (2 / LOGIT_CAP)) * (2 * LOGIT_CAP) - LOGIT_CAP
 
@@ -43,9 +44,10 @@ def softcap(logits: Tensor) -> Tensor:
 def plain_loss(
     x: Tensor, weight: Tensor, targets: Tensor, predict: bool = False, importance: Tensor | None = None
 ) -> Losses:
-    """Cross-entropy of targets [N] given x [N, C], weight [V, C]; `importance` [N] weighs each in the sum.
+    """Return the cross-entropy of targets [N] given x [N, C] and weight [V, C]; `importance` [N] weights the sum.
 
-    A target of -1 costs 0. No mean: ranks and micro-batches with unequal numbers of targets add up only as sums.
+    A target of -1 costs 0. The result is a sum, not a mean: only sums add up over ranks and micro-batches with
+    unequal numbers of targets.
     """
     logits = F.linear(x, weight.to(x.dtype))
     losses = F.cross_entropy(softcap(logits), targets, ignore_index=IGNORED, reduction="none")
@@ -57,7 +59,7 @@ def _sum(losses: Tensor, importance: Tensor | None) -> Tensor:
 
 
 def _largest(logits: Tensor, wanted: bool) -> Tensor:
-    """The cap keeps the order, so that the logits before it will do."""
+    """Return the id with the largest logit; the softcap keeps the order, so logits before the cap are enough."""
     return logits.max(-1).indices if wanted else torch.empty(0, dtype=torch.long, device=logits.device)
 
 
@@ -70,7 +72,7 @@ def fused_loss(
     gradient: ChunkGradient | None = None,
     importance: Tensor | None = None,
 ) -> Losses:
-    """What `plain_loss` gives, `chunk` tokens at a time. The sum has a gradient only once.
+    """Return the same as `plain_loss`, computed `chunk` tokens at a time. The sum can be differentiated only once.
 
     `gradient` is `chunk_gradient` or a compiled form of it.
     """
@@ -87,10 +89,10 @@ def fused_loss(
 
 
 def chunk_gradient(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of each target [N], the gradient of their sum by the logits before the cap [N, V], and these logits.
+    """Return the loss of each target [N], the gradient of their sum by the uncapped logits [N, V], and these logits.
 
-    With z = tanh(logits / 15), p = softmax(15 z) and y the target: (p - 1[y]) (1 - z^2). The cap bounds 15 z, so that
-    the softmax needs no maximum.
+    With z = tanh(logits / 15), p = softmax(15 z) and y the target, the gradient is (p - 1[y]) (1 - z^2). The cap
+    bounds 15 z, so the softmax does not need to subtract the maximum.
     """
     logits = F.linear(x, weight)
     z = logits.to(torch.float32, copy=True).mul_(2 / LOGIT_CAP).sigmoid_().mul_(2).sub_(1)  # as in `softcap`
@@ -100,7 +102,7 @@ def chunk_gradient(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, 
     total = p.exp_().sum(1)
     losses = torch.where(valid, total.log() - wanted, 0.0)
     p.mul_((valid / total)[:, None])
-    if torch.compiler.is_compiling():  # a scatter ends a kernel, so that p would travel through a GPU's memory twice
+    if torch.compiler.is_compiling():  # a scatter would end the fused kernel: p would pass a GPU's memory twice
         p = p - (torch.arange(p.size(1), device=p.device) == targets[:, None]).to(p.dtype)
     else:
         p.scatter_add_(1, index, -valid.to(p.dtype)[:, None])
@@ -128,7 +130,7 @@ class _Fused(torch.autograd.Function):
             losses.append(loss)
             if importance is not None:
                 dlogits = dlogits * importance[here, None].to(dlogits.dtype)
-            # here and not in what may be compiled: a run's rounding must not depend on what is looked at
+            # outside of `gradient`, which may be compiled: asking for predictions must not change a run's rounding
             predictions.append(_largest(logits, predict))
             dx[here] = dlogits @ multiplied
             dweight += dlogits.T @ x[here]
@@ -140,5 +142,5 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
         dx, dweight = ctx.gradients
-        ctx.gradients = None  # a second pass would scale them again
+        ctx.gradients = None  # a second backward pass would scale them again
         return dx.mul_(grads[0]), dweight.mul_(grads[0]), None, None, None, None, None

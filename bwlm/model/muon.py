@@ -1,7 +1,7 @@
 """Muon with all matrices of one shape in one batched product, in the precision of the model.
 
-torch's own takes one matrix at a time, always in bfloat16: on a GPU its launches take 1.8 to 7 times as long as the
-products, and a CPU that only emulates bfloat16 takes up to 18 times as long as in float32 (benchmarks/RESULTS.md).
+torch's own Muon takes one matrix at a time, always in bfloat16. On a GPU its launches take 1.8 to 7 times as long as
+the products. A CPU that only emulates bfloat16 takes up to 18 times as long as in float32 (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -17,24 +17,31 @@ from torch import Tensor
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 STRETCHES = (2, 2, 1)
-"""The iterations of a wide matrix between fresh products of its rows: rounding grows inside a stretch."""
+"""Iterations for a wide matrix between two fresh products of its rows: rounding errors grow inside a stretch."""
 _EPS = 1e-7
 
 _MOST_ELEMENTS = 2**26
-"""Of one product: what it holds besides the gradients is some times that, and larger matrices fill a GPU alone."""
+"""Most elements of one product. Its temporary tensors are some times as large; larger matrices fill a GPU alone."""
 
 
 class Muon(torch.optim.Muon):
-    """torch's update and state: heavy-ball momentum with Nesterov's look ahead, orthogonalized, and decoupled decay."""
+    """Muon with torch's update and state.
+
+    Heavy-ball momentum with Nesterov's look-ahead, orthogonalized, and decoupled weight decay.
+    """
 
     def __init__(self, group: dict[str, Any], weight_decay: float, precision: torch.dtype) -> None:
-        """`group` of matrices as torch takes it; they are orthogonalized in `precision`."""
+        """Make the optimizer of a parameter `group` of matrices, as torch takes it; `precision` is its dtype.
+
+        Only the orthogonalization runs in that dtype.
+        """
         # 'original' scales a matrix's update by sqrt(max(1, rows / columns)), as nanochat's Muon does
         super().__init__([group], momentum=0.95, weight_decay=weight_decay, adjust_lr_fn="original")
         self._precision = precision
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Update all matrices that have a gradient; `closure` must be None."""
         assert closure is None
         for group in self.param_groups:
             for matrices in _batches([matrix for matrix in group["params"] if matrix.grad is not None]):
@@ -52,7 +59,7 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """[K, M, N] to about the nearest ones with orthonormal rows or columns, in the precision that they have."""
+    """Return matrices [K, M, N] with about orthonormal rows or columns, near the given ones, in their precision."""
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(_EPS)
@@ -61,7 +68,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def _iterated(x: Tensor) -> Tensor:
-    """x <- (a + b G + c G^2) x with G = x x^T, for [K, M, N]."""
+    """Iterate x <- (a + b G + c G^2) x with G = x x^T, for [K, M, N]."""
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = x @ x.mT
@@ -70,16 +77,16 @@ def _iterated(x: Tensor) -> Tensor:
 
 
 def _iterated_by_gram(x: Tensor) -> Tensor:
-    """What `_iterated` gives, with most products of [M, M] alone: a fifth less work where N is four times M.
+    """Return the same as `_iterated`, mostly by products of [M, M]: a fifth less work where N is four times M.
 
-    The polynomial P of G commutes with G, so the next G is P G P, and the next x a product of such P and x (Zhang,
-    Amsel, Chen and Dao, Gram Newton-Schulz, https://dao-lab.ai/blog/2026/gram-newton-schulz).
+    The polynomial P of G commutes with G, so the next G is P G P, and the next x is a product of these P and x
+    (Zhang, Amsel, Chen and Dao, Gram Newton-Schulz, https://dao-lab.ai/blog/2026/gram-newton-schulz).
     """
     a, b, c = COEFFICIENTS
     for iterations in STRETCHES:
         gram, whole = x @ x.mT, None
         for left in reversed(range(iterations)):
-            p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # P less its a on the diagonal
+            p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # P without the a on its diagonal
             whole = _plus_diagonal(p, a) if whole is None else torch.baddbmm(whole, p, whole, beta=a)
             if left:
                 half = torch.baddbmm(gram, p, gram, beta=a)
@@ -96,7 +103,7 @@ def _plus_diagonal(matrices: Tensor, value: float) -> Tensor:
 
 
 def _batches(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Matrices of one shape, in their order."""
+    """Yield matrices of one shape together, in their order, at most _MOST_ELEMENTS elements at a time."""
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for matrix in matrices:
         by_shape.setdefault(matrix.shape, []).append(matrix)

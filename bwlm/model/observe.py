@@ -1,7 +1,7 @@
 """Statistics of gradients, activations and attention, which change nothing in the model.
 
-Everything here reads a model and changes nothing of it: training is the same, bit for bit, whether it is observed or
-not. Activations and attention come from a pass of their own, so that training keeps its compiled blocks and kernels.
+Training is the same, bit for bit, whether it is observed or not. Activations and attention come from a separate
+forward pass, so that training keeps its compiled blocks and kernels.
 
 Axes: B batch, T time, C width, H heads, D head dimension, L layers, P parameters, S places, M positions of a map.
 """
@@ -19,14 +19,16 @@ from bwlm.model.attention import dense_mask
 from bwlm.model.gpt import GPT, Block, norm
 
 BINS = 48
+"""Bins of a histogram of magnitudes."""
 LOWEST_EXPONENT = -40
-"""Bin i counts magnitudes of [2^(i + LOWEST_EXPONENT), twice that); the outer bins are open, zeros are in the first."""
+"""Exponent of the first bin. Bin i counts magnitudes from 2^(i + LOWEST_EXPONENT) to below twice that; the outer bins
+are open, and the first one counts zeros too."""
 
 _EXPONENT_BIAS = 127  # float32's
 
 
 def statistics(values: Tensor) -> dict[str, Tensor]:
-    """Norm, rms, mean, max (of magnitudes), sparsity (share of zeros) and histogram (shares) of a tensor's values."""
+    """Return norm, rms, mean, max (of magnitudes), sparsity (share of zeros) and histogram (shares) of a tensor."""
     x = values.detach().float().flatten()
     size = torch.linalg.vector_norm(x)
     exponents = (x.view(torch.int32) >> 23 & 0xFF) - _EXPONENT_BIAS  # of zero: -127
@@ -47,12 +49,12 @@ def _stacked(found: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def histogram_edges() -> list[float]:
-    """Of the bins [BINS + 1], in powers of two."""
+    """Return the edges [BINS + 1] of the bins, as exponents of 2."""
     return [float(exponent) for exponent in range(LOWEST_EXPONENT, LOWEST_EXPONENT + BINS + 1)]
 
 
 def parameters(model: GPT) -> dict[str, int]:
-    """The layer of each parameter: -1 of the embedding, the depth of the output head."""
+    """Return the layer of each parameter by its name: -1 for the embedding, the depth for the output head."""
     layers = {"embedding": -1, "lm_head": model.config.depth}
     names = [name for name, _ in model.named_parameters()]
     return {
@@ -61,22 +63,23 @@ def parameters(model: GPT) -> dict[str, int]:
 
 
 def gradient_statistics(model: GPT) -> dict[str, Tensor]:
-    """Of each parameter's gradient [P], in the order of `parameters`."""
+    """Return the statistics of each parameter's gradient [P], in the order of `parameters`."""
     return _stacked(statistics(parameter.grad) for parameter in model.parameters() if parameter.grad is not None)
 
 
 PLACES = ("stream", "attention", "mlp", "hidden")
-"""In each layer: what the block gives, what attention and MLP add to it, and what is inside the MLP (ReLU squared)."""
+"""Places observed in each layer: the block's output, what attention and MLP add to the stream, and the inside of the
+MLP (after ReLU squared)."""
 
 
 def places(depth: int) -> list[tuple[str, int]]:
-    """(place, layer) in the order of `activation_statistics`; the embedding's output comes first, in layer -1."""
+    """Return (place, layer) in the order of `activation_statistics`, the embedding's output first, in layer -1."""
     return [("stream", -1), *((place, layer) for layer in range(depth) for place in PLACES)]
 
 
 @torch.no_grad()
 def activation_statistics(model: GPT, ids: Tensor, segments: Tensor | None = None) -> dict[str, Tensor]:
-    """Of the values at each place [S] while the model reads ids [B, T]."""
+    """Return the statistics of the values at each place [S] while the model reads ids [B, T]."""
     seen: dict[tuple[str, int], dict[str, Tensor]] = {}
 
     def keep(place: str, layer: int, value: Tensor) -> None:
@@ -107,20 +110,21 @@ class AttentionStatistics:
     entropy: Tensor
     """[L, H] nats"""
     distance: Tensor
-    """[L, H] tokens looked back"""
+    """[L, H] mean distance to the attended tokens, in tokens back"""
     first_share: Tensor
     """[L, H] attention paid to the first position of the row, or of the segment where attention stays inside it"""
     maps: Tensor
-    """[L, M, M] of the first row and head: query, key"""
+    """[L, M, M] attention of the first head in the first row: query, key"""
 
 
 @torch.no_grad()
 def attention_statistics(
     model: GPT, ids: Tensor, segments: Tensor | None, counts: Tensor, positions: int
 ) -> AttentionStatistics:
-    """Of what each head attends to while the model reads ids [B, T]; `counts` [B, T] says which positions count.
+    """Return how each head attends while the model reads ids [B, T]; `counts` [B, T] is true at positions that count.
 
-    Attention of one head at a time is computed in full, in float32: the kernels that train never hold it.
+    Computes the full attention of one head at a time, in float32: the training kernels never hold it. `positions` is
+    M.
     """
     time, (figures, maps) = ids.size(1), ([], [])
     rope, place = model.rope(time, segments), torch.arange(time, device=ids.device)
@@ -148,7 +152,7 @@ def attention_statistics(
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of a block: the model's blocks run as they are written, not compiled."""
+    """Put the model in evaluation mode for a `with` block: its layers run uncompiled."""
     was = model.training
     model.eval()
     try:

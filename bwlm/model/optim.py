@@ -1,10 +1,10 @@
 """The optimizer: Muon for the matrices inside the blocks, AdamW for embedding and head; and their schedules.
 
-Rates are nanochat's of October 2025, tuned for width 768, the version whose architecture `gpt.py` has. With several
-ranks, each orthogonalizes its share of the matrices and hands them to the others. State goes in and out as named
-tensors of all ranks together, so that a checkpoint needs no pickle and fits any number of ranks.
+Learning rates are nanochat's of October 2025, tuned for width 768: the version whose architecture `gpt.py` has. With
+several ranks, each orthogonalizes its share of the matrices and sends them to the others. State is saved and loaded
+as named tensors of all ranks together, so that a checkpoint needs no pickle and fits any number of ranks.
 
-Not here: gradient clipping and accumulation, which belong to the step that makes the gradients.
+Not here: gradient clipping and accumulation, which belong to the training step (`train_step.py`).
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ MOMENTUM_WARMUP = 300  # steps
 class Optimizer:
     """torch optimizers that step together on one rank, and their state under flat names.
 
-    `set_schedule` is to be called before each `step`: rates, momentum and decay are functions of the step, not state.
+    Call `set_schedule` before each `step`: learning rates, momentum and decay are functions of the step, not state.
     """
 
     def __init__(
         self, parts: dict[str, torch.optim.Optimizer], names: dict[Tensor, str], owners: dict[Tensor, int]
     ) -> None:
-        """`parts` by the prefix of their state's names; `names` of all parameters. Parameter groups have a 'name'.
+        """Join `parts`, by the prefix of their state's names; `names` covers all parameters.
 
-        `owners`: which rank updates a matrix (in its 'muon' part); every rank updates what is not in it.
+        Parameter groups have a 'name'. `owners`: the rank that updates a matrix (in its 'muon' part); a parameter
+        that is not in it is updated by every rank.
         """
         self.parts = parts
         self._names = names
@@ -55,17 +56,18 @@ class Optimizer:
                     part.state[parameter] = _initial_state(part, parameter)
 
     def step(self) -> None:
-        """Updates what this rank owns and takes over what the others updated; a collective with several ranks."""
+        """Update what this rank owns and receive what the other ranks updated; a collective with several ranks."""
         for part in self.parts.values():
             part.step()
         _share([parameter.detach() for parameter in self._owners], list(self._owners.values()))
 
     def zero_grad(self) -> None:
+        """Drop all gradients."""
         for parameter in self._names:
             parameter.grad = None
 
     def set_schedule(self, multiplier: float, momentum: float, decay: float = 1.0) -> None:
-        """Scales every group's rate and weight decay, and sets Muon's momentum (AdamW's betas stay)."""
+        """Scale every group's learning rate and weight decay, and set Muon's momentum (AdamW's betas stay)."""
         for group in self._groups():
             group["lr"] = group["initial_lr"] * multiplier
             group["weight_decay"] = group["initial_decay"] * decay
@@ -73,13 +75,13 @@ class Optimizer:
                 group["momentum"] = momentum
 
     def learning_rates(self) -> dict[str, float]:
-        """The rates of the next step: 'matrix', 'embedding', 'unembedding'."""
+        """Return the learning rates of the next step by group: 'matrix', 'embedding', 'unembedding'."""
         return {group["name"]: float(group["lr"]) for group in self._groups()}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The whole state as `part/parameter/key`, complete from the start; a collective with several ranks.
+        """Return the whole state as `part/parameter/key`, complete from the start; a collective with several ranks.
 
-        What this rank owns are live tensors, which the next step changes.
+        The state that this rank owns is returned as live tensors, which the next step changes.
         """
         own = self._own_state()
         momenta = {name: own.get(name, torch.empty_like(matrix)) for name, matrix in self._shared_state().items()}
@@ -87,9 +89,9 @@ class Optimizer:
         return own | momenta
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what `state_tensors` gave on any number of ranks.
+        """Load what `state_tensors` returned on any number of ranks.
 
-        Raises ValueError, and changes nothing, unless all that this rank needs is there and fits.
+        Raises `ValueError`, and changes nothing, unless all state that this rank needs is there and fits.
         """
         own = self._own_state()
         missing = sorted(own.keys() - tensors.keys())
@@ -115,7 +117,7 @@ class Optimizer:
         }
 
     def _shared_state(self) -> dict[str, Tensor]:
-        """The matrix that each state belongs to which one rank alone has."""
+        """Return the matrix of each momentum buffer that only one rank holds."""
         return {f"muon/{self._names[matrix]}/momentum_buffer": matrix for matrix in self._owners}
 
     def _groups(self) -> Iterator[dict[str, Any]]:
@@ -126,13 +128,15 @@ class Optimizer:
 def build_optimizer(
     model: GPT, lr: float = 1.0, weight_decay: float = 0.0, kind: Kind = "muon", rank: int = 0, world: int = 1
 ) -> Optimizer:
-    """The optimizer of `model`; `lr` multiplies every group's rate, `weight_decay` acts on the blocks' matrices only.
+    """Return the optimizer of `model`, which must be on its device already.
 
-    Of `world` ranks, each builds it and gives its own `rank`; Muon's work is shared among them.
+    `lr` multiplies every group's learning rate; `weight_decay` acts on the blocks' matrices only. With `world` ranks,
+    each rank builds its own with its `rank`, and Muon's work is shared among them.
 
-    'muon' is nanochat's. 'adamw' has AdamW for all, the matrices at GPT-3's rate and betas for its model of width 768
-    (Brown et al., arXiv:2005.14165, table 2.1 and appendix B; nanoGPT's too), scaled with width as nanochat scales its
-    AdamW rates. Embedding and head are the same in both. The model must be on its device already. Raises ValueError.
+    'muon' is nanochat's optimizer. 'adamw' uses AdamW for all parameters, the matrices at GPT-3's learning rate and
+    betas for its model of width 768 (Brown et al., arXiv:2005.14165, table 2.1 and appendix B; nanoGPT's too), scaled
+    with width as nanochat scales its AdamW rates. Embedding and head are the same in both. Raises `ValueError` for an
+    unknown `kind` and an `lr` or `weight_decay` out of range.
     """
     if not 0 < lr < math.inf or not 0 <= weight_decay < math.inf:
         raise ValueError(f"lr must be above 0 and weight_decay not below, not {lr} and {weight_decay}")
@@ -147,7 +151,7 @@ def build_optimizer(
     if kind == "muon":
         owners = _spread(matrices, world) if world > 1 else {}
         mine = [matrix for matrix in matrices if owners.get(matrix, rank) == rank]
-        if mine:  # a shallow model on many ranks leaves some of them without
+        if mine:  # on many ranks, a shallow model leaves some without a matrix
             group = _group("matrix", mine, lr * MUON_RATE)
             parts["muon"] = Muon(group, weight_decay, model.compute_dtype)
     elif kind == "adamw":
@@ -167,10 +171,11 @@ def lr_schedule(
     warmdown_ratio: float = 0.65,
     final_fraction: float = 0.05,
 ) -> float:
-    """Multiplier of the learning rate at `step` of 0 .. steps - 1: linear up, constant, linear down.
+    """Return the multiplier of the learning rate at `step` of 0 .. steps - 1: linear up, constant, linear down.
 
-    nanochat's `get_lr_multiplier`: it begins at 1 / warmup_steps and would reach `final_fraction` at `steps`, one after
-    the last. `warmup_steps` None is 40, but at most a tenth of the steps. Raises ValueError.
+    nanochat's `get_lr_multiplier`: it begins at 1 / warmup_steps and would reach `final_fraction` at `steps`, one
+    after the last. `warmup_steps` None is 40, but at most a tenth of the steps. Raises `ValueError` if a value is out
+    of range, or if warmup and warmdown together are longer than `steps`.
     """
     if warmup_steps is None:
         warmup_steps = min(DEFAULT_WARMUP, steps // 10)
@@ -190,18 +195,18 @@ def lr_schedule(
 
 
 def muon_momentum(step: int) -> float:
-    """Muon's momentum at `step`: 0.85 to 0.95 over the first 300 steps, then 0.95 (nanochat, October 2025)."""
+    """Return Muon's momentum at `step`: 0.85 to 0.95 over the first 300 steps, then 0.95 (nanochat, October 2025)."""
     fraction = min(step / MOMENTUM_WARMUP, 1.0)
     return (1 - fraction) * 0.85 + fraction * 0.95
 
 
 def weight_decay_schedule(step: int, steps: int) -> float:
-    """Multiplier of the weight decay: a cosine from 1 to 0 over the run (nanochat's `get_weight_decay`, 2026)."""
+    """Return the multiplier of the weight decay, a cosine from 1 to 0 (nanochat's `get_weight_decay`, 2026)."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _spread(matrices: list[nn.Parameter], world: int) -> dict[Tensor, int]:
-    """Who updates which matrix: the costliest first, each to the rank with the least to do (Graham's LPT rule)."""
+    """Return the rank that updates each matrix: the costliest first, each to the least busy rank (Graham's LPT)."""
     load = [0] * world
     owners: dict[Tensor, int] = {}
     for matrix in sorted(matrices, key=_orthogonalization_cost, reverse=True):
@@ -212,13 +217,13 @@ def _spread(matrices: list[nn.Parameter], world: int) -> dict[Tensor, int]:
 
 
 def _orthogonalization_cost(matrix: Tensor) -> int:
-    """Multiplications of one Newton-Schulz step on m x n, m <= n: two products of m m n and one of m m m."""
+    """Return the multiplications of a Newton-Schulz step on m x n, m <= n: two products of m m n and one of m m m."""
     m, n = sorted(matrix.shape)
     return m * m * (2 * n + m)
 
 
 def _share(tensors: list[Tensor], owners: list[int]) -> None:
-    """Every rank's `tensors` take the values that their owners hold: one broadcast for each owner."""
+    """Give every rank's `tensors` the values that their owners hold: one broadcast for each owner."""
     for owner in sorted(set(owners)):
         mine = [tensor for tensor, whose in zip(tensors, owners, strict=True) if whose == owner]
         flat = torch.cat([tensor.flatten() for tensor in mine])
@@ -234,7 +239,7 @@ def _group(name: str, parameters: list[nn.Parameter], lr: float) -> dict[str, An
 
 
 def _initial_state(part: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """What torch would make at the first step: made now, so that a checkpoint's names do not depend on the step."""
+    """Return the state that torch would make at the first step: so a checkpoint's names are the same at every step."""
     if isinstance(part, torch.optim.Muon):
         return {"momentum_buffer": torch.zeros_like(parameter)}
     return {

@@ -1,6 +1,6 @@
 """The shape of a model, and what it costs: arithmetic on integers, so that a grid is planned without torch.
 
-Not here: what the model computes (`gpt.py`), what a step or a run costs in all (tokens are the caller's).
+Not here: what the model computes (`gpt.py`), and the cost of a whole step or run (the caller knows its tokens).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _BATCH_DEPTH, _BATCH_TOKENS, _BATCH_POWER = 12, 2**19, 0.383
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of a GPT. Raises ValueError where no model has them."""
+    """Sizes of a GPT. Raises `ValueError` for sizes that no model can have."""
 
     vocab_size: int
     depth: int
@@ -38,7 +38,10 @@ class GPTConfig:
     def from_depth(
         cls, depth: int, vocab_size: int, sequence_length: int, head_dim: int = 64, kv_heads: int | None = None
     ) -> GPTConfig:
-        """nanochat's family: width 64 x depth, rounded up to whole heads; as many kv heads as heads unless told."""
+        """Return nanochat's model of a depth: width 64 x depth, rounded up to whole heads.
+
+        `kv_heads` None: as many as heads. Raises `ValueError` for sizes that no model can have.
+        """
         if head_dim < 1:
             raise ValueError(f"head_dim must be at least 1, not {head_dim}")
         heads = -(-WIDTH_PER_DEPTH * depth // head_dim)
@@ -53,12 +56,13 @@ class GPTConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one head."""
         return self.width // self.heads
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters by what they do; `matrices` are those inside the blocks."""
+    """Numbers of parameters by their use; `matrices` are those inside the blocks."""
 
     embedding: int
     lm_head: int
@@ -66,6 +70,7 @@ class ParameterCounts:
 
     @property
     def total(self) -> int:
+        """Number of all parameters."""
         return self.embedding + self.lm_head + self.matrices
 
     @property
@@ -75,7 +80,10 @@ class ParameterCounts:
 
 
 def count_parameters(config: GPTConfig) -> ParameterCounts:
-    """Count without allocating: a block has query, output (C x C), key, value (C x KD) and the MLP (2 x 4C x C)."""
+    """Return the numbers of parameters, counted without allocating any.
+
+    A block has query, output (C x C), key, value (C x KD) and the MLP (2 x 4C x C).
+    """
     width = config.width
     attention = 2 * width * width + 2 * width * config.kv_heads * config.head_dim
     mlp = 2 * 4 * width * width
@@ -87,10 +95,10 @@ def count_parameters(config: GPTConfig) -> ParameterCounts:
 
 
 def batch_tokens_for(config: GPTConfig) -> int:
-    """Tokens of a step for a model of this size: 2^19 at depth 12, else by the 0.383rd power of the tokens it deserves.
+    """Return the tokens of a step for a model of this size: a power of two, 2^19 at depth 12.
 
-    Bergsma et al., Power Lines, arXiv:2505.13738, as in nanochat's `base_train.py` of 2026: a power of two, with tokens
-    in proportion to the parameters that multiply.
+    It grows with the 0.383rd power of the training tokens, which are taken in proportion to the parameters that
+    multiply (Bergsma et al., Power Lines, arXiv:2505.13738, as in nanochat's `base_train.py` of 2026).
     """
     reference = GPTConfig.from_depth(_BATCH_DEPTH, config.vocab_size, config.sequence_length, config.head_dim)
     ratio = count_parameters(config).scaling / count_parameters(reference).scaling
@@ -98,11 +106,11 @@ def batch_tokens_for(config: GPTConfig) -> int:
 
 
 def flops_per_token(config: GPTConfig) -> int:
-    """FLOPs to train on one token, forward and backward, in rows of `sequence_length` tokens.
+    """Return the FLOPs to train on one token, forward and backward, in rows of `sequence_length` tokens.
 
     6 N + 12 L H D T, N the parameters that multiply (the embedding is a lookup): PaLM, arXiv:2204.02311, appendix B;
-    nanochat's `estimate_flops`. Neither the causal half of the attention nor what a document mask hides is taken off:
-    MFU compares with theirs, and budgets do not depend on how long documents are.
+    nanochat's `estimate_flops`. Nothing is subtracted for the causal half of the attention or for what a document
+    mask hides: so MFU compares with PaLM's and nanochat's, and budgets do not depend on the length of documents.
     """
     attention = 12 * config.depth * config.heads * config.head_dim * config.sequence_length
     return 6 * count_parameters(config).scaling + attention

@@ -1,7 +1,7 @@
-"""One optimizer step: forward and backward over a batch in as many passes as its rows need, then the update.
+"""The optimizer step: forward and backward over a batch in as many passes as its rows need, then the update.
 
-It is the same batch whatever the device batch size and the number of ranks: losses are summed over all targets and
-divided once. Knows torch alone, so that a machine without anything else can time it.
+The result does not depend on the device batch size or the number of ranks: losses are summed over all targets and
+divided once. The module imports torch alone, so that a machine without anything else can time it.
 
 Not here: what comes before and after a step (`bwlm/train/loop.py`), schedules (`optim.py`).
 
@@ -27,29 +27,30 @@ from bwlm.model.optim import Optimizer
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step was like, over all ranks; only `token_losses` are this rank's."""
+    """Measurements of a step over all ranks; only `token_losses` and `predicted` are this rank's."""
 
     loss: float
     """Nats per target."""
     grad_norm: float
-    """Before clipping."""
+    """Global norm before clipping."""
     token_losses: Tensor
-    """Nats of each target [R, T], 0 where there is none."""
+    """Nats of each target [R, T], 0 where there is no target."""
     predicted: Tensor
-    """The likeliest id at each place of this rank [R, T]; empty unless it was asked for."""
+    """Likeliest id at each place of this rank [R, T]; empty unless it was asked for."""
     asked_to_stop: bool
-    """Whether any rank was."""
+    """True if any rank was asked to stop."""
 
     @property
     def is_finite(self) -> bool:
+        """True if loss and gradient norm are finite."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class TrainStep:
-    """Trains a model that is on its device, alone or as one of the ranks of the default process group."""
+    """Trains a model that is on its device, on one rank or as one of the ranks of the default process group."""
 
     def __init__(self, model: GPT, optimizer: Optimizer, micro_rows: int, grad_clip: float, world: int = 1) -> None:
-        """`micro_rows` is the device batch size; `grad_clip` a global norm, 0 for none."""
+        """Prepare the steps; `micro_rows` is the device batch size, `grad_clip` a global norm, 0 for no clipping."""
         self.model = model
         self.optimizer = optimizer
         self.micro_rows = micro_rows
@@ -67,15 +68,15 @@ class TrainStep:
         predict: bool = False,
         before_update: Callable[[Tensor], None] = lambda token_losses: None,
     ) -> StepResult:
-        """Gradients of the mean loss over all ranks' targets, clipped, and one update unless they are not finite.
+        """Compute the gradients of the mean loss over all ranks' targets, clip them and update once; return the result.
 
-        Nor is there one where they are all zero, as where no sample of RL is better than another: of its momentum alone
-        Muon would move the weights as far as ever.
+        Skips the update when a gradient is not finite, and when every gradient is zero, as when no sample of RL is
+        better than another: Muon's momentum alone would still move the weights at full size.
 
-        inputs, targets and segments [R, T]; a target of -1 is none, and `importance` [R, T] weighs each loss in the
-        sum, not in the number of targets. `stop` says that this rank was asked to end.
-        `before_update` is called when they are complete and not yet clipped, with what will be `token_losses`: what is
-        read from the device there does not wait for the update.
+        `inputs`, `targets` and `segments` are [R, T]; a target of -1 is ignored, and `importance` [R, T] weights each
+        loss in the sum, not in the number of targets. `stop` says that this rank was asked to end. `before_update` is
+        called with this rank's `token_losses` when the gradients are complete and not yet clipped: a read from the
+        device there does not wait for the update.
         """
         counts = torch.tensor([0, stop], device=inputs.device)
         counts[0] = (targets >= 0).sum()
@@ -86,7 +87,7 @@ class TrainStep:
             with self._synchronised(last=start + self.micro_rows >= len(inputs)):
                 optional = [None if tensor is None else tensor[rows] for tensor in (segments, importance)]
                 losses = self._loss(inputs[rows], targets[rows], *optional, predict)
-                # ranks are averaged afterwards, hence times their number: each target weighs the same on every rank
+                # DistributedDataParallel averages over ranks, hence times their number: targets weigh alike everywhere
                 (losses.total * (self._world / counts[0])).backward()
             total += losses.total.detach()
             each.append(losses.each)
@@ -103,7 +104,7 @@ class TrainStep:
 
     @staticmethod
     def _distributed(loss: _Loss) -> DistributedDataParallel:
-        # the only buffers are tables of angles, which every rank makes for itself
+        # no broadcast: the only buffers are RoPE tables, which every rank computes itself
         return DistributedDataParallel(loss, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def _sum_over_ranks(self, value: Tensor) -> None:
@@ -111,14 +112,14 @@ class TrainStep:
             dist.all_reduce(value)
 
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:
-        """Gradients travel with the last pass only."""
+        """Return a context in which gradients are exchanged between ranks only in the last pass."""
         if last or not isinstance(self._loss, DistributedDataParallel):
             return nullcontext()
         return self._loss.no_sync()
 
 
 class _Loss(nn.Module):
-    """The summed loss as a module, since DistributedDataParallel averages gradients of what its forward computes."""
+    """Summed loss as a module: DistributedDataParallel averages the gradients of what a module's forward computes."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""From text to directed batches: source, tokenizer, packed rows, direction, stream."""
+"""Text, from source to directed batches: source, tokenizer, packed rows, direction, stream."""

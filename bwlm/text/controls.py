@@ -1,9 +1,9 @@
 """The control corpora `builtin:null` and `builtin:products`: no gap may be found on null, one must on products.
 
-`null` is exactly reversible: both directions of it are one distribution, so a gap found on it is the method's own.
-`products` is easy to learn forwards and hard backwards, so a method that finds no gap on it is blind. docs/controls.md
-says why. Both are functions of this file alone, and hold only where each symbol is one token (`tokenizer.vocab_size:
-264`, no merges).
+`null` is exactly reversible: both directions of it have one distribution, so a gap found on it comes from the method
+itself. `products` is easy to learn forward and hard backward, so a method that finds no gap on it is blind.
+docs/controls.md gives the reasons. Both texts follow from this file alone. They are controls only where each symbol
+is one token (`tokenizer.vocab_size: 264`, no merges).
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 FORMAT_VERSION = 1
-"""Counts up whenever a control would become another text."""
+"""Version of the texts: raise it whenever a control would become another text."""
 
 SHARDS = 5
 SHARD_DOCUMENTS = 160
 SHORTEST, LONGEST = 2048, 4095
-"""Characters of a document. No document is a segment of its own in rows of 2048 tokens or fewer: an end that is trained
-would take probability from the symbols, and the floor would not be what `null_floor` says."""
+"""Characters of a document. No document is a segment of its own in rows of 2048 tokens or fewer: a trained end would
+take probability from the symbols, and the floor would not be `null_floor`."""
 
 NULL_ALPHABET = string.ascii_letters + string.digits + "+/"
+"""Symbols of `null`."""
 
 FACTORS = 6
-"""Factors of a line of `products`."""
+"""Factors in a line of `products`."""
 PRIME = 7
-"""Products are taken modulo this."""
+"""Modulus of the products."""
 _LIKELY = np.array([1, 1, 1, 2, 3, 4, 5, 6])
-"""Factors are drawn from these alike. Were 1 to 6 equally likely, a product would say nothing of either factor alone:
-small models stay for hundreds of steps where they know neither."""
+"""Factors, drawn from this list with equal chances. If 1 to 6 were equally likely, a product would tell nothing about
+either factor alone, and small models would learn neither for hundreds of steps."""
 LINE = 2 * FACTORS + 3
-"""Characters of a line of `products`, its newline included."""
+"""Characters of a line of `products`, including its newline."""
 
 _SEED = 20260
 _WEIGHTS, _LENGTHS, _SYMBOLS = range(3)
@@ -54,7 +55,7 @@ _LARGEST_POWER = 5
 
 @dataclass(frozen=True)
 class ReversibleChain:
-    """A stationary Markov chain over K symbols, given by positive integer weights W [K, K] with W_ij = W_ji.
+    """Stationary Markov chain over K symbols, given by positive integer weights W [K, K] with W_ij = W_ji.
 
     With r_i = sum_j W_ij, P_ij = W_ij / r_i and pi_i = r_i / sum r, pi_i P_ij = W_ij / sum W is symmetric: detailed
     balance (Kelly 1979, Reversibility and Stochastic Networks, 1.2). So x1..xn and xn..x1 are equally likely.
@@ -64,28 +65,29 @@ class ReversibleChain:
 
     @cached_property
     def stationary(self) -> Floats:
-        """[K] pi"""
+        """[K] stationary distribution pi"""
         return np.asarray(self.weights.sum(axis=1) / self.weights.sum())
 
     @cached_property
     def transition(self) -> Floats:
-        """[K, K] P, its rows sum to 1"""
+        """[K, K] transition matrix P; its rows sum to 1"""
         return np.asarray(self.weights / self.weights.sum(axis=1, keepdims=True))
 
     @property
     def entropy(self) -> float:
-        """H(pi) = -sum pi_i log pi_i, in nats: what the first symbol of a segment costs."""
+        """Entropy H(pi) = -sum pi_i log pi_i, in nats: the cost of a segment's first symbol."""
         return -float(np.sum(self.stationary * np.log(self.stationary)))
 
     @property
     def entropy_rate(self) -> float:
-        """h = -sum pi_i P_ij log P_ij, in nats: what each further symbol costs."""
+        """Entropy rate h = -sum pi_i P_ij log P_ij, in nats: the cost of each further symbol."""
         return -float(np.sum(self.stationary[:, None] * self.transition * np.log(self.transition)))
 
     def floor(self, lengths: Ints) -> float:
-        """Least expected loss, in nats per symbol, over segments of these lengths: sum (H(pi) + (n-1) h) / sum n.
+        """Return the least expected loss, in nats per symbol, over segments of these lengths.
 
-        A segment of 0 symbols costs nothing. Raises `ValueError` if there is no symbol at all.
+        It is sum (H(pi) + (n-1) h) / sum n. A segment of 0 symbols costs nothing. Raises `ValueError` if there is no
+        symbol at all.
         """
         lengths = np.asarray(lengths)
         if not lengths.sum():
@@ -94,19 +96,22 @@ class ReversibleChain:
         return (first * self.entropy + (int(lengths.sum()) - first) * self.entropy_rate) / int(lengths.sum())
 
     def nll(self, symbols: Ints) -> float:
-        """-log pi(x1) - sum log P(x_k, x_k+1), in nats: what the best predictor pays for a segment, either way."""
+        """Return the best predictor's cost of a segment in nats, the same in either direction.
+
+        It is -log pi(x1) - sum log P(x_k, x_k+1).
+        """
         first = np.log(self.stationary[symbols[:1]]).sum()
         return -float(first + np.log(self.transition[symbols[:-1], symbols[1:]]).sum())
 
     def sample(self, documents: Ints, length: int, seed: int) -> Ints:
-        """[D, length] a sequence for each document number, a function of (seed, number, position) alone.
+        """Return [D, length]: a sequence for each document number, a function of (seed, number, position) alone.
 
-        Draws are integers below r_i by the remainder of a 64-bit hash: with r_i < 2^16 exact to 2^-48.
+        Draws are integers below r_i, the remainder of a 64-bit hash: exact to 2^-48 if r_i < 2^16.
         """
         draws = counter_hash(seed, documents[:, None], np.arange(length)[None, :])
         totals = self.weights.sum(axis=1)
         stride = int(totals.max())
-        # one sorted list of all rows' cumulative weights, so that a step of all documents is one search
+        # one sorted list of all rows' cumulative weights: a single search draws the next symbol of every document
         edges = (np.cumsum(self.weights, axis=1) + stride * np.arange(len(totals))[:, None]).ravel()
         symbols = np.empty(draws.shape, dtype=np.int64)
         symbols[:, 0] = np.searchsorted(np.cumsum(totals), _below(draws[:, 0], totals.sum()), side="right")
@@ -123,9 +128,9 @@ def _below(draws: NDArray[np.uint64], bound: Ints | np.int64) -> Ints:
 
 @cache
 def null_chain() -> ReversibleChain:
-    """The chain of `builtin:null`: H(pi) = 4.04 and h = 2.02 nats.
+    """Return the chain of `builtin:null`: H(pi) = 4.04 and h = 2.02 nats.
 
-    W_ij is 4^k where k, at most 5, is the number of trailing zeros of a hash of the pair: few strong ties, many weak.
+    W_ij is 4^k, where k is the number of trailing zeros of a hash of the pair, at most 5: few strong ties, many weak.
     """
     first, second = np.indices((len(NULL_ALPHABET), len(NULL_ALPHABET)))
     pairs = counter_hash(_SEED, _WEIGHTS, np.minimum(first, second), np.maximum(first, second))
@@ -134,25 +139,26 @@ def null_chain() -> ReversibleChain:
 
 
 def null_floor(lengths: Ints) -> float:
-    """Least expected loss of any model on `builtin:null`, in nats per token, over segments of so many tokens each.
+    """Return the least expected loss of any model on `builtin:null`, in nats per token, over segments of these lengths.
 
-    It is the same in every direction. A symbol is one token and one byte: divide by log 2 for bits per byte. Raises
-    `ValueError` if there is no token at all.
+    `lengths` are in tokens. The floor is the same in every direction. A symbol is one token and one byte: divide by
+    log 2 for bits per byte. Raises `ValueError` if there is no token at all.
     """
     return null_chain().floor(lengths)
 
 
 def null_nll(text: str) -> float:
-    """Nats that the true chain pays for a segment of `builtin:null`, in either direction; 0 for an empty one.
+    """Return the true chain's cost in nats of a segment of `builtin:null`, in either direction; 0 for an empty segment.
 
-    `null_floor` is its expectation over all texts per token. A model's loss on some windows is better held against this
-    on the same windows: what those happen to hold is then in both. Raises `ValueError` for a foreign character.
+    `null_floor` is its expectation over all texts, per token. Compare a model's loss on some windows with this cost
+    on the same windows rather than with the floor: the chance content of the windows is then in both. Raises
+    `ValueError` for a character that is not in the alphabet.
     """
     return null_chain().nll(np.array([NULL_ALPHABET.index(symbol) for symbol in text], dtype=np.int64))
 
 
 def null_nll_of_rows(rows: Rows) -> float:
-    """The same in nats per token over all segments of packed rows of the tokenizer without merges."""
+    """Return the same in nats per token over all segments of packed rows of the tokenizer without merges."""
     segments = np.split(rows.tokens, np.cumsum(rows.lengths)[:-1])
     return sum(null_nll(bytes(segment.tolist()).decode()) for segment in segments) / len(rows.tokens)
 
@@ -171,7 +177,7 @@ def _product_documents(documents: Ints) -> list[str]:
 
 
 def _product_lines(document: int, count: int) -> str:
-    """Lines `x1..xn=y1..y(n+1)` with y_k = x_(k-1) x_k modulo 7, where x_0 = x_(n+1) = 1."""
+    """Return lines `x1..xn=y1..y(n+1)` with y_k = x_(k-1) x_k modulo 7, where x_0 = x_(n+1) = 1."""
     draws = counter_hash(_SEED, _SYMBOLS, document, np.arange(count)[:, None], np.arange(FACTORS)[None, :])
     chosen = _LIKELY[_below(draws, np.int64(len(_LIKELY)))]
     factors = np.pad(chosen, ((0, 0), (1, 1)), constant_values=1)
@@ -189,19 +195,20 @@ def _lengths(documents: Ints) -> Ints:
 
 
 CONTROLS: dict[str, Callable[[Ints], list[str]]] = {"null": _null_documents, "products": _product_documents}
+"""Function that writes the documents of each control, given their numbers."""
 
 
 def control_key(name: str) -> str:
-    """A short hash of all that a control follows from: names its folder without building it."""
+    """Return a short hash of everything that determines a control: it names its folder without building it."""
     recipe = [FORMAT_VERSION, name, _SEED, SHARDS, SHARD_DOCUMENTS, SHORTEST, LONGEST, FACTORS, PRIME]
     recipe += _LIKELY.tolist()
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
 
 
 def write_control(name: str, folder: Path, progress: Callable[[str], None] | None = None) -> None:
-    """Writes parquet shards (a column `text`; the last shard is validation) and `manifest.json`, or nothing.
+    """Write parquet shards (a column `text`; the last shard is validation) and `manifest.json`, or nothing.
 
-    A corpus that already lies in `folder` stays. Raises `UserError` if something else does.
+    An existing corpus in `folder` stays. Raises `UserError` if something else lies there.
     """
     if (folder / MANIFEST).exists():
         return

@@ -4,10 +4,11 @@ Rendered, in reading order and without BOS, a conversation is
 
     <|user_start|> .. <|user_end|> <|assistant_start|> .. <|assistant_end|> <|user_start|> ..
 
-A direction lays that out as it does any text (`direction.py`), and `reversal` says what it turns around: `whole` the
-conversation as one, markers too, so that a model that reads backward is given an ending and writes what came before;
-`turns` the text of each message, whose order stays, so that it answers too, each answer from its end. What a model is
-trained to write follows from the ids alone, so that training, evaluation, RL and chat cannot disagree about it.
+A direction lays this out as it does any text (`direction.py`). `reversal` says what is reversed. With `whole` it is
+the conversation as one, markers too: a model that reads backward is given an ending and writes what came before. With
+`turns` it is the text of each message, while the messages keep their order: the model answers too, writing each
+answer from its end. The loss mask follows from the ids alone, so that training, evaluation, RL and chat cannot
+disagree about it.
 
 Axes: S segments, N tokens, P parts.
 """
@@ -36,6 +37,8 @@ TokenIds = NDArray[np.uint32]
 
 
 class Message(NamedTuple):
+    """Message of a conversation, without its markers."""
+
     role: Role
     content: str
 
@@ -54,14 +57,15 @@ class TurnIds:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer) -> TurnIds:
+        """Return the ids that a tokenizer gives to these special tokens."""
         return cls(*(tokenizer.specials[f"<|{role}_{edge}|>"] for role in ROLES for edge in ("start", "end")))
 
     def around(self, role: Role) -> tuple[int, int]:
-        """(start, end)"""
+        """Return (start, end), the markers around a message of `role`."""
         return (self.user_start, self.user_end) if role == "user" else (self.assistant_start, self.assistant_end)
 
     def markers(self, tokens: Ints) -> NDArray[np.bool_]:
-        """[N] true where a token is one of these."""
+        """Return [N], true where a token is one of these markers."""
         return np.isin(tokens, astuple(self))
 
 
@@ -69,10 +73,10 @@ class TurnIds:
 
 
 def check_conversation(messages: Any, where: str) -> Conversation:
-    """The messages of a conversation from a file: user and assistant in turn, from the first to the last.
+    """Return the messages of a conversation from a file: user and assistant in turn, from the first to the last.
 
-    A system message may come first and becomes the beginning of what the user says, as in nanochat. Raises `UserError`
-    that begins with `where` (file and row) and names the message, its field and the fix.
+    A system message may come first and becomes the beginning of the user's message, as in nanochat. Raises
+    `UserError` that begins with `where` (file and row) and names the message, its field and the fix.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise UserError(f"{where}: messages: not a list of messages but {_kind(messages)}")
@@ -82,7 +86,7 @@ def check_conversation(messages: Any, where: str) -> Conversation:
     conversation = [Message(role, content) for role, content in checked]  # type: ignore[arg-type]
     check_turns(conversation, where)
     if not conversation:
-        raise UserError(f"{where}: messages: empty: give a question and an answer at least")
+        raise UserError(f"{where}: messages: empty: give at least a question and an answer")
     if conversation[0].role != "user" or conversation[-1].role != "assistant":
         raise UserError(
             f"{where}: messages: from {conversation[0].role} to {conversation[-1].role}: "
@@ -92,11 +96,11 @@ def check_conversation(messages: Any, where: str) -> Conversation:
 
 
 def check_turns(conversation: Conversation, where: str) -> None:
-    """Raises `UserError` where one role speaks twice in a row."""
+    """Raise `UserError` where one role speaks twice in a row."""
     for index, (before, after) in enumerate(itertools.pairwise(conversation), start=1):
         if before.role == after.role:
             raise UserError(
-                f"{where}: messages[{index}].role: {after.role} again: join the two, or put in what is missing"
+                f"{where}: messages[{index}].role: {after.role} again: join the two messages, or add one between"
             )
 
 
@@ -110,13 +114,13 @@ def _message(message: Any, where: str) -> tuple[str, str]:
     if role not in _KNOWN:
         raise UserError(f"{where}.role: {role[:40]!r} is not one of {', '.join(_KNOWN)}{nearest(role, _KNOWN)}")
     if not content.strip():
-        raise UserError(f"{where}.content: empty: write it or take the conversation out")
+        raise UserError(f"{where}.content: empty: fill it, or remove the conversation")
     return role, content
 
 
 def _joined_system(checked: list[tuple[str, str]], where: str) -> list[tuple[str, str]]:
     if len(checked) < 2 or checked[1][0] != "user":
-        raise UserError(f"{where}: messages[1].role: after a system message comes the user's")
+        raise UserError(f"{where}: messages[1].role: after a system message must come a user message: add it")
     return [("user", f"{checked[0][1]}\n\n{checked[1][1]}"), *checked[2:]]
 
 
@@ -128,7 +132,7 @@ def _kind(value: Any) -> str:
 
 
 def render(conversation: Conversation, tokenizer: Tokenizer) -> TokenIds:
-    """Its ids in reading order, without BOS. Whatever is in a message is ordinary text there."""
+    """Return the ids of a conversation in reading order, without BOS. Any content of a message is ordinary text."""
     turns = TurnIds.from_tokenizer(tokenizer)
     parts: list[TokenIds] = []
     for role, content in conversation:
@@ -138,7 +142,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> TokenIds:
 
 
 def read_back(ids: Ints, tokenizer: Tokenizer) -> Conversation | None:
-    """Inverse of `render`; None for a piece of a conversation, or one that was cut."""
+    """Return the conversation that `render` turned into ids; None if it was cut or is only a piece."""
     turns = TurnIds.from_tokenizer(tokenizer)
     edges = np.flatnonzero(turns.markers(ids)).tolist()
     conversation = [
@@ -151,10 +155,11 @@ def read_back(ids: Ints, tokenizer: Tokenizer) -> Conversation | None:
 
 
 def cut_to(ids: TokenIds, room: int, turns: TurnIds) -> TokenIds | None:
-    """A rendered conversation in at most `room` tokens, or None where too little of it fits.
+    """Return a rendered conversation in at most `room` tokens, or None where too little of it fits.
 
-    It ends after the last answer that fits whole. Where even the first does not, it loses the end of that one with its
-    end marker: nothing then says that it ended there. A first question that fills the room leaves nothing to learn.
+    It ends after the last answer that fits whole. If even the first answer does not fit, that answer loses its end
+    and its end marker: nothing then says that it ended there. If the first question fills the room, nothing is left
+    to learn.
     """
     if len(ids) <= room:
         return ids
@@ -169,7 +174,10 @@ def cut_to(ids: TokenIds, room: int, turns: TurnIds) -> TokenIds | None:
 
 
 def parts_of(tokens: Ints, lengths: Ints, turns: TurnIds) -> Ints:
-    """[P] lengths of what `turns` turns around, in segments of these lengths: each marker, each text between two."""
+    """Return [P], the lengths of the parts that `turns` reverses: each marker, and each text between two markers.
+
+    `lengths` are those of the segments that hold the tokens.
+    """
     begins = turns.markers(tokens)
     begins[1:] |= begins[:-1].copy()
     begins[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
@@ -177,17 +185,17 @@ def parts_of(tokens: Ints, lengths: Ints, turns: TurnIds) -> Ints:
 
 
 def predicts_user_turn(reading: str, reversal: Reversal) -> bool:
-    """Whether a model of that reading writes what the user says, given what follows, instead of answering."""
+    """Return true if a model with this reading writes the user's message, given what follows, instead of an answer."""
     return is_mirrored(reading, reversal)
 
 
 def loss_mask(tokens: Ints, lengths: Ints, reading: Ints, reversal: Reversal, turns: TurnIds) -> NDArray[np.bool_]:
-    """[N] true where a token is one that the model writes: the text of its role, and the marker that closes it.
+    """Return the loss mask [N]: true for the text that the model's role writes, and for the marker that closes it.
 
-    Tokens in reading order, segment after segment; `reading` [S]. Who answers writes the assistant's text and
-    `<|assistant_end|>`; who asks, which is a model that reads a whole conversation backward, the user's text and
-    `<|user_start|>`, which comes last there. An answer whose end was cut off, read from there, does not begin with
-    what an answer ends with: that token is none.
+    `tokens` are in reading order, segment after segment; `reading` is [S]. Forward models are trained on assistant
+    text and `<|assistant_end|>`. Models that read a whole conversation backward are trained on user text and
+    `<|user_start|>`, which comes last there. With `turns`, a backward reading of an answer whose end was cut off
+    begins in its middle: that first token is no target.
     """
     marker = turns.markers(tokens)
     place = np.arange(len(tokens))
@@ -206,12 +214,12 @@ def loss_mask(tokens: Ints, lengths: Ints, reading: Ints, reversal: Reversal, tu
 
 @dataclass(frozen=True)
 class TurnLayout:
-    """What the rows of conversations need that those of documents do not; see `lay_out`."""
+    """Layout of conversations, beyond that of documents: the arguments that it adds to `lay_out`."""
 
     turns: TurnIds
     reversal: Reversal
     supervised: bool
-    """Whether only what is written is a target; else everything is, as in documents."""
+    """True if only what the model writes is a target; else every token is one, as in documents."""
 
 
 def row_layout(name: str, rows: Rows, reading: Ints, turns: TurnLayout | None) -> Layout:
@@ -233,26 +241,26 @@ def row_layout(name: str, rows: Rows, reading: Ints, turns: TurnLayout | None) -
 
 
 class Prompt(NamedTuple):
-    """What a model reads before it writes a message."""
+    """Ids that a model reads before it writes a message."""
 
     ids: list[int]
     stop: int
-    """The marker that closes the message."""
+    """Marker that closes the message."""
 
 
 def build_prompt(
     conversation: Conversation, reading: str, direction: str, reversal: Reversal, tokenizer: Tokenizer
 ) -> Prompt:
-    """For a model of `direction` that reads in `reading`.
+    """Return the prompt for a model of `direction` that reads in `reading`.
 
-    Who answers is given a conversation that ends with the user; who asks, one that begins with the assistant. Raises
-    `UserError` for another one.
+    A model that answers is given a conversation that ends with the user; a model that writes the user's messages is
+    given one that begins with the assistant. Raises `UserError` for any other conversation.
     """
     turns, asking = TurnIds.from_tokenizer(tokenizer), predicts_user_turn(reading, reversal)
     check_turns(conversation, "conversation")
     edge, role = (0, "assistant") if asking else (-1, "user")
     if not conversation or conversation[edge].role != role:
-        raise UserError(f"conversation: must {'begin' if asking else 'end'} with the {role}: add what is missing")
+        raise UserError(f"conversation: must {'begin' if asking else 'end'} with the {role}: add a message")
     if asking:
         ids, stop = np.append(np.uint32(turns.user_end), render(conversation, tokenizer)), turns.user_start
     else:
@@ -264,12 +272,12 @@ def build_prompt(
 
 
 def arrange_conversation(tokens: Ints, reading: str, reversal: Reversal, turns: TurnIds) -> Ints:
-    """One conversation's tokens in the order in which a model reads them."""
+    """Return a conversation's tokens in the order in which a model reads them."""
     return arrange(tokens, reading, len(tokens), _parts(tokens, reversal, turns))
 
 
 def restore_conversation(arranged: Ints, reading: str, reversal: Reversal, turns: TurnIds) -> Ints:
-    """Inverse of `arrange_conversation`: back in reading order."""
+    """Return arranged tokens in reading order: the inverse of `arrange_conversation`."""
     return restore(arranged, reading, len(arranged), _parts(arranged, reversal, turns))
 
 
@@ -278,7 +286,7 @@ def _parts(tokens: Ints, reversal: Reversal, turns: TurnIds) -> Ints | None:
 
 
 def read_message(written_ids: Sequence[int], reading: str, tokenizer: Tokenizer) -> str:
-    """The text of a message that a model wrote, put back in reading order; its closing marker is left out."""
+    """Return the text of a message that a model wrote, in reading order and without its closing marker."""
     assert reading in READINGS
     specials = set(tokenizer.specials.values())
     text = np.array([token for token in written_ids if token not in specials], dtype=np.int64)

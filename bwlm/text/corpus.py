@@ -1,6 +1,6 @@
-"""Where text comes from: parquet shards behind a path, a glob, a URI, or the name of a built-in corpus.
+"""Sources of text: parquet shards behind a path, a glob, a URI, or the name of a built-in corpus.
 
-What validates is never trained on: the files of `data.validation`, else those that their names hold out
+Validation text is never trained on. It is the files of `data.validation`, else the files whose names hold them out
 (`bwlm.text.splits`), else, by nanochat's convention, the last shard. Test files are left alone.
 """
 
@@ -36,30 +36,35 @@ from bwlm.text.splits import (
 
 _PYDOCS = "builtin:pydocs"
 BUILTINS = (_PYDOCS, *CONTROL_SOURCES)
+"""Names of all built-in corpora."""
 _ROWS_AT_ONCE = 256
 _MEND = "write the shard again or take it out of data.source"
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created", "blob_id")
-"""What file systems call that which changes with a file."""
+"""Names that file systems give to a value that changes with the file."""
 
 
 class NoSource(UserError):
-    """Text cannot be read where it was: it is gone, or out of reach from this machine."""
+    """Text is gone, or out of reach from this machine."""
 
 
 @dataclass(frozen=True)
 class Corpus:
+    """Shards of a corpus, by split."""
+
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
     text_column: str
     shuffle: bool = True
-    """True: documents are packed in a drawn order inside each shard. The tokenizer reads them in the file's."""
+    """True: documents are packed in a shuffled order inside each shard. The tokenizer reads them in the order of the
+    file."""
     builtin: str = ""
-    """Folder of a built-in corpus, which lies in the storage."""
+    """Folder of a built-in corpus, inside the storage; '' for any other."""
 
     def listing(self) -> str:
-        """A short hash of which files, at which sizes and times, and which column: names what is made from them.
+        """Return a short hash of the files, their sizes and times, and the column: it names what is made from them.
 
-        Files of a built-in corpus are named from its folder, so that a storage that was moved knows what it made.
+        Files of a built-in corpus are named relative to its folder, so that a storage that was moved still finds its
+        cache.
         """
         above = f"{Path(self.builtin).parent}/" if self.builtin else ""
         splits = [
@@ -70,10 +75,10 @@ class Corpus:
 
 
 def find_corpus(data: DataSettings, cache: Path, progress: Callable[[str], None]) -> Corpus:
-    """Resolves `data` to shards, writing a built-in corpus below `cache` if it is asked for and not there yet.
+    """Return the shards that `data` names; write a built-in corpus below `cache` if it is asked for and not there yet.
 
-    Tells which files validate and which are not trained on. Raises `UserError` for a source that is missing, empty, or
-    too small to hold a validation shard.
+    Reports the files that validate and the files that are not trained on through `progress`. Raises `UserError` if
+    the source is missing, empty, or too small to hold a validation shard.
     """
     if data.source in BUILTINS:
         folder = _write_builtin(data.source, cache / "corpora", progress)
@@ -101,7 +106,7 @@ def find_corpus(data: DataSettings, cache: Path, progress: Callable[[str], None]
 
 
 def _named_validation(address: str) -> tuple[Shard, ...]:
-    """The files of `data.validation`; of a folder that holds other splits too, those that their names hold out."""
+    """Return the files of `data.validation`; of a folder with several splits, the files whose names hold them out."""
     files = without_repeats(list_files(address, "data.validation"))[0]
     return tuple(file for file in files if file.split == "validation") or files
 
@@ -121,7 +126,7 @@ def _nothing_left(data: DataSettings, shards: int) -> str:
 
 
 def _write_builtin(source: str, folder: Path, progress: Callable[[str], None]) -> Path:
-    """Where the built-in corpus lies, below `folder`."""
+    """Return the folder of the built-in corpus, below `folder`; write it if it is not there yet."""
     from bwlm.text.controls import control_key, write_control
     from bwlm.text.pydocs import pydocs_key, write_pydocs
 
@@ -136,9 +141,9 @@ def _write_builtin(source: str, folder: Path, progress: Callable[[str], None]) -
 
 
 def list_files(source: str, field: str, endings: tuple[str, ...] = (".parquet",)) -> list[Shard]:
-    """The files of a folder, glob, file or URI whose names have one of these endings, in the order of their names.
+    """Return the files of a folder, glob, file or URI whose names have one of these endings, sorted by name.
 
-    A path of one file is taken whatever its ending. Raises `UserError` naming `field` where there is none.
+    A path of one file is taken whatever its ending. Raises `UserError` that names `field` if there is no file.
     """
     refuse_secret(source, field)
     path = local_path(source)
@@ -169,13 +174,16 @@ def _local(path: Path, source: str, field: str, endings: tuple[str, ...]) -> lis
 
 
 def _local_shard(path: Path, split: SplitName) -> Shard:
-    """Folders are resolved, so that one file has one URI; the file itself is not: a link may bear the better name."""
+    """Return a local file as a shard.
+
+    Folders are resolved, so that one file has one URI. The file itself is not: a link may bear the better name.
+    """
     status = path.stat()
     return Shard(str(path.parent.resolve() / path.name), status.st_size, str(status.st_mtime_ns), split)
 
 
 def _fixed_part(pattern: str) -> str:
-    """The folder in which a pattern begins to match: /a/b for /a/b/c*/*.parquet."""
+    """Return the folder in which a pattern begins to match: /a/b for /a/b/c*/*.parquet."""
     fixed = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.split("/"))
     return "/".join(fixed) or ("/" if pattern.startswith("/") else ".")
 
@@ -198,7 +206,7 @@ def _remote(source: str, field: str, endings: tuple[str, ...]) -> list[Shard]:
         raise NoSource(f"{field}: {source} does not exist: {_give(endings)}") from None
     except ImportError as error:
         raise NoSource(f"{field}: {source}: {error}") from None
-    except Exception as error:  # every file system has errors of its own, and they share no base
+    except Exception as error:  # every file system has its own errors, without a common base class
         raise NoSource(f"{field}: {source} cannot be listed ({first_line(error)}): check the address") from None
     return [
         Shard(
@@ -216,7 +224,7 @@ def _stamp(info: dict[str, Any]) -> str:
 
 
 def open_parquet(uri: str, mend: str = _MEND) -> pq.ParquetFile:
-    """Opens a path or URI. Raises `UserError` with the advice `mend` if it is missing, cut off or not parquet."""
+    """Open a path or URI. Raises `UserError` with the advice `mend` if it is missing, cut off or not parquet."""
     try:
         if "://" in uri:
             return _open_remote(uri)
@@ -233,17 +241,17 @@ def _open_remote(uri: str) -> pq.ParquetFile:
         return pq.ParquetFile(filesystem.open(path), page_checksum_verification=True)
     except pa.ArrowException:
         raise
-    except ValueError:  # an HTTP server that gives no ranges, so the shard is read whole
+    except ValueError:  # an HTTP server without range requests: read the whole shard
         return pq.ParquetFile(pa.BufferReader(filesystem.cat_file(path)), page_checksum_verification=True)
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, short enough to be quoted in one of ours."""
+    """Return the first line of another library's error, short enough to be quoted in one of ours."""
     return (str(error) or type(error).__name__).split("\n")[0].strip().rstrip(".")
 
 
 def check_shards(corpus: Corpus) -> None:
-    """Reads every shard's footer; raises `UserError` naming the shard that is broken or lacks the text column."""
+    """Read every shard's footer. Raises `UserError` that names the shard which is broken or lacks the text column."""
     for shard in (*corpus.train, *corpus.validation):
         with open_parquet(shard.uri) as file:
             schema = file.schema_arrow
@@ -261,16 +269,17 @@ def check_shards(corpus: Corpus) -> None:
 
 
 def refuse_repeated(column: str, names: Sequence[str], where: str) -> None:
-    """Raises `UserError` if two columns have the name of one that is read."""
+    """Raise `UserError` if two columns have the name `column`."""
     if (count := names.count(column)) > 1:
         raise UserError(f"{where}: {count} columns are called {column!r}: rename all but one")
 
 
 def read_texts(uri: str, column: str) -> Iterator[list[str]]:
-    """Yields the documents of a shard some at a time, null ones as empty texts.
+    """Yield the documents of a shard some at a time, null values as empty texts.
 
-    Raises `UserError` naming the shard, and the row where it can, for damage and for text that is not UTF-8. A bit that
-    flipped inside a value is noticed only in files with page checksums, which writers of parquet leave out by default.
+    Raises `UserError` that names the shard, and the row where it can, for damage and for text that is not UTF-8. A
+    bit that flipped inside a value is noticed only in files with page checksums, which writers of parquet leave out
+    by default.
     """
     with open_parquet(uri) as file:
         row = 0

@@ -8,8 +8,8 @@ A segment of text tokens t1..tn becomes
     permuted       BOS and t1..tn in one fixed order, the same everywhere (a control)
 
 No token crosses a segment or a row, so at every step every direction reads the same text. A row that is read backward
-as a whole also lays its segments out in reverse order: its backward layout is the forward layout of its mirror. Else a
-model that attends across segments would read the end of one document just before the beginning of the next in one
+as a whole also has its segments in reverse order: its backward layout is the forward layout of its mirror. Otherwise
+a model that attends across segments would read the end of one document just before the beginning of the next in one
 direction, and nothing like it in the other: a gap that the text does not have.
 
 Axes: R rows, T inputs of a row, S segments, N text tokens.
@@ -42,7 +42,8 @@ HEAD_SLOTS = 2
 """Slots that packing reserves before a segment's text: BOS and, in the widest direction, a marker."""
 
 CLOSING_SLOTS = 1
-"""Slots that packing reserves at a row's end: BOS, so that the end of the last segment can be a target as any other."""
+"""Slots that packing reserves at a row's end: BOS, so that the end of the last segment can be a target like any
+other."""
 
 IGNORED = -1
 """Target id of a position that is not trained or scored."""
@@ -50,6 +51,8 @@ IGNORED = -1
 
 @dataclass(frozen=True)
 class SpecialIds:
+    """Ids of the special tokens that a layout writes."""
+
     bos: int
     pad: int
     forward: int
@@ -57,6 +60,7 @@ class SpecialIds:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer) -> SpecialIds:
+        """Return the ids that a tokenizer gives to these special tokens."""
         return cls(tokenizer.bos, tokenizer.pad, tokenizer.forward, tokenizer.backward)
 
 
@@ -65,17 +69,17 @@ class Rows:
     """Packed rows before direction. Segments of one row stand together, in the order of the row."""
 
     count: int
-    """R"""
+    """R, the number of rows"""
     tokens: Ints
     """[N] text tokens in reading order, segment after segment"""
     lengths: Ints
     """[S] text tokens of each segment, may be 0"""
     row: Ints
-    """[S] which of the R rows the segment stands in"""
+    """[S] row of the segment, 0..R-1"""
     segment: Ints
     """[S] id of the segment in its corpus"""
     document: Ints
-    """[S] id of the document it is cut from"""
+    """[S] id of the document that the segment is cut from"""
     whole: NDArray[np.bool_]
     """[S] true where the segment is the whole document"""
     epoch: Ints
@@ -87,7 +91,7 @@ class Directed:
     """Rows as a model reads them."""
 
     ids: Ids
-    """[R, T+1]"""
+    """[R, T+1] token ids"""
     targets: Ids
     """[R, T] next ids, IGNORED where they are markers, padding or a false end"""
     starts: Ints
@@ -95,9 +99,10 @@ class Directed:
     text: Ints
     """[N] flat index into [R, T] of the position that predicts each text token, tokens in reading order"""
     ends: Ints
-    """[S] flat index into [R, T] of the position that predicts the end of the segment, IGNORED where none is scored"""
+    """[S] flat index into [R, T] of the position that predicts the end of the segment, IGNORED where no end is scored
+    """
     segments: Ids
-    """[R, T] ordinal in the laid-out row of the segment that each input belongs to; padding belongs to the last"""
+    """[R, T] segment of each input, counted in the order of the laid-out row; padding belongs to the last segment"""
 
 
 @dataclass(frozen=True)
@@ -118,22 +123,27 @@ DOCUMENTS = Layout()
 
 
 def check_direction(name: str) -> str:
+    """Return `name` if it is a direction. Raises `UserError` if it is not."""
     if name not in DIRECTIONS:
         raise UserError(f"direction: {name!r} is not one of {', '.join(DIRECTIONS)}{nearest(name, DIRECTIONS)}")
     return name
 
 
 def is_mirrored(name: str, reversal: Reversal = "whole") -> bool:
-    """True for rows that are read backward as a whole, and so lay out their segments in reverse order.
+    """Return true for rows that are read backward as a whole, and so lay out their segments in reverse order.
 
-    `name` is the direction of training, or the reading of an evaluation. A bidirectional model trains on rows whose
-    segments are read both ways, and `turns` keeps the order of what is said: both keep the order of segments.
+    `name` is the direction of training, or the reading of an evaluation. Rows that a bidirectional model trains on,
+    and rows with `reversal: turns`, keep the order of segments: the first are read both ways, and in the second the
+    order of the turns stays.
     """
     return name == "backward" and reversal == "whole"
 
 
 def readings(direction: str, rows: Rows, seed: int) -> Ints:
-    """[S] how each segment is read in training; a bidirectional coin is a hash of (seed, epoch, segment id)."""
+    """Return [S], the reading of each segment in training.
+
+    A bidirectional model's coin is a hash of (seed, epoch, segment id).
+    """
     if is_marked(direction):
         coins = counter_hash(seed, rows.epoch, rows.segment) >> np.uint64(63)
         return np.where(coins == 0, FORWARD, BACKWARD)
@@ -142,19 +152,19 @@ def readings(direction: str, rows: Rows, seed: int) -> Ints:
 
 @lru_cache(maxsize=8)
 def _ranks(width: int) -> Ints:
-    """[width] where each index stands in the one fixed permutation of 0..width-1."""
+    """Return [width], the place of each index in the one fixed permutation of 0..width-1."""
     order = np.argsort(splitmix64(np.arange(width, dtype=np.uint64)), kind="stable")
     return np.argsort(order, kind="stable")
 
 
 def _within(lengths: Ints) -> Ints:
-    """[N] index of each token inside its segment."""
+    """Return [N], the index of each token inside its segment."""
     ends = np.cumsum(lengths)
     return np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
 
 
 def _positions(lengths: Ints, reading: Ints, width: int) -> Ints:
-    """[N] place of each token (in reading order) after BOS and marker."""
+    """Return [N], the place of each token (in reading order) after BOS and marker."""
     index = _within(lengths)
     token_reading = np.repeat(reading, lengths)
     position = np.where(token_reading == BACKWARD, np.repeat(lengths, lengths) - 1 - index, index)
@@ -167,7 +177,10 @@ def _positions(lengths: Ints, reading: Ints, width: int) -> Ints:
 
 
 def _places(lengths: Ints, reading: Ints, width: int, parts: Ints | None) -> Ints:
-    """`_positions` where each of `parts` [P] is read for itself, in its place; none is empty or crosses a segment."""
+    """Return `_positions` where each of `parts` [P] is read on its own and stays in its place.
+
+    No part is empty or crosses a segment.
+    """
     if parts is None:
         return _positions(lengths, reading, width)
     starts = np.cumsum(parts) - parts
@@ -177,9 +190,9 @@ def _places(lengths: Ints, reading: Ints, width: int, parts: Ints | None) -> Int
 
 
 def arrange(tokens: Ints, reading: str, width: int, parts: Ints | None = None) -> Ints:
-    """One segment's tokens in the order in which a model reads them; `width` is T.
+    """Return the tokens of a segment in the order in which a model reads them; `width` is T.
 
-    With `parts` [P], lengths that add up to the segment's, each part is read for itself.
+    With `parts` [P], lengths that add up to the segment's, each part is read on its own.
     """
     positions = _places(np.array([len(tokens)]), np.array([READINGS.index(reading)]), width, parts)
     arranged = np.empty_like(tokens)
@@ -188,7 +201,7 @@ def arrange(tokens: Ints, reading: str, width: int, parts: Ints | None = None) -
 
 
 def restore(arranged: Ints, reading: str, width: int, parts: Ints | None = None) -> Ints:
-    """Inverse of `arrange`: back in reading order."""
+    """Return arranged tokens in reading order: the inverse of `arrange`."""
     return arranged[_places(np.array([len(arranged)]), np.array([READINGS.index(reading)]), width, parts)]
 
 
@@ -226,14 +239,16 @@ def lay_out(
         ids.flat[opening + 1] = np.where(named == FORWARD, special.forward, special.backward)
     ids.flat[slots] = rows.tokens
 
+    # a slot is a target if it holds a chosen token, or the BOS behind a whole document
     scored = np.zeros((rows.count, width + 1), dtype=bool)
     scored.flat[slots] = True if layout.targets is None else layout.targets
     scored.flat[next_opening[true_end]] = True
 
-    # 1 at each BOS that opens a segment: their running sum numbers the segments from 1, padding before the first is 0
+    # the ordinal of a slot's segment is the number of BOS that open segments up to it, minus 1
     opens = np.zeros((rows.count, width + 1), dtype=np.int32)
     opens.flat[opening] = 1
-    # position p of [R, T] predicts slot p + 1 of [R, T+1]; each row before it has one slot more
+    # Position p of [R, T] predicts slot p + 1 of [R, T+1]. A row has one slot more than positions, so a flat index of
+    # a slot is that of its position, plus 1, plus the number of rows before it.
     owner_row = np.repeat(rows.row, rows.lengths)
     return Directed(
         ids=ids,
@@ -246,7 +261,7 @@ def lay_out(
 
 
 def _starts(rows: Rows, sizes: Ints, mirrored: bool) -> tuple[Ints, NDArray[np.bool_]]:
-    """[S] slot of each segment's BOS in its row, and whether the segment is the last of the laid-out row."""
+    """Return [S], the slot of each segment's BOS, and [S], true for the last segment of the laid-out row."""
     first = np.ones(len(sizes), dtype=bool)
     first[1:] = rows.row[1:] != rows.row[:-1]
     last = np.append(first[1:], True)[: len(sizes)]
@@ -260,9 +275,9 @@ def _starts(rows: Rows, sizes: Ints, mirrored: bool) -> tuple[Ints, NDArray[np.b
 
 
 def read_row(ids: Ids, direction: str, special: SpecialIds, width: int) -> list[Ints]:
-    """The segments of a directed row of documents that hold text, each in reading order, in the order of the text.
+    """Return the segments of a directed row of documents that hold text, in the order of the text.
 
-    The inverse of `lay_out` from the ids alone.
+    Each is in reading order. This inverts `lay_out` from the ids alone.
     """
     borders = np.append(np.flatnonzero(ids == special.bos), len(ids))
     segments = []
@@ -273,6 +288,6 @@ def read_row(ids: Ids, direction: str, special: SpecialIds, width: int) -> list[
         if is_marked(direction) and len(body):
             reading = READINGS[[special.forward, special.backward].index(int(body[0]))]
             body = body[1:]
-        if len(body):  # the BOS that closes a row has nothing behind it
+        if len(body):  # nothing follows the BOS that closes a row
             segments.append(restore(body, reading, width))
     return segments[::-1] if is_mirrored(direction) else segments

@@ -1,7 +1,8 @@
-"""The tokenizer in the format of Hugging Face's `tokenizers`, so that `AutoTokenizer` gives the ids that ours gives.
+"""The tokenizer in the format of Hugging Face's `tokenizers`, so that `AutoTokenizer` gives the same ids.
 
-tiktoken knows ranks of byte strings, and joins any two neighbours whose bytes are a token; `tokenizers` knows merges of
-pairs. So each token gives a merge for every way to cut it into two tokens, and merges stand in the order of ranks.
+tiktoken stores ranks of byte strings and joins any two neighbours whose bytes are a token; `tokenizers` stores merges
+of pairs. So each token becomes a merge for every way to cut it into two tokens, and the merges stand in the order of
+ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), 
 
 
 def tokenizer_json(tokenizer: Tokenizer, mark: str = "") -> dict[str, Any]:
-    """Content of `tokenizer.json`: a byte-level BPE with our split pattern; it puts no BOS before a text.
+    """Return the content of `tokenizer.json`: a byte-level BPE with our split pattern; it puts no BOS before a text.
 
     `mark` stands before the name of each special token.
     """
@@ -40,7 +41,7 @@ def tokenizer_json(tokenizer: Tokenizer, mark: str = "") -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": True,  # a word that is a token is that token, whatever its merges, as in tiktoken
+            "ignore_merges": True,  # a word that is a token becomes that token, whatever its merges, as in tiktoken
             "vocab": {name: rank for rank, name in enumerate(names.values())},
             "merges": list(_merges(names)),
         },
@@ -48,10 +49,10 @@ def tokenizer_json(tokenizer: Tokenizer, mark: str = "") -> dict[str, Any]:
 
 
 def tokenizer_config(sequence_length: int, end: str = "<|bos|>", mark: str = "") -> dict[str, Any]:
-    """Content of `tokenizer_config.json`; text that looks like a special token stays text, as with ours.
+    """Return the content of `tokenizer_config.json`; text that looks like a special token stays text, as with ours.
 
-    Special tokens with a `mark` are read wherever they stand, which is where a template wrote them; others are given by
-    id alone. `end` is the special token that ends what the model writes.
+    Special tokens with a `mark` are read wherever they stand, which is where a template wrote them; without it they
+    are given by id alone. `end` is the special token that ends what the model writes.
     """
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -60,14 +61,14 @@ def tokenizer_config(sequence_length: int, end: str = "<|bos|>", mark: str = "")
         "pad_token": f"{mark}<|pad|>",
         "extra_special_tokens": {f"{name.strip('<|>')}_token": f"{mark}{name}" for name in SPECIAL_TOKENS[2:]},
         "split_special_tokens": not mark,
-        "padding_side": "left",  # a model goes on from the end of a row
+        "padding_side": "left",  # a model continues at the end of a row
         "clean_up_tokenization_spaces": False,
         "model_max_length": sequence_length,
     }
 
 
 def byte_alphabet() -> list[str]:
-    """[256] the character that stands for each byte: itself where it is printable (Radford et al. 2019, GPT-2)."""
+    """Return [256], the character for each byte: itself where it is printable (Radford et al. 2019, GPT-2)."""
     alphabet = {byte: chr(byte) for byte in _PRINTABLE}
     others = [byte for byte in range(256) if byte not in alphabet]
     alphabet |= {byte: chr(256 + index) for index, byte in enumerate(others)}
@@ -75,7 +76,7 @@ def byte_alphabet() -> list[str]:
 
 
 def _merges(names: Mapping[bytes, str]) -> Iterator[list[str]]:
-    """Pairs of names to join, the most urgent first; `names` is in the order of ranks."""
+    """Yield pairs of names to join, the most urgent first; `names` is in the order of ranks."""
     for token in names:
         for cut in range(1, len(token)):
             left, right = names.get(token[:cut]), names.get(token[cut:])

@@ -1,4 +1,4 @@
-"""A few rows, or a conversation, as a model reads them, for a person or a script to look at."""
+"""Rows and conversations as a model reads them, for a person or a script to look at."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from bwlm.text.tokenizer import Tokenizer
 
 
 def inspect_rows(prepared: Prepared, direction: str, count: int) -> dict[str, Any]:
-    """The plan's first rows with seed 0: ids and targets of length T, the text read back from the ids, and segments.
+    """Return the plan's first rows with seed 0: ids and targets of length T, the text of the ids, and segments.
 
-    `text` is in reading order, restored from the directed ids alone, segments in the order of the text; `segments` are
-    the slots where segments begin, in the order of the layout.
+    `text` is in reading order, restored from the directed ids alone, with segments in the order of the text.
+    `segments` are the slots where segments begin, in the order of the layout.
     """
     special = SpecialIds.from_tokenizer(prepared.tokenizer)
     rows_read = open_rows(str(prepared.folder), "train")
@@ -46,9 +46,10 @@ def inspect_rows(prepared: Prepared, direction: str, count: int) -> dict[str, An
 def inspect_conversation(
     conversation: Conversation, direction: str, reversal: Reversal, supervised: bool, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
-    """A conversation as a model reads it, once for each reading of the direction.
+    """Return a conversation as a model reads it, once for each reading of the direction.
 
-    `ids` from BOS on, the `text` of each, and in `supervised` whether it is a target: what is written, or all.
+    `ids` begin with BOS, `text` holds the text of each id, and `supervised` is true where the id is a target: what
+    the model writes or, with `supervised` false, everything.
     """
     shown = []
     turns = TurnLayout(TurnIds.from_tokenizer(tokenizer), reversal, supervised)
@@ -67,6 +68,6 @@ def inspect_conversation(
 
 
 def one_row(ids: NDArray[np.uint32]) -> Rows:
-    """A row that holds one segment alone."""
+    """Return a row that holds one segment alone."""
     first = np.zeros(1, dtype=np.int64)
     return Rows(1, ids.astype(np.int64), np.array([len(ids)]), first, first, first, first == 0, first)

@@ -1,7 +1,7 @@
 """Mixtures of conversations: each source rendered and packed once, and one manifest over the rows of all.
 
-A source is packed for itself, below `<storage>/cache`, named by what it was made from, so that mixtures share it; the
-weights only say how many of its rows an epoch takes (`MixturePlan`).
+Each source is packed on its own below `<storage>/cache`, named by what it was made from, so that mixtures share it.
+The weights only say how many of its rows an epoch takes (`MixturePlan`).
 """
 
 from __future__ import annotations
@@ -41,31 +41,33 @@ from bwlm.text.prepare import Prepared, ShowProgress
 from bwlm.text.tokenizer import Tokenizer
 
 _SOURCE_BITS = 32
-"""A document's id is a part of its source's key, shifted by this, plus its index there: one id in any mixture."""
+"""Bits of a conversation's index in its document id. Above them stand 24 bits of its source's key, so that the id is
+the same in any mixture."""
 
 FORMAT_VERSION = 3
-"""Counts up whenever the same conversations would give other rows."""
+"""Version of packing: raise it whenever the same conversations would give other rows."""
 
 
 @dataclass(frozen=True)
 class ConversationSource:
-    """Where conversations come from, as a task or a file gives them."""
+    """Source of conversations, from a task or a file."""
 
     name: str
     weight: float
     key: str
-    """Names what `read` gives."""
+    """Name of what `read` gives: hexadecimal digits, different for different conversations."""
     read: Callable[[SplitName], Iterator[Any]]
-    """The messages of each conversation of a split, always in one order."""
+    """Messages of each conversation of a split, always in one order."""
     parts: int = 1
-    """In which the training split is packed, beside each other; each reads all of it, so more than 1 is for files."""
+    """Number of files that the training split is packed into, in parallel. Each part reads the whole split, so use
+    more than 1 only for files."""
     notes: tuple[str, ...] = ()
     """Lines that tell a person which of its files are left out."""
 
 
 @dataclass(frozen=True)
 class PartJob(PackJob):
-    """A part of a source's split that becomes a file of packed rows: every `parts`-th conversation."""
+    """Part of a source's split that becomes a file of packed rows: every `parts`-th conversation."""
 
     parts: int
 
@@ -79,9 +81,9 @@ def prepare_mixture(
     run: RunJobs,
     progress: ShowProgress,
 ) -> Prepared:
-    """Rows of `width` + 1 slots of all sources, from the cache where they were packed before.
+    """Return rows of `width` + 1 slots of all sources, from the cache where they were packed before.
 
-    `whole`: no conversation is split over rows, and one that is longer than a row is cut (`cut_to`); else they are
+    `whole`: no conversation is split over rows, and a conversation longer than a row is cut (`cut_to`); else they are
     packed as documents are. Raises `UserError` for every fault of a conversation, and for a split without any.
     """
     tokenizer, cache = Tokenizer.load(tokenizer_folder), storage / "cache" / "packed"
@@ -146,7 +148,7 @@ def _empty(source: str, split: str, conversations: int, width: int) -> str:
 
 
 def _pack_part(source: ConversationSource, tokenizer_folder: str, width: int, whole: bool, job: PartJob) -> PackResult:
-    """Renders every `parts`-th conversation of a split and writes one file of packed rows."""
+    """Render every `parts`-th conversation of a split and write one file of packed rows."""
     tokenizer = Tokenizer.load(Path(tokenizer_folder))
     counts = ShardCounts(job.file)
     hashes = DocumentHashes()
@@ -168,7 +170,7 @@ def _render_part(
     hashes: DocumentHashes,
     room: int | None,
 ) -> Iterator[Unsplit]:
-    """Each conversation, cut to `room` tokens where there is one."""
+    """Yield each conversation of a part, cut to `room` tokens unless that is None."""
     turns, token_bytes = TurnIds.from_tokenizer(tokenizer), tokenizer.token_bytes()
     first = int(source.key[:6], 16) << _SOURCE_BITS
     for index, messages in enumerate(source.read(job.split)):
@@ -199,7 +201,7 @@ def _lost(name: str, manifest: Manifest) -> Iterator[str]:
 
 
 def _mixed(sources: list[ConversationSource], folders: list[Path]) -> Manifest:
-    """One manifest over all sources, whose shards lie in the folders beside its own."""
+    """Return the manifest over all sources, whose shards lie in the folders beside its own."""
     manifests = [Manifest.read(folder) for folder in folders]
     named = list(zip([folder.name for folder in folders], manifests, strict=True))
     train = _joined("train", [(name, manifest.train) for name, manifest in named])
@@ -213,7 +215,7 @@ def _mixed(sources: list[ConversationSource], folders: list[Path]) -> Manifest:
 
 
 def _joined(name: SplitName, parts: list[tuple[str, PackedSplit]]) -> PackedSplit:
-    """The shards of one split of all sources, in order, as they lie from the mixture's folder."""
+    """Return one split over all sources: their shards in order, with paths relative to the mixture's folder."""
     shards = [
         shard | {"file": f"../../{folder}/{name}/{shard['file']}"} for folder, part in parts for shard in part.shards
     ]

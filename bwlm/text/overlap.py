@@ -1,8 +1,9 @@
 """Documents that stand in both splits: exact duplicates, counted.
 
-While a shard is packed, 8 bytes of a hash of each document's tokens are kept in a file beside its rows. Counting holds
-the validation text's hashes in memory, and those of one training shard at a time: 16 MB for two million documents.
-Among a billion training documents and a million others a false match is expected in one corpus of 18,000.
+While a shard is packed, 8 bytes of a hash of each document's tokens are saved in a file beside its rows. Counting
+holds the hashes of the whole validation text in memory, and of one training shard at a time: 16 MB for two million
+documents. With a billion training documents and a million validation documents, one corpus in 18,000 is expected to
+have a false match.
 """
 
 from __future__ import annotations
@@ -17,36 +18,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 ENDING = ".documents.npy"
-"""Takes the place of a packed file's own ending."""
+"""Replaces a packed file's own ending."""
 
 
 @dataclass
 class DocumentHashes:
-    """Hashes of a shard's documents, in order; documents without tokens have none."""
+    """Hashes of a shard's documents, in order, without documents that have no tokens."""
 
     _values: array[int] = field(default_factory=lambda: array("Q"))
 
     def add(self, tokens: NDArray[np.uint32]) -> None:
+        """Add the hash of a document, unless it has no tokens."""
         if len(tokens):
             digest = hashlib.blake2b(tokens.astype("<u4").tobytes(), digest_size=8).digest()
             self._values.append(int.from_bytes(digest, "little"))
 
     def save(self, packed: Path) -> None:
-        """Writes the hashes beside the packed file that they belong to."""
+        """Write the hashes beside the packed file that they belong to."""
         np.save(_beside(packed), np.array(self._values, dtype=np.uint64))
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Documents that stand in both splits, counted in each; empty documents are left out."""
+    """Numbers of documents that stand in both splits, counted in each; empty documents are left out."""
 
     train: int
     validation: int
     of_validation: int
-    """Documents of the validation split in all."""
+    """All documents of the validation split."""
 
     def words(self, noun: str = "document") -> str:
-        """Returns a warning, or nothing where the splits share no document."""
+        """Return a warning, or '' where the splits share no document."""
         if not self.validation:
             return ""
         told = (
@@ -59,7 +61,7 @@ class Overlap:
 
 
 def count_overlap(train: Iterable[Path], validation: Iterable[Path]) -> Overlap:
-    """Counts the documents that the packed files of two splits share."""
+    """Return how many documents the packed files of two splits share."""
     held_out = np.concatenate([np.zeros(0, np.uint64), *(np.load(_beside(path)) for path in validation)])
     known, counts = np.unique(held_out, return_counts=True)
     seen, shared = np.zeros(len(known), dtype=bool), 0

@@ -1,9 +1,9 @@
 """Packing: documents of tokens -> rows of T+1 slots, before any direction is known.
 
-Rows are filled completely: a document that does not fit is split at the row's end and goes on in the next row as a new
-segment. Nothing is cropped. Each segment reserves `HEAD_SLOTS` slots, so that its text fits in every direction, and
-each row one for the BOS that may close it. A shard of text becomes one Arrow file of rows; a manifest lists them with
-counts and digests.
+Rows are filled completely: a document that does not fit is split at the row's end and continues in the next row as a
+new segment. Nothing is cropped. Each segment reserves `HEAD_SLOTS` slots, so that its text fits in every direction,
+and each row reserves one slot for the BOS that may close it. A shard of text becomes one Arrow file of rows; a
+manifest lists the files with counts and digests.
 """
 
 from __future__ import annotations
@@ -31,71 +31,74 @@ SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 
 MANIFEST_VERSION = 3
+"""Version of the manifest and the packed files."""
 BATCH_ROWS = 1024
 """Rows of each record batch of a packed file, so that a row is found without reading others."""
 
 _WAITING = 256
-"""Documents among which the next one of a row is chosen where none may be split."""
+"""Documents among which the next document of a row is chosen when none may be split."""
 
 _SMALLEST = HEAD_SLOTS + 1
-"""A remainder below this many slots is padding: no segment with text fits in it."""
+"""Fewest free slots that are used: a smaller remainder is padding, since no segment with text fits in it."""
 
 
 @dataclass(frozen=True)
 class PackJob:
-    """One file of packed rows that is to be written."""
+    """Job that writes one file of packed rows."""
 
     split: SplitName
     index: int
-    """The number of the file in its split."""
+    """Number of the file in its split."""
     file: str
     folder: str
-    """The folder of the packed corpus."""
+    """Folder of the packed corpus."""
 
     @property
     def target(self) -> Path:
+        """Path of the file to write."""
         return Path(self.folder) / self.split / self.file
 
 
 @dataclass(frozen=True)
 class PackResult:
-    """The counts of a written file, or the error that a user can mend."""
+    """Counts of a written file, or the error that a user can fix."""
 
     split: SplitName
     file: str
     counts: dict[str, Any] = field(default_factory=dict)
-    """See `ShardCounts`."""
+    """Counts as `ShardCounts.finish` returns them."""
     error: str = ""
-    """A user's mistake, in words."""
+    """Message of a `UserError`, '' where there was none."""
 
 
 Job = TypeVar("Job", bound=PackJob)
 
 
 class RunJobs(Protocol):
-    """Does work on every job: with Ray Data (`bwlm.text.stream.with_ray`), or in this process."""
+    """Runs work on every job: with Ray Data (`bwlm.text.stream.with_ray`), or in this process."""
 
     def __call__(self, jobs: list[Job], work: Callable[[Job], PackResult]) -> list[PackResult]: ...
 
 
 def run_here(jobs: list[Job], work: Callable[[Job], PackResult]) -> list[PackResult]:
-    """Does the work in this process, job after job."""
+    """Run the work in this process, job after job."""
     return [work(job) for job in jobs]
 
 
 Piece = tuple[int, int, bool, NDArray[np.uint32]]
-"""(document, offset of the first token in it, whole, tokens)"""
+"""(document, offset of the first token in it, whole, tokens) of a segment"""
 Unsplit = tuple[int, NDArray[np.uint32], bool]
-"""(document, tokens, whether they are all of it: what was cut short has no end that may be learned)"""
+"""(document, tokens, whether they are all of it) of a document that must not be split. A document that was cut short
+has no end that may be learned."""
 
 
 def room_of(width: int) -> int:
-    """Slots that a row of `width` + 1 has for its segments, their heads included."""
+    """Return the slots that a row of `width` + 1 has for its segments, their heads included."""
     return width + 1 - CLOSING_SLOTS
 
 
 def cut(documents: Iterable[tuple[int, NDArray[np.uint32]]], width: int) -> Iterator[list[Piece]]:
-    """Yields the segments of each row of `width` + 1 slots; documents without tokens are passed over."""
+    """Yield the segments of each row of `width` + 1 slots; documents without tokens are skipped."""
     row: list[Piece] = []
     free = room_of(width)
     for document, tokens in documents:
@@ -113,10 +116,10 @@ def cut(documents: Iterable[tuple[int, NDArray[np.uint32]]], width: int) -> Iter
 
 
 def pack_whole(documents: Iterable[Unsplit], width: int) -> Iterator[list[Piece]]:
-    """Yields the documents of each row of `width` + 1 slots, none of them split; each fits into a row.
+    """Yield the documents of each row of `width` + 1 slots, none of them split; each must fit into a row.
 
-    A row begins with the first document that waits and takes, as long as one fits, the longest of the next
-    `_WAITING`: best fit, as in nanochat. What is left over is padding.
+    A row begins with the first waiting document. Then it takes, as long as one fits, the longest fitting document of
+    the next `_WAITING`: best fit, as in nanochat. The rest is padding.
     """
     waiting: deque[Unsplit] = deque()
     source = iter(documents)
@@ -135,14 +138,14 @@ def pack_whole(documents: Iterable[Unsplit], width: int) -> Iterator[list[Piece]
 
 
 def _longest(documents: Iterable[Unsplit], room: int) -> int | None:
-    """Index of the longest document that fits, the first of equals."""
+    """Return the index of the longest document that fits, the first of equals; None if none fits."""
     fitting = [(len(tokens), -index) for index, (_, tokens, _) in enumerate(documents) if len(tokens) <= room]
     return -max(fitting)[1] if fitting else None
 
 
 @dataclass
 class ShardCounts:
-    """What one shard of text became."""
+    """Counts of the rows that one shard of text became."""
 
     file: str
     rows: int = 0
@@ -154,11 +157,12 @@ class ShardCounts:
     cut: int = 0
     """Conversations that lost their end because they are longer than a row."""
     left_out: int = 0
-    """Conversations of which nothing that can be learned fits."""
+    """Conversations that were dropped: no part that can be learned fits into a row."""
     sha256: str = ""
     _hash: Any = field(default_factory=hashlib.sha256, repr=False)
 
     def add(self, row: list[Piece]) -> None:
+        """Count a row and add it to the hash."""
         self.rows += 1
         self.segments += len(row)
         for document, offset, whole, tokens in row:
@@ -168,12 +172,13 @@ class ShardCounts:
         self._hash.update(b"\n")
 
     def finish(self) -> dict[str, Any]:
+        """Return the counts by name, with the SHA-256 over all rows."""
         self.sha256 = self._hash.hexdigest()
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
 
 def row_schema(vocab_size: int) -> pa.Schema:
-    """Columns of a packed file: one record a row, lists over its segments (and over its text tokens)."""
+    """Return the columns of a packed file: one record a row, lists over its segments (and over its text tokens)."""
     token = pa.uint16() if vocab_size <= 2**16 else pa.uint32()
     return pa.schema(
         {
@@ -187,7 +192,7 @@ def row_schema(vocab_size: int) -> pa.Schema:
 
 
 def write_rows(path: Path, rows: Iterable[list[Piece]], vocab_size: int, counts: ShardCounts) -> None:
-    """Writes an Arrow IPC file of packed rows, which readers map into memory, and counts what it holds."""
+    """Write an Arrow IPC file of packed rows, which readers map into memory, and count them in `counts`."""
     schema = row_schema(vocab_size)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         pending: list[list[Piece]] = []
@@ -233,25 +238,32 @@ class PackedSplit:
 
     @classmethod
     def from_shards(cls, shards: Iterable[dict[str, Any]]) -> PackedSplit:
+        """Return the split of these shards, sorted by file name, with a digest over their hashes."""
         ordered = tuple(sorted(shards, key=lambda shard: shard["file"]))
         return cls(ordered, hashlib.sha256(" ".join(shard["sha256"] for shard in ordered).encode()).hexdigest())
 
     def total(self, count: str) -> int:
+        """Return the sum of a count over the shards."""
         return sum(int(shard[count]) for shard in self.shards)
 
     def padding_share(self, width: int) -> float:
-        """Share of a one-directional row's slots after its last segment, in the first of which a BOS may close it."""
+        """Return the share of slots after the last segment of each row, in one-directional runs.
+
+        The first of these slots may hold the BOS that closes the row.
+        """
         slots = self.total("rows") * (width + 1)
         return 1 - (self.total("tokens") + self.total("segments")) / slots if slots else 0.0
 
 
 class Splits(TypedDict):
+    """Training and validation split of a packed corpus."""
+
     train: PackedSplit
     validation: PackedSplit
 
 
 def packed_splits(results: list[PackResult]) -> Splits:
-    """Returns the splits that packed files make. Raises the first error as `UserError`."""
+    """Return the splits that packed files make. Raises the first error as `UserError`."""
     for result in sorted(results, key=lambda result: (result.split, result.file)):
         if result.error:
             raise UserError(result.error)
@@ -264,13 +276,13 @@ def packed_splits(results: list[PackResult]) -> Splits:
 
 @dataclass(frozen=True)
 class Source:
-    """A part of a mixture."""
+    """Part of a mixture."""
 
     name: str
     weight: float
-    """How often each of its rows comes in an epoch."""
+    """Times that each of its rows comes in an epoch, on average."""
     rows: int
-    """Of training."""
+    """Rows of the training split."""
     validation_rows: int
 
     @property
@@ -281,30 +293,35 @@ class Source:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A prepared corpus: what lies in its folder, or for a mixture in those of its sources."""
+    """Prepared corpus: the contents of its folder or, for a mixture, of its sources' folders."""
 
     sequence_length: int
     vocab_size: int
     tokenizer: str
+    """Digest of the tokenizer."""
     train: PackedSplit
     validation: PackedSplit
     sources: tuple[Source, ...] = ()
-    """Of a mixture, in the order of their rows."""
+    """Sources of a mixture, in the order of their rows; empty for documents."""
     overlap: Overlap | None = None
-    """None: packed before documents were counted."""
+    """Documents that both splits share; None: packed by a version that did not count them."""
 
     @property
     def digest(self) -> str:
-        """Covers every token, its document and its segment, in order, of both splits, the tokenizer and the weights."""
+        """Digest of every token with its document and segment, in order, of both splits, the tokenizer and the
+        weights.
+        """
         parts = f"{self.tokenizer} {self.sequence_length} {self.train.digest} {self.validation.digest}"
         parts += "".join(f" {source.rows} {float(source.weight)!r}" for source in self.sources)
         return hashlib.sha256(parts.encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
+        """Write `manifest.json` into `folder`."""
         write_json(folder / "manifest.json", {"version": MANIFEST_VERSION, "digest": self.digest, **asdict(self)})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
+        """Return the manifest of a packed folder."""
         content = read_json(folder / "manifest.json")
         splits = {
             name: PackedSplit(tuple(content[name]["shards"]), content[name]["digest"])
@@ -319,12 +336,12 @@ class Manifest:
 
 
 def packed_files(folder: Path, name: str, split: PackedSplit) -> list[Path]:
-    """Returns the paths of a split's files; a mixture's lie beside its own folder, in those of its sources."""
+    """Return the paths of a split's files; a mixture's lie beside its own folder, in those of its sources."""
     return [Path(os.path.normpath(folder / name / shard["file"])) for shard in split.shards]
 
 
 def overlap_of(folder: Path, train: PackedSplit, validation: PackedSplit) -> Overlap:
-    """Counts the documents that stand in both splits of a packed folder."""
+    """Return how many documents stand in both splits of a packed folder."""
     return count_overlap(packed_files(folder, "train", train), packed_files(folder, "validation", validation))
 
 
@@ -343,7 +360,7 @@ class PackedRows:
         self._readers: dict[int, pa.RecordBatchFileReader] = {}
 
     def source_rows(self) -> list[tuple[int, int]]:
-        """(first, last + 1) of each source of a mixture."""
+        """Return (first, last + 1) of the rows of each source of a mixture."""
         rows = [source.rows if self._split == "train" else source.validation_rows for source in self.sources]
         ends = np.cumsum(rows).tolist()
         return list(zip([0, *ends[:-1]], ends, strict=True))
@@ -361,7 +378,7 @@ class PackedRows:
         return self._batches[shard, batch].slice(index, 1)
 
     def take(self, chosen: Ints, epochs: Ints | None = None) -> Rows:
-        """The rows at the given places of the split; row i of the result is `chosen[i]`."""
+        """Return the rows at the given places of the split; row i of the result is `chosen[i]`."""
         records = [self._row(place) for place in chosen.tolist()]
 
         def joined(name: str, dtype: type) -> NDArray[Any]:

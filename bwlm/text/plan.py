@@ -1,6 +1,6 @@
 """The order of rows: a pure function of (seed, step), the same for every direction and any number of workers.
 
-Each epoch visits every row once, in an order given by a keyed permutation that is computed, not stored, so that a plan
+Each epoch visits every row once, in an order given by a keyed permutation that is computed, not stored. So a plan
 over a billion rows needs no memory and can start at any step.
 """
 
@@ -17,7 +17,7 @@ _FEISTEL_ROUNDS = 6
 
 
 def splitmix64(x: U64) -> U64:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): a bijection of 64-bit words that mixes well."""
+    """Return the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), a well-mixing bijection on 64 bits."""
     with np.errstate(over="ignore"):
         z = x + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -26,7 +26,7 @@ def splitmix64(x: U64) -> U64:
 
 
 def counter_hash(*counters: int | NDArray[np.int64] | U64) -> U64:
-    """A 64-bit hash of a tuple of counters, elementwise; no state, so any element can be asked for alone."""
+    """Return a 64-bit hash of a tuple of counters, elementwise; no state, so any element can be computed alone."""
     state = np.zeros(np.broadcast_shapes(*(np.shape(c) for c in counters)), dtype=np.uint64)
     for counter in counters:
         state = splitmix64(state ^ splitmix64(np.asarray(counter).astype(np.uint64)))
@@ -34,10 +34,10 @@ def counter_hash(*counters: int | NDArray[np.int64] | U64) -> U64:
 
 
 def permute(index: NDArray[np.int64], size: int, *key: int) -> NDArray[np.int64]:
-    """Position -> element of a permutation of 0..size-1 chosen by `key`.
+    """Return the elements at positions `index` of a permutation of 0..size-1 chosen by `key`.
 
-    A balanced Feistel network over the next even number of bits, walked until it lands inside the range
-    (Black and Rogaway, CT-RSA 2002, "Ciphers with arbitrary finite domains").
+    A balanced Feistel network over the next even number of bits, walked until it lands inside the range (Black and
+    Rogaway, CT-RSA 2002, "Ciphers with arbitrary finite domains").
     """
     assert size >= 1
     assert ((index >= 0) & (index < size)).all(), "an index outside of the range would walk for ever"
@@ -59,14 +59,14 @@ def permute(index: NDArray[np.int64], size: int, *key: int) -> NDArray[np.int64]
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Which packed rows make the batch of a step."""
+    """Packed rows of each step's batch."""
 
     rows: int
     rows_per_step: int
     seed: int
 
     def at(self, step: int, rank: int = 0, world: int = 1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(row index, epoch) of each row that `rank` of `world` reads at `step`, in the order of the whole batch."""
+        """Return (row index, epoch) of each row that `rank` of `world` reads at `step`, in the batch's order."""
         return _draw(_places(step, self.rows_per_step, rank, world), self.rows, self.seed)
 
 
@@ -77,10 +77,10 @@ def rows_drawn(weight: float, rows: int) -> int:
 
 @dataclass(frozen=True)
 class MixturePlan:
-    """Which packed rows of several sources make the batch of a step, numbered one source after the other.
+    """Packed rows of each step's batch, from several sources whose rows are numbered one source after the other.
 
-    Each epoch takes `drawn` rows of each source, in an order of its own, and goes on in the source where the epoch
-    before ended: a source of weight 0.5 is read every two epochs, one of weight 3 three times in each.
+    Each epoch takes `drawn` rows of each source, in a new order, and continues in the source where the epoch before
+    ended: a source of weight 0.5 is read every two epochs, a source of weight 3 three times in each.
     """
 
     rows: tuple[int, ...]
@@ -89,7 +89,10 @@ class MixturePlan:
     seed: int
 
     def at(self, step: int, rank: int = 0, world: int = 1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """As `RowPlan.at`; a row's epoch is that of its source, so that it differs each time the row comes."""
+        """Return the same as `RowPlan.at`.
+
+        A row's epoch is that of its source, so that it differs each time the row comes.
+        """
         mixed, epochs = _draw(_places(step, self.rows_per_step, rank, world), sum(self.drawn), self.seed)
         drawn = np.array(self.drawn)
         starts = np.cumsum(drawn) - drawn
@@ -104,14 +107,17 @@ class MixturePlan:
 
 
 def _places(step: int, rows_per_step: int, rank: int, world: int) -> NDArray[np.int64]:
-    """Where the rows of a rank's share stand in the endless sequence of rows."""
+    """Return the places of a rank's share in the endless sequence of rows."""
     assert rows_per_step % world == 0
     share = rows_per_step // world
     return step * rows_per_step + rank * share + np.arange(share, dtype=np.int64)
 
 
 def _draw(places: NDArray[np.int64], rows: int, *key: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(row, epoch) at places of the endless sequence that visits each row once an epoch, in orders given by `key`."""
+    """Return (row, epoch) at places of the endless sequence of rows.
+
+    It visits each row once an epoch, in orders given by `key`.
+    """
     epochs, positions = places // rows, places % rows
     chosen = np.empty_like(places)
     for epoch in np.unique(epochs):

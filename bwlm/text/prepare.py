@@ -1,6 +1,6 @@
 """Prepares a corpus once, however many cells share it: finds the text, gets its tokenizer, packs its rows.
 
-Everything lies below `<storage>/cache`, named by what it was made from, and appears whole or not at all.
+Everything lies below `<storage>/cache`, named by what it was made from, and is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ ShowProgress = Callable[[str], None]
 Pack = Callable[[Corpus, Path, int, Path], Manifest]
 
 _TRAINING_CHARACTERS = 2_000_000_000
-"""BPE training reads at most this much text, as nanochat's tok_train.py does."""
+"""Most characters that BPE training reads, as nanochat's tok_train.py does."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A corpus ready to be streamed."""
+    """Corpus that is ready to be streamed."""
 
     folder: Path
     manifest: Manifest
     tokenizer: Tokenizer
     tokenizer_folder: Path
     corpus: Corpus | None = None
-    """None: a mixture of conversations."""
+    """Shards that it was made from; None: a mixture of conversations."""
 
 
 def prepare(recipe: Recipe, storage: Path, pack: Pack, progress: ShowProgress) -> Prepared:
-    """Returns the corpus that `recipe` asks for, from the cache where it was prepared before.
+    """Return the corpus that `recipe` asks for, from the cache where it was prepared before.
 
     `pack` does the parallel work (`bwlm.text.stream.pack_corpus`). Raises `UserError` for every fault of the text.
     """
@@ -55,7 +55,7 @@ def prepare(recipe: Recipe, storage: Path, pack: Pack, progress: ShowProgress) -
             with atomic_folder(folder) as temporary:
                 pack(corpus, tokenizer_folder, width, temporary)
         except UserError:
-            # mended text is another corpus: a tokenizer made from this one just now would never be used
+            # corrected text is another corpus, so the tokenizer that was just trained on this one would never be used
             if tokenizer_folder.is_relative_to(cache) and tokenizer_folder not in before:
                 shutil.rmtree(tokenizer_folder)
                 _remove_empty([cache / "tokenizers", cache, storage], before)
@@ -67,7 +67,7 @@ def prepare(recipe: Recipe, storage: Path, pack: Pack, progress: ShowProgress) -
 
 
 def find_packed(storage: Path, named: Path, digest: str) -> Path | None:
-    """The packed text of a digest: the folder `named`, else any in the storage's cache; None where it is gone."""
+    """Return the packed text with this digest: the folder `named`, else any in the cache; None if it is gone."""
     for folder in (named, *sorted((storage / "cache" / "packed").glob("*"))):
         if (folder / "manifest.json").exists() and Manifest.read(folder).digest == digest:
             return folder
@@ -77,12 +77,16 @@ def find_packed(storage: Path, named: Path, digest: str) -> Path | None:
 def _remove_empty(folders: list[Path], before: set[Path]) -> None:
     for folder in folders:
         if folder not in before:
-            with contextlib.suppress(OSError):  # not empty: somebody needs it
+            with contextlib.suppress(OSError):  # not empty: still in use
                 folder.rmdir()
 
 
 def get_tokenizer(recipe: Recipe, cache: Path, progress: ShowProgress) -> tuple[Corpus, Path, Tokenizer]:
-    """The corpus, and the tokenizer at `tokenizer.path`, else the one trained on this corpus (now, if it never was)."""
+    """Return the corpus, and its tokenizer with its folder: that at `tokenizer.path`, else one trained on the corpus.
+
+    A tokenizer that was trained on the same corpus before is read from the cache. Raises `UserError` for a fault of
+    the text or of the tokenizer.
+    """
     given = _given_tokenizer(recipe)
     corpus = find_corpus(recipe.data, cache, progress)
     check_shards(corpus)
@@ -134,7 +138,10 @@ def _training_texts(corpus: Corpus) -> Iterator[str]:
 
 
 def bytes_per_token(tokenizer: Tokenizer, corpus: Corpus) -> float:
-    """UTF-8 bytes per token of the validation text, which the tokenizer was not made from."""
+    """Return the UTF-8 bytes per token of the validation text, which the tokenizer was not trained on.
+
+    Raises `UserError` if it has no tokens.
+    """
     lengths, counted, tokens = tokenizer.token_bytes(), 0, 0
     for shard in corpus.validation:
         for texts in read_texts(shard.uri, corpus.text_column):
@@ -142,5 +149,7 @@ def bytes_per_token(tokenizer: Tokenizer, corpus: Corpus) -> float:
                 counted += int(lengths[ids].sum())
                 tokens += len(ids)
     if tokens == 0:
-        raise UserError("data.validation: the validation shards hold no text")
+        raise UserError(
+            "data.validation: the validation shards hold no text: give shards with documents that are not empty"
+        )
     return counted / tokens

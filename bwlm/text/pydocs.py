@@ -1,8 +1,8 @@
 """The corpus `builtin:pydocs`: English text that every install already holds.
 
-It is CPython's reference topics (`pydoc_data.topics`) and the docstrings of the standard library and of some
-libraries that bwlm depends on, found by `ast`: nothing is imported or run. A document is a topic, or all docstrings of
-one module, each below its qualified name. It does not cover documentation of compiled extensions.
+It consists of CPython's reference topics (`pydoc_data.topics`) and the docstrings of the standard library and of some
+libraries that bwlm depends on. `ast` finds them: nothing is imported or run. A document is a topic, or all docstrings
+of one module, each below its qualified name. Documentation of compiled extensions is not covered.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bwlm.paths import read_json
 from bwlm.text.shards import MANIFEST, counts, refuse_foreign, write_shards
 
 FORMAT_VERSION = 2
-"""Counts up whenever the same sources would give another text."""
+"""Version of the text: raise it whenever the same sources would give another text."""
 
 STANDARD_LIBRARY = "python"
 PACKAGES = (
@@ -49,15 +49,16 @@ PACKAGES = (
     "rich",
     "urllib3",
 )
-"""Chosen for prose in modules of a few kilobytes; numpy, scipy and pandas have few, long ones full of numbers."""
+"""Packages with prose in modules of a few kilobytes; numpy, scipy and pandas have few, long modules full of numbers."""
 
 TRAIN_SHARDS = 4
 VALIDATION_SHARE = 10
-"""One document in so many goes to the last shard."""
+"""Ratio of validation: 1 document in 10 goes to the last shard."""
 
 SMALLEST_DOCUMENT = 200
+"""Fewest characters of a document."""
 LARGEST_DOCUMENT = 100_000
-"""Characters. A larger one would be a tenth of the validation text all by itself."""
+"""Most characters of a document. A longer one would be a tenth of the validation text by itself."""
 
 _NOT_OURS = ("_vendor", "_bundled", "vendor", "vendored", "externals", "thirdparty", "thirdparty_files")
 _TESTS = ("tests", "test", "testing", "idlelib", "lib2to3", "turtledemo")
@@ -69,7 +70,7 @@ Docstring = tuple[str, str]
 
 @dataclass(frozen=True)
 class PydocsManifest:
-    """What a written corpus holds, and the versions that its text follows from."""
+    """Contents of a written corpus, and the versions that its text follows from."""
 
     format: int
     versions: dict[str, str]
@@ -81,7 +82,7 @@ class PydocsManifest:
 
     @classmethod
     def read(cls, folder: Path) -> PydocsManifest:
-        """Raises `UserError` naming the manifest if it is missing or not one of ours."""
+        """Return the manifest in `folder`. Raises `UserError` that names it if it is missing or not one of ours."""
         path = folder / MANIFEST
         try:
             return cls(**read_json(path))
@@ -90,7 +91,7 @@ class PydocsManifest:
 
 
 def pydocs_key() -> str:
-    """A short hash of all that the corpus follows from: names its folder without building it."""
+    """Return a short hash of everything that determines the corpus: it names its folder without building it."""
     return _key(PACKAGES)
 
 
@@ -100,9 +101,9 @@ def _key(packages: Sequence[str]) -> str:
 
 
 def write_pydocs(folder: Path, progress: Callable[[str], None] | None = None) -> PydocsManifest:
-    """Writes `shard_00000.parquet`.. (a column `text`; the last shard is validation) and `manifest.json`, or nothing.
+    """Write `shard_00000.parquet`.. (a column `text`; the last shard is validation) and `manifest.json`, or nothing.
 
-    A corpus that already lies in `folder` stays. Raises `UserError` if something else does.
+    An existing corpus in `folder` stays. Raises `UserError` if something else lies there.
     """
     return _write(folder, PACKAGES, progress or (lambda _: None))
 
@@ -121,7 +122,7 @@ def _write(folder: Path, packages: Sequence[str], progress: Callable[[str], None
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of the distributions, in which those that are not installed are left out."""
+    """Return the versions of the distributions, without those that are not installed."""
     versions = {}
     for name in dict.fromkeys(package.split(".")[0] for package in packages):
         if name == STANDARD_LIBRARY:
@@ -139,7 +140,7 @@ def _installed(name: str) -> importlib.metadata.Distribution | None:
 
 
 def find_modules(packages: Iterable[str]) -> dict[str, str]:
-    """Dotted module name -> source file, sorted by name."""
+    """Return the source file of each module by its dotted name, sorted by name."""
     found = {}
     for package in packages:
         if package == STANDARD_LIBRARY:
@@ -166,7 +167,7 @@ def _module_name(path: Path) -> str:
 
 
 def read_docstrings(modules: dict[str, str]) -> dict[str, list[Docstring]]:
-    """Docstrings of each module, the modules in the order given."""
+    """Return the docstrings of each module, the modules in the order given."""
     processes = min(8, os.cpu_count() or 1)
     shares = [list(modules.values())[index::processes] for index in range(processes)]
     with ThreadPoolExecutor(processes) as pool:
@@ -175,7 +176,7 @@ def read_docstrings(modules: dict[str, str]) -> dict[str, list[Docstring]]:
 
 
 def _read_in_child(paths: list[str]) -> dict[str, list[Docstring]]:
-    # A plain interpreter, because a multiprocessing child would first import the caller's own script, guarded or not.
+    # A plain interpreter: a multiprocessing child would first import the caller's script, even without a main guard.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-P", "-m", "bwlm.text.pydocs"]
     question = json.dumps(paths).encode()
@@ -189,7 +190,7 @@ def _child() -> None:
 
 
 def docstrings(source: bytes) -> Iterator[Docstring]:
-    """Docstrings of a module, its classes and functions, as they come; none if it is not valid Python."""
+    """Yield the docstrings of a module, its classes and functions, in order; none if it is not valid Python."""
     if b'"""' not in source and b"'''" not in source:
         return
     try:
@@ -209,7 +210,7 @@ def _walk(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionD
 
 
 def _topics() -> dict[str, str]:
-    """Topics by name; of those that are a section of another (`with` of `compound`), only the longer."""
+    """Return the topics by name. A topic that is a section of another (`with` of `compound`) is left out."""
     from pydoc_data.topics import topics
 
     kept: dict[str, str] = {}
@@ -221,7 +222,7 @@ def _topics() -> dict[str, str]:
 
 
 def _module_documents(read: dict[str, list[Docstring]]) -> dict[str, str]:
-    """One document a module; of docstrings that are the same, the first stays."""
+    """Return a document for each module; of equal docstrings only the first stays."""
     seen: set[str] = set()
     documents = {}
     for module, found in read.items():
@@ -235,7 +236,10 @@ def _module_documents(read: dict[str, list[Docstring]]) -> dict[str, str]:
 
 
 def _deal(documents: dict[str, str]) -> list[list[str]]:
-    """Shards of texts, the last one for validation; which one, and the order in it, follow from a name's hash alone."""
+    """Return shards of texts, the last one for validation.
+
+    A text's shard, and its place there, follow from the hash of its name alone.
+    """
     shards: list[list[str]] = [[] for _ in range(TRAIN_SHARDS + 1)]
     for name in sorted(documents, key=lambda name: (_hash(name), name)):
         text = documents[name].encode(errors="ignore").decode()
@@ -245,7 +249,7 @@ def _deal(documents: dict[str, str]) -> list[list[str]]:
 
 
 def held_out(name: str) -> bool:
-    """Whether the document of this name, a topic's or a module's, is validation."""
+    """Return true if the document of this name, a topic's or a module's, is validation."""
     return _hash(name) % VALIDATION_SHARE == 0
 
 

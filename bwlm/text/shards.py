@@ -1,4 +1,4 @@
-"""How a built-in corpus is written: parquet shards with a column `text` beside a manifest, whole or not at all."""
+"""Built-in corpora on disk: parquet shards with a column `text` beside a manifest, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Shards = Sequence[Sequence[str]]
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raises `UserError` if something lies where a built-in corpus is to be written."""
+    """Raise `UserError` if something lies where a built-in corpus is to be written."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: holds something else than the built-in corpus: remove it or name another folder")
 
 
 def counts(shards: Shards) -> dict[str, Any]:
-    """What every manifest says of the texts: shards, documents, characters and their `digest`.
+    """Return what every manifest says of the texts: shards, documents, characters and their `digest`.
 
     The digest is SHA-256, in hex, over the texts in the order of the shards.
     """
@@ -33,7 +33,7 @@ def counts(shards: Shards) -> dict[str, Any]:
 
 
 def write_shards(folder: Path, shards: Shards, manifest: Mapping[str, Any]) -> None:
-    """Writes `shard_00000.parquet`.. and `manifest.json`, or nothing."""
+    """Write `shard_00000.parquet`.. and `manifest.json`, or nothing."""
     with atomic_folder(folder) as temporary:
         for index, texts in enumerate(shards):
             write_atomic(temporary / f"shard_{index:05d}.parquet", _parquet(texts))

@@ -1,11 +1,12 @@
 """Splits by the names of files (train, validation, test), and copies of one file.
 
-Names are read as the hub's `datasets` reads them: the words of a file's name, then those of the folders between it and
-the source, from the nearest on; the first word of `SPLIT_WORDS` decides (`train-00000-of-00002.parquet`,
+Names are read as the hub's `datasets` reads them: the words of a file's name, then those of the folders between it
+and the source, the nearest folder first. The first word of `SPLIT_WORDS` decides (`train-00000-of-00002.parquet`,
 `validation.parquet`, `data/test/0.parquet`). A file without such a word is for training.
 
-A file is its content. Spelling does not matter: paths through links, relative ones, URIs with and without a revision,
-and copies under another name are found by comparing bytes, which only files of equal size need.
+A file is identified by its content, not by the spelling of its path. Paths through links, relative paths, URIs with
+and without a revision, and copies under another name are found by comparing bytes, which is done only for files of
+equal size.
 """
 
 from __future__ import annotations
@@ -35,23 +36,23 @@ _COMPARED_AT_ONCE = 2**20
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of data; size and stamp tell when it changed."""
+    """File of data; size and stamp tell when it changed."""
 
     uri: str
-    """An absolute path without links to folders, or a URI."""
+    """Absolute path without links to folders, or a URI."""
     size: int
     stamp: str
     split: SplitName = field(default="train", compare=False)
-    """The split that its name says."""
+    """Split that the file's name says."""
 
     @property
     def version(self) -> tuple[str, int, str]:
-        """Changes when the file does: for the names of what is made from it."""
+        """Identity that changes when the file does: it goes into the names of what is made from the file."""
         return self.uri, self.size, self.stamp
 
 
 def split_of(name: str, folder: str = "") -> SplitName:
-    """Returns the split that a path below its source says.
+    """Return the split that a path below its source says.
 
     `folder` is the source's own folder where its name counts too (`is_split_folder`).
     """
@@ -64,9 +65,9 @@ def split_of(name: str, folder: str = "") -> SplitName:
 
 
 def is_split_folder(folder: str, exists: Callable[[str], bool]) -> bool:
-    """True if the source's own folder is a split: named so, and beside a folder of training files.
+    """Return true if the source's own folder is a split: named so, and beside a folder of training files.
 
-    Alone its name says nothing: many people keep all their work in folders called `dev` or `test`.
+    The name alone says nothing: many people keep all their work in folders called `dev` or `test`.
     """
     above, _, own = folder.rstrip("/").rpartition("/")
     is_held_out = SPLIT_WORDS.get(own.lower(), "train") != "train"
@@ -84,9 +85,10 @@ class NamedSplits:
 
 
 def split_by_name(files: Sequence[Shard], source: str, field: str) -> NamedSplits:
-    """Sorts files into splits. No training file has the content of a validation or test file, none is listed twice.
+    """Sort files into splits.
 
-    Raises `UserError` that names `field` where no file is left for training.
+    No training file has the content of a validation or test file, and none is listed twice. Raises `UserError` that
+    names `field` if no file is left for training.
     """
     named = {split: [file for file in files if file.split == split] for split in _WORDS}
     notes = [f"{listed(named['test'])}: left for evaluation, neither trained nor validated on"] if named["test"] else []
@@ -103,7 +105,7 @@ def split_by_name(files: Sequence[Shard], source: str, field: str) -> NamedSplit
 
 
 def without_copies(files: Iterable[Shard], held_out: Iterable[Shard]) -> tuple[tuple[Shard, ...], list[str]]:
-    """Returns the files whose content no held-out file has, and a line for each other one under another name."""
+    """Return the files whose content no held-out file has, and a line for each copy under another name."""
     by_size: dict[int, list[Shard]] = defaultdict(list)
     for other in held_out:
         by_size[other.size].append(other)
@@ -118,7 +120,7 @@ def without_copies(files: Iterable[Shard], held_out: Iterable[Shard]) -> tuple[t
 
 
 def without_repeats(files: Iterable[Shard]) -> tuple[tuple[Shard, ...], list[str]]:
-    """Returns each file once, however many links to it are listed, and a line for each of the others.
+    """Return each file once, however many links to it are listed, and a line for each repeated link.
 
     Copies stay: weighing a text by copies of its file is a choice, but no link is a copy.
     """
@@ -155,13 +157,13 @@ def _open(uri: str) -> IO[bytes]:
         try:
             file.read(1)
             file.seek(0)
-        except ValueError:  # an HTTP server that gives no ranges
+        except ValueError:  # an HTTP server without range requests
             return io.BytesIO(filesystem.cat_file(path))
-    except Exception as error:  # every file system has errors of its own, and they share no base
-        raise UserError(f"{uri}: cannot be read ({error}): make it readable or take it out of the data") from None
+    except Exception as error:  # every file system has its own errors, without a common base class
+        raise UserError(f"{uri}: cannot be read ({error}): make it readable, or remove it from the data") from None
     return file  # type: ignore[no-any-return]
 
 
 def listed(files: Sequence[Shard]) -> str:
-    """x/a.parquet and 4 more"""
+    """Return the files in short: x/a.parquet and 4 more."""
     return files[0].uri + (f" and {len(files) - 1} more" if len(files) > 1 else "")

@@ -1,7 +1,7 @@
 """Ray Data: tokenizes and packs shards in parallel, and streams directed batches to a worker.
 
-The rows of a step are fixed by the plan, so the stream only says where they are computed: equal, row for row, to
-`DirectedPlan.batches` read in-process.
+The plan fixes the rows of a step. The stream only decides where they are computed: its batches are equal, row for
+row, to `DirectedPlan.batches` read in-process.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _BLOCK_TOKENS = 2**19
 """Tokens of one Ray Data block: large enough to hide a task's cost, small enough to start soon."""
 
 Document = tuple[int, NDArray[np.uint32]]
-"""(number, tokens)"""
+"""(number, tokens) of a document"""
 
 _SHARD_BITS = 32
-"""A document's id is its shard's index, shifted by this, plus its row in the shard."""
+"""Bits of a document's row in its shard: its id is the shard's index, shifted by this, plus that row."""
 
 
 @lru_cache(maxsize=1)
@@ -55,15 +55,16 @@ def _tokenizer(folder: str) -> Tokenizer:
 
 @dataclass(frozen=True)
 class ShardJob(PackJob):
-    """A shard of text that becomes a file of packed rows."""
+    """Shard of text that becomes a file of packed rows."""
 
     uri: str
 
 
 def pack_shard(tokenizer_folder: str, column: str, shuffle: bool, width: int, job: ShardJob) -> PackResult:
-    """Tokenizes one shard of text and writes one file of packed rows.
+    """Tokenize one shard of text and write one file of packed rows. A `UserError` is returned in the result.
 
-    Documents that are shuffled are held as tokens, of 4 bytes each, until the last of their shard has been read.
+    Documents that are shuffled are held in memory as tokens, of 4 bytes each, until the last of their shard has been
+    read.
     """
     tokenizer = _tokenizer(tokenizer_folder)
     counts, hashes, content = ShardCounts(job.file), DocumentHashes(), hashlib.sha256()
@@ -91,26 +92,26 @@ def pack_shard(tokenizer_folder: str, column: str, shuffle: bool, width: int, jo
 
 
 def _shuffled(documents: Iterable[Document], digest: Callable[[], bytes]) -> list[Document]:
-    """All documents of a shard, ordered by a hash of the shard's digest and of each document's place in it.
+    """Return all documents of a shard, ordered by a hash of the shard's digest and of each document's place in it.
 
     The content alone decides, so a copy of the shard elsewhere has the same order. Neighbours in a file often belong
     together; where attention crosses documents, their order would be a part of what is measured.
     """
     held = list(documents)
-    key = int.from_bytes(digest()[:8])  # known now that all of them were read
+    key = int.from_bytes(digest()[:8])  # only now: the digest covers all documents
     order = np.argsort(counter_hash(np.array(key, np.uint64), np.arange(len(held))), kind="stable")
     return [held[index] for index in order]
 
 
 def with_ray(jobs: list[Job], work: Callable[[Job], PackResult]) -> list[PackResult]:
-    """Does the work on each job in a task of Ray Data."""
+    """Run the work on each job in a task of Ray Data."""
     quiet()
     rows = ray.data.from_items([{"job": job} for job in jobs], override_num_blocks=len(jobs))
     return [row["result"] for row in rows.map(lambda row: {"result": work(row["job"])}).take_all()]
 
 
 def pack_corpus(corpus: Corpus, tokenizer_folder: Path, width: int, folder: Path, run: RunJobs = with_ray) -> Manifest:
-    """Tokenizes and packs every shard (by default with Ray Data), writes the manifest.
+    """Tokenize and pack every shard (by default with Ray Data), write the manifest and return it.
 
     Raises the first shard's `UserError`, and one for a split without text.
     """
@@ -140,7 +141,7 @@ def pack_corpus(corpus: Corpus, tokenizer_folder: Path, width: int, folder: Path
 
 
 def quiet() -> None:
-    """Ray Data draws its own progress bars and logs each execution; a grid of cells needs neither."""
+    """Turn off Ray Data's progress bars and its log of each execution: a grid of cells needs neither."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -148,7 +149,7 @@ def quiet() -> None:
 
 
 def stream_batches(plan: DirectedPlan, first: int, last: int) -> Iterator[Batch]:
-    """Steps first..last-1 of one rank, directed by Ray Data's tasks ahead of the step that needs them."""
+    """Yield the batches of steps first..last-1 of one rank, directed by Ray Data's tasks before the step needs them."""
     if first >= last:
         return
     rows = plan.plan.rows_per_step // plan.world

@@ -1,6 +1,6 @@
 """The tokenizer: a byte-level BPE trained with rustbpe and held as a `tiktoken.Encoding`.
 
-One tokenizer, trained on forward text, serves every direction. Whatever text comes in is ordinary text: `<|bos|>`
+One tokenizer, trained on forward text, serves every direction. All text that comes in is ordinary text: `<|bos|>`
 written by a user becomes plain bytes, and ids of special tokens come from `Tokenizer.specials` alone. On disk a
 tokenizer is `tokenizer.json` (pattern, special tokens, digest) beside `ranks.tiktoken` (one `base64 rank` a line).
 """
@@ -33,16 +33,17 @@ SPECIAL_TOKENS = (
     "<|assistant_start|>",
     "<|assistant_end|>",
 )
-"""Their ids follow those of the merges, in this order."""
+"""Special tokens; their ids follow those of the merges, in this order."""
 
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-"""What no merge crosses: nanochat's pattern (nanochat/tokenizer.py), GPT-4's with numbers cut every two digits."""
+"""Pattern of pieces that no merge crosses: nanochat's (nanochat/tokenizer.py), GPT-4's with numbers cut every two
+digits."""
 
 PIECE_CHARACTERS = 100_000
-"""Longest text given to the regex engine at once. tiktoken 0.14 and rustbpe 0.1 panic on a million spaces (the stack of
-their backtracking engine overflows); 100,000 characters of any one kind took 2 to 35 ms, and time grows linearly."""
+"""Longest text given to the regex engine at once. tiktoken 0.14 and rustbpe 0.1 panic on a million spaces (the stack
+of their backtracking engine overflows); 100,000 characters of any one kind took 2 to 35 ms, and time grows linearly."""
 
 FORMAT_VERSION = 1
 _HEADER = "tokenizer.json"
@@ -50,15 +51,15 @@ _RANKS = "ranks.tiktoken"
 _BYTES = 256
 _BATCH = 64
 
-# Where a space goes before a word the pattern always begins a new token, so a cut there changes no token.
+# The split pattern always begins a new piece at a space before a word, so a cut there changes no token.
 _LAST_WORD = re.compile(r".+(?= \S)", re.DOTALL)
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Cuts a text into pieces of at most `PIECE_CHARACTERS`; one that fits stays whole.
+    """Cut a text into pieces of at most `PIECE_CHARACTERS`; a text that fits stays whole.
 
     Cuts fall before the last space that begins a word, else before the last line break, else anywhere. Joined, the
-    pieces give the text back; a lone surrogate, which UTF-8 cannot hold, has become U+FFFD.
+    pieces give the text back, except that a lone surrogate, which UTF-8 cannot hold, has become U+FFFD.
     """
     text = _without_surrogates(text)
     start = 0
@@ -85,9 +86,10 @@ def _without_surrogates(text: str) -> str:
 
 
 class Tokenizer:
-    """A fixed vocabulary: ranks 0..n-1 of byte strings, then the special tokens.
+    """Fixed vocabulary: ranks 0..n-1 of byte strings, then the special tokens.
 
-    Raises `ValueError` if the ranks are not 0..n-1 or lack a single byte, or if a special token is missing or doubled.
+    Raises `ValueError` if the ranks are not 0..n-1 or lack a single byte, or if a special token is missing or
+    doubled.
     """
 
     def __init__(
@@ -104,9 +106,9 @@ class Tokenizer:
         if len(set(specials)) != len(specials) or not set(SPECIAL_TOKENS) <= set(specials):
             raise ValueError("a special token is missing or doubled")
         self.tokens: Sequence[bytes] = tokens
-        """What each id stands for, the special ones left out."""
+        """Byte string of each id, without the special tokens."""
         self.specials: Mapping[str, int] = {name: len(tokens) + index for index, name in enumerate(specials)}
-        """Special tokens by name, in the order of their ids."""
+        """Ids of the special tokens by name, in the order of the ids."""
         self._encoding = tiktoken.Encoding(
             "bwlm", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens=dict(self.specials)
         )
@@ -116,31 +118,35 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Bytes, merges and special tokens together."""
+        """Number of bytes, merges and special tokens together."""
         return len(self.tokens) + len(self.specials)
 
     @property
     def bos(self) -> int:
+        """Id of `<|bos|>`, which begins every segment and ends a document."""
         return self.specials["<|bos|>"]
 
     @property
     def pad(self) -> int:
+        """Id of `<|pad|>`."""
         return self.specials["<|pad|>"]
 
     @property
     def forward(self) -> int:
+        """Id of the marker `<|forward|>`."""
         return self.specials["<|forward|>"]
 
     @property
     def backward(self) -> int:
+        """Id of the marker `<|backward|>`."""
         return self.specials["<|backward|>"]
 
     def encode(self, text: str) -> NDArray[np.uint32]:
-        """Ids of ordinary text, without any special token; read-only."""
+        """Return the ids of ordinary text, without any special token. The array may be read-only."""
         return _join([self._encode_piece(piece) for piece in pieces(text)])
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[NDArray[np.uint32]]:
-        """Ids of each text, as `encode` gives them, with the pieces shared among threads."""
+        """Return the ids of each text, as `encode` gives them, with the pieces shared among threads."""
         per_text = [list(pieces(text)) for text in texts]
         encoded = iter(self._encode_pieces([piece for cut in per_text for piece in cut], threads))
         return [_join(list(itertools.islice(encoded, len(cut)))) for cut in per_text]
@@ -148,7 +154,7 @@ class Tokenizer:
     def _encode_pieces(self, cut: list[str], threads: int) -> list[NDArray[np.uint32]]:
         if threads == 1:
             return self._encode_some(cut)
-        # A task for each piece would cost more than it takes to encode a short one.
+        # batches, since starting a task costs more than encoding a short piece
         batches = [cut[start : start + _BATCH] for start in range(0, len(cut), _BATCH)]
         with ThreadPoolExecutor(threads) as pool:
             return [ids for batch in pool.map(self._encode_some, batches) for ids in batch]
@@ -160,19 +166,19 @@ class Tokenizer:
         return self._encoding.encode_to_numpy(piece, disallowed_special=())
 
     def decode_bytes(self, ids: Sequence[int] | NDArray[np.integer]) -> bytes:
-        """The bytes that ids stand for; a special token gives its name."""
+        """Return the bytes of ids; a special token gives its name."""
         return self._encoding.decode_bytes(np.asarray(ids).tolist())
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
-        """The text of ids; bytes that are not UTF-8, such as half a character, become U+FFFD."""
+        """Return the text of ids; bytes that are not UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def token_bytes(self) -> NDArray[np.int32]:
-        """UTF-8 bytes of each id, 0 for special tokens: what bits per byte divides by."""
+        """Return the UTF-8 bytes of each id, 0 for special tokens: what bits per byte divides by."""
         return np.array([len(token) for token in self.tokens] + [0] * len(self.specials), dtype=np.int32)
 
     def save(self, folder: Path) -> None:
-        """Writes both files into `folder`; a reader in between finds digests that differ, never a wrong tokenizer."""
+        """Write both files into `folder`; a reader in between finds digests that differ, never a wrong tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / _RANKS, _rank_lines(self.tokens))
         header = {
@@ -185,9 +191,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path, digest: str | None = None) -> Tokenizer:
-        """Reads what `save` wrote, and with `digest` accepts only the tokenizer that has it.
+        """Return the tokenizer that `save` wrote; with `digest`, only the one that has it.
 
-        Raises `UserError` naming what is missing, damaged or of another tokenizer.
+        Raises `UserError` that names what is missing, damaged or of another tokenizer.
         """
         pattern, specials, told = _read_header(folder / _HEADER)
         ranks = _read_ranks(folder / _RANKS)
@@ -196,16 +202,19 @@ class Tokenizer:
         except ValueError as error:
             raise UserError(f"{folder}: not a tokenizer ({error}): train it again") from None
         if tokenizer.digest != told:
-            raise UserError(f"{folder / _HEADER}: digest: not that of this file and {_RANKS}: copy or train them again")
+            raise UserError(
+                f"{folder / _HEADER}: digest: does not match this file and {_RANKS}: copy both again, or train again"
+            )
         if digest not in (None, tokenizer.digest):
             raise UserError(
-                f"{folder / _HEADER}: another tokenizer than the run's ({told} instead of {digest}): put that one back"
+                f"{folder / _HEADER}: another tokenizer than the run's (digest {told}, not {digest}): "
+                "restore the run's own"
             )
         return tokenizer
 
 
 def byte_counts(token_bytes: NDArray[np.integer]) -> str:
-    """A digest of a table of bytes per token id, 16 hex digits: bits per byte compare only where it is equal."""
+    """Return a digest of a table of bytes per token id, 16 hex digits: bits per byte compare only where it is equal."""
     return hashlib.sha256(token_bytes.astype("<i4").tobytes()).hexdigest()[:16]
 
 
@@ -214,7 +223,7 @@ def _join(arrays: list[NDArray[np.uint32]]) -> NDArray[np.uint32]:
 
 
 def _rank_lines(tokens: Sequence[bytes]) -> bytes:
-    """tiktoken's own file format."""
+    """Return the tokens in tiktoken's own file format."""
     return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
 
 
@@ -252,11 +261,11 @@ def _read_rank(line: bytes, where: str) -> tuple[bytes, int]:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Trains on `texts`; the same texts in the same order give the same digest.
+    """Train on `texts`; the same texts in the same order give the same digest.
 
-    A `vocab_size` of bytes and special tokens alone (264) gives the tokenizer without merges, whatever the texts. Text
-    with too few different words gives a smaller vocabulary than asked for. Raises `UserError` for a `vocab_size` that
-    leaves no room for the bytes, and when there is no text.
+    A `vocab_size` of bytes and special tokens alone (264) gives the tokenizer without merges, whatever the texts.
+    Text with too few different words gives a smaller vocabulary than asked for. Raises `UserError` for a `vocab_size`
+    that leaves no room for the bytes, and if there is no text.
     """
     import rustbpe
 

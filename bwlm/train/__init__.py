@@ -1,1 +1,1 @@
-"""One training loop and the phases that feed it."""
+"""Training: a loop, and the phases that feed it."""

@@ -9,4 +9,5 @@ from bwlm.train.session import Session
 
 
 def phase(folder: ExperimentFolder, session: Session, stream: Stream) -> PhaseSetup:
+    """Return the setup of a base run."""
     return packed_phase(folder, session, stream)

@@ -1,8 +1,7 @@
 """The training loop that every phase shares.
 
-A phase says what is trained on what (`PhaseSetup`); the loop steps, evaluates, checkpoints, resumes and keeps the
-journal.
-It knows nothing of direction or Ray.
+A phase says what is trained on what (`PhaseSetup`). The loop steps, evaluates, checkpoints, resumes and keeps the
+journal. It knows nothing of direction or Ray.
 
 Not here: the step itself (`bwlm/model/train_step.py`), what is measured (`meter.py`), files (`bwlm/record`).
 """
@@ -41,7 +40,7 @@ from bwlm.train.step_log import Observer, StepView
 
 @dataclass(frozen=True)
 class PhaseSetup:
-    """What one phase trains, and how it is measured."""
+    """Everything that a phase gives to the loop: what it trains, on what, and how it is measured."""
 
     name: str
     model: GPT
@@ -51,36 +50,38 @@ class PhaseSetup:
     measure: Callable[[Batch, Tensor], dict[str, Tensor]]
     """(batch, nats of each target) -> [sum, count] of this rank for each metric that is a mean over all ranks"""
     evaluate: Callable[[GPT, int], Evaluated]
-    """What validation finds after a step; called on every rank"""
+    """(model, step) -> results of the validation after a step; called on every rank"""
     rows_at: Callable[[int], NDArray[np.int64]]
-    """The rows that all ranks read at a step, rank after rank"""
+    """step -> rows that all ranks read at it, rank after rank"""
     steps: int
     seed: int
     compute: Compute
     masked: bool
-    """Attention stays inside a segment"""
+    """True: attention stays inside a segment"""
     evaluate_every: int
     optim: OptimSettings
     checkpoint: CheckpointSettings
     research_log: ResearchLogSettings
     fixed: dict[str, Any]
-    """What its validation entries in the research log hold for the whole run"""
+    """Contents of its validation entries in the research log that hold for the whole run"""
     meta: dict[str, object]
-    """Goes into every checkpoint: what a reader must know before loading it"""
+    """Metadata that goes into every checkpoint: what a reader must know before loading it"""
 
 
 @dataclass(frozen=True)
 class Evaluated:
+    """Results of a validation."""
+
     metrics: dict[str, float]
     entries: Entries
-    """For the research log; on rank 0."""
+    """Entries of the research log; used on rank 0."""
 
 
 def train(phase: PhaseSetup, folder: ExperimentFolder, session: Session) -> dict[str, float]:
-    """Trains to the phase's last step, from the newest checkpoint if there is one; returns the final metrics.
+    """Train to the phase's last step, resuming from the newest checkpoint if there is one; return the final metrics.
 
-    Raises `TrainingDiverged` at the first loss, gradient or validation figure that is not finite, `RunError` if a
-    checkpoint cannot be written, and `Interrupted` once one is saved if any rank was asked to end.
+    Raises `TrainingDiverged` at the first loss, gradient or validation figure that is not finite, and `RunError` if a
+    checkpoint cannot be written. If any rank is asked to end, all ranks save a checkpoint and raise `Interrupted`.
     """
     progress = _resume(phase, folder, session)
     train_step = TrainStep(phase.model, phase.optimizer, phase.compute.micro_rows, phase.optim.grad_clip, session.world)
@@ -107,7 +108,7 @@ def train(phase: PhaseSetup, folder: ExperimentFolder, session: Session) -> dict
             if result.asked_to_stop and progress.step < phase.steps:
                 raise Interrupted(f"asked to end at step {progress.step}")
         _wait_for_save(session, records, last=True)
-    if progress.validation is None:  # resumed at the very end
+    if progress.validation is None:  # resumed after the last step
         _evaluate(phase, progress)
     assert progress.validation is not None
     speed = progress.tokens_per_second
@@ -131,13 +132,16 @@ def _resume(phase: PhaseSetup, folder: ExperimentFolder, session: Session) -> Tr
         torch.set_rng_state(rng[f"{own}cpu"])
         if session.device.type == "cuda" and f"{own}cuda" in rng:
             torch.cuda.set_rng_state(rng[f"{own}cuda"], session.device)
-    else:  # a run that begins, or goes on with more ranks than it had
+    else:  # a new run, or one that resumes with more ranks than it had
         torch.manual_seed(int(counter_hash(phase.seed, progress.step, session.rank)))
     return progress
 
 
 def _restored(phase: PhaseSetup, folder: ExperimentFolder, checkpoint: Snapshot) -> TrainingProgress:
-    """Puts a checkpoint into model and optimizer; where it stood. Raises `UserError` if it is of another version."""
+    """Load a checkpoint into model and optimizer; return its progress.
+
+    Raises `UserError` if it does not fit what this version saves.
+    """
     try:
         phase.model.load_state_dict(checkpoint.model)
         phase.optimizer.load_state_tensors(checkpoint.optimizer)
@@ -146,12 +150,12 @@ def _restored(phase: PhaseSetup, folder: ExperimentFolder, checkpoint: Snapshot)
         path, reason = step_folder(folder.checkpoints, checkpoint.step), " ".join(str(error).split())
         raise UserError(
             f"{path}: whole, but not what this version saves ({reason}): go on with the version that saved it, or move "
-            "it away"
+            "the checkpoint away"
         ) from None
 
 
 def _newest(folder: ExperimentFolder, session: Session) -> Snapshot | None:
-    """The checkpoint that all ranks resume from: rank 0 chooses, since each might see another one as the newest."""
+    """Return the checkpoint that all ranks resume from. Rank 0 chooses: ranks might see different newest ones."""
     newest = raise_on_all_ranks(session, lambda: load_newest(folder.checkpoints) if session.rank == 0 else None)
     if session.world == 1:
         return newest
@@ -196,13 +200,13 @@ def _step(
 
 
 def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Ids and the like as torch indexes with them; what is a float stays one."""
+    """Return an array as a tensor on the device: integers as int64, with which torch indexes; floats as they are."""
     tensor = torch.from_numpy(array).to(device)
     return tensor if tensor.is_floating_point() else tensor.long()
 
 
 def _means(phase: PhaseSetup, session: Session, batch: Batch, token_losses: Tensor) -> dict[str, float]:
-    """What the phase measures of a step, over all ranks; a mean of nothing is left out."""
+    """Return the phase's metrics of a step, as means over all ranks; a mean of nothing is left out."""
     found = {}
     for name, sums in phase.measure(batch, token_losses).items():
         if session.world > 1:
@@ -218,7 +222,7 @@ def _multiplier(step: int, phase: PhaseSetup) -> float:
 
 
 def _validate(phase: PhaseSetup, progress: TrainingProgress) -> Evaluated | None:
-    """Validation, where it is due."""
+    """Return the results of a validation if one is due, else None."""
     if not _is_due(progress.step, phase.evaluate_every, phase.steps):
         return None
     began = time.perf_counter()
@@ -240,8 +244,8 @@ def _evaluate(phase: PhaseSetup, progress: TrainingProgress) -> Evaluated:
 def _save(
     phase: PhaseSetup, session: Session, progress: TrainingProgress, metric: float | None, records: Records | None
 ) -> None:
-    """A collective: every rank gives what it alone has, rank 0 copies and writes."""
-    _wait_for_save(session, records)  # first: two copies must not lie in memory
+    """Save a checkpoint; a collective: every rank gives what it alone has, rank 0 copies and writes."""
+    _wait_for_save(session, records)  # so that only one copy of the state lies in memory
     optimizer, rng = phase.optimizer.state_tensors(), _random_states(session)
     if records is not None:
         model, state = copy_to_host(phase.model.state_dict()), copy_to_host(optimizer)
@@ -250,12 +254,12 @@ def _save(
 
 
 def _wait_for_save(session: Session, records: Records | None, last: bool = False) -> None:
-    """Waits for what rank 0 saves; if anything that it writes failed all ranks raise `RunError`."""
+    """Wait until rank 0 has saved. If any of its writes failed, all ranks raise `RunError`."""
     raise_on_all_ranks(session, lambda: records.wait_for_save(last) if records is not None else None)
 
 
 def _random_states(session: Session) -> Tensors:
-    """The states of every rank's generators, as bytes, by `rank0/cpu`, `rank0/cuda`, .."""
+    """Return the state of every rank's random generators, as bytes, by `rank0/cpu`, `rank0/cuda`, .."""
     own = {"cpu": torch.get_rng_state()}
     if session.device.type == "cuda":
         own["cuda"] = torch.cuda.get_rng_state(session.device)

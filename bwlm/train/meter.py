@@ -15,28 +15,32 @@ _UNTIMED_STEPS = 2
 
 _SMOOTHING = 0.9
 _LOOK_SECONDS = 1.0
-"""Between looks at memory and disk: on a shared file system a look is slow."""
+"""Seconds between looks at memory and disk: a look is slow on a shared file system."""
 
 
 @dataclass
 class TrainingProgress:
-    """The loop's own state, kept in checkpoints: with the seed, `step` fixes the position in data and schedules."""
+    """State of the loop, saved in checkpoints: with the seed, `step` fixes the position in data and schedules."""
 
     step: int = 0
     tokens: int = 0
     average: float = 0.0
+    """Exponential average of the training loss, with the bias of its start."""
     seconds: float = 0.0
+    """Seconds of the timed steps."""
     timed_tokens: int = 0
+    """Tokens of the timed steps."""
     validation: dict[str, float] | None = None
+    """Metrics of the last validation; None before the first."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the whole run, whatever it ran on."""
+        """Speed of the whole run, over all processes and machines that it ran on."""
         return self.timed_tokens / self.seconds if self.seconds else 0.0
 
     @property
     def smooth_loss(self) -> float:
-        """An exponential average without the bias of its start (Kingma and Ba 2015, section 3)."""
+        """Exponential average of the training loss, without the bias of its start (Kingma and Ba 2015, section 3)."""
         return self.average / (1 - _SMOOTHING**self.step) if self.step else 0.0
 
 
@@ -52,7 +56,7 @@ class Meter:
         device: torch.device,
         folder: Path,
     ) -> None:
-        """`peak` in FLOP/s of all ranks; `folder` is where the run's records grow."""
+        """Begin to measure; `peak` is the FLOP/s of all ranks, `folder` is where the run's records grow."""
         self._progress = progress
         self._first = progress.step
         self._steps = steps
@@ -62,7 +66,7 @@ class Meter:
         self._folder = folder
         self._looked = 0.0
         self.resources: dict[str, float] = {}
-        """What the last look at memory, disk and power found."""
+        """Result of the last look at memory, disk and power."""
         self._timed_from = self._last = time.monotonic()
         self._seconds = 0.0
         self._tokens = 0
@@ -70,9 +74,10 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(device)
 
     def stepped(self, loss: float, tokens: int, step_seconds: float) -> dict[str, float]:
-        """Counts a step of all ranks; `loss` in nats per target. Returns what is measured after it.
+        """Count a step of all ranks and return the metrics after it; `loss` is in nats per target.
 
-        Speeds are of this process since it began, with all that a step waits for: data, and the copy for a checkpoint.
+        Speeds are those of this process since it began, including all that a step waits for: data, and the copy for a
+        checkpoint.
         """
         progress, now = self._progress, time.monotonic()
         progress.step += 1
@@ -105,12 +110,15 @@ class Meter:
         return metrics
 
     def validated(self) -> None:
-        """The time since the last step was not for training."""
+        """Leave the time since the last step out of the speeds: it was not training."""
         self._last = time.monotonic()
 
     def _look(self) -> dict[str, float]:
-        """Bytes: what this process holds, from earlier cells too (on a GPU the most that this run's tensors took); the
-        run's records; the disk's rest."""
+        """Return memory, size of the run's records and free disk in bytes, and on a GPU its watts.
+
+        Memory is what this process holds, from earlier cells too; on a GPU it is the most that this run's tensors
+        took.
+        """
         on_gpu = self._device.type == "cuda"
         memory = torch.cuda.max_memory_allocated(self._device) if on_gpu else psutil.Process().memory_info().rss
         records = [path for pattern in ("*.jsonl", "*.h5", "*.h5.tail") for path in self._folder.glob(pattern)]
@@ -123,8 +131,8 @@ class Meter:
 
 
 def _power(device: torch.device) -> dict[str, float]:
-    """Watts of this rank's GPU, whoever else uses it, where its driver tells."""
+    """Return the watts of this rank's GPU, whoever else uses it; nothing if its driver does not tell."""
     try:
         return {"gpu_watts": torch.cuda.power_draw(device) / 1000}
-    except Exception:  # NVML has many reasons, and a figure that is missing must not end a run
+    except Exception:  # NVML can fail in many ways, and a missing figure must not end a run
         return {}

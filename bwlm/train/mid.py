@@ -9,4 +9,5 @@ from bwlm.train.session import Session
 
 
 def phase(folder: ExperimentFolder, session: Session, stream: Stream) -> PhaseSetup:
+    """Return the setup of a mid-training run."""
     return packed_phase(folder, session, stream, turn_layout(folder.config(), supervised=False))

@@ -33,23 +33,23 @@ Stream = Callable[[DirectedPlan, int, int], Iterator[Batch]]
 
 
 def build_model(config: RunConfig, device: torch.device) -> GPT:
-    """The initialised model of a run; the seed decides its weights."""
+    """Return the initialised model of a run, on `device`; the seed decides its weights."""
     compute = config.compute
     model = GPT(config.shape, getattr(torch, compute.precision), compute.attention, compute.loss_chunk)
     model.init_weights(config.experiment.seed)
     if compute.compile:
-        # a process compiles a function for eight models only, then runs it as it is: each cell starts anew
+        # torch compiles a function for at most eight models in a process, then runs it uncompiled: reset for each cell
         torch.compiler.reset()
         model.compile_training()
     return model.to(device)
 
 
 def loss_by_direction(direction: str, special: SpecialIds, batch: Batch, losses: Tensor) -> dict[str, Tensor]:
-    """[sum in nats, targets] of a batch by the metric of the reading of its segments; losses [R, T]."""
+    """Return [sum in nats, targets] of a batch for each reading of its segments, by metric; losses are [R, T]."""
     targets = torch.from_numpy(batch["targets"] >= 0).to(losses.device)
     if not is_marked(direction):
         return {f"train_loss_{direction}": torch.stack([losses.sum(), targets.sum()])}
-    # each segment opens with BOS and its marker, so the last marker before a place tells its reading
+    # each segment begins with BOS and its marker, so the last marker up to a place gives its reading
     is_forward, is_backward = (batch["inputs"] == marker for marker in (special.forward, special.backward))
     place = np.where(is_forward | is_backward, np.arange(batch["inputs"].shape[1]), 0)
     last = np.maximum.accumulate(place, axis=1)
@@ -59,13 +59,17 @@ def loss_by_direction(direction: str, special: SpecialIds, batch: Batch, losses:
 
 
 def rows_per_step(config: RunConfig) -> int:
+    """Return the rows of a step, over all ranks."""
     return config.experiment.budget.batch_tokens // config.experiment.model.sequence_length
 
 
 def packed_phase(
     folder: ExperimentFolder, session: Session, stream: Stream, turns: TurnLayout | None = None
 ) -> PhaseSetup:
-    """Next-token prediction on the rows of the run's corpus, which hold documents, or with `turns` conversations."""
+    """Return the setup of next-token prediction on the rows of the run's corpus.
+
+    The rows hold documents or, with `turns`, conversations.
+    """
     config = folder.config()
     experiment = config.experiment
     model = starting_model(folder, config, session.device)
@@ -114,7 +118,10 @@ def _evaluate(
 
 
 def starting_model(folder: ExperimentFolder, config: RunConfig, device: torch.device) -> GPT:
-    """The model that a run begins with: a base run's as the seed has it, any other with its parent's weights."""
+    """Return the model that a run begins with.
+
+    A base run is initialised by its seed. Any other takes its parent's weights, unless it resumes from a checkpoint.
+    """
     model = build_model(config, device)
     if not PHASES[config.experiment.phase].is_first and not checkpoint_steps(folder.checkpoints):
         model.load_state_dict(inherited_weights(folder, config))
@@ -122,7 +129,7 @@ def starting_model(folder: ExperimentFolder, config: RunConfig, device: torch.de
 
 
 def turn_layout(config: RunConfig, supervised: bool) -> TurnLayout:
-    """How a run lays its conversations out; `supervised`: only what is written is a target."""
+    """Return how a run lays its conversations out; `supervised`: only what the model writes is a target."""
     tokenizer = Tokenizer.load(Path(config.tokenizer), config.identity["tokenizer"])
     return TurnLayout(TurnIds.from_tokenizer(tokenizer), config.experiment.data.reversal, supervised)
 

@@ -18,11 +18,11 @@ from bwlm.record.researchlog import ResearchLog
 from bwlm.record.saver import CheckpointSaver
 
 Entries = dict[str, dict[str, Any]]
-"""Columns of one step by the research log's group."""
+"""Columns of one step, by group of the research log."""
 
 
 def cannot_write(path: Path, error: OSError) -> RunError:
-    """The error of a run whose file cannot be written, with its mend."""
+    """Return the error of a run whose file cannot be written, with the fix."""
     return RunError(
         f"{path}: cannot be written ({error.strerror or error}): free space or make it writable; "
         "launched again, the run goes on from its last checkpoint"
@@ -30,16 +30,19 @@ def cannot_write(path: Path, error: OSError) -> RunError:
 
 
 class Records:
-    """What rank 0 writes while a run trains: journal, research log, and checkpoints beside the training.
+    """Files that rank 0 writes while a run trains: journal, research log, and checkpoints in the background.
 
-    Nothing of it is written once the run's lease is lost; `LeaseLost` comes up in `wait_for_save`, as what
-    cannot be written.
+    No file is written once the run's lease is lost. `wait_for_save` raises `LeaseLost` then, as it raises failed
+    writes.
     """
 
     def __init__(
         self, folder: ExperimentFolder, phase: str, fixed: Mapping[str, Any], settings: CheckpointSettings, step: int
     ) -> None:
-        """`fixed` are what the research log holds for the whole run. Raises `RunError` if a file cannot be written."""
+        """Open the files to continue after `step`; `fixed` are contents of the research log for the whole run.
+
+        Raises `RunError` if a file cannot be written.
+        """
         self._check = folder.check_lease
         config, experiment = folder.config(), folder.config().experiment
         about: dict[str, str | int | float] = {
@@ -64,7 +67,10 @@ class Records:
         self._failure: RunError | None = None
 
     def log(self, step: int, metrics: dict[str, float], entries: Entries) -> None:
-        """A failed write comes up in `wait_for_save`, where all ranks hear of it, before the next checkpoint."""
+        """Append metrics to the journal and entries to the research log.
+
+        A failed write is kept for `wait_for_save`, where all ranks learn of it, before the next checkpoint.
+        """
         with self._noting_failure(self._journal.path):
             self._check()
             self._journal.append(step, metrics)
@@ -83,7 +89,10 @@ class Records:
             self._failure = error
 
     def wait_for_save(self, last: bool = False) -> None:
-        """Waits for the save before, if there is one. Raises `RunError` for anything that could not be written."""
+        """Wait for the save in progress, if any. Raises `RunError` for every write that failed since.
+
+        With `last`, the research log is merged at once.
+        """
         self._saver.wait()
         with self._noting_failure(self._log.path):
             self._log.merge(now=last)
@@ -91,11 +100,11 @@ class Records:
             raise self._failure
 
     def save(self, snapshot: Snapshot) -> None:
-        """Starts a save; `wait_for_save` raises its failure. A journal or log that cannot be synced fails it too."""
+        """Start a save; `wait_for_save` raises its failure. A journal or log that cannot be synced fails it too."""
         self._saver.save(snapshot, self._sync)
 
     def _sync(self) -> None:
-        """Journal and research log before their checkpoint: a resumed run does not write those steps again."""
+        """Sync journal and research log before their checkpoint: a resumed run does not write those steps again."""
         for file in (self._journal, self._log):
             try:
                 file.sync()
@@ -112,5 +121,5 @@ class Records:
             self._saver.__exit__(kind, error, trace)
         finally:
             self._journal.close()
-            with self._noting_failure(self._log.path):  # a run that ended well has merged it; else the tail stays
+            with self._noting_failure(self._log.path):  # merged if the run ended well; else the tail file stays
                 self._log.close()

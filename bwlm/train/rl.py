@@ -13,8 +13,8 @@ minimizes
 - 1/N over all ranks and passes, a mean over all tokens of a step (DAPO, arXiv:2503.14476): `TrainStep`
   (`model/train_step.py`).
 
-One update for each batch of samples, so there is no ratio and no clip; no KL term. The workers that train write the
-samples, by the weights as they are.
+There is one update for each batch of samples, so there is no ratio and no clip; there is no KL term. The training
+workers themselves write the samples, with the current weights.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ from bwlm.train.rollouts import Problem, Rollouts, Sample, load_problems
 from bwlm.train.session import Session, raise_on_all_ranks
 
 _SHOWN = 20
-"""Samples of a validation that are kept to be read."""
+"""Samples of a validation that are saved for a person to read."""
 
 
 def phase(folder: ExperimentFolder, session: Session, stream: Stream) -> PhaseSetup:
+    """Return the setup of an RL run: SFT's, with samples as batches, and rewards among the metrics."""
     config = folder.config()
     experiment, settings = config.experiment, config.experiment.rl
     base = packed_phase(folder, session, stream, turn_layout(config, supervised=True))
@@ -68,7 +69,7 @@ def phase(folder: ExperimentFolder, session: Session, stream: Stream) -> PhaseSe
     def rows_at(step: int) -> NDArray[np.int64]:
         return np.concatenate([rollouts.chosen(step, rank, session.world) for rank in range(session.world)])
 
-    # rows are shorter here than those that the passes were sized for
+    # the passes were sized for rows of sequence_length; rows are shorter here, so more of them fit
     rows = config.compute.micro_rows * experiment.model.sequence_length // rollouts.width
     return replace(
         base,
@@ -81,6 +82,7 @@ def phase(folder: ExperimentFolder, session: Session, stream: Stream) -> PhaseSe
 
 
 def rollouts_of(config: RunConfig) -> Rollouts:
+    """Return the writer of a run's samples, over its training problems."""
     experiment = config.experiment
     weights = [source.weight for source in open_rows(config.corpus, "train").sources]
     return Rollouts.from_corpus(
@@ -96,9 +98,10 @@ def rollouts_of(config: RunConfig) -> Rollouts:
 
 
 def measure(batch: Batch, losses: Tensor, surprise: bool) -> dict[str, Tensor]:
-    """[sum, count] of each figure of a rank's samples; losses [R, T].
+    """Return [sum, count] of each metric of a rank's samples; losses are [R, T].
 
-    Where samples are drawn as the model has it, its mean surprise at them estimates its entropy.
+    `surprise` says that samples are drawn from the model's own distribution (temperature 1, no `top_k`): then the
+    mean surprise at them estimates its entropy.
     """
     found = {name: batch[name] for name in ("reward", "sample_tokens", "finished", "rollout_seconds")}
     for number, reading in enumerate(TEXT_READINGS):
@@ -114,7 +117,7 @@ def measure(batch: Batch, losses: Tensor, surprise: bool) -> dict[str, Tensor]:
 
 
 def _validation_problems(config: RunConfig, tokenizer: Tokenizer) -> list[Problem]:
-    """A fixed draw over all sources."""
+    """Return validation problems, a fixed draw over all sources."""
     known = list(itertools.chain(*load_problems(config.corpus, "validation", tokenizer)))
     count = min(config.experiment.rl.validation, len(known))
     return [known[place] for place in np.sort(permute(np.arange(count), len(known), 0))]
@@ -123,13 +126,16 @@ def _validation_problems(config: RunConfig, tokenizer: Tokenizer) -> list[Proble
 def _validate(
     model: GPT, rollouts: Rollouts, problems: list[Problem], session: Session
 ) -> tuple[dict[str, float], list[tuple[str, Sample]]]:
-    """Mean reward of what is written greedily, in each of the own readings and over them; a collective."""
+    """Return the mean reward of greedy messages, by the model's own readings and over them; a collective.
+
+    Also returns this rank's first samples of each reading.
+    """
     metrics, shown = {}, []
     mine = problems[session.rank :: session.world]
     for reading in own_readings(rollouts.generator.direction):
         samples = rollouts.write(model, mine, reading, [0] * len(mine), 0.0) if mine else []
         sums = [sum(sample.reward for sample in samples), len(samples)]
-        earned = torch.tensor(sums, dtype=torch.float64, device=session.device)  # also of a rank that has none
+        earned = torch.tensor(sums, dtype=torch.float64, device=session.device)  # zeros on a rank without problems
         if session.world > 1:
             dist.all_reduce(earned)
         metrics[f"val_reward_{reading}"] = float(earned[0] / earned[1])
@@ -139,7 +145,7 @@ def _validate(
 
 
 def _save_samples(folder: ExperimentFolder, step: int, shown: list[tuple[str, Sample]]) -> None:
-    """Rank 0's first samples of a validation, to be read: all of it is in reading order."""
+    """Save rank 0's first samples of a validation for a person to read, all of it in reading order."""
     config = folder.config()
     tokenizer, reversal = (
         Tokenizer.load(Path(config.tokenizer), config.identity["tokenizer"]),

@@ -1,8 +1,8 @@
-"""RL's samples: the prompts of a step, samples in groups, rewards and advantages.
+"""Rollouts of RL: the prompts of a step, samples in groups, rewards and advantages.
 
-A prompt is a problem of a task. A model that answers is given the question, and one that asks the answer; of a
-bidirectional model's samples half are written in each reading. An advantage is a sample's reward less the mean of its
-group, which are the samples of one prompt in one reading.
+A prompt is a problem of a task. A model that answers is given the question; a model that writes the user's turn is
+given the answer. A bidirectional model writes half of its samples in each reading. An advantage is a sample's reward
+minus the mean of its group, the samples of one prompt in one reading.
 
 Axes: P prompts, G samples of a group, R = P G samples (of a bidirectional model: of one reading), T time.
 """
@@ -33,23 +33,25 @@ from tasks import Verifiable, Writes, find_task
 
 @dataclass(frozen=True)
 class Problem:
+    """Conversation with the question and the true answer, and the task that rewards a message."""
+
     conversation: Conversation
     task: Verifiable
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A message that a model wrote, and its reward."""
+    """Message that a model wrote, and its reward."""
 
     message: GeneratedMessage
     reward: float
-    """0 where it did not end by itself: what would have come is not known."""
+    """Reward by the task; 0 where the message did not end by itself, since its continuation is not known."""
 
 
 def load_problems(corpus: str, split: str, tokenizer: Tokenizer) -> list[list[Problem]]:
-    """The whole conversations of each source of a mixture, in the order of its rows.
+    """Return the whole conversations of each source of a mixture, in the order of its rows.
 
-    Raises `UserError` if none of a source is whole.
+    Raises `UserError` if a source has no whole conversation.
     """
     rows = open_rows(corpus, split)
     found = []
@@ -58,7 +60,10 @@ def load_problems(corpus: str, split: str, tokenizer: Tokenizer) -> list[list[Pr
         assert isinstance(task, Verifiable), "refused when it was planned"
         problems = [Problem(talk, task) for talk in _conversations(rows.take(np.arange(first, last)), tokenizer)]
         if not problems:
-            raise UserError(f"data.mixture: {source.name}: no {split} conversation fits whole into {rows.width} tokens")
+            raise UserError(
+                f"data.mixture: {source.name}: no {split} conversation fits whole into {rows.width} tokens: "
+                "give shorter ones, or a model with a longer model.sequence_length"
+            )
         found.append(problems)
     return found
 
@@ -76,11 +81,11 @@ class Rollouts:
 
     problems: list[Problem]
     plan: MixturePlan
-    """Over the problems."""
+    """Order of the problems."""
     settings: RewardSettings
     generator: MessageGenerator
     width: int
-    """T of a batch: the longest prompt and sample, in a model's row at most."""
+    """T of a batch: the longest prompt and sample together, but at most a model's row."""
 
     @classmethod
     def from_corpus(
@@ -94,7 +99,11 @@ class Rollouts:
         weights: Sequence[float],
         seed: int,
     ) -> Rollouts:
-        """`prompts` of a step, for all ranks; `weights` of the corpus' sources."""
+        """Return the writer for a corpus' training problems.
+
+        `prompts` of a step are for all ranks; `weights` are those of the corpus' sources. Raises `UserError` if a
+        source has no whole conversation.
+        """
         longest = open_rows(corpus, "train").width
         generator = MessageGenerator(direction, reversal, tokenizer, settings.new_tokens, settings.top_k)
         by_source = load_problems(corpus, "train", tokenizer)
@@ -111,13 +120,13 @@ class Rollouts:
         return cls(list(itertools.chain(*by_source)), plan, settings, generator, width)
 
     def chosen(self, step: int, rank: int, world: int) -> NDArray[np.int64]:
-        """[R] problem of each sample of a rank, over its readings."""
+        """Return [R], the problem of each sample of a rank, one reading after the other."""
         problems, _ = self.plan.at(step, rank, world)
         readings = own_readings(self.generator.direction)
         return np.concatenate([np.repeat(problems, self.settings.samples // len(readings)) for _ in readings])
 
     def batch(self, model: GPT, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """The samples of a rank at a step, and for each of their tokens its advantage as `importance`.
+        """Return the samples of a rank at a step as rows, with each token's advantage as `importance`.
 
         They depend on the step and the weights alone, not on the number of ranks, except for rounding.
         """
@@ -129,6 +138,7 @@ class Rollouts:
         parts = []
         for number, reading in enumerate(readings):
             problems = [self.problems[place] for place in places for _ in range(group)]
+            # samples are counted over all ranks, so that the seed of a sample does not depend on their number
             counters = np.arange(first * group, first * group + len(problems))
             seeds = counter_hash(self.plan.seed, step, number, counters).tolist()
             samples = self.write(model, problems, reading, seeds, self.settings.temperature)
@@ -142,7 +152,7 @@ class Rollouts:
     def write(
         self, model: GPT, problems: list[Problem], reading: str, seeds: list[int], temperature: float
     ) -> list[Sample]:
-        """Writes and rewards a sample for each problem; greedy at temperature 0."""
+        """Write and reward a sample for each problem; greedy at temperature 0."""
         prompts = [self.generator.prompt(problem.conversation, reading) for problem in problems]
         messages = self.generator.generate(model, prompts, reading, seeds, temperature)
         writes: Writes = "question" if predicts_user_turn(reading, self.generator.reversal) else "answer"
@@ -152,7 +162,7 @@ class Rollouts:
         ]
 
     def _rows(self, samples: list[Sample], advantages: NDArray[np.float32], reading: str) -> Batch:
-        """[R, T] inputs, targets (of what was written) and their importance, and [R] figures of each sample."""
+        """Return [R, T] inputs, targets (the generated tokens) and their importance, and [R] figures of each sample."""
         shape = (len(samples), self.width)
         inputs = np.full(shape, self.generator.tokenizer.pad, dtype=np.int32)
         targets = np.full(shape, IGNORED, dtype=np.int32)
@@ -160,7 +170,7 @@ class Rollouts:
             prompt = sample.message.prompt.ids
             ids = [*prompt, *sample.message.ids][: self.width + 1]
             inputs[row, : len(ids) - 1] = ids[:-1]
-            targets[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
+            targets[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]  # the first one follows the whole prompt
         importance = np.where(targets == IGNORED, 0, advantages[:, None]).astype(np.float32)
         figures: dict[str, Any] = {
             "reward": np.array([sample.reward for sample in samples], dtype=np.float32),

@@ -1,4 +1,4 @@
-"""Runs one experiment of any phase to its end, and writes down how it ended."""
+"""Runs one experiment of any phase to its end, and records how it ended."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from bwlm.train.session import Session, raise_on_all_ranks
 
 
 def run_phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Status:
-    """Trains, evaluates and records a run; returns how it ended. A run that had finished is left alone.
+    """Train, evaluate and record a run; return how it ended. A finished run is left alone.
 
-    What went wrong by the run's own doing, or lies wrong in its folder, is its state `failed`; all else is raised. A
-    run that was asked to end is `stopped`, without a reason: it has not ended. The end of one that was lost to another
-    process is not ours to write: `LeaseLost` is raised, on rank 0.
+    A failure of the run itself, or a fault in its folder, is returned as state `failed`; every other error is raised.
+    A run that was asked to end is `stopped`, without a reason: it can resume. If another process holds the run's
+    lease now, that process records its end: `LeaseLost` is raised, on rank 0.
     """
     done = folder.status()
     if done.ended:
@@ -36,7 +36,7 @@ def run_phase(folder: ExperimentFolder, session: Session, stream: Stream) -> Sta
     if session.rank == 0:
         try:
             (folder.finish if status.state == "finished" else folder.write_status)(status)
-        except OSError as error:  # on a full disk; the reason of the run's own failure comes first
+        except OSError as error:  # a full disk, say; report the run's own failure first
             return Status("failed", status.reason or str(cannot_write(folder.path, error)), status.step)
     return status
 
@@ -45,7 +45,7 @@ def _phase(folder: ExperimentFolder, session: Session, stream: Stream) -> PhaseS
     config = folder.config()
     expected = {name: value for name, value in config.checkpoint_meta().items() if name != "id"}
     refuse_foreign(folder.checkpoints, expected)
-    # by its name: what one phase imports is no part of what another one is
+    # imported by name, so that the code fingerprint of a phase does not cover what other phases import
     module = importlib.import_module(f"bwlm.train.{config.experiment.phase}")
     build: Callable[[ExperimentFolder, Session, Stream], PhaseSetup] = module.phase
     return build(folder, session, stream)

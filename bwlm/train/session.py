@@ -15,24 +15,29 @@ from bwlm.train.termination import Termination
 T = TypeVar("T")
 
 _LONGEST_WORDS = 2000
-"""Bytes of a failure that the other ranks hear."""
+"""Bytes of an error message that other ranks receive."""
 
 
 class Session(Protocol):
+    """Process in which the loop runs, one of `world` ranks."""
+
     rank: int
     world: int
     device: torch.device
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
-        """Tells the scheduler; every rank calls it at the same steps. The scheduler may end the run here."""
+        """Report a step to the scheduler; every rank calls it at the same steps. The scheduler may end the run here."""
 
     def stopping(self) -> bool:
-        """Whether this process was asked to end (SIGTERM). Ranks may differ: the loop ends all of them together."""
+        """Return true if this process was asked to end (SIGTERM).
+
+        Ranks may differ: the loop ends all of them together.
+        """
 
 
 @dataclass
 class LocalSession:
-    """One process without a scheduler: tests, benchmarks, a debugger."""
+    """Single process without a scheduler: tests, benchmarks, a debugger."""
 
     rank: int = 0
     world: int = 1
@@ -47,10 +52,10 @@ class LocalSession:
 
 
 def raise_on_all_ranks(session: Session, action: Callable[[], T]) -> T:
-    """What `action` returns on this rank; a collective.
+    """Return what `action` returns on this rank; a collective.
 
-    If it raises `RunError` or `UserError` on any rank, all ranks raise: none may wait for one that has gone. Those that
-    have no error of their own raise a `RunError` with the words of the first that has.
+    If it raises `RunError` or `UserError` on any rank, all ranks raise, so that none waits for a rank that has gone.
+    A rank without an error of its own raises a `RunError` with the message of the first rank that has one.
     """
     error: BwlmError | None = None
     try:

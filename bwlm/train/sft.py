@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: whole conversations, of which only what the model's direction writes is a target."""
+"""Supervised fine-tuning on whole conversations: only what the model's direction writes is a target."""
 
 from __future__ import annotations
 
@@ -9,4 +9,5 @@ from bwlm.train.session import Session
 
 
 def phase(folder: ExperimentFolder, session: Session, stream: Stream) -> PhaseSetup:
+    """Return the setup of an SFT run."""
     return packed_phase(folder, session, stream, turn_layout(folder.config(), supervised=True))

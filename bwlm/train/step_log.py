@@ -27,29 +27,29 @@ from bwlm.train.records import Entries
 from bwlm.train.session import Session
 
 _ACTIVATION_TOKENS = 2**11
-"""Tokens of rank 0 that the model reads once more for its activations."""
+"""Tokens of rank 0 that the model reads again for its activations."""
 
 _SCALARS = {
     name: {"lr": "lr_multiplier"}.get(name, f"train_{name}" if name.startswith("loss") else name)
     for name in GROUPS["train"].columns
     if name != "step"
 }
-"""Columns of the log by the metrics that they hold."""
+"""Metric of each column of the group `train`."""
 
 
 @dataclass(frozen=True)
 class Observer:
-    """Says what a step must show, and turns it into entries of the log."""
+    """Decides what a step must show, and turns it into entries of the research log."""
 
     model: GPT
     settings: ResearchLogSettings
     session: Session
     masked: bool
     rows_at: Callable[[int], NDArray[np.int64]]
-    """Those of the whole batch, rank after rank, of a step counted from 0"""
+    """step, counted from 0 -> rows of the whole batch, rank after rank"""
 
     def fixed(self) -> dict[str, Any]:
-        """What the groups of steps hold for the whole run."""
+        """Return the contents of the groups `gradients` and `activations` that hold for the whole run."""
         layers, seen = parameters(self.model), places(self.model.config.depth)
         return {
             "gradients/parameter": np.array(list(layers)),
@@ -61,17 +61,18 @@ class Observer:
         }
 
     def step(self, step: int, tensors: dict[str, Tensor]) -> StepView:
-        """The view of a step that is about to be done."""
+        """Return the view of a step that is about to run; `step` is counted from 1."""
         return StepView(self, step, tensors)
 
     def is_due(self, group: str, step: int) -> bool:
+        """Return true if this step writes to `group`."""
         every: int = getattr(self.settings, group)
         return bool(every) and step % every == 0
 
 
 @dataclass
 class StepView:
-    """One step, while it happens."""
+    """Observations of one step, while it runs."""
 
     observer: Observer
     number: int
@@ -80,10 +81,11 @@ class StepView:
 
     @property
     def predict(self) -> bool:
+        """True if the step needs the likeliest ids."""
         return self.observer.is_due("tokens", self.number)
 
     def see_gradients(self) -> None:
-        """Called when the gradients are complete: they are the same on all ranks, so rank 0 looks at its own."""
+        """Observe the complete gradients, before the update. They are equal on all ranks, so rank 0 reads its own."""
         observer = self.observer
         if observer.session.rank != 0:
             return
@@ -96,7 +98,7 @@ class StepView:
             self.seen["activations"] = _arrays(found)
 
     def entries(self, result: StepResult, metrics: dict[str, float]) -> Entries:
-        """What rank 0 writes of the step; a collective."""
+        """Return the entries that rank 0 writes for the step; a collective."""
         if self.predict:
             self._see_tokens(result)
         if self.observer.is_due("scalars", self.number):
@@ -127,7 +129,7 @@ def _arrays(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _gathered(tensor: Tensor, session: Session) -> list[NDArray[Any]]:
-    """Of every rank, on rank 0; a collective."""
+    """Return the tensor of every rank, on rank 0; a collective."""
     if session.world == 1:
         return [tensor.cpu().numpy()]
     parts = [torch.empty_like(tensor) for _ in range(session.world)] if session.rank == 0 else None

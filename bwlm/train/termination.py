@@ -1,8 +1,8 @@
 """Notices that a process was asked to end (SIGTERM), in whatever thread it trains.
 
-Python runs signal handlers in the main thread alone. In a Ray worker that thread is Ray's, with a handler that leaves
-at once, and training happens in another. `faulthandler` has a handler in C that any thread may install: it writes where
-the process was to a file, and that the file has grown says that the signal came. Imports nothing heavy.
+Python runs signal handlers in the main thread alone. In a Ray worker that thread is Ray's, with a handler that exits
+at once, and training runs in another thread. `faulthandler` has a handler in C that any thread may install. It writes
+a stack trace to a file, so a file that has grown shows that the signal came. The module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from functools import cache
 from typing import IO
 
 TERMINATED = 128 + signal.SIGTERM
-"""Exit code of a command that was asked to end, as shells count it."""
+"""Exit code of a command that was ended by SIGTERM, as shells count it."""
 
 _lock = threading.Lock()
-_blocks = 0  # in which the signal is noted: there is one handler for the whole process
+_blocks = 0  # open contexts: there is one handler for the whole process
 
 
 @cache
@@ -28,9 +28,9 @@ def _notes() -> IO[bytes]:
 
 
 class Termination:
-    """While its block runs, SIGTERM is noted instead of ending the process; blocks nest, in any threads.
+    """Context in which SIGTERM is noted instead of ending the process; contexts nest, in any threads.
 
-    After the last block the handler that was there before takes over again, and `asked` stays as it is.
+    After the last one the earlier handler takes over again, and `asked` keeps its value.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Termination:
 
     @property
     def asked(self) -> bool:
-        """Whether SIGTERM came since this was made, in any block."""
+        """True if SIGTERM came since this object was made, in any context."""
         return self._size() > self._before
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Validation of a base run: its windows in both readings and its own, and what the research log keeps of it."""
+"""Validation of a run: loss of its windows in both readings and its own, and the research log's entries of it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ class Validation:
     research_log: ResearchLogSettings
     direction: str
     turns: TurnLayout | None
-    """Of conversations; None: documents."""
+    """Layout of conversations; None: documents."""
 
     @classmethod
     def from_config(cls, config: RunConfig, device: torch.device, turns: TurnLayout | None = None) -> Validation:
+        """Return the validation of a run; it measures all text of conversations, whatever is supervised."""
         tokenizer = Tokenizer.load(Path(config.tokenizer), config.identity["tokenizer"])
         experiment = config.experiment
         evaluation = LossEvaluation.from_corpus(
@@ -58,16 +59,19 @@ class Validation:
 
     @property
     def readings(self) -> tuple[str, ...]:
-        """Forward, backward and, where it is neither, the direction's own."""
+        """Forward and backward, and the direction's own reading if it is another."""
         return tuple(dict.fromkeys((*TEXT_READINGS, *own_readings(self.direction))))
 
     def measure(self, model: GPT) -> dict[str, Measured]:
-        """What the windows cost, by reading."""
+        """Return the losses of the windows, by reading."""
         with evaluating(model):
             return {name: self.evaluation.measure(model, name, is_marked(self.direction)) for name in self.readings}
 
     def wrong_marker_losses(self, model: GPT) -> dict[str, SegmentLosses]:
-        """What the windows cost a model of both directions when the marker says the other one: does it switch?"""
+        """Return the losses of the windows with the opposite marker: does a bidirectional model obey its marker?
+
+        By name, `<reading>_marked_<opposite>`; empty for a model of one direction.
+        """
         if not is_marked(self.direction):
             return {}
         with evaluating(model):
@@ -77,14 +81,14 @@ class Validation:
             }
 
     def fixed(self) -> dict[str, Any]:
-        """What the entries of the research log are of, for the whole run."""
+        """Return what the research log's entries refer to, for the whole run: tokens, windows and readings."""
         readings, own = np.array(self.readings), np.array(own_readings(self.direction))
         fixed: dict[str, Any] = {f"validation/{name}": values for name, values in self.evaluation.tokens_of().items()}
         fixed |= {f"representations/{name}": values for name, values in self.inside.tokens_of().items()}
         return fixed | {"validation/reading": readings, "attention/reading": own, "representations/reading": own}
 
     def entries(self, model: GPT, measured: dict[str, Measured]) -> Entries:
-        """What the research log is to keep of a validation; states and attention in the direction's own readings."""
+        """Return the research log's entries of a validation; states and attention in the direction's own readings."""
         entries: Entries = {}
         own, marked, wanted = own_readings(self.direction), is_marked(self.direction), self.research_log
         if wanted.validation:
@@ -102,9 +106,10 @@ class Validation:
         return entries
 
     def metrics(self, measured: dict[str, Measured]) -> dict[str, float]:
-        """`val_bpb` and `val_loss` of the own direction (a bidirectional model: the mean of both), and by reading.
+        """Return `val_bpb` and `val_loss` of the own direction (bidirectional: the mean of both), and by reading.
 
-        Where only what is written is trained on, `val_loss_written` is that of this text alone.
+        `val_bpb_tuning` is over the even windows. If only what the model writes is trained on, `val_loss_written` is
+        the loss of that text alone.
         """
         losses = {name: segments for name, (segments, _) in measured.items()}
         figures = {name: measured.summary() for name, measured in losses.items()}
@@ -122,5 +127,5 @@ class Validation:
         losses = []
         for reading in own_readings(self.direction):
             losses.append(measured[reading][1].nll[self.evaluation.loss_mask(reading, turns.reversal, turns.turns)])
-        # windows may hold none, where conversations are cut short
+        # windows may hold no such text, where conversations were cut short
         return {"val_loss_written": float(np.mean([nll.mean() for nll in losses]))} if all(map(len, losses)) else {}

@@ -1,1 +1,1 @@
-"""A trained model: loaded from its run, and exported with its card."""
+"""Trained models: loaded from their runs, and exported with their cards."""

@@ -1,9 +1,9 @@
 """Chat models for other programs: the tokens that end what a model writes, and a template that lays a chat out.
 
 The template is Jinja, as `apply_chat_template` of transformers reads it, and gives exactly the ids of training
-(`bwlm/text/conversation.py`). It makes a text, and a text cannot say which of two equal strings is a marker and which
-was typed. So in an export with a template the names of special tokens begin with a character that no text holds:
-`<|user_end|>` that somebody types stays text, and a message with that character is refused.
+(`bwlm/text/conversation.py`). It produces a text, and a text cannot say which of two equal strings is a marker and
+which was typed. So in an export with a template the names of special tokens begin with a character that no text
+holds: `<|user_end|>` that a person types stays text, and a message with that character is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bwlm.text.conversation import TurnIds, predicts_user_turn
 from bwlm.text.tokenizer import Tokenizer
 
 MARK = "\ufdd0"
-"""Before the name of each special token: a noncharacter, which Unicode keeps for use inside programs."""
+"""Prefix of the name of each special token: a noncharacter, which Unicode reserves for use inside programs."""
 
 _TEMPLATE = """\
 {#- Names of special tokens begin with the noncharacter U+FDD0, which no message may hold. -#}
@@ -52,15 +52,15 @@ DIRECTION{%- set chat = namespace(last='assistant', system='') -%}
 
 
 def chats(experiment: Experiment) -> bool:
-    """Returns true for a model that was trained on conversations."""
+    """Return true for a model that was trained on conversations."""
     return not PHASES[experiment.phase].is_first
 
 
 def chat_template(experiment: Experiment) -> str | None:
-    """The Jinja template of a chat model that reads forward.
+    """Return the Jinja template of a chat model that reads forward, else None.
 
-    None for a model of documents, and for one that reads backward alone: a template makes a text, not its tokens in
-    reverse order. For a bidirectional model it is that of its forward reading.
+    None for a model of documents, and for a model that reads backward alone: a template makes a text, not its tokens
+    in reverse order. A bidirectional model gets the template of its forward reading.
     """
     if not chats(experiment) or not is_native(experiment.direction, "forward"):
         return None
@@ -69,7 +69,7 @@ def chat_template(experiment: Experiment) -> str | None:
 
 
 def ends(experiment: Experiment, tokenizer: Tokenizer) -> list[int]:
-    """Ids that end what a model writes: the closing marker of each of its readings, and BOS."""
+    """Return the ids that end what a model writes: the closing marker of each of its readings, and BOS."""
     if not chats(experiment):
         return [tokenizer.bos]
     turns, reversal = TurnIds.from_tokenizer(tokenizer), experiment.data.reversal

@@ -32,13 +32,16 @@ _INSIDE_BLOCK = {
 
 
 def export_hf(loaded: LoadedModel, target: Path) -> None:
-    """Writes the folder `target` whole or not at all; `check_target` says which ones are refused, with `UserError`."""
+    """Write the folder `target` whole or not at all.
+
+    Raises `UserError` if `check_target` refuses it or a write fails.
+    """
     target = check_target(target)
     weights = {_hf_name(name): tensor.float().cpu() for name, tensor in loaded.model.state_dict().items()}
     try:
         with atomic_folder(target) as folder:
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-            # safetensors makes files for their owner only, but this folder is made to be handed on
+            # safetensors writes files that only their owner may read, but this folder is meant to be shared
             (folder / "model.safetensors").chmod(folder.stat().st_mode & 0o666)
             write_json(folder / "config.json", _model_config(loaded))
             write_json(folder / "generation_config.json", _special_ids(loaded))
@@ -48,12 +51,15 @@ def export_hf(loaded: LoadedModel, target: Path) -> None:
         raise UserError(f"{target}: cannot be written ({error.strerror}): give another folder") from None
     except SafetensorError as error:
         raise UserError(f"{target}: cannot be written ({error}): give another folder") from None
-    if not (target / "config.json").exists():  # an empty folder that the file system does not let us replace
+    if not (target / "config.json").exists():  # the file system did not let us replace an empty folder
         raise UserError(f"{target}: cannot be replaced (a mount point?): give a folder inside it")
 
 
 def check_target(target: Path) -> Path:
-    """The real path of a folder to be; raises `UserError` unless it is new, or empty and not the working folder."""
+    """Return the real path of a new folder.
+
+    Raises `UserError` unless it does not exist, or is empty and not the working folder.
+    """
     target = target.expanduser().resolve()
     try:
         taken = target.exists() and (not target.is_dir() or target.samefile(".") or any(target.iterdir()))
@@ -65,7 +71,7 @@ def check_target(target: Path) -> Path:
 
 
 def _hf_name(name: str) -> str:
-    """Raises KeyError at a parameter that transformers' model does not have."""
+    """Return transformers' name of a parameter. Raises `KeyError` if its model has no such parameter."""
     if not name.startswith("blocks."):
         return _OUTSIDE_BLOCKS[name]
     _, layer, parameter = name.split(".", maxsplit=2)
@@ -106,14 +112,17 @@ def _model_config(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def _special_ids(loaded: LoadedModel) -> dict[str, int | list[int]]:
-    """A document ends where the next one begins, so BOS is what ends a generated one too; a message has its marker."""
+    """Return the ids of BOS, end and padding.
+
+    A document ends where the next one begins, so BOS also ends a generated document; a message ends with its marker.
+    """
     tokenizer, ending = loaded.tokenizer, ends(loaded.config.experiment, loaded.tokenizer)
     eos = ending if len(ending) > 1 else ending[0]
     return {"bos_token_id": tokenizer.bos, "eos_token_id": eos, "pad_token_id": tokenizer.pad}
 
 
 def _write_tokenizer(loaded: LoadedModel, folder: Path) -> None:
-    """Writes the tokenizer, and beside it the chat template of a model that has one."""
+    """Write the tokenizer and, for a model that has one, the chat template beside it."""
     tokenizer, experiment = loaded.tokenizer, loaded.config.experiment
     template = chat_template(experiment)
     mark = MARK if template else ""

@@ -1,6 +1,6 @@
 """Loads a trained model by its experiment's id, with its tokenizer and its direction.
 
-Not here: the state of training, which only a run that goes on needs (`record/checkpoint.py`).
+Not here: the state of training, which only a run that resumes needs (`record/checkpoint.py`).
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedModel:
+    """Trained model with its tokenizer and the run that it comes from."""
+
     model: GPT
-    """In eval mode; weights are float32."""
+    """Model in evaluation mode; weights are float32."""
     tokenizer: Tokenizer
     config: RunConfig
     meta: dict[str, Any]
-    """The checkpoint's: phase, direction, progress, ..."""
+    """Metadata of the checkpoint: phase, direction, progress, ..."""
     step: int
+    """Step of the checkpoint."""
 
 
 def load_model(
@@ -48,10 +51,10 @@ def load_model(
     device: torch.device | str = "cpu",
     compute_dtype: torch.dtype = torch.float32,
 ) -> LoadedModel:
-    """The model of an experiment below `storage`: its newest whole checkpoint, or the one of `step`.
+    """Return the model of an experiment below `storage`: its newest whole checkpoint, or the one of `step`.
 
-    Raises `UserError` where there is no such experiment or checkpoint, where the checkpoint is damaged or another
-    model's, and where the tokenizer is not the one that the model was trained with.
+    Raises `UserError` if there is no such experiment or checkpoint, if the checkpoint is damaged or another model's,
+    and if the tokenizer is not the one that the model was trained with.
     """
     folder = open_experiment(storage, experiment_id)
     config = folder.config()
@@ -64,7 +67,7 @@ def load_model(
 
 
 def _candidates(folder: ExperimentFolder, step: int | None) -> list[int]:
-    """Steps to try, in order."""
+    """Return the steps to try, in order."""
     known = checkpoint_steps(folder.checkpoints)
     if not known:
         raise UserError(f"{folder.id}: has no checkpoint in {folder.checkpoints} yet: train it further")
@@ -76,7 +79,7 @@ def _candidates(folder: ExperimentFolder, step: int | None) -> list[int]:
 
 
 def _read(folder: ExperimentFolder, candidates: list[int], tokenizer: Tokenizer) -> tuple[int, Tensors, dict[str, Any]]:
-    """The first of the candidates that is whole."""
+    """Return step, weights and metadata of the first candidate that is whole."""
     damage: list[str] = []
     for step in candidates:
         try:
@@ -92,7 +95,10 @@ def _read(folder: ExperimentFolder, candidates: list[int], tokenizer: Tokenizer)
 
 
 def _check_model(folder: ExperimentFolder, tokenizer: Tokenizer, meta: dict[str, Any], step: int) -> None:
-    """Raises `UserError`: a model with another tokenizer or direction would not fail, but read and write other text."""
+    """Raise `UserError` for another tokenizer or direction.
+
+    With them a model would not fail, but read and write other text.
+    """
     config = folder.config()
     for name, found in (("tokenizer", tokenizer.digest), ("vocab_size", tokenizer.vocab_size)):
         if meta.get(name) != found:

@@ -219,6 +219,7 @@ of this folder belong together: `tokenizer.json` alone does not say which tokens
 
 
 def model_card(loaded: LoadedModel) -> str:
+    """Return the text of the README, in Markdown."""
     experiment, width = loaded.config.experiment, loaded.model.config.sequence_length
     feeding = _talking(experiment, width) if chats(experiment) else _documents(experiment, width)
     rows = [f"| {name} | {value} |" for name, value in _facts(loaded).items()]
@@ -242,7 +243,7 @@ def _documents(experiment: Experiment, width: int) -> dict[str, str]:
 
 
 def _talking(experiment: Experiment, width: int) -> dict[str, str]:
-    """A conversation in each reading of the model."""
+    """Return the sections on how to talk to the model, with a conversation in each of its readings."""
     reads, snippets, closing = [], [_LOAD], []
     marked, readings = is_marked(experiment.direction), own_readings(experiment.direction)
     for reading in readings:
@@ -286,6 +287,6 @@ def _facts(loaded: LoadedModel) -> dict[str, str]:
         "tokenizer": f"`{loaded.tokenizer.digest}`",
         "fingerprint": f"`{config.fingerprint}`",
     }
-    if loaded.step == config.steps and progress["validation"]:  # of an earlier step it may be older than the weights
+    if loaded.step == config.steps and progress["validation"]:  # else it may be older than the weights
         facts["validation, bits per byte"] = f"{progress['validation']['val_bpb']:.4f}"
     return facts
