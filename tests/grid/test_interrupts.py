@@ -47,6 +47,7 @@ def wait_until_free(storage: Path) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("ray_cluster")
 def test_interrupt_and_kill_leave_a_grid_that_goes_on(grid_file: GridFile, tmp_path: Path) -> None:
     settings = {"budget": {"steps": STEPS, "batch_tokens": 512}, "evaluation": {"every": 0, "tokens": 1024}}

@@ -52,6 +52,7 @@ def ask_rank_1(pid: int) -> None:
     rank_1.send_signal(signal.SIGTERM)
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(("workers", "ask"), [(1, ask_rank_0), pytest.param(2, ask_rank_1, marks=pytest.mark.slow)])
 def test_a_worker_that_is_asked_to_end_saves_and_its_cell_goes_on(
@@ -122,6 +123,7 @@ def test_a_grid_whose_driver_is_asked_to_end_saves_every_cell(
         assert cell.metrics["val_bpb"] == calm_cell.metrics["val_bpb"]
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_driver_does_not_wait_for_a_worker_that_hangs(
     grid_file: GridFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -143,6 +145,7 @@ def test_a_driver_does_not_wait_for_a_worker_that_hangs(
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_worker_of_another_node_is_asked_there(monkeypatch: pytest.MonkeyPatch) -> None:
     @ray.remote(num_cpus=0)
