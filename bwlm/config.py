@@ -1,7 +1,7 @@
-"""Every setting, validated before anything runs.
+"""Settings of grids and runs, validated before anything runs.
 
-`Recipe` holds the sections that a grid file and an experiment share. `Experiment` is one resolved run. The grid file's
-own fields live in `bwlm.plan.spec`.
+`Recipe` holds the sections that a grid file and an experiment share. `Experiment` is one resolved run. The fields
+that only a grid file has are in `bwlm.plan.spec`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ Inherited = Literal["direction", "reversal"]
 
 NULL, PRODUCTS = CONTROL_SOURCES = ("builtin:null", "builtin:products")
 MERGE_FREE_VOCABULARY = 264
-"""256 bytes and 8 special tokens: a tokenizer without merges."""
+"""Vocabulary of a tokenizer without merges: 256 bytes and 8 special tokens."""
 
 
 def _hide_default(schema: dict[str, Any]) -> None:
-    """Where a field that is left out is resolved for the run, its value here is no default that a user ever gets."""
+    """Remove the default from a field's JSON Schema.
+
+    The value of such a field, when it is left out, is resolved for each run, so no user ever gets the default.
+    """
     schema.pop("default", None)
 
 
 class Settings(BaseModel):
+    """Base of all settings: frozen and strict, without unknown fields, NaN or infinity."""
+
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
@@ -36,6 +41,8 @@ Weight = Annotated[float, Field(gt=0, le=1000)]
 
 
 class DataSettings(Settings):
+    """Text to learn from: documents in the base phase, conversations in the later ones."""
+
     source: str = Field(
         "builtin:pydocs",
         description="parquet folder, glob, file, URI, or builtin:pydocs, builtin:null, builtin:products",
@@ -59,15 +66,19 @@ class DataSettings(Settings):
 
     @property
     def mixture_words(self) -> str:
-        """gsm8k x 2, builtin:docs_qa x 0.5"""
+        """Mixture in words: `gsm8k x 2, builtin:docs_qa x 0.5`."""
         return ", ".join(f"{name} x {weight:g}" for name, weight in self.mixture.items())
 
 
 class TaskSettings(Settings):
+    """Place of one task's data."""
+
     path: str | None = Field(None, description="folder, file or URI of the task's data; default: the hub's")
 
 
 class TokenizerSettings(Settings):
+    """Size of the tokenizer to train, or the folder of a trained one."""
+
     vocab_size: int = Field(
         4096,
         ge=MERGE_FREE_VOCABULARY,
@@ -78,6 +89,8 @@ class TokenizerSettings(Settings):
 
 
 class ModelSettings(Settings):
+    """Shape of the model, besides its depth, and the reach of its attention."""
+
     sequence_length: int = Field(2048, ge=8, le=2**17, description="T, tokens of a row")
     head_dim: int = Field(64, ge=8, multiple_of=2, description="the width, 64 x depth, is so many heads of this")
     kv_heads: int | None = Field(None, ge=1, description="key/value heads; default: as many as query heads")
@@ -88,6 +101,8 @@ class ModelSettings(Settings):
 
 
 class OptimSettings(Settings):
+    """Optimizer, and the schedule of its learning rates."""
+
     init_lr_frac: float = Field(
         1.0,
         gt=0,
@@ -109,6 +124,8 @@ HORIZONS = ("steps", "tokens", "flops", "tokens_per_parameter")
 
 
 class BudgetSettings(Settings):
+    """Length of the training, by exactly one of four horizons, and the tokens of a step."""
+
     steps: int | None = Field(None, ge=1, le=10**9, description="optimizer steps")
     tokens: int | None = Field(None, ge=1, le=10**15, description="training tokens, in whole steps")
     flops: float | None = Field(None, gt=0, le=1e30, description="training FLOPs, in whole steps")
@@ -136,11 +153,15 @@ class BudgetSettings(Settings):
 
 
 class EvaluationSettings(Settings):
+    """Validation during training: how often, and on how many tokens."""
+
     every: int = Field(250, ge=0, description="steps between validations; 0: only at the end")
     tokens: int = Field(2**18, ge=1, description="tokens of the validation windows, at most")
 
 
 class CheckpointSettings(Settings):
+    """Checkpoints: how often one is saved, and which are kept."""
+
     every: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="how many of the newest checkpoints are kept")
     keep_best: bool = Field(False, description="keep also the best one on the tuning half of the validation windows")
@@ -148,7 +169,7 @@ class CheckpointSettings(Settings):
 
 
 class RewardSettings(Settings):
-    """Of the rl phase: policy gradient on samples of the model, rewarded by their tasks."""
+    """Settings of the rl phase: policy gradient on samples of the model, rewarded by their tasks."""
 
     prompts: int = Field(16, ge=1, description="prompts of a step, fewer where budget.batch_tokens asks for it")
     samples: int = Field(16, ge=2, description="samples of each prompt; a bidirectional model writes half each way")
@@ -165,7 +186,7 @@ class RewardSettings(Settings):
 
 
 class ResearchLogSettings(Settings):
-    """What the research log `<phase>.h5` keeps; 0: nothing of it."""
+    """Parts of the research log `<phase>.h5`, and how often each is logged; 0 or false leaves a part out."""
 
     scalars: int = Field(1, ge=0, description="steps between entries of losses, rates and speeds")
     tokens: int = Field(10, ge=0, description="steps between entries of every token's loss and prediction")
@@ -177,7 +198,11 @@ class ResearchLogSettings(Settings):
 
 
 class ComputeSettings(Settings):
-    """How fast, not what: each is chosen for the hardware and the length of the run unless it is set here."""
+    """Settings of how the model is computed; each is chosen for the hardware and the run's length unless it is set.
+
+    They decide how fast a run is, not what it trains; of them only the resolved precision is part of a run's
+    identity.
+    """
 
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of activations; weights are float32")
     attention: Literal["auto", "sdpa", "blocked", "flex"] = Field(
@@ -190,6 +215,8 @@ class ComputeSettings(Settings):
 
 
 class ResourceSettings(Settings):
+    """Workers of a cell, and the threads and GPUs of each worker."""
+
     workers: int = Field(1, ge=1, description="DDP workers of one cell")
     cpus_per_worker: int = Field(
         1,
@@ -216,7 +243,7 @@ class ResourceSettings(Settings):
 
 
 class Recipe(Settings):
-    """What a grid file states once for all its cells."""
+    """Settings that a grid file states once for all its cells."""
 
     phase: PhaseName = Field(FIRST, description="base on documents; mid and sft on conversations; rl by rewards")
     parent: str | None = Field(None, description="id of the finished run that a phase after base begins from")
@@ -237,14 +264,14 @@ class Recipe(Settings):
     @model_validator(mode="before")
     @classmethod
     def _no_secrets(cls, content: Any) -> Any:
-        """Before anything else, since an error may quote what it found."""
+        """Raise `ValueError` for a secret in the settings, before any other error, which may quote what it found."""
         if found := next(secrets_in(content), None):
             raise ValueError(found)
         return content
 
     @model_validator(mode="after")
     def _checkpoints_to_keep(self) -> Recipe:
-        """A rule that would never find its checkpoint is a mistake."""
+        """Raise `ValueError` for a rule that would never find its checkpoint."""
         saved, validated = self.checkpoint.every, self.evaluation.every
         if self.checkpoint.keep_every and (not saved or self.checkpoint.keep_every % saved):
             raise ValueError(
@@ -266,7 +293,10 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _controls_without_merges(self) -> Recipe:
-        """Merges are chosen on forward text: with them a control is none."""
+        """Raise `ValueError` for a control corpus whose tokenizer has merges.
+
+        Merges are chosen on forward text, so with them the corpus is no control any more.
+        """
         wanted, found = MERGE_FREE_VOCABULARY, self.tokenizer.vocab_size
         if self.data.source in CONTROL_SOURCES and found != wanted:
             raise ValueError(
@@ -282,7 +312,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Experiment(Recipe):
-    """One run, fully resolved."""
+    """Settings of one run, fully resolved."""
 
     direction: DirectionName
     depth: Depth
@@ -291,7 +321,7 @@ class Experiment(Recipe):
 
     @property
     def prompts_per_step(self) -> int:
-        """Of the rl phase, for all workers: so few that what is written stays within `budget.batch_tokens`."""
+        """Prompts of an rl step over all workers, few enough that the samples stay within `budget.batch_tokens`."""
         return min(self.rl.prompts, self.budget.batch_tokens // (self.rl.samples * self.rl.new_tokens))
 
     @model_validator(mode="after")
