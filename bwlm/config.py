@@ -50,18 +50,19 @@ class DataSettings(Settings):
     )
     text_column: str = Field("text", min_length=1, description="column of the parquet files that holds the documents")
     validation: str | None = Field(
-        None, description="validation parquet; default: files that their names hold out, else the last shard"
+        None, description="validation parquet; default: files named for validation, else the last shard"
     )
     shuffle: bool = Field(
-        True, description="documents of each shard in an order drawn by their shard's content; false: the file's order"
+        True, description="shuffle the documents of each shard, by the shard's content; false: keep the file's order"
     )
     mixture: dict[str, Weight] = Field(
         default_factory=dict,
-        description="after base: tasks or files of conversations, how often each comes in an epoch; default: by phase",
+        description="after base: tasks or files of conversations, and how often an epoch reads each; default: by phase",
         json_schema_extra=_hide_default,
     )
     reversal: Reversal = Field(
-        "whole", description="of conversations. whole: backward models write what came before; turns: they answer too"
+        "whole",
+        description="reversal of conversations; whole: backward models write what came before; turns: they answer too",
     )
 
     @property
@@ -83,7 +84,7 @@ class TokenizerSettings(Settings):
         4096,
         ge=MERGE_FREE_VOCABULARY,
         le=2**20,
-        description="merges, bytes and special tokens together; 264: no merges, each byte is a token",
+        description="size of the vocabulary: bytes, special tokens and merges; 264: no merges, each byte is a token",
     )
     path: str | None = Field(None, description="folder of a trained tokenizer, instead of training one on the data")
 
@@ -92,7 +93,9 @@ class ModelSettings(Settings):
     """Shape of the model, besides its depth, and the reach of its attention."""
 
     sequence_length: int = Field(2048, ge=8, le=2**17, description="T, tokens of a row")
-    head_dim: int = Field(64, ge=8, multiple_of=2, description="the width, 64 x depth, is so many heads of this")
+    head_dim: int = Field(
+        64, ge=8, multiple_of=2, description="width of an attention head; the model is 64 x depth wide, in whole heads"
+    )
     kv_heads: int | None = Field(None, ge=1, description="key/value heads; default: as many as query heads")
     document_mask: bool = Field(
         True,
@@ -112,7 +115,9 @@ class OptimSettings(Settings):
     )
     kind: Literal["muon", "adamw"] = Field("muon", description="muon: for the hidden matrices, AdamW for the rest")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of the blocks' matrices; falls to 0 over the run")
-    warmup_steps: int | None = Field(None, ge=0, description="default: 40, but at most a tenth of the run")
+    warmup_steps: int | None = Field(
+        None, ge=0, description="steps of warmup of the learning rates; default: 40, but at most a tenth of the run"
+    )
     warmdown_ratio: float = Field(
         0.65, ge=0, le=0.9, description="share of the run, at its end, in which the learning rates fall"
     )
@@ -133,7 +138,7 @@ class BudgetSettings(Settings):
         None,
         gt=0,
         le=1e9,
-        description="20 where no horizon is given, mid 1, sft 0.5, rl 100 steps; parameters: matrices and output head",
+        description="without a horizon: base 20, mid 1, sft 0.5, rl 100 steps; parameters: matrices and output head",
     )
     batch_tokens: int = Field(
         2**19,
@@ -173,9 +178,9 @@ class RewardSettings(Settings):
 
     prompts: int = Field(16, ge=1, description="prompts of a step, fewer where budget.batch_tokens asks for it")
     samples: int = Field(16, ge=2, description="samples of each prompt; a bidirectional model writes half each way")
-    new_tokens: int = Field(64, ge=1, description="longest sample")
-    temperature: float = Field(1.0, gt=0, le=10, description="of sampling")
-    top_k: int | None = Field(None, ge=1, description="sample from so many likeliest tokens; default: from all")
+    new_tokens: int = Field(64, ge=1, description="most tokens of a sample")
+    temperature: float = Field(1.0, gt=0, le=10, description="sampling temperature")
+    top_k: int | None = Field(None, ge=1, description="sample from this many likeliest tokens; default: from all")
     validation: int = Field(128, ge=1, description="validation problems, answered greedily")
 
     @model_validator(mode="after")
@@ -191,9 +196,9 @@ class ResearchLogSettings(Settings):
     scalars: int = Field(1, ge=0, description="steps between entries of losses, rates and speeds")
     tokens: int = Field(10, ge=0, description="steps between entries of every token's loss and prediction")
     gradients: int = Field(100, ge=0, description="steps between statistics of every parameter's gradient")
-    activations: int = Field(100, ge=0, description="steps between statistics of what is inside the model")
+    activations: int = Field(100, ge=0, description="steps between statistics of the model's activations")
     validation: bool = Field(True, description="the loss of every validation token, at each validation")
-    attention: bool = Field(True, description="where each head looks, at each validation")
+    attention: bool = Field(True, description="statistics of each attention head, at each validation")
     representations: int = Field(1024, ge=0, description="validation tokens whose states are kept at each validation")
 
 
@@ -204,12 +209,16 @@ class ComputeSettings(Settings):
     identity.
     """
 
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of activations; weights are float32")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="precision of activations; weights are float32"
+    )
     attention: Literal["auto", "sdpa", "blocked", "flex"] = Field(
         "auto",
         description="sdpa: torch's kernel; blocked: for CPUs; flex: for compiled training inside segments on a GPU",
     )
-    fused_loss: bool | None = Field(None, description="head and loss in one, without all logits; default: yes")
+    fused_loss: bool | None = Field(
+        None, description="compute output head and loss together, without all logits; default: yes"
+    )
     compile: bool | None = Field(None, description="torch.compile; default: where it saves more than it costs")
     device_batch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: by device")
 
@@ -249,7 +258,7 @@ class Recipe(Settings):
     parent: str | None = Field(None, description="id of the finished run that a phase after base begins from")
     differs: list[Inherited] = Field(default_factory=list, description="settings that may differ from the parent run")
     data: DataSettings = DataSettings()
-    tasks: dict[str, TaskSettings] = Field(default_factory=dict, description="where the files of tasks lie")
+    tasks: dict[str, TaskSettings] = Field(default_factory=dict, description="paths of the files of tasks, by task")
     tokenizer: TokenizerSettings = TokenizerSettings()
     model: ModelSettings = ModelSettings()
     optim: OptimSettings = OptimSettings()

@@ -115,8 +115,8 @@ def inherit(content: Mapping[str, Any], run: str, parent: Experiment, document: 
             assign(child, field, _value(values, field), run)
     if PHASES[child["phase"]].packs_whole and _value(child, "model.document_mask") is False:
         raise UserError(
-            f"{document.where('model.document_mask')}: false, but {child['phase']} reads conversations, "
-            "which a chat has alone in its row: leave it out"
+            f"{document.where('model.document_mask')}: false, but attention in {child['phase']} always stays "
+            "inside a conversation, as in a chat: leave it out"
         )
     return child
 

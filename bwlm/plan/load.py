@@ -74,9 +74,9 @@ def _check_asha(cells: tuple[Cell, ...], document: Document) -> None:
     """
     where = document.where("scheduler.kind")
     if any(cell.experiment.evaluation.every == 0 for cell in cells):
-        raise UserError(f"{where}: asha decides at validations: set evaluation.every")
+        raise UserError(f"{where}: asha stops cells by their validations, and there are none: set evaluation.every")
     if len({cell.experiment.seed for cell in cells}) > 1:
         raise UserError(
-            f"{where}: asha with several seeds would stop the unlucky ones and spoil the pairs: "
+            f"{where}: asha would stop the unlucky ones of several seeds and leave pairs incomplete: "
             "choose the learning rates with one seed, then run the seeds of the best with fifo"
         )

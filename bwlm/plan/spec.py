@@ -21,7 +21,7 @@ class SchedulerSettings(Settings):
         "fifo", description="asha: stops cells early, within a direction and depth; fifo: stops none"
     )
     grace_steps: int = Field(100, ge=1, description="asha: no cell is stopped before this step")
-    reduction_factor: int = Field(2, ge=2, description="asha: one in so many goes on at each rung")
+    reduction_factor: int = Field(2, ge=2, description="asha: one cell in this many goes on at each rung")
 
 
 class LaunchSettings(Settings):

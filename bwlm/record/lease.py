@@ -131,7 +131,7 @@ class Lease:
             content = self._path.read_bytes()
         except FileNotFoundError:
             self.lost = True
-            raise LeaseLost(f"{self._path}: is gone, and with it this process's right to write to the run") from None
+            raise LeaseLost(f"{self._path}: is gone, so this process lost the lease: launch the run again") from None
         if content != self._content:
             self.lost = True
             taker = _parsed(content)
