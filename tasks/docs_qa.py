@@ -3,7 +3,7 @@
     user: What does `json.dumps` do?
     assistant: Serialize ``obj`` to a JSON formatted ``str``.
 
-The libraries are the ones of `builtin:pydocs`, and so is the split by modules: a model whose base was trained on that
+Libraries and split by modules are the same as in `builtin:pydocs`: a model whose base was trained on that
 corpus has not read the docstrings that validate here. Questions are about public classes and functions whose first
 paragraph is prose. Each name is asked about once, and each paragraph is an answer once, where it comes first.
 """

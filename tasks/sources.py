@@ -94,5 +94,5 @@ def _read(task: tasks.Task, path: str | None, split: tasks.SplitName) -> Iterato
         yield from task.conversations(split, path)
         return
     for place, messages in task.placed(split, path):
-        check_conversation(messages, place)  # here, where the row is known
+        check_conversation(messages, place)  # checked here, where the row is known
         yield messages

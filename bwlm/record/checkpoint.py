@@ -42,7 +42,7 @@ _OURS = re.compile(_COMMITTED.pattern + r"|\.step_[0-9]{6,}\.[0-9a-f]{8}\.tmp")
 
 
 class DamagedCheckpoint(RunError):
-    """File of a checkpoint that is gone, or is not what was saved.
+    """File of a checkpoint that is gone, or differs from the file that was saved.
 
     A file that the disk cannot read now is another error: it may be readable tomorrow.
     """
@@ -174,7 +174,7 @@ def _write_meta(path: Path, snapshot: Snapshot, hashes: dict[str, str]) -> None:
 
 
 def _set_aside(target: Path) -> None:
-    """Rename the folder of a step that is saved again; until the new one is there, it counts under its other name."""
+    """Rename the folder of a step that is saved again; until the new folder is there, the old one counts."""
     if target.exists():
         target.rename(target.with_name(f".{target.name}.replaced"))
 

@@ -130,7 +130,7 @@ class ExperimentFolder:
         content = read_json(path)
         try:
             check_seal(path, content, mend)
-            if DIGEST not in content:  # of an earlier version
+            if DIGEST not in content:  # written by an earlier version
                 check_agrees(path, content, mend)
         except (AttributeError, KeyError, TypeError):
             raise UserError(f"{path}: not the config of an experiment; move it out of the storage") from None

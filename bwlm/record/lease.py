@@ -1,6 +1,6 @@
 """Lease on a run's folder: one process may write to it; a process that lost the lease is fenced off.
 
-`lease.json` says who holds the lease, since when, and how long it lasts without a sign of life. The holder keeps a
+`lease.json` names the holder, the time since when, and how long it lasts without a sign of life. The holder keeps a
 lock on the file, which the kernel frees when the process dies; so nothing has to expire. But a process that is frozen
 (SIGSTOP, a suspended machine, a lost network) keeps its lock. So the holder also touches the file every few seconds.
 A process that waits and sees no touch for as long as the lease lasts takes it over: it puts a new file, with its own
@@ -91,7 +91,7 @@ class Lease:
     """Lease that this process holds from construction until it is released or taken."""
 
     def __init__(self, path: Path, seconds: float) -> None:
-        """Put this lease in the place of the present one; the holder of that one learns of it at its next check."""
+        """Put this lease in the place of the present lease; its holder learns of it at the next check."""
         self.holder = Holder(socket.gethostname(), os.getpid(), time.time(), seconds, uuid.uuid4().hex)
         self.lost = False
         """True once a check has found that another process took it."""
@@ -149,7 +149,7 @@ class Lease:
         return True
 
     def release(self) -> None:
-        """Let others have the lease; the file stays and says who held it last."""
+        """Let others have the lease; the file stays and names its last holder."""
         self._over.set()
         self._thread.join()
         fcntl.flock(self._file, fcntl.LOCK_UN)  # else a process that was forked meanwhile would keep the lock

@@ -66,7 +66,7 @@ def _check_types(link: ParentLink) -> None:
 
 
 def check_order(phase: str, parent: str, parent_phase: str) -> None:
-    """Raise `UserError` if a phase cannot begin from a run of the other one."""
+    """Raise `UserError` if a phase cannot begin from a run of the parent's phase."""
     follows = PHASES[phase].follows
     if parent_phase not in follows:
         begins = " or ".join(follows) or "nothing"

@@ -58,7 +58,7 @@ def link_to(storage: Path, parent: str, phase: str, child: str) -> ParentLink:
 
 
 def inherited_weights(folder: ExperimentFolder, config: RunConfig) -> Tensors:
-    """Return the weights that a run begins with. Raises `UserError` if they are not the ones that its link names."""
+    """Return the weights that a run begins with. Raises `UserError` if its link names other weights."""
     link = folder.link()
     if link is None:
         raise UserError(f"{folder.id}: has no parent, and {config.experiment.phase} begins from one: train it anew")

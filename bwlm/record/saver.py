@@ -1,6 +1,6 @@
 """Checkpoints saved beside training: a step waits for the copy to host memory, and for nothing else.
 
-One save runs at a time, so that one copy lies in memory besides the live state, whatever the disk does.
+Only one save runs at a time, so that one copy lies in memory besides the live state, whatever the disk does.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def _sqlite_uri(path: Path) -> str:
     from sqlalchemy.engine import URL, make_url
 
     plain = f"sqlite:///{path}"
-    # the plain URI, if it is read back the same: from an escaped one MLflow makes an empty folder of the escaped name
+    # the plain URI, if it is read back the same: from an escaped URI MLflow makes a folder of the escaped name
     if make_url(plain).database == str(path):
         return plain
     return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
@@ -129,7 +129,7 @@ class Tracking:
         return str(found.experiment_id)
 
     def _make_experiment(self, artifacts: str | None) -> str:
-        """Make the experiment and return its id, or the id of one that another launch made at the same moment."""
+        """Make the experiment and return its id, or the id of the experiment that another launch made at the same moment."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -140,7 +140,7 @@ class Tracking:
             return made
 
     def parent_run(self, grid_folder: Path, name: str, text: str) -> str:
-        """Return the run of a grid: the one of earlier launches, or a new one with the grid file as its artifact."""
+        """Return the run of a grid: the run of earlier launches, or a new run with the grid file as its artifact."""
         known = self._known_run(grid_folder)
         with self._answering():
             if known is not None:
@@ -272,7 +272,7 @@ class Tracking:
             noted = _noted(folder.path)
             # an earlier version noted no status, and its runs were RUNNING from the beginning
             if noted.get("delivered_step", 0) > 0 and noted.get("status", "RUNNING") == "RUNNING":
-                # one that has ended, but whose end is not delivered yet, was not killed
+                # a run that has ended was not killed, also if its end is not delivered yet
                 shown = _STATES.get(folder.status().state, "KILLED")
                 self._client.set_terminated(noted["run_id"], shown)
                 _note(folder.path, status=shown)
@@ -291,7 +291,7 @@ class Tracking:
     def _make_run(self, folder: Path, name: str, tags: dict[str, str]) -> Any:
         """Return a new run, or the run that a launch made here before it was cut off.
 
-        The mark identifies it, not the names: another storage, or one that was emptied, may use the same names.
+        The mark identifies it, not the names: another storage, or an emptied one, may use the same names.
         """
         noted, found = _noted(folder), None
         mark = noted["mark"] if noted and noted["run_id"] is None else None

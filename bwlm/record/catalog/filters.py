@@ -40,7 +40,7 @@ class Condition:
     def holds(self, cell: CellRow) -> bool:
         """Return whether a run meets the condition."""
         found = value_of(cell, self.field)
-        if isinstance(self.value, float):  # a figure that was not measured meets no condition, != neither
+        if isinstance(self.value, float):  # a figure that was not measured meets no condition, not even !=
             return isinstance(found, int | float) and _OPERATORS[self.sign](found, self.value)
         matches = found == self.value if found in (None, "") else fnmatch.fnmatchcase(str(found), self.value)
         return matches == (self.sign == "=")
