@@ -129,7 +129,7 @@ class Tracking:
         return str(found.experiment_id)
 
     def _make_experiment(self, artifacts: str | None) -> str:
-        """Make the experiment and return its id, or the id of the experiment that another launch made at the same moment."""
+        """Make the experiment and return its id, or the id of what another launch made at the same moment."""
         from mlflow.exceptions import MlflowException
 
         try:
