@@ -1,7 +1,7 @@
-"""Every setting, validated before anything runs.
+"""Settings of grids and runs, validated before anything runs.
 
-`Recipe` holds the sections that a grid file and an experiment share. `Experiment` is one resolved run. The grid file's
-own fields live in `bwlm.plan.spec`.
+`Recipe` holds the sections that a grid file and an experiment share. `Experiment` is one resolved run. The fields
+that only a grid file has are in `bwlm.plan.spec`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ Inherited = Literal["direction", "reversal"]
 
 NULL, PRODUCTS = CONTROL_SOURCES = ("builtin:null", "builtin:products")
 MERGE_FREE_VOCABULARY = 264
-"""256 bytes and 8 special tokens: a tokenizer without merges."""
+"""Vocabulary of a tokenizer without merges: 256 bytes and 8 special tokens."""
 
 
 def _hide_default(schema: dict[str, Any]) -> None:
-    """Where a field that is left out is resolved for the run, its value here is no default that a user ever gets."""
+    """Remove the default from a field's JSON Schema.
+
+    The value of such a field, when it is left out, is resolved for each run, so no user ever gets the default.
+    """
     schema.pop("default", None)
 
 
 class Settings(BaseModel):
+    """Base of all settings: frozen and strict, without unknown fields, NaN or infinity."""
+
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
@@ -36,6 +41,8 @@ Weight = Annotated[float, Field(gt=0, le=1000)]
 
 
 class DataSettings(Settings):
+    """Text to learn from: documents in the base phase, conversations in the later ones."""
+
     source: str = Field(
         "builtin:pydocs",
         description="parquet folder, glob, file, URI, or builtin:pydocs, builtin:null, builtin:products",
@@ -43,43 +50,52 @@ class DataSettings(Settings):
     )
     text_column: str = Field("text", min_length=1, description="column of the parquet files that holds the documents")
     validation: str | None = Field(
-        None, description="validation parquet; default: files that their names hold out, else the last shard"
+        None, description="validation parquet; default: files named for validation, else the last shard"
     )
     shuffle: bool = Field(
-        True, description="documents of each shard in an order drawn by their shard's content; false: the file's order"
+        True, description="shuffle the documents of each shard, by the shard's content; false: keep the file's order"
     )
     mixture: dict[str, Weight] = Field(
         default_factory=dict,
-        description="after base: tasks or files of conversations, how often each comes in an epoch; default: by phase",
+        description="after base: tasks or files of conversations, and how often an epoch reads each; default: by phase",
         json_schema_extra=_hide_default,
     )
     reversal: Reversal = Field(
-        "whole", description="of conversations. whole: backward models write what came before; turns: they answer too"
+        "whole",
+        description="reversal of conversations; whole: backward models write what came before; turns: they answer too",
     )
 
     @property
     def mixture_words(self) -> str:
-        """gsm8k x 2, builtin:docs_qa x 0.5"""
+        """Mixture in words: `gsm8k x 2, builtin:docs_qa x 0.5`."""
         return ", ".join(f"{name} x {weight:g}" for name, weight in self.mixture.items())
 
 
 class TaskSettings(Settings):
+    """Place of one task's data."""
+
     path: str | None = Field(None, description="folder, file or URI of the task's data; default: the hub's")
 
 
 class TokenizerSettings(Settings):
+    """Size of the tokenizer to train, or the folder of a trained one."""
+
     vocab_size: int = Field(
         4096,
         ge=MERGE_FREE_VOCABULARY,
         le=2**20,
-        description="merges, bytes and special tokens together; 264: no merges, each byte is a token",
+        description="size of the vocabulary: bytes, special tokens and merges; 264: no merges, each byte is a token",
     )
     path: str | None = Field(None, description="folder of a trained tokenizer, instead of training one on the data")
 
 
 class ModelSettings(Settings):
+    """Shape of the model, besides its depth, and the reach of its attention."""
+
     sequence_length: int = Field(2048, ge=8, le=2**17, description="T, tokens of a row")
-    head_dim: int = Field(64, ge=8, multiple_of=2, description="the width, 64 x depth, is so many heads of this")
+    head_dim: int = Field(
+        64, ge=8, multiple_of=2, description="width of an attention head; the model is 64 x depth wide, in whole heads"
+    )
     kv_heads: int | None = Field(None, ge=1, description="key/value heads; default: as many as query heads")
     document_mask: bool = Field(
         True,
@@ -88,6 +104,8 @@ class ModelSettings(Settings):
 
 
 class OptimSettings(Settings):
+    """Optimizer, and the schedule of its learning rates."""
+
     init_lr_frac: float = Field(
         1.0,
         gt=0,
@@ -97,7 +115,9 @@ class OptimSettings(Settings):
     )
     kind: Literal["muon", "adamw"] = Field("muon", description="muon: for the hidden matrices, AdamW for the rest")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of the blocks' matrices; falls to 0 over the run")
-    warmup_steps: int | None = Field(None, ge=0, description="default: 40, but at most a tenth of the run")
+    warmup_steps: int | None = Field(
+        None, ge=0, description="steps of warmup of the learning rates; default: 40, but at most a tenth of the run"
+    )
     warmdown_ratio: float = Field(
         0.65, ge=0, le=0.9, description="share of the run, at its end, in which the learning rates fall"
     )
@@ -109,6 +129,8 @@ HORIZONS = ("steps", "tokens", "flops", "tokens_per_parameter")
 
 
 class BudgetSettings(Settings):
+    """Length of the training, by exactly one of four horizons, and the tokens of a step."""
+
     steps: int | None = Field(None, ge=1, le=10**9, description="optimizer steps")
     tokens: int | None = Field(None, ge=1, le=10**15, description="training tokens, in whole steps")
     flops: float | None = Field(None, gt=0, le=1e30, description="training FLOPs, in whole steps")
@@ -116,7 +138,7 @@ class BudgetSettings(Settings):
         None,
         gt=0,
         le=1e9,
-        description="20 where no horizon is given, mid 1, sft 0.5, rl 100 steps; parameters: matrices and output head",
+        description="without a horizon: base 20, mid 1, sft 0.5, rl 100 steps; parameters: matrices and output head",
     )
     batch_tokens: int = Field(
         2**19,
@@ -136,11 +158,15 @@ class BudgetSettings(Settings):
 
 
 class EvaluationSettings(Settings):
+    """Validation during training: how often, and on how many tokens."""
+
     every: int = Field(250, ge=0, description="steps between validations; 0: only at the end")
     tokens: int = Field(2**18, ge=1, description="tokens of the validation windows, at most")
 
 
 class CheckpointSettings(Settings):
+    """Checkpoints: how often one is saved, and which are kept."""
+
     every: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="how many of the newest checkpoints are kept")
     keep_best: bool = Field(False, description="keep also the best one on the tuning half of the validation windows")
@@ -148,13 +174,13 @@ class CheckpointSettings(Settings):
 
 
 class RewardSettings(Settings):
-    """Of the rl phase: policy gradient on samples of the model, rewarded by their tasks."""
+    """Settings of the rl phase: policy gradient on samples of the model, rewarded by their tasks."""
 
     prompts: int = Field(16, ge=1, description="prompts of a step, fewer where budget.batch_tokens asks for it")
     samples: int = Field(16, ge=2, description="samples of each prompt; a bidirectional model writes half each way")
-    new_tokens: int = Field(64, ge=1, description="longest sample")
-    temperature: float = Field(1.0, gt=0, le=10, description="of sampling")
-    top_k: int | None = Field(None, ge=1, description="sample from so many likeliest tokens; default: from all")
+    new_tokens: int = Field(64, ge=1, description="most tokens of a sample")
+    temperature: float = Field(1.0, gt=0, le=10, description="sampling temperature")
+    top_k: int | None = Field(None, ge=1, description="sample from this many likeliest tokens; default: from all")
     validation: int = Field(128, ge=1, description="validation problems, answered greedily")
 
     @model_validator(mode="after")
@@ -165,31 +191,41 @@ class RewardSettings(Settings):
 
 
 class ResearchLogSettings(Settings):
-    """What the research log `<phase>.h5` keeps; 0: nothing of it."""
+    """Parts of the research log `<phase>.h5`, and how often each is logged; 0 or false leaves a part out."""
 
     scalars: int = Field(1, ge=0, description="steps between entries of losses, rates and speeds")
     tokens: int = Field(10, ge=0, description="steps between entries of every token's loss and prediction")
     gradients: int = Field(100, ge=0, description="steps between statistics of every parameter's gradient")
-    activations: int = Field(100, ge=0, description="steps between statistics of what is inside the model")
+    activations: int = Field(100, ge=0, description="steps between statistics of the model's activations")
     validation: bool = Field(True, description="the loss of every validation token, at each validation")
-    attention: bool = Field(True, description="where each head looks, at each validation")
+    attention: bool = Field(True, description="statistics of each attention head, at each validation")
     representations: int = Field(1024, ge=0, description="validation tokens whose states are kept at each validation")
 
 
 class ComputeSettings(Settings):
-    """How fast, not what: each is chosen for the hardware and the length of the run unless it is set here."""
+    """Settings of how the model is computed; each is chosen for the hardware and the run's length unless it is set.
 
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of activations; weights are float32")
+    They decide how fast a run is, not what it trains; of them only the resolved precision is part of a run's
+    identity.
+    """
+
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="precision of activations; weights are float32"
+    )
     attention: Literal["auto", "sdpa", "blocked", "flex"] = Field(
         "auto",
         description="sdpa: torch's kernel; blocked: for CPUs; flex: for compiled training inside segments on a GPU",
     )
-    fused_loss: bool | None = Field(None, description="head and loss in one, without all logits; default: yes")
+    fused_loss: bool | None = Field(
+        None, description="compute output head and loss together, without all logits; default: yes"
+    )
     compile: bool | None = Field(None, description="torch.compile; default: where it saves more than it costs")
     device_batch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: by device")
 
 
 class ResourceSettings(Settings):
+    """Workers of a cell, and the threads and GPUs of each worker."""
+
     workers: int = Field(1, ge=1, description="DDP workers of one cell")
     cpus_per_worker: int = Field(
         1,
@@ -216,13 +252,13 @@ class ResourceSettings(Settings):
 
 
 class Recipe(Settings):
-    """What a grid file states once for all its cells."""
+    """Settings that a grid file states once for all its cells."""
 
     phase: PhaseName = Field(FIRST, description="base on documents; mid and sft on conversations; rl by rewards")
     parent: str | None = Field(None, description="id of the finished run that a phase after base begins from")
     differs: list[Inherited] = Field(default_factory=list, description="settings that may differ from the parent run")
     data: DataSettings = DataSettings()
-    tasks: dict[str, TaskSettings] = Field(default_factory=dict, description="where the files of tasks lie")
+    tasks: dict[str, TaskSettings] = Field(default_factory=dict, description="paths of the files of tasks, by task")
     tokenizer: TokenizerSettings = TokenizerSettings()
     model: ModelSettings = ModelSettings()
     optim: OptimSettings = OptimSettings()
@@ -237,14 +273,14 @@ class Recipe(Settings):
     @model_validator(mode="before")
     @classmethod
     def _no_secrets(cls, content: Any) -> Any:
-        """Before anything else, since an error may quote what it found."""
+        """Raise `ValueError` for a secret in the settings, before any other error, which may quote what it found."""
         if found := next(secrets_in(content), None):
             raise ValueError(found)
         return content
 
     @model_validator(mode="after")
     def _checkpoints_to_keep(self) -> Recipe:
-        """A rule that would never find its checkpoint is a mistake."""
+        """Raise `ValueError` for a rule that would never find its checkpoint."""
         saved, validated = self.checkpoint.every, self.evaluation.every
         if self.checkpoint.keep_every and (not saved or self.checkpoint.keep_every % saved):
             raise ValueError(
@@ -266,7 +302,10 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _controls_without_merges(self) -> Recipe:
-        """Merges are chosen on forward text: with them a control is none."""
+        """Raise `ValueError` for a control corpus whose tokenizer has merges.
+
+        Merges are chosen on forward text, so with them the corpus is no control any more.
+        """
         wanted, found = MERGE_FREE_VOCABULARY, self.tokenizer.vocab_size
         if self.data.source in CONTROL_SOURCES and found != wanted:
             raise ValueError(
@@ -282,7 +321,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Experiment(Recipe):
-    """One run, fully resolved."""
+    """Settings of one run, fully resolved."""
 
     direction: DirectionName
     depth: Depth
@@ -291,7 +330,7 @@ class Experiment(Recipe):
 
     @property
     def prompts_per_step(self) -> int:
-        """Of the rl phase, for all workers: so few that what is written stays within `budget.batch_tokens`."""
+        """Prompts of an rl step over all workers, few enough that the samples stay within `budget.batch_tokens`."""
         return min(self.rl.prompts, self.budget.batch_tokens // (self.rl.samples * self.rl.new_tokens))
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
-"""Secrets in addresses: refused with the variable that takes them, and never printed.
+"""Secrets in addresses: refused, with the variable to use instead, and never printed.
 
-Settings are kept in a run's folder, in MLflow and in logs, where many can read them. So no address may hold a password,
-a key or a signed query: the libraries that open it take those from the environment.
+Settings are kept in a run's folder, in MLflow and in logs, where many people can read them. So an address may not
+hold a password, a key or a signed query: the libraries that open it take them from the environment.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from urllib.parse import unquote
 from bwlm.errors import UserError
 
 _PASSWORD = re.compile(r"(?<=:/)(/?(?!\[)[^/?#\s@:]*):(?!\d{1,5}(?:[/?#]|$))[^\s@]*(?:@[^/?#\s@]*)*@")
-"""`user:password@`; a password may hold slashes, ? and #, and `host:8000/name@revision` is none.
+"""Password of an address, as in `user:password@`. It may hold slashes, ? and #; `host:8000/name@revision` has none.
 
-A `Path` has lost a slash.
+One slash after the scheme is enough, because a `Path` loses the other.
 """
 _LOGIN = re.compile(r"(https?://?)([^/\s@]+)@")
-"""`token@` of HTTP; elsewhere a name before the host is a user or a container."""
+"""Login of an HTTP address, `token@`. In other schemes a name before the host is a user or a container."""
 _KNOWN = re.compile(r"(?<![A-Za-z0-9])(?:hf_|gh[pousr]_|github_pat_|glpat-|AKIA|ASIA)[A-Za-z0-9_-]{16,}")
-"""Tokens that their makers gave a beginning: Hugging Face, GitHub, GitLab, AWS."""
+"""Tokens that are known by how they begin: Hugging Face, GitHub, GitLab, AWS."""
 _PARAMETER = re.compile(r"(?:(?<=[?&;#])|^)([\w.-]+)=([^?&;#\s]+)")
 _SECRET_PARTS = (
     *("secret", "passw", "signature", "credential", "accesskey", "accountkey", "apikey", "privatekey"),
@@ -47,19 +47,19 @@ _OF_TRACKING = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW
 
 
 def refuse_secret(address: str, field: str) -> None:
-    """Raises `UserError` that names the field, the kind of secret and the variable to use, and not the secret."""
+    """Raise `UserError` that names the field, the kind of secret and the variable to use, but not the secret."""
     if fault := secret_in(address, field):
         raise UserError(fault)
 
 
 def secret_in(address: str, field: str) -> str | None:
-    """`field: what secret the address holds: the variable to use instead`; None of an address without one."""
+    """Return `field: holds <kind of secret>: take it out, and set <variable>`; None for an address without a secret."""
     kind = _kind(address) or _kind(unquote(address))
     return None if kind is None else f"{field}: holds {kind}: take it out, and set {_variables(address, field)}"
 
 
 def secrets_in(content: Any, field: str = "") -> Iterator[str]:
-    """`secret_in` of every text in nested settings, names of fields among them, by dotted field."""
+    """Yield the `secret_in` of every text in nested settings, names of fields included, by dotted field."""
     if isinstance(content, str):
         found = secret_in(content, field)
         yield from [found] if found else []
@@ -73,7 +73,7 @@ def secrets_in(content: Any, field: str = "") -> Iterator[str]:
 
 
 def masked(text: str) -> str:
-    """A text that may quote addresses, with *** for each secret in them."""
+    """Return a text with *** in the place of each secret in the addresses that it quotes."""
     text = _KNOWN.sub("***", _PASSWORD.sub(r"\1:***@", text))
     text = _LOGIN.sub(lambda match: match[0] if match[2].endswith(":***") else f"{match[1]}***@", text)
     return _PARAMETER.sub(lambda match: f"{match[1]}=***" if _is_secret(match[1]) else match[0], text)
@@ -82,7 +82,7 @@ def masked(text: str) -> str:
 def _kind(address: str) -> str | None:
     if address.startswith("//"):
         address = f"scheme:{address}"
-    unbroken = re.sub(r"\s", "_", address)  # a blank does not end a password that was typed in
+    unbroken = re.sub(r"\s", "_", address)  # a password may hold blanks, which `_PASSWORD` does not match
     if "://" in address and (_PASSWORD.search(unbroken) or _LOGIN.search(unbroken) or _KNOWN.search(address)):
         return "a user's password or token"
     if "://" in address or ";" in address:

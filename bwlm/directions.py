@@ -1,6 +1,6 @@
-"""The directions in which a model can be trained, one record each, and the readings in which a text can be read.
+"""Records of the directions in which a model can be trained, and of the readings in which text can be read.
 
-How token ids are turned around is in `bwlm.text.direction`.
+`bwlm.text.direction` turns the token ids around.
 """
 
 from __future__ import annotations
@@ -13,21 +13,24 @@ from typing import Literal
 DirectionName = Literal["forward", "backward", "bidirectional", "permuted"]
 
 READINGS = ("forward", "backward", "permuted")
-"""Orders in which text can be read. A direction is what a model is trained in; a bidirectional one has two readings."""
+"""Orders in which text can be read. A model is trained in a direction; a bidirectional model has two readings."""
 TEXT_READINGS = ("forward", "backward")
 """Readings in which every model is evaluated: the text from its beginning, and from its end."""
 BASELINE = "forward"
-"""The direction that the others are compared with."""
+"""Direction that the others are compared with."""
 
 
 @dataclass(frozen=True)
 class Direction:
-    """How a model of this direction reads."""
+    """Readings of the models of a direction."""
 
     readings: tuple[str, ...]
-    """Its own readings: their mean is its own figure. With several, each segment has a marker after BOS."""
+    """Readings that the model is trained in; the mean over them is its own figure.
+
+    With several readings, each segment has a marker after BOS.
+    """
     is_control: bool = False
-    """True for an order of documents that no conversation has."""
+    """True for an order that exists in documents only: no conversation has it."""
 
 
 DIRECTIONS: Mapping[str, Direction] = MappingProxyType(
@@ -38,30 +41,30 @@ DIRECTIONS: Mapping[str, Direction] = MappingProxyType(
         "permuted": Direction(("permuted",), is_control=True),
     }
 )
-"""The directions by name, in the order of tables and legends."""
+"""Directions by name, in the order of tables and legends."""
 
 
 def own_readings(direction: str) -> tuple[str, ...]:
-    """Returns the readings whose mean is the direction's own figure."""
+    """Return the readings whose mean is the direction's own figure."""
     return DIRECTIONS[direction].readings
 
 
 def is_marked(direction: str) -> bool:
-    """Returns whether segments carry a marker after BOS: a model of several readings must be told which."""
+    """Return whether segments carry a marker after BOS, which tells a model of several readings which one to use."""
     return len(own_readings(direction)) > 1
 
 
 def is_native(direction: str, reading: str) -> bool:
-    """Returns whether a model of the direction was trained to read so."""
+    """Return whether a model of the direction was trained in the reading."""
     return reading in own_readings(direction)
 
 
 def opposite(reading: str) -> str:
-    """Returns backward for forward, and forward for backward."""
+    """Return backward for forward, and forward for backward."""
     return TEXT_READINGS[1 - TEXT_READINGS.index(reading)]
 
 
 def rank(direction: str) -> tuple[int, str]:
-    """Returns a key for sorting: the known directions in their order, then any others by name."""
+    """Return a key for sorting: the known directions in their order, then any others by name."""
     known = tuple(DIRECTIONS)
     return (known.index(direction) if direction in known else len(known), direction)

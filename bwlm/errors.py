@@ -1,7 +1,7 @@
-"""What users get told.
+"""Errors that bwlm raises on purpose, each with its exit code.
 
-`UserError` is for what a person can mend: it prints as one line and exits with 2. `RunError` is for a run that failed
-on its way: it exits with 1. Anything else that escapes is a defect of ours and keeps its traceback.
+`UserError` is for a fault that a person can mend: it prints as one line and exits with 2. `RunError` is for a run
+that failed on its way: it exits with 1. Any other exception that escapes is a defect of bwlm and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ class BwlmError(Exception):
 
 
 class UserError(BwlmError):
-    """A mistake in the input: names the file or command, the field and the fix."""
+    """Mistake in the input; the message names the file or command, the field and the fix."""
 
     exit_code = 2
 
 
 class RunError(BwlmError):
-    """A run that began and could not end well."""
+    """Failure of a run that had begun."""
 
 
 class TrainingDiverged(RunError):
-    """The loss stopped being finite: names the step and the rows."""
+    """Loss that is not finite any more; the message names the step and the rows."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
@@ -35,10 +35,10 @@ class TrainingDiverged(RunError):
 
 
 class Interrupted(BwlmError):
-    """A run's process was asked to end: its steps are saved, and go on from there when it is launched again."""
+    """Request to end that reached a run's process. Its steps are saved; launched again, the run resumes from them."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint like ` (did you mean 'seed'?)`, or nothing where no known name is close."""
+    """Return a hint like ` (did you mean 'seed'?)`, or an empty text if no known name is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{match[0]}'?)" if match else ""

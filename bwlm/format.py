@@ -1,4 +1,4 @@
-"""Numbers, sizes and durations in words."""
+"""Counts and lists in words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def counted(number: int, noun: str) -> str:
-    """Returns `1 cell`, `3 cells`."""
+    """Return `1 cell` or `3 cells`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
@@ -42,5 +42,5 @@ def duration(seconds: float) -> str:
 
 
 def listed(items: Iterable[object]) -> str:
-    """Distinct items in a fixed order: 2, 10, a, b."""
+    """Return the distinct items in a fixed order, numbers first: `2, 10, a, b`."""
     return ", ".join(map(str, sorted(set(items), key=lambda item: (isinstance(item, str), item))))

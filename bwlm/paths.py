@@ -1,7 +1,7 @@
-"""Safe names, whole files, and where things lie.
+"""Safe ids, atomic writes, and the folder of the storage.
 
-An experiment id is one path segment; every id from a person passes `check_id` before it touches a disk. A record
-that somebody may read while we write it goes through `write_atomic`: it appears whole or not at all.
+An experiment id is one path segment; every id from a person passes `check_id` before it touches a disk. A file that
+somebody may read while we write it goes through `write_atomic`: it appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _RESERVED = frozenset({".", "..", "analyses", "cache", "grids", "mlflow.db", "ml
 
 
 def check_id(name: str, field: str = "id") -> str:
-    """Returns `name` if it is one safe path segment, else raises `UserError`."""
+    """Return `name` if it is one safe path segment that bwlm does not use itself. Raises `UserError` otherwise."""
     if not _ID.fullmatch(name):
         allowed = f"1 to {LONGEST_ID} of the characters A-Z a-z 0-9 . _ -"
         raise UserError(f"{field}: {name!r} is not a valid id: use {allowed}")
@@ -39,20 +39,23 @@ def check_id(name: str, field: str = "id") -> str:
 
 
 def is_id(name: str) -> bool:
-    """Whether `name` is one safe path segment that bwlm does not use itself."""
+    """Return whether `name` is one safe path segment that bwlm does not use itself."""
     return bool(_ID.fullmatch(name)) and name not in _RESERVED and not name.startswith(".")
 
 
 Check = Callable[[], None]
-"""Raises where this process may not write any more; called between the making of a file and its taking its name."""
+"""Function that raises if this process may not write any more.
+
+It is called after a file is written under a temporary name, and before the file is renamed.
+"""
 
 
 def unchecked() -> None:
-    """The check of what has no other writer."""
+    """Do nothing: the check of a file that has no other writer."""
 
 
 def write_atomic(path: Path, data: bytes, check: Check = unchecked) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part."""
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -68,12 +71,12 @@ def write_atomic(path: Path, data: bytes, check: Check = unchecked) -> None:
 
 
 def write_text(path: Path, text: str, check: Check = unchecked) -> None:
-    """Writes text as `write_atomic` does, in UTF-8 whatever the locale."""
+    """Write text as `write_atomic` does, in UTF-8 whatever the locale."""
     write_atomic(path, readable(text).encode(), check)
 
 
 def readable(text: str) -> str:
-    """Returns the text with the characters of file names that the locale could not decode.
+    """Return a text that UTF-8 can encode, with the characters of file names that the locale could not decode.
 
     Python holds their bytes as lone surrogates, which no encoding takes. Bytes that are not UTF-8 become U+FFFD.
     """
@@ -84,7 +87,7 @@ def readable(text: str) -> str:
 
 
 def sync(path: Path) -> None:
-    """Makes a file's content durable, or the names inside a folder."""
+    """Make a file's content durable, or the names inside a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -93,12 +96,12 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any] | list[Any], check: Check = unchecked) -> None:
-    """Atomic, indented, with sorted keys; refuses NaN, which JSON does not know."""
+    """Write JSON atomically, indented and with sorted keys. Raises `ValueError` for NaN, which JSON does not know."""
     write_atomic(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode(), check)
 
 
 def read_json(path: Path) -> Any:
-    """Raises `UserError` that names the file if it is missing or not JSON."""
+    """Return the content of a JSON file. Raises `UserError` that names the file if it is missing or not JSON."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -108,17 +111,17 @@ def read_json(path: Path) -> Any:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, in hex."""
+    """Return the SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yields a temporary sibling of `target` that takes its name when the block ends well, and goes when it does not.
+    """Yield a temporary folder beside `target`, which is renamed to it if the block succeeds and deleted if it fails.
 
-    If somebody else made `target` meanwhile, theirs stays: what we write here is named by its content. A block that
-    fails leaves none of the parents that were made for it.
+    If another process made `target` meanwhile, that folder stays: folders that are written here are named by their
+    content. A block that fails leaves none of the parents that were made for it.
     """
     made = [folder for folder in target.parents if not folder.exists()]
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -143,30 +146,31 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def discard_unfinished(folder: Path, names: Iterable[str]) -> None:
-    """Deletes what has not yet taken its name, of files and folders by patterns such as `checkpoints/step_*`.
+    """Delete files and folders that are still under a temporary name, by patterns such as `checkpoints/step_*`.
 
-    Whoever still writes there cannot give it the name any more.
+    A process that still writes one of them cannot give it its name any more.
     """
     for name in names:
         for path in folder.glob(str(Path(name).with_name(f".{Path(name).name}.????????.tmp"))):
             gone = path.with_name(f"{path.name[:-12]}{uuid.uuid4().hex[:8]}.tmp")
-            with contextlib.suppress(FileNotFoundError):  # it took its name at this moment
-                path.rename(gone)  # at once, where a folder would be deleted piece by piece
+            with contextlib.suppress(FileNotFoundError):  # its writer renamed it at this moment
+                path.rename(gone)  # one step, while a folder is deleted file by file
                 shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
 
 
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Holds a lock file while the block runs; waits for another process that holds it. The kernel frees it on death."""
+    """Hold a lock file while the block runs; wait while another process holds it. The kernel frees it on death."""
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def storage_root(storage: str | None) -> Path:
-    """The folder that holds experiments: the argument, `BWLM_STORAGE`, else `runs/` here.
+    """Return the folder that holds experiments: the argument, else `BWLM_STORAGE`, else `runs/` here.
 
-    Inside a Ray job the working folder is a temporary copy, so the default there is `~/bwlm-runs`.
+    The working folder of a Ray job is a temporary copy, so the default there is `~/bwlm-runs`. Raises `UserError` if
+    the address holds a secret or names no folder.
     """
     chosen = storage or os.environ.get("BWLM_STORAGE") or None
     if chosen is None:
@@ -180,9 +184,10 @@ def storage_root(storage: str | None) -> Path:
 
 
 def local_path(address: str) -> Path | None:
-    """Returns the local path that an address names, with `~` expanded; None for a URI of another machine.
+    """Return the local path that an address names, with `~` expanded; None for a URI of another machine.
 
-    A `file:` URI may hold percent signs as they are or encode them; a file that has the name as written goes first.
+    A `file:` URI may hold percent signs as they are, or encode them. The path as it is written is used, unless only
+    the decoded path exists.
     """
     uri = _FILE_URI.match(address)
     if uri is None:
@@ -193,7 +198,7 @@ def local_path(address: str) -> Path | None:
 
 
 def check_writable(root: Path) -> None:
-    """Raises `UserError` unless files can be made in `root`; leaves nothing behind."""
+    """Raise `UserError` unless files can be made in `root`. Leaves nothing behind."""
     advice = "choose another folder with --storage or BWLM_STORAGE"
     try:
         existing = next(folder for folder in (root, *root.parents) if folder.exists())

@@ -1,4 +1,4 @@
-"""The phases of training, one record each. A new phase is a record here and a module `bwlm/train/<name>.py`."""
+"""Records of the phases of training. A new phase is a record here and a module `bwlm/train/<name>.py`."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ from typing import Any, Literal
 PhaseName = Literal["base", "mid", "sft", "rl"]
 
 BUILTIN_MIXTURE = {"builtin:docs_qa": 1.0, "builtin:arithmetic": 10.0, "builtin:spelling": 10.0}
-"""Needs no network. With these weights the two small sources are about half of its rows."""
+"""Mixture that needs no network. With these weights the two small sources give about half of its rows."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of training: its data, its objective, and how its runs are judged."""
+    """Phase of training: its data, its objective, and how its runs are judged."""
 
     follows: tuple[str, ...]
-    """Phases from whose runs it can begin; empty: it begins from nothing."""
+    """Phases whose runs it can begin from; empty for the phase that begins with new weights."""
     reads: Literal["documents", "conversations", "prompts"]
     packs_whole: bool
-    """True where each conversation stays whole and alone in its row, as in a chat; attention is always masked then."""
+    """True if each conversation stays whole and alone in its row, as in a chat. Attention is then always masked."""
     supervised: Literal["all", "written"]
-    """Targets: all tokens, or only the text that the model writes in a conversation (the loss mask)."""
+    """Loss mask: all tokens are targets, or only the text that the model writes in a conversation."""
     learns_by: Literal["loss", "reward"]
     compared: bool
-    """True where verdicts on directions are given: all directions learn all of the same text."""
+    """True if reports give verdicts on directions: all directions learn all of the same text."""
     metric: str
-    """The validation metric that tells how well it learnt what it learns."""
+    """Validation metric that tells how well a run learnt its objective."""
     best_metric: str
-    """The validation metric by which the best checkpoint is shown."""
+    """Validation metric by which the best checkpoint is shown."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Dotted settings where nothing is said. Learning rates: nanochat's of October 2025."""
+    """Dotted settings of a run that are not given. Learning rates: nanochat's of October 2025."""
 
     @property
     def is_first(self) -> bool:
-        """True for a phase that begins from nothing and reads documents."""
+        """True for the phase that begins with new weights and reads documents."""
         return not self.follows
 
     @property
     def has_reward(self) -> bool:
+        """True for a phase that learns from rewards of its samples instead of the loss."""
         return self.learns_by == "reward"
 
 
@@ -105,12 +106,12 @@ PHASES: Mapping[str, Phase] = MappingProxyType(
         ),
     }
 )
-"""The phases by name, in the order of training."""
+"""Phases by name, in the order of training."""
 FIRST: PhaseName = "base"
 LATER = tuple(name for name in PHASES if name != FIRST)
 """Phases that begin from a run."""
 
 
 def order(name: str) -> int:
-    """Returns the place of a phase in the order of training, from 0."""
+    """Return the place of a phase in the order of training, from 0."""
     return tuple(PHASES).index(name)

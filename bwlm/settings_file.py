@@ -1,4 +1,4 @@
-"""Settings from YAML files and `--set`; a field knows its line, so that an error names file, line, field and fix."""
+"""Settings from YAML files and `--set`; each field knows its line, so that an error names file, line, field and fix."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from bwlm.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Document:
-    """A YAML mapping, and where each dotted field was given."""
+    """YAML mapping, and the place where each dotted field was given."""
 
     name: str
     content: dict[str, Any]
     places: Mapping[str, str]
-    """`file:line`, or `--set field`."""
+    """Place of each field: `file:line`, or `--set field`."""
 
     def place(self, field: str) -> str:
-        """Where the nearest enclosing field was given."""
+        """Return the place where the field, or else its nearest enclosing field, was given."""
         while field and field not in self.places:
             field = field.rpartition(".")[0]
         return self.places.get(field, self.name)
 
     def where(self, field: str) -> str:
-        """`file:line: field`, `--set field` or `--field`."""
+        """Return `file:line: field`, `--set field` or `--field`, to begin an error message."""
         place = self.place(field)
         return place if place in (f"--set {field}", f"--{field}") else f"{place}: {field}"
 
@@ -54,7 +54,7 @@ _WORDS: dict[str, Any] = {
 
 
 def _scalar(node: yaml.ScalarNode) -> Any:
-    """YAML 1.2's core schema: 6e-4 is a float, 010 is ten, yes is a word."""
+    """Return the value of a scalar by YAML 1.2's core schema: 6e-4 is a float, 010 is ten, yes is a word."""
     text = node.value
     if node.style is not None:
         return text
@@ -68,7 +68,7 @@ def _scalar(node: yaml.ScalarNode) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds nodes only, and each of them once: an alias can make a small file ask for billions."""
+    """Loader that builds nodes only, and refuses aliases: with them a small file can ask for billions of values."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -104,7 +104,10 @@ def _build(node: yaml.Node, path: str, name: str, lines: dict[str, int]) -> Any:
 
 
 def parse_yaml(text: str, name: str) -> Document:
-    """Raises `UserError` naming file and line on bad syntax, duplicate keys or a file that is not a mapping."""
+    """Return the document of a YAML text.
+
+    Raises `UserError` naming file and line on bad syntax, duplicate keys or content that is not a mapping.
+    """
     lines: dict[str, int] = {}
     try:
         node = yaml.compose(text, Loader=_Loader)
@@ -124,7 +127,10 @@ def parse_yaml(text: str, name: str) -> Document:
 
 
 def _spread_dotted(document: Document) -> None:
-    """Moves `model.head_dim: 32` below `model`, as if it stood there."""
+    """Move `model.head_dim: 32` into the section `model`, as if it stood there.
+
+    Raises `UserError` if a field is given both ways.
+    """
     dotted = {key: document.content.pop(key) for key in list(document.content) if "." in key}
     for field, value in dotted.items():
         if holds(document.content, field):
@@ -133,13 +139,13 @@ def _spread_dotted(document: Document) -> None:
 
 
 def holds(content: Any, field: str) -> bool:
-    """Whether nested dictionaries give a dotted field."""
+    """Return whether nested dictionaries hold a dotted field."""
     first, _, rest = field.partition(".")
     return isinstance(content, dict) and first in content and (not rest or holds(content[first], rest))
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the words that `parse_yaml` would otherwise read as something else."""
+    """Dumper that quotes the words that `parse_yaml` would otherwise read as something else."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -154,12 +160,12 @@ _Dumper.add_representer(str, _Dumper.word)
 
 
 def dump_yaml(content: Mapping[str, Any]) -> str:
-    """Text that `parse_yaml` reads as `content`."""
+    """Return a YAML text that `parse_yaml` reads as `content`."""
     return str(yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def load_yaml(path: Path) -> Document:
-    """Reads a YAML file; raises `UserError` naming it if it is missing, unreadable or not UTF-8."""
+    """Read a YAML file. Raises `UserError` naming it if it is missing, unreadable or not UTF-8."""
     try:
         return parse_yaml(path.read_text("utf-8"), str(path))
     except FileNotFoundError:
@@ -171,7 +177,7 @@ def load_yaml(path: Path) -> Document:
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:
-    """`a.b=c` as (`a.b`, value), the value read as YAML would read it."""
+    """Return `a.b=c` as (`a.b`, value); YAML's rules give the value its type. Raises `UserError` for any other form."""
     field, equals, text = setting.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", field):
         raise UserError(f"--set {setting}: write it as field=value, for instance --set model.sequence_length=256")
@@ -182,7 +188,10 @@ _BELOW_AXES = re.compile(r"((?:phases\.\w+\.)?axes)\.(.+)")
 
 
 def assign(content: dict[str, Any], field: str, value: Any, where: str) -> None:
-    """Sets a dotted field in nested dictionaries. Below `axes` the rest of the field is one name."""
+    """Set a dotted field in nested dictionaries. Below `axes` the rest of the field is one name.
+
+    Raises `UserError` if a section on the way holds a value instead.
+    """
     parents, last = field.split(".")[:-1], field.rpartition(".")[2]
     if below_axes := _BELOW_AXES.fullmatch(field):
         parents, last = below_axes[1].split("."), below_axes[2]
@@ -195,7 +204,7 @@ def assign(content: dict[str, Any], field: str, value: Any, where: str) -> None:
 
 
 def override(document: Document, settings: list[str]) -> Document:
-    """The document with `--set` settings laid over it; a horizon given there replaces the file's."""
+    """Return the document with `--set` settings laid over it; a horizon given there replaces the file's."""
     content, places = copy.deepcopy(document.content), dict(document.places)
     given = [parse_setting(setting) for setting in settings]
     horizons = {f"budget.{name}" for name in HORIZONS}
@@ -212,11 +221,11 @@ def override(document: Document, settings: list[str]) -> Document:
 
 
 _PLAIN = re.compile(r"[\w./-]+(:[\w./-]+)*")
-"""Text that YAML reads as itself unless it is one of its words or numbers."""
+"""Text that YAML reads as itself unless it is one of YAML's words or numbers."""
 
 
 def written_settings(content: Mapping[str, Any], section: str = "") -> list[str]:
-    """Nested settings as `--set` takes them: `a.b=c`."""
+    """Return nested settings in the form that `--set` takes: `a.b=c`."""
     written = []
     for name, value in content.items():
         field = f"{section}{name}"
@@ -234,7 +243,7 @@ T = TypeVar("T", bound=Settings)
 
 
 def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted field of a settings class, sections included."""
+    """Yield every dotted field of a settings class, sections included."""
     for name, info in model.model_fields.items():
         yield prefix + name
         if isinstance(info.annotation, type) and issubclass(info.annotation, Settings):
@@ -242,7 +251,10 @@ def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def validate(model: type[T], content: Mapping[str, Any], document: Document) -> T:
-    """Raises `UserError`: one line with file, line, field, what is wrong and the nearest valid name."""
+    """Return the content as validated settings.
+
+    Raises `UserError`: one line with file, line, field, what is wrong and the nearest valid name.
+    """
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -250,12 +262,13 @@ def validate(model: type[T], content: Mapping[str, Any], document: Document) -> 
 
 
 def explain(error: ValidationError, model: type[BaseModel], document: Document) -> str:
+    """Return a validation error in one line: file, line, field, what is wrong and the nearest valid name."""
     errors = error.errors()
-    # a misspelt field is also a missing one: the spelling is what helps
+    # a misspelt field counts as missing too; the hint at its spelling helps more
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     field = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    if not field:  # what concerns two sections names its field itself
+    if not field:  # a check over several sections names the field in its message
         field, _, message = message.partition(": ")
     where = document.where(field)
     if first["type"] == "extra_forbidden":

@@ -1,4 +1,4 @@
-"""Tasks: data sets as conversations for mid-training and SFT, and rewards that can be checked for RL.
+"""Tasks: data sets as conversations for mid-training and SFT, and verifiable rewards for RL.
 
     docs_qa.py     builtin:docs_qa      what functions and classes of the installed libraries do
     arithmetic.py  builtin:arithmetic   sums, differences and products (verifiable)
@@ -7,9 +7,9 @@
     arc.py         arc_easy, arc_challenge     multiple choice: school science
     mmlu.py        mmlu                 multiple choice: 57 subjects
     messages.py    smoltalk, FileTask   conversations that files already hold
-    task.py  files.py  choices.py       what a task is; rows and splits of files; how choices read
+    task.py  files.py  choices.py       protocols of a task; rows and splits of files; text of multiple choice
 
-What is built in needs no file and no network; the others are read from the hub, or from a path.
+Built-in tasks need no file and no network; the others are read from the hub or from a path.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TASKS: Mapping[str, Task] = {task.name: task for task in _ALL}
 
 
 def find_task(name: str) -> Task:
-    """Raises `UserError` with the nearest name if there is none of this one."""
+    """Return the task of this name. Raises `UserError` with the nearest name if there is none."""
     if name not in TASKS:
         raise UserError(f"tasks: {name!r} is not a task{nearest(name, TASKS)}: name one of {', '.join(TASKS)}")
     return TASKS[name]

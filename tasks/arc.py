@@ -1,4 +1,4 @@
-"""ARC: questions of school science, easy and hard ones (Clark et al. 2018, arXiv 1803.05457)."""
+"""ARC: multiple choice questions of school science, an easy and a hard set (Clark et al. 2018, arXiv 1803.05457)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tasks.files import DataSet, Row
 
 
 def _parse(row: Row) -> ChoiceQuestion:
-    """`answerKey` names one of `choices.label`, which are letters in most questions and digits in some."""
+    """Return the question of a row. `answerKey` names an entry of `choices.label`: letters, or in some rows digits."""
     choices = row.within("choices")
     texts, labels, key = choices.texts("text"), choices.texts("label"), row.text("answerKey")
     if len(texts) != len(labels):

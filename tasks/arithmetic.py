@@ -3,11 +3,11 @@
     user: 12+7=        assistant: 19
     user: 3-11=        assistant: -8
 
-The numbers are small so that a tiny model learns them within minutes. The tokenizer cuts numbers every two digits: no
-operand, sum or difference is cut here, and a product, at most 400, once. The 1,323 problems are few enough to be seen
-many times, and enough to hold some back.
+The numbers are small so that a tiny model learns them within minutes. The tokenizer cuts numbers every two digits:
+operands, sums and differences are not cut here, and a product, at most 400, is cut once. The 1,323 problems are few
+enough to be seen many times, and enough to hold some back.
 
-About one problem in ten is validation. `3+4=` and `4+3=` are one problem in this respect, so that neither gives the
+About one problem in ten is validation. `3+4=` and `4+3=` are always in the same split, so that neither gives the
 other away.
 """
 
@@ -33,40 +33,45 @@ from tasks.task import (
 )
 
 FORMAT_VERSION = 1
-"""Counts up whenever the problems, their order, their split or their template change."""
+"""Version of this task, raised whenever the problems, their order, their split or their template change."""
 
 LARGEST = 20
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 HELD_OUT = 10
-"""One problem in so many is validation."""
+"""Number of problems of which about one is validation."""
 
 _QUESTION = re.compile(r"(?P<left>0|[1-9][0-9]?)(?P<sign>[+*-])(?P<right>0|[1-9][0-9]?)=")
-"""All that a question can be: what this does not match is never evaluated, so nothing that is written ever runs."""
+"""Template of a question. Text that it does not match is never evaluated, so no text of a model ever runs."""
 
 
 @dataclass(frozen=True)
 class Problem:
+    """Problem of two operands and an operation."""
+
     left: int
     sign: str
     right: int
 
     @property
     def question(self) -> str:
+        """Question as the user asks it, `12+7=`."""
         return f"{self.left}{self.sign}{self.right}="
 
     @property
     def answer(self) -> int:
+        """Right answer."""
         return OPERATIONS[self.sign](self.left, self.right)
 
     @property
     def held_out(self) -> bool:
+        """True for a problem of the validation split. Sums and products that swap their operands share a split."""
         commutes = self.sign != "-"
         left, right = sorted((self.left, self.right)) if commutes else (self.left, self.right)
         return draw(Problem(left, self.sign, right).question) % HELD_OUT == 0
 
 
 def parse(question: str) -> Problem | None:
-    """The problem that a question states, or None if it is not, to the letter, in the template and its range."""
+    """Return the problem that a question states; None unless it follows the template, and its range, to the letter."""
     found = _QUESTION.fullmatch(question)
     if not found:
         return None
@@ -76,6 +81,8 @@ def parse(question: str) -> Problem | None:
 
 @dataclass(frozen=True)
 class Arithmetic:
+    """Task `builtin:arithmetic`."""
+
     name: str = "builtin:arithmetic"
 
     def conversations(self, split: SplitName, path: str | None = None) -> Iterator[RawConversation]:
@@ -91,10 +98,11 @@ class Arithmetic:
         return recipe_key(self.name, FORMAT_VERSION, LARGEST, list(OPERATIONS), HELD_OUT)
 
     def reward(self, written: str, conversation: RawConversation, writes: Writes) -> float:
-        """1 for the right integer and nothing else, or for any problem in the template with the given answer; else 0.
+        """Return the reward, 1 or 0.
 
-        A question need not be the one that was asked: `2*6=` earns as much as `12+0=`. So the reward checks truth and
-        not variety, and does not keep a model from writing only sums with 0.
+        An answer earns 1 if it is the right integer and nothing else; a question, if it is any problem in the
+        template that has the given answer. A question need not be the conversation's own: `2*6=` earns as much as
+        `12+0=`. So the reward checks truth and not variety, and does not keep a model from writing only sums with 0.
         """
         if writes == "answer":
             return float(trimmed(written) == truth(conversation, "answer"))

@@ -1,4 +1,4 @@
-"""Multiple choice: how a question with its choices reads, and a task of such questions.
+"""Multiple choice: the text of a question with its choices, and a task of such questions.
 
 The text is nanochat's (tasks/common.py, `render_mc`): the letter stands behind its choice, without a space before it,
 so that it is the same token as in the answer; small models bind the two better that way. Letters follow the order of
@@ -17,30 +17,33 @@ from tasks.files import DataSet, Row
 from tasks.task import RawConversation, SplitName, exchange
 
 FORMAT_VERSION = 1
-"""Counts up whenever the same rows would give other conversations."""
+"""Version of the text, raised whenever the same rows would give other conversations."""
 
 LETTERS = string.ascii_uppercase
 
 
 @dataclass(frozen=True)
 class ChoiceQuestion:
+    """Question with its choices."""
+
     question: str
     choices: tuple[str, ...]
     answer: int
     """Index of the right choice."""
 
     def prompt(self) -> str:
-        """What the user says."""
+        """Return the user's message: the question, a line for each choice, and the form of the answer."""
         lines = [f"- {choice}={letter}" for choice, letter in zip(self.choices, LETTERS, strict=False)]
         asked = "Respond only with the letter of the correct answer."
         return "\n".join([f"Multiple Choice question: {self.question}", *lines, "", asked])
 
     def conversation(self) -> RawConversation:
+        """Return the conversation: the prompt, answered by the letter of the right choice."""
         return exchange(self.prompt(), LETTERS[self.answer])
 
 
 def choice_question(row: Row, question: str, choices: list[str], answer: int) -> ChoiceQuestion:
-    """Raises `UserError` for a row with fewer than 2 choices or more than letters, or whose answer is none of them."""
+    """Return the question of a row. Raises `UserError` unless it has 2 to 26 choices and its answer is one of them."""
     if not 2 <= len(choices) <= len(LETTERS):
         raise UserError(f"{row.place}: choices: must be 2 to {len(LETTERS)} (found {len(choices)})")
     if not 0 <= answer < len(choices):
@@ -50,11 +53,14 @@ def choice_question(row: Row, question: str, choices: list[str], answer: int) ->
 
 @dataclass(frozen=True)
 class MultipleChoice:
+    """Task of multiple choice; `parse` turns a row of `data` into a question."""
+
     name: str
     data: DataSet
     parse: Callable[[Row], ChoiceQuestion]
 
     def questions(self, split: SplitName, path: str | None = None) -> Iterator[ChoiceQuestion]:
+        """Return the questions of a split, row by row; reading a row of another schema raises `UserError`."""
         return map(self.parse, self.data.rows(split, path))
 
     def conversations(self, split: SplitName, path: str | None = None) -> Iterator[RawConversation]:

@@ -3,9 +3,9 @@
     user: What does `json.dumps` do?
     assistant: Serialize ``obj`` to a JSON formatted ``str``.
 
-The libraries are those of `builtin:pydocs`, and so is the split by modules: a model whose base was trained on that
-corpus has not read the docstrings that validate here. Asked about are public classes and functions whose paragraph is
-prose of some words; each is asked about once, and each paragraph answers once, where it comes first.
+Libraries and split by modules are the same as in `builtin:pydocs`: a model whose base was trained on that
+corpus has not read the docstrings that validate here. Questions are about public classes and functions whose first
+paragraph is prose. Each name is asked about once, and each paragraph is an answer once, where it comes first.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from bwlm.text.pydocs import PACKAGES, find_modules, held_out, pydocs_key, read_
 from tasks.task import RawConversation, SplitName, draw, exchange, recipe_key, refuse_path
 
 FORMAT_VERSION = 1
-"""Counts up whenever the same docstrings would give other conversations."""
+"""Version of this task, raised whenever the same docstrings would give other conversations."""
 
 QUESTIONS = ("What does `{}` do?", "What is `{}` for?", "Explain `{}`.", "Describe `{}`.")
 FEWEST_WORDS = 4
 LONGEST = 400
-"""Characters of an answer."""
+"""Characters of the longest answer."""
 
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _NOT_PROSE = re.compile(
@@ -37,7 +37,7 @@ _NOT_PROSE = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-"""What is no sentence, and sentences that say nothing of what they stand at."""
+"""Paragraphs that are no sentence, and sentences that say nothing about the name that they document."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,14 @@ class _Entry:
 
     @property
     def public(self) -> bool:
-        """Whether it is a class or function, and neither its name nor one of those it lies in begins with `_`."""
+        """True for a class or function if no part of its dotted name begins with `_`; False for a module."""
         return bool(self.qualified_name) and not any(part.startswith("_") for part in self.name.split("."))
 
 
 @dataclass(frozen=True)
 class DocsQA:
+    """Task `builtin:docs_qa`."""
+
     name: str = "builtin:docs_qa"
 
     def conversations(self, split: SplitName, path: str | None = None) -> Iterator[RawConversation]:
@@ -74,7 +76,7 @@ class DocsQA:
 
 @cache
 def _entries() -> tuple[_Entry, ...]:
-    """Takes some seconds, once in a process."""
+    """Return all questions' entries, in the order of a hash of their names. Takes some seconds, once in a process."""
     answers: dict[str, _Entry] = {}
     for module, found in read_docstrings(find_modules(PACKAGES)).items():
         for name, text in found:
@@ -83,17 +85,17 @@ def _entries() -> tuple[_Entry, ...]:
     asked: dict[str, _Entry] = {}
     for entry in answers.values():
         if entry.public and is_prose(entry.answer):
-            asked.setdefault(entry.name, entry)  # what is defined twice, for two platforms say, may have two docstrings
+            asked.setdefault(entry.name, entry)  # a name defined twice, for two platforms say, may have two docstrings
     return tuple(asked[name] for name in sorted(asked, key=draw))
 
 
 def first_paragraph(docstring: str) -> str:
-    """On one line, single spaces between its words."""
+    """Return the first paragraph of a docstring on one line, with single spaces between its words."""
     text = docstring.encode(errors="ignore").decode()  # a lone surrogate, written as an escape, is not UTF-8
     return " ".join(_BLANK_LINE.split(text.strip(), maxsplit=1)[0].split())
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether it can stand as an answer: some words, not too many, and no markup of another kind of text."""
+    """Return whether a paragraph can be an answer: enough words, not too many characters, no markup of another kind."""
     enough = len(paragraph.split()) >= FEWEST_WORDS and len(paragraph) <= LONGEST
     return enough and not _NOT_PROSE.search(paragraph)

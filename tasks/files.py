@@ -1,9 +1,9 @@
-"""Rows of a data set in parquet or JSONL files, and which of them are validation.
+"""Rows of a data set in parquet or JSONL files, and the split of its files and rows.
 
-Files are split by the words of their names, as documents' files are (`bwlm.text.splits`): `validation`, `valid`, `val`
-or `dev` validates, `test` is left for evaluation, every other file is for training; a source without one is refused.
-Where no file validates, one training row in 20 does: those where the first 64 bits of SHA-256 of the columns that are
-read, as JSON with sorted keys, are divisible by 20. Equal rows fall on one side.
+Files are split by the words of their names, as documents' files are (`bwlm.text.splits`): `validation`, `valid`,
+`val` or `dev` validates, `test` is left for evaluation, every other file is for training; a source without a training
+file is refused. If no file validates, one training row in 20 does: a row where the first 64 bits of the SHA-256 of
+its columns that are read, as JSON with sorted keys, are divisible by 20. Equal rows fall on one side.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bwlm.text.splits import NamedSplits, Shard, split_by_name
 from tasks.task import SplitName, draw, recipe_key
 
 HELD_OUT = 20
-"""One row in so many is validation where files do not say which are."""
+"""Number of training rows of which about one is validation, if no file's name says validation."""
 
 PARQUET = ".parquet"
 JSONL = (".jsonl", ".jsonl.gz")
@@ -35,13 +35,14 @@ _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or fal
 
 @dataclass(frozen=True)
 class Row:
-    """What a file holds at a place; reading a field of another type raises `UserError` with file, row and field."""
+    """Row of a file. Reading a field of another type raises `UserError` with file, row and field."""
 
     place: str
-    """The file, and the row counted from 0 (parquet) or the line counted from 1 (JSONL)."""
+    """File, and the row counted from 0 (parquet) or the line counted from 1 (JSONL)."""
     values: Mapping[str, Any]
 
     def get(self, field: str) -> Any:
+        """Return the value of a field. Raises `UserError` with the nearest name if the row has no such field."""
         if field not in self.values:
             raise UserError(
                 f"{self.place}: no field {field!r}{nearest(field, self.values)}: it has {', '.join(self.values)}"
@@ -49,12 +50,14 @@ class Row:
         return self.values[field]
 
     def text(self, field: str) -> str:
+        """Return the string in a field."""
         value = self.get(field)
         if not isinstance(value, str):
             raise self.fault(field, "a string", value)
         return value
 
     def texts(self, field: str) -> list[str]:
+        """Return the list of strings in a field."""
         value = self.get(field)
         if not isinstance(value, list):
             raise self.fault(field, "a list of strings", value)
@@ -64,38 +67,39 @@ class Row:
         return value
 
     def integer(self, field: str) -> int:
+        """Return the integer in a field; true and false are no integers."""
         value = self.get(field)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.fault(field, "an integer", value)
         return value
 
     def within(self, field: str) -> Row:
-        """The object in a field, as a row of its own at the same place."""
+        """Return the object in a field, as a row of its own at the same place."""
         value = self.get(field)
         if not isinstance(value, dict):
             raise self.fault(field, "an object", value)
         return Row(f"{self.place}: {field}", value)
 
     def fault(self, field: str, wanted: str, found: Any) -> UserError:
-        """An error to raise."""
+        """Return the error for a field that holds `found` instead of `wanted`."""
         kind = _KINDS.get(type(found), f"{found!r:.40}")
         return UserError(f"{self.place}: {field}: must be {wanted} (found {kind})")
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Where a task's rows come from."""
+    """Source of a task's rows: its files on the hub or elsewhere, and the columns that are read."""
 
     field: str
-    """The setting that names the files, for errors: `tasks.gsm8k.path`."""
+    """Setting that names the files, for errors: `tasks.gsm8k.path`."""
     address: str
-    """Read if no path is given: a folder on the hub."""
+    """Address that is read if no path is given, such as a folder on the hub."""
     columns: tuple[str, ...]
     subset: str = ""
-    """The folder below `address` that holds the files; it may stand below a path too, as in a copy of the hub's."""
+    """Folder below `address` that holds the files; it may stand below a path too, as in a copy of the hub's folder."""
 
     def rows(self, split: SplitName, path: str | None = None) -> Iterator[Row]:
-        """The rows of a split, file by file. Raises `UserError`, naming the file and where it can the row."""
+        """Yield the rows of a split, file by file. Raises `UserError` naming the file and, if known, the row."""
         named = self.splits(path)
         by_name = bool(named.validation)
         for file in named.validation if by_name and split == "validation" else named.train:
@@ -104,9 +108,9 @@ class DataSet:
                     yield row
 
     def key(self, path: str | None, *recipe: Any) -> str:
-        """Returns a short hash of both splits' files and of `recipe`, which names all else that makes conversations.
+        """Return a short hash of both splits' files and of `recipe`, which names all else that makes conversations.
 
-        Local files count by their content, so that a copy or a touched file gives the same rows; remote ones by
+        Local files count by their content, so that a copy or a touched file gives the same rows; remote files by
         address, size and stamp.
         """
         named = self.splits(path)
@@ -114,7 +118,7 @@ class DataSet:
         return recipe_key(*recipe, HELD_OUT, files)
 
     def splits(self, path: str | None = None) -> NamedSplits:
-        """Returns the files by split. Raises `UserError` for a file of another kind, and where none trains."""
+        """Return the files by split. Raises `UserError` for a file of another kind, and if no file is for training."""
         files = self._list(path)
         for file in files:
             if not file.uri.endswith((PARQUET, *JSONL)):
@@ -138,7 +142,10 @@ class DataSet:
 
 
 def _content(file: Shard) -> tuple[str | int, ...]:
-    """What tells a file from another: SHA-256 of a local one. Raises `UserError` if it cannot be read."""
+    """Return what identifies a file: a local one its SHA-256, another its version.
+
+    Raises `UserError` if a local file cannot be read.
+    """
     path = local_path(file.uri)
     if path is None:
         return file.version
@@ -172,7 +179,7 @@ def _read_parquet(uri: str, columns: tuple[str, ...]) -> Iterator[Row]:
 
 
 def _refuse_repeated_fields(field: pa.Field, where: str) -> None:
-    """Raises `UserError` if an object in a column, at any depth, has two fields of one name."""
+    """Raise `UserError` if an object in a column, at any depth, has two fields of one name."""
     inner = [field.type.field(index) for index in range(field.type.num_fields)]
     for one in inner:
         refuse_repeated(one.name, [other.name for other in inner], where)

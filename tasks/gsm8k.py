@@ -1,7 +1,7 @@
 """GSM8K: word problems of grade school with worked solutions (Cobbe et al. 2021, arXiv 2110.14168).
 
-An answer ends with `#### N`. The calculator's annotations in it, `<<48/2=24>>`, are removed from what a model reads:
-there is no calculator here, and a model would learn to write each result twice.
+An answer ends with `#### N`. The calculator's annotations in it, `<<48/2=24>>`, are removed from the text that a
+model reads: there is no calculator here, and a model would learn to write each result twice.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from tasks.files import DataSet, Row
 from tasks.task import RawConversation, SplitName, Writes, exchange, truth
 
 FORMAT_VERSION = 1
-"""Counts up whenever the same rows would give other conversations."""
+"""Version of this task, raised whenever the same rows would give other conversations."""
 
 FEWEST_WORDS = 5
-"""Different words that make a question, however few its numbers are."""
+"""Fewest different words of a question, however few its numbers are."""
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
 _QUANTITY = re.compile(_NUMBER)
-_FINAL = re.compile(rf"####[ \t]*\$?(?>(-?{_NUMBER}))(?!\S*[0-9])")  # atomic, or it would try every shorter number
+_FINAL = re.compile(rf"####[ \t]*\$?(?>(-?{_NUMBER}))(?!\S*[0-9])")  # atomic, else it would try every shorter number
 _LETTERS = re.compile(r"[^\W\d_]{2,}")
 
 _DATA = DataSet("tasks.gsm8k.path", "hf://datasets/openai/gsm8k", ("question", "answer"), subset="main")
@@ -33,6 +33,8 @@ _DATA = DataSet("tasks.gsm8k.path", "hf://datasets/openai/gsm8k", ("question", "
 
 @dataclass(frozen=True)
 class GSM8K:
+    """Task `gsm8k`, with rewards for answers and for questions."""
+
     name: str = "gsm8k"
 
     def conversations(self, split: SplitName, path: str | None = None) -> Iterator[RawConversation]:
@@ -45,7 +47,7 @@ class GSM8K:
         return _DATA.splits(path)
 
     def reward(self, written: str, conversation: RawConversation, writes: Writes) -> float:
-        """An answer: 1 if its final number is the true one, else 0. A question: `quantities_agree`."""
+        """Return 1 for an answer if its final number is the true one, else 0; for a question `quantities_agree`."""
         true = truth(conversation, writes)
         if writes == "question":
             return quantities_agree(written, true)
@@ -58,14 +60,14 @@ def _exchange(row: Row) -> RawConversation:
 
 
 def final_number(answer: str) -> Decimal | None:
-    """The number behind the last `####`, without the commas of thousands; None for none, and for `1/2` or `7e1`."""
+    """Return the number behind the last `####`, without commas of thousands; None for none, and for `1/2` or `7e1`."""
     mark = answer.rfind("####")
     found = _FINAL.match(answer, mark) if mark >= 0 else None
     return _value(found[1]) if found else None
 
 
 def quantities(text: str) -> Counter[Decimal]:
-    """The numbers that a text writes in digits, as often as it does: `3 $5 bills, 1,000` has 3, 5 and 1000."""
+    """Return how often a text writes each number in digits: `3 $5 bills, 1,000` has 3, 5 and 1000."""
     return Counter(map(_value, _QUANTITY.findall(text)))
 
 
@@ -74,12 +76,13 @@ def _value(number: str) -> Decimal:
 
 
 def quantities_agree(written: str, true: str) -> float:
-    """F1 of the written question's numbers against the true one's: 2 |W and T| / (|W| + |T|), as multisets.
+    """Return F1 of the written question's numbers against the true one's: 2 |W and T| / (|W| + |T|), as multisets.
 
-    It says whether a question has the right quantities, not whether its answer follows from them, which only solving it
-    would tell. It does not see numbers in words (`twice`, `three`), units, or what a number counts; a true question
-    without digits earns nothing. Numbers alone are no question: there must be as many different words of two letters as
-    numbers and at least 5, and a question mark unless the true question has none. Words without sense pass.
+    The score says whether a question has the right quantities. It does not say whether the true answer follows from
+    them, which only solving the question would tell. It does not see numbers in words (`twice`, `three`), units, or
+    what a number counts; a true question without digits earns nothing. Numbers alone are no question: the text needs
+    as many different words, of two letters or more, as numbers, at least 5 of them, and a question mark unless the
+    true question has none. Words without sense pass.
     """
     wanted, found = quantities(true), quantities(written)
     if not _is_question(written, found.total(), "?" in true):

@@ -1,6 +1,6 @@
 """Conversations that files already hold: a user's own, and SmolTalk.
 
-A row has a column `messages`, a list of objects with `role` and `content`; other fields are left out. A line of JSONL
+A row has a column `messages`, a list of objects with `role` and `content`; other fields are ignored. A line of JSONL
 may also be that list alone, as nanochat writes it. The order of turns is checked where conversations are rendered.
 """
 
@@ -14,7 +14,7 @@ from tasks.files import DataSet, Row
 from tasks.task import RawConversation, RawMessage, SplitName
 
 FORMAT_VERSION = 1
-"""Counts up whenever the same files would give other conversations."""
+"""Version of this task, raised whenever the same files would give other conversations."""
 
 _COLUMN = "messages"
 
@@ -22,7 +22,7 @@ _COLUMN = "messages"
 class FileTask:
     """Conversations of a file, a folder, a glob or a URI, parquet or JSONL (`.jsonl`, `.jsonl.gz`).
 
-    `name` is what errors and settings call it; by default the path itself, as a mixture names it.
+    `name` is used in errors and settings; by default it is the path itself, as a mixture names it.
     """
 
     def __init__(self, path: str, name: str | None = None, subset: str = "") -> None:
@@ -30,11 +30,14 @@ class FileTask:
         self._data = DataSet(f"tasks.{name}.path" if name else "data.mixture", path, (_COLUMN,), subset)
 
     def conversations(self, split: SplitName, path: str | None = None) -> Iterator[RawConversation]:
-        """Raises `UserError` with file, row and field for messages that are no list and entries that lack a string."""
+        """Return the conversations of a split.
+
+        Reading them raises `UserError` with file, row and field if messages are no list or an entry lacks a string.
+        """
         return (messages for _, messages in self.placed(split, path))
 
     def placed(self, split: SplitName, path: str | None = None) -> Iterator[tuple[str, RawConversation]]:
-        """Each with its file and row, for what is to be told of it."""
+        """Return the conversations of a split, each with its file and row, for errors about it."""
         return ((row.place, _messages(row)) for row in self._data.rows(split, path))
 
     def key(self, path: str | None = None) -> str:

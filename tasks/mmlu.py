@@ -1,6 +1,6 @@
 """MMLU: questions of 57 subjects with four choices (Hendrycks et al. 2021, arXiv 2009.03300).
 
-The hub's training questions, `auxiliary_train`, are of other data sets; its `validation` and `dev` validate here.
+The hub's training questions, `auxiliary_train`, come from other data sets; its `validation` and `dev` validate here.
 """
 
 from __future__ import annotations

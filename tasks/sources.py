@@ -1,4 +1,4 @@
-"""The sources of a mixture: tasks by their names, and files of conversations by their paths."""
+"""Sources of a mixture: tasks by their names, and files of conversations by their paths."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from bwlm.text.mixture import ConversationSource
 from bwlm.text.splits import NamedSplits, without_copies
 
 _FILE_PARTS = 8
-"""In which the conversations of files are packed beside each other."""
+"""Number of parts of a file source that are packed in parallel."""
 
 
 def sources_of(recipe: Recipe) -> list[ConversationSource]:
-    """Returns the sources of a mixture, in its order.
+    """Return the sources of a mixture, in its order.
 
-    Raises `UserError` for one that is no task and no file, and for a training file that another source holds out.
+    Raises `UserError` for a source that is no task and no file, and for a training file that another source holds
+    out.
     """
     mixture = recipe.data.mixture
     places = {name: _place(name, recipe) for name in mixture}
@@ -46,7 +47,7 @@ def _refuse_held_out(one: str, trained: NamedSplits, other: str, held: NamedSpli
 
 
 def check_sources(experiment: Experiment) -> None:
-    """Raises `UserError` for the name of a task or of a mixture's part that there is none of."""
+    """Raise `UserError` for an unknown task in `tasks` or the mixture, and in rl for a source without a reward."""
     for name in experiment.tasks:
         if name not in tasks.TASKS:
             raise UserError(f"tasks.{name}: no such task{nearest(name, tasks.TASKS)}")
@@ -58,7 +59,7 @@ def check_sources(experiment: Experiment) -> None:
 
 
 def find_source(name: str) -> tasks.Task:
-    """A task by its name, or the conversations of a file by its path. Raises `UserError` with the nearest name."""
+    """Return a task by its name, or a file's conversations by its path. Raises `UserError` with the nearest name."""
     if name in tasks.TASKS or not _is_path(name):
         try:
             return tasks.find_task(name)
@@ -72,7 +73,7 @@ def _is_path(name: str) -> bool:
 
 
 def _place(name: str, recipe: Recipe) -> tuple[tasks.Task, str | None]:
-    """The task, and the path of its files where one is given."""
+    """Return a source's task, and the path of its files if one is given."""
     task, setting = find_source(name), recipe.tasks.get(name)
     return task, _for_workers(setting.path if setting else name if isinstance(task, tasks.FileTask) else None)
 
@@ -83,7 +84,7 @@ def _source(name: str, weight: float, task: tasks.Task, path: str | None, notes:
 
 
 def _for_workers(address: str | None) -> str | None:
-    """The address of files as a worker finds it, whose working folder is another one."""
+    """Return the address of files with a local path made absolute, because a worker has another working folder."""
     folder = local_path(address) if address is not None else None
     return address if folder is None else str(folder.absolute())
 
@@ -93,5 +94,5 @@ def _read(task: tasks.Task, path: str | None, split: tasks.SplitName) -> Iterato
         yield from task.conversations(split, path)
         return
     for place, messages in task.placed(split, path):
-        check_conversation(messages, place)  # here, where the row is known
+        check_conversation(messages, place)  # checked here, where the row is known
         yield messages

@@ -2,9 +2,9 @@
 
     user: Spell "value".        assistant: v a l u e
 
-A model that reads tokens must have learned which letters are in each. The words, of 3 to 10 small letters, are those
-that occur at least twice as words of a sentence in `pydoc_data.topics`, which every Python brings. About one word in
-ten is validation.
+A model that reads tokens must have learned which letters are in each. The words are all words of 3 to 10 small
+letters that occur at least twice in the sentences of `pydoc_data.topics`, which every Python brings. About one word
+in ten is validation.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from functools import cache
 from tasks.task import RawConversation, SplitName, Writes, draw, exchange, recipe_key, refuse_path, trimmed, truth
 
 FORMAT_VERSION = 1
-"""Counts up whenever the same Python would give other conversations."""
+"""Version of this task, raised whenever the same Python would give other conversations."""
 
 HELD_OUT = 10
-"""One word in so many is validation."""
+"""Number of words of which about one is validation."""
 
 _WORD = re.compile(r"(?<!\S)[a-z]{3,10}(?=[,.;:]?(?!\S))")
 _OFTEN = 2
@@ -30,7 +30,7 @@ _OFTEN = 2
 
 @cache
 def words() -> tuple[str, ...]:
-    """Sorted by a hash of each."""
+    """Return the words, in the order of a hash of each."""
     from pydoc_data.topics import topics
 
     found = Counter(word for text in topics.values() for word in _WORD.findall(text))
@@ -39,6 +39,8 @@ def words() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Spelling:
+    """Task `builtin:spelling`."""
+
     name: str = "builtin:spelling"
 
     def conversations(self, split: SplitName, path: str | None = None) -> Iterator[RawConversation]:
@@ -52,5 +54,5 @@ class Spelling:
         return recipe_key(self.name, FORMAT_VERSION, platform.python_version())
 
     def reward(self, written: str, conversation: RawConversation, writes: Writes) -> float:
-        """1 for the conversation's own text, to the letter, else 0: a word has one spelling, and that one word."""
+        """Return 1 for the conversation's own text, to the letter, else 0: word and spelling determine each other."""
         return float(trimmed(written) == truth(conversation, writes))

@@ -1,1 +1,1 @@
-"""Grid files become cells here, before Ray or torch is imported."""
+"""Plans: grid files and flags become cells, before Ray or torch is imported."""

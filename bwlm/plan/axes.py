@@ -1,4 +1,4 @@
-"""The axes of a grid file and the product of their values; each value knows its place in the file, for errors."""
+"""Axes of a grid file and the product of their values; each value knows its place in the file, for errors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from bwlm.settings_file import Document, assign, field_names, holds
 
 IN_ID = ("direction", "depth", "lr", "seed")
 _AXES_BESIDES = (*IN_ID, "parent")
-"""Fields outside of a section that cells can differ in."""
+"""Fields outside of sections in which cells can differ."""
 
 
 def with_first_values(document: Document) -> tuple[dict[str, Any], Document]:
-    """The grid's content with its dotted axes at their first values: a section may be whole only with them."""
+    """Return the grid's content with its dotted axes at their first values, and the document with their places.
+
+    A section may be complete only with these values.
+    """
     content, places = copy.deepcopy(document.content), dict(document.places)
     axes = content.get("axes")
     for name, values in axes.items() if isinstance(axes, dict) else []:
@@ -31,7 +34,10 @@ def with_first_values(document: Document) -> tuple[dict[str, Any], Document]:
 
 
 def blocks_of(document: Document) -> dict[str, dict[str, list[Any]]]:
-    """The products that make the grid, by the field that states them: `axes`, `also.0`, `also.1`, .."""
+    """Return the products of axes that make the grid, by the field that states each: `axes`, `also.0`, `also.1`, ..
+
+    Raises `UserError` for axes that are not valid.
+    """
     blocks = {"axes": document.content["axes"]}
     blocks |= {f"also.{index}": axes for index, axes in enumerate(document.content.get("also", []))}
     for where, axes in blocks.items():
@@ -42,7 +48,10 @@ def blocks_of(document: Document) -> dict[str, dict[str, list[Any]]]:
 def _check_axes(
     axes: dict[str, list[Any]], where: str, document: Document, beside: Mapping[str, Any] | None = None
 ) -> None:
-    """`beside` are the settings that the axes would contradict; by default the whole file's."""
+    """Raise `UserError` for an axis that is unknown, fixed elsewhere, without values, or with one value twice.
+
+    `beside` are the settings that the axes would contradict; by default the whole file's.
+    """
     section = where.rpartition("axes")[0]
     known = [name for name in field_names(Experiment) if name not in Experiment.model_fields or name in _AXES_BESIDES]
     if not axes:
@@ -66,7 +75,7 @@ def _check_axes(
 
 
 def following_phases(document: Document, first: str) -> list[str]:
-    """The phases after the first. Raises `UserError` for one that cannot follow, or has axes that cannot be."""
+    """Return the phases after the first. Raises `UserError` for one that cannot follow, or whose axes are not valid."""
     following = check_phase_names(document, first)
     for phase in following:
         if axes := axes_of(phase, document):
@@ -75,7 +84,7 @@ def following_phases(document: Document, first: str) -> list[str]:
 
 
 def axes_of(phase: str, document: Document) -> dict[str, list[Any]]:
-    """Those that a phase after the first has of its own."""
+    """Return the axes that a phase after the first has of its own. Raises `UserError` unless they hold lists."""
     axes = (document.content["phases"][phase] or {}).get("axes", {})
     if not isinstance(axes, dict) or not all(isinstance(values, list) for values in axes.values()):
         raise UserError(f"{document.where(f'phases.{phase}.axes')}: must hold lists of values, field: [1, 2]")
@@ -83,23 +92,25 @@ def axes_of(phase: str, document: Document) -> dict[str, list[Any]]:
 
 
 def product_size(axes: dict[str, list[Any]]) -> int:
+    """Return the number of cells in a product of axes."""
     return math.prod(len(values) for values in axes.values())
 
 
 def family_size(following: list[str], document: Document) -> int:
-    """Cells that come of one of the first phase, itself included."""
+    """Return the number of cells that descend from one cell of the first phase, that cell included."""
     sizes = [1, *(product_size(axes_of(phase, document)) for phase in following)]
     return sum(itertools.accumulate(sizes, operator.mul))
 
 
 def choices(axes: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a value for each axis, for every combination of values."""
     return (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
 
 
 def with_chosen(
     fixed: Mapping[str, Any], chosen: dict[str, Any], where: str, document: Document
 ) -> tuple[dict[str, Any], Document]:
-    """Content with one value of each axis, and where each was given."""
+    """Return content with one value of each axis, and the document with the place where each value was given."""
     content, places = copy.deepcopy(dict(fixed)), dict(document.places)
     for name, value in chosen.items():
         places[name] = document.place(f"{where}.{name}")

@@ -1,4 +1,4 @@
-"""The cells of a grid: one of the first phase for each choice of axis values, and the phases that follow it."""
+"""Cells of a grid: one of the first phase for each choice of axis values, and the phases that follow it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _GRID_ONLY = ("name", "axes", "also", "phases", "scheduler", "launch")
 
 
 def grid_cells(blocks: dict[str, dict[str, list[Any]]], family: CellBuilder) -> Iterator[Cell]:
-    """Raises `UserError` if a cell is not valid, or if two have the same id."""
+    """Yield the cells of a grid. Raises `UserError` if a cell is not valid, or if two have the same id."""
     document = family.document
     fixed = {name: value for name, value in document.content.items() if name not in _GRID_ONLY}
     seen: set[str] = set()
@@ -41,17 +41,21 @@ def grid_cells(blocks: dict[str, dict[str, list[Any]]], family: CellBuilder) -> 
 
 @dataclass(frozen=True)
 class CellBuilder:
-    """How cells descend from each other: the phases that follow the first, and where parents lie that are no cells."""
+    """Builder of cells; it knows the phases that follow the first, and the storage of parents that are no cells."""
 
     document: Document
     following: list[str]
     storage: Path
 
     def first(self, content: dict[str, Any], document: Document) -> Experiment:
-        """Of the first phase; past base, what it takes from its parent comes from there."""
+        """Return the experiment of the first phase; past base it inherits settings from its parent run.
+
+        Raises `UserError` if the parent is not named, does not exist or has not finished, or if settings are not
+        valid.
+        """
         phase = content.get("phase", FIRST)
         if phase not in LATER:
-            if self.following and isinstance(content.get("data"), dict):  # the chain's, whose base reads documents
+            if self.following and isinstance(content.get("data"), dict):  # the mixture is for the phases that follow
                 content = content | {"data": {k: v for k, v in content["data"].items() if k != "mixture"}}
             return resolve_experiment(content, document)
         run = content.get("parent")
@@ -65,7 +69,7 @@ class CellBuilder:
         return resolve_experiment(inherit(with_defaults(content, phase), run, parent, document), document)
 
     def cells(self, first: Experiment, name: str, content: dict[str, Any], document: Document) -> Iterator[Cell]:
-        """The cell of an experiment and all that descend from it, each after its parent."""
+        """Yield the cell of an experiment and all cells that descend from it, each after its parent."""
         run = f"{name}-{first.phase}" if self.following else name
         cell = Cell(_checked(run, self.document), first, resolve_steps(first))
         yield cell
@@ -97,7 +101,7 @@ def _cell_id(experiment: Experiment, chosen: dict[str, Any], document: Document)
 
 
 def _parts(chosen: dict[str, Any]) -> list[str]:
-    """Of an id: what was chosen on axes, the last part of each name."""
+    """Return the parts of an id that name choices on axes: the last part of each axis name, and its value."""
     return [f"{name.rpartition('.')[2]}{value}" for name, value in chosen.items()]
 
 

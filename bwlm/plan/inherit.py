@@ -1,7 +1,8 @@
-"""The settings that a phase takes from its parent run, and its own defaults.
+"""Settings that a phase takes from its parent run, and its own defaults.
 
-Direction, depth, tokenizer, model and the reversal of conversations are the parent's. Another direction or reversal is
-refused unless `differs` names it, and is then recorded there; nothing else can change on the way.
+Direction, depth, tokenizer, model and the reversal of conversations are the parent's. Another direction or reversal
+is refused unless `differs` names it; the child's config then records it. Of the others only `model.document_mask` can
+change on the way.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from bwlm.settings_file import Document, assign, holds
 
 _SAME = ("depth", "tokenizer", "model")
 _OWN = ("seed", "budget.batch_tokens", "model.document_mask")
-"""Taken from the parent too, where nothing else is said."""
+"""Fields that are the parent's too, unless they are given."""
 _OF_THE_FIRST = ("parent", "direction", *_SAME)
 _MAY_DIFFER = {"direction": "direction", "data.reversal": "reversal"}
 """Fields that a phase may change on purpose, with their names in `differs`."""
 
 
 def split_phases(names: str, where: str) -> list[str]:
-    """`base,mid,sft` as a list. Raises `UserError` for a name that is none, or an order that is not one of training."""
+    """Return the phases of a text such as `base,mid,sft`.
+
+    Raises `UserError` for a name that is no phase, or an order in which phases cannot follow each other.
+    """
     phases = [name.strip() for name in names.split(",")]
     for name in phases:
         if name not in PHASES:
@@ -36,7 +40,10 @@ def split_phases(names: str, where: str) -> list[str]:
 
 
 def check_phase_names(document: Document, first: str) -> list[str]:
-    """The phases that follow the first of a file, in the order of training. Raises `UserError` for one that cannot."""
+    """Return the phases that follow the first of a file, in the order of training.
+
+    Raises `UserError` for an unknown phase, and for one that cannot follow.
+    """
     blocks = document.content.get("phases", {})
     if not isinstance(blocks, dict):
         raise UserError(f"{document.where('phases')}: must hold settings by phase, as in phases.sft.seed=1")
@@ -53,7 +60,7 @@ def check_phase_names(document: Document, first: str) -> list[str]:
 
 
 def _check_block(block: Mapping[str, Any], name: str, document: Document) -> None:
-    """Raises `UserError` where it says what the chain says."""
+    """Raise `UserError` if a block states its phase or parent, which follow from the order of the phases."""
     axes = block.get("axes")
     chosen = [f"axes.{field}" for field in axes] if isinstance(axes, dict) else []
     for field in (*block, *chosen):
@@ -71,7 +78,7 @@ def _check_chain(phases: list[str], where: str) -> None:
 
 
 def with_defaults(content: Mapping[str, Any], phase: str) -> dict[str, Any]:
-    """The content of an experiment with what its phase begins with, where it says nothing itself."""
+    """Return the content of an experiment with its phase's defaults for the settings that it does not give."""
     filled = copy.deepcopy(dict(content))
     budget = filled.get("budget")
     has_horizon = isinstance(budget, dict) and any(budget.get(name) is not None for name in HORIZONS)
@@ -83,7 +90,7 @@ def with_defaults(content: Mapping[str, Any], phase: str) -> dict[str, Any]:
 
 
 def inherit(content: Mapping[str, Any], run: str, parent: Experiment, document: Document) -> dict[str, Any]:
-    """The content of a child's experiment with what it takes from its parent `run`.
+    """Return the content of a child's experiment with the settings that it takes from its parent `run`.
 
     Raises `UserError` naming the field where another value is asked for.
     """
@@ -91,9 +98,9 @@ def inherit(content: Mapping[str, Any], run: str, parent: Experiment, document: 
     child["parent"] = run
     values = parent.model_dump()
     named = child.get("differs")
-    differs = named if isinstance(named, list) else []  # what is no list is told when all is validated
+    differs = named if isinstance(named, list) else []  # validation refuses anything else later
     if PHASES[parent.phase].is_first and not holds(child, "data.reversal"):
-        assign(child, "data.reversal", parent.data.reversal, run)  # documents know none, so the child may choose
+        assign(child, "data.reversal", parent.data.reversal, run)  # base reads no conversations: the child may choose
     for field in _fields(values, parent.phase):
         value = _value(values, field)
         if not holds(child, field):
@@ -108,14 +115,14 @@ def inherit(content: Mapping[str, Any], run: str, parent: Experiment, document: 
             assign(child, field, _value(values, field), run)
     if PHASES[child["phase"]].packs_whole and _value(child, "model.document_mask") is False:
         raise UserError(
-            f"{document.where('model.document_mask')}: false, but {child['phase']} reads conversations, "
-            "which a chat has alone in its row: leave it out"
+            f"{document.where('model.document_mask')}: false, but attention in {child['phase']} always stays "
+            "inside a conversation, as in a chat: leave it out"
         )
     return child
 
 
 def _agree(field: str, one: Any, other: Any) -> bool:
-    """Compares two values; a folder equals itself however it is spelled."""
+    """Return whether two values are equal; a folder equals itself however it is spelled."""
     if field != "tokenizer.path" or not (isinstance(one, str) and isinstance(other, str)):
         return bool(one == other)
     folders = [local_path(address) for address in (one, other)]
@@ -141,9 +148,9 @@ def _value(content: Mapping[str, Any], field: str) -> Any:
 
 
 def phase_content(content: Mapping[str, Any], phase: str, document: Document) -> tuple[dict[str, Any], Document]:
-    """What a file or the flags say of a phase that follows another: all that is said, and over it `phases.<phase>`.
+    """Return what a file or the flags say of a later phase: all shared settings, and over them `phases.<phase>`.
 
-    What comes from the parent is said of the first phase.
+    Settings that a phase takes from its parent are left out: the file states them for the first phase.
     """
     own = copy.deepcopy({name: value for name, value in content.items() if name not in ("phases", *_OF_THE_FIRST)})
     own["phase"] = phase
@@ -159,7 +166,7 @@ def phase_content(content: Mapping[str, Any], phase: str, document: Document) ->
 
 
 def _leaves(block: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted fields and their values; a mixture is one value."""
+    """Yield the dotted fields of a block and their values; a mixture is one value, and so is `tasks`."""
     for name, value in block.items():
         field = f"{section}{name}"
         if isinstance(value, dict) and field not in ("data.mixture", "tasks"):

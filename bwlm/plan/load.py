@@ -1,4 +1,4 @@
-"""A grid file or the settings of one experiment, resolved to a plan before anything runs."""
+"""Grid files, and the settings of one experiment, resolved to a plan before anything runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bwlm.settings_file import Document, dump_yaml, load_yaml, override, validat
 
 
 def load_grid(path: Path, settings: list[str], storage: str | None = None) -> Plan:
-    """Reads, overrides and resolves a grid file; its parents, if it has any, lie in `storage` or where it says.
+    """Read, override and resolve a grid file; its parent runs lie in `storage`, or else where the file says.
 
     Raises `UserError` for every fault, before anything is made.
     """
@@ -45,9 +45,9 @@ def load_grid(path: Path, settings: list[str], storage: str | None = None) -> Pl
 def plan_experiment(
     flags: Mapping[str, Any], settings: list[str], chosen_id: str | None, storage: str | None = None
 ) -> Plan:
-    """One experiment from the command line, or with `phase: base,mid,sft` a chain; `settings` go over `flags`.
+    """Return the plan of one experiment from the command line, or with `phase: base,mid,sft` of a chain.
 
-    Raises `UserError` naming the flag or field.
+    `settings` go over `flags`. Raises `UserError` naming the flag or field.
     """
     first, *following = split_phases(flags["phase"], "--phase")
     flags = dict(flags) | {"phase": first, **({"phases": {phase: {} for phase in following}} if following else {})}
@@ -68,12 +68,15 @@ def plan_experiment(
 
 
 def _check_asha(cells: tuple[Cell, ...], document: Document) -> None:
-    """ASHA chooses learning rates by what it sees on the way; among seeds it would keep the lucky ones."""
+    """Raise `UserError` if ASHA has no validations to decide by, or cells have several seeds.
+
+    ASHA chooses learning rates by validations during training; among seeds it would keep the lucky ones.
+    """
     where = document.where("scheduler.kind")
     if any(cell.experiment.evaluation.every == 0 for cell in cells):
-        raise UserError(f"{where}: asha decides at validations: set evaluation.every")
+        raise UserError(f"{where}: asha stops cells by their validations, and there are none: set evaluation.every")
     if len({cell.experiment.seed for cell in cells}) > 1:
         raise UserError(
-            f"{where}: asha with several seeds would stop the unlucky ones and spoil the pairs: "
+            f"{where}: asha would stop the unlucky ones of several seeds and leave pairs incomplete: "
             "choose the learning rates with one seed, then run the seeds of the best with fifo"
         )

@@ -15,9 +15,10 @@ from bwlm.settings_file import Document, holds
 
 
 def with_resources(cells: tuple[Cell, ...], document: Document) -> tuple[Cell, ...]:
-    """A GPU and the threads of a worker, unless they are given: this machine's, where it is not a cluster's.
+    """Return the cells with the threads and GPUs of each worker that are not given, shared out from this machine.
 
-    A cell alone takes all cores; where cells are many each takes one, which is faster than to share the work of each.
+    A cell alone takes all cores; cells that run at once share them, at least one core each, which is faster than to
+    share the work of each cell. Nothing is filled in under `RAY_ADDRESS`: a cluster's machines are others.
     """
     if os.environ.get("RAY_ADDRESS"):
         return cells
@@ -38,9 +39,9 @@ def _is_given(document: Document, name: str) -> bool:
 
 
 def available_gpus() -> int:
-    """CUDA devices of this machine. torch is asked only where a driver is: its import takes seconds.
+    """Return the number of CUDA devices. torch is asked only if there is a driver: its import takes seconds.
 
-    Raises `UserError` where torch cannot use them: nobody wants to learn that from the speed.
+    Raises `UserError` if torch cannot use them: the first sign of it should not be the speed.
     """
     if not Path("/dev/nvidiactl").exists():
         return 0
@@ -56,7 +57,7 @@ def available_gpus() -> int:
 
 
 def available_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores that this process may use: a batch system or a container may have given it a part of the machine."""
+    """Return the cores that this process may use: a batch system or a container may give it a part of the machine."""
     cores = len(psutil.Process().cpu_affinity()) if psutil.LINUX else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # no control group (version 2), or `max`: no quota
         microseconds, period = map(int, quota.read_text("ascii").split())

@@ -1,4 +1,4 @@
-"""The smallest gap that the planned seeds of a grid can see, before anything is trained."""
+"""Smallest gap that the planned seeds of a grid can see, before anything is trained."""
 
 from __future__ import annotations
 
@@ -20,25 +20,29 @@ from bwlm.stats.power import POWER, detectable_gap
 
 @dataclass(frozen=True)
 class PlannedPair:
-    """Two directions that the report of a finished grid will compare."""
+    """Pair of directions that the report of a finished grid will compare."""
 
     size: str
     a: str
     b: str
     seeds: int
-    """That both share, whichever learning rates turn out best, of those with seeds enough for a verdict."""
+    """Seeds that both directions share, at the least, over the choices of rates that leave enough seeds for a verdict.
+
+    If no choice leaves enough, the most that they can share.
+    """
     fewest: int
-    """That both share where another rate turns out best, such as one that was tried with one seed."""
+    """Fewest seeds that both share over all choices of rates, such as a rate that was tried with one seed."""
     choosing_seeds: int | None
-    """Seeds that will choose the rates, of the direction with fewer; None where each direction has one rate."""
+    """Seeds that will choose the rates, in the direction with fewer; None if each direction has one rate."""
 
     @property
     def gets_verdict(self) -> bool:
+        """True if the report can give a verdict on the pair."""
         return self.seeds >= FEWEST_SEEDS and (self.choosing_seeds is None or self.choosing_seeds >= FEWEST_SEEDS)
 
 
 def planned_pairs(plan: Plan) -> list[PlannedPair]:
-    """Every size x pair of directions of a plan, as `analysis.findings.find` will pair its cells."""
+    """Return every size and pair of directions of a plan, as `analysis.runs.findings.find` will pair its cells."""
     cells = [cell for cell in plan.cells if PHASES[cell.experiment.phase].compared]
     identities = {cell.id: _identity(cell) for cell in cells}
     labels = size_labels(identities)
@@ -64,19 +68,19 @@ def _planned(size: str, a: str, rates_a: dict[float, set[int]], b: str, rates_b:
 
 
 def _seeds_that_choose(rates: dict[float, set[int]]) -> int | None:
-    """How many seeds choose among the rates of one direction if all cells finish; None where there is one rate."""
+    """Return how many seeds choose among the rates of one direction if all cells finish; None for one rate."""
     if len(rates) == 1:
         return None
     return len(set.intersection(*rates.values())) or min(len(seeds) for seeds in rates.values())
 
 
 def detectable(plan: Plan, seed_noise: float | None) -> dict[str, Any]:
-    """For each planned pair the smallest true gap that is called `different` with a chance of `POWER`.
+    """Return for each planned pair the smallest true gap that is called `different` with a chance of `POWER`.
 
-    `seed_noise` is the standard deviation of the paired per-seed difference in nats per token. The family is all pairs
-    that get a verdict; each is held to Holm's strictest step, so the chance is at least that. `gap_sd` is in standard
-    deviations of that difference, `gap_nats` in nats per token where the noise is given; both are None where seeds are
-    too few for a verdict, or for the choice of the rates.
+    `seed_noise` is the standard deviation of the paired per-seed difference in nats per token. The family is all
+    pairs that get a verdict; each is held to Holm's strictest step, so the chance is at least that. `gap_sd` is in
+    standard deviations of that difference, `gap_nats` in nats per token if the noise is given; both are None if seeds
+    are too few for a verdict, or for the choice of the rates.
     """
     pairs = planned_pairs(plan)
     family = sum(pair.gets_verdict for pair in pairs)
@@ -98,7 +102,7 @@ def detectable(plan: Plan, seed_noise: float | None) -> dict[str, Any]:
 
 
 def detectable_words(found: dict[str, Any]) -> str:
-    """`detectable` in a line."""
+    """Return the result of `detectable` as a line of text."""
     if not found["pairs"]:
         return "no verdict: no size has two directions to compare"
     of_seeds: dict[tuple[int, int, int], list[dict[str, Any]]] = defaultdict(list)
@@ -128,7 +132,10 @@ def detectable_words(found: dict[str, Any]) -> str:
 
 
 def _identity(cell: Cell) -> dict[str, Any]:
-    """As a run's, with what is asked of the text in the place of its digest, which is not known before it is read."""
+    """Return a cell's identity, as a run has it, with a digest of the text's settings instead of its content.
+
+    The text's own digest is not known before the text is read.
+    """
     text = hashlib.sha256(text_key(cell.experiment).encode()).hexdigest()
     precision = cell.experiment.compute.precision
     return identity(cell.experiment, data=text, tokenizer="", precision=precision, steps=cell.steps)

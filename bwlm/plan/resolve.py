@@ -1,4 +1,4 @@
-"""One experiment, resolved: its batch size, and its horizon in steps."""
+"""Resolved experiments: the batch size, and the horizon in steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bwlm.settings_file import Document, holds, validate
 
 
 def resolve_experiment(content: Mapping[str, Any], document: Document) -> Experiment:
-    """Raises `UserError` where a field is not valid, or fields do not fit together."""
+    """Return the experiment. Raises `UserError` if a field is not valid, or fields do not fit together."""
     experiment = validate(Experiment, content, document)
     try:
         shape_of(experiment)
@@ -27,7 +27,7 @@ def resolve_experiment(content: Mapping[str, Any], document: Document) -> Experi
 
 
 def _with_batch(experiment: Experiment) -> Experiment:
-    """nanochat's batch for the depth, in whole rows for every worker."""
+    """Return the experiment with nanochat's batch for its depth, in whole rows for every worker."""
     unit = experiment.model.sequence_length * experiment.resources.workers
     tokens = max(1, round(batch_tokens_for(shape_of(experiment)) / unit)) * unit
     budget = experiment.budget.model_copy(update={"batch_tokens": tokens})
@@ -54,7 +54,10 @@ def _check_batch(experiment: Experiment, document: Document) -> None:
 
 
 def _check_prompts(experiment: Experiment, document: Document) -> None:
-    """Every worker writes for as many prompts; how many they are in all must not depend on the workers."""
+    """Raise `UserError` unless the workers can share the prompts of a step evenly.
+
+    The number of prompts in all must not depend on the workers.
+    """
     rl, workers, prompts = experiment.rl, experiment.resources.workers, experiment.prompts_per_step
     written = rl.samples * rl.new_tokens
     if prompts < workers and prompts < rl.prompts:
@@ -70,9 +73,9 @@ def _check_prompts(experiment: Experiment, document: Document) -> None:
 
 
 def resolve_steps(experiment: Experiment) -> int:
-    """The horizon in steps; tokens per parameter count matrices and output head, as in nanochat.
+    """Return the horizon in steps; tokens per parameter count matrices and output head, as in nanochat.
 
-    Raises `UserError` if the learning rate's way up and down does not fit into it.
+    Raises `UserError` if the learning rate's warmup and warmdown do not fit into it.
     """
     steps, optim = _horizon(experiment), experiment.optim
     down = round(optim.warmdown_ratio * steps)

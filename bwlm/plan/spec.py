@@ -1,4 +1,4 @@
-"""The fields of a grid file, its cells, and the plan that holds them."""
+"""Fields of a grid file, its cells, and the plan that holds them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from bwlm.record.run_config import shape_of
 
 
 class SchedulerSettings(Settings):
+    """Scheduler of a grid: whether cells are stopped early, and by which rule."""
+
     kind: Literal["fifo", "asha"] = Field(
         "fifo", description="asha: stops cells early, within a direction and depth; fifo: stops none"
     )
     grace_steps: int = Field(100, ge=1, description="asha: no cell is stopped before this step")
-    reduction_factor: int = Field(2, ge=2, description="asha: one in so many goes on at each rung")
+    reduction_factor: int = Field(2, ge=2, description="asha: one cell in this many goes on at each rung")
 
 
 class LaunchSettings(Settings):
+    """Launch of a grid: cells at once, retries, time limits, storage and tracking."""
+
     concurrency: int | None = Field(
         None, ge=1, description="cells at once; default: as many as the cluster has room for"
     )
@@ -41,7 +45,7 @@ class LaunchSettings(Settings):
 
 
 class Grid(Recipe):
-    """A grid file, at its fullest. `lr` multiplies the learning rate of every parameter group."""
+    """Content of a grid file. `lr` multiplies the learning rate of every parameter group."""
 
     name: str
     axes: dict[str, list[Any]]
@@ -60,7 +64,7 @@ class Grid(Recipe):
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a grid and what it will cost."""
+    """Cell of a grid, and what it will cost."""
 
     id: str
     experiment: Experiment
@@ -68,40 +72,45 @@ class Cell:
 
     @property
     def shape(self) -> GPTConfig:
+        """Shape of the model."""
         return shape_of(self.experiment)
 
     @property
     def parameters(self) -> int:
+        """Number of all parameters."""
         return count_parameters(self.shape).total
 
     @property
     def tokens(self) -> int:
+        """Training tokens of all steps."""
         return self.steps * self.experiment.budget.batch_tokens
 
     @property
     def flops(self) -> int:
+        """Training FLOPs of all steps."""
         return self.tokens * flops_per_token(self.shape)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The cells of a grid, a single experiment or a chain of them, and how they are run."""
+    """Cells of a grid, a single experiment or a chain of them, and how they are run."""
 
     name: str
-    """Of the grid, or the experiment's id."""
+    """Name of the grid, or the experiment's id."""
     cells: tuple[Cell, ...]
     launch: LaunchSettings
     scheduler: SchedulerSettings
     grid_text: str | None
-    """The grid file with what `--set` changed, for the record; None for a single experiment."""
+    """Grid file with the changes of `--set`, for the record; None for an experiment or a chain."""
 
     @property
     def is_grid(self) -> bool:
+        """True for a grid, false for an experiment or a chain."""
         return self.grid_text is not None
 
 
 def generations(cells: tuple[Cell, ...]) -> list[tuple[Cell, ...]]:
-    """Cells by what must have finished before: those without a parent among them, their children, and so on."""
+    """Return the cells by generation: cells without a parent among them, then their children, and so on."""
     number: dict[str, int] = {}
     for cell in cells:  # parents stand before their children
         number[cell.id] = number.get(cell.experiment.parent or "", -1) + 1
@@ -109,12 +118,12 @@ def generations(cells: tuple[Cell, ...]) -> list[tuple[Cell, ...]]:
 
 
 def asha_group(experiment: Experiment) -> str:
-    """Names the cells that compete under ASHA: those that differ in the learning rate alone."""
+    """Return a key that names the cells that compete under ASHA: they differ in the learning rate alone."""
     return experiment.model_dump_json(exclude={"lr"})
 
 
 def text_key(experiment: Experiment) -> str:
-    """Cells that agree in these share a prepared corpus, given a tokenizer."""
+    """Return a key that cells share if they read the same prepared corpus, given a tokenizer."""
     phase = PHASES[experiment.phase]
     if phase.is_first:
         data: dict[str, Any] = {"data": {"source", "text_column", "validation", "shuffle"}, "tokenizer": True}

@@ -1,1 +1,1 @@
-"""What a run leaves behind: the experiment folder, its checkpoints, MLflow."""
+"""Records of a run: the experiment folder, its checkpoints, the research log, MLflow."""

@@ -1,12 +1,12 @@
 """Checkpoints: safetensors and JSON, written whole, verified by hash. Nothing of a checkpoint is ever unpickled.
 
-step_000400/  model.safetensors  optimizer.safetensors  rng.safetensors
-              meta.json (what it is, the loop's progress, the SHA-256 of each file, a checksum of itself)
+step_000400/ model.safetensors optimizer.safetensors rng.safetensors meta.json (the run and step, the loop's progress,
+the SHA-256 of each file, a checksum of itself)
 
 meta.json is the commit mark: it is written last and deleted first, and a folder without it is not a checkpoint. The
-folder takes its name whole, and only then do older ones go. One process writes to a folder of checkpoints, any number
-may read. Imports torch only where it handles tensors, so that checkpoints are listed without it. Not here: saving while
-training goes on, which is `saver.py`.
+folder gets its name when it is whole, and only then are older checkpoints deleted. One process writes to a folder of
+checkpoints, any number may read. torch is imported only where tensors are handled, so that checkpoints are listed
+without it. `saver.py` saves them while training goes on.
 """
 
 from __future__ import annotations
@@ -38,30 +38,33 @@ FILES = (MODEL, OPTIMIZER, RNG)
 
 _COMMITTED = re.compile(r"step_([0-9]{6,})|\.step_([0-9]{6,})\.replaced")
 _OURS = re.compile(_COMMITTED.pattern + r"|\.step_[0-9]{6,}\.[0-9a-f]{8}\.tmp")
-"""Folders of checkpoints, and what a save that was killed leaves."""
+"""Names of checkpoint folders, and of folders that a killed save leaves."""
 
 
 class DamagedCheckpoint(RunError):
-    """A file of a checkpoint is gone or not what was saved; what the disk will not read now is not, it may tomorrow."""
+    """File of a checkpoint that is gone, or differs from the file that was saved.
+
+    A file that the disk cannot read now is another error: it may be readable tomorrow.
+    """
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything that a run needs to go on from a step; tensors in host memory that nobody changes any more."""
+    """State that a run needs to resume from a step; its tensors are in host memory and do not change any more."""
 
     step: int
     model: Tensors
     optimizer: Tensors
     rng: Tensors
-    """States of the random generators as bytes, `rank0/cpu`, `rank0/cuda`, `rank1/cpu`, .."""
+    """States of the random generators as bytes: `rank0/cpu`, `rank0/cuda`, `rank1/cpu`, .."""
     meta: dict[str, Any]
-    """JSON: what the checkpoint is, and `progress`, the loop's own state"""
+    """JSON: the fields that identify the checkpoint, and `progress`, the loop's own state."""
     metric: float | None = None
-    """Validation figure of this very step, lower is better; None where there was no validation"""
+    """Validation figure of this very step, lower is better; None if there was no validation."""
 
 
 def copy_to_host(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """Contiguous copies on the CPU, also of tensors that lie there; the only part of a save that holds up training."""
+    """Return contiguous copies on the CPU, also of tensors that are there: nothing else of a save holds up training."""
     import torch
 
     return {
@@ -71,12 +74,14 @@ def copy_to_host(tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 
 def save_file(tensors: Tensors, path: Path) -> None:
+    """Write tensors to a safetensors file."""
     from safetensors import torch as of_torch
 
     of_torch.save_file(tensors, path)
 
 
 def load_file(path: Path) -> Tensors:
+    """Return the tensors of a safetensors file, on the CPU."""
     from safetensors import torch as of_torch
 
     tensors: Tensors = of_torch.load_file(path)
@@ -88,14 +93,14 @@ def load_file(path: Path) -> Tensors:
 
 @dataclass(frozen=True)
 class KeepPolicy:
-    """What stays of a run's checkpoints: the union of three rules."""
+    """Rules for which of a run's checkpoints are kept: the union of three."""
 
     last: int = 2
-    """The newest"""
+    """Number of the newest checkpoints."""
     best: bool = False
-    """The one with the lowest metric"""
+    """True to keep the checkpoint with the lowest metric."""
     every: int = 0
-    """Those whose step is a multiple of this; 0: none"""
+    """Interval of steps: checkpoints at its multiples are kept; 0: none."""
 
     def __post_init__(self) -> None:
         if self.last < 1 or self.every < 0:
@@ -103,7 +108,7 @@ class KeepPolicy:
 
 
 def steps_to_keep(metrics: Mapping[int, float | None], policy: KeepPolicy) -> set[int]:
-    """Steps that stay, of checkpoints given by step and metric. Of equally good ones the earliest is the best."""
+    """Return the steps to keep, of checkpoints given by step and metric; of equally good ones the earliest is best."""
     stay = set(sorted(metrics)[-policy.last :])
     if policy.every:
         stay |= {step for step in metrics if step % policy.every == 0}
@@ -117,13 +122,13 @@ def steps_to_keep(metrics: Mapping[int, float | None], policy: KeepPolicy) -> se
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot, keep: KeepPolicy, check: Check = unchecked) -> None:
-    """Makes a checkpoint durable, and deletes what `keep` does not name.
+    """Write a checkpoint durably, then delete the checkpoints that `keep` does not name.
 
-    Later steps go as well: they are of a run that was cut off and taken up before them. Raises `RunError` naming the
-    file that cannot be written: then all earlier checkpoints stand, and nothing of this one. `check` is called before
-    anything is renamed or deleted.
+    Later steps are deleted as well: they belong to a run that was cut off and has resumed before them. Raises
+    `RunError` naming the file that cannot be written: then all earlier checkpoints stand, and nothing of this one.
+    `check` is called before anything is renamed or deleted.
     """
-    # what a killed save left may hold the space that this one needs
+    # first, since leftovers of a killed save may hold the space that this one needs
     _delete_all_but(_whole(folder).values(), folder, check)
     target = folder / f"step_{snapshot.step:06d}"
     files = dict(zip(FILES, (snapshot.model, snapshot.optimizer, snapshot.rng), strict=True))
@@ -148,7 +153,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, keep: KeepPolicy, check: 
 
 
 def _prune(folder: Path, newest: int, keep: KeepPolicy, check: Check) -> None:
-    """Deletes what `keep` does not name. A damaged meta.json is no ground to delete: the disk may read it tomorrow."""
+    """Delete the checkpoints that `keep` does not name, except damaged ones: the disk may read them tomorrow."""
     known = {step: path for step, path in _whole(folder).items() if step <= newest}
     metrics: dict[int, float | None] = {}
     unread = set()
@@ -169,7 +174,7 @@ def _write_meta(path: Path, snapshot: Snapshot, hashes: dict[str, str]) -> None:
 
 
 def _set_aside(target: Path) -> None:
-    """Makes room for a step that is saved again; until then the old one counts, under its other name."""
+    """Rename the folder of a step that is saved again; until the new folder is there, the old one counts."""
     if target.exists():
         target.rename(target.with_name(f".{target.name}.replaced"))
 
@@ -183,7 +188,7 @@ def _advice(path: Path, error: Exception, folder: Path) -> str:
 
 
 def _delete_all_but(stay: Iterable[Path], folder: Path, check: Check) -> None:
-    """Deletes checkpoints, and what is left of saves; one that cannot be deleted is told, and tried again later."""
+    """Delete checkpoints and leftovers of saves, except `stay`; warn of a folder that cannot be deleted."""
     if not folder.exists():
         return
     staying = set(stay)
@@ -192,7 +197,7 @@ def _delete_all_but(stay: Iterable[Path], folder: Path, check: Check) -> None:
             check()
             try:
                 (path / META).unlink(missing_ok=True)
-                sync(path)  # or a power cut might bring the mark back and not what it stands for
+                sync(path)  # else a power cut might bring meta.json back without the files that it names
                 shutil.rmtree(path)
             except OSError as error:
                 log.warning("%s: cannot be deleted (%s)", path, error.strerror)
@@ -202,31 +207,31 @@ def _delete_all_but(stay: Iterable[Path], folder: Path, check: Check) -> None:
 
 
 def _whole(folder: Path) -> dict[int, Path]:
-    """Where each complete checkpoint lies, by step in order."""
+    """Return the folder of each complete checkpoint by step, in order."""
     found: dict[int, Path] = {}
-    for path in sorted(folder.glob(f"*/{META}")):  # what was set aside sorts first, so the one that replaced it wins
+    for path in sorted(folder.glob(f"*/{META}")):  # `.step_..replaced` sorts first, so its replacement overrides it
         if match := _COMMITTED.fullmatch(path.parent.name):
             found[int(match[1] or match[2])] = path.parent
     return dict(sorted(found.items()))
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints, in order."""
+    """Return the steps of the complete checkpoints, in order."""
     return list(_whole(folder))
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the files of a step lie, or would lie."""
+    """Return the folder where the files of a step lie, or would lie."""
     return _whole(folder).get(step, folder / f"step_{step:06d}")
 
 
 def read_meta(folder: Path, step: int) -> dict[str, Any]:
-    """What a checkpoint says of itself, without its tensors. Raises as `load_checkpoint`."""
+    """Return a checkpoint's meta.json, without its tensors. Raises as `load_checkpoint`."""
     return _load_meta(step_folder(folder, step), step)
 
 
 def check_fits(path: Path, meta: Mapping[str, Any], expected: Mapping[str, object]) -> None:
-    """Raises `UserError` with the fields in which the checkpoint at `path` is not what it is to be used for."""
+    """Raise `UserError` with the fields in which the checkpoint at `path` is not as `expected`."""
     other = [
         f"{name} is {meta.get(name)!r}, and {value!r} is needed"
         for name, value in expected.items()
@@ -237,7 +242,7 @@ def check_fits(path: Path, meta: Mapping[str, Any], expected: Mapping[str, objec
 
 
 def refuse_foreign(folder: Path, expected: Mapping[str, object]) -> None:
-    """Raises `UserError` if any checkpoint here is another model's.
+    """Raise `UserError` if any checkpoint here is another model's.
 
     Reads no tensors, so that it can be called before memory is taken.
     """
@@ -245,12 +250,16 @@ def refuse_foreign(folder: Path, expected: Mapping[str, object]) -> None:
         try:
             meta = _load_meta(path, step)
         except RunError:
-            continue  # told when it is loaded
+            continue  # loading it will raise this again
         check_fits(path, meta, expected)
 
 
 def load_checkpoint(folder: Path, step: int) -> Snapshot:
-    """Raises `DamagedCheckpoint` naming the file that is not what was saved, `RunError` one that cannot be read."""
+    """Return the checkpoint of a step.
+
+    Raises `DamagedCheckpoint` naming a file that is not what was saved, and `RunError` naming one that cannot be
+    read.
+    """
     path = step_folder(folder, step)
     meta = _load_meta(path, step)
     model, optimizer, rng = (_load_tensors(path / name, meta) for name in FILES)
@@ -258,14 +267,14 @@ def load_checkpoint(folder: Path, step: int) -> Snapshot:
 
 
 def load_weights(folder: Path, step: int) -> tuple[Tensors, dict[str, Any]]:
-    """The model's tensors and meta.json; the other files are not looked at. Raises as `load_checkpoint`."""
+    """Return the model's tensors and meta.json, without reading the other files. Raises as `load_checkpoint`."""
     path = step_folder(folder, step)
     meta = _load_meta(path, step)
     return _load_tensors(path / MODEL, meta), meta
 
 
 def weights_digest(folder: Path, step: int) -> str:
-    """SHA-256 of the model's file, in hex. Raises `DamagedCheckpoint` if it is not the one that was saved."""
+    """Return the SHA-256 of the model's file, in hex. Raises `DamagedCheckpoint` if it has changed."""
     path = step_folder(folder, step)
     meta = _load_meta(path, step)
     _verify(path / MODEL, meta)
@@ -273,10 +282,10 @@ def weights_digest(folder: Path, step: int) -> str:
 
 
 def load_newest(folder: Path) -> Snapshot | None:
-    """Returns the newest checkpoint that is whole, with a warning for each newer one that is not; None without any.
+    """Return the newest whole checkpoint, with a warning for each newer one that is damaged; None without any.
 
     Raises `UserError` if none is whole, and `RunError` if one cannot be read: to pass over it for a moment's fault
-    would cost the steps up to it. Whose checkpoint it is, is checked before (`refuse_foreign`).
+    would cost the steps up to it. The caller checks before that the checkpoints are this run's (`refuse_foreign`).
     """
     steps = checkpoint_steps(folder)
     for step in reversed(steps):

@@ -1,9 +1,9 @@
-"""The code that decides a run's result: a digest of each module's meaning, so that better words re-key no run.
+"""Digests of the code that decides a run's result, by each module's meaning, so that better words re-key no run.
 
-A digest covers a module's syntax tree without what cannot change a result: docstrings, comments, layout, the
-annotations of functions and the descriptions of settings. Its encoding is ours, and the same on every Python from 3.11
-on: `ast.dump` prints new fields as Python grows. The annotations in class bodies stay, since pydantic and dataclasses
-run them.
+A digest covers a module's syntax tree without the parts that cannot change a result: docstrings, comments, layout,
+the annotations of functions and the descriptions of settings. Its encoding is our own, and the same on every Python
+from 3.11 on: `ast.dump` prints new fields as Python grows. The annotations in class bodies stay, since pydantic and
+dataclasses run them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 IDENTITY_VERSION = 3
-"""Counts up whenever unchanged code would get another digest.
+"""Version of the digests, raised whenever unchanged code would get another digest.
 
 Version 1 hashed whole files; since version 2 many modules have other names.
 """
@@ -25,7 +25,7 @@ Version 1 hashed whole files; since version 2 many modules have other names.
 REPOSITORY = Path(__file__).parents[2]
 _FOLLOWED = ("bwlm.directions", "bwlm.phases", "bwlm.model.", "bwlm.text.", "bwlm.train.", "bwlm.evaluate.", "tasks.")
 _ROOTS = ("bwlm.config", "bwlm.record.checkpoint", "bwlm.record.parent", "bwlm.text.stream", "bwlm.train.run")
-"""Settings, the loading of a run's own and its parent's weights, the rows, and the phase."""
+"""Modules for settings, for loading a run's own and its parent's weights, for the rows, and for the phase."""
 
 _IS_TEXT = "makes the text, whose digest is in the identity"
 NO_RESULT: Mapping[str, str] = {
@@ -40,14 +40,15 @@ NO_RESULT: Mapping[str, str] = {
 }
 """Modules that training imports and that change no result, each with the reason."""
 NO_SETTINGS = frozenset({"CheckpointSettings", "ComputeSettings", "ResearchLogSettings", "ResourceSettings"})
-"""Classes of `bwlm.config` that say where, how fast, or what is kept."""
+"""Classes of `bwlm.config` that say where or how fast a run trains, or what is kept of it."""
 
 
 @cache
 def module_digests(phase: str, mixture: tuple[str, ...] = (), root: Path = REPOSITORY) -> dict[str, str]:
-    """The digest of every module that decides the result of a phase, by its name, below the folder `root`.
+    """Return the digest of every module that decides the result of a phase, by its name, below the folder `root`.
 
-    Of `tasks`, whose rewards RL learns by, those count that `mixture` names, and what they import.
+    Of `tasks`, whose rewards RL learns by, only the modules that `mixture` names count, and the modules that they
+    import.
     """
     trees: dict[str, ast.Module] = {}
     pending = [*_ROOTS, f"bwlm.train.{phase}"]
@@ -65,18 +66,18 @@ def module_digests(phase: str, mixture: tuple[str, ...] = (), root: Path = REPOS
 
 
 def code_digest(modules: Mapping[str, str]) -> str:
-    """Covers all of the modules, and torch's version."""
+    """Return one digest of all the modules and of torch's version."""
     parts = [version("torch").split("+")[0], *(f"{name} {digest}" for name, digest in sorted(modules.items()))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def changed_modules(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """Names of modules whose digests differ, and of those that only one side has."""
+    """Return the names of modules whose digests differ, and of modules that only one side has."""
     return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
 def _imports(tree: ast.Module) -> Iterator[str]:
-    """Modules and their members that a module imports anywhere, but for types alone."""
+    """Yield the modules and members that a module imports anywhere, except for types alone."""
     for node in _running(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -86,7 +87,7 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 
 def _running(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a tree but those that only a type checker sees."""
+    """Yield the nodes of a tree, except nodes that only a type checker sees."""
     yield node
     children = node.orelse if _is_for_types(node) else ast.iter_child_nodes(node)
     for child in children:
@@ -98,7 +99,10 @@ def _is_for_types(node: ast.AST) -> TypeGuard[ast.If]:
 
 
 def _tasks_named(mixture: Iterable[str], root: Path) -> list[str]:
-    """Modules of `tasks` that hold one of the names: the registry imports all, and would make all of them count."""
+    """Return the modules of `tasks` that hold one of the names.
+
+    The registry imports all tasks, and would make all of them count.
+    """
     found = []
     for path in sorted((root / "tasks").glob("*.py")):
         texts = {node.value for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Constant)}
@@ -111,7 +115,7 @@ def _tasks_named(mixture: Iterable[str], root: Path) -> list[str]:
 
 
 def _digest(tree: ast.Module, left_out: Iterable[str] = ()) -> str:
-    """The digest of a module without the classes `left_out`."""
+    """Return the digest of a module without the classes `left_out`."""
     body = [node for node in tree.body if not (isinstance(node, ast.ClassDef) and node.name in left_out)]
     return hashlib.sha256(encoded(ast.Module(body, [])).encode()).hexdigest()[:16]
 
@@ -121,10 +125,10 @@ _SILENT = frozenset({"ctx", "kind", "type_comment", "type_ignores", "returns", "
 
 
 def encoded(node: Any, in_class: bool = False) -> str:
-    """The meaning of a syntax tree, as text; `in_class`: it stands right in the body of a class.
+    """Return the meaning of a syntax tree as text; `in_class`: the node stands directly in the body of a class.
 
-    Fields go by their names and empty ones are left out, so that a field that a later Python adds changes nothing until
-    it is used. Raises TypeError for a value that no tree has.
+    Fields go by their names and empty ones are left out, so that a field that a later Python adds changes nothing
+    until it is used. Raises TypeError for a value that no tree has.
     """
     if isinstance(node, list):
         return f"[{' '.join(filter(None, (encoded(each, in_class) for each in _plain(node))))}]"
@@ -137,7 +141,7 @@ def encoded(node: Any, in_class: bool = False) -> str:
 
 def _encoded_node(node: ast.AST, in_class: bool) -> str:
     if isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
-        return ""  # docstrings, of attributes too: no statement that only names a constant does anything
+        return ""  # docstrings, of attributes too: a statement that is only a constant does nothing
     if isinstance(node, ast.AnnAssign) and not in_class:
         return encoded(ast.Assign([node.target], node.value)) if node.value else ""
     fields = {name: value for name, value in ast.iter_fields(node) if name not in _SILENT and value not in (None, [])}
@@ -153,9 +157,9 @@ def _encoded_node(node: ast.AST, in_class: bool) -> str:
 
 
 def _plain(nodes: list[Any]) -> Iterator[Any]:
-    """A list of a tree without what is for type checkers, and f-strings in one way of writing them.
+    """Yield the nodes of a list without code for type checkers, and with f-strings in one way of writing them.
 
-    Neighbouring texts of an f-string are one, and none is empty: Pythons cut them differently.
+    Neighbouring texts of an f-string are joined, and none is empty: Python versions cut them differently.
     """
     if not any(isinstance(node, ast.FormattedValue) for node in nodes):
         for node in nodes:

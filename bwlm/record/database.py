@@ -1,8 +1,8 @@
-"""MLflow's SQLite database: made once, whole, and refused with the way out where MLflow of this version cannot use it.
+"""MLflow's SQLite database: made whole by one process, and refused with the fix if this MLflow cannot use it.
 
-MLflow makes and migrates a database when somebody first opens it, without a lock: of several first opens at once most
+MLflow makes and migrates a database when a client first opens it, without a lock: of several first opens at once most
 fail (`findings/mlflow_first_opens.sh`). Here one process makes it under a lock, in a temporary file that is renamed.
-An older schema is not migrated by a launch either: other launches may have the file open.
+A launch does not migrate an older schema either: other launches may have the file open.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from bwlm.paths import discard_unfinished, exclusive, sync
 
 _ANEW = "move it away: the next launch makes a new one and delivers every run's metrics to it again"
 _WAIT_SECONDS = 20.0
-"""For another process that writes to the database."""
+"""Seconds to wait for another process that writes to the database."""
 
 
 def database_of(uri: str) -> Path | None:
-    """The file of an SQLite URI; None of any other store."""
+    """Return the file of an SQLite URI; None for any other store."""
     from sqlalchemy.engine import make_url
 
     name = make_url(uri).database if uri.startswith("sqlite:") else None
@@ -30,7 +30,7 @@ def database_of(uri: str) -> Path | None:
 
 
 def prepare_database(path: Path, uri: str, artifacts: str) -> None:
-    """Makes the database if it is not there. Raises `UserError` with state and mend where it cannot be used.
+    """Make the database if it is not there. Raises `UserError` with its state and the fix if it cannot be used.
 
     `artifacts` is the URI below which MLflow keeps the artifacts of its default experiment.
     """
@@ -83,7 +83,7 @@ def _check(path: Path, uri: str) -> None:
 
 
 def _revision(path: Path) -> str | None:
-    """The version of the schema; None where a database has none."""
+    """Return the version of the schema; None for a database without one. Raises `UserError` if it cannot be read."""
     connection = None
     try:
         connection = sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True, timeout=_WAIT_SECONDS)
@@ -102,7 +102,7 @@ def _revision(path: Path) -> str | None:
 
 
 def _revisions() -> list[str]:
-    """Schemas that this MLflow knows, the newest first."""
+    """Return the schemas that this MLflow knows, the newest first."""
     import mlflow
     from alembic.script import ScriptDirectory
 

@@ -1,6 +1,6 @@
-"""The experiment folder: a run's config, link to its parent, status, and lease.
+"""Experiment folder: a run's config, link to its parent, status, and lease.
 
-Not here: how the lease keeps two processes apart (`lease.py`).
+`lease.py` says how the lease keeps two processes apart.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from bwlm.record.run_config import RunConfig
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
 LEASE = "lease.json"
-"""The lease of the worker that trains the run."""
+"""File of the lease of the worker that trains the run."""
 LAUNCH = "launch.json"
-"""The lease of the command that launched the training."""
+"""File of the lease of the command that launched the training."""
 SAMPLES = "samples"
-"""Folder of what was written at validations of RL, to be read."""
+"""Folder of samples that RL writes at validations, for people to read."""
 TOKENIZER = "tokenizer"
 """Folder of the run's own copy of its tokenizer."""
 _WRITTEN = (
@@ -58,9 +58,9 @@ class Status:
     reason: str = ""
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
-    """The last that were measured, all finite."""
+    """Figures that were measured last, all finite."""
     diverged: int | None = None
-    """The step whose loss was not finite any more."""
+    """Step whose loss was not finite any more; None for a run that did not diverge."""
 
     @property
     def ended(self) -> bool:
@@ -69,32 +69,36 @@ class Status:
 
 
 class ExperimentFolder:
-    """`<storage>/<experiment id>/`."""
+    """Folder of a run, `<storage>/<experiment id>/`."""
 
     def __init__(self, storage: Path, experiment_id: str) -> None:
         self.id = check_id(experiment_id, "experiment id")
         self.path = storage / experiment_id
         self.held: Lease | None = None
-        """The lease, while this process holds it by `lease`."""
+        """Lease, while this process holds it by `lease`."""
 
     def __fspath__(self) -> str:
         return str(self.path)
 
     def exists(self) -> bool:
+        """Return whether the run has its config.json, which is written last when a run is made."""
         return (self.path / "config.json").exists()
 
     @property
     def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
     def research_log(self, phase: str) -> Path:
+        """Return the path of a phase's research log."""
         return self.path / f"{phase}.h5"
 
     def evaluation(self, phase: str, reading: str) -> Path:
+        """Return the folder of a phase's evaluations in one reading."""
         return self.path / "evaluations" / phase / reading
 
     def create(self, config: RunConfig, link: ParentLink | None = None) -> None:
-        """Makes the folder of a run; config.json last, since it says that the experiment exists."""
+        """Make the folder of a run; config.json comes last, since it says that the experiment exists."""
         assert (link is None) == PHASES[config.experiment.phase].is_first
         self.path.mkdir(parents=True, exist_ok=True)
         write_link(self.path, link)
@@ -103,7 +107,7 @@ class ExperimentFolder:
         self._write_config(config, {"versions": versions, "created": time.time()})
 
     def reconfigure(self, config: RunConfig) -> None:
-        """Takes over settings that say where and how fast the run goes on, and by which code, not what it is."""
+        """Replace the settings that say where, how fast and by which code the run goes on; its identity stays."""
         before = self._read_config()
         assert config.identity | {"code": ""} == before["identity"] | {"code": ""}, "another run's settings"
         self._write_config(config, {name: before[name] for name in ("versions", "created")})
@@ -116,21 +120,24 @@ class ExperimentFolder:
         write_json(self.path / "config.json", sealed(content | told | besides))
 
     def _read_config(self) -> dict[str, Any]:
-        """Raises `UserError` naming the file if it is not the config of an experiment, or was edited."""
+        """Return the content of config.json.
+
+        Raises `UserError` naming the file if it is gone, is not the config of an experiment, or was edited.
+        """
         path, mend = self.path / "config.json", _CONFIG_MEND.format(run=self.id)
         if not path.exists():
             raise UserError(f"{path}: gone: {mend}")
         content = read_json(path)
         try:
             check_seal(path, content, mend)
-            if DIGEST not in content:  # of an earlier version
+            if DIGEST not in content:  # written by an earlier version
                 check_agrees(path, content, mend)
         except (AttributeError, KeyError, TypeError):
             raise UserError(f"{path}: not the config of an experiment; move it out of the storage") from None
         return dict(content)
 
     def keep_tokenizer(self, tokenizer: Path) -> None:
-        """Copies a tokenizer into the run's folder, which then needs no other; a run that has its own keeps it."""
+        """Copy a tokenizer into the run's folder, which then needs no other. A run that has its own keeps it."""
         own = self.path / TOKENIZER
         if not self.exists():  # left by a launch that was cut off, which may have asked for another tokenizer
             shutil.rmtree(own, ignore_errors=True)
@@ -140,12 +147,15 @@ class ExperimentFolder:
                     shutil.copyfile(file, folder / file.name)
 
     def config(self) -> RunConfig:
-        """Raises `UserError` naming the file if it is not an experiment's, or one of another version of bwlm."""
+        """Return the run's config.
+
+        Raises `UserError` naming the file if it is not an experiment's, or is of another version of bwlm.
+        """
         path, content = self.path / "config.json", self._read_config()
         try:
             known = {name: content[name] for name in RunConfig.__dataclass_fields__ if name not in _SINCE_VERSION_2}
             known |= {name: content[name] for name in _SINCE_VERSION_2 if name in content}
-            # a run of before this setting read its documents in the order of their files
+            # runs from before this setting read their documents in the order of their files
             data = {"shuffle": False} | content["experiment"]["data"]
             experiment = Experiment.model_validate(content["experiment"] | {"data": data})
             read = {"experiment": experiment, "compute": Compute(**content["compute"])}
@@ -163,19 +173,23 @@ class ExperimentFolder:
             raise UserError(f"{path}: not an experiment of this version of bwlm ({field})") from None
 
     def link(self) -> ParentLink | None:
-        """None for a base run."""
+        """Return the link to the parent; None for a base run. Raises `UserError` if the file holds something else."""
         return read_link(self.path)
 
     def parent(self) -> str | None:
+        """Return the id of the parent; None for a base run."""
         link = self.link()
         return link.parent if link else None
 
     def write_status(self, status: Status) -> None:
-        """Raises `LeaseLost` if this process held the lease and lost it."""
+        """Write status.json. Raises `LeaseLost` if this process held the lease and lost it."""
         self._write_status(asdict(status))
 
     def finish(self, status: Status) -> None:
-        """Notes that a run has finished, and what it leaves behind, so that later damage is told. Raises as above."""
+        """Note that the run has finished and which records it leaves, so that later damage shows.
+
+        Raises as `write_status`.
+        """
         assert status.state == "finished"
         self._write_status(asdict(status) | {RECORDS: records_of(self.path, status.step)})
 
@@ -183,13 +197,14 @@ class ExperimentFolder:
         try:
             write_json(self.path / "status.json", sealed(content), self.check_lease)
         except OSError:
-            self.check_lease()  # who took it may have deleted what was half written
+            self.check_lease()  # a process that took the lease may have deleted the temporary file
             raise
 
     def status(self) -> Status:
-        """A run that holds no lease and did not end is `waiting`, or `stopped` if it had begun.
+        """Return how the run ended, or else its present state, step and metrics.
 
-        Raises `UserError` for a file that says something else, or was edited.
+        A run that has not ended is `running` while a process holds its lease; else it is `stopped` if it had begun,
+        and `waiting` if it had not. Raises `UserError` if status.json is gone, holds something else, or was edited.
         """
         status = self._noted_status()
         if status.ended:
@@ -206,7 +221,7 @@ class ExperimentFolder:
         return Status("stopped", "", step, metrics)
 
     def _noted_status(self) -> Status:
-        """Content of status.json. Raises as `status`."""
+        """Return the content of status.json. Raises as `status`."""
         content = self._read_status()
         try:
             return Status(**{name: value for name, value in content.items() if name not in (DIGEST, RECORDS)})
@@ -224,16 +239,19 @@ class ExperimentFolder:
         return content
 
     def records_left(self) -> dict[str, dict[str, Any]]:
-        """The sizes and hashes that the run noted when it finished; empty before, and for earlier versions."""
+        """Return the sizes and hashes that the run noted when it finished; empty before, and for earlier versions."""
         return dict(self._read_status().get(RECORDS, {}))
 
     def damage(self, thorough: bool = True) -> list[str]:
-        """Faults of the run's records, a line each. Raises `UserError` if its config or status cannot be trusted."""
+        """Return the faults of the run's records, a line each.
+
+        Raises `UserError` if its config or status cannot be trusted.
+        """
         return damage(self, self.config(), self.status(), thorough)
 
     @property
     def warnings(self) -> Path:
-        """The file of the worker's warnings, which the launch tells."""
+        """File of the worker's warnings, which the launch prints."""
         return self.path / "warnings.log"
 
     # -- the lease: one writer at a time --
@@ -242,14 +260,15 @@ class ExperimentFolder:
     def lease(
         self, wait: float = 0.5, give_up: Callable[[], bool] = lambda: False, seconds: float = LEASE_SECONDS
     ) -> Iterator[None]:
-        """Holds the run for this process; waits while another one trains it, until that one is dead or frozen.
+        """Hold the run for this process while the block runs; wait while another process trains it.
 
-        Raises `Interrupted` if it is told to `give_up` while it waits. A failed run that is free is tried again, so it
-        has no end any more; how a run ended that was waited for stands.
+        The wait ends when the other process has released the lease, is dead, or is frozen. Raises `Interrupted` if
+        `give_up` becomes true during the wait. A failed run that is free is tried again, so its status is reset; if
+        the run was waited for, its status stands.
         """
         self.held, waited = take(self.path / LEASE, seconds, wait, give_up)
         try:
-            discard_unfinished(self.path, _WRITTEN)  # before anything is read: a holder that woke may yet finish it
+            discard_unfinished(self.path, _WRITTEN)  # before anything is read: a holder that wakes could rename them
             if not waited and self.exists() and self._noted_status().state == "failed":
                 self.write_status(Status())
             yield
@@ -258,7 +277,7 @@ class ExperimentFolder:
             self.held = None
 
     def check_lease(self) -> None:
-        """Raises `LeaseLost`, with who took it, if this process held the lease by `lease` and lost it."""
+        """Raise `LeaseLost`, naming the taker, if this process held the lease by `lease` and lost it."""
         if self.held is not None:
             self.held.check()
 
@@ -268,22 +287,25 @@ class ExperimentFolder:
         return self.held is not None and self.held.lost
 
     def wait_until_free(self, give_up: Callable[[], bool], wait: float = 0.5) -> None:
-        """Returns once no process holds the lease, or when told to give up."""
+        """Wait until no process holds the lease, or until `give_up` becomes true."""
         while self.lease_holder() is not None and not give_up():
             time.sleep(wait)
 
     def lease_holder(self) -> str | None:
-        """`host:pid` of the process that trains this run now, or None; one that is frozen does not."""
+        """Return `host:pid` of the process that trains this run now; None if there is none, or if it is frozen."""
         holder = living_holder(self.path / LEASE)
         return str(holder) if holder else None
 
     def busy_with(self) -> Holder | None:
-        """The process that has this run trained now, or where its launch is gone the worker that trains it."""
+        """Return the process that launched this run's training, or if that is gone the worker that trains it."""
         return living_holder(self.path / LAUNCH) or living_holder(self.path / LEASE)
 
     @contextmanager
     def only_launch(self) -> Iterator[None]:
-        """For the one launch of an experiment: raises `UserError` if another one trains it, and leaves nothing then."""
+        """Hold the run for its one launch while the block runs.
+
+        Raises `UserError` if another launch trains the run, and leaves nothing behind then.
+        """
         if holder := self.busy_with():
             raise self._is_trained_by(holder)
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
@@ -298,7 +320,7 @@ class ExperimentFolder:
                 (self.path / LAUNCH).unlink()
             taken.release()
             for folder in made:
-                with contextlib.suppress(OSError):  # not empty: there is a run
+                with contextlib.suppress(OSError):  # not empty: it holds a run
                     folder.rmdir()
 
     def _is_trained_by(self, holder: Holder) -> UserError:
@@ -309,12 +331,15 @@ class ExperimentFolder:
 
 
 def _from_storage(folder: Path, storage: Path) -> str:
-    """A path as files tell it: from the storage where it lies below it."""
+    """Return a path as files tell it: relative to the storage if it lies below it."""
     return folder.relative_to(storage).as_posix() if folder.is_relative_to(storage) else str(folder)
 
 
 def _in_storage(told: str, storage: Path) -> str:
-    """The path that a file tells; earlier versions told where the storage's cache was when the run was made."""
+    """Return the path that a file tells.
+
+    Earlier versions wrote absolute paths into the storage's cache of that time; this storage's cache comes first.
+    """
     path = Path(told)
     moved = storage.joinpath(*path.parts[-3:])
     if path.is_absolute() and path.parts[-3:-2] == ("cache",) and moved.exists():
@@ -323,16 +348,16 @@ def _in_storage(told: str, storage: Path) -> str:
 
 
 def list_experiments(storage: Path) -> list[ExperimentFolder]:
-    """Every experiment below a storage root, by id."""
+    """Return every experiment below a storage root, by id."""
     if not storage.is_dir():
         return []
     return [ExperimentFolder(storage, path.name) for path in sorted(storage.iterdir()) if _is_experiment(path)]
 
 
 def _is_experiment(path: Path) -> bool:
-    """True for a folder of a run, also where its config or status is gone: what reads it then names the file.
+    """Return whether a folder is a run's, also if its config or status is gone: its reader then names the file.
 
-    Folders of others have a config.json too, and a launch that was cut off leaves all but the config.
+    Folders of other tools have a config.json too, and a launch that was cut off leaves everything but the config.
     """
     if not is_id(path.name) or not path.is_dir():
         return False
@@ -342,9 +367,9 @@ def _is_experiment(path: Path) -> bool:
 
 
 def parents_in(storage: Path) -> dict[str, str | None]:
-    """The parent of every run below a storage root, None for one that has none.
+    """Return the parent of every run below a storage root; None for a run without one.
 
-    By its link; where that is damaged, by its settings, so that nobody takes it for nobody's child.
+    The link says it, or if the link is damaged the run's settings, so that a child is never taken for a base run.
     """
     return {folder.id: _parent_of(folder) for folder in list_experiments(storage)}
 
@@ -357,7 +382,7 @@ def _parent_of(folder: ExperimentFolder) -> str | None:
 
 
 def open_experiment(storage: Path, experiment_id: str) -> ExperimentFolder:
-    """Raises `UserError` naming the nearest ids if there is no such experiment."""
+    """Return the folder of an experiment. Raises `UserError` naming the nearest ids if there is no such experiment."""
     folder = ExperimentFolder(storage, experiment_id)
     if not folder.exists() and not _is_experiment(folder.path):
         known = [other.id for other in list_experiments(storage)]
@@ -368,7 +393,7 @@ def open_experiment(storage: Path, experiment_id: str) -> ExperimentFolder:
 
 
 def open_finished(storage: Path, parent: str) -> ExperimentFolder:
-    """A run that others can begin from. Raises `UserError` if there is no such run or it has not finished."""
+    """Return a run that others can begin from. Raises `UserError` if there is no such run or it has not finished."""
     folder = open_experiment(storage, parent)
     state = folder.status().state
     if state != "finished":

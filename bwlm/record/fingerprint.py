@@ -1,7 +1,7 @@
-"""The identity of a run: every setting, digest and code that changes its result, and nothing else.
+"""Identity of a run: every setting, digest and code that changes its result, and nothing else.
 
-Two runs with equal fingerprints are the same run. Workers, storage, concurrency and checkpoint intervals say where and
-how fast, so they are not in it.
+Two runs with equal fingerprints are the same run. Workers, storage, concurrency and checkpoint intervals say where
+and how fast a run trains, so they are not in it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _NOT_IDENTITY: Any = {
 INHERITED = ("parent", "parent_seed", "parent_recipe")
 """Fields of an identity that say what the run began from."""
 OF_ONE_PARENT = INHERITED[:2]
-"""Those that are other ones for each direction and seed of what runs began from."""
+"""Fields that differ with the direction and seed of the parent run."""
 VARIED = ("direction", "lr", "seed", *OF_ONE_PARENT)
-"""In what the runs of a comparison differ: direction, what is tuned for it, seed, and so what they began from."""
+"""Fields in which compared runs may differ: direction, what is tuned for it, seed, and so the parent run."""
 
 
 def modules_of(experiment: Experiment) -> dict[str, str]:
-    """The digest of each module that decides the run's result; see `bwlm.record.code`."""
+    """Return the digest of each module that decides the run's result; see `bwlm.record.code`."""
     return module_digests(experiment.phase, tuple(sorted(experiment.data.mixture)))
 
 
@@ -50,7 +50,7 @@ def identity(
     steps: int,
     parent: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Flat fields that decide a run's result. `data` and `tokenizer` are digests of content, not paths.
+    """Return the flat fields that decide a run's result. `data` and `tokenizer` are digests of content, not paths.
 
     `parent` is `inherited` of the run that it begins from.
     """
@@ -75,19 +75,21 @@ def identity(
 
 
 def inherited(parent: Mapping[str, Any], weights: str) -> dict[str, Any]:
-    """What a child's identity holds of its parent: the weights, and how they were made.
+    """Return the fields of a child's identity that come from its parent: the weights, and how they were made.
 
-    Runs of two directions begin from other weights; they are a pair where those were made alike, with one seed.
+    Runs of two directions begin from different weights; they are a pair if the weights were made alike, with one
+    seed.
     """
     alike = {name: value for name, value in parent.items() if name not in VARIED}
     return {"parent": weights, "parent_seed": parent["seed"], "parent_recipe": fingerprint(alike)}
 
 
 def fingerprint(fields: dict[str, Any]) -> str:
+    """Return a short hash of an identity's fields."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`field: old -> new` for each field that differs."""
+    """Return `field: old -> new` for each field that differs."""
     names = sorted(old.keys() | new.keys())
     return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]

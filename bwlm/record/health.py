@@ -1,8 +1,8 @@
 """Faults of a run's records: files that were edited, cut off or deleted since the run wrote them.
 
-`config.json` and `status.json` hold a digest of their own content. A run that finishes notes in `status.json` the size
-of each record that it leaves, and the SHA-256 of the small ones. Runs of earlier versions have neither: of theirs it is
-checked what can be known without. Not here: whether a run may go on (`experiment`).
+`config.json` and `status.json` hold a digest of their own content. A run that finishes notes in `status.json` the
+size of each record that it leaves, and the SHA-256 of all but the checkpoint. Runs of earlier versions have neither,
+and are checked as far as is possible without. Whether a run may go on is decided in `experiment`.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ if TYPE_CHECKING:
 DIGEST = "digest"
 RECORDS = "records"
 _HASHED = (NAME, "evaluations/*/*/validation.parquet", "evaluations/*/*/validation.json")
-"""Records that analyses read whole, so that hashing them costs little beside it."""
+"""Records that analyses read whole anyway, so that hashing them costs little beside it."""
 _State = tuple[Path, int, int]
-"""A file, its size and its time: a grid's report looks at each run once for each of the others."""
+"""File with its size and time, the key of caches: a grid's report looks at each run once for each of the others."""
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a JSON file with the digest of all its other fields."""
+    """Return the content of a JSON file with the digest of all its other fields."""
     return {**content, DIGEST: _digest(content)}
 
 
 def check_seal(path: Path, content: Mapping[str, Any], mend: str) -> None:
-    """Raises `UserError` with the way out if the file has a digest and it is not that of its content."""
+    """Raise `UserError` with the fix if the file has a digest that is not the digest of its content."""
     if DIGEST in content and content[DIGEST] != _digest(content):
         raise UserError(f"{path}: edited by hand (its digest differs): {mend}")
 
 
 def check_agrees(path: Path, content: Mapping[str, Any], mend: str) -> None:
-    """The check of a config.json without a digest: its fingerprint is that of its identity, its settings agree with it.
+    """Raise `UserError` naming the field if a config.json without a digest contradicts itself.
 
-    Raises `UserError` that names the field.
+    Its fingerprint must be the fingerprint of its identity, and its settings must agree with its identity.
     """
     identity = content["identity"]
     if fingerprint(identity) != content["fingerprint"]:
@@ -59,7 +59,7 @@ def check_agrees(path: Path, content: Mapping[str, Any], mend: str) -> None:
 
 
 def records_of(folder: Path, steps: int) -> dict[str, dict[str, Any]]:
-    """Bytes of each record that a finished run leaves, by its path in the folder, and `sha256` of the small ones."""
+    """Return each record of a finished run by its path in the folder: `bytes`, and `sha256` but for checkpoints."""
     last = step_folder(folder / "checkpoints", steps)
     hashed = [path for pattern in _HASHED for path in sorted(folder.glob(pattern))]
     hashed += sorted(folder.glob("*.h5"))
@@ -70,10 +70,11 @@ def records_of(folder: Path, steps: int) -> dict[str, dict[str, Any]]:
 
 
 def damage(folder: ExperimentFolder, config: RunConfig, status: Status, thorough: bool = True) -> list[str]:
-    """Faults of a run's records, a line each; none of a run that is whole.
+    """Return the faults of a run's records, a line each; none for a run that is whole.
 
-    Not `thorough`: what file names, sizes and the end of the journal tell, so that many runs are listed at once. A last
-    line of the journal that is torn is no fault of a run that has not ended: it was killed, and resumes before it.
+    Without `thorough` only file names, sizes and the end of the journal are checked, so that many runs are listed at
+    once. A torn last line of the journal is no fault of a run that has not ended: it was killed, and resumes before
+    that line.
     """
     records = folder.records_left()
     found = list(_changed(folder.path, records, thorough))
@@ -98,16 +99,16 @@ def _link_faults(link: ParentLink | None, config: RunConfig) -> Iterator[str]:
 
 
 def check_log(folder: ExperimentFolder, path: Path) -> None:
-    """Raises `UserError` if a finished run's research log is not what it left; reads it whole, once a process."""
+    """Raise `UserError` if a finished run's research log is not what it left; reads it whole, once a process."""
     left = folder.records_left().get(path.name, {})
     if "sha256" in left and path.exists() and _sha256(_state(path)) != left["sha256"]:
         raise UserError(f"{path}: edited since the run finished (its SHA-256 differs): put the file back")
 
 
 def damage_of_weights(folder: ExperimentFolder, config: RunConfig, status: Status) -> list[str]:
-    """The fault of a finished run's last weights, which are read whole for it."""
+    """Return the fault of a finished run's last weights, which are read whole for it."""
     if status.state != "finished" or not step_folder(folder.checkpoints, config.steps).exists():
-        return []  # told already, of a run that had them
+        return []  # if the run had weights, `damage` has named them
     try:
         weights_digest(folder.checkpoints, config.steps)
     except RunError as error:
@@ -161,7 +162,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _flat(experiment: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Settings as an identity names them."""
+    """Yield settings under the names that an identity gives them."""
     for name, value in experiment.items():
         if isinstance(value, dict):
             yield from ((f"{name}.{inner}", value[inner]) for inner in value)
@@ -170,10 +171,10 @@ def _flat(experiment: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def readable(folders: Iterable[ExperimentFolder], damaged: bool = False) -> tuple[list[ExperimentFolder], list[str]]:
-    """The experiments whose records can be read and are whole, and of each other why not: one must not hide the rest.
+    """Return the experiments whose records can be read and are whole, and a line on each other: why it is left out.
 
-    With `damaged` those stay of which only config, status and link can be trusted; they are named all the same, by
-    what is told without reading much.
+    No damaged run must hide the rest. With `damaged` a run stays if its config, status and link can be trusted; its
+    faults are named all the same, as far as a check that reads little finds them.
     """
     found, reasons = [], []
     for folder in folders:
@@ -193,7 +194,7 @@ def readable(folders: Iterable[ExperimentFolder], damaged: bool = False) -> tupl
 
 
 def damage_words(folder: ExperimentFolder, faults: list[str], left_out: bool = False) -> str:
-    """The line that names a damaged run, its faults and the way out."""
+    """Return the line that names a damaged run, its faults and the fix."""
     said = "is left out: it is damaged" if left_out else "is damaged"
     mend = f"put the files back, or delete the run: bwlm runs delete {folder.id}"
     return f"{folder.id} {said}: {'; '.join(faults)}: {mend}"

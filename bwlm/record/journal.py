@@ -1,7 +1,7 @@
-"""The metrics of a run as they happen: `metrics.jsonl`, one line a step, appended and never rewritten while it runs.
+"""Journal of a run's metrics: `metrics.jsonl`, one line a step, appended and never rewritten while the run trains.
 
-It is the source of truth: charts and `runs list` read it, and MLflow is fed from it, so that no tracking server can
-hold up or lose a run.
+The journal is the source of truth: charts and `runs list` read it, and MLflow is fed from it, so that no tracking
+server can hold up or lose a run.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ NAME = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Entry:
+    """Line of the journal: the metrics of a step."""
+
     step: int
     """Optimizer steps done when it was measured."""
     time: int
@@ -30,23 +32,25 @@ class Entry:
     metrics: dict[str, float]
 
     def line(self) -> bytes:
+        """Return the entry as a line of JSON, in bytes."""
         return (json.dumps({"step": self.step, "time": self.time, "metrics": self.metrics}) + "\n").encode()
 
 
 class Journal:
-    """Appends entries; opened at a step, it forgets what a run that was cut off had logged beyond that step."""
+    """Writer of entries. Opened at a step, it drops later entries, which a run that was cut off had logged."""
 
     def __init__(self, folder: Path, resume_step: int = 0, check: Check = unchecked) -> None:
         self.path = folder / NAME
         kept = [entry for entry in read_journal(folder) if entry.step <= resume_step]
-        # a new file: a writer before that is not dead but frozen will append to the old one
+        # a new file: an earlier writer that is frozen, not dead, will append to the old one
         write_atomic(self.path, b"".join(entry.line() for entry in kept), check)
         self._file = self.path.open("ab", buffering=0)
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One write per line, so that a killed process leaves whole lines and at most one torn last one.
+        """Write an entry as one line, so that a killed process leaves whole lines and at most one torn last line.
 
-        Raises `OSError` if it cannot be written whole: a disk that is nearly full takes a part and says so quietly.
+        Metrics that are not finite are left out. Raises `OSError` if the line cannot be written whole: a disk that is
+        nearly full takes a part and reports no error.
         """
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         line = Entry(step, time.time_ns() // 1_000_000, finite).line()
@@ -54,14 +58,16 @@ class Journal:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def sync(self) -> None:
+        """Make the written lines durable."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
 def read_journal(folder: Path) -> Iterator[Entry]:
-    """Entries in their order; a torn last line is passed over, and so is one that the disk damaged."""
+    """Yield the entries in their order; a torn last line is skipped, and so is a line that the disk damaged."""
     try:
         with (folder / NAME).open("rb") as file:
             for line in file:
@@ -72,7 +78,7 @@ def read_journal(folder: Path) -> Iterator[Entry]:
 
 
 def entries_holding(folder: Path, metric: str) -> Iterator[Entry]:
-    """Entries that hold a metric, in their order; of the other lines, which may be most, nothing is parsed."""
+    """Yield the entries that hold a metric, in their order; the other lines, which may be most, are not parsed."""
     mark = f'"{metric}"'.encode()
     try:
         with (folder / NAME).open("rb") as file:
@@ -84,7 +90,7 @@ def entries_holding(folder: Path, metric: str) -> Iterator[Entry]:
 
 
 def last_entry(folder: Path, holding: str = "") -> Entry | None:
-    """The newest entry, or the newest that holds a metric; reads no more of the file than it must."""
+    """Return the newest entry, or the newest that holds a metric; reads no more of the file than it must."""
     mark = f'"{holding}"'.encode() if holding else b""
     for lines, _ in _tails(folder):
         for line in reversed(lines):
@@ -94,7 +100,7 @@ def last_entry(folder: Path, holding: str = "") -> Entry | None:
 
 
 def entries_after(folder: Path, step: int) -> list[Entry]:
-    """Entries of later steps, in their order; reads no more of the file than it must."""
+    """Return the entries of later steps, in their order; reads no more of the file than it must."""
     later: list[Entry] = []
     for lines, is_all in _tails(folder):
         entries = [entry for line in lines if (entry := _parse(line))]
@@ -105,9 +111,9 @@ def entries_after(folder: Path, step: int) -> list[Entry]:
 
 
 def faults_of_order(folder: Path, whole: bool = True) -> Iterator[str]:
-    """Lines that are damaged, and steps that do not follow each other, in words; the first of each kind.
+    """Yield damaged lines, and steps that do not follow each other, in words; the first of each kind.
 
-    The last line may be torn. Not `whole`: looks no further back than the last 64 kB.
+    The last line may be torn. Without `whole`, looks no further back than the last 64 kB.
     """
     lines, is_all = next(_tails(folder), ([], True))
     if whole and not is_all:
@@ -126,7 +132,10 @@ def faults_of_order(folder: Path, whole: bool = True) -> Iterator[str]:
 
 
 def _tails(folder: Path, size: int = 65536) -> Iterator[tuple[list[bytes], bool]]:
-    """The last lines of a journal, of which the first may be torn; then more of them, until these are all."""
+    """Yield the last lines of a journal, of which the first may be torn, and whether they are all.
+
+    Yields more and more of them, until they are all.
+    """
     try:
         with (folder / NAME).open("rb") as file:
             end = file.seek(0, os.SEEK_END)
@@ -142,7 +151,7 @@ def _tails(folder: Path, size: int = 65536) -> Iterator[tuple[list[bytes], bool]
 
 
 def _parse(line: bytes) -> Entry | None:
-    """None for a line that was torn or damaged: a part of a JSON object is not one."""
+    """Return the entry of a line; None if it was torn or damaged: a part of a JSON object is not one."""
     try:
         entry = Entry(**json.loads(line))
     except (ValueError, TypeError):

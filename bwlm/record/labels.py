@@ -9,18 +9,19 @@ from bwlm.phases import PHASES, order
 from bwlm.record.fingerprint import VARIED
 
 _DIGESTS = ("tokenizer", "data", "code", "parent_recipe")
-"""Fields of an identity that are 64 hex digits, a possible cause before its effect."""
+"""Fields of an identity that are digests in hex, a possible cause before its effect."""
 
 
 DIGITS = 8
-"""So many digits of a digest are shown."""
+"""Digits of a digest that a label shows."""
 
 
 def size_labels(identities: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """A label for what cells must agree in to be compared: all that varies but direction, learning rate and seed.
+    """Return a label of each cell, by the settings in which cells must agree to be compared.
 
-    The depth is always in it, so what follows from the depth is left out; so is a digest that follows from the rest.
-    Where there are several phases theirs is in it, and what follows from it is left out.
+    The label holds all settings that vary except direction, learning rate and seed. The depth is always in it, so
+    settings that follow from the depth are left out, and so is a digest that follows from the rest. With several
+    phases the phase is in it, and settings that follow from the phase are left out.
     """
     phases = sorted({str(fields["phase"]) for fields in identities.values()}, key=order)
     of_phase = {
@@ -47,9 +48,9 @@ def _labels_of_phase(identities: Mapping[str, Mapping[str, Any]]) -> dict[str, s
 
 
 def varying_settings(identities: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Settings other than direction, learning rate, seed and depth that do not follow from the depth, by name.
+    """Return the settings, except direction, learning rate, seed and depth, that do not follow from the depth, by name.
 
-    Those of ancestors come last, the nearest first, and are left out where they say what another said.
+    Settings of ancestors come last, the nearest first, and are left out if they repeat another setting.
     """
     known = {name for fields in identities.values() for name in fields}
     depths = {fields["depth"] for fields in identities.values()}
@@ -70,13 +71,16 @@ def varying_settings(identities: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def setting_of(name: str) -> tuple[int, str]:
-    """How far back the run is that a field of `with_ancestors` is of, and the field: `mid.steps` is (2, steps)."""
+    """Return the generation and the name of a field of `with_ancestors`: `mid.steps` is (2, steps).
+
+    Fields of the run itself have generation 0; a phase's number counts back from the last phase.
+    """
     phase, _, setting = name.partition(".")
     return (len(PHASES) - 1 - order(phase), setting) if phase in PHASES else (0, name)
 
 
 def double_budget_pairs(identities: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Pairs of sizes that differ in their steps alone, of which the second has twice as many."""
+    """Return the pairs of sizes that differ in their steps alone, of which the second has twice as many."""
     return [
         (once, twice)
         for once, fields in identities.items()

@@ -1,17 +1,18 @@
-"""A lease on a run's folder: one process may write to it; a process that lost the lease is fenced off.
+"""Lease on a run's folder: one process may write to it; a process that lost the lease is fenced off.
 
-`lease.json` says who holds it, since when, and how long it lasts without a sign of life. The holder keeps a lock on the
-file, which the kernel frees when the process dies; so nothing has to expire. But a process that is frozen (SIGSTOP, a
-suspended machine, a network that is away) keeps its lock. So the holder also touches the file every few seconds, and
-whoever waits and sees no touch for as long as the lease lasts puts one of its own in its place, a new file with its
-own lock.
+`lease.json` names the holder, the time since when, and how long it lasts without a sign of life. The holder keeps a
+lock on the file, which the kernel frees when the process dies; so nothing has to expire. But a process that is frozen
+(SIGSTOP, a suspended machine, a lost network) keeps its lock. So the holder also touches the file every few seconds.
+A process that waits and sees no touch for as long as the lease lasts takes it over: it puts a new file, with its own
+lock, in the place of the old one.
 
-Whose lease the name `lease.json` stands for may write, nobody else. A process asks (`Lease.check`), then writes, and
-may be frozen in between. So nothing takes effect by the write itself:
+Only the process whose lease has the name `lease.json` may write. A process asks (`Lease.check`), then writes, and may
+be frozen in between. So no write takes effect by itself:
 
-- What others read is made under a temporary name, then checked, then renamed. A taker deletes such temporaries once
-  the lease is its own and before it reads anything, so the rename of one that woke finds nothing to rename.
-- What is appended to, the taker replaces by a copy: one that woke appends to a file that has no name any more.
+- A file that others read is made under a temporary name, then checked, then renamed. The taker deletes such temporary
+  files once it has the lease and before it reads anything, so that a frozen process that wakes finds nothing to
+  rename.
+- A file that is appended to is replaced by a copy: a frozen process that wakes appends to a file without a name.
 
 A deletion has no such second half. A holder that is frozen between its check and the deletion of an old checkpoint
 deletes it when it wakes, also if the taker has saved that step again meanwhile; the taker's other checkpoints stay.
@@ -41,17 +42,17 @@ from bwlm.format import duration
 log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 60.0
-"""Without a sign of life, after which a lease may be taken. Longer than any system call that is not stuck."""
+"""Seconds without a sign of life after which a lease may be taken. Longer than any system call that is not stuck."""
 _TOUCHES = 12
-"""In that time."""
+"""Touches of the file in that time."""
 _TRIES = 100
-"""Ten milliseconds apart, before whoever stands in the way counts as the holder."""
+"""Tries, ten milliseconds apart, before the process that stands in the way counts as the holder."""
 _Sight = tuple["Holder", int]
-"""What a lease says, and when it was last touched, in nanoseconds."""
+"""Content of a lease, and the time of its last touch in nanoseconds."""
 
 
 class LeaseLost(RunError):
-    """Another process took the run over while this one did not move; what it holds of it is not to be written."""
+    """Lease that another process took while this one did not move: this one must not write what it holds of the run."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,18 @@ class Holder:
     host: str = "?"
     pid: int | str = "?"
     since: float = math.nan
-    """Seconds since the epoch, by its own clock."""
+    """Seconds since the epoch when the lease was taken, by the holder's clock."""
     seconds: float = LEASE_SECONDS
-    """How long it holds without a sign of life."""
+    """Seconds that the lease lasts without a sign of life."""
     mark: str = ""
-    """Of this lease and no other."""
+    """Text that is different for each lease."""
 
     def __str__(self) -> str:
         return f"{self.host}:{self.pid}"
 
     @property
     def since_words(self) -> str:
-        """`since 2026-07-31 17:05:17 (12 minutes ago)`, by the clock of this machine."""
+        """Start of the lease, `since 2026-07-31 17:05:17 (12 minutes ago)`, by the clock of this machine."""
         if math.isnan(self.since):
             return "since an unknown time"
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
@@ -80,13 +81,13 @@ class Holder:
 
 
 class Lease:
-    """Held by this process from its making until it is released, or taken."""
+    """Lease that this process holds from construction until it is released or taken."""
 
     def __init__(self, path: Path, seconds: float) -> None:
-        """Puts it in the place of the one that is there; whoever holds that one hears of it at its next check."""
+        """Put this lease in the place of the present lease; its holder learns of it at the next check."""
         self.holder = Holder(socket.gethostname(), os.getpid(), time.time(), seconds, uuid.uuid4().hex)
         self.lost = False
-        """Whether a check has found that another process took it."""
+        """True once a check has found that another process took it."""
         self._path = path
         self._content = json.dumps(asdict(self.holder)).encode()
         self._file = self._put()
@@ -99,7 +100,7 @@ class Lease:
         temporary = self._path.with_name(f".{self._path.name}.{self.holder.mark[:8]}.tmp")
         file = temporary.open("wb", buffering=0)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)  # before it has the name under which others find it
+            fcntl.flock(file, fcntl.LOCK_EX)  # before others can find the file under its name
             file.write(self._content)
             temporary.replace(self._path)
         except BaseException:
@@ -109,21 +110,21 @@ class Lease:
         return file
 
     def _touch(self) -> None:
-        """Of its own file, whoever's lease has the name by now; by the clock of the file system."""
+        """Touch this lease's own file, whoever has its name by now, at the time of the file system's clock."""
         while not self._over.wait(self.holder.seconds / _TOUCHES):
             with contextlib.suppress(OSError):
                 os.utime(self._file.fileno())
 
     def check(self) -> None:
-        """Raises `LeaseLost`, with who took it, if this process may not write any more. Costs some microseconds.
+        """Raise `LeaseLost`, naming the taker, if this process may not write any more. Costs some microseconds.
 
-        It reads the file, because on NFS opening one is what asks the server.
+        Reads the file, because on NFS opening a file is what asks the server.
         """
         try:
             content = self._path.read_bytes()
         except FileNotFoundError:
             self.lost = True
-            raise LeaseLost(f"{self._path}: is gone, and with it this process's right to write to the run") from None
+            raise LeaseLost(f"{self._path}: is gone, so this process lost the lease: launch the run again") from None
         if content != self._content:
             self.lost = True
             taker = _parsed(content)
@@ -133,6 +134,7 @@ class Lease:
             )
 
     def is_held(self) -> bool:
+        """Return whether this process still has the lease."""
         try:
             self.check()
         except LeaseLost:
@@ -140,10 +142,10 @@ class Lease:
         return True
 
     def release(self) -> None:
-        """Lets others have it; the file stays and says who held it last."""
+        """Let others have the lease; the file stays and names its last holder."""
         self._over.set()
         self._thread.join()
-        fcntl.flock(self._file, fcntl.LOCK_UN)  # or a process that was forked meanwhile would keep it
+        fcntl.flock(self._file, fcntl.LOCK_UN)  # else a process that was forked meanwhile would keep the lock
         self._file.close()
 
 
@@ -151,7 +153,7 @@ class Lease:
 
 
 def living_holder(path: Path) -> Holder | None:
-    """Who holds the lease and has shown so within its time; None where it is free or has run out."""
+    """Return the holder, if it has shown itself within the lease's time; None if the lease is free or has run out."""
     if not _is_locked(path):
         return None
     seen = _look(path)
@@ -159,7 +161,7 @@ def living_holder(path: Path) -> Holder | None:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a process holds it, frozen or not."""
+    """Return whether a process holds the lock, frozen or not."""
     try:
         with path.open("rb") as file:
             return not _lock(file, fcntl.LOCK_SH)
@@ -189,14 +191,14 @@ def _parsed(content: bytes) -> Holder:
     except (ValueError, TypeError):
         return Holder()
     known = {field.name for field in fields(Holder)}
-    # one that does not say how long it lasts is not touched either
+    # a lease that does not say how long it lasts is not touched either, so it must not run out
     return Holder(**{"seconds": math.inf} | {name: value for name, value in said.items() if name in known})
 
 
 def _has_run_out(path: Path, seen: _Sight) -> bool:
-    """By the clock that stamps the files there, since another machine's need not agree with it.
+    """Return whether a lease has run out, by the clock that stamps the files there: another machine's may differ.
 
-    Where nothing can be written nothing has run out.
+    If nothing can be written there, it has not run out.
     """
     try:
         with tempfile.TemporaryFile(dir=path.parent) as file:
@@ -210,10 +212,11 @@ def _has_run_out(path: Path, seen: _Sight) -> bool:
 
 
 def take(path: Path, seconds: float, wait: float, give_up: Callable[[], bool]) -> tuple[Lease, bool]:
-    """The lease, and whether another process was waited for. Raises `Interrupted` if it is told to `give_up`.
+    """Return the lease once it is free or its holder is silent, and whether another process was waited for.
 
-    Time without a sign of life is counted in looks of this process's own, not by a clock: one that was suspended along
-    with the holder gives it the time to show itself, and a clock that is set forward takes nobody's lease away.
+    Raises `Interrupted` if `give_up` becomes true. Time without a sign of life is counted in this process's own
+    looks, not by a clock: a process that was suspended along with the holder gives it the time to show itself, and a
+    clock that is set forward takes nobody's lease away.
     """
     seen: _Sight | None = None
     silence, waited = 0.0, False
@@ -230,7 +233,7 @@ def take(path: Path, seconds: float, wait: float, give_up: Callable[[], bool]) -
 
 
 def take_at_once(path: Path, seconds: float = LEASE_SECONDS) -> Lease | Holder:
-    """The lease, or who holds it; one that has run out is taken without more ado."""
+    """Return the lease, or its holder, without waiting; a lease that has run out is taken at once."""
     for _ in range(_TRIES):
         if lease := _take_free(path, seconds):
             return lease
@@ -244,7 +247,7 @@ def take_at_once(path: Path, seconds: float = LEASE_SECONDS) -> Lease | Holder:
 
 
 def _take_free(path: Path, seconds: float) -> Lease | None:
-    """The lease, if nobody holds it. Who has the lock of the file that is there may put another one in its place."""
+    """Return the lease if nobody holds it; the process that locks the present file may put another in its place."""
     with path.open("ab") as there:
         if _lock(there, fcntl.LOCK_EX) and _has_the_name(path, there):
             return Lease(path, seconds)
@@ -259,9 +262,9 @@ def _has_the_name(path: Path, file: IO[bytes]) -> bool:
 
 
 def _take_over(path: Path, seen: _Sight, seconds: float) -> Lease | None:
-    """Takes the lease of a holder that keeps its lock, unless it shows itself or another process takes it.
+    """Take the lease of a holder that keeps its lock; None if it shows itself, or another process takes the lease.
 
-    Two that took it would do no harm, since its name stands for one of them; but one would have begun in vain.
+    Two takers would do no harm, since the name stands for the lease of one; but the other would have begun in vain.
     """
     with path.with_name(f".{path.name}.takers").open("ab") as takers:
         if not _lock(takers, fcntl.LOCK_EX) or _look(path) != seen:

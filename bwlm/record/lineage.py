@@ -1,6 +1,6 @@
 """Links from a run to its parent (`parent_link.json`), and the tree of runs.
 
-Not here: whether a parent's checkpoint is what the link says, which needs its files (`parent.py`).
+`parent.py` reads the parent's files to check that its checkpoint is what the link says.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ LINK = "parent_link.json"
 
 @dataclass(frozen=True)
 class ParentLink:
-    """The link to a parent: its checkpoint, and the chain up to the base."""
+    """Link to a parent: its checkpoint, and the chain up to the base."""
 
     parent: str
-    """Id, in the same storage."""
+    """Id of the parent, in the same storage."""
     phase: str
-    """The parent's."""
+    """Phase of the parent."""
     checkpoint: str
-    """Name of its folder, `step_000400`."""
+    """Name of the checkpoint's folder, `step_000400`."""
     step: int
     sha256: str
     """SHA-256 of the checkpoint's weights."""
@@ -38,12 +38,12 @@ _NONE: dict[str, Any] = {"parent": None, "phase": None, "checkpoint": None, "ste
 
 
 def write_link(folder: Path, link: ParentLink | None) -> None:
-    """None: of a base run, which has no parent."""
+    """Write the link of a run; None for a base run, which has no parent."""
     write_json(folder / LINK, _NONE if link is None else asdict(link))
 
 
 def read_link(folder: Path) -> ParentLink | None:
-    """None for a base run. Raises `UserError` that names the file if it says something else."""
+    """Return the link of a run; None for a base run. Raises `UserError` naming the file if it holds something else."""
     path = folder / LINK
     content = read_json(path)
     try:
@@ -58,7 +58,7 @@ def read_link(folder: Path) -> ParentLink | None:
 
 
 def _check_types(link: ParentLink) -> None:
-    """Raises TypeError: JSON may hold anything."""
+    """Raise TypeError for a field of another type: JSON may hold anything."""
     names = [link.parent, link.checkpoint, link.sha256, *link.chain]
     numbers_and_lists = type(link.step) is int and isinstance(link.chain, list)
     if not all(isinstance(name, str) for name in names) or link.phase not in PHASES or not numbers_and_lists:
@@ -66,7 +66,7 @@ def _check_types(link: ParentLink) -> None:
 
 
 def check_order(phase: str, parent: str, parent_phase: str) -> None:
-    """Raises `UserError` if a phase cannot begin from a run of another one."""
+    """Raise `UserError` if a phase cannot begin from a run of the parent's phase."""
     follows = PHASES[phase].follows
     if parent_phase not in follows:
         begins = " or ".join(follows) or "nothing"
@@ -74,31 +74,31 @@ def check_order(phase: str, parent: str, parent_phase: str) -> None:
 
 
 def skipped(phase: str, parent_phase: str) -> list[str]:
-    """Phases between a run's and its parent's that it goes without."""
+    """Return the phases between the parent's and the run's, which the run skips."""
     return list(PHASES)[order(parent_phase) + 1 : order(phase)]
 
 
-# ---- who descends from whom ----
+# ---- the tree of runs ----
 
 
 @dataclass(frozen=True)
 class LineageNode:
-    """A run with what descends from it."""
+    """Run with the runs that descend from it."""
 
     id: str
     children: tuple[LineageNode, ...] = ()
     note: str = ""
-    """Why it stands at the top although its link names a parent."""
+    """Reason why a run stands at the top although its link names a parent."""
 
 
 class Lineage:
-    """The runs of a storage by their links, of which some may name a run that is gone, or lead back to where they came.
+    """Tree of a storage's runs by their links, of which some may name a run that is gone, or go in a circle.
 
-    Nothing here follows a link twice, so that no damage makes it run for ever.
+    No link is followed twice, so that damaged links cannot make anything run for ever.
     """
 
     def __init__(self, parents: Mapping[str, str | None]) -> None:
-        """`parents` names each run's; None for a base run."""
+        """Index the runs; `parents` names the parent of each, None for a base run."""
         self._parents = dict(sorted(parents.items()))
         self._children: dict[str, list[str]] = {}
         for run, parent in self._parents.items():
@@ -106,11 +106,11 @@ class Lineage:
                 self._children.setdefault(parent, []).append(run)
 
     def children(self, run: str) -> list[str]:
-        """Returns the ids of a run's children, also of a run that is gone."""
+        """Return the ids of a run's children, also of a run that is gone."""
         return self._children.get(run, [])
 
     def ancestors(self, run: str) -> list[str]:
-        """Returns the ids from its parent up to the base, or to a damaged link."""
+        """Return the ids from a run's parent up to the base, or to a damaged link."""
         above: list[str] = []
         parent = self._parents.get(run)
         while parent is not None and parent in self._parents and parent != run and parent not in above:
@@ -119,19 +119,22 @@ class Lineage:
         return above
 
     def descendants(self, run: str) -> list[str]:
-        """Its children and theirs, nearest first."""
+        """Return the ids of a run's descendants, nearest first."""
         found = [run]
         for other in found:
             found += [child for child in self.children(other) if child not in found]
         return found[1:]
 
     def around(self, runs: Iterable[str]) -> Lineage:
-        """These runs alone, with their ancestors and descendants."""
+        """Return the lineage of these runs alone, with their ancestors and descendants."""
         kept = {kin for run in runs for kin in (run, *self.ancestors(run), *self.descendants(run))}
         return Lineage({run: parent for run, parent in self._parents.items() if run in kept})
 
     def trees(self) -> list[LineageNode]:
-        """Each run once, below its parent; at the top base runs, and those whose parent is gone or their descendant."""
+        """Return every run once, below its parent.
+
+        At the top are base runs, runs whose parent is gone, and of each circle of links the first run by id.
+        """
         seen: set[str] = set()
         found = []
         for run, parent in self._parents.items():
@@ -139,7 +142,7 @@ class Lineage:
                 note = "" if parent is None else f"its parent {parent} is not here"
                 found.append(self._tree(run, note, seen))
         for run in self._parents:
-            if run not in seen:  # its ancestors are a circle: whoever is highest in it gets the rest
+            if run not in seen:  # its ancestors form a circle: the first by id stands at the top
                 circle = self._circle(run)
                 note = f"damaged links go in a circle: {' > '.join([*circle, circle[0]])}"
                 found.append(self._tree(circle[0], note, seen))
@@ -152,7 +155,7 @@ class Lineage:
         )
 
     def _circle(self, run: str) -> list[str]:
-        """Parents before their children, from the first by id; of a run whose ancestors are one."""
+        """Return the circle that a run's ancestors form: parents before their children, from the first by id."""
         trail = [run]
         while (parent := self._parents[trail[-1]]) not in trail:
             assert parent is not None

@@ -1,6 +1,6 @@
-"""A parent's weights: found, verified, and handed to its child.
+"""Weights of a parent: found, verified, and handed to its child.
 
-A link is validated twice, when the child is made and when it begins: the parent has finished, its last checkpoint is
+A link is verified twice, when the child is made and when it begins: the parent has finished, its last checkpoint is
 there, and its weights have the hash that the link holds.
 """
 
@@ -26,10 +26,10 @@ from bwlm.record.run_config import RunConfig
 
 
 def link_to(storage: Path, parent: str, phase: str, child: str) -> ParentLink:
-    """What a run `child` of `phase` begins from: the last checkpoint of a finished parent.
+    """Return the link of a run `child` of `phase` to the last checkpoint of a finished parent.
 
-    Raises `UserError` if there is no such run, if it has not finished, if the phase cannot follow its own, if it
-    descends from the child itself, or if its last checkpoint is gone or damaged.
+    Raises `UserError` if there is no such run, if it has not finished, if the phase cannot follow the parent's, if
+    the parent descends from the child itself, or if the parent's last checkpoint is gone or damaged.
     """
     folder = open_finished(storage, parent)
     config = folder.config()
@@ -58,7 +58,7 @@ def link_to(storage: Path, parent: str, phase: str, child: str) -> ParentLink:
 
 
 def inherited_weights(folder: ExperimentFolder, config: RunConfig) -> Tensors:
-    """The weights that a run begins with. Raises `UserError` if they are not those that its link names."""
+    """Return the weights that a run begins with. Raises `UserError` if its link names other weights."""
     link = folder.link()
     if link is None:
         raise UserError(f"{folder.id}: has no parent, and {config.experiment.phase} begins from one: train it anew")

@@ -1,10 +1,8 @@
-"""Deleting a run: all of it or nothing, whenever the process that does it is killed.
+"""Deletion of a run: all of it or nothing, even if the process that deletes it is killed.
 
-A folder is not emptied file by file where it lies: one that had lost its config but not yet its checkpoints would be no
-experiment, and still the next run of that id would go on from them. It takes another name first, in one step, under
-which nothing looks for a run. What a kill leaves of it then, the next deletion takes along.
-
-Not here: MLflow, whose runs stay.
+A folder is not emptied file by file where it lies: with its config gone but its checkpoints left it would be no
+experiment, and still the next run of that id would resume from them. It is renamed first, in one step, to a name
+under which nothing looks for a run. The next deletion removes what a kill leaves of it then. The run in MLflow stays.
 """
 
 from __future__ import annotations
@@ -21,11 +19,11 @@ from bwlm.record.lease import Holder, take_at_once
 from bwlm.record.lineage import Lineage
 
 _NAMED = 3
-"""So many children are named."""
+"""Number of children that an error names."""
 
 
 def check_deletable(folder: ExperimentFolder) -> None:
-    """Raises `UserError` if runs begin from it, or a process trains it."""
+    """Raise `UserError` if runs begin from this one, if a process trains it, or if its folder is a symbolic link."""
     if folder.path.is_symlink():
         raise UserError(f"{folder.path}: a link to {folder.path.readlink()}: delete both by hand")
     if children := Lineage(parents_in(folder.path.parent)).children(folder.id):
@@ -37,7 +35,7 @@ def check_deletable(folder: ExperimentFolder) -> None:
 
 
 def delete(folder: ExperimentFolder) -> None:
-    """Deletes a run's folder. Raises `UserError` as `check_deletable`, or if the disk refuses."""
+    """Delete a run's folder. Raises `UserError` as `check_deletable`, or if the disk refuses."""
     check_deletable(folder)
     gone = folder.path.with_name(f".{folder.id}.{uuid.uuid4().hex[:8]}.deleted")
     try:
@@ -48,7 +46,7 @@ def delete(folder: ExperimentFolder) -> None:
                     raise _is_busy(folder, taken)
                 leases.callback(taken.release)
             folder.path.rename(gone)
-        sync(gone.parent)  # or a power cut might bring the name back, and not all that it stood for
+        sync(gone.parent)  # else a power cut might bring the name back without all of the run's files
     except OSError as error:
         raise UserError(f"{folder.path}: cannot be deleted ({error.strerror})") from None
     discard_deleted(folder.path.parent)
@@ -57,12 +55,12 @@ def delete(folder: ExperimentFolder) -> None:
 
 
 def unfinished_deletions(storage: Path, experiment_id: str = "*") -> list[Path]:
-    """What killed processes left of runs that they deleted."""
+    """Return the folders that killed processes left of runs that they deleted."""
     return sorted(storage.glob(f".{experiment_id}.{'[0-9a-f]' * 8}.deleted"))
 
 
 def discard_deleted(storage: Path) -> None:
-    """Deletes the files of deleted runs; another process may be at it too."""
+    """Delete the files of deleted runs; another process may be deleting them too."""
     for path in unfinished_deletions(storage):
         shutil.rmtree(path, ignore_errors=True)
 

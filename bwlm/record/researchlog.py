@@ -1,12 +1,12 @@
-"""The research log `<phase>.h5`: what every token cost, and how the model looked inside, step by step.
+"""Research log `<phase>.h5`: the loss of every token, and statistics from inside the model, step by step.
 
-A file of HDF5 that is written in place does not survive the death of its writer. So entries are appended to a tail
-beside it (`<phase>.h5.tail`), and from time to time the tail is merged into a copy that takes the file's name. Whoever
-opens the file, beside a running training or after a kill, sees whole entries from the first to the last merge; what
-came later is in the tail, and the next writer merges it.
+An HDF5 file that is written in place does not survive the death of its writer. So entries are appended to a tail
+beside it (`<phase>.h5.tail`), and from time to time the tail is merged into a copy that is renamed to the file. A
+reader, beside a running training or after a kill, sees whole entries from the first to the last merge; later entries
+are in the tail, and the next writer merges them.
 
-Every group is a table: its datasets have one entry a logged step along their first axis, of which `step` is one.
-Datasets that hold for the whole run (`fixed`) have no such axis. `schema.py` says what they are.
+Every group is a table: its datasets have one entry a logged step along their first axis, and one of them is `step`.
+Datasets that hold for the whole run (`fixed`) have no such axis. `researchlog_schema.py` describes them all.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 Entry = dict[str, Array]
-"""One logged step of a group: its columns, `step` among them."""
+"""Logged step of a group: its columns, `step` among them."""
 
 _HEAD = 128
 """Bytes at the start of a tail that name its writer."""
@@ -53,28 +53,28 @@ _MAGIC = b"bwlm"
 _MERGED_AT_ONCE = 2**26
 """Bytes of entries in memory while a tail is merged."""
 _CHUNK = 2**18
-"""Bytes of a chunk of HDF5, at most, where an entry is smaller."""
+"""Bytes of an HDF5 chunk, at most, if an entry is smaller."""
 _ROOM = 2**16
-"""Bytes that HDF5 may need for its own accounts in a merge, besides those of each dataset's last chunk."""
+"""Bytes that HDF5 may need for its own accounts in a merge, besides each dataset's last chunk."""
 _COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
-"""What every build of HDF5 reads."""
+"""Compression that every build of HDF5 reads."""
 _SPACE: dict[str, Any] = {"fs_strategy": "fsm", "fs_persist": True}
-"""The file remembers what is free in it: each merge rewrites the last chunk of every dataset, somewhere else."""
+"""Strategy for free space: the file remembers it, since each merge rewrites every dataset's last chunk elsewhere."""
 _READER = "reader "
-"""Stands before the name of one that only merges what a dead writer left."""
+"""Prefix of the writer's name in a tail, for a process that only merges what a dead writer left."""
 _WAIT_SECONDS = 0.02
 _SHARE = 0.003
-"""Of the time, at most, that merging may take from its writer."""
+"""Share of the writer's time that merging may take, at most."""
 
 
 class ResearchLog:
-    """The one writer of a research log.
+    """Writer of a research log, which has one at a time.
 
         with ResearchLog(Path("base.h5")) as log:
             log.write("train", step=1, loss=3.2, grad_norm=0.7)
 
-    Raises `UserError` naming the other writer if there is one, `OSError` where the disk does not take it, `LeaseLost`
-    where the run's lease was lost before something is renamed or deleted.
+    Raises `UserError` naming the other writer if there is one, `OSError` if the disk does not take an entry,
+    `LeaseLost` if the run's lease was lost before something is renamed or deleted.
     """
 
     def __init__(
@@ -86,11 +86,12 @@ class ResearchLog:
         reader: bool = False,
         lease: Lease | None = None,
     ) -> None:
-        """`about` are attributes of a new file and `fixed` its datasets that hold for the whole run, by `group/name`.
+        """Open the log, or make it.
 
-        A file that is there is gone on with; entries of later steps than `resume_step` are forgotten, since a run that
-        goes on from there will write them again. A `reader` merges what a dead writer left, and is waited for. Who
-        holds the run's `lease` takes the tail from a writer that lost it and is frozen.
+        `about` are attributes of a new file and `fixed` its datasets that hold for the whole run, by `group/name`. An
+        existing file is continued; entries of later steps than `resume_step` are dropped, since a run that resumes
+        there will write them again. A `reader` merges what a dead writer left, and other writers wait for it. The
+        holder of the run's `lease` takes the tail from a writer that lost the lease and is frozen.
         """
         self.path = path
         self._check = lease.check if lease else unchecked
@@ -106,10 +107,10 @@ class ResearchLog:
             raise
 
     def write(self, group: str, step: int, **columns: ArrayLike) -> None:
-        """Adds one step to a group; what it leaves out reads as missing (NaN, or -1 among integers).
+        """Add one step to a group; columns that are left out read as missing (NaN, or -1 among integers).
 
-        Raises `ValueError` where the columns are not the group's, or hold no numbers, or change their shape or type,
-        or the step is not later than the group's last; `OSError` where the disk does not take it. Nothing of the entry
+        Raises `ValueError` if the columns are not the group's, or hold no numbers, or change their shape or type, or
+        if the step is not later than the group's last; `OSError` if the disk does not take it. Nothing of the entry
         is kept then.
         """
         entry = {"step": _checked_step(group, step, self._steps.get(group))}
@@ -124,7 +125,7 @@ class ResearchLog:
         self._kinds |= kinds
 
     def _add(self, record: bytes) -> None:
-        """Appends to the tail all of a record or nothing: what stood behind a torn one could not be read."""
+        """Append all of a record to the tail, or nothing: records behind a torn one could not be read."""
         end = self._tail.tell()
         try:
             if self._tail.write(record) != len(record):  # a nearly full disk takes a part, quietly
@@ -135,18 +136,18 @@ class ResearchLog:
             raise
 
     def sync(self) -> None:
-        """Makes what was written durable; any thread may."""
+        """Make the written entries durable; any thread may call it."""
         os.fsync(self._tail.fileno())
 
     def merge(self, now: bool = True) -> None:
-        """Moves what was written into the file, `now` or where that has come to take little of the time."""
+        """Move the tail into the file: `now`, or only if a merge would take little of the time by now."""
         if now or time.monotonic() - self._merged >= self._merge_seconds / _SHARE:
             began = time.monotonic()
             self._merge(None)
             self._merged, self._merge_seconds = time.monotonic(), time.monotonic() - began
 
     def close(self) -> None:
-        """Merges everything into the file and lets others write."""
+        """Merge everything into the file, and let others write."""
         try:
             self._merge(None)
             self._check()
@@ -161,7 +162,10 @@ class ResearchLog:
         self.close()
 
     def _goes_on(self, resume_step: int | None) -> bool:
-        """Begins where the file ends, if there is one; one that is damaged is put aside, loudly."""
+        """Continue an existing file, and return whether there is one.
+
+        A damaged file is renamed, with a warning, and counts as missing.
+        """
         try:
             self._begin(resume_step)
         except FileNotFoundError:
@@ -181,7 +185,7 @@ class ResearchLog:
         self._merge(resume_step)
 
     def _merge(self, last: int | None) -> None:
-        """Moves the tail into the file, without what is later than `last`."""
+        """Move the tail into the file; drop entries of steps later than `last`, from both."""
         if self._tail.tell() > _HEAD or any(last is not None and step > last for step in self._steps.values()):
             rewritten = sum(_chunk_rows(kind) * kind.nbytes for kind in self._kinds.values())
             room = self.path.stat().st_size + self._tail.tell() + rewritten + _ROOM
@@ -197,12 +201,12 @@ class ResearchLog:
 
 
 def open_log(path: Path) -> h5py.File:
-    """A research log to read, with what a writer that died left in its tail.
+    """Return a research log open for reading, with the entries that a dead writer left in its tail.
 
     Raises `UserError` naming the file if it is missing or damaged.
     """
     try:
-        h5py.File(path, "r").close()  # first: a reader does not put a damaged one aside
+        h5py.File(path, "r").close()  # first: a damaged file raises here, and a reader does not rename it
         with contextlib.suppress(UserError, OSError):  # a writer is at work, or the storage is not ours to write
             if tail_of(path).exists() and tail_of(path).stat().st_size > _HEAD:
                 ResearchLog(path, reader=True).close()
@@ -214,7 +218,7 @@ def open_log(path: Path) -> h5py.File:
 
 
 def fault_of_log(path: Path, due: int) -> list[str]:
-    """The fault of an ended run's log, if it has one; `due` is the last step of its group `train`, 0: unknown."""
+    """Return the fault of an ended run's log, if any; `due` is the last step of group `train`, or 0 if unknown."""
     try:
         with h5py.File(path, "r") as file:
             steps = [int(step) for step in file["train/step"][-1:]] if "train/step" in file else []
@@ -224,6 +228,7 @@ def fault_of_log(path: Path, due: int) -> list[str]:
 
 
 def tail_of(path: Path) -> Path:
+    """Return the path of a log's tail."""
     return path.with_name(f"{path.name}.tail")
 
 
@@ -231,7 +236,10 @@ def tail_of(path: Path) -> Path:
 
 
 def _lock(path: Path, role: str, lease: Lease | None) -> BinaryIO:
-    """The tail, held by this process until it is closed."""
+    """Return the tail, locked by this process until it is closed.
+
+    Raises `UserError` naming the other writer, unless this process holds the run's `lease`.
+    """
     before = None
     while True:
         file: BinaryIO = os.fdopen(os.open(tail_of(path), os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
@@ -240,16 +248,16 @@ def _lock(path: Path, role: str, lease: Lease | None) -> BinaryIO:
         except BlockingIOError:
             holder = file.read(_HEAD).decode(errors="replace").strip(" \0") or "another process"
             file.close()
-            merges = holder.startswith(_READER) and not role  # which takes moments, and it lets go
+            merges = holder.startswith(_READER) and not role  # a reader merges in moments, then lets go
             if not merges and lease is None:
                 raise UserError(f"{path}: is being written by {holder}: a research log has one writer") from None
-            if not merges and lease and holder == before:  # not at once: a reader may not have said yet that it is one
+            if not merges and lease and holder == before:  # not at once: a reader may not have put its name there yet
                 file = _take_tail(path, lease)
                 break
             before = holder
             time.sleep(_WAIT_SECONDS)
             continue
-        with contextlib.suppress(FileNotFoundError):  # its last writer may have removed it before it let it go
+        with contextlib.suppress(FileNotFoundError):  # its last writer may have deleted it before it freed the lock
             if os.path.samestat(os.fstat(file.fileno()), tail_of(path).stat()):
                 break
         file.close()
@@ -259,7 +267,7 @@ def _lock(path: Path, role: str, lease: Lease | None) -> BinaryIO:
 
 
 def _take_tail(path: Path, lease: Lease) -> BinaryIO:
-    """A copy in the tail's place, held by this process: whoever has the tail writes to a file without a name then."""
+    """Put a locked copy in the tail's place and return it: the former writer's file has no name any more."""
     copy = tail_of(path).with_name(f".{tail_of(path).name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         shutil.copyfile(tail_of(path), copy)
@@ -273,7 +281,7 @@ def _take_tail(path: Path, lease: Lease) -> BinaryIO:
 
 
 def _records(path: Path) -> Iterator[tuple[str, Entry]]:
-    """The whole entries of a tail, up to the first that is torn or damaged."""
+    """Yield the group and the columns of each whole entry of a tail, up to the first that is torn or damaged."""
     with tail_of(path).open("rb") as file:
         left = file.seek(0, os.SEEK_END) - file.seek(_HEAD)
         while len(head := file.read(_RECORD.size)) == _RECORD.size:
@@ -289,7 +297,7 @@ def _records(path: Path) -> Iterator[tuple[str, Entry]]:
 
 
 def _batches(records: Iterator[tuple[str, Entry]], last: int | None) -> Iterator[dict[str, list[Entry]]]:
-    """Entries of steps up to `last`, by group, as many at a time as memory should hold."""
+    """Yield entries of steps up to `last`, by group, as many at a time as memory should hold."""
     batch: dict[str, list[Entry]] = defaultdict(list)
     size = 0
     for group, entry in records:
@@ -309,13 +317,14 @@ def _batches(records: Iterator[tuple[str, Entry]], last: int | None) -> Iterator
 
 @dataclass(frozen=True)
 class Kind:
-    """What every entry of a column is like."""
+    """Type and shape that every entry of a column has."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of an entry."""
         return int(self.dtype.itemsize * np.prod(self.shape, dtype=np.int64))
 
     def __str__(self) -> str:
@@ -354,7 +363,7 @@ def _describe(dataset: Any, column: Column, axes: str) -> None:
 
 
 def _state(path: Path) -> tuple[dict[str, int], dict[str, Kind]]:
-    """The last step of each group, and what its columns are like."""
+    """Return the last step of each group, and the kind of each column."""
     steps, kinds = {}, {}
     with h5py.File(path, "r") as file:
         for group in GROUPS:
@@ -366,7 +375,7 @@ def _state(path: Path) -> tuple[dict[str, int], dict[str, Kind]]:
 
 
 def _columns(group: Any) -> dict[str, Any]:
-    """The datasets of a group with an entry a step."""
+    """Return the datasets of a group that have an entry a step."""
     fixed = GROUPS[group.name.strip("/")].fixed
     return {name: dataset for name, dataset in group.items() if name not in fixed}
 
@@ -380,7 +389,7 @@ def _forget_after(file: Any, last: int) -> None:
 
 
 def _append(file: Any, name: str, rows: Sequence[Entry]) -> None:
-    """Adds entries to a group, except those that an interrupted merge had added already."""
+    """Add entries to a group, except entries that an interrupted merge had added already."""
     group = file[name]
     there = len(group["step"]) if "step" in group else 0
     newest = int(group["step"][-1]) if there else -1
@@ -419,12 +428,12 @@ def _chunk_rows(kind: Kind) -> int:
 
 @contextlib.contextmanager
 def _replacing(path: Path, room: int, check: Check) -> Iterator[Path]:
-    """A copy of a file (empty, if there is none) that takes its name when the block ends well and `check` lets it.
+    """Yield a copy of a file (empty if there is none), which is renamed to it if the block succeeds and `check` passes.
 
-    Raises `OSError` before the block if the disk has no room for so many bytes: HDF5 cannot close a file that it
+    Raises `OSError` before the block if the disk has no room for `room` bytes: HDF5 cannot close a file that it
     cannot write.
     """
-    left = list(path.parent.glob(f".{path.name}.????????.tmp"))  # by writers that died here
+    left = list(path.parent.glob(f".{path.name}.????????.tmp"))  # of writers that died in this block
     check()
     for other in left:
         other.unlink(missing_ok=True)
@@ -445,7 +454,7 @@ def _replacing(path: Path, room: int, check: Check) -> Iterator[Path]:
 
 
 def _checked_step(group: str, step: int, last: int | None) -> Array:
-    """Raises `ValueError` for a group that there is not, or a step that is no count or not after the last."""
+    """Return a step as an array. Raises `ValueError` for an unknown group, or a step that is no count or not later."""
     if group not in GROUPS:
         raise ValueError(f"{group}: not a group of the research log; those are: {', '.join(GROUPS)}")
     if not isinstance(step, (int, np.integer)) or step < 0:
@@ -456,7 +465,7 @@ def _checked_step(group: str, step: int, last: int | None) -> Array:
 
 
 def _checked(group: str, name: str, values: ArrayLike) -> Array:
-    """In the column's type. Raises `ValueError` for a column that the group has not, or values that do not fit it."""
+    """Return values in the column's type. Raises `ValueError` for an unknown column, or values that do not fit it."""
     known = GROUPS[group].columns
     if name not in known or name == "step":
         raise ValueError(f"{group}/{name}: not a column of the research log; of {group} are: {', '.join(known)}")
@@ -478,6 +487,6 @@ def _checked(group: str, name: str, values: ArrayLike) -> Array:
 
 
 def _integer(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The signed integers that hold values of a type: -1 stands for what is missing."""
+    """Return the signed integer type that holds values of a type, and -1 for a missing one."""
     signed = np.promote_types(dtype, np.int8)
     return signed if signed.kind == "i" else np.dtype(np.int64)

@@ -1,7 +1,7 @@
-"""What the datasets of a research log are: their axes, units and meaning. `docs/research-log.md` is made from it.
+"""Schema of the research log: axes, units and meaning of its datasets. `docs/research-log.md` is made from it.
 
-Axes of one entry: R rows of the batch over all ranks, T time, P parameters, S places in the model, B bins,
-D readings, N validation tokens, L layers, H heads, M positions of a map, Q tokens, C width.
+Axes of one entry: R rows of the batch over all ranks, T time, P parameters, S places in the model, B bins, D
+readings, N validation tokens, L layers, H heads, M positions of a map, Q tokens, C width.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ MAP_POSITIONS = 128
 
 @dataclass(frozen=True)
 class Column:
+    """Dataset of a group."""
+
     dtype: str
-    """As NumPy names it; `int` is the integer type that the writer gives."""
+    """Type as NumPy names it; `int` is the integer type that the writer gives."""
     axes: str
-    """Of one entry; a dataset that is not fixed has `step` before them."""
+    """Axes of one entry; a dataset that is not fixed has `step` before them."""
     unit: str
     description: str
 
 
 @dataclass(frozen=True)
 class Group:
+    """Group of datasets: `columns` have an entry for each logged step, `fixed` hold for the whole run."""
+
     description: str
     columns: dict[str, Column]
     fixed: dict[str, Column] = field(default_factory=dict)

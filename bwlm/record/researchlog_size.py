@@ -1,4 +1,4 @@
-"""How large a research log will be, before there is one: the schema's sizes, times what compression leaves of them."""
+"""Size of a research log before it exists: the schema's sizes, times what compression leaves of them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from bwlm.record.researchlog_schema import GROUPS, MAP_POSITIONS, STATE_WINDOWS,
 _BINS = 48
 _PLACES_PER_LAYER, _MATRICES_PER_LAYER = 4, 6
 
-# Bytes stored over raw bytes of the datasets of a group (`get_storage_size()`, `nbytes`), in the log of a forward run
-# of depth 2 on English web text: vocabulary 2048, 256 tokens a row, 60 steps, 3 validations. The frame is what was left
-# of its file.
+# Stored bytes over raw bytes of the datasets of each group (`get_storage_size()`, `nbytes`), measured in the log of a
+# forward run of depth 2 on English web text: vocabulary 2048, 256 tokens a row, 60 steps, 3 validations. `_FRAME` is
+# the rest of its file.
 _COMPRESSION = {
     "train": 0.73,
     "tokens": 0.735,
@@ -28,19 +28,19 @@ _COMPRESSION = {
     "validation": 0.67,
 }
 _PER_VALIDATION_TOKEN = 2.2
-"""Bytes stored of what holds for the whole run: id, bytes, segment, document and window of each."""
+"""Bytes stored of each validation token for the whole run: id, bytes, segment, document and window."""
 _FRAME = 200_000
 """Bytes of HDF5's own accounts: names, attributes, indices of chunks."""
 
 
 _OF_SAMPLES = ("reward", "sample_tokens", "finished", "entropy", "rollout_seconds")
-"""Scalars of RL."""
+"""Scalars that only RL logs."""
 
 
 def bytes_of_log(experiment: Experiment, shape: GPTConfig, steps: int) -> int:
-    """What `<phase>.h5` will take when a run of so many steps has ended.
+    """Return the bytes that `<phase>.h5` will take when a run of so many steps has ended.
 
-    An estimate: text compresses as it likes, and a validation split may have fewer windows than were asked for.
+    An estimate: compression depends on the text, and a validation split may have fewer windows than were asked for.
     """
     raw = raw_bytes(experiment, shape, steps)
     fixed = _PER_VALIDATION_TOKEN * _sizes(experiment, shape)["N"]
@@ -48,7 +48,7 @@ def bytes_of_log(experiment: Experiment, shape: GPTConfig, steps: int) -> int:
 
 
 def raw_bytes(experiment: Experiment, shape: GPTConfig, steps: int) -> dict[str, int]:
-    """Of the values of each group, uncompressed."""
+    """Return the bytes of the values of each group, uncompressed."""
     sizes = _sizes(experiment, shape)
     return {
         name: _entries(experiment, name, steps)
@@ -58,7 +58,7 @@ def raw_bytes(experiment: Experiment, shape: GPTConfig, steps: int) -> dict[str,
 
 
 def _kept(experiment: Experiment, group: str) -> list[Column]:
-    """The columns of one entry: figures by reading are those of the run's own readings, power is a GPU's."""
+    """Return the columns of one entry: figures by reading for the run's own readings only, power with a GPU only."""
     others = {f"{name}_{reading}" for name in ("loss", "reward") for reading in DIRECTIONS}
     if PHASES[experiment.phase].has_reward:
         others -= {f"reward_{reading}" for reading in own_readings(experiment.direction)}
@@ -79,11 +79,11 @@ def _entries(experiment: Experiment, group: str, steps: int) -> int:
 
 
 def _sizes(experiment: Experiment, shape: GPTConfig) -> dict[str, int]:
-    """How long each of the schema's axes is."""
+    """Return the length of each of the schema's axes."""
     length, depth, own = shape.sequence_length, shape.depth, own_readings(experiment.direction)
     windows = max(1, experiment.evaluation.tokens // length)
     rows, time = experiment.budget.batch_tokens // length, length
-    if PHASES[experiment.phase].has_reward:  # a prompt, whose length is the text's, and what follows it
+    if PHASES[experiment.phase].has_reward:  # a prompt, of unknown length, and the sample after it
         rows, time = experiment.prompts_per_step * experiment.rl.samples, min(length, 2 * experiment.rl.new_tokens)
     return {
         "R": rows,

@@ -13,7 +13,7 @@ from bwlm.record.fingerprint import fingerprint, modules_of
 
 
 def shape_of(experiment: Experiment) -> GPTConfig:
-    """Raises ValueError where head_dim, kv_heads and depth do not fit together."""
+    """Return the shape of the model. Raises ValueError if head_dim, kv_heads and depth do not fit together."""
     model = experiment.model
     return GPTConfig.from_depth(
         experiment.depth, experiment.tokenizer.vocab_size, model.sequence_length, model.head_dim, model.kv_heads
@@ -30,20 +30,20 @@ class RunConfig:
     steps: int
     compute: Compute
     corpus: str
-    """Folder of the packed corpus. In the file this and the next path are told from the storage, which may be moved."""
+    """Folder of the packed corpus. In the file, this and the next path are relative to the storage, which may move."""
     tokenizer: str
     """Folder of the tokenizer."""
     grid: str | None = None
     identity_version: int = 1
-    """How `identity["code"]` was made; a run of before this was counted has version 1."""
+    """Version of `identity["code"]`; a run from before versions were counted has version 1."""
     modules: dict[str, str] = field(default_factory=dict)
-    """The digest of each module that `identity["code"]` covers."""
+    """Digest of each module that `identity["code"]` covers."""
     accepted_code: list[dict[str, Any]] = field(default_factory=list)
-    """Each resume with other code, on its user's word: step, time, code, and the modules that had changed."""
+    """Resumes with other code, on the user's word, each with step, time, code, and the modules that had changed."""
 
     @property
     def code(self) -> str:
-        """The digest of the code that trained the run, of all of them where it went on with another."""
+        """Digest of the code that trained the run; several, joined by +, if it resumed with other code."""
         return "+".join([str(self.identity.get("code", "")), *(accepted["code"] for accepted in self.accepted_code)])
 
     def other_code(self, experiment: Experiment | None = None) -> str:
@@ -62,15 +62,17 @@ class RunConfig:
 
     @property
     def compared(self) -> dict[str, Any]:
-        """The identity by which runs are compared: with all the code that trained the run."""
+        """Identity by which runs are compared: with all the code that trained the run."""
         return self.identity | {"code": self.code}
 
     @property
     def fingerprint(self) -> str:
+        """Short hash of the identity."""
         return fingerprint(self.identity)
 
     @property
     def shape(self) -> GPTConfig:
+        """Shape of the model."""
         return shape_of(self.experiment)
 
     @property
@@ -79,7 +81,7 @@ class RunConfig:
         return count_parameters(self.shape)
 
     def checkpoint_meta(self) -> dict[str, object]:
-        """Returns the fields that a reader of a checkpoint checks before it takes memory for it."""
+        """Return the fields that a reader of a checkpoint checks before it takes memory for it."""
         experiment = self.experiment
         return {
             "id": self.id,

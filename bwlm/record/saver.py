@@ -1,6 +1,6 @@
-"""Saves checkpoints beside training: a step is held up by the copy to host memory, and by nothing else.
+"""Checkpoints saved beside training: a step waits for the copy to host memory, and for nothing else.
 
-One save runs at a time, so that one copy lies in memory besides the live state, whatever the disk does.
+Only one save runs at a time, so that one copy lies in memory besides the live state, whatever the disk does.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointSaver:
-    """Writes snapshots in a thread of its own, whose file writes, hashes and syncs do not hold Python's lock.
+    """Writer of snapshots in a thread of its own; its file writes, hashes and syncs do not hold Python's lock.
 
-    What a save raises comes up at the next `wait`, `save` or `close`. Call `wait` before a copy is made.
+    An error of a save is raised by the next `wait`, `save` or `close`. Call `wait` before a copy is made.
     """
 
     def __init__(self, folder: Path, keep: KeepPolicy, check: Check = unchecked) -> None:
@@ -32,9 +32,9 @@ class CheckpointSaver:
         self._running: Future[None] | None = None
 
     def save(self, snapshot: Snapshot, first: Callable[[], None] = lambda: None) -> None:
-        """Waits for the save before, then starts this one, with what is to be done `first` in its thread.
+        """Wait for the save before, then start this one; its thread calls `first` before it writes.
 
-        Raises `RunError` if the one before failed.
+        Raises `RunError` if the save before failed.
         """
         self.wait()
         self._running = self._thread.submit(self._write, snapshot, first)
@@ -44,17 +44,17 @@ class CheckpointSaver:
             first()
             write_checkpoint(self._folder, snapshot, self._keep, self._check)
         except RunError:
-            self._check()  # that nothing may be written any more comes before what could not be
+            self._check()  # a lost lease explains the failure, so it is raised first
             raise
 
     def wait(self) -> None:
-        """Returns when everything handed in is on disk. Raises `RunError` if it could not be written."""
+        """Wait until everything handed in is on disk. Raises `RunError` if it could not be written."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
 
     def close(self) -> None:
-        """Waits and ends the thread; raises as `wait`."""
+        """Wait, and end the thread. Raises as `wait`."""
         self._thread.shutdown()
         self.wait()
 
@@ -69,4 +69,4 @@ class CheckpointSaver:
         except RunError as failed:
             if error is None:
                 raise
-            log.error("%s", failed)  # what ended the run comes first
+            log.error("%s", failed)  # only logged: the error that ended the run is raised

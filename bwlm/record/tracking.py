@@ -1,9 +1,9 @@
 """MLflow: a parent run per grid, a child run per cell, fed from the journals by one process.
 
-Training never waits for a tracking server: it writes its journal, and `Tracking.deliver` carries new entries over when
-it can. An entry is delivered once: `mlflow.json` remembers by step what was sent, and what was sent without an answer,
-so that the store is asked before anything is sent again. A run is made once in the same way: its mark is noted before
-it is made, and a launch that finds a mark without a run asks the store for the run that bears it.
+Training never waits for a tracking server: it writes its journal, and `Tracking.deliver` sends new entries when it
+can. An entry is delivered once: `mlflow.json` notes the step up to which entries were sent, and what was sent without
+an answer, so that the store is asked before anything is sent again. A run is made once in the same way: its mark is
+noted before it is made, and a launch that finds a mark without a run asks the store for the run with that mark.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _STATES: dict[State, str] = {"finished": "FINISHED", "failed": "FAILED", "stoppe
 
 
 def tracking_uri(storage: Path, chosen: str | None) -> str:
-    """The grid's setting, else the environment's as for any MLflow client, else SQLite below the storage.
+    """Return the grid's setting, else the environment's as for any MLflow client, else SQLite below the storage.
 
-    Raises `UserError` if it holds a secret, since it is printed and noted by MLflow itself, and if it is no address.
+    Raises `UserError` if it holds a secret, since it is printed and MLflow itself notes it, and if it is no address.
     """
     named = "launch.tracking_uri" if chosen else "MLFLOW_TRACKING_URI"
     uri = chosen or os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(storage / "mlflow.db")
@@ -62,16 +62,16 @@ def _sqlite_uri(path: Path) -> str:
     from sqlalchemy.engine import URL, make_url
 
     plain = f"sqlite:///{path}"
-    # as it is where that is read back the same: MLflow makes an empty folder of the name that the escaped URI shows
+    # the plain URI, if it is read back the same: from an escaped URI MLflow makes a folder of the escaped name
     if make_url(plain).database == str(path):
         return plain
     return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
 
 
 def _follow_storage(database: Path, known: str, here: str) -> None:
-    """Points a storage's own database to the artifacts beside it: MLflow keeps absolute paths, and storages move.
+    """Point a storage's own database to the artifacts beside it: MLflow keeps absolute paths, and storages move.
 
-    Else the artifacts of a moved storage are not found, and new ones are written to where it was.
+    Otherwise the artifacts of a moved storage are not found, and new ones are written to its old place.
     """
     if known == here or not known.endswith("/mlartifacts"):
         return
@@ -83,14 +83,14 @@ def _follow_storage(database: Path, known: str, here: str) -> None:
 
 
 def ui_command(uri: str, bin_folder: Path) -> str:
-    """What a person types, or opens, to see the runs."""
+    """Return the command that a person types, or the address that a person opens, to see the runs."""
     if uri.startswith(("http://", "https://")):
         return uri
     return shlex.join([str(bin_folder / "mlflow"), "ui", "--backend-store-uri", uri])
 
 
 class Tracking:
-    """One MLflow store. Raises `UserError` on construction if the store cannot be reached at all."""
+    """Client of one MLflow store. Raises `UserError` on construction if the store cannot be reached at all."""
 
     def __init__(self, uri: str, storage: Path) -> None:
         for name, value in (("MAX_RETRIES", "2"), ("TIMEOUT", "10")):
@@ -116,7 +116,7 @@ class Tracking:
             raise self._user_error(error) from None
 
     def _find_experiment(self) -> str | None:
-        """Raises `UserError` if it is there, but deleted."""
+        """Return the id of bwlm's experiment in MLflow; None if there is none. Raises `UserError` if it is deleted."""
         found = self._client.get_experiment_by_name(EXPERIMENT)
         if found is None:
             return None
@@ -129,7 +129,7 @@ class Tracking:
         return str(found.experiment_id)
 
     def _make_experiment(self, artifacts: str | None) -> str:
-        """The new experiment, or the one that another launch made at the same moment."""
+        """Make the experiment and return its id, or the id of what another launch made at the same moment."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -140,7 +140,7 @@ class Tracking:
             return made
 
     def parent_run(self, grid_folder: Path, name: str, text: str) -> str:
-        """The run of a grid: the one of earlier launches, or a new one with the grid file as its artifact."""
+        """Return the run of a grid: the run of earlier launches, or a new run with the grid file as its artifact."""
         known = self._known_run(grid_folder)
         with self._answering():
             if known is not None:
@@ -153,7 +153,7 @@ class Tracking:
         return str(run.info.run_id)
 
     def child_run(self, folder: ExperimentFolder, parent: str | None, dataset: Mapping[str, str]) -> str:
-        """The run of an experiment, with its parameters, tags, data and config; below its grid's if it is a cell."""
+        """Return an experiment's run, with parameters, tags, data and config; below its grid's run if it is a cell."""
         known = self._known_run(folder.path)
         if known is not None:
             _catch_up(folder.path, known)
@@ -168,7 +168,7 @@ class Tracking:
         return str(run.info.run_id)
 
     def run_of(self, folder: ExperimentFolder) -> str | None:
-        """The run of an experiment, if this store has it."""
+        """Return the run of an experiment, if this store has it."""
         known = self._known_run(folder.path)
         return str(known.info.run_id) if known else None
 
@@ -184,7 +184,7 @@ class Tracking:
         }
 
     def _describe(self, run: Any, folder: ExperimentFolder, dataset: Mapping[str, str]) -> None:
-        """What a new run needs before its first metrics. A launch that was cut off here leaves it to the next one."""
+        """Write what a new run needs before its first metrics. A launch that is cut off here leaves it to the next."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
         run_id = run.info.run_id
@@ -199,7 +199,7 @@ class Tracking:
             self._client.log_artifact(run_id, str(folder.path / "config.json"))
 
     def deliver(self, folder: ExperimentFolder) -> int:
-        """Carries the journal's new entries over; returns how many metrics. Nothing is lost if the server is away."""
+        """Send the journal's new entries, and return how many metrics. Nothing is lost if the server is away."""
         run, delivered = self._settle(folder.path)
         new = [entry for entry in entries_after(folder.path, delivered) if entry.metrics]
         if new and _noted(folder.path).get("status") != "RUNNING":
@@ -217,13 +217,16 @@ class Tracking:
         return count
 
     def try_deliver(self, folder: ExperimentFolder) -> bool:
-        """`deliver`, but a server that is away is a warning: the next call sends what this one could not."""
+        """Call `deliver`; a server that is away is a warning, and the next call sends what this one could not.
+
+        Returns whether it was delivered.
+        """
         return self._attempt(lambda: self.deliver(folder), folder.path)
 
     def close_child(self, folder: ExperimentFolder, status: Status, artifacts: list[Path]) -> bool:
-        """Delivers the rest, attaches artifacts and sets the run's final state; a warning if the server is away.
+        """Deliver the rest, attach artifacts, set the run's final state. Warns and returns False if the server is away.
 
-        The first failure is the last attempt: the next launch makes up for all of them.
+        The first failure is this launch's last attempt: the next launch makes up for all of them.
         """
         if _noted(folder.path).get("closed") == asdict(status):
             return True
@@ -244,7 +247,7 @@ class Tracking:
         _note(folder.path, status=shown, closed=asdict(status))
 
     def _tag_divergence(self, folder: Path, run: str, step: int | None) -> None:
-        """Marks a diverged run, so that a search finds it; takes the mark away where it is tried again."""
+        """Mark a diverged run, so that a search finds it; remove the mark when the run is tried again."""
         if step is not None:
             self._client.set_tag(run, _DIVERGED, f"step {step}")
         elif _noted(folder).get("diverged") is not None:
@@ -252,12 +255,12 @@ class Tracking:
         _note(folder, diverged=step)
 
     def close_parent(self, run: str, artifacts: list[Path], complete: bool) -> bool:
-        """Attaches the report and sets the grid's final state; a warning if the server is away."""
+        """Attach the report and set the grid's final state. Warns and returns False if the server is away."""
         state = "FINISHED" if complete else "KILLED"
         return self._attempt_end(lambda: self._close(run, artifacts, state))
 
     def interrupted(self, folders: list[ExperimentFolder], parent: str) -> None:
-        """Lets no run look as if it went on: what had begun, and the grid, are killed. A warning if that fails."""
+        """Mark the grid and the runs that had begun as killed, so that none seems to go on. Warns if that fails."""
         try:
             self._attempt_end(lambda: self._kill(folders, parent))
         except Exception as error:  # a damaged file, a driver's own error: the user has asked for the end
@@ -269,13 +272,16 @@ class Tracking:
             noted = _noted(folder.path)
             # an earlier version noted no status, and its runs were RUNNING from the beginning
             if noted.get("delivered_step", 0) > 0 and noted.get("status", "RUNNING") == "RUNNING":
-                # one that has ended, but whose end is not delivered yet, was not killed
+                # a run that has ended was not killed, also if its end is not delivered yet
                 shown = _STATES.get(folder.status().state, "KILLED")
                 self._client.set_terminated(noted["run_id"], shown)
                 _note(folder.path, status=shown)
 
     def monitor_system(self, run: str) -> Any:
-        """CPU, memory, disk, network and GPU of this machine as system metrics of a run; the caller calls `finish`."""
+        """Start to log CPU, memory, disk, network and GPU of this machine as system metrics of a run.
+
+        Returns the monitor; the caller calls its `finish`.
+        """
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         monitor = SystemMetricsMonitor(run, tracking_uri=self.uri, sampling_interval=10)
@@ -283,9 +289,9 @@ class Tracking:
         return monitor
 
     def _make_run(self, folder: Path, name: str, tags: dict[str, str]) -> Any:
-        """A new run, or the one that a launch made here before it was cut off.
+        """Return a new run, or the run that a launch made here before it was cut off.
 
-        The mark, and not the names, says which: another storage, or one that was emptied, may use the same names.
+        The mark identifies it, not the names: another storage, or an emptied one, may use the same names.
         """
         noted, found = _noted(folder), None
         mark = noted["mark"] if noted and noted["run_id"] is None else None
@@ -327,7 +333,7 @@ class Tracking:
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
-        """Around calls without which a launch cannot begin."""
+        """Raise `UserError` if the store does not answer calls without which a launch cannot begin."""
         try:
             yield
         except self._failures as error:
@@ -344,7 +350,7 @@ class Tracking:
         return f"tracking: {masked(self.uri)} does not answer ({_reason(error)})"
 
     def _known_run(self, folder: Path) -> Any:
-        """The run that an earlier launch made for this folder, unless this store does not have it (any more)."""
+        """Return the run that an earlier launch made for this folder; None if this store does not have it."""
         from mlflow.exceptions import MlflowException
 
         run_id = _noted(folder).get("run_id")
@@ -364,7 +370,7 @@ class Tracking:
         return None
 
     def _settle(self, folder: Path) -> tuple[str, int]:
-        """The run and the last step that it has; what was sent without an answer may have arrived or not."""
+        """Return the run and the last step that it has; ask the store for what was sent without an answer."""
         state = read_json(folder / "mlflow.json")
         run, delivered, pending = str(state["run_id"]), int(state["delivered_step"]), state["pending"]
         if pending is not None:
@@ -376,13 +382,13 @@ class Tracking:
 
 
 def _noted(folder: Path) -> dict[str, Any]:
-    """Content of mlflow.json: what the store has, as far as we know."""
+    """Return the content of mlflow.json: what the store has, as far as we know."""
     path = folder / "mlflow.json"
     return dict(read_json(path)) if path.exists() else {}
 
 
 def noted_run(folder: Path) -> str | None:
-    """Id of the MLflow run that an experiment was given, which may be gone by now; None if it got none."""
+    """Return the id of the MLflow run of an experiment, which may be gone by now; None if it got none."""
     found = _noted(folder).get("run_id")
     return str(found) if found else None
 
@@ -392,9 +398,9 @@ def _note(folder: Path, **changes: Any) -> None:
 
 
 def _catch_up(folder: Path, run: Any) -> None:
-    """Notes how far the store is where it has less than it was given: a backup was restored.
+    """Note how far the store is, if it has less than it was given: a backup was restored.
 
-    Its run gets the rest again, and its end.
+    Its run then gets the rest again, and its end.
     """
     delivered = _noted(folder).get("delivered_step", 0)
     last = max((metric.step for metric in run.data.to_proto().metrics), default=0)
@@ -404,12 +410,12 @@ def _catch_up(folder: Path, run: Any) -> None:
 
 
 def _is_enlisted(folder: Path) -> bool:
-    """Whether the run has all that it gets before training; an earlier version noted a run only when it had."""
+    """Return whether the run has all that it gets before training; an earlier version noted a run only when it had."""
     return bool(_noted(folder).get("enlisted", True))
 
 
 def _refusal(error: Exception, uri: str) -> str | None:
-    """The state of a server that answers but refuses, and its mend; None of any other error."""
+    """Return the state of a server that answers but refuses, and the fix; None for any other error."""
     from mlflow.exceptions import MlflowException
 
     text = str(error)
@@ -427,7 +433,7 @@ def _refusal(error: Exception, uri: str) -> str | None:
 
 
 def _reason(error: Exception) -> str:
-    """One clause. What urllib3 says is a nest of its objects, with the cause in the innermost."""
+    """Return the cause of an error in one clause; urllib3 prints a nest of its objects, the cause in the innermost."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     nested = re.search(r"HTTPS?Connection|Max retries", text)
     cause = re.search(r"(?<=\] )[A-Z][\w ]+|timed out|too many \d+ error responses|certificate verify failed", text)
@@ -437,7 +443,7 @@ def _reason(error: Exception) -> str:
 
 
 def _batches(entries: list[Entry]) -> Iterator[list[Entry]]:
-    """Whole entries, as many as one call takes."""
+    """Yield whole entries, as many as one call takes."""
     batch: list[Entry] = []
     for entry in entries:
         if batch and sum(len(e.metrics) for e in batch) + len(entry.metrics) > _METRICS_PER_CALL:
@@ -449,7 +455,10 @@ def _batches(entries: list[Entry]) -> Iterator[list[Entry]]:
 
 
 def _points(entries: list[Entry]) -> list[Any]:
-    """Figures that are not finite are left out: a search sorts NaN last both ways, and infinity returns as a number."""
+    """Return entries as MLflow's metrics, without figures that are not finite.
+
+    A search sorts NaN last both ways, and infinity returns as a number.
+    """
     from mlflow.entities import Metric
 
     measured = [(entry, name, value) for entry in entries for name, value in entry.metrics.items()]

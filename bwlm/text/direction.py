@@ -107,7 +107,7 @@ class Directed:
 
 @dataclass(frozen=True)
 class Layout:
-    """What decides how rows are laid out besides the reading of each segment; the default is that of documents."""
+    """Layout of rows, besides the reading of each segment; the default is that of documents."""
 
     mirrored: bool = False
     """The segments of each row stand in reverse order; see `is_mirrored`."""

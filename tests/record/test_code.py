@@ -83,7 +83,7 @@ def test_what_can_change_a_result_changes_its_module_alone(changed: Changed, nam
     [
         ("bwlm/model/gpt.py", '"""The GPT:', '"""Reworded. The GPT:'),
         ("bwlm/model/gpt.py", "ROPE_BASE = 10_000", "# a comment\n\n\nROPE_BASE = 10000  # another"),
-        ("bwlm/text/plan.py", '    """Which packed rows make the batch of a step."""', ""),
+        ("bwlm/text/plan.py", '    """Packed rows of each step\'s batch."""', ""),
         ("bwlm/text/plan.py", "def _draw(places: NDArray[np.int64]", "def _draw(places: NDArray[np.int32]"),
         ("bwlm/text/plan.py", ") -> tuple[NDArray[np.int64], NDArray[np.int64]]:", ") -> object:"),
         ("bwlm/config.py", 'description="T, tokens of a row"', 'description="tokens of a row, T"'),

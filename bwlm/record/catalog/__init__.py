@@ -1,1 +1,1 @@
-"""The runs of a storage: rows, filters, descriptions, and the choice of runs."""
+"""Runs of a storage: rows, filters, descriptions, and the choice of runs."""

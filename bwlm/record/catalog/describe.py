@@ -1,6 +1,6 @@
-"""Runs described from their folders: the tree with each run's best checkpoint, and one run in full.
+"""Descriptions of runs from their folders: the tree with each run's best checkpoint, and one run in full.
 
-Needs neither torch nor pandas: what is here comes from small files and from the names of large ones.
+Needs neither torch nor pandas: everything comes from small files and from the names of large ones.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _OF_THE_PHASE = {"phase", "parent"}
 
 
 _TOO_MANY = 4
-"""Leaves of a grid, to be shown one by one beside other families."""
+"""Number of a grid's leaves from which they are shown as one, beside other families."""
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best of a run's validations: the lowest `val_bpb`, in RL the highest `val_reward`."""
+    """Best of a run's validations: the lowest `val_bpb`, in RL the highest `val_reward`."""
 
     metric: str
     value: float
@@ -41,7 +41,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Member:
-    """A run in its family."""
+    """Run in its family."""
 
     cell: CellRow
     steps: int
@@ -51,13 +51,14 @@ class Member:
     children: tuple[Member, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the run and its children as JSON."""
         besides = {"steps": self.steps, "grid": self.grid, "best": asdict(self.best) if self.best else None}
         children = [child.to_json() for child in self.children]
         return self.cell.to_json() | besides | {"note": self.note, "children": children}
 
 
 def best_of(folder: ExperimentFolder, cell: CellRow) -> Best | None:
-    """Of equally good ones the earliest; None before the first validation."""
+    """Return the best validation, of equally good ones the earliest; None before the first."""
     phase = PHASES[cell.phase]
     metric, better = phase.best_metric, max if phase.has_reward else min
     found = [(entry.metrics[metric], entry.step) for entry in entries_holding(folder.path, metric)]
@@ -68,11 +69,12 @@ def best_of(folder: ExperimentFolder, cell: CellRow) -> Best | None:
 
 
 def family_of(folders: list[ExperimentFolder]) -> Lineage:
-    """Of experiments that can be read."""
+    """Return the lineage of experiments that can be read."""
     return Lineage({folder.id: folder.parent() for folder in folders})
 
 
 def load_members(storage: Path, trees: list[LineageNode]) -> list[Member]:
+    """Return the runs of these trees, each with its children."""
     return [_load_member(storage, kin) for kin in trees]
 
 
@@ -92,7 +94,7 @@ class Leaves:
 
 
 def gather(members: Iterable[Member]) -> list[Member | Leaves]:
-    """Leaves of a grid as one, in the place of the first of them, where there are too many to look at."""
+    """Return the members with a grid's leaves as one, in the place of the first of them, if there are many."""
     kept: dict[tuple[str, str], list[Member]] = {}
     for member in members:
         is_leaf = member.grid and not member.children and not member.note
@@ -108,7 +110,7 @@ def gather(members: Iterable[Member]) -> list[Member | Leaves]:
 
 
 def describe(folder: ExperimentFolder) -> dict[str, Any]:
-    """All that is known of an experiment, as JSON. Raises `UserError` if its own records cannot be read."""
+    """Return everything known of an experiment, as JSON. Raises `UserError` if its own records cannot be read."""
     cell, config, link = load_cell(folder), folder.config(), folder.link()
     noted = read_json(folder.path / "config.json")
     best, holder = best_of(folder, cell), folder.busy_with()
@@ -135,7 +137,7 @@ def describe(folder: ExperimentFolder) -> dict[str, Any]:
 
 
 def _tokens(folder: ExperimentFolder, config: RunConfig) -> int | None:
-    """In all its steps; in RL, where it follows from what is written, until now, and None before the first."""
+    """Return the training tokens of all steps; in RL, where samples decide them, of the steps until now, or None."""
     if not PHASES[config.experiment.phase].has_reward:
         return config.steps * config.experiment.budget.batch_tokens
     last = last_entry(folder.path)
@@ -143,7 +145,7 @@ def _tokens(folder: ExperimentFolder, config: RunConfig) -> int | None:
 
 
 def _text(config: RunConfig) -> dict[str, Any]:
-    """What it was trained on, by content and by place."""
+    """Return the text that the run was trained on, by content and by place."""
     experiment, digests = config.experiment, config.identity
     reads_documents = PHASES[experiment.phase].is_first
     named = {"source": experiment.data.source} if reads_documents else {"mixture": experiment.data.mixture}
@@ -176,14 +178,14 @@ def _readable_config(storage: Path, run: str) -> RunConfig | None:
 
 
 def _changed(parent: RunConfig, child: RunConfig) -> dict[str, dict[str, Any]]:
-    """Settings that are not the parent's, by name."""
+    """Return the settings that differ from the parent's, by name."""
     old, new = (_settings(config) for config in (parent, child))
     names = sorted(old.keys() | new.keys())
     return {n: {"parent": old.get(n), "own": new.get(n)} for n in names if old.get(n) != new.get(n)}
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """Flat, with the steps as they were resolved."""
+    """Return the settings flat, with the steps as they were resolved."""
     flat: dict[str, Any] = {"steps": config.steps}
     for name, value in config.experiment.model_dump(exclude=_OF_THE_PHASE).items():
         flat |= {f"{name}.{inner}": value[inner] for inner in value} if isinstance(value, dict) else {name: value}
@@ -204,12 +206,12 @@ def _what_is_kept(folder: ExperimentFolder) -> dict[str, Any]:
 
 
 def bytes_in(folder: Path) -> int:
-    """Of all files below a folder."""
+    """Return the bytes of all files below a folder."""
     return sum(_bytes_of(path) for path in folder.rglob("*") if path.is_file())
 
 
 def _bytes_of(path: Path) -> int:
-    """0 of a file that went meanwhile."""
+    """Return the bytes of a file; 0 if it has gone meanwhile."""
     try:
         return path.stat().st_size
     except FileNotFoundError:

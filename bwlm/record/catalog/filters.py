@@ -1,4 +1,4 @@
-"""The filter and the order of a list of runs: `--where 'val_bpb<2.5' --sort -step`."""
+"""Filter and order of a list of runs: `--where 'val_bpb<2.5' --sort -step`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bwlm.record.experiment import State
 WORDS = ("id", "phase", "direction", "parent", "state")
 NUMBERS = ("depth", "lr", "seed", "step")
 METRICS = ("val_bpb", "val_bpb_forward", "val_bpb_backward", "val_loss", "val_reward", "tokens_per_second")
-"""Known also where no run has them yet."""
+"""Metrics that are known also if no run has them yet."""
 
 _ONE_OF = {"phase": tuple(PHASES), "direction": tuple(DIRECTIONS), "state": get_args(State)}
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -31,22 +31,23 @@ _CONDITION = re.compile(rf"\s*([^\s=!<>]+)\s*(==|{'|'.join(_OPERATORS)})\s*(.*?)
 
 @dataclass(frozen=True)
 class Condition:
-    """`FIELD=VALUE` with = != < > <= >=; of words = and != alone, and their values are globs."""
+    """Condition `FIELD=VALUE` with = != < > <= >=; words take = and != alone, and their values are globs."""
 
     field: str
     sign: str
     value: str | float
 
     def holds(self, cell: CellRow) -> bool:
+        """Return whether a run meets the condition."""
         found = value_of(cell, self.field)
-        if isinstance(self.value, float):  # what was not measured fulfils nothing, whatever is asked of it
+        if isinstance(self.value, float):  # a figure that was not measured meets no condition, not even !=
             return isinstance(found, int | float) and _OPERATORS[self.sign](found, self.value)
         matches = found == self.value if found in (None, "") else fnmatch.fnmatchcase(str(found), self.value)
         return matches == (self.sign == "=")
 
 
 def value_of(cell: CellRow, field: str) -> str | float | None:
-    """None where a run has no such figure; '' of a parent that it has not."""
+    """Return the value of a field; None if the run has no such figure, '' if it has no parent."""
     if field == "parent":
         return cell.parent or ""
     if field in WORDS or field in NUMBERS:
@@ -56,9 +57,10 @@ def value_of(cell: CellRow, field: str) -> str | float | None:
 
 
 def choose_cells(cells: list[CellRow], where: Iterable[str], sort: str | None) -> list[CellRow]:
-    """Those that fulfil every condition; by id, or by the field `sort`, from the highest if it begins with `-`.
+    """Return the runs that meet every condition; by id, or by the field `sort`, from the highest if it begins with `-`.
 
-    Runs without the figure come last. Raises `UserError` for a condition or a field that means nothing.
+    Runs without the figure come last. Raises `UserError` for an unknown field and for a condition that cannot be
+    read.
     """
     metrics = {*METRICS, *(name for cell in cells for name in cell.metrics)}
     conditions = [parse(text, metrics) for text in where]
@@ -75,7 +77,7 @@ def choose_cells(cells: list[CellRow], where: Iterable[str], sort: str | None) -
 
 
 def _rank(cell: CellRow, field: str) -> tuple[float, str] | None:
-    """What two runs are compared by: phases in their order, other words by the alphabet; None comes last."""
+    """Return the key by which runs are sorted: phases in their order, other words by the alphabet; None comes last."""
     found = value_of(cell, field)
     if found in (None, ""):
         return None
@@ -86,7 +88,7 @@ def _rank(cell: CellRow, field: str) -> tuple[float, str] | None:
 
 
 def parse(text: str, metrics: Iterable[str]) -> Condition:
-    """Raises `UserError` that says what is wrong with a condition."""
+    """Return the condition that a text states. Raises `UserError` that says what is wrong with it."""
     match = _CONDITION.fullmatch(text)
     if match is None:
         raise UserError(f"--where {text}: write it as FIELD=VALUE, or with != < > <= >=")

@@ -1,4 +1,4 @@
-"""Runs as rows of lists and tables: settings, state, step and metrics.
+"""Rows of runs for lists and tables: settings, state, step and metrics.
 
 Needs neither torch nor pandas, so that a list of runs is there at once.
 """
@@ -17,7 +17,7 @@ from bwlm.record.health import damage, damage_words
 
 @dataclass(frozen=True)
 class CellRow:
-    """One experiment, as lists and scripts see it."""
+    """Row of one experiment, as lists and scripts see it."""
 
     id: str
     phase: str
@@ -31,13 +31,15 @@ class CellRow:
     step: int
     metrics: dict[str, float]
     damage: list[str] = field(default_factory=list)
-    """Faults of its records, as far as they are told without reading much."""
+    """Faults of its records, as far as a check that reads little finds them."""
 
     def to_json(self) -> dict[str, Any]:
+        """Return the row as JSON."""
         return asdict(self)
 
 
 def load_cell(folder: ExperimentFolder) -> CellRow:
+    """Return the row of an experiment. Raises `UserError` if its config, status or link cannot be read."""
     config, status = folder.config(), folder.status()
     experiment = config.experiment
     return CellRow(
@@ -57,7 +59,7 @@ def load_cell(folder: ExperimentFolder) -> CellRow:
 
 
 def load_readable(folders: Iterable[ExperimentFolder]) -> tuple[list[CellRow], list[str]]:
-    """The experiments that can be read, and what is wrong with them or with others; each is read once."""
+    """Return the rows of the experiments that can be read, and a line on each that is damaged or left out."""
     cells, told = [], []
     for folder in folders:
         try:
@@ -97,4 +99,5 @@ def _column(cell: CellRow, name: str) -> str:
 
 
 def load_cells(storage: Path, ids: list[str]) -> list[CellRow]:
+    """Return the rows of the experiments `ids`, in their order."""
     return [load_cell(ExperimentFolder(storage, name)) for name in ids]

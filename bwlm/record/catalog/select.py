@@ -1,4 +1,4 @@
-"""The choice of runs on the command line: ids, globs over ids, or grids by name."""
+"""Choice of runs on the command line: ids, globs over ids, or grids by name."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from bwlm.record.health import readable
 
 
 def choose(storage: Path, names: list[str], damaged: bool = False) -> tuple[list[ExperimentFolder], list[str]]:
-    """Each experiment that is named, once, in the order of the names; and why some of them are left out.
+    """Return each experiment that is named, once, in the order of the names; and why some of them are left out.
 
-    With `damaged` those stay of which only config, status and link can be trusted, as in `readable`.
+    With `damaged` runs stay of which only config, status and link can be trusted, as in `readable`.
 
     Raises `UserError` for a name that is neither an experiment nor a grid, with the nearest, for a glob without a
     match, and if none can be read.
@@ -45,7 +45,7 @@ def _named(storage: Path, name: str, known: list[str]) -> list[str]:
 
 
 def shortest_names(storage: Path, ids: list[str]) -> list[str]:
-    """What a person would type for these experiments: a glob over seeds where it matches no other."""
+    """Return what a person would type for these experiments: a glob over seeds where it matches no other."""
     known, wanted = [folder.id for folder in list_experiments(storage)], set(ids)
     globs = {run: without_seed(run) for run in ids}
     exact = {name for name in globs.values() if set(fnmatch.filter(known, name)) <= wanted}
@@ -53,14 +53,14 @@ def shortest_names(storage: Path, ids: list[str]) -> list[str]:
 
 
 def without_seed(run: str) -> str:
-    """A glob over what seeds an id could name."""
+    """Return an id with a glob in the place of its seed."""
     return re.sub(r"(_s|_seed)\d+(?=[_-]|$)", r"\1*", run)
 
 
 def begun(folders: list[ExperimentFolder], left_out: list[str]) -> tuple[list[ExperimentFolder], list[str]]:
-    """The runs that have done a step, and what a reader must know of those that have not ended well.
+    """Return the runs that have done a step, and a note on each run that has not ended well.
 
-    `left_out` says so of others already. Raises `UserError` if no run has done a step.
+    `left_out` are such notes on other runs. Raises `UserError` if no run has done a step.
     """
     states = {folder.id: folder.status() for folder in folders}
     notes = left_out + [
