@@ -14,9 +14,10 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from bwlm.cluster.signals import ask_to_end
+from bwlm.grid.cells import PlannedCell
 from bwlm.grid.progress import ProgressDisplay
 from bwlm.paths import write_text
-from bwlm.plan.spec import SchedulerSettings
+from bwlm.plan.spec import Plan, SchedulerSettings, asha_group
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.train.termination import TERMINATED, Termination
@@ -106,6 +107,16 @@ class DirectionwiseASHA(CellScheduler):
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         self._of(trial).on_trial_remove(tune_controller, trial)
+
+
+def build_scheduler(plan: Plan, cells: list[PlannedCell], storage: Path, termination: Termination) -> CellScheduler:
+    """Return the scheduler of the kind that the plan names."""
+    grace_seconds = plan.launch.grace_seconds
+    if not plan.scheduler.stops_early:
+        return CellScheduler(storage, termination, grace_seconds)
+    strata = {planned.cell.id: asha_group(planned.cell.experiment) for planned in cells}
+    longest = max(planned.cell.steps for planned in cells)
+    return DirectionwiseASHA(plan.scheduler, longest, strata, storage, termination, grace_seconds)
 
 
 class CellStates(TrialProgressCallback):  # type: ignore[misc]

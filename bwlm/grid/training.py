@@ -18,9 +18,9 @@ from ray.tune.tune_config import TuneConfig
 
 from bwlm.grid.cells import PlannedCell
 from bwlm.grid.progress import ProgressDisplay
-from bwlm.grid.scheduling import CellScheduler, CellStates, DirectionwiseASHA
+from bwlm.grid.scheduling import CellStates, build_scheduler
 from bwlm.grid.worker import train_cell, trial_resources
-from bwlm.plan.spec import Plan, asha_group
+from bwlm.plan.spec import Plan
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.tracking import Tracking
@@ -135,7 +135,7 @@ def _tune(
                 max_concurrent_trials=concurrency,
                 # a group of workers does not hear that its trial was stopped: it ends with the trial's process
                 reuse_actors=all(one.workers == 1 for one in resources.values()),
-                scheduler=_scheduler(plan, cells, storage, termination),
+                scheduler=build_scheduler(plan, cells, storage, termination),
             ),
             run_config=ray.tune.RunConfig(
                 name=plan.name,
@@ -146,14 +146,6 @@ def _tune(
             ),
         )
         tuner.fit()
-
-
-def _scheduler(plan: Plan, cells: list[PlannedCell], storage: Path, termination: Termination) -> CellScheduler:
-    if plan.scheduler.kind == "fifo":
-        return CellScheduler(storage, termination, plan.launch.grace_seconds)
-    strata = {planned.cell.id: asha_group(planned.cell.experiment) for planned in cells}
-    longest = max(planned.cell.steps for planned in cells)
-    return DirectionwiseASHA(plan.scheduler, longest, strata, storage, termination, plan.launch.grace_seconds)
 
 
 @contextlib.contextmanager

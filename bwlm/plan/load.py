@@ -36,8 +36,8 @@ def load_grid(path: Path, settings: list[str], storage: str | None = None) -> Pl
         )
     family = CellBuilder(document, following, storage_root(storage or grid.launch.storage))
     cells = with_resources(tuple(grid_cells(blocks, family)), document)
-    if grid.scheduler.kind == "asha":
-        _check_asha(cells, document)
+    if grid.scheduler.stops_early:
+        _check_early_stops(grid.scheduler.kind, cells, document)
     text = dump_yaml(document.content) if settings else path.read_text("utf-8")
     return Plan(grid.name, cells, grid.launch, grid.scheduler, text)
 
@@ -67,16 +67,16 @@ def plan_experiment(
     return Plan(run, with_resources(cells, document), LaunchSettings(), SchedulerSettings(), None)
 
 
-def _check_asha(cells: tuple[Cell, ...], document: Document) -> None:
-    """Raise `UserError` if ASHA has no validations to decide by, or cells have several seeds.
+def _check_early_stops(kind: str, cells: tuple[Cell, ...], document: Document) -> None:
+    """Raise `UserError` if a scheduler that stops cells early has no validations to decide by, or several seeds.
 
-    ASHA chooses learning rates by validations during training; among seeds it would keep the lucky ones.
+    Early stops choose learning rates by validations during training; among seeds they would keep the lucky ones.
     """
     where = document.where("scheduler.kind")
     if any(cell.experiment.evaluation.every == 0 for cell in cells):
-        raise UserError(f"{where}: asha stops cells by their validations, and there are none: set evaluation.every")
+        raise UserError(f"{where}: {kind} stops cells by their validations, and there are none: set evaluation.every")
     if len({cell.experiment.seed for cell in cells}) > 1:
         raise UserError(
-            f"{where}: asha would stop the unlucky ones of several seeds and leave pairs incomplete: "
+            f"{where}: {kind} would stop the unlucky ones of several seeds and leave pairs incomplete: "
             "choose the learning rates with one seed, then run the seeds of the best with fifo"
         )

@@ -23,6 +23,11 @@ class SchedulerSettings(Settings):
     grace_steps: int = Field(100, ge=1, description="asha: no cell is stopped before this step")
     reduction_factor: int = Field(2, ge=2, description="asha: one cell in this many goes on at each rung")
 
+    @property
+    def stops_early(self) -> bool:
+        """True for a scheduler that stops cells by their validations."""
+        return self.kind != "fifo"
+
 
 class LaunchSettings(Settings):
     """Launch of a grid: cells at once, retries, time limits, storage and tracking."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from bwlm.directions import READINGS
+
 VERSION = 1
 STATE_WINDOWS = 8
 """Validation windows from which states are taken: neighbours in one window are alike."""
@@ -68,9 +70,10 @@ GROUPS = {
             "flops": _scalar("FLOP", "spent so far, by the count of 6N and attention"),
             "loss": _scalar("nats per target", "training loss"),
             "loss_smooth": _scalar("nats per target", "exponential average of it, 0.9, without the bias of its start"),
-            "loss_forward": _scalar("nats per target", "loss of the segments that were read forwards"),
-            "loss_backward": _scalar("nats per target", "loss of the segments that were read backwards"),
-            "loss_permuted": _scalar("nats per target", "loss of the segments that were read permuted"),
+            **{
+                f"loss_{reading}": _scalar("nats per target", f"loss of the segments that were read {reading}")
+                for reading in READINGS
+            },
             "reward": _scalar("reward", "mean over samples, of RL"),
             "reward_forward": _scalar("reward", "of the samples that were written forwards"),
             "reward_backward": _scalar("reward", "of the samples that were written backwards"),
