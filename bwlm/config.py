@@ -53,16 +53,16 @@ class DataSettings(Settings):
         None, description="validation parquet; default: files named for validation, else the last shard"
     )
     shuffle: bool = Field(
-        True, description="shuffle the documents of each shard, by the shard's content; false: keep the file's order"
+        True, description="shuffle the documents of a shard, with its content as the seed; false: keep the file's order"
     )
     mixture: dict[str, Weight] = Field(
         default_factory=dict,
-        description="after base: tasks or files of conversations, and how often an epoch reads each; default: by phase",
+        description="mid, sft, rl: map from task or file to how often an epoch reads it; default: by phase",
         json_schema_extra=_hide_default,
     )
     reversal: Reversal = Field(
         "whole",
-        description="reversal of conversations; whole: backward models write what came before; turns: they answer too",
+        description="of a backward model. whole: conversations reversed, it writes questions; turns: it writes answers",
     )
 
     @property
@@ -99,7 +99,7 @@ class ModelSettings(Settings):
     kv_heads: int | None = Field(None, ge=1, description="key/value heads; default: as many as query heads")
     document_mask: bool = Field(
         True,
-        description="attention stays inside a segment, where positions begin anew; mid's default: its parent's",
+        description="attention stays inside a segment, and positions start at 0 there. Default: true; mid: as parent",
     )
 
 
@@ -113,13 +113,15 @@ class OptimSettings(Settings):
         description="multiplies all learning rates, besides lr; default: base and mid 1, sft 0.02, rl 0.05 (nanochat)",
         json_schema_extra=_hide_default,
     )
-    kind: Literal["muon", "adamw"] = Field("muon", description="muon: for the hidden matrices, AdamW for the rest")
+    kind: Literal["muon", "adamw"] = Field(
+        "muon", description="muon: Muon for the hidden matrices, AdamW for the rest; adamw: AdamW for all"
+    )
     weight_decay: float = Field(0.0, ge=0, description="weight decay of the blocks' matrices; falls to 0 over the run")
     warmup_steps: int | None = Field(
         None, ge=0, description="steps of warmup of the learning rates; default: 40, but at most a tenth of the run"
     )
     warmdown_ratio: float = Field(
-        0.65, ge=0, le=0.9, description="share of the run, at its end, in which the learning rates fall"
+        0.65, ge=0, le=0.9, description="fraction of the steps, at the end, over which the learning rates decay"
     )
     final_lr_frac: float = Field(0.05, ge=0, le=1, description="final learning rate as a share of the peak")
     grad_clip: float = Field(1.0, ge=0, description="largest global norm of the gradients; 0: no clipping")
@@ -132,13 +134,13 @@ class BudgetSettings(Settings):
     """Length of the training, by exactly one of four horizons, and the tokens of a step."""
 
     steps: int | None = Field(None, ge=1, le=10**9, description="optimizer steps")
-    tokens: int | None = Field(None, ge=1, le=10**15, description="training tokens, in whole steps")
+    tokens: int | None = Field(None, ge=1, le=10**15, description="total training tokens, rounded to whole steps")
     flops: float | None = Field(None, gt=0, le=1e30, description="training FLOPs, in whole steps")
     tokens_per_parameter: float | None = Field(
         None,
         gt=0,
         le=1e9,
-        description="without a horizon: base 20, mid 1, sft 0.5, rl 100 steps; parameters: matrices and output head",
+        description="tokens over parameters (matrices and output head); default: base 20, mid 1, sft 0.5",
     )
     batch_tokens: int = Field(
         2**19,
@@ -161,7 +163,7 @@ class EvaluationSettings(Settings):
     """Validation during training: how often, and on how many tokens."""
 
     every: int = Field(250, ge=0, description="steps between validations; 0: only at the end")
-    tokens: int = Field(2**18, ge=1, description="tokens of the validation windows, at most")
+    tokens: int = Field(2**18, ge=1, description="maximum number of validation tokens")
 
 
 class CheckpointSettings(Settings):
@@ -170,15 +172,19 @@ class CheckpointSettings(Settings):
     every: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="how many of the newest checkpoints are kept")
     keep_best: bool = Field(False, description="keep also the best one on the tuning half of the validation windows")
-    keep_every: int = Field(0, ge=0, description="keep also each multiple of this step; 0: none")
+    keep_every: int = Field(0, ge=0, description="also keep checkpoints at multiples of this step; 0: off")
 
 
 class RewardSettings(Settings):
     """Settings of the rl phase: policy gradient on samples of the model, rewarded by their tasks."""
 
-    prompts: int = Field(16, ge=1, description="prompts of a step, fewer where budget.batch_tokens asks for it")
-    samples: int = Field(16, ge=2, description="samples of each prompt; a bidirectional model writes half each way")
-    new_tokens: int = Field(64, ge=1, description="most tokens of a sample")
+    prompts: int = Field(
+        16, ge=1, description="prompts per step; fewer if their samples would exceed budget.batch_tokens"
+    )
+    samples: int = Field(
+        16, ge=2, description="samples per prompt, an even number; a bidirectional model writes half in each direction"
+    )
+    new_tokens: int = Field(64, ge=1, description="maximum number of tokens of a sample")
     temperature: float = Field(1.0, gt=0, le=10, description="sampling temperature")
     top_k: int | None = Field(None, ge=1, description="sample from this many likeliest tokens; default: from all")
     validation: int = Field(128, ge=1, description="validation problems, answered greedily")
@@ -214,7 +220,7 @@ class ComputeSettings(Settings):
     )
     attention: Literal["auto", "sdpa", "blocked", "flex"] = Field(
         "auto",
-        description="sdpa: torch's kernel; blocked: for CPUs; flex: for compiled training inside segments on a GPU",
+        description="sdpa: torch's; blocked: bwlm's, for CPUs; flex: flex_attention, compiled, GPU, document_mask",
     )
     fused_loss: bool | None = Field(
         None, description="compute output head and loss together, without all logits; default: yes"
@@ -230,14 +236,14 @@ class ResourceSettings(Settings):
     cpus_per_worker: int = Field(
         1,
         ge=1,
-        description="threads of a worker; default: this machine's cores, shared; 1 on a cluster",
+        description="CPU threads per worker; default: this machine's cores, shared by cells; 1 on a cluster",
         json_schema_extra=_hide_default,
     )
     gpus_per_worker: float = Field(
         0,
         ge=0,
         le=1,
-        description="0.25: four cells share one; default: 1 where this machine has one for each worker; 0 on a cluster",
+        description="GPUs per worker; with 0.25 four cells share one; default: 1 if this machine has enough, else 0",
         json_schema_extra=_hide_default,
     )
 
@@ -256,9 +262,13 @@ class Recipe(Settings):
 
     phase: PhaseName = Field(FIRST, description="base on documents; mid and sft on conversations; rl by rewards")
     parent: str | None = Field(None, description="id of the finished run that a phase after base begins from")
-    differs: list[Inherited] = Field(default_factory=list, description="settings that may differ from the parent run")
+    differs: list[Inherited] = Field(
+        default_factory=list, description="direction, reversal or both: what the run may change against its parent"
+    )
     data: DataSettings = DataSettings()
-    tasks: dict[str, TaskSettings] = Field(default_factory=dict, description="paths of the files of tasks, by task")
+    tasks: dict[str, TaskSettings] = Field(
+        default_factory=dict, description="local files of a task, instead of the hub's: tasks.gsm8k.path: FOLDER"
+    )
     tokenizer: TokenizerSettings = TokenizerSettings()
     model: ModelSettings = ModelSettings()
     optim: OptimSettings = OptimSettings()

@@ -18,10 +18,10 @@ class SchedulerSettings(Settings):
     """Scheduler of a grid: whether cells are stopped early, and by which rule."""
 
     kind: Literal["fifo", "asha"] = Field(
-        "fifo", description="asha: stops cells early, within a direction and depth; fifo: stops none"
+        "fifo", description="asha: stops the worse learning rates early; fifo: stops no cell"
     )
     grace_steps: int = Field(100, ge=1, description="asha: no cell is stopped before this step")
-    reduction_factor: int = Field(2, ge=2, description="asha: one cell in this many goes on at each rung")
+    reduction_factor: int = Field(2, ge=2, description="asha: at each rung one of so many cells continues")
 
     @property
     def stops_early(self) -> bool:
@@ -39,7 +39,7 @@ class LaunchSettings(Settings):
     grace_seconds: float = Field(
         20.0,
         ge=0,
-        description="time after SIGTERM or Ctrl-C for a step and a checkpoint; no cell is waited for longer",
+        description="seconds after SIGTERM or Ctrl-C in which a cell may finish its step and save",
     )
     ray_start_seconds: float = Field(
         180.0, ge=0, description="time in which Ray must have started on this machine; it is tried again until then"
@@ -61,7 +61,7 @@ class Grid(Recipe):
     seed: Seed | None = None
     phases: dict[str, dict[str, Any] | None] = Field(
         default_factory=dict,
-        description="phases to run after each cell; per phase: settings and axes. Each becomes a child run",
+        description="later phases to train after each cell, with own settings and axes; each one is a child run",
     )
     scheduler: SchedulerSettings = SchedulerSettings()
     launch: LaunchSettings = LaunchSettings()
