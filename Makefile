@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install demo tour test test-with-ray test-without-ray test-faults test-slow check format clean
+.PHONY: install demo tour test test-processes test-rest test-faults test-slow check format clean
 
 install: $(VENV)/.installed
 
@@ -24,15 +24,15 @@ tour: install
 # small matrices wait longer for a second thread than it saves, the more so beside other work
 test test-faults test-slow: export OMP_NUM_THREADS := 1
 
-# what needs Ray mostly waits, so it runs beside the rest; each half is printed when it is done
+# tests that start processes mostly wait for them, so they run beside the rest; each half is printed when it is done
 test: install
-	$(MAKE) --jobs 2 --keep-going --output-sync=target test-with-ray test-without-ray
+	$(MAKE) --jobs 2 --keep-going --output-sync=target test-processes test-rest
 
-test-with-ray:
-	$(BIN)/pytest -m "ray and not faults and not slow" -o cache_dir=.pytest_cache/with-ray
+test-processes:
+	$(BIN)/pytest -m "processes and not faults and not slow" -o cache_dir=.pytest_cache/processes
 
-test-without-ray:
-	$(BIN)/pytest -m "not ray and not faults and not slow" -o cache_dir=.pytest_cache/without-ray
+test-rest:
+	$(BIN)/pytest -m "not processes and not faults and not slow" -o cache_dir=.pytest_cache/rest
 
 # real kills, Ray heads of their own, jobs, servers: they wait for processes and run one after the other
 test-faults: install

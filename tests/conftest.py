@@ -30,12 +30,14 @@ SEQUENCE_LENGTH = 64
 
 _FAULTS = Path(__file__).parent / "faults"
 _WITH_A_HEAD = "test_job"
+_WITH_PROCESSES = ("test_benchmarks", "test_worlds", "test_tracking", "test_database")
+"""Modules that start processes besides Ray's: benchmarks, ranks, MLflow servers, clients."""
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Marks what `make test` runs beside the rest, and what only `make test-faults` runs."""
-    if "ray_cluster" in item.fixturenames:
-        item.add_marker(pytest.mark.ray)
+    if "ray_cluster" in item.fixturenames or item.path.stem in _WITH_PROCESSES:
+        item.add_marker(pytest.mark.processes)
     if item.path.is_relative_to(_FAULTS) or item.path.stem == _WITH_A_HEAD:
         item.add_marker(pytest.mark.faults)
 
