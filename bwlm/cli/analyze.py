@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _LONGEST = 80
 """Characters of a folder's name."""
 
-analyze_app = typer.Typer(help="What runs say: findings in words, a picture and a table.", no_args_is_help=True)
+analyze_app = typer.Typer(help="Analyze runs: print findings, draw a chart, write tables.", no_args_is_help=True)
 
 Runs = Annotated[
     list[str], typer.Argument(metavar="RUN...", help="Ids, globs over ids, or names of grids.", show_default=False)
@@ -35,8 +35,8 @@ Output = Annotated[
     typer.Option(
         "--output",
         metavar="FILE",
-        help="The picture to .svg, .png or .html, the first table to .csv, all of them to .md. Repeatable. "
-        "Default: all of them, in analyses/RUN below the storage.",
+        help="Write the chart to .svg, .png or .html, the first table to .csv, all tables to .md. Repeatable. "
+        "Default: all of these, in analyses/RUN below the storage.",
         show_default=False,
     ),
 ]
@@ -53,19 +53,20 @@ def gap(
         typer.Option(
             "--from",
             metavar="FILE",
-            help="Anyone's losses, .parquet or .csv: run, direction, seed, size, document, nll, tokens, bytes.",
+            help="A table of losses (.parquet, .csv): run, direction, seed, size, document, nll, tokens, bytes.",
             show_default=False,
         ),
     ] = None,
-    resamples: Annotated[int, typer.Option(min=1, help="Tables that the bootstrap draws from a file.")] = 10_000,
+    resamples: Annotated[int, typer.Option(min=1, help="Number of bootstrap resamples, with --from.")] = 10_000,
     output: Output = None,
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
     """Compare directions: gaps, intervals, noise floor and a verdict for each size and pair.
 
-    Of runs, each direction at its best learning rate; or of anyone's losses, with nll in nats, summed over the text
-    tokens of a document (or a window of one), and runs paired by seed. Of a file nothing is written without --output.
+    RUN: each direction is compared at its best learning rate. --from: any table of losses; `nll` is the sum over the
+    text tokens of a document, or of a window of it, in nats. Runs are paired by seed. With --from, files are written
+    only if you give --output.
 
     Example: `bwlm analyze gap --from losses.csv --output gaps.svg`
     """
@@ -127,7 +128,7 @@ def compare(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
 @analyze_app.command()
 def transfer(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """What a model makes of the direction that it did not learn; the balance of bidirectional models.
+    """Loss of each model in the direction that it was not trained in; the balance of bidirectional models.
 
     Example: `bwlm analyze transfer demo`
     """
@@ -182,7 +183,7 @@ def representations(runs: Runs, output: Output = None, storage: Storage = None, 
 
 @analyze_app.command()
 def scaling(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """A law of loss over size and data for each direction, the largest size predicted, the gap as sizes grow.
+    """Fit a scaling law for each direction, predict the largest size from the others, show the gap over size.
 
     Example: `bwlm analyze scaling demo`
     """

@@ -85,7 +85,7 @@ def data_inspect(
     direction: Annotated[str | None, typer.Option(help="Only this direction; default: all.")] = None,
     rows: Annotated[int, typer.Option(min=1, max=10_000, help="How many rows of the plan, or conversations.")] = 2,
     phase: Annotated[
-        str, typer.Option(help="base: rows of documents. mid, sft, rl: conversations, and what of them is written.")
+        str, typer.Option(help="base: rows of documents. mid, sft, rl: conversations, with their targets.")
     ] = FIRST,
     set_: Set = None,
     storage: Storage = None,

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 def evaluate(
     id_: Annotated[str, typer.Argument(metavar="ID", help="A finished run of any phase.", show_default=False)],
     directions: Annotated[
-        str, typer.Option(help="In which the texts are read, also by a model that was trained in the other.")
+        str, typer.Option(help="Directions in which the model reads the texts, also one that it was not trained in.")
     ] = "forward,backward",
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Bits per byte on the documents of its base and on conversations, in both directions.
+    """Measure bits per byte of a run on documents and on conversations, in both directions.
 
     Conversations are those of the run's own mixture, or the built-in ones. Every document's loss is kept in the run's
     folder, below `evaluations/`.

@@ -11,10 +11,12 @@ from bwlm.cli.terminal import Storage, say
 
 
 def export(
-    experiment: Annotated[str, typer.Argument(metavar="ID", help="An experiment; see `bwlm runs list`.")],
+    experiment: Annotated[str, typer.Argument(metavar="ID", help="The run; see `bwlm runs list`.")],
     target: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.", show_default=False)],
     format_: Annotated[Literal["hf"], typer.Option("--format", help="hf: what transformers loads.")] = "hf",
-    step: Annotated[int | None, typer.Option(help="Of which step; default: the newest.", show_default=False)] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Checkpoint's step; default: the newest.", show_default=False)
+    ] = None,
     storage: Storage = None,
 ) -> None:
     """Write a trained model, its tokenizer and a model card as a folder for other programs.

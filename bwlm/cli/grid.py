@@ -41,8 +41,8 @@ def grid_plan(
         float | None,
         typer.Option(
             metavar="NATS",
-            help="Standard deviation over seeds of the paired difference between two directions, in nats per token, "
-            "from a pilot: the gap that the planned seeds could see, in nats.",
+            help="Standard deviation over seeds of the gap between two directions, in nats per token, "
+            "from a pilot study. The plan then prints the smallest detectable gap in nats.",
             show_default=False,
         ),
     ] = None,
@@ -50,7 +50,7 @@ def grid_plan(
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Print every cell with its parameters, tokens, FLOPs, log size and state, and what gap the seeds could see.
+    """Print every cell with its parameters, tokens, FLOPs, log size and state, and the smallest detectable gap.
 
     Example: `bwlm grid plan grids/demo.yaml --set budget.steps=100 --seed-noise 0.006`
     """
@@ -81,7 +81,7 @@ def grid_plan(
 
 @grid_app.command("status")
 def grid_status(grid: GridFile, set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
-    """How far a grid is: the state, step and figures of every cell.
+    """Show the state, step and figures of every cell of a grid.
 
     Example: `bwlm grid status grids/demo.yaml --json`
     """

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from bwlm.record.catalog.rows import CellRow
     from bwlm.record.experiment import ExperimentFolder
 
-runs_app = typer.Typer(help="What was trained, and what descends from what.", no_args_is_help=True)
+runs_app = typer.Typer(help="List, show and delete runs; show the tree of parents and children.", no_args_is_help=True)
 
 RunId = Annotated[str, typer.Argument(metavar="ID", help="The experiment.", show_default=False)]
 
@@ -37,7 +37,7 @@ def runs_list(
         list[str] | None,
         typer.Option(
             metavar="FIELD=VALUE",
-            help="Only runs of which this holds; quoted, also with != < > <= >=. Fields: id, phase, direction, parent, "
+            help="Show only runs that meet this condition, in quotes. Also != < > <= >=. Fields: id, phase, direction, parent, "
             "state (words, also globs), depth, lr, seed, step and any metric. Repeatable: all must hold.",
         ),
     ] = None,
@@ -111,8 +111,8 @@ def runs_tree(
     """What begins from what, each with its phase, direction, depth, best figure and state.
 
     The best figure is the lowest val_bpb of the run's validations, in RL the highest val_reward, with its step where
-    that is not the run's last. Phases are validated on texts of their own: compare it with runs of the same phase.
-    Without ID, four or more runs of a grid from which none begins are one line.
+    that is not the run's last. Each phase has a validation text of its own: compare runs of the same phase.
+    Without ID, four or more runs of a grid without children are one line.
 
     Example: `bwlm runs tree`
 
@@ -144,7 +144,7 @@ def runs_tree(
 
 @runs_app.command("show")
 def runs_show(run: RunId, storage: Storage = None, as_json: Json = False) -> None:
-    """All that is known of one experiment: state, family, what it changed against its parent, figures, files.
+    """Show one run: state, parents and children, settings that differ from the parent, figures, files.
 
     Example: `bwlm runs show mine`
     """

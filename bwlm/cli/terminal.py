@@ -28,7 +28,7 @@ Storage = Annotated[
 ]
 AcceptCode = Annotated[
     bool,
-    typer.Option("--accept-code", help="Go on with runs that other code has begun; their records and reports say so."),
+    typer.Option("--accept-code", help="Resume runs that other code began; records and reports name both."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 

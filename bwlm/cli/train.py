@@ -31,7 +31,7 @@ def train(
         float | None, typer.Option(help="Multiplies the learning rates of all parameter groups; default: 1.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the weights and the order of the rows; default: 0, or the parent's.")
+        int | None, typer.Option(help="Seed of the weights and of the order of the rows; default: 0, or the parent's.")
     ] = None,
     id_: Annotated[
         str | None,
@@ -46,7 +46,7 @@ def train(
 ) -> None:
     """Train one experiment, or a chain of phases, as a grid trains its cells.
 
-    The same command resumes; on another day with `--id`.
+    Run the same command again to resume. The default id holds the date, so on another day give `--id`.
 
     Example: `bwlm train --direction backward --depth 4 --set budget.steps=200 --set budget.batch_tokens=16384`
 
