@@ -37,8 +37,8 @@ def runs_list(
         list[str] | None,
         typer.Option(
             metavar="FIELD=VALUE",
-            help="Show only runs that meet this condition, in quotes. Also != < > <= >=. Fields: id, phase, direction, parent, "
-            "state (words, also globs), depth, lr, seed, step and any metric. Repeatable: all must hold.",
+            help="Show only runs that meet this condition, in quotes. Also != < > <= >=. Fields: id, phase, direction, "
+            "parent, state (words, also globs), depth, lr, seed, step and any metric. Repeatable: all must hold.",
         ),
     ] = None,
     sort: Annotated[
