@@ -172,7 +172,7 @@ def activations(runs: Runs, output: Output = None, storage: Storage = None, as_j
 
 @analyze_app.command()
 def representations(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """How alike the states of models are, layer by layer (linear CKA), across directions and seeds; attention heads.
+    """Compare hidden states layer by layer (linear CKA) across directions and seeds; describe attention heads.
 
     Example: `bwlm analyze representations demo`
     """

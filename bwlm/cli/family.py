@@ -35,6 +35,7 @@ def _leaves(leaves: Leaves) -> Branch:
 
 
 def state_words(member: Member) -> str:
+    """Return a run's state, with its step if it has not finished."""
     cell = member.cell
     if cell.state in ("finished", "waiting"):
         return cell.state

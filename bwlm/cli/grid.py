@@ -156,7 +156,7 @@ def _status_document(plan: Plan, root: Path) -> dict[str, Any]:
 
 
 def _reason(planned: PlannedCell) -> str:
-    """Why a cell ended as it did, or that `run` would refuse it."""
+    """Return why a cell ended as it did, or why `grid run` would refuse it."""
     if planned.changed:
         return f"exists with other settings ({'; '.join(planned.changed)})"
     return planned.other_code or planned.status.reason
@@ -190,7 +190,7 @@ def _show_result(plan: Plan, root: Path, result: LaunchResult, submit: str) -> N
 
 
 def _submit_line(grid: Path, overrides: list[str], root: Path) -> str:
-    """Returns the command that runs the same grid as a job; a job's own default storage is another one."""
+    """Return the command that runs the same grid as a job; a job's own default storage is another one."""
     words = ["jobs/run_grid.py", str(grid), *(word for one in overrides for word in ("--set", one))]
     words += ["--storage", str(root.absolute())]
     return f"ray job submit --working-dir . --runtime-env jobs/env.yaml -- python {shlex.join(words)}"

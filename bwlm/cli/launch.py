@@ -1,4 +1,4 @@
-"""What launches have in common: `bwlm grid run` and `bwlm train`."""
+"""Launches: the common part of `bwlm grid run` and `bwlm train`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def launch(plan: Plan, root: Path, accept_code: bool) -> LaunchResult:
+    """Run a plan with its progress on stderr; return the result."""
     from bwlm.grid.launch import run_plan  # pandas, altair and Ray take seconds: a mistake is told before
 
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
@@ -25,6 +26,7 @@ def launch(plan: Plan, root: Path, accept_code: bool) -> LaunchResult:
 
 
 def show_places(result: LaunchResult) -> None:
+    """Print where the report is, and the command that opens MLflow."""
     from bwlm.record.tracking import ui_command
 
     show(f"report     {result.report}", f"MLflow     {ui_command(result.tracking_uri, Path(sys.executable).parent)}")

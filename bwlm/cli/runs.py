@@ -108,7 +108,7 @@ def runs_tree(
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """What begins from what, each with its phase, direction, depth, best figure and state.
+    """Show every run below its parent, with phase, direction, depth, best figure and state.
 
     The best figure is the lowest val_bpb of the run's validations, in RL the highest val_reward, with its step where
     that is not the run's last. Each phase has a validation text of its own: compare runs of the same phase.

@@ -19,7 +19,7 @@ _PLAIN = {
 
 
 def tolerate_any_text() -> None:
-    """Makes standard output and error write what their encoding lacks in ASCII, instead of raising.
+    """Make standard output and error write what their encoding lacks in ASCII, instead of raising.
 
     Streams that are no files, such as those of a notebook, take any text already.
     """
@@ -47,7 +47,7 @@ def _nearest_ascii(character: str) -> str:
 
 
 def finish_writing() -> bool:
-    """Writes what is still buffered; returns whether it was read. A reader that has gone (`| head`) is no mistake."""
+    """Write what is still buffered; returns whether it was read. A reader that has gone (`| head`) is no mistake."""
     whole = True
     for stream in (sys.stdout, sys.stderr):
         try:

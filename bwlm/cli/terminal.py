@@ -1,4 +1,4 @@
-"""What the commands share: their common options, and how they speak to a terminal or a script."""
+"""Common options of the commands, and their output to a terminal or a script."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ _LEFT = ("id", "cell", "phase", "parent", "direction", "state", "size", "pair", 
 
 
 def say(message: str) -> None:
+    """Print a message on stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -50,7 +51,7 @@ def busy(doing: str) -> AbstractContextManager[Any]:
 
 
 def print_json(content: Any) -> None:
-    """Prints a document; a figure that is not finite is null, since JSON has no NaN."""
+    """Print a document; a figure that is not finite is null, since JSON has no NaN."""
     print(json.dumps(_finite(content), indent=2, allow_nan=False))
 
 
@@ -65,7 +66,7 @@ def _finite(content: Any) -> Any:
 
 
 def confirmed(question: str) -> bool:
-    """Asks a person. Raises `UserError` where there is none."""
+    """Ask a person. Raises `UserError` where there is none."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise UserError("nobody can be asked here: add --yes")
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
@@ -93,12 +94,13 @@ def _needed(console: Console, renderable: Any) -> int:
 
 
 def fits(renderable: Any) -> bool:
-    """Whether it is no wider than the terminal; where there is none, anything is."""
+    """Return whether something is no wider than the terminal; without a terminal everything fits."""
     console = _console()
     return not console.is_terminal or _needed(console, renderable) <= console.width
 
 
 def show(*renderables: Any) -> None:
+    """Print tables and lines on stdout, without markup."""
     console = _console()
     for renderable in renderables:
         # a figure or an id that is cut off is worth nothing: a narrow terminal wraps the line instead
@@ -108,11 +110,12 @@ def show(*renderables: Any) -> None:
 
 
 def show_heading(text: str) -> None:
-    """Prints a line in bold."""
+    """Print a line in bold."""
     _console().print(text, style="bold", markup=False, soft_wrap=True)
 
 
 def table(header: list[str], rows: list[list[str]], title: str | None = None) -> Table:
+    """Return a table for the terminal."""
     from rich import box
     from rich.markup import escape  # a name from a file may look like [b]markup
     from rich.table import Table
@@ -166,7 +169,7 @@ class Branch:
     name: str
     columns: list[str] = field(default_factory=list)
     note: str = ""
-    """On a line of its own."""
+    """Note under the line."""
     children: list[Branch] = field(default_factory=list)
 
 
@@ -175,7 +178,7 @@ _GUIDE = 4
 
 
 def show_tree(branches: list[Branch]) -> None:
-    """Names with their columns aligned; where a terminal is too narrow for that, these stand below the name.
+    """Show names with their columns aligned; where a terminal is too narrow for that, these stand below the name.
 
     What is not a terminal gets ASCII.
     """

@@ -1,4 +1,4 @@
-"""How many cells a cluster has room for."""
+"""Capacity of a cluster: the number of cells that run at once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cpus_of_cell(resources: ResourceSettings) -> float:
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many cells run at once, and on what."""
+    """Number of cells that run at once, and the hardware that they run on."""
 
     concurrency: int
     dashboard: str | None
@@ -47,6 +47,7 @@ class Capacity:
 def capacity_of_cluster(
     needs: Collection[ResourceSettings], concurrency: int | None, cells: int, dashboard: str | None
 ) -> Capacity:
+    """Return the capacity of the cluster that this process is connected to."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = sum(node.get("CPU", 0) for node in nodes) - SPARE_CPUS
     gpus = sum(node.get("GPU", 0) for node in nodes)
@@ -95,7 +96,7 @@ def _places(node: dict[str, float], resources: ResourceSettings) -> float:
 
 
 def _parts(gpus: float, each: float) -> int:
-    """How often a part of a GPU, or some of them, can be given: a part never lies on two."""
+    """Return how many cells get `each` GPUs, or a part of a GPU, from `gpus`: a part never lies on two GPUs."""
     return int(gpus) * int(1 / each + _ROUNDING) if each < 1 else int(gpus // each)
 
 

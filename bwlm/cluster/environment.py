@@ -39,7 +39,7 @@ _DEFAULTS = {
 
 
 def prepare_environment() -> None:
-    """Sets the variables that are not set yet. Call it first in a process that starts Ray, and in Ray's workers."""
+    """Set the variables that are not set yet. Call it first in a process that starts Ray, and in Ray's workers."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     # torch.compile's own default lies in /tmp; this one is shared by all cells and outlives a reboot
@@ -47,7 +47,7 @@ def prepare_environment() -> None:
 
 
 def check_ray_settings() -> None:
-    """Raises `UserError` that names the variables if Ray cannot even be imported with its settings.
+    """Raise `UserError` that names the variables if Ray cannot even be imported with its settings.
 
     Ray's own settings are `RAY_` and a lower-case name. A value that Ray cannot read ends the process that imports it,
     so another process tries it first; where there is no such variable, nothing is tried.

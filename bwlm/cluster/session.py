@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def open_cluster(needs: Collection[ResourceSettings], launch: LaunchSettings, cells: int) -> Iterator[Capacity]:
-    """Connects to the cluster at RAY_ADDRESS, or starts a private one on this machine for the time of the block.
+    """Connect to the cluster at RAY_ADDRESS, or starts a private one on this machine for the time of the block.
 
     `needs` are the resources of the cells, each kind once. Raises `UserError` if the cluster can never place one of
     them, or not as many at once as `launch.concurrency` asks for: Ray itself would wait for ever without a word.
@@ -96,7 +96,7 @@ _BELOW_TEMPORARY = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plas
 
 
 def _check_temporary_folder() -> None:
-    """Raises `UserError` that names the variable where Ray could not put its sockets: its own error is a crash."""
+    """Raise `UserError` that names the variable where Ray could not put its sockets: its own error is a crash."""
     name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), None)
     folder = Path(os.environ[name]) if name else Path("/tmp")
     what = f"{name or 'the temporary folder'}: {folder}"
@@ -133,7 +133,7 @@ def _connect(address: str) -> Any:
 
 
 def _check_token(address: str) -> None:
-    """Raises `UserError` where the cluster asks for another token: Ray itself would ask again for minutes.
+    """Raise `UserError` where the cluster asks for another token: Ray itself would ask again for minutes.
 
     Asks the cluster for its id, which is the first thing that Ray does. Raises Ray's `AuthenticationError` where this
     process is to show a token and has none.
@@ -179,7 +179,7 @@ def _init(**options: Any) -> Any:
 
 
 def check_answers(host: str, port: int, what: str, mend: str) -> None:
-    """Raises `UserError` within seconds if nothing listens at an address."""
+    """Raise `UserError` within seconds if nothing listens at an address."""
     try:
         socket.create_connection((host, port), timeout=5).close()
     except OSError as error:

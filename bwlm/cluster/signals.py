@@ -15,12 +15,12 @@ from bwlm.train.termination import Termination
 
 @cache
 def process_termination() -> Termination:
-    """Returns this worker process's flag: a process that was asked to end takes no further cell."""
+    """Return this worker process's flag: a process that was asked to end takes no further cell."""
     return Termination()
 
 
 def ask_to_end(holder: str) -> None:
-    """Sends SIGTERM to the worker `host:pid`, on whatever node of the cluster it is."""
+    """Send SIGTERM to the worker `host:pid`, on whatever node of the cluster it is."""
     host, _, pid = holder.rpartition(":")
     if host == socket.gethostname():
         _terminate(pid)

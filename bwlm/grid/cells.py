@@ -34,6 +34,7 @@ class PlannedCell:
 
     @property
     def is_done(self) -> bool:
+        """True for a cell that a launch leaves as it is: finished, or stopped by the scheduler."""
         return self.status.ended and self.status.state != "failed"
 
     @property
@@ -43,18 +44,18 @@ class PlannedCell:
 
 
 def find_cells(plan: Plan, storage: Path) -> list[PlannedCell]:
-    """What is already there, without preparing or starting anything."""
+    """Return the cells of a plan with what is in their folders; prepares and starts nothing."""
     return [_find_cell(cell, ExperimentFolder(storage, cell.id)) for cell in plan.cells]
 
 
 def waiting_cells(planned: list[PlannedCell]) -> int:
-    """How many could not begin; not those of a parent that was stopped early."""
+    """Return how many cells could not begin, without those whose ancestor was stopped early."""
     out = without_parent(planned)
     return sum(not one.folder.exists() and one.cell.id not in out for one in planned)
 
 
 def without_parent(planned: list[PlannedCell]) -> set[str]:
-    """Those that descend from a cell that was stopped early, which nobody means to go on from."""
+    """Return the cells whose ancestor was stopped early by the scheduler: they will not run."""
     stopped, out = set[str](), set[str]()
     for one in planned:  # parents stand before their children
         if one.cell.experiment.parent in stopped | out:
@@ -83,12 +84,12 @@ def _find_cell(cell: Cell, folder: ExperimentFolder) -> PlannedCell:
 
 
 def other_settings(known: Mapping[str, Any], planned: Mapping[str, Any]) -> list[str]:
-    """Lists the fields besides the code in which two identities differ."""
+    """List the fields besides the code in which two identities differ."""
     return differences({**known, "code": ""}, {**planned, "code": ""})
 
 
 def check_same(planned: PlannedCell, changed: list[str], plan: Plan, accept_code: bool) -> None:
-    """Raises `UserError` if the cell's folder holds a run with other settings, or one that other code has begun.
+    """Raise `UserError` if the cell's folder holds a run with other settings, or one that other code has begun.
 
     A run that other code finished stays; one that it has not begun is trained by today's.
     """
@@ -176,7 +177,7 @@ def with_code_of(known: RunConfig, config: RunConfig, planned: PlannedCell) -> R
 
 
 def run_config(plan: Plan, cell: Cell, prepared: Prepared, storage: Path, link: ParentLink | None) -> RunConfig:
-    """What a new run of the cell is made from; its parent, if it has one, has finished."""
+    """Return the config of a new run of the cell; its parent, if it has one, has finished."""
     from bwlm.grid.hardware import plan_compute
 
     compute = plan_compute(cell.experiment, cell.shape, cell.steps)

@@ -1,4 +1,4 @@
-"""How a run will compute, chosen for the hardware of its workers: this machine's, or a node's of the cluster."""
+"""Choice of precision, kernels and batch sizes for the hardware of the workers, here or on a node of the cluster."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bwlm.record.run_config import RunConfig
 
 
 def plan_compute(experiment: Experiment, shape: GPTConfig, steps: int) -> Compute:
-    """How a run will compute on its workers; what its settings leave open is chosen for the hardware."""
+    """Return how a run will compute on its workers; settings that are left open are chosen for the hardware."""
     asked, resources = experiment.compute, experiment.resources
     wanted = ComputeOverrides(
         None if asked.precision == "auto" else asked.precision,
@@ -75,7 +75,7 @@ def _allocator() -> str:
 
 @cache
 def _worker_hardware(device: DeviceType, threads: int) -> tuple[Hardware, float]:
-    """What a worker finds, and its peak in FLOP/s: on this machine, or on a node of the cluster that has it."""
+    """Return a worker's hardware and its peak in FLOP/s: this machine's, or that of a node of the cluster."""
     if not os.environ.get("RAY_ADDRESS"):
         return look_at_hardware(device, threads)
     look = ray.remote(look_at_hardware).options(num_cpus=threads, num_gpus=1 if device == "cuda" else 0)

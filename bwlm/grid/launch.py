@@ -42,6 +42,8 @@ from bwlm.text.prepare import Prepared
 
 @dataclass(frozen=True)
 class LaunchResult:
+    """Result of a launch: its cells, findings, report and MLflow store."""
+
     cells: list[CellRow]
     waiting: int
     """Cells that could not begin, since their parents have not finished."""
@@ -51,11 +53,12 @@ class LaunchResult:
 
     @property
     def complete(self) -> bool:
+        """True if every cell finished or was stopped by the scheduler."""
         return not self.waiting and all(cell.state in ("finished", "stopped") for cell in self.cells)
 
 
 def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code: bool = False) -> LaunchResult:
-    """Runs every cell that is not done. Raises `UserError` before anything is made where it can never work.
+    """Run every cell that is not done. Raises `UserError` before anything is made where it can never work.
 
     With `accept_code`, cells that other code has begun go on with today's, which their records then say.
     Raises `SystemExit` with `TERMINATED`, or `KeyboardInterrupt`, if this process is asked to end meanwhile.
@@ -114,7 +117,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
 
 
 def _tell_other_code(plan: Plan, storage: Path, show: Callable[[str], None]) -> None:
-    """One line for each way in which the code of finished cells was another; they are not trained again."""
+    """Print a line for each way in which the code of finished cells differs; they are not trained again."""
     found: dict[str, list[str]] = {}
     for planned in find_cells(plan, storage):
         if planned.other_code and planned.is_done:
@@ -124,13 +127,13 @@ def _tell_other_code(plan: Plan, storage: Path, show: Callable[[str], None]) -> 
 
 
 def folder_of(plan: Plan, storage: Path) -> Path:
-    """Where a launch keeps its lock: a grid's folder, or the first experiment's own."""
+    """Return the folder of a launch's lock: the grid's folder, or that of the first experiment."""
     return grid_folder(storage, plan.name) if plan.is_grid else storage / plan.cells[0].id
 
 
 @contextlib.contextmanager
 def _only_launch(plan: Plan, storage: Path) -> Iterator[None]:
-    """Raises `UserError` if an experiment is trained by another process already; launches of a grid share its cells."""
+    """Raise `UserError` if an experiment is trained by another process already; launches of a grid share its cells."""
     with contextlib.ExitStack() as launches:
         for planned in () if plan.is_grid else find_cells(plan, storage):
             if not planned.is_done:
@@ -141,7 +144,7 @@ def _only_launch(plan: Plan, storage: Path) -> Iterator[None]:
 
 
 def _discard_lock(home: Path) -> None:
-    """Of an experiment that was not made after all, whose folder would stay for it alone."""
+    """Delete the lock of an experiment that was not made, and with it the folder that holds nothing else."""
     if not (home / "config.json").exists():
         (home / "lock").unlink(missing_ok=True)
 
@@ -191,7 +194,7 @@ class _Resolved:
 
 
 def _resolved(plan: Plan, storage: Path, prepared: dict[str, Prepared], accept_code: bool) -> list[_Resolved]:
-    """Raises `UserError` where a cell exists with other settings, or a parent is not what it was."""
+    """Raise `UserError` where a cell exists with other settings, or a parent is not what it was."""
     from bwlm.grid.hardware import compiled_if_it_can
 
     resolved = []
@@ -220,7 +223,7 @@ def _enlist_grid(plan: Plan, storage: Path, tracking: Tracking) -> str:
 
 
 def _enlist(cells: list[_Resolved], storage: Path, tracking: Tracking, grid_run: str | None) -> list[str]:
-    """Makes the folders and the MLflow runs that do not exist yet.
+    """Make the folders and the MLflow runs that do not exist yet.
 
     The run of a phase after base lies below that of its base, every other one below the grid's.
     """
@@ -250,7 +253,7 @@ def _dataset(prepared: Prepared) -> dict[str, str]:
 
 
 def _introduce(planned: PlannedCell, show: Callable[[str], None]) -> None:
-    """What a single experiment is about to do, and how."""
+    """Print what a single experiment is about to do, and how it computes."""
     cell, saved = planned.cell, checkpoint_steps(planned.folder.checkpoints)
     step = planned.status.step
     ahead = f"goes on from its checkpoint of step {saved[-1]:,}" if saved else "begins again: it has no checkpoint yet"
@@ -264,7 +267,7 @@ def _introduce(planned: PlannedCell, show: Callable[[str], None]) -> None:
 
 
 def _compute_lines(config: RunConfig) -> list[str]:
-    """How the run computes on its hardware, and why."""
+    """Return lines on how the run computes on its hardware, each with its reason."""
     return [f"  {choice}: {reason}" for choice, reason in config.compute.reasons.items()]
 
 

@@ -78,6 +78,7 @@ class ProgressDisplay:
             self._done_before += self._cells[cell].flops * step / self._cells[cell].steps
 
     def moved(self, cell: str, result: dict[str, Any]) -> None:
+        """Show a cell's newest step."""
         self._running[cell] = self._running.get(cell, {}) | result
         if len(self._cells) == 1 and ("val_bpb" in result or time.monotonic() - self._told > _LINE_SECONDS):
             self._line(_step_words(result, self._cells[cell].steps), below=_details(self._running[cell]))
@@ -86,14 +87,15 @@ class ProgressDisplay:
             self._line(f"{len(self._ended)}/{len(self._cells)} {', '.join(at)}")
 
     def broke_off(self, cell: str, step: int) -> None:
-        """Its worker died or was asked to end: another takes it up from its last checkpoint."""
+        """Show that a cell's worker died or was asked to end: another worker resumes from its last checkpoint."""
         self._line(f"{cell}: broke off at step {step}, goes on", also_above_the_table=True)
 
     def warned(self, cell: str, warning: str) -> None:
-        """Above the table, so that it stays."""
+        """Print a warning above the table, so that it stays."""
         self._line(f"warning: {cell}: {warning}", also_above_the_table=True)
 
     def ended(self, cell: str, status: Status) -> None:
+        """Show how a cell ended."""
         self._running.pop(cell, None)
         self._ended[cell] = status
         bpb = f", val_bpb {status.metrics['val_bpb']:.4f}" if "val_bpb" in status.metrics else ""
@@ -159,7 +161,7 @@ def _learnt(result: Mapping[str, Any]) -> str:
 
 
 def _details(result: Mapping[str, Any]) -> list[str]:
-    """What a single experiment tells besides: how it learns, at what rates, and what it takes."""
+    """Return the further lines of a single experiment: its losses, its learning rates, its use of the hardware."""
     if "reward" in result:
         result = {name: value for name, value in result.items() if not name.startswith("train_loss")}
     lines = []

@@ -182,7 +182,7 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
         self._progress.ended(folder.id, at if at.ended else ending)
 
     def _tell_warnings(self, folder: ExperimentFolder) -> None:
-        """What the cell's worker warned of since this launch began with it."""
+        """Show the warnings of the cell's worker since this launch started it."""
         size, heard = _size(folder.warnings), self._heard.get(folder.id, 0)
         if size > heard:
             with folder.warnings.open("rb") as file:
@@ -194,7 +194,7 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def _on_a_full_disk_too(folder: ExperimentFolder) -> Iterator[None]:
-    """One cell's note that cannot be written must not end the other cells."""
+    """Log an error on writing one cell's status instead of raising it: the other cells go on."""
     try:
         yield
     except OSError as error:

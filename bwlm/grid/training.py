@@ -35,7 +35,7 @@ Show = Callable[[str], None]
 def train_cells(
     plan: Plan, cells: list[PlannedCell], concurrency: int, storage: Path, tracking: Tracking, run: str, show: Show
 ) -> None:
-    """Trains what is not done; `run` is the MLflow run that gets this machine's system metrics.
+    """Train what is not done; `run` is the MLflow run that gets this machine's system metrics.
 
     If this process is asked to end, by SIGTERM or Ctrl-C, its cells save first, within a grace time. Raises
     `SystemExit` with `TERMINATED` then, or `KeyboardInterrupt`, after `show` was told from where each cell resumes.
@@ -91,7 +91,7 @@ _LINES = 8
 
 
 def _resume_lines(folders: list[ExperimentFolder]) -> list[str]:
-    """From where each cell that has not ended resumes, by the checkpoints that are there."""
+    """Return a line for each cell that has not ended: the step from which it resumes."""
     left = {folder.id: checkpoint_steps(folder.checkpoints) for folder in folders if not folder.status().ended}
     if len(left) <= _LINES:
         return [

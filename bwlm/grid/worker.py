@@ -52,12 +52,12 @@ class RaySession:
         send({"step": step, **metrics})
 
     def stopping(self) -> bool:
-        """Also where the run is another process's now: what is trained from here on is for nothing."""
+        """Return true if this process was asked to end, or if another process has taken the run."""
         return process_termination().asked or self._lost_lease()
 
 
 def trial_resources(resources: ResourceSettings) -> Any:
-    """What Tune reserves for a trial: the cell itself, or only its driver where Train places the workers."""
+    """Return the resources that Tune reserves for a trial: the cell's, or its driver's if Train places workers."""
     from ray.tune import PlacementGroupFactory
 
     if resources.workers > 1:
@@ -114,7 +114,7 @@ def _trainer(config: dict[str, Any], resources: ResourceSettings) -> Any:
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """What every worker of a cell runs. Its warnings go to a file, from which the launch tells them."""
+    """Train a cell as one of its workers. Warnings go to a file, from which the launch shows them."""
     prepare_environment()
     import torch
     import torch.distributed as dist

@@ -31,10 +31,11 @@ class Kernel:
     x: NDArray[np.float64]
     diagonal: NDArray[np.float64]
     sums: NDArray[np.float64]
-    """Of its rows [Q]."""
+    """Sums of the kernel's rows [Q]."""
 
     @classmethod
     def from_states(cls, states: NDArray[Any]) -> Kernel:
+        """Return the kernel of states [Q, C]; all NaN if a state is not finite."""
         values = states.astype(np.float64)
         if not np.isfinite(values).all():
             values = np.full_like(values, np.nan)  # as their kernel would be, without a warning for each infinity
@@ -44,6 +45,7 @@ class Kernel:
 
     @cached_property
     def own(self) -> float:
+        """The kernel's HSIC with itself."""
         return hsic(self, self)
 
 

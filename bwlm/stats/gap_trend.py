@@ -21,7 +21,7 @@ _ROUNDING: Final = 1e-12  # nats per token; slopes and errors up to this size ar
 
 @dataclass(frozen=True)
 class GapTrend:
-    """How the gap b - a goes with size."""
+    """Trend of the gap b - a over size."""
 
     a: str
     b: str

@@ -143,7 +143,7 @@ def judge(family: Sequence[Gap], alpha: float = 0.05) -> list[Gap]:
 
 
 def has_seeds_enough(g: Gap) -> bool:
-    """Returns true if three seeds or more were paired, and as many chose each learning rate that was chosen."""
+    """Return true if three seeds or more were paired, and as many chose each learning rate that was chosen."""
     return len(g.seeds) >= FEWEST_SEEDS and (g.choosing_seeds is None or g.choosing_seeds >= FEWEST_SEEDS)
 
 
@@ -201,7 +201,7 @@ def paired_t(differences: FloatArray) -> tuple[float, Interval] | None:
 
 
 def noise_floor(losses_by_direction: Iterable[FloatArray]) -> float | None:
-    """How far two seeds of one direction lie apart: RMS over all pairs of seeds, directions pooled (nats per token).
+    """Return the noise floor: RMS gap over all pairs of seeds of one direction, directions pooled (nats per token).
 
     The same statistic as the gap, taken between runs that differ in the seed only. For two directions with the same
     number of seeds it equals sqrt(var_a + var_b): what the gap between one run of each, of different seeds, would show
@@ -271,7 +271,7 @@ def _pairs(runs: LossRuns) -> list[tuple[Size, str, str]]:
 
 
 def is_pair(size: Size, b: str) -> bool:
-    """Whether `b`, the later of two directions, is compared at a size: at one `PER_DIRECTION` only bidirectional is."""
+    """Return whether `b`, the later direction, is compared at a size: at `PER_DIRECTION` only bidirectional is."""
     return PER_DIRECTION not in str(size) or (b in DIRECTIONS and is_marked(b))
 
 
@@ -344,7 +344,7 @@ def _runs_of(runs: LossRuns, direction: str, size: Size) -> dict[int, LossRun]:
 
 
 def _refuse_other_text(one: LossRun, other: LossRun) -> None:
-    """Both runs must cover the same documents, with the same tokens and bytes."""
+    """Raise `UserError` unless both runs cover the same documents, with the same tokens and bytes."""
     if (
         one.documents == other.documents
         and np.array_equal(one.tokens_d, other.tokens_d)
@@ -361,7 +361,7 @@ def _refuse_other_text(one: LossRun, other: LossRun) -> None:
 
 
 def _coverage(run: LossRun) -> dict[str, str]:
-    """What a run covers of each document, in words."""
+    """Return in words what a run covers of each document."""
     return {
         document: f"has {tokens:.15g} tokens and {size:.15g} bytes of it"
         for document, tokens, size in zip(run.documents, run.tokens_d, run.bytes_d, strict=True)

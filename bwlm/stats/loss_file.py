@@ -59,7 +59,7 @@ def _repeated_rows(losses: pd.DataFrame) -> list[str]:
 
 
 def write_losses(losses: pd.DataFrame, path: Path) -> Path:
-    """Writes what `gaps_from` reads, whole or not at all."""
+    """Write what `gaps_from` reads, whole or not at all."""
     buffer = io.BytesIO()
     losses[with_counts(losses)].to_parquet(buffer, index=False)
     write_atomic(path, buffer.getvalue())

@@ -32,7 +32,7 @@ _LARGEST: Final = 1e15  # of a sum over a document; beyond it doubles no longer 
 
 @dataclass(frozen=True, eq=False)
 class LossRun:
-    """One run's losses by document, sorted by document id."""
+    """Losses of one run by document, sorted by document id."""
 
     name: str
     documents: list[str]
@@ -66,7 +66,7 @@ def loss_runs(losses: pd.DataFrame) -> LossRuns:
 
 
 def checked_rows(losses: pd.DataFrame) -> pd.DataFrame:
-    """Returns the table with plain types.
+    """Return the table with plain types.
 
     Names and document ids become text without blanks around it, the directions that bwlm knows lower case; numbers
     are finite, not negative, in double precision.
@@ -113,7 +113,7 @@ def _refuse_spellings(rows: pd.DataFrame, column: str) -> None:
 
 
 def require_columns(table: pd.DataFrame, needed: Sequence[str], rows: str) -> None:
-    """Raises `UserError` that names the first column that `rows`, the table in words, lack."""
+    """Raise `UserError` that names the first column that `rows`, the table in words, lack."""
     missing = [name for name in needed if name not in table.columns]
     if missing:
         raise UserError(
@@ -155,6 +155,7 @@ def _whole_seeds(losses: pd.DataFrame) -> npt.NDArray[np.int64]:
 
 
 def plain_size(size: object) -> Size:
+    """Return a size as an int if it is a whole number, else as text."""
     if isinstance(size, int | float | np.integer | np.floating) and float(size).is_integer():
         return int(size)
     return str(size).strip()

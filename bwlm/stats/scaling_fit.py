@@ -160,7 +160,7 @@ def _runs_of(runs: pd.DataFrame, direction: str) -> pd.DataFrame:
 
 
 def _identified(runs: pd.DataFrame, direction: str) -> tuple[tuple[Term, ...], str]:
-    """Which terms the design of the runs tells apart, and why not both; UserError where it tells none."""
+    """Return the terms that the runs can tell apart, and why not both. Raises `UserError` if there is none."""
     sizes, budgets = runs["parameters"].nunique(), runs["tokens"].nunique()
     found = f"{direction} has {counted(sizes, 'size')} and {counted(budgets, 'token budget')}"
     if budgets == 1 and sizes >= FEWEST_SIZES:
@@ -186,7 +186,7 @@ def _identified(runs: pd.DataFrame, direction: str) -> tuple[tuple[Term, ...], s
 
 
 def _tied(runs: pd.DataFrame) -> bool:
-    """Whether log D is, to within 10 %, a parabola in log N: budgets rounded to whole steps count as tied too."""
+    """Return whether log D is, to within 10 %, a parabola in log N; budgets rounded to whole steps count too."""
     log_n, log_d = np.log(runs["parameters"].to_numpy()), np.log(runs["tokens"].to_numpy())
     x_n = (log_n - log_n.mean()) / log_n.std()
     residual_n = log_d - np.polyval(np.polyfit(x_n, log_d, 2), x_n)
@@ -194,7 +194,7 @@ def _tied(runs: pd.DataFrame) -> bool:
 
 
 def _full_rank(runs: pd.DataFrame) -> bool:
-    """Whether the five derivatives of the law differ on these cells, at exponents as good as any (0.4 and 0.3)."""
+    """Return whether the five derivatives of the law differ on these cells, at typical exponents (0.4 and 0.3)."""
     n, d = runs["parameters"].to_numpy(), runs["tokens"].to_numpy()
     x, y = np.log(n / n.min()), np.log(d / d.min())
     columns = [np.ones_like(x), np.exp(-0.4 * x), x * np.exp(-0.4 * x), np.exp(-0.3 * y), y * np.exp(-0.3 * y)]

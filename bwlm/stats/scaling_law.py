@@ -42,12 +42,13 @@ class Law:
     b: float = 0.0
 
     def loss(self, parameters: Any, tokens: Any) -> FloatArray:
+        """Return the loss in nats per token at N `parameters` and D `tokens`."""
         n, d = np.asarray(parameters, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
         return np.asarray(self.E + self.A * n**-self.a + self.B * d**-self.b)
 
 
 def objective(law: Law, parameters: FloatArray, tokens: FloatArray, losses: FloatArray) -> float:
-    """What `fit` minimises: the sum over runs of Huber(log L_predicted - log L), delta 1e-3.
+    """Return the objective of `fit`: the sum over runs of Huber(log L_predicted - log L), delta 1e-3.
 
     Huber(r) = r^2 / 2 where |r| <= delta, else delta (|r| - delta / 2). Hoffmann et al. 2022, arXiv:2203.15556,
     Approach 3. It is the sum and not the mean: see `_minimise`.

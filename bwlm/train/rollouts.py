@@ -77,7 +77,7 @@ def _conversations(rows: Rows, tokenizer: Tokenizer) -> Iterator[Conversation]:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Writes samples for problems and rewards them."""
+    """Write samples for problems and rewards them."""
 
     problems: list[Problem]
     plan: MixturePlan

@@ -111,7 +111,7 @@ def similarity_chart(pairs: pd.DataFrame, heads: pd.DataFrame, title: str) -> al
 
 
 def _cka(pairs: pd.DataFrame, between: str) -> alt.TopLevelMixin:
-    """Of seeds of one direction in its colour, backward readings dashed; or of the rest."""
+    """Chart CKA between seeds of one direction in its colour, backward readings dashed; or of all other pairs."""
     if between == "seeds":
         readings = sorted(pairs["reading"].unique(), reverse=True)
         color = direction_color(pairs["direction"], **_BELOW)

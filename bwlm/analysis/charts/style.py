@@ -1,4 +1,4 @@
-"""What charts share: colours, fonts, and how they are written: SVG or PNG for a page, HTML for a browser."""
+"""Colours, fonts and files of all charts: SVG or PNG for a page, HTML for a browser."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import altair as alt
 import pandas as pd
 
 PALETTE = {"forward": "#2a6fbb", "backward": "#c8553d", "bidirectional": "#5b8c5a", "permuted": "#8a7f98"}
-"""One colour a direction, the same in every chart."""
+"""Colour of each direction, the same in every chart."""
 
 SHORT_NUMBER = "format(datum.value, '~s')"
 """Labels 0, 500k, 1.5M; an axis' own format would say 0M."""
@@ -20,13 +20,14 @@ _PADDING = {"left": 16, "right": 28, "top": 8, "bottom": 8}
 
 
 def direction_color(directions: pd.Series[str], **legend: Any) -> alt.Color:
+    """Return the colour encoding of directions, with a legend in their order."""
     shown = in_order(directions)
     scale = alt.Scale(domain=shown, range=[PALETTE[name] for name in shown])
     return alt.Color("direction:N", scale=scale, title="direction", legend=alt.Legend(symbolOpacity=1, **legend))
 
 
 def in_order(directions: pd.Series[str]) -> list[str]:
-    """Those that occur, forward before backward."""
+    """Return the directions that occur, forward before backward."""
     present = set(directions)
     return [name for name in PALETTE if name in present]
 
@@ -38,6 +39,7 @@ def series_in_order(table: pd.DataFrame) -> list[str]:
 
 
 def styled(chart: Any) -> Any:
+    """Return a chart with the common fonts, grid and margins."""
     return (
         chart.configure(font=_FONT, padding=_PADDING)
         .configure_view(stroke=None)
@@ -54,12 +56,12 @@ def nothing(words: str, title: str) -> alt.TopLevelMixin:
 
 
 def save_chart(chart: Any, folder: Path, name: str) -> list[Path]:
-    """Writes `name`.svg and `name`.html for a report; returns both paths."""
+    """Write `name`.svg and `name`.html for a report; returns both paths."""
     return [write_chart(chart, folder / f"{name}{suffix}") for suffix in (".svg", ".html")]
 
 
 def write_chart(chart: Any, path: Path) -> Path:
-    """Writes a chart whole or not at all, as its suffix says: .svg, .png (twice the pixels), .html without network."""
+    """Write a chart whole or not at all, as its suffix says: .svg, .png (twice the pixels), .html without network."""
     suffix = path.suffix.lower()
     options: dict[str, dict[str, Any]] = {".html": {"inline": True}, ".png": {"scale_factor": 2}}
     temporary = path.with_name(f".tmp-{path.name}")

@@ -1,1 +1,1 @@
-"""One module for each `bwlm analyze` command: its result in words, tables and charts."""
+"""Modules of the `bwlm analyze` commands, one each: a result in words, tables and charts."""

@@ -175,7 +175,7 @@ def _spread(apart: pd.DataFrame) -> pd.DataFrame:
 
 
 def _difference_sentences(apart: pd.DataFrame) -> list[str]:
-    """One for each size and direction, at the quarters of the training."""
+    """Return a sentence for each size and direction, with the differences at the quarters of the training."""
     found = []
     for (size, name, first), part in apart.groupby(["size", "direction", "against"], sort=False):
         end = part["tokens"].max()
@@ -190,7 +190,7 @@ def _difference_sentences(apart: pd.DataFrame) -> list[str]:
 
 
 def efficiency(curves: pd.DataFrame) -> pd.DataFrame:
-    """What each direction needs to reach some losses, beside the first direction of its size.
+    """Return the tokens that each direction needs to reach a loss, against the first direction of its size.
 
     The losses lie between where all runs of a size have left their start behind and the lowest that all of them reach.
     `ratio` is the geometric mean over seeds of tokens against the first direction's, with its 95 % t-interval over
@@ -214,9 +214,9 @@ def efficiency(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_best_rates(curves: pd.DataFrame, best: dict[tuple[str, str], float]) -> pd.DataFrame:
-    """Of each size and direction the runs at the rate that verdicts take.
+    """Return the runs of each size and direction at the learning rate that verdicts use.
 
-    Where no rate has one yet, those at the rate with the lowest mean training loss at the end.
+    A direction without such a rate gets the one with the lowest mean training loss at the end.
     """
     ends = curves.groupby([*_GROUP, "run"])["loss"].last().groupby(_GROUP).mean()
     chosen = {(size, direction): lr for size, direction, lr in ends.groupby(_GROUP[:2]).idxmin()} | best
@@ -260,7 +260,7 @@ def _row(
 
 
 def _sentences(table: pd.DataFrame) -> list[str]:
-    """One for each size and direction but the first, at the lowest loss that all reach; and one where it is alone."""
+    """Return a sentence for each size and direction but the first, at the lowest loss that all reach."""
     lowest = table[table["loss"] == table.groupby("size")["loss"].transform("min")]
     directions = table.groupby("size")["direction"].nunique()
     return [

@@ -27,6 +27,8 @@ GAP_HEADER = [
 
 
 def gap_columns(found: Gap) -> list[str]:
+    """Return a gap's line in the verdict table, under `GAP_HEADER`."""
+
     def interval(pair: tuple[float, float] | None) -> str:
         return f"{pair[0]:+.4f} .. {pair[1]:+.4f}" if pair else "–"
 
@@ -49,7 +51,7 @@ def gap_sentence(found: Gap) -> str:
 
 
 def _amount(found: Gap) -> str:
-    """How large a gap is, with what it is to be held against."""
+    """Return the gap in words, with its interval and the noise floor."""
     sign = -1 if found.gap_nats < 0 else 1  # the interval is told the same way round as the gap
     size = f"{abs(found.gap_nats):.4f} nats/token ({abs(found.gap_percent):.2f} %)"
     than = f"{size} {'better' if sign < 0 else 'worse'} than" if found.gap_nats else "exactly as good as"
@@ -126,7 +128,7 @@ def gap_line(found: Gap, windows: int) -> str:
 
 
 def gap_caption(findings: Findings) -> str:
-    """What the verdict table stands on, in a line: the documents and windows of each size."""
+    """Return the caption of the verdict table: the documents and windows of each size."""
     pairs = zip(findings.gaps, findings.windows, strict=True)
     lines = dict.fromkeys(f"{found.size} on {_text_words(found, windows)}" for found, windows in pairs)
     return f"Verdict (on the test half: {', '.join(lines)})"
@@ -137,5 +139,5 @@ def _text_words(found: Gap, windows: int) -> str:
 
 
 def _resampled(found: Gap) -> bool:
-    """Whether its bootstrap interval means anything."""
+    """Return whether the bootstrap interval of the gap has a meaning."""
     return found.documents >= FEWEST_DOCUMENTS

@@ -50,7 +50,7 @@ def _kind(name: str) -> str:
 
 
 def _extremes(table: pd.DataFrame, group: str) -> list[str]:
-    """Which layer has the largest values at the end, by series."""
+    """Return a sentence for each series: the layer with the largest values at the end."""
     found = []
     for series, part in table.groupby("series", sort=False):
         last = part[part["step"] == part["step"].max()]

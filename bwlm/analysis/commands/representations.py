@@ -19,13 +19,13 @@ from bwlm.record.experiment import ExperimentFolder
 from bwlm.stats.cka import Kernel, cka
 
 _EMBEDDING = -1
-"""Its layer, as the research log counts them: states after the embedding, then after each block from 0 on."""
+"""Layer of the embedding, as the research log counts: states after the embedding, then after each block from 0 on."""
 _STATISTICS = ("entropy", "distance", "first_share")
 
 
 @dataclass(frozen=True)
 class States:
-    """One run's newest states in one reading."""
+    """Newest states of a run in a reading."""
 
     run: str
     group: str
@@ -39,10 +39,12 @@ class States:
 
     @property
     def label(self) -> str:
+        """Return the name of the run and its reading."""
         return f"{self.direction} ({self.reading})" if is_marked(self.direction) else self.direction
 
     @property
     def rank(self) -> tuple[str, int, str, int]:
+        """Return a key that sorts states by group, direction and seed."""
         return (self.group, *rank(self.direction), READINGS.index(self.reading))
 
 
@@ -80,7 +82,7 @@ def _groups(folders: list[ExperimentFolder]) -> dict[str, str]:
 
 
 def _states(folders: list[ExperimentFolder], groups: dict[str, str]) -> tuple[list[States], list[str]]:
-    """Of each run and, for a bidirectional one, reading; and why others have none."""
+    """Return the states of each run and own reading, and why other runs have none."""
     found: list[States] = []
     notes = []
     for folder in folders:
@@ -128,7 +130,7 @@ def _over_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def pair_name(one: States, other: States) -> str | None:
-    """What a comparison is of; None for two runs that differ in neither direction nor seed."""
+    """Return the name of a comparison; None for two runs that differ in neither direction nor seed."""
     if one.run == other.run:
         return f"both readings of one {one.direction} model"
     if one.label != other.label:

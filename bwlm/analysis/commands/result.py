@@ -19,15 +19,17 @@ _ALL = (".html", ".svg", ".csv", ".md")
 
 @dataclass(frozen=True)
 class Analysis:
+    """Result of an analysis: findings, tables, a chart and notes."""
+
     name: str
     title: str
     findings: list[str]
     """Sentences made from numbers."""
     table: pd.DataFrame
     chart: Any
-    """Of altair."""
+    """Altair's chart."""
     notes: list[str] = field(default_factory=list)
-    """What was left out, and why."""
+    """Runs and figures that were left out, each with the reason."""
     shown: pd.DataFrame | None = None
     """The table as people read it, where that is another one."""
     more: dict[str, pd.DataFrame] = field(default_factory=dict)
@@ -93,7 +95,7 @@ def frame_to_markdown(table: pd.DataFrame) -> str:
 
 
 def _is_whole(column: pd.Series[Any]) -> bool:
-    """Whether it has floats that are all integers: tokens, FLOPs, learning rates such as 2."""
+    """Return whether a column's floats are all integers: tokens, FLOPs, learning rates such as 2."""
     known = column.dropna()
     return pd.api.types.is_float_dtype(column) and len(known) > 0 and bool((known % 1 == 0).all())
 

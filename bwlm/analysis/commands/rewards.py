@@ -15,7 +15,7 @@ from bwlm.record.experiment import ExperimentFolder
 
 FIGURES = ("reward", "sample_tokens", "finished", "entropy")
 _ENDS = 10
-"""So many steps, but no more than half of the shortest run, are its beginning and its end."""
+"""Steps that count as the beginning and the end of a run, at most half of the shortest run each."""
 
 
 def rewards(folders: list[ExperimentFolder]) -> Analysis:

@@ -1,4 +1,4 @@
-"""How the loss falls with size and data, and whether the gap between two directions grows with size."""
+"""`bwlm analyze scaling`: the loss over size and data, and the gap between two directions over size."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _CURVE_POINTS: Final = 60
 
 
 def scaling(folders: list[ExperimentFolder]) -> Analysis:
-    """Fits the law per direction, predicts the largest size, and says what the gap does with size.
+    """Fit a law for each direction, predict the largest size, and test the trend of the gap over size.
 
     Raises `UserError` if no run has finished, or sizes are too few.
     """
@@ -202,7 +202,7 @@ def _gap_frame(gaps: Sequence[Gap], parameters: Mapping[Size, float] | None) -> 
 
 @dataclass(frozen=True)
 class _Axis:
-    """What the chart's x axis is, and the budget that both-term laws are shown at."""
+    """X axis of the chart, and the budget at which laws with both terms are drawn."""
 
     variable: Term
     tokens: float  # the largest budget
@@ -261,7 +261,7 @@ def _curve(one: ScalingFit, axis: _Axis) -> pd.DataFrame:
 
 
 def _predictions(fits: Sequence[ScalingFit], held: Sequence[HeldOut], axis: _Axis) -> pd.DataFrame:
-    """Of each direction's largest size at its largest budget."""
+    """Return the predicted and the measured loss of each direction's largest size at its largest budget."""
     rows = []
     for one in fits:
         own = [guess for guess in held if guess.direction == one.direction]

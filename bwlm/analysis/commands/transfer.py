@@ -95,7 +95,7 @@ def other_readings(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def wrong_markers(folders: list[ExperimentFolder], labels: dict[str, str]) -> pd.DataFrame:
-    """What the same text costs a bidirectional model behind the other direction's marker.
+    """Return the extra loss of bidirectional models on the same text after the marker of the other direction.
 
     size, lr, reading (the text's true order), seeds, nats (per token, by how much it costs more), low, high.
     """

@@ -31,7 +31,7 @@ one that knows only how frequent symbols are."""
 
 @dataclass(frozen=True)
 class Control:
-    """One pair of a control."""
+    """Pair of directions on a control corpus, and whether it passed."""
 
     name: str
     gap: Gap
@@ -51,7 +51,7 @@ def control_runs(storage: Path) -> dict[tuple[str, str], list[ExperimentFolder]]
 
 
 def judge_control(source: str, gaps: list[Gap], study: float | None, above: Mapping[Size, float]) -> list[Control]:
-    """Which of a control's pairs do what they must; `study` is the gap (nats) that the null control must be finer than.
+    """Return a control's pairs, each with whether it passed; `study` is the gap (nats) that null must be able to see.
 
     Null, forward against backward: passes if the interval over seeds covers zero, half its width is below the study's
     gap, and both are at most `FARTHEST` above the corpus' known entropy: of models that learned nothing a gap of zero
@@ -89,7 +89,7 @@ def _null(one: Gap, study: float | None, above: float) -> Control:
 
 
 def above_floor(folders: list[ExperimentFolder], best: list[BestRate]) -> pd.DataFrame:
-    """How far runs at their best rates on the null corpus are from what the true chain pays for the same windows.
+    """Return the distance of runs at their best rates on the null corpus from the loss of the true chain.
 
     A row a run: size, direction, bits per symbol. Where the packed text is gone, from what the chain is expected to
     pay for segments as long.
@@ -154,7 +154,7 @@ def _of_other_code(source: str, of: list[ExperimentFolder], study: list[Experime
 
 
 def _farther(floor: pd.DataFrame) -> dict[Size, float]:
-    """By size the mean over seeds of the direction that is farther from the floor."""
+    """Return the mean over seeds of the direction that is farther from the floor, by size."""
     if floor.empty:
         return {}
     means = floor.groupby(["size", "direction"])["bits"].mean().groupby("size").max()

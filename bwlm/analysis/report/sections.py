@@ -41,11 +41,11 @@ _ANALYSES: dict[str, tuple[str, Analyse, bool]] = {
     "activations": ("Activations", lambda folders: over_time("activations", folders), False),
     "representations": ("Representations and attention", representations, True),
 }
-"""By command: title, analysis, and whether its tables are for reading."""
+"""Title, analysis and whether its tables are for reading, by command."""
 
 
 def analyses_of(folders: list[ExperimentFolder]) -> list[str]:
-    """Those that tell something of such runs: RL is told by rewards, and not by losses."""
+    """Return the analyses that have a meaning for such runs: rewards for RL, losses for all others."""
     rewarded = {PHASES[folder.config().experiment.phase].has_reward for folder in folders}
     wanted = {"rewards": True in rewarded, "compare": rewarded != {True}}
     return [command for command in _ANALYSES if wanted.get(command, True)]
@@ -83,7 +83,7 @@ def analysis_sections(
 
 
 def audit_section(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -> list[str]:
-    """Of all pairs among the runs, or of one run's with the others."""
+    """Return the audit of all pairs among the runs, or of the pairs of one run."""
     words = audit(folders, of).words() + crossing_words([of] if of else folders)
     return ["## Audit", "\n".join(f"- {line}" for line in words)]
 

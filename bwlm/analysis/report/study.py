@@ -45,7 +45,7 @@ LOSSES = "losses.parquet"
 
 
 def write_grid_report(storage: Path, name: str) -> list[Path]:
-    """Writes the report of a grid and its charts into the grid's folder; returns the files, the report first."""
+    """Write the report of a grid and its charts into the grid's folder; returns the files, the report first."""
     folder = grid_folder(storage, name)
     folders, left_out = readable(ExperimentFolder(storage, run) for run in cells_of(storage, name))
     findings = find(folders)
@@ -65,7 +65,7 @@ def write_grid_report(storage: Path, name: str) -> list[Path]:
 def _grid_sections(
     name: str, folders: list[ExperimentFolder], findings: Findings, home: Path
 ) -> tuple[list[str], list[Path]]:
-    """What follows the verdict; insides are shown of what it is about, at each direction's best learning rate."""
+    """Return the sections after the verdict; the insides are those of each direction at its best learning rate."""
     storage = home.parent.parent
 
     def analysed(chosen: list[ExperimentFolder], commands: list[str]) -> tuple[list[str], list[Path]]:
@@ -106,7 +106,7 @@ def _write(text: str, folder: Path, storage: Path, title: str) -> list[Path]:
 
 
 def write_experiment_report(folder: ExperimentFolder, insides: bool = True) -> list[Path]:
-    """Writes one run's report with its learning curve; returns the files, the report first.
+    """Write one run's report with its learning curve; returns the files, the report first.
 
     Without `insides` it says by which command they and the comparison with the baseline are added: for a grid's many
     cells they are seldom looked at.
@@ -141,7 +141,7 @@ def write_experiment_report(folder: ExperimentFolder, insides: bool = True) -> l
 
 
 def _learning(folder: ExperimentFolder) -> tuple[list[str], list[Path]]:
-    """How its loss fell, or in RL its reward rose; and the pictures."""
+    """Return the learning curve of a run, of its loss or in RL of its reward, and the charts."""
     if not without_rl([folder]):
         return analysis_sections(["rewards"], [folder], folder.path, [folder.id])
     chart = learning_curves(single_curves([folder]), f"{folder.id}: learning curve")

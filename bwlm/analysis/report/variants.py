@@ -34,7 +34,7 @@ _FIGURES = {
 _JUDGED = ("val_reward", "val_loss_written", "val_loss")
 """A variant is judged by the first that its phase measures."""
 _SAME_TASK = ("direction", "depth", "data", "tokenizer", "reversal", "model.sequence_length", "evaluation.tokens")
-"""What two variants must agree in: else they were measured on other text, or on another part of it."""
+"""Fields in which two variants must agree: else they were measured on different text, or on another part of it."""
 _ALSO_IN_RL = ("rl.validation",)
 _READING = f"""Losses are in nats per token of the validation conversations. In SFT and RL a direction learns to write
 its own part of a conversation: compare variants of one direction. A reward is the mean over greedy answers to
@@ -43,7 +43,7 @@ direction, depth and text are compared by the paired t-test over the seeds that 
 pairs of the phase. Runs of one base count as their mean."""
 
 Seeds = tuple[Any, ...]
-"""Of a run and those that it descends from, the base's first."""
+"""Seeds of a run and its ancestors, the base first."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Variants:
     rows: list[list[str]]
     """A variant each, the best of those that are comparable first."""
     comparisons: list[str]
-    """Of each two that are comparable, in words."""
+    """Sentences on each two variants that can be compared."""
 
 
 @dataclass(frozen=True)
 class _Variant:
     name: str
     fields: dict[str, Any]
-    """Of `with_ancestors`, of its first run."""
+    """Fields of `with_ancestors` of the first run."""
     figures: dict[Seeds, dict[str, float]]
     """Means over the runs of the same seeds."""
 
@@ -71,7 +71,7 @@ class _Variant:
 
 
 def variants(folders: list[ExperimentFolder]) -> list[Variants]:
-    """For each phase after base, in their order."""
+    """Return the variants of each phase after base, in the order of the phases."""
     found = []
     for phase in LATER:
         runs = [f for f in folders if f.config().experiment.phase == phase and f.status().state == "finished"]
@@ -81,7 +81,7 @@ def variants(folders: list[ExperimentFolder]) -> list[Variants]:
 
 
 def variants_section(folders: list[ExperimentFolder]) -> list[str]:
-    """For a grid's report."""
+    """Return the section of a grid's report."""
     parts = []
     for one in variants(folders):
         parts += [f"### {one.phase}", markdown_table(one.header, one.rows)]

@@ -13,12 +13,12 @@ from bwlm.record.fingerprint import VARIED, differences
 from bwlm.record.health import readable
 
 TUNED = frozenset(VARIED) - {"seed", "parent_seed"}
-"""What the cells of a pair may differ in."""
+"""Fields in which the cells of a pair may differ."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found when every pair of runs of two directions, one depth and one seed was compared."""
+    """Pairs of runs of two directions, one depth and one seed: those that agree, and those that were refused."""
 
     passed: int
     """Pairs whose data, tokenizer, code, precision, budget, row order and evaluation windows are equal."""
@@ -28,7 +28,7 @@ class Audit:
     """Pairs that differ in more than they may, with the fields."""
 
     def words(self) -> list[str]:
-        """For a report."""
+        """Return the audit as lines of a report."""
         if not (self.passed or self.doubled or self.refused):
             return ["No pair of runs of two directions with one depth and one seed lies here to be compared."]
         equal = "data, tokenizer, code, precision, budget, row order and validation windows"
@@ -63,7 +63,7 @@ def comparable(folder: ExperimentFolder) -> list[ExperimentFolder]:
 
 
 def audit(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -> Audit:
-    """Compares the identities of all pairs that a gap could be taken between; many refusals of one kind become one.
+    """Compare the identities of all pairs that a gap could be taken between; many refusals of one kind become one.
 
     With `of` only the pairs that this run is in.
     """
@@ -87,7 +87,7 @@ def audit(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -
 
 
 def _counts(one: str, other: str) -> list[str]:
-    """Returns true unless the two count the bytes of a token by other tables; earlier versions do not say."""
+    """Return true unless the two count the bytes of a token by other tables; earlier versions do not say."""
     return [f"bytes per token: {one} -> {other}"] if one and other and one != other else []
 
 
@@ -97,7 +97,7 @@ def _is_pair(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _equal_per_direction(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether a bidirectional run of a pair has twice the other's steps, and so as many tokens in each direction."""
+    """Return whether a pair's bidirectional run has twice the other's steps: as many tokens in each direction."""
     once, twice = sorted((one, other), key=lambda fields: is_marked(fields["direction"]))
     return is_marked(twice["direction"]) and bool(twice["steps"] == 2 * once["steps"])
 

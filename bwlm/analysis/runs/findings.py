@@ -31,7 +31,7 @@ ONE_WINDOW = "one validation window leaves none to compare on: raise evaluation.
 
 @dataclass(frozen=True)
 class Findings:
-    """What a grid's finished cells say."""
+    """Gaps, best learning rates and notes of a grid's finished cells."""
 
     best: list[BestRate]
     gaps: list[Gap]
@@ -42,14 +42,15 @@ class Findings:
     excluded: list[str]
     """Learning rates that could not be chosen, with the reason, and directions that are left with none."""
     windows: list[int]
-    """Of the compared half, for each gap."""
+    """Number of windows of the compared half, for each gap."""
     at_edge: list[str]
     """Best learning rates beyond which none was tried: a better one may lie there."""
     losses: pd.DataFrame
-    """That the gaps were measured on, a row a run and document: `stats.COLUMNS`."""
+    """Losses that the gaps were measured on, a row for each run and document: `stats.COLUMNS`."""
 
     @property
     def skipped(self) -> list[str]:
+        """Return lines on the cells and pairs that were left out, with the reason."""
         return [*self.without_result, *self.excluded, *self.not_compared]
 
 
@@ -93,7 +94,7 @@ def _codes(folders: list[ExperimentFolder]) -> list[str]:
 
 
 def best_rates(folders: list[ExperimentFolder]) -> list[BestRate]:
-    """Those of `find`, without comparing directions; sizes have the labels that they have among all of the runs."""
+    """Return the best rates of `find` without comparing directions; sizes have their labels among all runs."""
     labels = sizes(folders)
     folders = [folder for folder in folders if PHASES[folder.config().experiment.phase].compared]
     finished, _ = with_losses([folder for folder in folders if folder.status().state == "finished"])
@@ -110,7 +111,7 @@ def _rates(
 
 
 def _windows(test: pd.DataFrame, found: Gap) -> int:
-    """Those of one run stand for all of the pair, which were compared because they are of the same text."""
+    """Return the number of windows of a pair: those of one run, since all its runs were measured on the same text."""
     one = test["size"].eq(found.size) & test["direction"].eq(found.a) & test["seed"].eq(found.seeds[0])
     return int(test.loc[one, "windows"].iloc[0])
 
@@ -128,7 +129,7 @@ def _excluded(tried: list[TriedRate]) -> list[str]:
 
 
 def _at_edge(best: list[BestRate], tried: list[TriedRate]) -> list[str]:
-    """Where a verdict on directions may be one on learning rates: what was best is the last that was tried."""
+    """Return a note for each best learning rate at the edge of the sweep: a better rate may lie outside."""
     lines = dict[str, list[str]]()
     for one in best:
         rates = [rate.lr for rate in tried if (rate.size, rate.direction) == (one.size, one.direction)]
@@ -164,7 +165,7 @@ def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
 
 
 def _fewest_that_chose(pair: pd.DataFrame) -> int | None:
-    """How many seeds chose the learning rates of a pair, of the direction with fewer; None if neither was chosen."""
+    """Return how many seeds chose the rates of a pair, for the direction with fewer; None if none was chosen."""
     fewest = pair["choosing_seeds"].min()
     return None if pd.isna(fewest) else int(fewest)
 
@@ -173,4 +174,5 @@ BEST_HEADER = ["size", "direction", "best lr", "rates tried", "bpb on the tuning
 
 
 def best_columns(rate: BestRate) -> list[str]:
+    """Return a best rate's line in the table of learning rates."""
     return [rate.size, rate.direction, f"{rate.lr:g}", str(rate.candidates), f"{rate.bpb:.4f}", str(rate.seeds)]

@@ -21,12 +21,12 @@ _TEXT = ["window", "segment", "document", "tokens", "bytes"]
 
 
 def load_curves(folder: ExperimentFolder) -> pd.DataFrame:
-    """One row a step: step and every metric that was logged."""
+    """Return a run's journal, a row for each step: the step and every logged metric."""
     return pd.DataFrame([{"step": entry.step, **entry.metrics} for entry in read_journal(folder.path)])
 
 
 def load_losses(folder: ExperimentFolder, reading: str) -> pd.DataFrame:
-    """One row a segment of the validation windows: window, document, tokens, bytes, nll (nats), end_nll.
+    """Return a row for each segment of the validation windows: window, document, tokens, bytes, nll (nats), end_nll.
 
     Raises `UserError` that names the file if it is missing or damaged.
     """

@@ -58,7 +58,7 @@ class BestRate:
 
 
 def best_learning_rates(table: pd.DataFrame, tried: Sequence[TriedRate]) -> list[BestRate]:
-    """For each size and direction the qualifying learning rate with the lowest mean over seeds on the tuning half.
+    """Return the best rate of each size and direction: the lowest mean over seeds on the tuning half.
 
     Only seeds that every qualifying rate of that size and direction was trained with count, where there are any. A
     direction of which no rate qualifies has no best one.
@@ -110,6 +110,6 @@ def equal_per_direction(test: pd.DataFrame, folders: list[ExperimentFolder], lab
 
 
 def _among(table: pd.DataFrame, wanted: Set[tuple[str, str, float]]) -> pd.Series[bool]:
-    """Which rows are of the wanted sizes, directions and learning rates."""
+    """Return true for rows of the wanted sizes, directions and learning rates."""
     keys = zip(table["size"], table["direction"], table["lr"], strict=True)
     return pd.Series([key in wanted for key in keys], index=table.index, dtype=bool)

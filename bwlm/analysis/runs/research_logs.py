@@ -37,6 +37,7 @@ class LoggedRun:
         return np.asarray(self._entries(group, column)[:])
 
     def fixed(self, group: str, column: str) -> NDArray[Any]:
+        """Return a column of the log that holds for the whole run."""
         values = self.file[f"{group}/{column}"][:]
         return values.astype(str) if values.dtype.kind == "O" else np.asarray(values)
 
@@ -49,7 +50,7 @@ class LoggedRun:
 
 @contextmanager
 def opened(folder: ExperimentFolder) -> Iterator[LoggedRun]:
-    """Raises `UserError` naming the file if it is missing, or turns out to be damaged when it is read in the block."""
+    """Raise `UserError` naming the file if it is missing, or turns out to be damaged when it is read in the block."""
     experiment = folder.config().experiment
     path = folder.research_log(experiment.phase)
     check_log(folder, path)
@@ -63,7 +64,7 @@ def opened(folder: ExperimentFolder) -> Iterator[LoggedRun]:
 def from_each(
     folders: list[ExperimentFolder], read: Callable[[LoggedRun], pd.DataFrame]
 ) -> tuple[pd.DataFrame, list[str]]:
-    """What `read` makes of each run's log, joined, with run, direction, series; and why others gave nothing.
+    """Return what `read` makes of each run's log, with run, direction and series, and why other runs gave nothing.
 
     Raises `UserError` if none gave anything.
     """
