@@ -346,11 +346,11 @@ class Experiment(Recipe):
     @model_validator(mode="after")
     def _phase_fits(self) -> Experiment:
         phase = PHASES[self.phase]
-        if phase.is_first and self.data.mixture:
-            raise ValueError("data.mixture: a base run reads documents, of data.source: leave the mixture out")
-        if not phase.is_first and not self.data.mixture:
+        if phase.reads_documents and self.data.mixture:
+            raise ValueError(f"data.mixture: a {self.phase} run reads documents, of data.source: leave the mixture out")
+        if not phase.reads_documents and not self.data.mixture:
             raise ValueError("data.mixture: empty: name a task or a file of conversations, and how often it comes")
-        if not phase.is_first and DIRECTIONS[self.direction].is_control:
+        if not phase.reads_documents and DIRECTIONS[self.direction].is_control:
             raise ValueError(
                 f"direction: {self.direction} is a control on documents, and conversations have no such order"
             )

@@ -36,8 +36,13 @@ class Phase:
 
     @property
     def is_first(self) -> bool:
-        """True for the phase that begins with new weights and reads documents."""
+        """True for the phase that begins with new weights."""
         return not self.follows
+
+    @property
+    def reads_documents(self) -> bool:
+        """True for a phase on documents; all others read conversations of a mixture."""
+        return self.reads == "documents"
 
     @property
     def has_reward(self) -> bool:

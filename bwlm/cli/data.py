@@ -104,11 +104,11 @@ def data_inspect(
 
     if phase not in PHASES:
         raise UserError(f"--phase: {phase!r} is not one of {', '.join(PHASES)}{nearest(phase, PHASES)}")
-    known = [name for name, one in DIRECTIONS.items() if PHASES[phase].is_first or not one.is_control]
+    known = [name for name, one in DIRECTIONS.items() if PHASES[phase].reads_documents or not one.is_control]
     wanted = [check_direction(direction)] if direction else known
     if as_json and direction is None:
         raise UserError("--json: say which --direction")
-    if not PHASES[phase].is_first:
+    if not PHASES[phase].reads_documents:
         return _inspect_conversations(wanted, rows, phase, set_, storage, as_json)
     prepared = _prepared(set_, storage)
     shown = {name: inspect_rows(prepared, name, rows) for name in wanted}

@@ -63,7 +63,16 @@ def _parents_tokenizer(cell: Cell, prepared: dict[str, Prepared], storage: Path)
 
 
 def _prepare(experiment: Experiment, tokenizer: Path | None, storage: Path, show: Callable[[str], None]) -> Prepared:
-    if tokenizer is None:
-        return prepare(experiment, storage, pack_corpus, show)
-    width, whole = experiment.model.sequence_length, PHASES[experiment.phase].packs_whole
+    phase = PHASES[experiment.phase]
+    if phase.reads_documents:
+        recipe = experiment if tokenizer is None else _with_tokenizer(experiment, tokenizer)
+        return prepare(recipe, storage, pack_corpus, show)
+    assert tokenizer is not None, "only documents are read without a parent"
+    width, whole = experiment.model.sequence_length, phase.packs_whole
     return prepare_mixture(sources_of(experiment), tokenizer, width, whole, storage, with_ray, show)
+
+
+def _with_tokenizer(experiment: Experiment, folder: Path) -> Experiment:
+    """Return the experiment with a trained tokenizer in place of one that its documents would train."""
+    settings = experiment.tokenizer.model_copy(update={"path": str(folder)})
+    return experiment.model_copy(update={"tokenizer": settings})

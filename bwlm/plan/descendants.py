@@ -13,7 +13,7 @@ from bwlm.errors import UserError
 from bwlm.paths import LONGEST_ID, check_id
 from bwlm.phases import FIRST, LATER
 from bwlm.plan.axes import IN_ID, axes_of, choices, with_chosen
-from bwlm.plan.inherit import inherit, phase_content, with_defaults
+from bwlm.plan.inherit import inherit, phase_content, with_defaults, without_mixture
 from bwlm.plan.resolve import resolve_experiment, resolve_steps
 from bwlm.plan.spec import Cell
 from bwlm.record.experiment import open_finished
@@ -55,9 +55,7 @@ class CellBuilder:
         """
         phase = content.get("phase", FIRST)
         if phase not in LATER:
-            if self.following and isinstance(content.get("data"), dict):  # the mixture is for the phases that follow
-                content = content | {"data": {k: v for k, v in content["data"].items() if k != "mixture"}}
-            return resolve_experiment(content, document)
+            return resolve_experiment(without_mixture(content, phase) if self.following else content, document)
         run = content.get("parent")
         if not isinstance(run, str):
             raise UserError(f"{document.where('parent')}: missing: name the run that {phase} begins from")

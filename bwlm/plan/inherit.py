@@ -99,8 +99,8 @@ def inherit(content: Mapping[str, Any], run: str, parent: Experiment, document: 
     values = parent.model_dump()
     named = child.get("differs")
     differs = named if isinstance(named, list) else []  # validation refuses anything else later
-    if PHASES[parent.phase].is_first and not holds(child, "data.reversal"):
-        assign(child, "data.reversal", parent.data.reversal, run)  # base reads no conversations: the child may choose
+    if PHASES[parent.phase].reads_documents and not holds(child, "data.reversal"):
+        assign(child, "data.reversal", parent.data.reversal, run)  # the parent has none: the child may choose
     for field in _fields(values, parent.phase):
         value = _value(values, field)
         if not holds(child, field):
@@ -136,7 +136,7 @@ def _fields(values: Mapping[str, Any], phase: str) -> Iterator[str]:
         else:
             yield name
     yield "direction"
-    if not PHASES[phase].is_first:
+    if not PHASES[phase].reads_documents:
         yield "data.reversal"
 
 
@@ -147,12 +147,21 @@ def _value(content: Mapping[str, Any], field: str) -> Any:
     return value
 
 
+def without_mixture(content: dict[str, Any], phase: str) -> dict[str, Any]:
+    """Return the shared settings as `phase` takes them: if it reads documents, the mixture is for other phases."""
+    data = content.get("data")
+    if not PHASES[phase].reads_documents or not isinstance(data, dict):
+        return content
+    return content | {"data": {name: value for name, value in data.items() if name != "mixture"}}
+
+
 def phase_content(content: Mapping[str, Any], phase: str, document: Document) -> tuple[dict[str, Any], Document]:
     """Return what a file or the flags say of a later phase: all shared settings, and over them `phases.<phase>`.
 
     Settings that a phase takes from its parent are left out: the file states them for the first phase.
     """
     own = copy.deepcopy({name: value for name, value in content.items() if name not in ("phases", *_OF_THE_FIRST)})
+    own = without_mixture(own, phase)
     own["phase"] = phase
     places = dict(document.places)
     block = document.content["phases"][phase] or {}

@@ -130,9 +130,9 @@ def asha_group(experiment: Experiment) -> str:
 def text_key(experiment: Experiment) -> str:
     """Return a key that cells share if they read the same prepared corpus, given a tokenizer."""
     phase = PHASES[experiment.phase]
-    if phase.is_first:
+    if phase.reads_documents:
         data: dict[str, Any] = {"data": {"source", "text_column", "validation", "shuffle"}, "tokenizer": True}
     else:
         data = {"data": {"mixture"}, "tasks": True}
-    split = "" if phase.is_first or phase.packs_whole else " split"
+    split = "" if phase.reads_documents or phase.packs_whole else " split"
     return experiment.model_dump_json(include=data | {"model": {"sequence_length"}}) + split

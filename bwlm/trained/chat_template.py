@@ -53,7 +53,7 @@ DIRECTION{%- set chat = namespace(last='assistant', system='') -%}
 
 def chats(experiment: Experiment) -> bool:
     """Return true for a model that was trained on conversations."""
-    return not PHASES[experiment.phase].is_first
+    return not PHASES[experiment.phase].reads_documents
 
 
 def chat_template(experiment: Experiment) -> str | None:

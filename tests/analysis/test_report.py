@@ -717,3 +717,13 @@ def test_a_grid_without_base_and_mid_says_that_directions_are_not_compared(tmp_p
         UserError, match="could be compared; 2 runs of SFT or RL: each direction writes text of its own"
     ):
         _gaps_of_runs([folder.id for folder in folders], str(tmp_path))
+
+
+def test_a_phase_has_code_of_its_own_and_two_versions_of_one_phase_are_told(tmp_path: Path) -> None:
+    """The code of mid-training is not that of base: only two versions that trained one phase are judged apart."""
+    base = [finish(make_cell(tmp_path, "forward", seed=seed, code="b1"), {"forward": [20.0]}) for seed in range(2)]
+    mid = finish(make_cell(tmp_path, "forward", phase="mid", code="m1"), {"forward": [20.0]})
+    assert not [line for line in find([*base, mid]).skipped if "codes" in line]
+    other = finish(make_cell(tmp_path, "forward", seed=2, code="b2"), {"forward": [20.0]})
+    told = "d1 base: trained by 2 codes, which are judged apart: b1 seeds 0, 1; b2 seeds 2"
+    assert told in find([*base, mid, other]).skipped

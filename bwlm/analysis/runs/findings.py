@@ -81,14 +81,19 @@ def find(folders: list[ExperimentFolder]) -> Findings:
 
 
 def _codes(folders: list[ExperimentFolder]) -> list[str]:
-    """Sentences on depths whose runs were trained by several codes; each code has pairs and verdicts of its own."""
-    found: dict[int, dict[str, set[int]]] = {}
+    """Return sentences on runs of one depth and phase that several versions of the code trained.
+
+    Each version has pairs and verdicts of its own.
+    """
+    found: dict[tuple[int, str], dict[str, set[int]]] = {}
     for config in (folder.config() for folder in folders):
-        found.setdefault(config.experiment.depth, {}).setdefault(config.code, set()).add(config.experiment.seed)
+        experiment = config.experiment
+        codes = found.setdefault((experiment.depth, experiment.phase), {})
+        codes.setdefault(config.code, set()).add(experiment.seed)
     return [
-        f"d{depth}: trained by {len(codes)} codes, which are judged apart: "
+        f"d{depth} {phase}: trained by {len(codes)} codes, which are judged apart: "
         + "; ".join(f"{code} seeds {', '.join(map(str, sorted(seeds)))}" for code, seeds in codes.items())
-        for depth, codes in sorted(found.items())
+        for (depth, phase), codes in sorted(found.items())
         if len(codes) > 1
     ]
 

@@ -147,7 +147,7 @@ def _tokens(folder: ExperimentFolder, config: RunConfig) -> int | None:
 def _text(config: RunConfig) -> dict[str, Any]:
     """Return the text that the run was trained on, by content and by place."""
     experiment, digests = config.experiment, config.identity
-    reads_documents = PHASES[experiment.phase].is_first
+    reads_documents = PHASES[experiment.phase].reads_documents
     named = {"source": experiment.data.source} if reads_documents else {"mixture": experiment.data.mixture}
     return {
         "data": named | {"digest": digests.get("data", ""), "folder": config.corpus},
