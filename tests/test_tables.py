@@ -8,8 +8,11 @@ from typing import get_args
 
 import pytest
 
+from bwlm.analysis.charts.style import PALETTE
 from bwlm.directions import DIRECTIONS, READINGS, TEXT_READINGS, DirectionName, is_marked, opposite, own_readings
 from bwlm.phases import FIRST, LATER, PHASES, PhaseName, order
+from bwlm.record.researchlog_schema import GROUPS
+from bwlm.trained.model_card import _READS, _SNIPPETS
 
 ROOT = Path(__file__).parent.parent
 TABLES = ("bwlm/phases.py", "bwlm/directions.py")
@@ -59,4 +62,7 @@ def test_the_tables_are_whole() -> None:
     for name in DIRECTIONS:
         assert set(own_readings(name)) <= set(READINGS)
         assert is_marked(name) == (len(own_readings(name)) == 2)
+    assert list(PALETTE) == list(DIRECTIONS), "charts leave out a direction without a colour"
+    assert set(_READS) == set(_SNIPPETS) == set(DIRECTIONS), "an export needs words for its card"
+    assert {f"loss_{reading}" for reading in READINGS} <= GROUPS["train"].columns.keys()
     assert [opposite(reading) for reading in TEXT_READINGS] == list(TEXT_READINGS[::-1])

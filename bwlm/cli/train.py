@@ -9,23 +9,24 @@ import typer
 from bwlm.cli.eval import evaluate
 from bwlm.cli.launch import launch, show_places
 from bwlm.cli.terminal import AcceptCode, Json, Set, Storage, print_json, show, table
+from bwlm.directions import DIRECTIONS
 from bwlm.errors import UserError
-from bwlm.phases import FIRST
+from bwlm.phases import FIRST, PHASES
 
 
 def train(
     direction: Annotated[
         str | None,
-        typer.Option(help="forward, backward, bidirectional or permuted; past base: the parent's.", show_default=False),
+        typer.Option(help=f"{', '.join(DIRECTIONS)}; after base: the parent's.", show_default=False),
     ] = None,
     depth: Annotated[
-        int | None, typer.Option(help="Layers; the width follows from it. Past base: the parent's.", show_default=False)
+        int | None, typer.Option(help="Layers; the width is 64 x depth. After base: the parent's.", show_default=False)
     ] = None,
     phase: Annotated[
-        str, typer.Option(help="base, mid, sft, rl, or a chain: base,mid,sft; eval: see `bwlm eval`.")
+        str, typer.Option(help=f"{', '.join(PHASES)}, or a chain: base,mid,sft. eval is `bwlm eval`.")
     ] = FIRST,
     parent: Annotated[
-        str | None, typer.Option(help="The finished run that a phase past base begins from.", show_default=False)
+        str | None, typer.Option(help="The finished run that a phase after base starts from.", show_default=False)
     ] = None,
     lr: Annotated[
         float | None, typer.Option(help="Multiplies the learning rates of all parameter groups; default: 1.")
