@@ -24,8 +24,8 @@ from bwlm.credentials import refuse_secret
 from bwlm.errors import UserError, nearest
 from bwlm.paths import local_path
 from bwlm.text.splits import (
+    FileSplit,
     Shard,
-    SplitName,
     is_split_folder,
     listed,
     split_by_name,
@@ -173,7 +173,7 @@ def _local(path: Path, source: str, field: str, endings: tuple[str, ...]) -> lis
     return [_local_shard(found, split_of(str(found.relative_to(root)), own)) for found in paths]
 
 
-def _local_shard(path: Path, split: SplitName) -> Shard:
+def _local_shard(path: Path, split: FileSplit) -> Shard:
     """Return a local file as a shard.
 
     Folders are resolved, so that one file has one URI. The file itself is not: a link may bear the better name.

@@ -23,14 +23,14 @@ import fsspec
 
 from bwlm.errors import UserError
 
-SplitName = Literal["train", "validation", "test"]
-_WORDS: dict[SplitName, tuple[str, ...]] = {
+FileSplit = Literal["train", "validation", "test"]
+_WORDS: dict[FileSplit, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-SPLIT_WORDS: dict[str, SplitName] = {word: split for split, words in _WORDS.items() for word in words}
-_INSTEAD: dict[SplitName, str] = {"validation": "validates", "test": "is left for evaluation"}
+SPLIT_WORDS: dict[str, FileSplit] = {word: split for split, words in _WORDS.items() for word in words}
+_INSTEAD: dict[FileSplit, str] = {"validation": "validates", "test": "is left for evaluation"}
 _COMPARED_AT_ONCE = 2**20
 
 
@@ -42,7 +42,7 @@ class Shard:
     """Absolute path without links to folders, or a URI."""
     size: int
     stamp: str
-    split: SplitName = field(default="train", compare=False)
+    split: FileSplit = field(default="train", compare=False)
     """Split that the file's name says."""
 
     @property
@@ -51,7 +51,7 @@ class Shard:
         return self.uri, self.size, self.stamp
 
 
-def split_of(name: str, folder: str = "") -> SplitName:
+def split_of(name: str, folder: str = "") -> FileSplit:
     """Return the split that a path below its source says.
 
     `folder` is the source's own folder where its name counts too (`is_split_folder`).
