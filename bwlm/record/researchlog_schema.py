@@ -99,7 +99,7 @@ GROUPS = {
         {
             "step": _STEP,
             "rank": Column("int", "R", "rank", "which worker read the row"),
-            "row": Column("int64", "R", "row", "index of the row in the packed corpus"),
+            "row": Column("int64", "R", "row", "index of the row in the packed corpus; in RL of the problem"),
             "input": Column("int", "R T", "token id", "what was read"),
             "target": Column("int", "R T", "token id", "what was to be predicted; -1: nothing"),
             "predicted": Column("int", "R T", "token id", "what the model held most likely"),
