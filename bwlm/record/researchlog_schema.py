@@ -130,7 +130,7 @@ GROUPS = {
         },
     ),
     "attention": Group(
-        "One entry an evaluation: where heads look, on some of the validation windows, in each reading.",
+        "One entry an evaluation: where heads look, on some of the validation windows, in each own reading of the run.",
         {
             "step": _STEP,
             "entropy": Column("float32", "D L H", "nats", "of a position's attention, mean over positions"),
