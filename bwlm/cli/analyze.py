@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from bwlm.stats.gaps import Gap
 
 _LONGEST = 80
-"""Characters of a folder's name."""
+"""Most characters of a folder's name, without the digest at its end."""
 
-analyze_app = typer.Typer(help="What runs say: findings in words, a picture and a table.", no_args_is_help=True)
+analyze_app = typer.Typer(help="Analyse runs: findings in words, a picture and a table.", no_args_is_help=True)
 
 Runs = Annotated[
     list[str], typer.Argument(metavar="RUN...", help="Ids, globs over ids, or names of grids.", show_default=False)
@@ -35,8 +35,8 @@ Output = Annotated[
     typer.Option(
         "--output",
         metavar="FILE",
-        help="The picture to .svg, .png or .html, the first table to .csv, all of them to .md. Repeatable. "
-        "Default: all of them, in analyses/RUN below the storage.",
+        help="Write the picture (.svg, .png, .html), the first table (.csv), or the findings and all tables (.md). "
+        "Repeatable. Default: .html, .svg, .csv and .md, in analyses/RUN below the storage.",
         show_default=False,
     ),
 ]
@@ -53,26 +53,27 @@ def gap(
         typer.Option(
             "--from",
             metavar="FILE",
-            help="Anyone's losses, .parquet or .csv: run, direction, seed, size, document, nll, tokens, bytes.",
+            help="Losses of any models, .parquet or .csv: run, direction, seed, size, document, nll, tokens, bytes.",
             show_default=False,
         ),
     ] = None,
-    resamples: Annotated[int, typer.Option(min=1, help="Tables that the bootstrap draws from a file.")] = 10_000,
+    resamples: Annotated[int, typer.Option(min=1, help="Bootstrap resamples of the losses of --from.")] = 10_000,
     output: Output = None,
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
     """Compare directions: gaps, intervals, noise floor and a verdict for each size and pair.
 
-    Of runs, each direction at its best learning rate; or of anyone's losses, with nll in nats, summed over the text
-    tokens of a document (or a window of one), and runs paired by seed. Of a file nothing is written without --output.
+    RUNs are compared at the best learning rate of each direction. With `--from`, the losses may come from any models:
+    nll is in nats, summed over the text tokens of a document (or a window of it), runs are paired by seed, and files
+    are written only with `--output`.
 
     Example: `bwlm analyze gap --from losses.csv --output gaps.svg`
     """
     from bwlm.analysis.commands.gap import GAP_HEADER, gap_analysis, gap_columns, gap_figures
     from bwlm.stats.loss_file import gaps_from
 
-    _check(output)  # reading and resampling take longer than this mistake
+    _check(output)  # first, since reading and resampling take long
     if bool(runs) == bool(losses):
         raise UserError("analyze gap: give runs, or a table of losses with --from")
     if losses is not None:
@@ -104,7 +105,7 @@ def _gaps_of_runs(runs: list[str], storage: str | None) -> tuple[list[Gap], list
 
     chosen, left_out = choose(storage_root(storage), runs)
     folders, notes = begun(chosen, left_out)
-    findings = find(chosen)  # a rate with a cell that has not begun cannot be the best one yet
+    findings = find(chosen)  # all cells: a rate with a cell that has not begun cannot be the best yet
     compared = [folder for folder in folders if PHASES[folder.config().experiment.phase].compared]
     if others := len(folders) - len(compared):
         notes.append(f"{counted(others, 'run')} of SFT or RL: each direction writes text of its own there")
@@ -116,7 +117,7 @@ def _gaps_of_runs(runs: list[str], storage: str | None) -> tuple[list[Gap], list
 
 @analyze_app.command()
 def compare(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Learning curves over steps, tokens, FLOPs and time; tokens that a direction needs to reach a loss.
+    """Compare learning curves over steps, tokens, FLOPs and time, and the tokens each direction needs to reach a loss.
 
     Example: `bwlm analyze compare demo --output curves.svg`
     """
@@ -127,7 +128,7 @@ def compare(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
 @analyze_app.command()
 def transfer(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """What a model makes of the direction that it did not learn; the balance of bidirectional models.
+    """Measure each model in the direction that it was not trained in, and the balance of bidirectional models.
 
     Example: `bwlm analyze transfer demo`
     """
@@ -138,7 +139,7 @@ def transfer(runs: Runs, output: Output = None, storage: Storage = None, as_json
 
 @analyze_app.command()
 def positions(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Loss and accuracy by position from each end, by frequency of a token, by length of its document.
+    """Show loss and accuracy by position from each end, by token frequency and by document length.
 
     Example: `bwlm analyze positions 'demo_*_d1_lr4_s*'`
     """
@@ -149,7 +150,7 @@ def positions(runs: Runs, output: Output = None, storage: Storage = None, as_jso
 
 @analyze_app.command()
 def gradients(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Statistics of every parameter's gradient, by layer over time.
+    """Show statistics of every parameter's gradient, by layer over time.
 
     Example: `bwlm analyze gradients mine`
     """
@@ -160,7 +161,7 @@ def gradients(runs: Runs, output: Output = None, storage: Storage = None, as_jso
 
 @analyze_app.command()
 def activations(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Statistics of what is inside the model, by layer over time.
+    """Show statistics of the activations inside the model, by layer over time.
 
     Example: `bwlm analyze activations mine`
     """
@@ -171,7 +172,7 @@ def activations(runs: Runs, output: Output = None, storage: Storage = None, as_j
 
 @analyze_app.command()
 def representations(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """How alike the states of models are, layer by layer (linear CKA), across directions and seeds; attention heads.
+    """Compare the states of models across directions and seeds, layer by layer (linear CKA); show attention heads.
 
     Example: `bwlm analyze representations demo`
     """
@@ -182,7 +183,7 @@ def representations(runs: Runs, output: Output = None, storage: Storage = None, 
 
 @analyze_app.command()
 def scaling(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """A law of loss over size and data for each direction, the largest size predicted, the gap as sizes grow.
+    """Fit a law of loss over size and data to each direction, predict the largest size, follow the gap as sizes grow.
 
     Example: `bwlm analyze scaling demo`
     """
@@ -193,7 +194,7 @@ def scaling(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
 @analyze_app.command()
 def rewards(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Reward over the steps of RL, of samples and of greedy answers to validation problems.
+    """Show the reward over the steps of RL, of samples and of greedy answers to validation problems.
 
     Example: `bwlm analyze rewards arithmetic_rl`
     """
@@ -204,7 +205,7 @@ def rewards(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
 @analyze_app.command()
 def report(names: Runs, storage: Storage = None, as_json: Json = False) -> None:
-    """Write RESEARCH_REPORT.md and .html: of a grid, or of single experiments.
+    """Write RESEARCH_REPORT.md and .html for a grid, or for single experiments.
 
     Example: `bwlm analyze report demo`
     """
@@ -238,7 +239,10 @@ def _run(
     as_json: bool,
     rates: bool = False,
 ) -> None:
-    """`rates`: the analysis chooses learning rates, for which cells that have not begun count."""
+    """Run an analysis, write its files and print its findings.
+
+    With `rates` the analysis chooses learning rates, so it also gets the cells that have not begun.
+    """
     from bwlm.format import counted
     from bwlm.paths import storage_root
     from bwlm.record.catalog.select import begun, choose
@@ -265,7 +269,7 @@ def _records(table: pd.DataFrame) -> list[Any]:
 
 
 def _default(storage: str | None, runs: list[str]) -> Path:
-    """A folder of the question's own, so that one about other runs does not overwrite it."""
+    """Return a folder named after `runs`, so that an analysis of other runs does not overwrite this one."""
     from bwlm.paths import storage_root
 
     asked = " ".join(runs)

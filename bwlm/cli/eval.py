@@ -18,22 +18,25 @@ if TYPE_CHECKING:
 def evaluate(
     id_: Annotated[str, typer.Argument(metavar="ID", help="A finished run of any phase.", show_default=False)],
     directions: Annotated[
-        str, typer.Option(help="In which the texts are read, also by a model that was trained in the other.")
+        str,
+        typer.Option(
+            help="Comma-separated directions to read the texts in; a model may read a direction it was not trained in."
+        ),
     ] = "forward,backward",
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Bits per byte on the documents of its base and on conversations, in both directions.
+    """Measure bits per byte on the documents of the run's base and on conversations, in both directions.
 
-    Conversations are those of the run's own mixture, or the built-in ones. Every document's loss is kept in the run's
-    folder, below `evaluations/`.
+    The conversations come from the run's own mixture, else from the built-in one. The loss of every document is kept
+    in the run's folder, below `evaluations/`.
 
     Example: `bwlm eval mine --directions forward,backward`
     """
     from bwlm.paths import storage_root
 
     readings, root = _readings(directions), storage_root(storage)
-    from bwlm.evaluate.texts import evaluate_run  # torch takes seconds: a mistake is told before
+    from bwlm.evaluate.texts import evaluate_run  # imports torch, which takes seconds: mistakes are reported first
 
     with busy(f"evaluating {id_}"):
         rows = [asdict(row) for row in evaluate_run(root, id_, readings, say)]

@@ -11,10 +11,12 @@ from bwlm.cli.terminal import Storage, say
 
 
 def export(
-    experiment: Annotated[str, typer.Argument(metavar="ID", help="An experiment; see `bwlm runs list`.")],
-    target: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.", show_default=False)],
-    format_: Annotated[Literal["hf"], typer.Option("--format", help="hf: what transformers loads.")] = "hf",
-    step: Annotated[int | None, typer.Option(help="Of which step; default: the newest.", show_default=False)] = None,
+    experiment: Annotated[str, typer.Argument(metavar="ID", help="Experiment to export; see `bwlm runs list`.")],
+    target: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to create.", show_default=False)],
+    format_: Annotated[Literal["hf"], typer.Option("--format", help="hf: a folder that transformers loads.")] = "hf",
+    step: Annotated[
+        int | None, typer.Option(help="Step of the checkpoint; default: the newest.", show_default=False)
+    ] = None,
     storage: Storage = None,
 ) -> None:
     """Write a trained model, its tokenizer and a model card as a folder for other programs.
@@ -25,7 +27,7 @@ def export(
     from bwlm.trained.export_hf import check_target, export_hf
     from bwlm.trained.load import load_model
 
-    check_target(target)  # loading takes longer than this mistake
+    check_target(target)  # first, since loading takes long
     loaded = load_model(storage_root(storage), experiment, step)
     export_hf(loaded, target)
     direction = loaded.config.experiment.direction

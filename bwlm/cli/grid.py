@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 grid_app = typer.Typer(help="Plan, run and watch a grid of cells.", no_args_is_help=True)
 
-GridFile = Annotated[Path, typer.Argument(metavar="GRID.yaml", help="The grid file.", show_default=False)]
+GridFile = Annotated[Path, typer.Argument(metavar="GRID.yaml", help="Grid file.", show_default=False)]
 
 
 def _load(grid: Path, settings: list[str] | None, storage: str | None) -> tuple[Plan, Path]:
@@ -42,7 +42,7 @@ def grid_plan(
         typer.Option(
             metavar="NATS",
             help="Standard deviation over seeds of the paired difference between two directions, in nats per token, "
-            "from a pilot: the gap that the planned seeds could see, in nats.",
+            "from a pilot: gives in nats the smallest gap that the planned seeds can detect.",
             show_default=False,
         ),
     ] = None,
@@ -50,7 +50,7 @@ def grid_plan(
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Print every cell with its parameters, tokens, FLOPs, log size and state, and what gap the seeds could see.
+    """Print the parameters, tokens, FLOPs, log size and state of every cell, and the smallest gap the seeds can detect.
 
     Example: `bwlm grid plan grids/demo.yaml --set budget.steps=100 --seed-noise 0.006`
     """
@@ -62,7 +62,7 @@ def grid_plan(
     for cell in plan.cells:
         check_sources(cell.experiment)
     from bwlm.format import short_number
-    from bwlm.plan.power import detectable, detectable_words  # scipy takes a second: a mistake is told before
+    from bwlm.plan.power import detectable, detectable_words  # imports scipy, a second: mistakes are reported first
 
     seen = detectable(plan, seed_noise)
     if as_json:
@@ -81,7 +81,7 @@ def grid_plan(
 
 @grid_app.command("status")
 def grid_status(grid: GridFile, set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
-    """How far a grid is: the state, step and figures of every cell.
+    """Show the state, step and figures of every cell of a grid.
 
     Example: `bwlm grid status grids/demo.yaml --json`
     """
@@ -156,7 +156,7 @@ def _status_document(plan: Plan, root: Path) -> dict[str, Any]:
 
 
 def _reason(planned: PlannedCell) -> str:
-    """Why a cell ended as it did, or that `run` would refuse it."""
+    """Return why a cell ended, why `grid run` would refuse it, or how the code that trained it differs from today's."""
     if planned.changed:
         return f"exists with other settings ({'; '.join(planned.changed)})"
     return planned.other_code or planned.status.reason
@@ -190,7 +190,7 @@ def _show_result(plan: Plan, root: Path, result: LaunchResult, submit: str) -> N
 
 
 def _submit_line(grid: Path, overrides: list[str], root: Path) -> str:
-    """Returns the command that runs the same grid as a job; a job's own default storage is another one."""
+    """Return the command that runs the same grid as a job. It names the storage: a job has another default."""
     words = ["jobs/run_grid.py", str(grid), *(word for one in overrides for word in ("--set", one))]
     words += ["--storage", str(root.absolute())]
     return f"ray job submit --working-dir . --runtime-env jobs/env.yaml -- python {shlex.join(words)}"

@@ -1,4 +1,4 @@
-"""What launches have in common: `bwlm grid run` and `bwlm train`."""
+"""Launches from the command line: the shared part of `bwlm grid run` and `bwlm train`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ if TYPE_CHECKING:
 
 
 def launch(plan: Plan, root: Path, accept_code: bool) -> LaunchResult:
-    from bwlm.grid.launch import run_plan  # pandas, altair and Ray take seconds: a mistake is told before
+    """Run a plan and return its result; progress, and whatever Ray prints, goes to stderr."""
+    from bwlm.grid.launch import run_plan  # pandas, altair and Ray take seconds: mistakes are reported first
 
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         say(f"storage: {root}")
-    with contextlib.redirect_stdout(sys.stderr):  # Ray prints; stdout is for the result alone
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints to stdout, which is for the result alone
         return run_plan(plan, root, say, accept_code)
 
 
 def show_places(result: LaunchResult) -> None:
+    """Print the path of the report and the command that opens MLflow."""
     from bwlm.record.tracking import ui_command
 
     show(f"report     {result.report}", f"MLflow     {ui_command(result.tracking_uri, Path(sys.executable).parent)}")

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from bwlm.record.catalog.rows import CellRow
     from bwlm.record.experiment import ExperimentFolder
 
-runs_app = typer.Typer(help="What was trained, and what descends from what.", no_args_is_help=True)
+runs_app = typer.Typer(help="List, show and delete runs, and draw their family tree.", no_args_is_help=True)
 
-RunId = Annotated[str, typer.Argument(metavar="ID", help="The experiment.", show_default=False)]
+RunId = Annotated[str, typer.Argument(metavar="ID", help="Experiment's id.", show_default=False)]
 
 
 @runs_app.command("list")
@@ -37,20 +37,20 @@ def runs_list(
         list[str] | None,
         typer.Option(
             metavar="FIELD=VALUE",
-            help="Only runs of which this holds; quoted, also with != < > <= >=. Fields: id, phase, direction, parent, "
-            "state (words, also globs), depth, lr, seed, step and any metric. Repeatable: all must hold.",
+            help="List only runs that meet this condition; != < > <= >= work too, in quotes. Fields: id, phase, "
+            "direction, parent, state (words or globs), depth, lr, seed, step, any metric. Repeatable: all must hold.",
         ),
     ] = None,
     sort: Annotated[
         str | None,
-        typer.Option(metavar="FIELD", help="Any of these fields; -FIELD: from the highest. Default: id."),
+        typer.Option(metavar="FIELD", help="Sort by one of these fields; -FIELD: highest first. Default: id."),
     ] = None,
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Every experiment with its state, step and figures.
+    """List every experiment with its state, step and figures.
 
-    A run without a metric fulfils no condition on it, and is sorted last.
+    A run that lacks a metric meets no condition on it, and is sorted last.
 
     Example: `bwlm runs list --json`
 
@@ -102,17 +102,19 @@ def runs_tree(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="ID", help="Its ancestors and descendants alone; also a grid, or a glob.", show_default=False
+            metavar="ID",
+            help="Show only this run, its ancestors and descendants; also a grid or glob.",
+            show_default=False,
         ),
     ] = None,
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """What begins from what, each with its phase, direction, depth, best figure and state.
+    """Show the tree of runs, each below its parent, with its phase, direction, depth, best figure and state.
 
-    The best figure is the lowest val_bpb of the run's validations, in RL the highest val_reward, with its step where
-    that is not the run's last. Phases are validated on texts of their own: compare it with runs of the same phase.
-    Without ID, four or more runs of a grid from which none begins are one line.
+    The best figure is the lowest val_bpb of the run's validations, in RL the highest val_reward, with its step unless
+    that is the run's last. Each phase has its own validation texts: compare the figure only within a phase. Without
+    ID, four or more sibling runs of one grid and phase that have no children share one line.
 
     Example: `bwlm runs tree`
 
@@ -144,7 +146,7 @@ def runs_tree(
 
 @runs_app.command("show")
 def runs_show(run: RunId, storage: Storage = None, as_json: Json = False) -> None:
-    """All that is known of one experiment: state, family, what it changed against its parent, figures, files.
+    """Show one experiment: state, family, settings that differ from its parent's, figures and files.
 
     Example: `bwlm runs show mine`
     """
@@ -169,13 +171,13 @@ def runs_show(run: RunId, storage: Storage = None, as_json: Json = False) -> Non
 @runs_app.command("delete")
 def runs_delete(
     run: RunId,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
     storage: Storage = None,
 ) -> None:
     """Delete an experiment's folder: checkpoints, research log, evaluations, report. Its MLflow run stays.
 
-    Refused while other runs begin from it, or a process trains it. A grid's cell can be deleted: the grid's next launch
-    trains it again. A deletion that is killed is finished by the same command.
+    Refused if the run has children, or while a process trains it. A grid's cell can be deleted: the grid's next launch
+    trains it again. If a deletion is killed, run the same command to finish it.
 
     Example: `bwlm runs delete mine --yes`
     """
@@ -202,7 +204,7 @@ def _what_goes(folder: ExperimentFolder) -> str:
     from bwlm.record.catalog.describe import bytes_in
 
     size = file_size(bytes_in(folder.path))
-    with contextlib.suppress(UserError):  # a run that cannot be read can be deleted all the same
+    with contextlib.suppress(UserError):  # a run whose status cannot be read can still be deleted
         status = folder.status()
         return f"{status.state} at step {status.step:,}, {size}"
     return size

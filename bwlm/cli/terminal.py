@@ -1,4 +1,4 @@
-"""What the commands share: their common options, and how they speak to a terminal or a script."""
+"""Options that commands share, and output for a terminal or a script."""
 
 from __future__ import annotations
 
@@ -21,28 +21,33 @@ if TYPE_CHECKING:
 
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, dotted: --set budget.steps=100. Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Override a setting by its dotted name: --set budget.steps=100. Repeatable.",
+    ),
 ]
 Storage = Annotated[
     str | None, typer.Option(help="Folder of experiments; default: BWLM_STORAGE, else runs/.", show_default=False)
 ]
 AcceptCode = Annotated[
     bool,
-    typer.Option("--accept-code", help="Go on with runs that other code has begun; their records and reports say so."),
+    typer.Option("--accept-code", help="Resume runs that other code has begun; their records and reports say so."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
 
 _WIDEST = 1000  # columns
 _LEFT = ("id", "cell", "phase", "parent", "direction", "state", "size", "pair", "verdict", "reason")
-"""Headers of columns that begin on the left: words."""
+"""Headers of left-aligned columns: words. Figures are aligned on the right."""
 
 
 def say(message: str) -> None:
+    """Print a message on stderr, which leaves stdout to the result."""
     print(message, file=sys.stderr, flush=True)
 
 
 def busy(doing: str) -> AbstractContextManager[Any]:
-    """Says on a terminal, and nowhere else, what is being done while the block lasts."""
+    """Return a context that shows on stderr what is being done, if that is a terminal, until the block ends."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -50,7 +55,7 @@ def busy(doing: str) -> AbstractContextManager[Any]:
 
 
 def print_json(content: Any) -> None:
-    """Prints a document; a figure that is not finite is null, since JSON has no NaN."""
+    """Print a JSON document; figures that are not finite become null, since JSON has no NaN."""
     print(json.dumps(_finite(content), indent=2, allow_nan=False))
 
 
@@ -65,7 +70,7 @@ def _finite(content: Any) -> Any:
 
 
 def confirmed(question: str) -> bool:
-    """Asks a person. Raises `UserError` where there is none."""
+    """Ask a yes-or-no question on stderr; return true for yes. Raises `UserError` if there is no terminal."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise UserError("nobody can be asked here: add --yes")
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
@@ -86,33 +91,35 @@ def _console() -> Console:
 
 
 def _needed(console: Console, renderable: Any) -> int:
-    """The width at which nothing of it is wrapped or cut off."""
+    """Return the width in columns at which nothing is wrapped or cut off."""
     from rich.measure import Measurement
 
     return Measurement.get(console, console.options.update(max_width=_WIDEST), renderable).maximum
 
 
 def fits(renderable: Any) -> bool:
-    """Whether it is no wider than the terminal; where there is none, anything is."""
+    """Return true if a table or text is no wider than the terminal, or if there is no terminal."""
     console = _console()
     return not console.is_terminal or _needed(console, renderable) <= console.width
 
 
 def show(*renderables: Any) -> None:
+    """Print texts and rich's tables on stdout, never cut off; square brackets in a text are no markup."""
     console = _console()
     for renderable in renderables:
-        # a figure or an id that is cut off is worth nothing: a narrow terminal wraps the line instead
+        # a figure or id that is cut off is useless: a narrow terminal wraps the line instead
         console.width = max(console.width, _needed(console, renderable))
-        is_text = isinstance(renderable, str)  # which may hold [brackets] of a person
+        is_text = isinstance(renderable, str)  # a user's text may hold [brackets]
         console.print(renderable, soft_wrap=is_text, markup=not is_text)
 
 
 def show_heading(text: str) -> None:
-    """Prints a line in bold."""
+    """Print a line in bold."""
     _console().print(text, style="bold", markup=False, soft_wrap=True)
 
 
 def table(header: list[str], rows: list[list[str]], title: str | None = None) -> Table:
+    """Return a table for `show`, without Markdown's `**` in its cells."""
     from rich import box
     from rich.markup import escape  # a name from a file may look like [b]markup
     from rich.table import Table
@@ -130,7 +137,7 @@ def table(header: list[str], rows: list[list[str]], title: str | None = None) ->
 
 
 def show_under_titles(table: Table, titles: Sequence[str]) -> None:
-    """A table in which a title stands above each row."""
+    """Print a table with a title above each of its rows."""
     console = _console()
     console.width = max(console.width, _needed(console, table))
     lines = ["".join(segment.text for segment in line) for line in console.render_lines(table, pad=False)]
@@ -140,13 +147,13 @@ def show_under_titles(table: Table, titles: Sequence[str]) -> None:
 
 
 def show_fields(title: str, fields: Sequence[tuple[str, str]]) -> None:
-    """A name and what it is, line by line; on a terminal long ones are wrapped beside their names."""
+    """Print a title and a line per field: name, value. A terminal wraps long values beside their names."""
     from rich.table import Table
     from rich.text import Text
 
     console = _console()
     console.print(Text(title, style="bold"), soft_wrap=True)
-    if not console.is_terminal:  # one line each for whatever reads it
+    if not console.is_terminal:  # one line a field, for scripts
         room = max(len(name) for name, _ in fields)
         for name, value in fields:
             print(f"  {name:{room}}  {value}")
@@ -161,23 +168,23 @@ def show_fields(title: str, fields: Sequence[tuple[str, str]]) -> None:
 
 @dataclass(frozen=True)
 class Branch:
-    """A line of a tree."""
+    """Line of a tree, and the lines below it."""
 
     name: str
     columns: list[str] = field(default_factory=list)
     note: str = ""
-    """On a line of its own."""
+    """Remark, shown on a line below the name."""
     children: list[Branch] = field(default_factory=list)
 
 
 _GUIDE = 4
-"""Columns by which rich moves a child to the right."""
+"""Columns by which rich indents a child."""
 
 
 def show_tree(branches: list[Branch]) -> None:
-    """Names with their columns aligned; where a terminal is too narrow for that, these stand below the name.
+    """Print a tree of names with their columns aligned; a terminal too narrow for that gets them below the names.
 
-    What is not a terminal gets ASCII.
+    Lines of the tree are drawn in ASCII if stdout is not a terminal.
     """
     from rich.tree import Tree
 
@@ -190,7 +197,7 @@ def show_tree(branches: list[Branch]) -> None:
     top = Tree("", hide_root=True)
     for branch in branches:
         _grow(top, branch, [room, *widths] if aligned else [])
-    # an id that is cut in two is worth nothing: a narrow terminal wraps the line instead
+    # an id that rich cuts in two is useless: a narrow terminal wraps the line instead
     console.width = max([console.width, *(_GUIDE * level + len(line.name) for level, line in lines)])
     options = console.options
     if not console.is_terminal:
@@ -206,7 +213,7 @@ def _levels(branches: list[Branch], level: int) -> Iterator[tuple[int, Branch]]:
 
 
 def _grow(tree: Tree, branch: Branch, widths: list[int]) -> None:
-    """`widths` of the aligned columns, the name's first; none: below each other."""
+    """Add a branch to a tree, with columns of these `widths`, the name's first; without widths, columns go below it."""
     from rich.console import Group
     from rich.padding import Padding
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""`bwlm train`: one experiment."""
+"""`bwlm train`: one experiment, or a chain of phases."""
 
 from __future__ import annotations
 
@@ -16,27 +16,31 @@ from bwlm.phases import FIRST
 def train(
     direction: Annotated[
         str | None,
-        typer.Option(help="forward, backward, bidirectional or permuted; past base: the parent's.", show_default=False),
+        typer.Option(
+            help="forward, backward, bidirectional or permuted; after base: the parent's.", show_default=False
+        ),
     ] = None,
     depth: Annotated[
-        int | None, typer.Option(help="Layers; the width follows from it. Past base: the parent's.", show_default=False)
+        int | None, typer.Option(help="Layers, which also set the width; after base: the parent's.", show_default=False)
     ] = None,
     phase: Annotated[
-        str, typer.Option(help="base, mid, sft, rl, or a chain: base,mid,sft; eval: see `bwlm eval`.")
+        str, typer.Option(help="base, mid, sft, rl, or a chain: base,mid,sft. eval: runs `bwlm eval`.")
     ] = FIRST,
     parent: Annotated[
-        str | None, typer.Option(help="The finished run that a phase past base begins from.", show_default=False)
+        str | None, typer.Option(help="Finished run that a phase after base begins from.", show_default=False)
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Multiplies the learning rates of all parameter groups; default: 1.")
+        float | None, typer.Option(help="Multiplier on the learning rates of all parameter groups; default: 1.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the weights and the order of the rows; default: 0, or the parent's.")
+        int | None, typer.Option(help="Seed of the weights and the row order; default: 0, or the parent's.")
     ] = None,
     id_: Annotated[
         str | None,
         typer.Option(
-            "--id", help="Default: PHASE_DATE_DIRECTION_dDEPTH. A chain makes ID-base, ID-mid, ..", show_default=False
+            "--id",
+            help="Run's id; default: PHASE_DATE_DIRECTION_dDEPTH. A chain: ID-base, ID-mid, ..",
+            show_default=False,
         ),
     ] = None,
     set_: Set = None,
@@ -46,7 +50,7 @@ def train(
 ) -> None:
     """Train one experiment, or a chain of phases, as a grid trains its cells.
 
-    The same command resumes; on another day with `--id`.
+    Run the same command to resume. On another day give `--id`: the default id holds the date.
 
     Example: `bwlm train --direction backward --depth 4 --set budget.steps=200 --set budget.batch_tokens=16384`
 

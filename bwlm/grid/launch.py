@@ -1,8 +1,8 @@
-"""Launches a grid, or a single experiment: prepares its text, schedules its cells, keeps MLflow fed, writes the report.
+"""Launches of a grid or a single experiment: prepare texts, schedule cells, feed MLflow, write the report.
 
     [1] resolve  ->  [2] prepare  ->  [3] enlist  ->  [4] train  ->  [5] report
 
-What was interrupted goes on with the same command: finished cells are left alone, the others resume from their own
+The same command resumes an interrupted launch: finished cells stay as they are, the others resume from their own
 checkpoints.
 """
 
@@ -42,23 +42,27 @@ from bwlm.text.prepare import Prepared
 
 @dataclass(frozen=True)
 class LaunchResult:
+    """State of all cells after a launch, and addresses of its report, MLflow and dashboard."""
+
     cells: list[CellRow]
     waiting: int
-    """Cells that could not begin, since their parents have not finished."""
+    """Number of cells that could not begin, since their parents have not finished."""
     report: Path
     tracking_uri: str
     dashboard: str | None
 
     @property
     def complete(self) -> bool:
+        """True if every cell has finished or was stopped early by the scheduler."""
         return not self.waiting and all(cell.state in ("finished", "stopped") for cell in self.cells)
 
 
 def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code: bool = False) -> LaunchResult:
-    """Runs every cell that is not done. Raises `UserError` before anything is made where it can never work.
+    """Run every cell that is not done and return the result.
 
-    With `accept_code`, cells that other code has begun go on with today's, which their records then say.
-    Raises `SystemExit` with `TERMINATED`, or `KeyboardInterrupt`, if this process is asked to end meanwhile.
+    With `accept_code`, today's code resumes cells that other code has begun, and their records say so. Raises
+    `UserError`, before anything is made, for a plan that can never work. Raises `SystemExit` with `TERMINATED`, or
+    `KeyboardInterrupt`, if this process is asked to end meanwhile.
     """
     check_writable(storage)
     for planned in find_cells(plan, storage):
@@ -90,7 +94,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
             part = replace(plan, cells=_ready(generation, storage, show))
             if not part.cells:
                 continue
-            with exclusive(home / "lock"):  # two launches of one plan make its folders and runs once
+            with exclusive(home / "lock"):  # so that two launches of one plan make its folders and runs only once
                 cells = _resolved(part, storage, prepared, accept_code)
                 if plan.is_grid and grid_run is None:
                     grid_run = _enlist_grid(plan, storage, tracking)
@@ -109,12 +113,12 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
                 show,
             )
         show("writing the report")
-        with exclusive(home / "lock"):  # another launch may end at the same moment
+        with exclusive(home / "lock"):  # since another launch may end at the same moment
             return _conclude(plan, storage, tracking, grid_run, capacity.dashboard)
 
 
 def _tell_other_code(plan: Plan, storage: Path, show: Callable[[str], None]) -> None:
-    """One line for each way in which the code of finished cells was another; they are not trained again."""
+    """Show the finished cells of other code, a line for each difference; they are not trained again."""
     found: dict[str, list[str]] = {}
     for planned in find_cells(plan, storage):
         if planned.other_code and planned.is_done:
@@ -124,13 +128,16 @@ def _tell_other_code(plan: Plan, storage: Path, show: Callable[[str], None]) -> 
 
 
 def folder_of(plan: Plan, storage: Path) -> Path:
-    """Where a launch keeps its lock: a grid's folder, or the first experiment's own."""
+    """Return the folder of a launch's lock: the grid's, or the first experiment's own."""
     return grid_folder(storage, plan.name) if plan.is_grid else storage / plan.cells[0].id
 
 
 @contextlib.contextmanager
 def _only_launch(plan: Plan, storage: Path) -> Iterator[None]:
-    """Raises `UserError` if an experiment is trained by another process already; launches of a grid share its cells."""
+    """Hold the experiments of a plan for this launch. Launches of a grid hold nothing: they share its cells.
+
+    Raises `UserError` if another process trains one of the experiments.
+    """
     with contextlib.ExitStack() as launches:
         for planned in () if plan.is_grid else find_cells(plan, storage):
             if not planned.is_done:
@@ -141,13 +148,13 @@ def _only_launch(plan: Plan, storage: Path) -> Iterator[None]:
 
 
 def _discard_lock(home: Path) -> None:
-    """Of an experiment that was not made after all, whose folder would stay for it alone."""
+    """Remove the lock of an experiment that was not created after all: its folder would stay only for the lock."""
     if not (home / "config.json").exists():
         (home / "lock").unlink(missing_ok=True)
 
 
 def _ready(generation: tuple[Cell, ...], storage: Path, show: Callable[[str], None]) -> tuple[Cell, ...]:
-    """The cells whose parents have finished; of the others it is told what they wait for."""
+    """Return the cells whose parents have finished; show what the others wait for."""
     ready = []
     for cell in generation:
         parent = cell.experiment.parent
@@ -161,7 +168,7 @@ def _ready(generation: tuple[Cell, ...], storage: Path, show: Callable[[str], No
 
 
 def _check_tracking(uri: str, storage: Path) -> None:
-    """A server that does not answer, or refuses, is told before anything is prepared."""
+    """Raise `UserError` if the tracking server does not answer, or refuses: before anything is prepared."""
     from bwlm.cluster.session import check_answers
 
     parts = urlsplit(uri)
@@ -170,7 +177,7 @@ def _check_tracking(uri: str, storage: Path) -> None:
         check_answers(
             parts.hostname, port, f"tracking: {parts.hostname}:{port}", "start the server, or unset MLFLOW_TRACKING_URI"
         )
-        Tracking(uri, storage)  # it may answer with a refusal, although its /health says that all is well
+        Tracking(uri, storage)  # raises if the server refuses: it may, although its /health is fine
 
 
 def _dashboard(address: str | None) -> str:
@@ -182,7 +189,7 @@ def _dashboard(address: str | None) -> str:
 
 @dataclass(frozen=True)
 class _Resolved:
-    """A cell that can be trained now, and what its run is to be."""
+    """Cell that can be trained now, with the config, parent and data of its run."""
 
     planned: PlannedCell
     config: RunConfig
@@ -191,7 +198,11 @@ class _Resolved:
 
 
 def _resolved(plan: Plan, storage: Path, prepared: dict[str, Prepared], accept_code: bool) -> list[_Resolved]:
-    """Raises `UserError` where a cell exists with other settings, or a parent is not what it was."""
+    """Return the cells of a plan with the configs of their runs, new or resumed.
+
+    Raises `UserError` if a cell exists with other settings or another parent, or if `check_same`, `link_to` or
+    `compiled_if_it_can` refuses it.
+    """
     from bwlm.grid.hardware import compiled_if_it_can
 
     resolved = []
@@ -211,7 +222,7 @@ def _resolved(plan: Plan, storage: Path, prepared: dict[str, Prepared], accept_c
 
 
 def _enlist_grid(plan: Plan, storage: Path, tracking: Tracking) -> str:
-    """Notes the grid's cells and its file; gives the MLflow run that stands above those of its cells."""
+    """Write the list of the grid's cells and its grid file; return the grid's MLflow run, the parent of its cells'."""
     assert plan.grid_text is not None
     home = folder_of(plan, storage)
     write_cells(storage, plan.name, [cell.id for cell in plan.cells])
@@ -220,9 +231,9 @@ def _enlist_grid(plan: Plan, storage: Path, tracking: Tracking) -> str:
 
 
 def _enlist(cells: list[_Resolved], storage: Path, tracking: Tracking, grid_run: str | None) -> list[str]:
-    """Makes the folders and the MLflow runs that do not exist yet.
+    """Create the folders and MLflow runs that do not exist yet; return the ids of all MLflow runs of the cells.
 
-    The run of a phase after base lies below that of its base, every other one below the grid's.
+    The MLflow run of a phase after base is a child of its base's run, every other run a child of the grid's.
     """
     runs = []
     for cell in cells:
@@ -243,14 +254,14 @@ def _dataset(prepared: Prepared) -> dict[str, str]:
     if prepared.manifest.sources:
         parts = [f"{source.name} x {source.weight:g}" for source in prepared.manifest.sources]
         return {"name": "conversations", "digest": digest, "source": ", ".join(parts)}
-    if prepared.corpus is None:  # its source is gone
+    if prepared.corpus is None:  # the source is gone: the text was packed before
         return {"name": "text", "digest": digest, "source": str(prepared.folder)}
     first = prepared.corpus.train[0].uri
     return {"name": Path(first).parent.name or "text", "digest": digest, "source": first}
 
 
 def _introduce(planned: PlannedCell, show: Callable[[str], None]) -> None:
-    """What a single experiment is about to do, and how."""
+    """Show what a single experiment is about to train, and how it computes."""
     cell, saved = planned.cell, checkpoint_steps(planned.folder.checkpoints)
     step = planned.status.step
     ahead = f"goes on from its checkpoint of step {saved[-1]:,}" if saved else "begins again: it has no checkpoint yet"
@@ -264,7 +275,7 @@ def _introduce(planned: PlannedCell, show: Callable[[str], None]) -> None:
 
 
 def _compute_lines(config: RunConfig) -> list[str]:
-    """How the run computes on its hardware, and why."""
+    """Return a line for each choice of how the run computes on its hardware, with its reason."""
     return [f"  {choice}: {reason}" for choice, reason in config.compute.reasons.items()]
 
 
