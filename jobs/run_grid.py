@@ -1,4 +1,4 @@
-"""Runs a grid as a job of a Ray cluster: docs/cluster.md has the command. Takes what `bwlm grid run` takes."""
+"""Grid as a job of a Ray cluster, with the arguments of `bwlm grid run`; docs/cluster.md has the command."""
 
 from __future__ import annotations
 

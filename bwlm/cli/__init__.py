@@ -1,4 +1,4 @@
-"""The one command line: `bwlm grid|train|eval|runs|analyze|export|tokenizer|data`, thin over all other packages."""
+"""The command line `bwlm grid|train|eval|runs|analyze|export|tokenizer|data`: a thin layer over all other packages."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ _INTERRUPTED = 130
 
 
 def main() -> NoReturn:
-    """Entry point: a person's mistake is one line and exit code 2, a failed run 1, an interrupt 130, SIGTERM 143.
+    """Run the command line and exit with its code.
 
-    A reader that closes the pipe (`| head`) ends the command with 1 and without a word.
+    A user's mistake prints one line and exits with 2, a failed run exits with 1, an interrupt with 130, SIGTERM with
+    143. If the reader of the output closes the pipe (`| head`), the command exits with 1 and prints nothing more.
     """
     tolerate_any_text()
     try:
@@ -55,7 +56,7 @@ def main() -> NoReturn:
         sys.exit(end.code if finish_writing() else 1)
     except BrokenPipeError:
         if finish_writing():
-            raise  # the pipe was none of ours
+            raise  # another pipe broke, not standard output or error
         sys.exit(1)
 
 
@@ -63,13 +64,13 @@ def _main() -> NoReturn:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for chatty in ("mlflow", "alembic", "ray"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a cell that fails is told in its own line
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the launch prints its own line for a failed cell
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     before = signal.signal(signal.SIGTERM, _end)
     try:
         prepare_environment()
         check_ray_settings()
-        code = app(standalone_mode=False)  # typer returns the code of an Exit, and turns Ctrl-C into 130
+        code = app(standalone_mode=False)  # typer returns the code of an Exit, and 130 for Ctrl-C
     except BwlmError as error:
         say(f"bwlm: {masked(str(error))}")
         sys.exit(error.exit_code)
@@ -88,5 +89,5 @@ def _main() -> NoReturn:
 
 
 def _end(signum: int, frame: object) -> NoReturn:
-    """SIGTERM ends a command as Ctrl-C does, where nothing waits for its cells to save."""
+    """Exit on SIGTERM as on Ctrl-C. While cells train, `Termination` takes the signal instead, so that they save."""
     raise SystemExit(TERMINATED)

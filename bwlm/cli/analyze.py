@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bwlm.stats.gaps import Gap
 
 _LONGEST = 80
-"""Characters of a folder's name."""
+"""Most characters of a folder's name, without the digest at its end."""
 
 analyze_app = typer.Typer(help="Analyze runs: print findings, draw a chart, write tables.", no_args_is_help=True)
 
@@ -73,7 +73,7 @@ def gap(
     from bwlm.analysis.commands.gap import GAP_HEADER, gap_analysis, gap_columns, gap_figures
     from bwlm.stats.loss_file import gaps_from
 
-    _check(output)  # reading and resampling take longer than this mistake
+    _check(output)  # first, since reading and resampling take long
     if bool(runs) == bool(losses):
         raise UserError("analyze gap: give runs, or a table of losses with --from")
     if losses is not None:
@@ -105,7 +105,7 @@ def _gaps_of_runs(runs: list[str], storage: str | None) -> tuple[list[Gap], list
 
     chosen, left_out = choose(storage_root(storage), runs)
     folders, notes = begun(chosen, left_out)
-    findings = find(chosen)  # a rate with a cell that has not begun cannot be the best one yet
+    findings = find(chosen)  # all cells: a rate with a cell that has not begun cannot be the best yet
     compared = [folder for folder in folders if PHASES[folder.config().experiment.phase].compared]
     if others := len(folders) - len(compared):
         notes.append(f"{counted(others, 'run')} of SFT or RL: each direction writes text of its own there")
@@ -117,7 +117,7 @@ def _gaps_of_runs(runs: list[str], storage: str | None) -> tuple[list[Gap], list
 
 @analyze_app.command()
 def compare(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Learning curves over steps, tokens, FLOPs and time; tokens that a direction needs to reach a loss.
+    """Compare learning curves over steps, tokens, FLOPs and time, and the tokens each direction needs to reach a loss.
 
     Example: `bwlm analyze compare demo --output curves.svg`
     """
@@ -139,7 +139,7 @@ def transfer(runs: Runs, output: Output = None, storage: Storage = None, as_json
 
 @analyze_app.command()
 def positions(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Loss and accuracy by position from each end, by frequency of a token, by length of its document.
+    """Show loss and accuracy by position from each end, by token frequency and by document length.
 
     Example: `bwlm analyze positions 'demo_*_d1_lr4_s*'`
     """
@@ -150,7 +150,7 @@ def positions(runs: Runs, output: Output = None, storage: Storage = None, as_jso
 
 @analyze_app.command()
 def gradients(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Statistics of every parameter's gradient, by layer over time.
+    """Show statistics of every parameter's gradient, by layer over time.
 
     Example: `bwlm analyze gradients mine`
     """
@@ -161,7 +161,7 @@ def gradients(runs: Runs, output: Output = None, storage: Storage = None, as_jso
 
 @analyze_app.command()
 def activations(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Statistics of what is inside the model, by layer over time.
+    """Show statistics of the activations inside the model, by layer over time.
 
     Example: `bwlm analyze activations mine`
     """
@@ -194,7 +194,7 @@ def scaling(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
 @analyze_app.command()
 def rewards(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Reward over the steps of RL, of samples and of greedy answers to validation problems.
+    """Show the reward over the steps of RL, of samples and of greedy answers to validation problems.
 
     Example: `bwlm analyze rewards arithmetic_rl`
     """
@@ -205,7 +205,7 @@ def rewards(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
 @analyze_app.command()
 def report(names: Runs, storage: Storage = None, as_json: Json = False) -> None:
-    """Write RESEARCH_REPORT.md and .html: of a grid, or of single experiments.
+    """Write RESEARCH_REPORT.md and .html for a grid, or for single experiments.
 
     Example: `bwlm analyze report demo`
     """
@@ -239,7 +239,10 @@ def _run(
     as_json: bool,
     rates: bool = False,
 ) -> None:
-    """`rates`: the analysis chooses learning rates, for which cells that have not begun count."""
+    """Run an analysis, write its files and print its findings.
+
+    With `rates` the analysis chooses learning rates, so it also gets the cells that have not begun.
+    """
     from bwlm.format import counted
     from bwlm.paths import storage_root
     from bwlm.record.catalog.select import begun, choose
@@ -266,7 +269,7 @@ def _records(table: pd.DataFrame) -> list[Any]:
 
 
 def _default(storage: str | None, runs: list[str]) -> Path:
-    """A folder of the question's own, so that one about other runs does not overwrite it."""
+    """Return a folder named after `runs`, so that an analysis of other runs does not overwrite this one."""
     from bwlm.paths import storage_root
 
     asked = " ".join(runs)

@@ -1,4 +1,4 @@
-"""`bwlm data` and `bwlm tokenizer`: prepare text, or look at it as a model will."""
+"""`bwlm data` and `bwlm tokenizer`: prepare text, or show it as a model reads it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from bwlm.config import Recipe
     from bwlm.text.prepare import Prepared
 
-tokenizer_app = typer.Typer(help="Train or look at a tokenizer.", no_args_is_help=True)
-data_app = typer.Typer(help="Prepare text, or look at it as a model will.", no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Train or show a tokenizer.", no_args_is_help=True)
+data_app = typer.Typer(help="Prepare text, or show it as a model reads it.", no_args_is_help=True)
 
 
 def _recipe(
@@ -37,7 +37,7 @@ def _recipe(
 
 
 def _prepared(settings: list[str] | None, storage: str | None) -> Prepared:
-    """The corpus that the settings ask for; Ray starts only if it was never prepared."""
+    """Return the corpus that the settings ask for; start Ray only if it must be prepared."""
     from bwlm.text.prepare import prepare
 
     recipe, root = _recipe(settings, storage)
@@ -82,8 +82,8 @@ def _figure(value: float) -> str:
 
 @data_app.command("inspect")
 def data_inspect(
-    direction: Annotated[str | None, typer.Option(help="Only this direction; default: all.")] = None,
-    rows: Annotated[int, typer.Option(min=1, max=10_000, help="How many rows of the plan, or conversations.")] = 2,
+    direction: Annotated[str | None, typer.Option(help="Show only this direction; default: all.")] = None,
+    rows: Annotated[int, typer.Option(min=1, max=10_000, help="Number of rows, or of conversations per source.")] = 2,
     phase: Annotated[
         str, typer.Option(help="base: rows of documents. mid, sft, rl: conversations, with their targets.")
     ] = FIRST,
@@ -91,7 +91,7 @@ def data_inspect(
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Show the first rows that a run with seed 0 reads, decoded in each direction; or conversations.
+    """Show the first rows that a run with seed 0 reads, or the first conversations, decoded in each direction.
 
     Example: `bwlm data inspect --direction backward --rows 1`
 
@@ -159,7 +159,7 @@ def _inspect_conversations(
 
 
 def _show_supervised(texts: list[str], supervised: list[bool]) -> None:
-    """Spans of tokens that are targets are coloured on a terminal, and between marks elsewhere."""
+    """Print texts of tokens: spans that are targets in green on a terminal, elsewhere between « and »."""
     from itertools import groupby
 
     from rich.console import Console
@@ -178,7 +178,9 @@ def _show_supervised(texts: list[str], supervised: list[bool]) -> None:
 
 @tokenizer_app.command("train")
 def tokenizer_train(
-    output: Annotated[Path | None, typer.Option(help="Also write it to this folder.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write the tokenizer to this folder.", show_default=False)
+    ] = None,
     set_: Set = None,
     storage: Storage = None,
     as_json: Json = False,
@@ -192,7 +194,7 @@ def tokenizer_train(
 
 @tokenizer_app.command("show")
 def tokenizer_show(set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Vocabulary, bytes per token on the validation text, and digest.
+    """Show a tokenizer's vocabulary size, bytes per token on the validation text, and digest.
 
     Example: `bwlm tokenizer show --set tokenizer.path=my-tokenizer`
     """

@@ -25,15 +25,15 @@ def evaluate(
 ) -> None:
     """Measure bits per byte of a run on documents and on conversations, in both directions.
 
-    Conversations are those of the run's own mixture, or the built-in ones. Every document's loss is kept in the run's
-    folder, below `evaluations/`.
+    The conversations come from the run's own mixture, else from the built-in one. The loss of every document is kept
+    in the run's folder, below `evaluations/`.
 
     Example: `bwlm eval mine --directions forward,backward`
     """
     from bwlm.paths import storage_root
 
     readings, root = _readings(directions), storage_root(storage)
-    from bwlm.evaluate.texts import evaluate_run  # torch takes seconds: a mistake is told before
+    from bwlm.evaluate.texts import evaluate_run  # imports torch, which takes seconds: mistakes are reported first
 
     with busy(f"evaluating {id_}"):
         rows = [asdict(row) for row in evaluate_run(root, id_, readings, say)]

@@ -27,7 +27,7 @@ def export(
     from bwlm.trained.export_hf import check_target, export_hf
     from bwlm.trained.load import load_model
 
-    check_target(target)  # loading takes longer than this mistake
+    check_target(target)  # first, since loading takes long
     loaded = load_model(storage_root(storage), experiment, step)
     export_hf(loaded, target)
     direction = loaded.config.experiment.direction

@@ -1,4 +1,4 @@
-"""The family of runs as a tree: `bwlm runs tree`."""
+"""Lines of `bwlm runs tree`: runs below their parents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def branches(members: list[Member], gathered: bool) -> list[Branch]:
-    """`gathered`: the many leaves of a grid as one line."""
+    """Return the branches of runs and their children. With `gathered`, the many leaves of a grid share one line."""
     from bwlm.record.catalog.describe import Leaves, gather
 
     shown: list[Member | Leaves] = gather(members) if gathered else list(members)
@@ -43,7 +43,7 @@ def state_words(member: Member) -> str:
 
 
 def best_words(best: Best | None, step: int) -> str:
-    """The step only where it is not the run's last."""
+    """Return a run's best figure, with its step unless that is `step`; '' if there is none."""
     if best is None:
         return ""
     return f"{best.metric} {best.value:.4f}" + (f" at step {best.step:,}" if best.step != step else "")

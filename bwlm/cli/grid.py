@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 grid_app = typer.Typer(help="Plan, run and watch a grid of cells.", no_args_is_help=True)
 
-GridFile = Annotated[Path, typer.Argument(metavar="GRID.yaml", help="The grid file.", show_default=False)]
+GridFile = Annotated[Path, typer.Argument(metavar="GRID.yaml", help="Grid file.", show_default=False)]
 
 
 def _load(grid: Path, settings: list[str] | None, storage: str | None) -> tuple[Plan, Path]:
@@ -62,7 +62,7 @@ def grid_plan(
     for cell in plan.cells:
         check_sources(cell.experiment)
     from bwlm.format import short_number
-    from bwlm.plan.power import detectable, detectable_words  # scipy takes a second: a mistake is told before
+    from bwlm.plan.power import detectable, detectable_words  # imports scipy, a second: mistakes are reported first
 
     seen = detectable(plan, seed_noise)
     if as_json:

@@ -21,7 +21,7 @@ def launch(plan: Plan, root: Path, accept_code: bool) -> LaunchResult:
 
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         say(f"storage: {root}")
-    with contextlib.redirect_stdout(sys.stderr):  # Ray prints; stdout is for the result alone
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints to stdout, which is for the result alone
         return run_plan(plan, root, say, accept_code)
 
 

@@ -1,4 +1,4 @@
-"""`bwlm runs show`: one run in words."""
+"""Sections of `bwlm runs show`: the description of a run, in words."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from bwlm.format import file_size
 from bwlm.phases import PHASES
 
 Fields = list[tuple[str, str]]
+"""Names and values of a section's lines."""
 
 
 def sections(run: dict[str, Any]) -> list[tuple[str, Fields]]:
-    """Titles and fields of what `bwlm.record.catalog.describe.describe` gives; what is empty is left out."""
+    """Return titles and fields of what `bwlm.record.catalog.describe.describe` returns, without empty sections."""
     found = [
         (_headline(run), _itself(run)),
         ("family", _family(run)),

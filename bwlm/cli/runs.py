@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 runs_app = typer.Typer(help="List, show and delete runs; show the tree of parents and children.", no_args_is_help=True)
 
-RunId = Annotated[str, typer.Argument(metavar="ID", help="The experiment.", show_default=False)]
+RunId = Annotated[str, typer.Argument(metavar="ID", help="Experiment's id.", show_default=False)]
 
 
 @runs_app.command("list")
@@ -43,14 +43,14 @@ def runs_list(
     ] = None,
     sort: Annotated[
         str | None,
-        typer.Option(metavar="FIELD", help="Any of these fields; -FIELD: from the highest. Default: id."),
+        typer.Option(metavar="FIELD", help="Sort by one of these fields; -FIELD: highest first. Default: id."),
     ] = None,
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Every experiment with its state, step and figures.
+    """List every experiment with its state, step and figures.
 
-    A run without a metric fulfils no condition on it, and is sorted last.
+    A run that lacks a metric meets no condition on it, and is sorted last.
 
     Example: `bwlm runs list --json`
 
@@ -102,7 +102,9 @@ def runs_tree(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="ID", help="Its ancestors and descendants alone; also a grid, or a glob.", show_default=False
+            metavar="ID",
+            help="Show only this run, its ancestors and descendants; also a grid or glob.",
+            show_default=False,
         ),
     ] = None,
     storage: Storage = None,
@@ -169,13 +171,13 @@ def runs_show(run: RunId, storage: Storage = None, as_json: Json = False) -> Non
 @runs_app.command("delete")
 def runs_delete(
     run: RunId,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
     storage: Storage = None,
 ) -> None:
     """Delete an experiment's folder: checkpoints, research log, evaluations, report. Its MLflow run stays.
 
-    Refused while other runs begin from it, or a process trains it. A grid's cell can be deleted: the grid's next launch
-    trains it again. A deletion that is killed is finished by the same command.
+    Refused if the run has children, or while a process trains it. A grid's cell can be deleted: the grid's next launch
+    trains it again. If a deletion is killed, run the same command to finish it.
 
     Example: `bwlm runs delete mine --yes`
     """
@@ -202,7 +204,7 @@ def _what_goes(folder: ExperimentFolder) -> str:
     from bwlm.record.catalog.describe import bytes_in
 
     size = file_size(bytes_in(folder.path))
-    with contextlib.suppress(UserError):  # a run that cannot be read can be deleted all the same
+    with contextlib.suppress(UserError):  # a run whose status cannot be read can still be deleted
         status = folder.status()
         return f"{status.state} at step {status.step:,}, {size}"
     return size

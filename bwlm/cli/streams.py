@@ -1,4 +1,4 @@
-"""Standard output and error that every character can be written to, whatever the terminal or pipe understands."""
+"""Standard output and error that take every character, whatever the encoding of the terminal or pipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PLAIN = {
 def tolerate_any_text() -> None:
     """Make standard output and error write what their encoding lacks in ASCII, instead of raising.
 
-    Streams that are no files, such as those of a notebook, take any text already.
+    Streams that are not files, such as a notebook's, take any text already.
     """
     codecs.register_error(_HANDLER, _transliterated)
     for stream in (sys.stdout, sys.stderr):
@@ -32,7 +32,7 @@ def tolerate_any_text() -> None:
 def _transliterated(error: UnicodeError) -> tuple[str | bytes, int]:
     assert isinstance(error, UnicodeEncodeError), "these streams are only written to"
     text = readable(error.object[error.start : error.end])
-    if error.encoding.startswith("utf"):  # it lacks lone surrogates alone, and takes no text for them but ASCII
+    if error.encoding.startswith("utf"):  # UTF lacks only lone surrogates, and the handler must give bytes for them
         return text.encode(error.encoding), error.end
     return "".join(map(_nearest_ascii, text)), error.end
 

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, dotted: --set budget.steps=100. Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Override a setting by its dotted name: --set budget.steps=100. Repeatable.",
+    ),
 ]
 Storage = Annotated[
     str | None, typer.Option(help="Folder of experiments; default: BWLM_STORAGE, else runs/.", show_default=False)
@@ -30,11 +34,11 @@ AcceptCode = Annotated[
     bool,
     typer.Option("--accept-code", help="Resume runs that other code began; records and reports name both."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
 
 _WIDEST = 1000  # columns
 _LEFT = ("id", "cell", "phase", "parent", "direction", "state", "size", "pair", "verdict", "reason")
-"""Headers of columns that begin on the left: words."""
+"""Headers of left-aligned columns: words. Figures are aligned on the right."""
 
 
 def say(message: str) -> None:
@@ -43,7 +47,7 @@ def say(message: str) -> None:
 
 
 def busy(doing: str) -> AbstractContextManager[Any]:
-    """Says on a terminal, and nowhere else, what is being done while the block lasts."""
+    """Return a context that shows on stderr what is being done, if that is a terminal, until the block ends."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -87,7 +91,7 @@ def _console() -> Console:
 
 
 def _needed(console: Console, renderable: Any) -> int:
-    """The width at which nothing of it is wrapped or cut off."""
+    """Return the width in columns at which nothing is wrapped or cut off."""
     from rich.measure import Measurement
 
     return Measurement.get(console, console.options.update(max_width=_WIDEST), renderable).maximum
@@ -103,9 +107,9 @@ def show(*renderables: Any) -> None:
     """Print tables and lines on stdout, without markup."""
     console = _console()
     for renderable in renderables:
-        # a figure or an id that is cut off is worth nothing: a narrow terminal wraps the line instead
+        # a figure or id that is cut off is useless: a narrow terminal wraps the line instead
         console.width = max(console.width, _needed(console, renderable))
-        is_text = isinstance(renderable, str)  # which may hold [brackets] of a person
+        is_text = isinstance(renderable, str)  # a user's text may hold [brackets]
         console.print(renderable, soft_wrap=is_text, markup=not is_text)
 
 
@@ -133,7 +137,7 @@ def table(header: list[str], rows: list[list[str]], title: str | None = None) ->
 
 
 def show_under_titles(table: Table, titles: Sequence[str]) -> None:
-    """A table in which a title stands above each row."""
+    """Print a table with a title above each of its rows."""
     console = _console()
     console.width = max(console.width, _needed(console, table))
     lines = ["".join(segment.text for segment in line) for line in console.render_lines(table, pad=False)]
@@ -143,13 +147,13 @@ def show_under_titles(table: Table, titles: Sequence[str]) -> None:
 
 
 def show_fields(title: str, fields: Sequence[tuple[str, str]]) -> None:
-    """A name and what it is, line by line; on a terminal long ones are wrapped beside their names."""
+    """Print a title and a line per field: name, value. A terminal wraps long values beside their names."""
     from rich.table import Table
     from rich.text import Text
 
     console = _console()
     console.print(Text(title, style="bold"), soft_wrap=True)
-    if not console.is_terminal:  # one line each for whatever reads it
+    if not console.is_terminal:  # one line a field, for scripts
         room = max(len(name) for name, _ in fields)
         for name, value in fields:
             print(f"  {name:{room}}  {value}")
@@ -164,7 +168,7 @@ def show_fields(title: str, fields: Sequence[tuple[str, str]]) -> None:
 
 @dataclass(frozen=True)
 class Branch:
-    """A line of a tree."""
+    """Line of a tree, and the lines below it."""
 
     name: str
     columns: list[str] = field(default_factory=list)
@@ -174,13 +178,13 @@ class Branch:
 
 
 _GUIDE = 4
-"""Columns by which rich moves a child to the right."""
+"""Columns by which rich indents a child."""
 
 
 def show_tree(branches: list[Branch]) -> None:
     """Show names with their columns aligned; where a terminal is too narrow for that, these stand below the name.
 
-    What is not a terminal gets ASCII.
+    Lines of the tree are drawn in ASCII if stdout is not a terminal.
     """
     from rich.tree import Tree
 
@@ -193,7 +197,7 @@ def show_tree(branches: list[Branch]) -> None:
     top = Tree("", hide_root=True)
     for branch in branches:
         _grow(top, branch, [room, *widths] if aligned else [])
-    # an id that is cut in two is worth nothing: a narrow terminal wraps the line instead
+    # an id that rich cuts in two is useless: a narrow terminal wraps the line instead
     console.width = max([console.width, *(_GUIDE * level + len(line.name) for level, line in lines)])
     options = console.options
     if not console.is_terminal:
@@ -209,7 +213,7 @@ def _levels(branches: list[Branch], level: int) -> Iterator[tuple[int, Branch]]:
 
 
 def _grow(tree: Tree, branch: Branch, widths: list[int]) -> None:
-    """`widths` of the aligned columns, the name's first; none: below each other."""
+    """Add a branch to a tree, with columns of these `widths`, the name's first; without widths, columns go below it."""
     from rich.console import Group
     from rich.padding import Padding
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""`bwlm train`: one experiment."""
+"""`bwlm train`: one experiment, or a chain of phases."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def train(
         str | None, typer.Option(help="The finished run that a phase after base starts from.", show_default=False)
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Multiplies the learning rates of all parameter groups; default: 1.")
+        float | None, typer.Option(help="Multiplier on the learning rates of all parameter groups; default: 1.")
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the weights and of the order of the rows; default: 0, or the parent's.")
@@ -37,7 +37,9 @@ def train(
     id_: Annotated[
         str | None,
         typer.Option(
-            "--id", help="Default: PHASE_DATE_DIRECTION_dDEPTH. A chain makes ID-base, ID-mid, ..", show_default=False
+            "--id",
+            help="Run's id; default: PHASE_DATE_DIRECTION_dDEPTH. A chain: ID-base, ID-mid, ..",
+            show_default=False,
         ),
     ] = None,
     set_: Set = None,

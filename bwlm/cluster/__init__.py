@@ -1,1 +1,1 @@
-"""Ray: its environment, its sessions, its signals and what it has room for."""
+"""Ray: its environment, sessions, signals and capacity."""

@@ -19,18 +19,18 @@ _LOOK_SECONDS = 1.0
 
 
 SPARE_CPUS = 1.0
-"""Logical CPUs left for Ray Data's tasks: without one, a cell waits for its first batch for ever."""
+"""Logical CPUs left for Ray Data's tasks: without a free CPU, a cell waits for its first batch for ever."""
 
 
-_ROUNDING = 1e-6  # a tenth of a GPU can be given ten times
+_ROUNDING = 1e-6  # 10 x 0.1 GPUs fit on one GPU, whatever floats make of it
 
 
 TRIAL_CPUS = 0.1
-"""Logical CPUs of the trial that drives several workers."""
+"""Logical CPUs of a trial that drives several workers."""
 
 
 def cpus_of_cell(resources: ResourceSettings) -> float:
-    """Logical CPUs that one cell holds while it runs."""
+    """Return the logical CPUs that a cell holds while it runs: its workers' and, with several workers, its trial's."""
     return resources.workers * resources.cpus_per_worker + (TRIAL_CPUS if resources.workers > 1 else 0)
 
 
@@ -41,7 +41,7 @@ class Capacity:
     concurrency: int
     dashboard: str | None
     cluster: str
-    """`this machine` or the address of a cluster."""
+    """`this machine`, or the address of a cluster, with a hint if no cell asks for its GPUs."""
 
 
 def capacity_of_cluster(
@@ -68,9 +68,9 @@ def capacity_of_cluster(
 
 
 def _free_now(cpus: float, gpus: float) -> int:
-    """Cells of so many CPUs and GPUs that fit beside the cluster's other work; waits until one does.
+    """Return how many cells of this size fit beside the cluster's other work; wait until at least one does.
 
-    A cell that took the last CPU would wait for its rows for ever, and so would those of the other work.
+    A spare CPU stays free: a cell that took the last CPU would wait for its rows for ever, and so would other work.
     """
     while True:
         free = ray.available_resources()
@@ -88,7 +88,7 @@ def _tell_once(message: str) -> None:
 
 
 def _places(node: dict[str, float], resources: ResourceSettings) -> float:
-    """Workers that fit on one node."""
+    """Return how many workers fit on one node."""
     places = node.get("CPU", 0) // resources.cpus_per_worker
     if resources.gpus_per_worker:
         places = min(places, _parts(node.get("GPU", 0), resources.gpus_per_worker))
@@ -103,7 +103,10 @@ def _parts(gpus: float, each: float) -> int:
 def choose_concurrency(
     needs: Collection[ResourceSettings], wanted: int | None, cells: int, cpus: float, gpus: float, where: str
 ) -> int:
-    """Cells at once: as many of the largest kind as fit, so that none of them ever waits for room."""
+    """Return the number of cells to run at once: `wanted`, or as many of the largest kind as fit.
+
+    So no cell that is started waits for room. Raises `UserError` if `wanted` is more than fits, or if no cell fits.
+    """
     fits = min(_fitting(resources, cpus, gpus, where) for resources in needs)
     if wanted is not None and wanted > fits:
         raise UserError(f"launch.concurrency: {wanted} cells at once, but {where} has room for {fits}: lower it")

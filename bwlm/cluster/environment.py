@@ -16,10 +16,10 @@ _DEFAULTS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    # a cell that ASHA stops saves and merges its records: past this time Tune would drop the next cell in its worker
+    # a cell that ASHA stops first saves and merges its records: past this time Tune would drop its worker's next cell
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "3600",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    # Tune's own loggers and its experiment state go to a scratch folder that nothing reads
+    # Tune's own loggers and its experiment state would go to a scratch folder that nothing reads
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
     # Ray's log monitor lists its folder twice a second instead of ten times
@@ -29,11 +29,11 @@ _DEFAULTS = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
-    # a worker trains each cell in a new thread, and with heaps of their own the memory of each would be kept
+    # a worker trains each cell in a new thread: with a heap for each thread, the memory of every thread would be kept
     "MALLOC_ARENA_MAX": "1",
-    # large pages for what is kept, where the kernel gives them to who asks: fewer misses of the TLB
+    # large pages for the memory that is kept, if the kernel gives them on request: fewer TLB misses
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    # segments that can grow fragment less of a GPU's memory; as in nanochat
+    # segments that can grow fragment a GPU's memory less; as in nanochat
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
 
@@ -42,15 +42,15 @@ def prepare_environment() -> None:
     """Set the variables that are not set yet. Call it first in a process that starts Ray, and in Ray's workers."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-    # torch.compile's own default lies in /tmp; this one is shared by all cells and outlives a reboot
+    # torch.compile's default cache lies in /tmp; all cells share this one, and it outlives a reboot
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "bwlm" / "inductor"))
 
 
 def check_ray_settings() -> None:
     """Raise `UserError` that names the variables if Ray cannot even be imported with its settings.
 
-    Ray's own settings are `RAY_` and a lower-case name. A value that Ray cannot read ends the process that imports it,
-    so another process tries it first; where there is no such variable, nothing is tried.
+    Ray's own settings are `RAY_` and a lower-case name. A value that Ray cannot read ends the process that imports
+    Ray, so a child process tries the import first. If no such variable is set, nothing is tried.
     """
     settings = sorted(name for name in os.environ if re.match(r"RAY_[a-z]", name))
     if not settings:

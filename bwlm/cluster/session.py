@@ -1,4 +1,4 @@
-"""The Ray session: this machine's own cluster, or one at RAY_ADDRESS."""
+"""Ray sessions: a private cluster on this machine, or the cluster at RAY_ADDRESS."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ log = logging.getLogger(__name__)
 def open_cluster(needs: Collection[ResourceSettings], launch: LaunchSettings, cells: int) -> Iterator[Capacity]:
     """Connect to the cluster at RAY_ADDRESS, or starts a private one on this machine for the time of the block.
 
-    `needs` are the resources of the cells, each kind once. Raises `UserError` if the cluster can never place one of
-    them, or not as many at once as `launch.concurrency` asks for: Ray itself would wait for ever without a word.
+    `needs` are the resources of the cells, each kind once. Yields the capacity. Raises `UserError` if Ray does not
+    start or the address does not answer, if the cluster can never place a cell, or if it cannot place
+    `launch.concurrency` cells at once: Ray itself would wait for ever without a word.
     """
     concurrency = launch.concurrency
     if ray.is_initialized():
@@ -55,13 +56,13 @@ def open_cluster(needs: Collection[ResourceSettings], launch: LaunchSettings, ce
             context = _connect(address)
             yield capacity_of_cluster(needs, concurrency, cells, context.dashboard_url)
         else:
-            # no node of a cluster that is this machine is ever drained: one process less for each group of workers.
-            # Not at import, which a real cluster's workers do too
+            # a private cluster never drains its node, so Train needs no watcher process for each group of workers.
+            # Set here and not at import: the workers of a real cluster import this module too
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            # a trial driver sleeps: it needs a logical CPU share to be placed, but no core of this machine
+            # a trial that drives workers sleeps: it needs a share of a logical CPU to be placed, but no core
             cores = available_cores() + TRIAL_CPUS
             chosen = choose_concurrency(needs, concurrency, cells, cores, count_gpus(), "this machine")
-            # Ray Data's tasks and the trial drivers need logical CPUs of their own, or nothing would ever start
+            # Ray Data's tasks and the trials need logical CPUs besides the workers', or nothing would ever start
             logical = math.ceil(chosen * (max(map(cpus_of_cell, needs)) + TRIAL_CPUS) + SPARE_CPUS)
             context = _start(logical, launch.ray_start_seconds)
             yield Capacity(chosen, context.dashboard_url, "this machine")
@@ -70,13 +71,16 @@ def open_cluster(needs: Collection[ResourceSettings], launch: LaunchSettings, ce
 
 
 def _start(logical_cpus: int, seconds: float) -> Any:
-    """A cluster that is this machine; where Ray gives up after its own 30 s, tries again until `seconds` are over."""
+    """Start a cluster on this machine; if Ray gives up after its own 30 s, try again until `seconds` are over.
+
+    Raises `UserError` if Ray does not start.
+    """
     _check_temporary_folder()
     began = time.monotonic()
     while True:
         try:
             return _init(address="local", num_cpus=logical_cpus, include_dashboard=True)
-        except Exception as error:  # Ray has no class for what keeps it from starting
+        except Exception as error:  # Ray has no exception class for a failed start
             ray.shutdown()
             if "timed out during startup" not in str(error):
                 raise UserError(f"Ray does not start on this machine: {_first_line(error)}: {_RAY_SETTINGS}") from None
@@ -91,7 +95,7 @@ def _start(logical_cpus: int, seconds: float) -> Any:
 
 _RAY_SETTINGS = "look at HOME and the variables that begin with RAY_ in the environment, at free memory and /dev/shm"
 _SOCKET_PATH = 107
-"""Bytes that a path of a socket may have on Linux."""
+"""Longest path of a socket on Linux, in bytes."""
 _BELOW_TEMPORARY = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 
 
@@ -115,7 +119,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _connect(address: str) -> Any:
-    """Joins a cluster, or says in one line why that cannot work: Ray would try for minutes."""
+    """Join a cluster. Raises `UserError` with one line if that cannot work: Ray itself would try for minutes."""
     if address.startswith(("http://", "https://")):
         raise UserError(
             f"RAY_ADDRESS: {address} takes jobs only: use `ray job submit`, or RAY_ADDRESS=auto on the cluster"
@@ -135,18 +139,18 @@ def _connect(address: str) -> Any:
 def _check_token(address: str) -> None:
     """Raise `UserError` where the cluster asks for another token: Ray itself would ask again for minutes.
 
-    Asks the cluster for its id, which is the first thing that Ray does. Raises Ray's `AuthenticationError` where this
-    process is to show a token and has none.
+    The check asks the cluster for its id, as Ray itself does first. Raises Ray's `AuthenticationError` if this process
+    must show a token and has none.
     """
     if address == "auto":
         found = ray._private.services.find_gcs_addresses()
         if len(found) != 1:
-            return  # Ray says what it looks for
+            return  # Ray's own error says what is missing
         [gcs] = found
     else:
         gcs = address
     if "://" in gcs:
-        return  # a Ray client's server, which has no such call
+        return  # a Ray Client server, which has no such call
     header = AuthenticationTokenLoader.instance().get_token_for_http_header()
     metadata = [(name.lower(), value) for name, value in header.items()]
     with grpc.insecure_channel(gcs) as channel:
@@ -165,10 +169,10 @@ _TOKEN = "export RAY_AUTH_MODE=token, and copy the head's ~/.ray/auth_token here
 
 
 def _init(**options: Any) -> Any:
-    """`ray.init`, which replaces the handler of SIGTERM: a command's own one stays.
+    """Call `ray.init`, and keep this process's SIGTERM handler, which `ray.init` replaces.
 
-    It also has its workers import from the working folder before anything else, where a user's `tasks.py` or `numpy.py`
-    would take the place of what we import. So it is called in the folder that this package lies in.
+    Ray's workers import from the working folder of this call first. In a user's folder, a `tasks.py` or `numpy.py`
+    would shadow the modules that bwlm imports, so the call is made in the folder that holds this package.
     """
     ours = signal.getsignal(signal.SIGTERM)
     with contextlib.chdir(Path(bwlm.__file__).parents[1]):

@@ -1,4 +1,4 @@
-"""SIGTERM to a worker process, wherever in the cluster it runs."""
+"""SIGTERM to worker processes on any node of the cluster."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def ask_to_end(holder: str) -> None:
 
 
 def _terminate(pid: str) -> None:
-    with contextlib.suppress(psutil.Error, ValueError):  # a holder that has not yet written down who it is
+    # the process may have gone, or the holder may not have written its pid yet
+    with contextlib.suppress(psutil.Error, ValueError):
         process = psutil.Process(int(pid))
-        if process.name().startswith("ray::"):  # a number that was given away again is not ours to end
+        if process.name().startswith("ray::"):  # a reused pid may be another program's process
             process.terminate()

@@ -1,4 +1,4 @@
-"""Cells and their folders: compared with the plan, and the config of a new or resumed run."""
+"""Cells and their folders: comparison with the plan, and the config of a new or resumed run."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from bwlm.text.prepare import Prepared
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """A cell, its folder, and what was found there."""
+    """Cell of a plan, with its folder and the state of the run in it."""
 
     cell: Cell
     folder: ExperimentFolder
     status: Status
     changed: list[str]
-    """Settings in which the run that is there differs; its text may differ besides, once that is prepared."""
+    """Settings in which the run in the folder differs; the digest of its text is compared once the text is prepared."""
     other_code: str = ""
-    """Names how the code that trained the run differs from today's; '' where they agree."""
+    """Difference between today's code and the code that trained the run; '' if they agree."""
 
     @property
     def is_done(self) -> bool:
@@ -39,7 +39,7 @@ class PlannedCell:
 
     @property
     def has_begun(self) -> bool:
-        """True where training resumes from a checkpoint."""
+        """True if training resumes from a checkpoint."""
         return not self.is_done and bool(checkpoint_steps(self.folder.checkpoints))
 
 
@@ -91,7 +91,8 @@ def other_settings(known: Mapping[str, Any], planned: Mapping[str, Any]) -> list
 def check_same(planned: PlannedCell, changed: list[str], plan: Plan, accept_code: bool) -> None:
     """Raise `UserError` if the cell's folder holds a run with other settings, or one that other code has begun.
 
-    A run that other code finished stays; one that it has not begun is trained by today's.
+    `accept_code` lets today's code resume a run that other code has begun. A run that other code finished stays as it
+    is, and a run without a checkpoint is trained by today's code: neither is an error.
     """
     remove = f"remove {planned.folder.path}"
     if not changed:
@@ -111,14 +112,15 @@ def check_same(planned: PlannedCell, changed: list[str], plan: Plan, accept_code
 
 
 def resume_config(known: RunConfig, asked: RunConfig, begun: bool = True) -> RunConfig:
-    """A run that exists, with what this launch says of where and how fast it goes on.
+    """Return the config of an existing run, with this launch's settings of where and how fast it resumes.
 
-    How it computes was chosen when it was planned, maybe on another machine, and stays once it has begun unless it is
-    asked for anew; precision, which is part of what a run is, stays where it was left open.
+    Kernels, batch size and compilation were chosen when the run was planned, maybe on another machine. Unless this
+    launch sets `compute` otherwise, they stay once the run has begun, or if this machine would choose another
+    precision. Precision is part of the run's identity: it stays unless this launch names one.
     """
     settings = asked.experiment
     update = {"resources": settings.resources, "checkpoint": settings.checkpoint, "compute": settings.compute}
-    # sizes and kernels are chosen for a precision: those for another one are not this run's
+    # batch size and kernels are chosen for a precision: a choice for another precision does not fit this run
     stays = begun or asked.compute.precision != known.compute.precision
     compute = known.compute if stays and settings.compute == known.experiment.compute else asked.compute
     identity = dict(asked.identity)
@@ -133,7 +135,7 @@ def resume_config(known: RunConfig, asked: RunConfig, begun: bool = True) -> Run
         experiment=known.experiment.model_copy(update=update),
         identity=identity,
         compute=compute,
-        corpus=asked.corpus,  # the same text, at another place where it had to be prepared again
+        corpus=asked.corpus,  # the same text, in another folder if it had to be prepared again
         tokenizer=asked.tokenizer,
         identity_version=asked.identity_version,
         modules=asked.modules,
@@ -141,19 +143,20 @@ def resume_config(known: RunConfig, asked: RunConfig, begun: bool = True) -> Run
 
 
 def _counts_files_by_time(known: RunConfig, settings: Experiment) -> bool:
-    """True for a run of the same mixture whose digest of its rows holds the times of its files.
+    """True for a run of the same mixture and tasks whose digest of rows holds the times of its files.
 
-    Before identity version 3 the ids of conversations did, which order no row and are no target.
+    Before identity version 3 the ids of conversations held those times. The ids order no rows and are no targets, so
+    they change no result.
     """
     same = settings.data.mixture == known.experiment.data.mixture and settings.tasks == known.experiment.tasks
     return known.identity_version < 3 and bool(settings.data.mixture) and same
 
 
 def with_code_of(known: RunConfig, config: RunConfig, planned: PlannedCell) -> RunConfig:
-    """`config`, as this launch would train an existing run, with the code that trained the run so far.
+    """Return `config`, this launch's config of an existing run, with the code that trained the run so far.
 
-    A run without a checkpoint begins again, so today's code is all that trains it. Where another code goes on, that is
-    noted, with the step from which it does.
+    A run without a checkpoint begins again, so only today's code trains it. If other code resumes the run, the config
+    records that code and the step from which it trains.
     """
     if not planned.is_done and not planned.has_begun:
         return config

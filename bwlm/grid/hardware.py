@@ -46,9 +46,10 @@ def plan_compute(experiment: Experiment, shape: GPTConfig, steps: int) -> Comput
 
 
 def compiled_if_it_can(config: RunConfig) -> RunConfig:
-    """The same, but not compiled where the compiler of the workers fails. Raises `UserError` if compiling was set.
+    """Return the config, without compilation if the compiler of the workers fails.
 
-    A run that has begun compiled then goes on uncompiled, and differs in rounding from there on.
+    A run that has begun compiled then resumes uncompiled, and its rounding differs from that step on. Raises
+    `UserError` if the settings ask for compilation and the compiler fails.
     """
     experiment, compute = config.experiment, config.compute
     device: DeviceType = "cuda" if experiment.resources.gpus_per_worker else "cpu"
@@ -85,7 +86,10 @@ def _worker_hardware(device: DeviceType, threads: int) -> tuple[Hardware, float]
 
 @cache
 def _why_not_compile(device: DeviceType) -> str:
-    """A compiler that is there may still fail, and a long run must not die of a choice that nobody made."""
+    """Return why torch.compile fails on a worker; '' if it works.
+
+    An installed compiler may still fail, and a long run must not die of a default that nobody chose.
+    """
     if not os.environ.get("RAY_ADDRESS"):
         return why_not_compile(device)
     look = ray.remote(why_not_compile).options(num_cpus=1, num_gpus=1 if device == "cuda" else 0)

@@ -1,8 +1,8 @@
-"""Launches a grid, or a single experiment: prepares its text, schedules its cells, keeps MLflow fed, writes the report.
+"""Launches of a grid or a single experiment: prepare texts, schedule cells, feed MLflow, write the report.
 
     [1] resolve  ->  [2] prepare  ->  [3] enlist  ->  [4] train  ->  [5] report
 
-What was interrupted goes on with the same command: finished cells are left alone, the others resume from their own
+The same command resumes an interrupted launch: finished cells stay as they are, the others resume from their own
 checkpoints.
 """
 
@@ -46,7 +46,7 @@ class LaunchResult:
 
     cells: list[CellRow]
     waiting: int
-    """Cells that could not begin, since their parents have not finished."""
+    """Number of cells that could not begin, since their parents have not finished."""
     report: Path
     tracking_uri: str
     dashboard: str | None
@@ -60,8 +60,9 @@ class LaunchResult:
 def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code: bool = False) -> LaunchResult:
     """Run every cell that is not done. Raises `UserError` before anything is made where it can never work.
 
-    With `accept_code`, cells that other code has begun go on with today's, which their records then say.
-    Raises `SystemExit` with `TERMINATED`, or `KeyboardInterrupt`, if this process is asked to end meanwhile.
+    With `accept_code`, today's code resumes cells that other code has begun, and their records say so. Raises
+    `UserError`, before anything is made, for a plan that can never work. Raises `SystemExit` with `TERMINATED`, or
+    `KeyboardInterrupt`, if this process is asked to end meanwhile.
     """
     check_writable(storage)
     for planned in find_cells(plan, storage):
@@ -93,7 +94,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
             part = replace(plan, cells=_ready(generation, storage, show))
             if not part.cells:
                 continue
-            with exclusive(home / "lock"):  # two launches of one plan make its folders and runs once
+            with exclusive(home / "lock"):  # so that two launches of one plan make its folders and runs only once
                 cells = _resolved(part, storage, prepared, accept_code)
                 if plan.is_grid and grid_run is None:
                     grid_run = _enlist_grid(plan, storage, tracking)
@@ -112,7 +113,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
                 show,
             )
         show("writing the report")
-        with exclusive(home / "lock"):  # another launch may end at the same moment
+        with exclusive(home / "lock"):  # since another launch may end at the same moment
             return _conclude(plan, storage, tracking, grid_run, capacity.dashboard)
 
 
@@ -150,7 +151,7 @@ def _discard_lock(home: Path) -> None:
 
 
 def _ready(generation: tuple[Cell, ...], storage: Path, show: Callable[[str], None]) -> tuple[Cell, ...]:
-    """The cells whose parents have finished; of the others it is told what they wait for."""
+    """Return the cells whose parents have finished; show what the others wait for."""
     ready = []
     for cell in generation:
         parent = cell.experiment.parent
@@ -164,7 +165,7 @@ def _ready(generation: tuple[Cell, ...], storage: Path, show: Callable[[str], No
 
 
 def _check_tracking(uri: str, storage: Path) -> None:
-    """A server that does not answer, or refuses, is told before anything is prepared."""
+    """Raise `UserError` if the tracking server does not answer, or refuses: before anything is prepared."""
     from bwlm.cluster.session import check_answers
 
     parts = urlsplit(uri)
@@ -173,7 +174,7 @@ def _check_tracking(uri: str, storage: Path) -> None:
         check_answers(
             parts.hostname, port, f"tracking: {parts.hostname}:{port}", "start the server, or unset MLFLOW_TRACKING_URI"
         )
-        Tracking(uri, storage)  # it may answer with a refusal, although its /health says that all is well
+        Tracking(uri, storage)  # raises if the server refuses: it may, although its /health is fine
 
 
 def _dashboard(address: str | None) -> str:
@@ -185,7 +186,7 @@ def _dashboard(address: str | None) -> str:
 
 @dataclass(frozen=True)
 class _Resolved:
-    """A cell that can be trained now, and what its run is to be."""
+    """Cell that can be trained now, with the config, parent and data of its run."""
 
     planned: PlannedCell
     config: RunConfig
@@ -214,7 +215,7 @@ def _resolved(plan: Plan, storage: Path, prepared: dict[str, Prepared], accept_c
 
 
 def _enlist_grid(plan: Plan, storage: Path, tracking: Tracking) -> str:
-    """Notes the grid's cells and its file; gives the MLflow run that stands above those of its cells."""
+    """Write the list of the grid's cells and its grid file; return the grid's MLflow run, the parent of its cells'."""
     assert plan.grid_text is not None
     home = folder_of(plan, storage)
     write_cells(storage, plan.name, [cell.id for cell in plan.cells])
@@ -225,7 +226,7 @@ def _enlist_grid(plan: Plan, storage: Path, tracking: Tracking) -> str:
 def _enlist(cells: list[_Resolved], storage: Path, tracking: Tracking, grid_run: str | None) -> list[str]:
     """Make the folders and the MLflow runs that do not exist yet.
 
-    The run of a phase after base lies below that of its base, every other one below the grid's.
+    The MLflow run of a phase after base is a child of its base's run, every other run a child of the grid's.
     """
     runs = []
     for cell in cells:
@@ -246,7 +247,7 @@ def _dataset(prepared: Prepared) -> dict[str, str]:
     if prepared.manifest.sources:
         parts = [f"{source.name} x {source.weight:g}" for source in prepared.manifest.sources]
         return {"name": "conversations", "digest": digest, "source": ", ".join(parts)}
-    if prepared.corpus is None:  # its source is gone
+    if prepared.corpus is None:  # the source is gone: the text was packed before
         return {"name": "text", "digest": digest, "source": str(prepared.folder)}
     first = prepared.corpus.train[0].uri
     return {"name": Path(first).parent.name or "text", "digest": digest, "source": first}

@@ -17,9 +17,9 @@ from bwlm.plan.spec import Cell
 from bwlm.record.experiment import Status
 
 _LINE_SECONDS = 30.0
-"""A single experiment tells how far it is about so often, also between validations."""
+"""Least seconds between two lines of a single experiment, outside a terminal; validations get a line at once."""
 _GRID_SECONDS = 300.0
-"""A grid does, also between the ends of cells."""
+"""Least seconds between two lines of a grid, outside a terminal; cells that end get a line at once."""
 
 
 _DETAILS = (
@@ -46,11 +46,11 @@ _DETAILS = (
         ("flops", "{} FLOPs"),
     ),
 )
-"""Lines of metrics with their words; figures without a format of their own get a prefix (k, M, G, ..)."""
+"""Lines of metrics with their words; figures without a format get a unit prefix (k, M, G, ..)."""
 
 
 class ProgressDisplay:
-    """A table that redraws itself in a terminal; elsewhere lines: when a cell ends, and now and then before."""
+    """Table that redraws itself in a terminal; elsewhere lines: one when a cell ends, some while cells run."""
 
     def __init__(self, cells: tuple[Cell, ...], states: Mapping[str, Status]) -> None:
         self._cells = {cell.id: cell for cell in cells}
@@ -71,7 +71,7 @@ class ProgressDisplay:
             self._live.stop()
 
     def began(self, cell: str, step: int) -> None:
-        """`step` is where an earlier launch left it."""
+        """Add a cell to the running ones; `step` is the step that it resumes from."""
         self._ended.pop(cell, None)
         if cell not in self._running:
             self._running[cell] = {"step": step}
@@ -156,7 +156,7 @@ class ProgressDisplay:
 
 
 def _learnt(result: Mapping[str, Any]) -> str:
-    """The metric that tells how far learning is: in RL the loss, a policy gradient's, does not."""
+    """Return the name of the metric that shows learning: in RL the reward, since a policy-gradient loss does not."""
     return "reward" if "reward" in result else "train_loss_smooth"
 
 
@@ -173,7 +173,7 @@ def _details(result: Mapping[str, Any]) -> list[str]:
 
 
 def _step_words(result: Mapping[str, Any], steps: int) -> str:
-    """step 120/400, loss 3.412, val_bpb 2.3100, 23,456 tokens/s"""
+    """Return a result in words: `step 120/400, loss 3.412, val_bpb 2.3100, 23,456 tokens/s`."""
     learnt = _learnt(result)
     named = {learnt: "reward {:.3f}" if learnt == "reward" else "loss {:.3f}"}
     named |= {"val_bpb": "val_bpb {:.4f}", "val_reward": "val_reward {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}

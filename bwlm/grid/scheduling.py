@@ -1,4 +1,4 @@
-"""Schedulers (FIFO, ASHA) and callbacks of Tune: early stops, the end of each cell, the end of the launch."""
+"""Schedulers (FIFO, ASHA) and callbacks of Ray Tune: early stops, the end of each cell, the end of the launch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ log = logging.getLogger(__name__)
 
 
 class CellScheduler(FIFOScheduler):  # type: ignore[misc]
-    """First in, first out. Once this process is asked to end, the cells that run are asked too, and no other begins."""
+    """FIFO scheduler that ends a launch: when this process is asked to end, it asks the running cells to end too.
+
+    No other cell begins then.
+    """
 
     def __init__(self, storage: Path, termination: Termination, grace_seconds: float) -> None:
         super().__init__()
@@ -37,9 +40,9 @@ class CellScheduler(FIFOScheduler):  # type: ignore[misc]
         self._deadline: float | None = None
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Tune asks in each of its rounds, many times a second.
+        """Return the trial that Tune starts next, or None; Tune asks many times a second.
 
-        Raises `SystemExit` past the grace time: what hangs loses no more than the steps since its last checkpoint.
+        Raises `SystemExit` past the grace time: a cell that hangs loses only the steps since its last checkpoint.
         """
         if not self._termination.asked:
             return super().choose_trial_to_run(tune_controller)
@@ -63,9 +66,10 @@ class CellScheduler(FIFOScheduler):  # type: ignore[misc]
 
 
 class DirectionwiseASHA(CellScheduler):
-    """ASHA (Li et al. 2020) among cells that differ in the learning rate alone, on the tuning half of the windows.
+    """ASHA (Li et al. 2020) among cells that differ only in the learning rate, on the tuning half of the windows.
 
-    One set of rungs for all would stop the direction that reads worse, and leave nothing to compare.
+    With one set of rungs for all cells, ASHA would stop the direction with the higher loss and leave nothing to
+    compare.
     """
 
     def __init__(
@@ -77,7 +81,7 @@ class DirectionwiseASHA(CellScheduler):
         termination: Termination,
         grace_seconds: float,
     ) -> None:
-        """`strata` names, for each cell, the group within which it competes."""
+        """Make rungs for each group of cells; `strata` maps each cell's id to the group in which it competes."""
         super().__init__(storage, termination, grace_seconds)
         self._strata = strata
         self._rungs = {
@@ -120,9 +124,9 @@ def build_scheduler(plan: Plan, cells: list[PlannedCell], storage: Path, termina
 
 
 class CellStates(TrialProgressCallback):  # type: ignore[misc]
-    """Shows how far the cells are, and notes those that their own worker could not note: stopped early, or crashed.
+    """Callbacks that show progress, and write the end of a cell that its worker did not write: stopped or crashed.
 
-    It takes the place of Tune's own display, which prints a line for each trial that was never begun.
+    They replace Tune's own display, which prints a line for each trial that never began.
     """
 
     def __init__(self, storage: Path, progress: ProgressDisplay, termination: Termination) -> None:
@@ -170,12 +174,12 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
         last = error.strip().splitlines()[-1].strip()
         with _on_a_full_disk_too(folder):
             write_text(folder.path / "error.txt", error)
-        if folder.lease_holder() is not None:  # another launch trains it already
+        if folder.lease_holder() is not None:  # another launch trains the cell now
             return
         self._close(folder, at, Status("failed", f"crashed, see error.txt: {last}", at.step, at.metrics))
 
     def _close(self, folder: ExperimentFolder, at: Status, ending: Status) -> None:
-        """Notes an end that the worker did not note itself."""
+        """Write and show the end of a cell: `ending`, unless its worker has already written another."""
         if not at.ended:
             with _on_a_full_disk_too(folder):
                 folder.write_status(ending)

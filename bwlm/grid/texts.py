@@ -1,4 +1,4 @@
-"""The text of all cells, prepared before anything is trained: documents, or mixtures of conversations."""
+"""Texts of all cells, prepared before anything is trained: documents, or mixtures of conversations."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tasks.sources import sources_of
 
 
 def prepare_texts(plan: Plan, storage: Path, show: Callable[[str], None]) -> dict[str, Prepared]:
-    """The text of every cell, by id; cells that read the same share it. Raises `UserError` for every fault of it.
+    """Return the prepared text of every cell, by the cell's id; cells that read the same text share it.
 
-    The tokenizer of a phase after base is its parent's.
+    A phase after base uses its parent's tokenizer. Raises `UserError` for every fault of a text.
     """
     prepared: dict[str, Prepared] = {}
     known: dict[str, Prepared] = {}
@@ -39,7 +39,7 @@ def prepare_texts(plan: Plan, storage: Path, show: Callable[[str], None]) -> dic
 
 
 def _packed_before(plan: Plan, cell: Cell, storage: Path, error: NoSource) -> Prepared:
-    """The text of a cell whose source is gone, as a run that reads the same has packed it; else raises the error."""
+    """Return the text that a run with the same text has packed, for a cell whose source is gone; else raise `error`."""
     for other in plan.cells:
         folder = ExperimentFolder(storage, other.id)
         if text_key(other.experiment) == text_key(cell.experiment) and folder.exists():
@@ -58,7 +58,8 @@ def _parents_tokenizer(cell: Cell, prepared: dict[str, Prepared], storage: Path)
     if parent in prepared:
         return prepared[parent].tokenizer_folder
     config = ExperimentFolder(storage, parent).config()
-    Tokenizer.load(Path(config.tokenizer), config.identity["tokenizer"])  # told here, before anything is packed with it
+    # raises for a damaged tokenizer, before anything is packed with it
+    Tokenizer.load(Path(config.tokenizer), config.identity["tokenizer"])
     return Path(config.tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""Trains cells with Ray Tune until each has ended, or until the launch is asked to.
+"""Training of cells with Ray Tune, until each has ended or the launch is asked to end.
 
 Tune's own state lies in a scratch folder and is never restored.
 """
@@ -37,8 +37,9 @@ def train_cells(
 ) -> None:
     """Train what is not done; `run` is the MLflow run that gets this machine's system metrics.
 
-    If this process is asked to end, by SIGTERM or Ctrl-C, its cells save first, within a grace time. Raises
-    `SystemExit` with `TERMINATED` then, or `KeyboardInterrupt`, after `show` was told from where each cell resumes.
+    If this process is asked to end, by SIGTERM or Ctrl-C, its cells save checkpoints first, within a grace time. Then
+    `show` gets the step that each cell resumes from. Raises `SystemExit` with `TERMINATED` after SIGTERM, and
+    `KeyboardInterrupt` after Ctrl-C.
     """
     unfinished = _in_order([planned for planned in cells if not planned.is_done])
     if not unfinished:
@@ -67,9 +68,10 @@ def train_cells(
 
 @contextlib.contextmanager
 def _ctrl_c_saves(show: Show) -> Iterator[threading.Event]:
-    """The first Ctrl-C asks this process to end as SIGTERM does, and sets the event; the second one ends it at once."""
+    """Turn the first Ctrl-C into SIGTERM and set the event, so that cells save; the second one ends the process."""
     interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers, and gets Ctrl-C
+    # only the main thread may set handlers, and gets Ctrl-C
+    if threading.current_thread() is not threading.main_thread():
         yield interrupted
         return
 
@@ -87,7 +89,7 @@ def _ctrl_c_saves(show: Show) -> Iterator[threading.Event]:
 
 
 _LINES = 8
-"""Cells that are told one by one; of more, how many resume."""
+"""Most cells that get a line each; of more, only the numbers are shown."""
 
 
 def _resume_lines(folders: list[ExperimentFolder]) -> list[str]:
@@ -102,9 +104,10 @@ def _resume_lines(folders: list[ExperimentFolder]) -> list[str]:
 
 
 def _in_order(cells: list[PlannedCell]) -> list[PlannedCell]:
-    """The longest first, so that what is left at the end is short and workers do not idle.
+    """Return the cells sorted by FLOPs, the longest first: short cells at the end let no worker idle for long.
 
-    Beside another launch from its other end: else both would come to the same cell each time one ends, and one waits.
+    If another launch trains some of the cells, the free cells come first, the shortest ahead. Else both launches would
+    reach the same cell each time, and one of them would wait.
     """
     ordered = sorted(cells, key=lambda planned: -planned.cell.flops)
     held = {planned.cell.id for planned in ordered if planned.folder.lease_holder() is not None}
@@ -128,12 +131,12 @@ def _tune(
             param_space={
                 **shared,
                 "cell": ray.tune.grid_search(list(resources)),
-                # what is reserved is what is used, whatever another launch has written into the cell's folder since
+                # workers use what is reserved here, even if another launch writes other settings to the cell's folder
                 "resources": ray.tune.sample_from(lambda config: resources[config["cell"]].model_dump()),
             },
             tune_config=TuneConfig(
                 max_concurrent_trials=concurrency,
-                # a group of workers does not hear that its trial was stopped: it ends with the trial's process
+                # a group of workers is not told that its trial was stopped: it ends only with the trial's process
                 reuse_actors=all(one.workers == 1 for one in resources.values()),
                 scheduler=build_scheduler(plan, cells, storage, termination),
             ),
@@ -150,7 +153,7 @@ def _tune(
 
 @contextlib.contextmanager
 def _delivery(tracking: Tracking, folders: list[ExperimentFolder]) -> Iterator[None]:
-    """Feeds MLflow from the journals, in the background, for the time of the block."""
+    """Deliver the runs' journals to MLflow in a background thread until the block ends."""
     done = threading.Event()
 
     def deliver() -> None:
@@ -167,7 +170,7 @@ def _delivery(tracking: Tracking, folders: list[ExperimentFolder]) -> Iterator[N
 
 
 def _deliver(tracking: Tracking, folders: list[ExperimentFolder], enough: Callable[[], bool] = lambda: False) -> None:
-    """Every run's new entries, until those of one cannot be delivered: the next would wait as long."""
+    """Deliver every run's new entries to MLflow, up to the first run that fails: the next would wait as long."""
     for folder in folders:
         if enough() or not tracking.try_deliver(folder):
             return

@@ -1,4 +1,4 @@
-"""The code of Ray's workers: a cell through Tune and Train, and its session."""
+"""Code that runs in Ray's workers: a cell through Tune and Train, and its session."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from bwlm.record.lease import LeaseLost
 
 
 class RaySession:
-    """The loop's view of a Ray Train worker; a cell of one worker reports to Tune, one of several to Train."""
+    """Session of a worker, for the training loop. A cell with one worker reports to Tune, with several to Train."""
 
     def __init__(self, steps: int, resources: ResourceSettings, lost_lease: Callable[[], bool] = lambda: False) -> None:
+        """Find this worker's rank and device; `steps` are the run's, `lost_lease` tells if its lease is lost."""
         import ray.train
         import ray.train.torch
         import torch
 
         several = resources.workers > 1
-        # in local mode the trial itself is the worker, and Train has no context to ask
+        # in Train's local mode the trial itself is the worker, and Train has no context
         context = ray.train.get_context() if several else None
         self.rank = context.get_world_rank() if context else 0
         self.world = context.get_world_size() if context else 1
         if resources.gpus_per_worker:
             self.device = ray.train.torch.get_device() if several else torch.device("cuda", 0)
-            # a cell that wants more than its part fails alone, and not those beside it
+            # a cell that allocates more than its share of the GPU fails alone, not the cells beside it
             torch.cuda.set_per_process_memory_fraction(resources.gpus_per_worker, self.device)
         else:
             self.device = torch.device("cpu")
@@ -42,7 +43,10 @@ class RaySession:
         self._lost_lease = lost_lease
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
-        """A report costs milliseconds, so only some steps and every validation are reported: the same on all ranks."""
+        """Report every validation, the last step and about 50 further steps, the same on all ranks.
+
+        Each report costs milliseconds.
+        """
         if step % self._every and step != self._steps and "val_bpb" not in metrics:
             return
         import ray.train
@@ -66,11 +70,12 @@ def trial_resources(resources: ResourceSettings) -> Any:
 
 
 def train_cell(config: dict[str, Any]) -> None:
-    """Tune's trainable: one cell through Ray Train, whatever its number of workers.
+    """Train one cell through Ray Train: the trainable that Tune calls.
 
-    One worker runs in Train's local mode inside this (reused) actor, which saves the seconds that starting a worker
-    group takes; several workers get a TorchTrainer of their own. Raises a preemption if the cell comes back without an
-    end, since it was asked to or another process took it over, and at once in a process that was asked to end before.
+    A single worker runs in Train's local mode inside this (reused) actor, which saves the seconds that starting a
+    worker group takes; several workers get a TorchTrainer of their own. Raises `RayActorError`, marked as a
+    preemption, if the cell returns before its end, because it was asked to end or another process took it over, and
+    at once in a process that was asked to end before.
     """
     from bwlm.record.experiment import ExperimentFolder
 
@@ -79,13 +84,13 @@ def train_cell(config: dict[str, Any]) -> None:
     resources = ResourceSettings(**config["resources"])
     with process_termination() as termination:
         if resources.workers > 1:
-            # here, since a worker that waits lets the others run into their barrier's limit
+            # not in the workers: if rank 0 waited for the lease, the others would time out at their barrier
             folder.wait_until_free(lambda: termination.asked)
         if not termination.asked:
             _trainer(config, resources).fit()
             if folder.status().ended:
                 return
-    # Tune counts this as no failure, discards the process and takes the cell up again
+    # Tune does not count a preemption as a failure: it discards the process and starts the cell again
     raise RayActorError(error_msg=f"{folder.id}: its worker was asked to end, or lost it", preempted=True)
 
 
@@ -127,7 +132,7 @@ def train_worker(config: dict[str, Any]) -> None:
     resources = ResourceSettings(**config["resources"])
     torch.set_num_threads(resources.cpus_per_worker)
     session = RaySession(folder.config().steps, resources, lambda: folder.lost_lease)
-    # a process that waits for the lease leaves when it is asked to end, unless other workers would wait for it in turn
+    # a process that waits for the lease stops when it is asked to end, unless other workers would wait for it in turn
     give_up = session.stopping if session.world == 1 else lambda: False
     writer = folder.lease(give_up=give_up) if session.rank == 0 else contextlib.nullcontext()
     with process_termination(), contextlib.suppress(Interrupted, LeaseLost), _warnings_to(folder.warnings), writer:
@@ -135,12 +140,13 @@ def train_worker(config: dict[str, Any]) -> None:
             dist.barrier()
         end = run_phase(folder, session, stream_batches)
         if session.rank == 0 and end.ended and not folder.status().ended:
-            raise RunError(f"{end.reason}; this end cannot be noted in {folder.path}")  # Tune counts it, and gives up
+            # Tune counts this failure, and gives up after its retries
+            raise RunError(f"{end.reason}; this end cannot be noted in {folder.path}")
 
 
 @contextlib.contextmanager
 def _warnings_to(path: Path) -> Iterator[None]:
-    """Ray keeps what workers print to itself."""
+    """Append the warnings of `bwlm` to a file in this block: Ray does not show what its workers print."""
     handler = logging.FileHandler(path, delay=True)
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(message)s"))
