@@ -36,7 +36,7 @@ Output = Annotated[
         "--output",
         metavar="FILE",
         help="Write the chart to .svg, .png or .html, the first table to .csv, all tables to .md. Repeatable. "
-        "Default: all of these, in analyses/RUN below the storage.",
+        "Default: all but .png, in analyses/RUN below the storage.",
         show_default=False,
     ),
 ]
