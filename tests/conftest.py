@@ -30,8 +30,8 @@ SEQUENCE_LENGTH = 64
 
 _FAULTS = Path(__file__).parent / "faults"
 _WITH_A_HEAD = "test_job"
-_WITH_PROCESSES = ("test_benchmarks", "test_worlds", "test_tracking", "test_database")
-"""Modules that start processes besides Ray's: benchmarks, ranks, MLflow servers, clients."""
+_WITH_PROCESSES = ("test_benchmarks", "test_tracking", "test_database")
+"""Modules that start processes besides Ray's: benchmarks, MLflow servers and clients."""
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
