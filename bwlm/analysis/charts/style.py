@@ -1,4 +1,4 @@
-"""What charts share: colours, fonts, and how they are written: SVG or PNG for a page, HTML for a browser."""
+"""Style of all charts: colours and fonts; and their files: SVG or PNG for a page, HTML for a browser."""
 
 from __future__ import annotations
 
@@ -9,35 +9,37 @@ import altair as alt
 import pandas as pd
 
 PALETTE = {"forward": "#2a6fbb", "backward": "#c8553d", "bidirectional": "#5b8c5a", "permuted": "#8a7f98"}
-"""One colour a direction, the same in every chart."""
+"""Colour of each direction, the same in every chart."""
 
 SHORT_NUMBER = "format(datum.value, '~s')"
-"""Labels 0, 500k, 1.5M; an axis' own format would say 0M."""
+"""Label expression of an axis: 0, 500k, 1.5M; the axis' own format would say 0M."""
 
 _FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
 _PADDING = {"left": 16, "right": 28, "top": 8, "bottom": 8}
-"""Pixels; a browser without those fonts takes wider ones, and a legend must not lose its last letters."""
+"""Padding in pixels: a browser without these fonts takes wider ones, and a legend must not lose its last letters."""
 
 
 def direction_color(directions: pd.Series[str], **legend: Any) -> alt.Color:
+    """Return the colour encoding of the directions that occur; `legend` are options of its legend."""
     shown = in_order(directions)
     scale = alt.Scale(domain=shown, range=[PALETTE[name] for name in shown])
     return alt.Color("direction:N", scale=scale, title="direction", legend=alt.Legend(symbolOpacity=1, **legend))
 
 
 def in_order(directions: pd.Series[str]) -> list[str]:
-    """Those that occur, forward before backward."""
+    """Return the directions that occur, in the order of `PALETTE`."""
     present = set(directions)
     return [name for name in PALETTE if name in present]
 
 
 def series_in_order(table: pd.DataFrame) -> list[str]:
-    """The values of `series`, forward ones first."""
+    """Return the values of the column `series`, forward ones first."""
     order = {name: place for place, name in enumerate(PALETTE)}
     return list(table.sort_values("direction", key=lambda names: names.map(order), kind="stable")["series"].unique())
 
 
 def styled(chart: Any) -> Any:
+    """Return the chart with the fonts, padding and grid that all charts have."""
     return (
         chart.configure(font=_FONT, padding=_PADDING)
         .configure_view(stroke=None)
@@ -48,18 +50,18 @@ def styled(chart: Any) -> Any:
 
 
 def nothing(words: str, title: str) -> alt.TopLevelMixin:
-    """A chart that says why there is none."""
+    """Draw a chart that says, in `words`, why there is nothing to draw."""
     chart = alt.Chart(pd.DataFrame({"words": [words]})).mark_text(fontSize=13, color="#777").encode(text="words:N")
     return styled(chart.properties(width=300, height=80, title=title))
 
 
 def save_chart(chart: Any, folder: Path, name: str) -> list[Path]:
-    """Writes `name`.svg and `name`.html for a report; returns both paths."""
+    """Write `name`.svg and `name`.html for a report; return both paths."""
     return [write_chart(chart, folder / f"{name}{suffix}") for suffix in (".svg", ".html")]
 
 
 def write_chart(chart: Any, path: Path) -> Path:
-    """Writes a chart whole or not at all, as its suffix says: .svg, .png (twice the pixels), .html without network."""
+    """Write a chart, whole or not at all, as its suffix says: .svg, .png (twice the pixels), .html without network."""
     suffix = path.suffix.lower()
     options: dict[str, dict[str, Any]] = {".html": {"inline": True}, ".png": {"scale_factor": 2}}
     temporary = path.with_name(f".tmp-{path.name}")

@@ -1,4 +1,4 @@
-"""The audit of pairs: which runs may be compared, and which fields forbid it for the others."""
+"""Audit of pairs of runs: pairs that may be compared, and the fields that forbid it for the others."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from bwlm.record.fingerprint import VARIED, differences
 from bwlm.record.health import readable
 
 TUNED = frozenset(VARIED) - {"seed", "parent_seed"}
-"""What the cells of a pair may differ in."""
+"""Fields in which the runs of a pair may differ."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found when every pair of runs of two directions, one depth and one seed was compared."""
+    """Findings on all pairs of runs of two directions, one depth, one seed and one phase."""
 
     passed: int
-    """Pairs whose data, tokenizer, code, precision, budget, row order and evaluation windows are equal."""
+    """Pairs with equal data, tokenizer, code, precision, budget, row order and evaluation windows."""
     doubled: int
-    """Pairs of a bidirectional run with twice the other's steps that agree in all else: as many tokens each way."""
+    """Pairs whose bidirectional run has twice the other's steps, so equal tokens per direction; all else is equal."""
     refused: list[str]
-    """Pairs that differ in more than they may, with the fields."""
+    """Pairs that differ in more than they may, with these fields."""
 
     def words(self) -> list[str]:
-        """For a report."""
+        """Return the lines of a report."""
         if not (self.passed or self.doubled or self.refused):
             return ["No pair of runs of two directions with one depth and one seed lies here to be compared."]
         equal = "data, tokenizer, code, precision, budget, row order and validation windows"
@@ -39,7 +39,7 @@ class Audit:
 
 
 def crossing_words(folders: list[ExperimentFolder]) -> list[str]:
-    """Says which runs let attention cross segments, and what that does to their figures; nothing where none does."""
+    """Return lines on runs whose attention crosses segments and the effect on their losses; none if no run has it."""
     crossing = [found for folder in folders if not (found := folder.config().experiment).model.document_mask]
     if not crossing:
         return []
@@ -56,16 +56,16 @@ def crossing_words(folders: list[ExperimentFolder]) -> list[str]:
 
 
 def comparable(folder: ExperimentFolder) -> list[ExperimentFolder]:
-    """The runs of its grid, or for one of no grid those of no grid, with itself."""
+    """Return the runs of the same grid, itself among them; for a run without a grid, all runs without one."""
     others, _ = readable(list_experiments(folder.path.parent))
     grid = folder.config().grid
     return [other for other in others if other.config().grid == grid]
 
 
 def audit(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -> Audit:
-    """Compares the identities of all pairs that a gap could be taken between; many refusals of one kind become one.
+    """Compare the identities of all pairs that a gap could be measured on; refusals for the same fields become one.
 
-    With `of` only the pairs that this run is in.
+    With `of`, only pairs that this run is in are compared.
     """
     identities = {folder.id: folder.config().compared for folder in folders}
     counts = {folder.id: byte_counts_of(folder) for folder in folders}
@@ -87,7 +87,7 @@ def audit(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -
 
 
 def _counts(one: str, other: str) -> list[str]:
-    """Returns true unless the two count the bytes of a token by other tables; earlier versions do not say."""
+    """Return the difference if two runs count bytes per token by other tables; earlier versions do not say by which."""
     return [f"bytes per token: {one} -> {other}"] if one and other and one != other else []
 
 
@@ -97,7 +97,7 @@ def _is_pair(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _equal_per_direction(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether a bidirectional run of a pair has twice the other's steps, and so as many tokens in each direction."""
+    """Return True if a pair's bidirectional run has twice the other's steps, so as many tokens in each direction."""
     once, twice = sorted((one, other), key=lambda fields: is_marked(fields["direction"]))
     return is_marked(twice["direction"]) and bool(twice["steps"] == 2 * once["steps"])
 

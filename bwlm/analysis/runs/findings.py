@@ -1,4 +1,4 @@
-"""The findings of a grid: best learning rates, and the gaps between directions at those rates."""
+"""Findings of a grid: best learning rates, and the gaps between directions at those rates."""
 
 from __future__ import annotations
 
@@ -31,33 +31,34 @@ ONE_WINDOW = "one validation window leaves none to compare on: raise evaluation.
 
 @dataclass(frozen=True)
 class Findings:
-    """What a grid's finished cells say."""
+    """Best learning rates and gaps of a grid's finished cells, and all that was left out."""
 
     best: list[BestRate]
     gaps: list[Gap]
     without_result: list[str]
-    """Cells that have none, with the reason."""
+    """Cells without a result, with the reason."""
     not_compared: list[str]
-    """Pairs that could not be, with the reason."""
+    """Pairs that could not be compared, with the reason."""
     excluded: list[str]
-    """Learning rates that could not be chosen, with the reason, and directions that are left with none."""
+    """Learning rates excluded from the choice, with the reason, and directions that are left with none."""
     windows: list[int]
-    """Of the compared half, for each gap."""
+    """Number of validation windows on the compared half, for each gap."""
     at_edge: list[str]
-    """Best learning rates beyond which none was tried: a better one may lie there."""
+    """Best learning rates at the edge of the sweep: a better one may lie outside."""
     losses: pd.DataFrame
-    """That the gaps were measured on, a row a run and document: `stats.COLUMNS`."""
+    """Losses that the gaps were measured on, a row per run and document: `stats.COLUMNS`."""
 
     @property
     def skipped(self) -> list[str]:
+        """Cells, learning rates and pairs that were left out, with reasons."""
         return [*self.without_result, *self.excluded, *self.not_compared]
 
 
 def find(folders: list[ExperimentFolder]) -> Findings:
-    """Best learning rate per direction and size, and the paired gaps between directions at their best rates.
+    """Return the best learning rate per direction and size, and the paired gaps between directions at these rates.
 
-    Of phases that learn all of a text. In SFT and RL directions learn to write different parts of a conversation: what
-    all of it costs them says little of either.
+    Only phases that learn all of a text are compared. In SFT and RL directions learn to write different parts of a
+    conversation: the loss of all of it says little about either.
     """
     folders = [folder for folder in folders if PHASES[folder.config().experiment.phase].compared]
     cells = {folder.id: load_cell(folder) for folder in folders}
@@ -80,7 +81,7 @@ def find(folders: list[ExperimentFolder]) -> Findings:
 
 
 def _codes(folders: list[ExperimentFolder]) -> list[str]:
-    """Sentences on depths whose runs were trained by several codes; each code has pairs and verdicts of its own."""
+    """Return a sentence per depth whose runs were trained by several codes; each has pairs and verdicts of its own."""
     found: dict[int, dict[str, set[int]]] = {}
     for config in (folder.config() for folder in folders):
         found.setdefault(config.experiment.depth, {}).setdefault(config.code, set()).add(config.experiment.seed)
@@ -93,7 +94,7 @@ def _codes(folders: list[ExperimentFolder]) -> list[str]:
 
 
 def best_rates(folders: list[ExperimentFolder]) -> list[BestRate]:
-    """Those of `find`, without comparing directions; sizes have the labels that they have among all of the runs."""
+    """Return the best rates of `find`, without comparing directions; sizes are labelled among all of the runs."""
     labels = sizes(folders)
     folders = [folder for folder in folders if PHASES[folder.config().experiment.phase].compared]
     finished, _ = with_losses([folder for folder in folders if folder.status().state == "finished"])
@@ -103,14 +104,14 @@ def best_rates(folders: list[ExperimentFolder]) -> list[BestRate]:
 def _rates(
     folders: list[ExperimentFolder], finished: list[ExperimentFolder], labels: dict[str, str]
 ) -> tuple[pd.DataFrame, list[TriedRate], list[BestRate]]:
-    """The losses of every finished run's documents, the rates that were tried, and the best of them."""
+    """Return the losses of every finished run's documents, the rates that were tried, and the best of them."""
     table = load_gap_table(finished, labels)
     tried = tried_rates(folders, labels, {folder.id for folder in finished})
     return table, tried, best_learning_rates(table, tried)
 
 
 def _windows(test: pd.DataFrame, found: Gap) -> int:
-    """Those of one run stand for all of the pair, which were compared because they are of the same text."""
+    """Return the number of windows behind a gap: that of one run, since all runs of a pair have the same text."""
     one = test["size"].eq(found.size) & test["direction"].eq(found.a) & test["seed"].eq(found.seeds[0])
     return int(test.loc[one, "windows"].iloc[0])
 
@@ -128,7 +129,7 @@ def _excluded(tried: list[TriedRate]) -> list[str]:
 
 
 def _at_edge(best: list[BestRate], tried: list[TriedRate]) -> list[str]:
-    """Where a verdict on directions may be one on learning rates: what was best is the last that was tried."""
+    """Return lines on best rates that were the last tried: there the rates may decide a verdict on directions."""
     lines = dict[str, list[str]]()
     for one in best:
         rates = [rate.lr for rate in tried if (rate.size, rate.direction) == (one.size, one.direction)]
@@ -144,7 +145,7 @@ def _at_edge(best: list[BestRate], tried: list[TriedRate]) -> list[str]:
 
 
 def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
-    """The gap of every pair that can be measured, judged as one family, and why there is none of the others."""
+    """Return the gaps of all pairs that can be measured, judged as one family, and why others have none."""
     if test.empty:
         return [], [ONE_WINDOW]
     found, problems = [], []
@@ -156,7 +157,7 @@ def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
             if not is_pair(str(size), b):
                 continue
             pair = rows[rows["direction"].isin([a, b])]
-            try:  # with the pair's rows alone: what is wrong with another must not silence this one
+            try:  # the pair's rows alone: a fault in another pair must not silence this one
                 found.append(replace(gap(pair, a, b, str(size)), choosing_seeds=_fewest_that_chose(pair)))
             except UserError as error:
                 problems.append(f"{size}: {error}")
@@ -164,7 +165,7 @@ def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
 
 
 def _fewest_that_chose(pair: pd.DataFrame) -> int | None:
-    """How many seeds chose the learning rates of a pair, of the direction with fewer; None if neither was chosen."""
+    """Return how many seeds chose a pair's learning rates, of the direction with fewer; None if neither was chosen."""
     fewest = pair["choosing_seeds"].min()
     return None if pd.isna(fewest) else int(fewest)
 
@@ -173,4 +174,5 @@ BEST_HEADER = ["size", "direction", "best lr", "rates tried", "bpb on the tuning
 
 
 def best_columns(rate: BestRate) -> list[str]:
+    """Return a rate as a row under `BEST_HEADER`."""
     return [rate.size, rate.direction, f"{rate.lr:g}", str(rate.candidates), f"{rate.bpb:.4f}", str(rate.seeds)]

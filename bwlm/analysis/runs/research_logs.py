@@ -20,7 +20,7 @@ from bwlm.record.researchlog import open_log
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """A run whose log is open."""
+    """Run with its research log open."""
 
     folder: ExperimentFolder
     direction: str
@@ -29,14 +29,15 @@ class LoggedRun:
     file: Any
 
     def last(self, group: str, column: str) -> NDArray[Any]:
-        """The newest entry. Raises `UserError` where there is none."""
+        """Return the newest entry of a column. Raises `UserError` if there is none."""
         return np.asarray(self._entries(group, column)[-1])
 
     def all(self, group: str, column: str) -> NDArray[Any]:
-        """Every entry [steps, ..]. Raises `UserError` where there is none."""
+        """Return every entry of a column [steps, ..]. Raises `UserError` if there is none."""
         return np.asarray(self._entries(group, column)[:])
 
     def fixed(self, group: str, column: str) -> NDArray[Any]:
+        """Return a column that does not grow with the steps, such as names of layers; text as `str`."""
         values = self.file[f"{group}/{column}"][:]
         return values.astype(str) if values.dtype.kind == "O" else np.asarray(values)
 
@@ -49,23 +50,23 @@ class LoggedRun:
 
 @contextmanager
 def opened(folder: ExperimentFolder) -> Iterator[LoggedRun]:
-    """Raises `UserError` naming the file if it is missing, or turns out to be damaged when it is read in the block."""
+    """Open a run's log for a block. Raises `UserError` if it is missing, or turns out to be damaged in the block."""
     experiment = folder.config().experiment
     path = folder.research_log(experiment.phase)
     check_log(folder, path)
     try:
         with open_log(path) as file:
             yield LoggedRun(folder, experiment.direction, experiment.lr, experiment.seed, file)
-    except (KeyError, OSError, RuntimeError, ValueError) as error:  # what h5py raises of a flipped bit
+    except (KeyError, OSError, RuntimeError, ValueError) as error:  # h5py raises these at a flipped bit
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())})") from error
 
 
 def from_each(
     folders: list[ExperimentFolder], read: Callable[[LoggedRun], pd.DataFrame]
 ) -> tuple[pd.DataFrame, list[str]]:
-    """What `read` makes of each run's log, joined, with run, direction, series; and why others gave nothing.
+    """Return the tables that `read` makes of the runs' logs, joined, and why other runs gave none.
 
-    Raises `UserError` if none gave anything.
+    The columns run, direction and series are added. Raises `UserError` if no run gave a table.
     """
     parts, notes, named = [], [], series(folders)
     for folder in folders:
