@@ -270,7 +270,10 @@ def _pairs(runs: LossRuns) -> list[tuple[Size, str, str]]:
 
 
 def is_pair(size: Size, b: str) -> bool:
-    """Return True if `b`, the later of a pair, is compared at a size: at `PER_DIRECTION` sizes only if bidirectional."""
+    """Return True if `b`, the later direction of a pair, is compared at a size.
+
+    At sizes that end in `PER_DIRECTION` only bidirectional is.
+    """
     return PER_DIRECTION not in str(size) or (b in DIRECTIONS and is_marked(b))
 
 

@@ -1,1 +1,1 @@
-"""One module for each `bwlm analyze` command: its result in words, tables and charts."""
+"""Commands of `bwlm analyze`, a module each: the result in words, tables and charts."""

@@ -27,6 +27,8 @@ GAP_HEADER = [
 
 
 def gap_columns(found: Gap) -> list[str]:
+    """Return a judged gap as a row under `GAP_HEADER`; its bootstrap interval only from enough documents."""
+
     def interval(pair: tuple[float, float] | None) -> str:
         return f"{pair[0]:+.4f} .. {pair[1]:+.4f}" if pair else "–"
 
@@ -44,13 +46,13 @@ def gap_columns(found: Gap) -> list[str]:
 
 
 def gap_sentence(found: Gap) -> str:
-    """A judged gap in words: `size 4: backward is 0.0210 nats/token (0.70 %) worse than forward, 95 % over ..`."""
+    """Tell a judged gap in words: `size 4: backward is 0.0210 nats/token (0.70 %) worse than forward, 95 % over ..`."""
     return f"size {found.size}: {_amount(found)}: {found.verdict} ({found.reason})"
 
 
 def _amount(found: Gap) -> str:
-    """How large a gap is, with what it is to be held against."""
-    sign = -1 if found.gap_nats < 0 else 1  # the interval is told the same way round as the gap
+    """Tell the size of a gap, with its interval, seeds and noise floor."""
+    sign = -1 if found.gap_nats < 0 else 1  # the interval has the sign of the gap as told
     size = f"{abs(found.gap_nats):.4f} nats/token ({abs(found.gap_percent):.2f} %)"
     than = f"{size} {'better' if sign < 0 else 'worse'} than" if found.gap_nats else "exactly as good as"
     parts = [f"{found.b} is {than} {found.a}"]
@@ -64,7 +66,7 @@ def _amount(found: Gap) -> str:
 
 
 def gap_figures(found: Gap) -> dict[str, Any]:
-    """A judged gap for scripts, at full precision; `bootstrap` says little where `documents` is under 10."""
+    """Return a judged gap for scripts, at full precision; `bootstrap` says little if `documents` is under 10."""
     return {
         "size": found.size,
         "a": found.a,
@@ -89,14 +91,14 @@ def gap_figures(found: Gap) -> dict[str, Any]:
 
 
 def gap_analysis(found: list[Gap], title: str, notes: list[str]) -> Analysis:
-    """Judged gaps as an analysis: a sentence, a line of a table and a bar of a chart each."""
+    """Return judged gaps as an analysis: a sentence, a row of a table and a bar of a chart for each."""
     shown = pd.DataFrame([gap_columns(one) for one in found], columns=GAP_HEADER)
     chart = gap_chart(gap_frame(found), f"{title}: gaps between directions")
     return Analysis("gap", title, [gap_sentence(one) for one in found], _gap_table(found), chart, notes, shown)
 
 
 def _gap_table(found: list[Gap]) -> pd.DataFrame:
-    """The figures of gaps: both ends of an interval in columns of their own, lists left out."""
+    """Return the figures of gaps, a row each: both ends of an interval in columns of their own, lists left out."""
     rows = []
     for one in found:
         row = gap_figures(one)
@@ -107,7 +109,7 @@ def _gap_table(found: list[Gap]) -> pd.DataFrame:
 
 
 def gap_frame(found: list[Gap]) -> pd.DataFrame:
-    """The input of `charts.losses.gap_chart`."""
+    """Return the input of `charts.losses.gap_chart`."""
     rows = []
     for one in found:
         low, high = one.seed_interval or (math.nan, math.nan)
@@ -118,7 +120,7 @@ def gap_frame(found: list[Gap]) -> pd.DataFrame:
 
 
 def gap_line(found: Gap, windows: int) -> str:
-    """A judged gap as an item of a list, with what it was measured on."""
+    """Tell a judged gap as an item of a Markdown list, with the documents and windows it was measured on."""
     few = "" if _resampled(found) else f" ({counted(found.documents, 'document')}: too few to resample)"
     text = _text_words(found, windows)
     verdict = f"{found.a} against {found.b}: **{found.verdict}** ({found.reason}), on {text}{few}"
@@ -126,7 +128,7 @@ def gap_line(found: Gap, windows: int) -> str:
 
 
 def gap_caption(findings: Findings) -> str:
-    """What the verdict table stands on, in a line: the documents and windows of each size."""
+    """Return the caption of the verdict table: documents and windows of each size."""
     pairs = zip(findings.gaps, findings.windows, strict=True)
     lines = dict.fromkeys(f"{found.size} on {_text_words(found, windows)}" for found, windows in pairs)
     return f"Verdict (on the test half: {', '.join(lines)})"
@@ -137,5 +139,5 @@ def _text_words(found: Gap, windows: int) -> str:
 
 
 def _resampled(found: Gap) -> bool:
-    """Whether its bootstrap interval means anything."""
+    """Return True if there are enough documents for a bootstrap interval."""
     return found.documents >= FEWEST_DOCUMENTS
