@@ -49,7 +49,7 @@ _CHUNK: Final = 1_000_000  # documents drawn at a time by the bootstrap: about 3
 
 @dataclass(frozen=True, eq=False)
 class Gap:
-    """The gap b - a at one size; positive where a has the lower loss. Scalars are plain Python numbers.
+    """Gap b - a at one size; positive if a has the lower loss. Scalars are plain Python numbers.
 
     `gap` leaves the last three fields unfilled, since a verdict depends on the whole family of comparisons: `judge` and
     `gaps` fill them. Callers that chose the learning rates set `choosing_seeds`.
@@ -70,7 +70,7 @@ class Gap:
     noise_floor: float | None  # nats per token, over `seeds`; None with one seed
     p: float | None  # paired t, two-sided, not adjusted; None with one seed
     choosing_seeds: int | None = None  # seeds that chose the rates, of the direction with fewer; None: no choice known
-    p_adjusted: float | None = None  # Holm over the family; None where the pair is not tested
+    p_adjusted: float | None = None  # Holm over the family; None if the pair is not tested
     verdict: Verdict | None = None
     reason: str = ""
 
@@ -363,7 +363,7 @@ def _refuse_other_text(one: LossRun, other: LossRun) -> None:
 
 
 def _coverage(run: LossRun) -> dict[str, str]:
-    """Describe in words what a run covers of each document."""
+    """Describe in words the tokens and bytes that a run covers of each document."""
     return {
         document: f"has {tokens:.15g} tokens and {size:.15g} bytes of it"
         for document, tokens, size in zip(run.documents, run.tokens_d, run.bytes_d, strict=True)

@@ -3,7 +3,7 @@
 Gaps are given in standard deviations of the paired per-seed difference g_s (`stats.gap`): how far the gap of one seed
 lies, typically, from that of another. With d such deviations between the directions and n seeds, the test's statistic
 follows Student's t with n - 1 degrees of freedom and noncentrality d sqrt n (Johnson, Kotz and Balakrishnan 1995,
-Continuous Univariate Distributions 2, chapter 31), so its power is exact where the differences are normal.
+Continuous Univariate Distributions 2, chapter 31), so its power is exact if the differences are normal.
 
 Not covered here: how noisy the seeds are. A pilot of a few seeds, or the noise floor of a report, tells that.
 """

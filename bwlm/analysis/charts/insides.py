@@ -62,7 +62,7 @@ def _by_place(rows: pd.DataFrame, kind: str, what: str) -> Any:
 
 
 def layer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
-    """Draw rms over steps, a line for each layer; rows: what is measured, with an axis of its own; columns: series.
+    """Draw rms over steps, a line for each layer; a row for each `what`, with its own axis; a column for each series.
 
     `table`: series, direction, step, layer, what, rms.
     """
@@ -97,7 +97,7 @@ def layer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
 
 
 def similarity_chart(pairs: pd.DataFrame, heads: pd.DataFrame, title: str) -> alt.TopLevelMixin:
-    """Draw CKA by layer, between seeds and across directions, with its range; beside it where each head looks.
+    """Draw CKA by layer, between seeds and across directions, with its range; beside it the distance and entropy of each head.
 
     `pairs`: group, pair, direction and reading (empty across directions), layer, cka, low, high. `heads`: group,
     direction, layer, entropy (nats), distance (tokens); it may be empty. A row for each group.

@@ -80,10 +80,10 @@ def _refuse_other_than_sizes(identities: Mapping[str, Mapping[str, Any]]) -> Non
 def analyse(
     table: pd.DataFrame, gaps: Sequence[Gap], notes: Sequence[str] = (), resamples: int = 200, seed: int = 0
 ) -> Analysis:
-    """Findings in sentences, the fitted parameters, predictions and gaps with their intervals, and a chart.
+    """Return findings in sentences, the fitted parameters, predictions and gaps with their intervals, and a chart.
 
     The main table has the columns direction, parameter, value, low, high, runs. A direction that cannot be fitted gets
-    a sentence that says why; UserError where none can be.
+    a sentence with the reason. Raises `UserError` if no direction can be fitted.
     """
     runs = checked_runs(table)
     fits, held, problems = _fit_directions(runs, resamples, seed)

@@ -145,7 +145,7 @@ def _seeds(fields: dict[str, Any]) -> Seeds:
 
 
 def _varying_rates(fields: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the learning rates that vary, own and of ancestors, without those that vary just like one before."""
+    """Return the learning rates that vary, own and of ancestors, without a rate that varies just like one before."""
     known = {name for of_run in fields.values() for name in of_run if setting_of(name)[1] == "lr"}
     columns = {name: tuple(of_run.get(name) for of_run in fields.values()) for name in sorted(known, key=setting_of)}
     found: list[str] = []

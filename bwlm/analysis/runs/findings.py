@@ -1,4 +1,4 @@
-"""Findings of a grid: best learning rates, and the gaps between directions at those rates."""
+"""Findings of a grid: best learning rates, and the gaps between directions at these rates."""
 
 from __future__ import annotations
 

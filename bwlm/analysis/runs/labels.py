@@ -1,4 +1,4 @@
-"""Labels of runs, from their folders and those of their ancestors."""
+"""Labels of runs, from their own settings and their ancestors'."""
 
 from __future__ import annotations
 
