@@ -97,7 +97,7 @@ def layer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
 
 
 def similarity_chart(pairs: pd.DataFrame, heads: pd.DataFrame, title: str) -> alt.TopLevelMixin:
-    """Draw CKA by layer, between seeds and across directions, with its range; beside it the distance and entropy of each head.
+    """Draw CKA by layer, between seeds and across directions, with ranges; beside it distance and entropy of each head.
 
     `pairs`: group, pair, direction and reading (empty across directions), layer, cka, low, high. `heads`: group,
     direction, layer, entropy (nats), distance (tokens); it may be empty. A row for each group.
