@@ -1,4 +1,4 @@
-"""CKA: how alike two models' states of the same tokens are.
+"""CKA: similarity of two models' states on the same tokens.
 
 Axes: Q tokens, C width.
 """
@@ -15,18 +15,21 @@ from numpy.typing import NDArray
 
 
 def linear_cka(x: NDArray[Any], y: NDArray[Any]) -> float:
-    """Linear CKA of states [Q, C] and [Q, C'] of the same tokens, without the bias of few tokens, at most 1.
+    """Return the linear CKA of states [Q, C] and [Q, C'] of the same tokens: at most 1, unbiased for few tokens.
 
     HSIC(x x', y y') / sqrt(HSIC(x x', x x') HSIC(y y', y y')) with the unbiased estimator of Song et al. (2012, JMLR
-    13:1393-1434), as in Nguyen et al. (2021, arXiv:2010.15327): the plain one of Kornblith et al. (2019,
-    arXiv:1905.00414) is near 1 for anything where tokens are hardly more than features.
+    13:1393-1434), as in Nguyen et al. (2021, arXiv:2010.15327). The biased estimator of Kornblith et al. (2019,
+    arXiv:1905.00414) is near 1 for any states if tokens hardly outnumber features.
     """
     return cka(Kernel.from_states(x), Kernel.from_states(y))
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """x x' of centred states x [Q, C] without its diagonal, never built: [Q, Q] is larger than [Q, C]."""
+    """Linear kernel x x' of centred states x [Q, C], without its diagonal.
+
+    The kernel itself is never built: [Q, Q] is larger than [Q, C].
+    """
 
     x: NDArray[np.float64]
     diagonal: NDArray[np.float64]
@@ -38,7 +41,7 @@ class Kernel:
         """Return the kernel of states [Q, C]; all NaN if a state is not finite."""
         values = states.astype(np.float64)
         if not np.isfinite(values).all():
-            values = np.full_like(values, np.nan)  # as their kernel would be, without a warning for each infinity
+            values = np.full_like(values, np.nan)  # their kernel would be NaN too, with a warning for each infinity
         x = values - values.mean(0)
         diagonal = np.square(x).sum(1)
         return cls(x, diagonal, x @ x.sum(0) - diagonal)
@@ -50,7 +53,7 @@ class Kernel:
 
 
 def hsic(k: Kernel, m: Kernel) -> float:
-    """The unbiased estimator of Song et al., for kernels without their diagonals."""
+    """Return the unbiased HSIC of Song et al. (2012) of two kernels without their diagonals."""
     n = len(k.x)
     products = np.square(k.x.T @ m.x).sum() - k.diagonal @ m.diagonal
     total = products + k.sums.sum() * m.sums.sum() / ((n - 1) * (n - 2)) - 2 * (k.sums @ m.sums) / (n - 2)
@@ -58,5 +61,5 @@ def hsic(k: Kernel, m: Kernel) -> float:
 
 
 def cka(k: Kernel, m: Kernel) -> float:
-    """Return the CKA of two kernels, at most 1; NaN where either has no variance or states that are not finite."""
+    """Return the CKA of two kernels, at most 1; NaN if either has no variance or states that are not finite."""
     return hsic(k, m) / math.sqrt(k.own * m.own) if k.own > 0 and m.own > 0 else math.nan

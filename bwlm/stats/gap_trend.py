@@ -1,4 +1,4 @@
-"""The trend of the gap over size: its slope on log2 of the parameters."""
+"""Trend of the gap over model size: its slope on log2 of the parameters."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class GapTrend:
 
     a: str
     b: str
-    sizes: list[Size]  # ascending in N, those with enough seeds
-    fitted: tuple[float, float] | None  # nats per token, at the smallest and the largest size
+    sizes: list[Size]  # sizes with enough seeds, ascending in N
+    fitted: tuple[float, float] | None  # the line at the smallest and the largest size, nats per token
     slope: float | None  # nats per token for each doubling of N
     interval: Interval | None
     p: float | None  # two-sided, not adjusted
@@ -38,17 +38,17 @@ _ALPHA = 1 - CONFIDENCE
 
 
 def gap_by_size(gaps: Sequence[Gap], parameters: Mapping[Size, float] | None = None) -> list[GapTrend]:
-    """Slope of the gap b - a on log2 N for each pair of directions, and whether the gap grows.
+    """Return the slope of the gap b - a on log2 N for each pair of directions, and whether the gap grows.
 
-    `parameters` gives the N of each `Gap.size`; without it the sizes are taken as numbers. With gap g_i, the mean over
-    n_i seeds with variance s_i^2, and x_i = log2 N_i:
+    `parameters` maps each `Gap.size` to its N; without it each size must be its N. Raises `UserError` if an N is
+    unknown. With gap g_i, the mean over n_i seeds with variance s_i^2, and x_i = log2 N_i:
 
         slope = sum_i c_i g_i,   c_i = n_i (x_i - x) / sum_j n_j (x_j - x)^2,   x the mean weighted by n
         variance = sum_i c_i^2 s_i^2 / n_i,   degrees of freedom by Satterthwaite (1946, Biometrics 2:110-114)
 
-    Sizes weigh by their seeds and not by 1 / s_i^2, which from three seeds is too noisy to weigh by. A trend is told
-    only if its p, Holm-adjusted over the pairs, is below 0.05, and a change of sign only if the line's interval leaves
-    out zero at both ends. Sizes with under three seeds, or with a rate that under three chose, are left out.
+    Sizes are weighted by their seeds and not by 1 / s_i^2, which is too noisy from three seeds. A trend is named only
+    if its p, Holm-adjusted over the pairs, is below 0.05; a change of sign only if the line's interval excludes zero at
+    both ends. Sizes with under three seeds, or with a learning rate that under three seeds chose, are left out.
     """
     pairs = list(dict.fromkeys((one.a, one.b) for one in gaps))
     slopes = [_slope([one for one in gaps if (one.a, one.b) == pair], parameters) for pair in pairs]
@@ -63,14 +63,14 @@ def gap_by_size(gaps: Sequence[Gap], parameters: Mapping[Size, float] | None = N
 class _Slope:
     sizes: list[Size]
     fitted: tuple[float, float]
-    sure_ends: bool  # the interval of neither holds zero
+    sure_ends: bool  # neither end's interval holds zero
     slope: float
     interval: Interval
     p: float
 
 
 def _slope(gaps: Sequence[Gap], parameters: Mapping[Size, float] | None) -> _Slope | None:
-    """None with under two sizes that have seeds enough."""
+    """Fit the line through the gaps; None with under two sizes that have seeds enough."""
     pairs = sorted(
         ((_size_in_parameters(one, parameters), one) for one in gaps if has_seeds_enough(one)),
         key=lambda pair: pair[0],
@@ -86,7 +86,7 @@ def _slope(gaps: Sequence[Gap], parameters: Mapping[Size, float] | None) -> _Slo
     of_mean = np.array([one.per_seed.var(ddof=1) for one in used]) / seeds
     slope = float(c @ gap)
     interval, p = _t_interval(slope, c**2 * of_mean, seeds - 1)
-    ends = [seeds / seeds.sum() + centred[at] * c for at in (0, -1)]  # the line's value there, as weights of the gaps
+    ends = [seeds / seeds.sum() + centred[at] * c for at in (0, -1)]  # the gaps' weights in the line's value there
     fitted = (float(ends[0] @ gap), float(ends[1] @ gap))
     intervals = [_t_interval(at, end**2 * of_mean, seeds - 1)[0] for at, end in zip(fitted, ends, strict=True)]
     sure_ends = all(low * high > 0 for low, high in intervals)
@@ -94,7 +94,7 @@ def _slope(gaps: Sequence[Gap], parameters: Mapping[Size, float] | None) -> _Slo
 
 
 def _t_interval(estimate: float, parts: FloatArray, degrees: FloatArray) -> tuple[Interval, float]:
-    """Interval and p of an estimate whose variance is a sum of parts, by Satterthwaite's degrees of freedom."""
+    """Return interval and p of an estimate whose variance is a sum of parts, by Satterthwaite's degrees of freedom."""
     error = float(np.sqrt(parts.sum()))
     if error <= _ROUNDING:
         return (estimate, estimate), 1.0 if abs(estimate) <= _ROUNDING else 0.0

@@ -5,9 +5,9 @@ of directions: the gap b - a in nats per token, bits per byte and percent, two i
 words. Runs are paired by seed and losses by document.
 
 The verdict rests on the seeds alone, by a paired t-test: documents are many, so an interval over documents is narrow
-even where the next seed would turn the sign. It therefore speaks about further seeds on *this* text; the crossed
+even if the next seed would turn the sign. The verdict therefore speaks about further seeds on *this* text; the crossed
 bootstrap beside it lets the text vary too. Not covered here: which runs may be compared (the report audits their
-fingerprints) and the choice of a learning rate, of which a `Gap` knows only how many seeds made it.
+fingerprints), and the choice of a learning rate (a `Gap` knows only how many seeds made that choice).
 
 Suffixes of arrays: S paired seeds, D documents, R resamples.
 """
@@ -37,11 +37,11 @@ TOO_FEW_SEEDS: Final = "too few seeds to tell"
 TOO_FEW_CHOSE: Final = "too few seeds chose the rate"
 
 PER_DIRECTION: Final = ", bidirectional at equal tokens per direction"
-"""Ends the size of pairs whose bidirectional runs have read twice the tokens; the others meet at their own size too."""
-FEWEST_SEEDS: Final = 3  # paired seeds, and seeds that choose a learning rate, below which no verdict is given
-FEWEST_DOCUMENTS: Final = 10  # below it `Gap.bootstrap` is not to be shown: drawn from one, it has no width at all
-CONFIDENCE: Final = 0.95  # of every interval
-QUANTILES: Final = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)  # of a bootstrap, its interval
+"""Suffix of the size of pairs whose bidirectional runs read twice the tokens; all runs meet at their own size too."""
+FEWEST_SEEDS: Final = 3  # paired seeds, and seeds that chose a learning rate, that a verdict needs
+FEWEST_DOCUMENTS: Final = 10  # with fewer do not show `Gap.bootstrap`: from one document it has no width
+CONFIDENCE: Final = 0.95  # level of every interval
+QUANTILES: Final = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)  # ends of an interval from a bootstrap
 
 _ROUNDING: Final = 1e-12  # nats per token; gaps and spreads up to this size are floating-point dust
 _CHUNK: Final = 1_000_000  # documents drawn at a time by the bootstrap: about 30 MB at once
@@ -49,28 +49,28 @@ _CHUNK: Final = 1_000_000  # documents drawn at a time by the bootstrap: about 3
 
 @dataclass(frozen=True, eq=False)
 class Gap:
-    """The gap b - a at one size; positive where a has the lower loss. Scalars are plain Python numbers.
+    """Gap b - a at one size; positive if a has the lower loss. Scalars are plain Python numbers.
 
     `gap` leaves the last three fields unfilled, since a verdict depends on the whole family of comparisons: `judge` and
-    `gaps` fill them. `choosing_seeds` is for callers that chose the learning rates to set.
+    `gaps` fill them. Callers that chose the learning rates set `choosing_seeds`.
     """
 
     size: Size
     a: str
     b: str
-    seeds: list[int]  # in both directions, ascending
+    seeds: list[int]  # seeds of both directions, ascending
     dropped_seeds: dict[str, list[int]]  # direction -> its seeds that the other direction lacks
-    documents: int  # that both directions were measured on
+    documents: int  # documents that both directions were measured on
     per_seed: FloatArray  # nats per token, in the order of `seeds`
     gap_nats: float  # nats per token, the mean of `per_seed`
     gap_bpb: float  # bits per byte
-    gap_percent: float  # of a's mean loss
-    bootstrap: Interval  # nats per token; over documents alone where there is one seed
+    gap_percent: float  # percent of a's mean loss
+    bootstrap: Interval  # nats per token; over documents alone with one seed
     seed_interval: Interval | None  # nats per token; None with one seed
     noise_floor: float | None  # nats per token, over `seeds`; None with one seed
     p: float | None  # paired t, two-sided, not adjusted; None with one seed
     choosing_seeds: int | None = None  # seeds that chose the rates, of the direction with fewer; None: no choice known
-    p_adjusted: float | None = None  # Holm over the family; None where the pair is not tested
+    p_adjusted: float | None = None  # Holm over the family; None if the pair is not tested
     verdict: Verdict | None = None
     reason: str = ""
 
@@ -82,7 +82,8 @@ def gap(losses: pd.DataFrame, a: str, b: str, size: Size, resamples: int = 10_00
     The gap is the mean of g_s over the paired seeds. For bits per byte the sum is divided by ln 2 and by the bytes; the
     percentage is the gap over the mean of a's losses in nats per token.
 
-    A seed that only one direction has is left out and listed in `dropped_seeds`.
+    A seed that only one direction has is left out and listed in `dropped_seeds`. Raises `UserError` if the directions
+    share no seed, or their runs cover different text.
     """
     _check_resamples(resamples)
     return _measure(loss_runs(losses), a, b, plain_size(size), resamples, seed)
@@ -93,7 +94,7 @@ def gaps(losses: pd.DataFrame, resamples: int = 10_000, seed: int = 0, alpha: fl
 
     Sizes come in ascending order (numbers before names). In a pair, a stands before b in the order forward, backward,
     bidirectional, permuted, then any others by name. Each gap bootstraps from the same `seed`, so its interval does not
-    depend on what else is in the table.
+    depend on what else is in the table. Raises `UserError` if a pair cannot be measured.
     """
     found, problems = measured_pairs(losses, resamples, seed)
     if problems:
@@ -102,9 +103,9 @@ def gaps(losses: pd.DataFrame, resamples: int = 10_000, seed: int = 0, alpha: fl
 
 
 def measured_pairs(losses: pd.DataFrame, resamples: int = 10_000, seed: int = 0) -> tuple[list[Gap], list[str]]:
-    """The gaps of `gaps` before they are judged, and of each pair that cannot be measured why not.
+    """Return the gaps of `gaps` without verdicts, and a reason for each pair that cannot be measured.
 
-    Raises `UserError` where the table itself is wrong, or has no two directions of one size.
+    Raises `UserError` if the table itself is wrong, or has no two directions of one size.
     """
     _check_resamples(resamples)
     runs = loss_runs(losses)
@@ -124,12 +125,12 @@ def measured_pairs(losses: pd.DataFrame, resamples: int = 10_000, seed: int = 0)
 
 
 def judge(family: Sequence[Gap], alpha: float = 0.05) -> list[Gap]:
-    """Fill p_adjusted, verdict and reason of gaps that are read together.
+    """Return the gaps with p_adjusted, verdict and reason, judged as one family.
 
     `different` if and only if the paired t-test's p, Holm-adjusted over the family, is below alpha. A gap with fewer
-    than three paired seeds gets `too few seeds to tell` whatever its p, and so does one whose seeds are copies of one
-    run; one with seeds enough, but a learning rate that fewer than three of them chose, gets `too few seeds chose the
-    rate`. As such gaps are never tested, they do not count in the family, and so make no other verdict stricter.
+    than three paired seeds gets `too few seeds to tell` whatever its p, and so does a gap whose seeds are copies of one
+    run. A gap with enough seeds, but a learning rate that fewer than three seeds chose, gets `too few seeds chose the
+    rate`. Such gaps are never tested, so they do not count in the family and make no other verdict stricter.
     """
     untold = [_why_not_tested(g) for g in family]
     tested = [g.p for g, why in zip(family, untold, strict=True) if g.p is not None and not why]
@@ -148,7 +149,7 @@ def has_seeds_enough(g: Gap) -> bool:
 
 
 def _why_not_tested(g: Gap) -> tuple[Verdict, str] | None:
-    """The verdict and the reason of a gap that no test can judge."""
+    """Return the verdict and reason of a gap that no test can judge; None for a gap to test."""
     if len(g.seeds) < FEWEST_SEEDS:
         return TOO_FEW_SEEDS, f"{counted(len(g.seeds), 'paired seed')}, a verdict needs {FEWEST_SEEDS}"
     if g.noise_floor is not None and g.noise_floor <= _ROUNDING:
@@ -162,10 +163,11 @@ def _why_not_tested(g: Gap) -> tuple[Verdict, str] | None:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for being read together, in the order given (Holm 1979, Scand. J. Statist. 6:65-70).
+    """Return the p-values adjusted as one family, in the order given (Holm 1979, Scand. J. Statist. 6:65-70).
 
     With p_(1) <= .. <= p_(m):   adjusted_(i) = max over j <= i of min(1, (m - j + 1) p_(j))
-    Rejecting where adjusted < alpha keeps the chance of any false rejection below alpha, whatever the dependence.
+    Rejecting at adjusted < alpha keeps the chance of any false rejection below alpha, whatever the dependence.
+    Raises `ValueError` for a p outside 0..1.
     """
     p = np.asarray(p_values, dtype=np.float64)
     if not ((p >= 0) & (p <= 1)).all():  # false for NaN too
@@ -178,12 +180,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def paired_t(differences: FloatArray) -> tuple[float, Interval] | None:
-    """Two-sided p and 95 % interval of the paired t-test (Student 1908, Biometrika 6:1-25); None with under two.
+    """Return p and 95 % interval of the two-sided paired t-test (Student 1908, Biometrika 6:1-25); None if n < 2.
 
     Over n differences with mean m and standard deviation s (n - 1 in its denominator):
     t = m / (s / sqrt n),   p = 2 P(T_{n-1} > |t|),   interval m -+ t_{0.975, n-1} s / sqrt n
 
-    Differences without spread have no t: p is 1 where all of them are zero and 0 where they share another value. Both
+    Differences without spread have no t: p is 1 if all of them are zero, and 0 if they share another value. Both
     are judged up to rounding (1e-12 nats per token), so that the order of a sum cannot make a difference.
     """
     n = len(differences)
@@ -203,24 +205,24 @@ def paired_t(differences: FloatArray) -> tuple[float, Interval] | None:
 def noise_floor(losses_by_direction: Iterable[FloatArray]) -> float | None:
     """Return the noise floor: RMS gap over all pairs of seeds of one direction, directions pooled (nats per token).
 
-    The same statistic as the gap, taken between runs that differ in the seed only. For two directions with the same
-    number of seeds it equals sqrt(var_a + var_b): what the gap between one run of each, of different seeds, would show
-    by chance. None with one seed.
+    Pairs of all directions are pooled. It is the statistic of the gap, between runs that differ in the seed only. For
+    two directions with the same number of seeds it equals sqrt(var_a + var_b): the gap that one run of each, with
+    different seeds, would show by chance. None if no direction has two seeds.
     """
     apart = [one - other for loss_s in losses_by_direction for one, other in combinations(loss_s, 2)]
     return float(np.sqrt(np.mean(np.square(apart)))) if apart else None
 
 
 def crossed_bootstrap(difference_sd: FloatArray, tokens_d: FloatArray, resamples: int, seed: int) -> FloatArray:
-    """Gaps (nats per token) of tables drawn with replacement, in both seeds and documents, from the table given.
+    """Return gaps [R] (nats per token) of tables resampled from the given one, in both seeds and documents.
 
     The pigeonhole bootstrap of Owen (2007, Ann. Appl. Stat. 1:386-411) for crossed random effects: seeds and documents
-    are drawn apart from each other, and one draw of documents, counted in weights w, serves all drawn seeds:
+    are drawn independently, with replacement, and one draw of documents, counted in weights w, serves all drawn seeds:
     mean over drawn seeds s of  sum_d w_d difference[s,d] / sum_d w_d tokens[d]
     Drawing documents anew for each seed would average away what the documents share, and make the interval too narrow.
 
-    It tends to overstate the variance a little where both factors have many levels, but few seeds are drawn from too
-    few: the spread over S seeds shrinks by sqrt((S - 1) / S). Hence the verdict takes the t-test.
+    With many seeds and documents it overstates the variance a little. With few seeds it understates it: the spread over
+    S seeds shrinks by sqrt((S - 1) / S). Hence the verdict takes the t-test.
     """
     rng = np.random.default_rng(seed)
     seeds, documents = difference_sd.shape
@@ -237,15 +239,12 @@ def crossed_bootstrap(difference_sd: FloatArray, tokens_d: FloatArray, resamples
     return np.asarray(np.take_along_axis(gap_rs, drawn_seeds_rs, axis=1).mean(axis=1))
 
 
-# From a table of losses to the runs in it
-
-
 # From the runs to one gap
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two directions over the same seeds and documents."""
+    """Losses of two directions over the same seeds and documents."""
 
     seeds: list[int]
     dropped: dict[str, list[int]]
@@ -261,7 +260,7 @@ def _check_resamples(resamples: int) -> None:
 
 
 def _pairs(runs: LossRuns) -> list[tuple[Size, str, str]]:
-    """Every size and two of its directions."""
+    """Return every size with two of its directions that are compared at it."""
     return [
         (size, a, b)
         for size in sorted(runs, key=lambda size: (isinstance(size, str), size))

@@ -1,4 +1,4 @@
-"""Losses of documents in a parquet or CSV file, anyone's or ours: the columns that `stats` needs."""
+"""Losses by document in a parquet or CSV file, written by bwlm or by others: the columns that `stats` needs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from bwlm.stats.loss_table import COLUMNS, TOKEN_BYTES, checked_rows, with_count
 _NAMES = ("run", "direction", "document", TOKEN_BYTES)  # text, whatever it looks like: document 007 is not document 7
 
 _LEAST = 0.05
-"""Nats a token; no model of text is so sure."""
+"""Lowest plausible loss, in nats per token: no model of text is so sure."""
 
 
 def gaps_from(path: Path, resamples: int = 10_000) -> tuple[list[Gap], list[str]]:
-    """The judged gaps of a file's losses, and why a size has none. Raises `UserError` that names the file."""
+    """Return the judged gaps of a file's losses, and notes: pairs not compared, repeated rows, a loss too low.
+
+    Raises `UserError`, which names the file, if it cannot be read, is no table of losses, or has no pair to measure.
+    """
     losses = read_losses(path)
     try:
         losses = checked_rows(losses)
@@ -67,10 +70,11 @@ def write_losses(losses: pd.DataFrame, path: Path) -> Path:
 
 
 def read_losses(path: Path) -> pd.DataFrame:
-    """The columns of `stats.COLUMNS` that a .parquet or .csv file has, unchecked: `stats` names those that lack.
+    """Read the columns `COLUMNS`, and `TOKEN_BYTES` if there, from a .parquet or .csv file, unchecked.
 
-    In a CSV, only an empty field is missing: `NA` and `null` are names like others. Raises `UserError` that names the
-    file if it is absent, damaged or of another kind, or if a needed column appears twice.
+    If a needed column is missing, all columns are read: `require_columns` then names the nearest. In a CSV, only an
+    empty field is missing: `NA` and `null` are names like others. Raises `UserError`, which names the file, if it is
+    absent, damaged or of another kind, or if a needed column appears twice.
     """
     readers = {".parquet": _read_parquet, ".csv": _read_csv}
     if path.suffix.lower() not in readers:
@@ -96,14 +100,14 @@ def read_losses(path: Path) -> pd.DataFrame:
 def _read_parquet(path: Path) -> pd.DataFrame:
     if path.is_dir():
         raise IsADirectoryError
-    with pq.ParquetFile(path) as file:  # not read_table, which makes columns of folders called size=4
+    with pq.ParquetFile(path) as file:  # read_table would make columns of folders called size=4
         schema = file.schema_arrow
         present = _needed([name.strip() for name in schema.names], path)
         columns = {field.name: field.name.strip() for field in schema if field.name.strip() in present}
         nested = [columns[field.name] for field in schema if field.name in columns and pa.types.is_nested(field.type)]
         if nested:
             raise UserError(f"{path}: column '{nested[0]}' holds lists or records: give it a single value a row")
-        # an index that pandas noted in the file would take its columns away
+        # pandas metadata may name an index, which would take columns out of the table
         table: pd.DataFrame = file.read(list(columns)).to_pandas(ignore_metadata=True)
     return table.rename(columns=columns)
 
@@ -136,7 +140,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 
 def _needed(names: list[str], path: Path) -> list[str]:
-    """The columns to read: the needed ones, or all where one is missing, so that the nearest can be told."""
+    """Return the columns to read: the needed ones, or all if one is missing, so that an error can name the nearest."""
     twice = [name for name in (*COLUMNS, TOKEN_BYTES) if names.count(name) > 1]
     if twice:
         raise UserError(f"{path}: column '{twice[0]}' appears twice: keep one")

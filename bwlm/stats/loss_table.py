@@ -1,7 +1,7 @@
-"""The table of losses that statistics take, checked, and its runs by size, direction and seed.
+"""Table of losses for statistics: its checks, and its runs by size, direction and seed.
 
 A row per run and document (or per window of a document), with the columns `COLUMNS`; nll in nats, summed over the text
-tokens. Raises `UserError` that names the row, run or document at fault.
+tokens. Errors are `UserError` and name the row, run or document at fault.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ FloatArray = npt.NDArray[np.float64]
 
 COLUMNS: Final = ("run", "direction", "seed", "size", "document", "nll", "tokens", "bytes")
 TOKEN_BYTES: Final = "token_bytes"
-"""An optional column: a digest of the table of bytes per token that a run's bytes are counted by; empty: unknown."""
+"""Optional column: digest of the table of bytes per token by which a run's bytes are counted; empty: unknown."""
 _CELL: Final = ["size", "direction", "seed"]
 _HAS_COMMA: Final = re.compile(r"[-+]?[0-9.]*,[0-9.,]*(?:[eE][-+]?[0-9]+)?")
-_LARGEST: Final = 1e15  # of a sum over a document; beyond it doubles no longer hold every whole number
+_LARGEST: Final = 1e15  # largest value of a row; above it doubles do not hold every whole number
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,11 @@ LossRuns = dict[Size, dict[str, dict[int, LossRun]]]  # by size, direction, seed
 
 
 def loss_runs(losses: pd.DataFrame) -> LossRuns:
-    """Check the table and sum the windows of each document."""
+    """Check the table, sum the windows of each document, and return its runs.
+
+    Raises `UserError` if two runs share a size, direction and seed, if runs of one size count bytes by other tables, if
+    a document has no text, or if a run's losses do not sum to more than 0.
+    """
     rows = checked_rows(losses)
     _refuse_other_byte_counts(rows)
     _refuse_two_runs_in_a_cell(rows)
@@ -68,8 +72,8 @@ def loss_runs(losses: pd.DataFrame) -> LossRuns:
 def checked_rows(losses: pd.DataFrame) -> pd.DataFrame:
     """Return the table with plain types.
 
-    Names and document ids become text without blanks around it, the directions that bwlm knows lower case; numbers
-    are finite, not negative, in double precision.
+    Names and document ids become text without blanks around it, and directions that bwlm knows lower case. Losses and
+    counts are finite, not negative, at most 1e15, in double precision; seeds are whole numbers.
     """
     require_columns(losses, COLUMNS, "the losses")
     if losses.empty:
@@ -105,7 +109,7 @@ def _plain_direction(name: str) -> str:
 
 
 def _refuse_spellings(rows: pd.DataFrame, column: str) -> None:
-    """Two names that differ in case alone would be two groups, of which each holds a part of the runs."""
+    """Raise `UserError` for two names that differ in case alone: each would group only a part of the runs."""
     known: dict[str, str] = {}
     for name in dict.fromkeys(map(str, rows[column])):
         if (other := known.setdefault(name.casefold(), name)) != name:
@@ -162,12 +166,12 @@ def plain_size(size: object) -> Size:
 
 
 def with_counts(losses: pd.DataFrame) -> list[str]:
-    """The columns of a table that statistics take: `COLUMNS`, and `TOKEN_BYTES` where it has it."""
+    """Return the columns that statistics take: `COLUMNS`, and `TOKEN_BYTES` if the table has it."""
     return [*COLUMNS, *([TOKEN_BYTES] if TOKEN_BYTES in losses.columns else [])]
 
 
 def _refuse_other_byte_counts(losses: pd.DataFrame) -> None:
-    """Bytes of one token counted in two ways are no common measure."""
+    """Raise `UserError` if runs of one size count the bytes of tokens by other tables: bpb would not compare."""
     if TOKEN_BYTES not in losses.columns:
         return
     known = losses[losses[TOKEN_BYTES].ne("")]

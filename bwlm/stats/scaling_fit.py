@@ -1,13 +1,13 @@
-"""The law of one direction's runs, with intervals over seeds, and the largest size predicted from the others.
+"""Scaling law of one direction's runs: its intervals over seeds, and the largest size predicted from the others.
 
 Input is a table with a row per finished run and the columns
 
     run, direction, seed, parameters, tokens, loss (nats per token)
 
-`tokens` are those trained on; `parameters` are `ParameterCounts.scaling`.
+`tokens` are training tokens; `parameters` are `ParameterCounts.scaling`.
 
-The intervals hold what another draw of seeds would change. They do not hold the error of the law itself: that is what
-the prediction of the largest size is for. Not covered here: which runs may be compared (the report audits their
+The intervals cover what another draw of seeds would change. They do not cover the error of the law itself: the
+prediction of the largest size tests that. Not covered here: which runs may be compared (the report audits their
 fingerprints), the choice of a learning rate, compute-optimal sizes.
 
 Suffixes of arrays: N runs, R resamples.
@@ -35,20 +35,20 @@ _TIED: Final = 0.1  # budgets within 10 % of a smooth function of the size follo
 
 @dataclass(frozen=True, eq=False)
 class ScalingFit:
-    """The law of one direction."""
+    """Fitted law of one direction, with its bootstrap over seeds."""
 
     direction: str
-    terms: tuple[Term, ...]  # that were fitted beside E
+    terms: tuple[Term, ...]  # terms that were fitted beside E
     law: Law
-    intervals: dict[str, Interval] | None  # by name of the parameter; None where no cell has two seeds
-    resampled: list[Law]  # the laws of the bootstrap
-    runs: pd.DataFrame  # those it was fitted to
-    reason: str  # why a term is missing; empty where none is
+    intervals: dict[str, Interval] | None  # by name of the unknown; None if no cell has two seeds
+    resampled: list[Law]  # laws of the bootstrap
+    runs: pd.DataFrame  # runs that it was fitted to
+    reason: str  # why a term is missing; empty if none is
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A cell of the largest size, predicted from the other sizes; losses in nats per token."""
+    """Cell of the largest size, predicted from the other sizes; losses in nats per token."""
 
     direction: str
     parameters: float
@@ -57,23 +57,23 @@ class HeldOut:
     predicted: float
     found: float  # mean over seeds
     predicted_interval: Interval | None
-    miss_interval: Interval | None  # of found - predicted, both resampled
-    exact: bool  # the law goes through every cell that is left, so that the intervals are too narrow
+    miss_interval: Interval | None  # interval of found - predicted, both resampled
+    exact: bool  # the law goes through every remaining cell: the intervals are too narrow
 
 
 def fit(table: pd.DataFrame, direction: str, resamples: int = 200, seed: int = 0) -> ScalingFit:
     """Fit L = E + A / N^a + B / D^b to one direction's runs, with 95 % intervals over seeds.
 
     Huber loss on log L (`objective`) by L-BFGS-B, from the best of a grid of exponents with E, A and B by non-negative
-    least squares at each. Where all runs have one N, or one D, or D follows from N (a fixed ratio, say), the terms
-    cannot be told apart: one is fitted, and `reason` says so.
+    least squares at each. If all runs have one N, or one D, or D follows from N (by a fixed ratio, say), the terms
+    cannot be told apart: one term is fitted, and `reason` says so.
 
     Intervals are percentiles of a bootstrap that redraws the seeds of each cell (N, D); deviations from the cell's mean
     log loss are stretched by sqrt(k / (k - 1)) for k seeds (Rao and Wu 1988, JASA 83:231-241), since k deviations from
-    their own mean are too small. A cell with one seed draws from the deviations of the others. With three seeds
-    the exponents' intervals cover 91 to 96 % in simulations; a loss, where three sizes hold three unknowns, 74 %.
+    their own mean are too small. A cell with one seed draws from the deviations of the others. In simulations with
+    three seeds the intervals of exponents cover 91 to 96 %; that of a loss 74 %, if three sizes fix three unknowns.
 
-    Raises UserError where the runs have too few sizes or budgets, and says which would do.
+    Raises `UserError` if the runs have too few sizes or budgets, and says which would do.
     """
     runs = _runs_of(checked_runs(table), direction)
     terms, reason = _identified(runs, direction)
@@ -85,7 +85,7 @@ def fit(table: pd.DataFrame, direction: str, resamples: int = 200, seed: int = 0
 def hold_out(table: pd.DataFrame, direction: str, resamples: int = 200, seed: int = 0) -> list[HeldOut]:
     """Fit without the largest size and predict its loss, at each of its token budgets.
 
-    Raises UserError where the sizes left do not identify the law that all of them do.
+    Raises `UserError` if the remaining sizes do not identify the law that all sizes do.
     """
     runs = _runs_of(checked_runs(table), direction)
     terms, _ = _identified(runs, direction)
@@ -121,7 +121,11 @@ def hold_out(table: pd.DataFrame, direction: str, resamples: int = 200, seed: in
 
 
 def checked_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """The columns needed, with plain types, positive finite numbers and one run a cell and seed."""
+    """Return the needed columns with plain types, sorted by cell and seed.
+
+    Raises `UserError` for an empty table, a missing name, a number that is not positive and finite, or two runs of one
+    cell and seed.
+    """
     require_columns(table, COLUMNS, "the runs")
     if table.empty:
         raise UserError("there are no runs to fit: give a row for each finished run")
@@ -213,7 +217,7 @@ def _same_terms(runs: pd.DataFrame, direction: str, terms: tuple[Term, ...]) -> 
 
 
 def _redraw(runs: pd.DataFrame, resamples: int, seed: int) -> FloatArray | None:
-    """Log losses (R x N) with the seeds of each cell drawn anew; None where no cell has two.
+    """Return log losses [R, N] with the seeds of each cell redrawn; None if no cell has two seeds.
 
     The draws follow the order of the table alone, so directions with the same cells and seeds share them.
     """

@@ -1,8 +1,8 @@
-"""The law L = E + A / N^a + B / D^b: loss falls with size N and tokens D. What a fit minimises, and how it finds that.
+"""Scaling law L = E + A / N^a + B / D^b of size N and training tokens D: the objective of a fit, and its minimiser.
 
-N are the matrices of the blocks and the output layer, as nanochat counts them. Other papers count otherwise: Hoffmann
-et al. all parameters, Kaplan et al. (2020) the blocks' alone. Exponents of small models depend on the choice (Pearce
-and Song 2024, arXiv:2406.12907), so compare them only under the same one.
+N counts the matrices of the blocks and the output layer, as nanochat does. Other papers count otherwise: Hoffmann et
+al. all parameters, Kaplan et al. (2020) the blocks alone. Exponents of small models depend on this choice (Pearce and
+Song 2024, arXiv:2406.12907), so compare exponents only under the same count.
 
 Suffixes of arrays: N runs, R resamples, P coordinates of a law, T terms.
 """
@@ -21,19 +21,19 @@ from scipy.optimize import minimize, nnls
 from bwlm.stats.loss_table import FloatArray
 
 CONVENTION: Final = "N counts the matrices of the blocks and the output layer, without the token embedding"
-DELTA: Final = 1e-3  # of the Huber loss, in log loss: beyond 0.1 % a run counts as an outlier
+DELTA: Final = 1e-3  # threshold of the Huber loss, in log loss: beyond 0.1 % a run counts as an outlier
 
 Term = Literal["parameters", "tokens"]
 COEFFICIENT_AND_EXPONENT: Final[dict[Term, tuple[str, str]]] = {"parameters": ("A", "a"), "tokens": ("B", "b")}
 
-_EXPONENTS: Final = (0.05, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5)  # of the starts
+_EXPONENTS: Final = (0.05, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5)  # grid of the starts
 _LARGEST_EXPONENT: Final = 3.0
-_STARTS: Final = 6  # the best of the grid; L-BFGS-B goes down from each (in simulations all led to one minimum)
+_STARTS: Final = 6  # best points of the grid, each a start of L-BFGS-B (in simulations all led to one minimum)
 
 
 @dataclass(frozen=True)
 class Law:
-    """L = E + A / N^a + B / D^b in nats per token; a term that was not fitted has the coefficient 0."""
+    """Law L = E + A / N^a + B / D^b in nats per token; a term that was not fitted has the coefficient 0."""
 
     E: float
     A: float = 0.0
@@ -50,7 +50,7 @@ class Law:
 def objective(law: Law, parameters: FloatArray, tokens: FloatArray, losses: FloatArray) -> float:
     """Return the objective of `fit`: the sum over runs of Huber(log L_predicted - log L), delta 1e-3.
 
-    Huber(r) = r^2 / 2 where |r| <= delta, else delta (|r| - delta / 2). Hoffmann et al. 2022, arXiv:2203.15556,
+    Huber(r) = r^2 / 2 if |r| <= delta, else delta (|r| - delta / 2). Hoffmann et al. 2022, arXiv:2203.15556,
     Approach 3. It is the sum and not the mean: see `_minimise`.
     """
     residual_n = np.log(law.loss(parameters, tokens)) - np.log(losses)
@@ -58,14 +58,14 @@ def objective(law: Law, parameters: FloatArray, tokens: FloatArray, losses: Floa
 
 
 def unknowns(terms: Sequence[Term]) -> list[str]:
-    """The names of what is fitted: E, then a coefficient and an exponent for each term."""
+    """Return the names of the fitted numbers: E, then a coefficient and an exponent for each term."""
     return ["E", *(name for term in terms for name in COEFFICIENT_AND_EXPONENT[term])]
 
 
 def fit_law(runs: pd.DataFrame, terms: tuple[Term, ...], resampled_rn: FloatArray | None) -> tuple[Law, list[Law]]:
-    """The law of the lowest objective from many starts, and that of each resample, started from there.
+    """Return the law with the lowest objective from many starts, and the law of each resample, started from there.
 
-    `runs` has the columns parameters, tokens, loss; `resampled_rn` holds log losses (R x N), None without resamples.
+    `runs` has the columns parameters, tokens, loss; `resampled_rn` holds log losses [R, N], None without resamples.
     """
     problem = _Problem.from_runs(runs, terms)
     log_loss_n = np.log(runs["loss"].to_numpy(dtype=np.float64))
@@ -78,10 +78,11 @@ def fit_law(runs: pd.DataFrame, terms: tuple[Term, ...], resampled_rn: FloatArra
 
 @dataclass(frozen=True)
 class _Problem:
-    """The inputs of one fit in coordinates that L-BFGS-B gets down quickly.
+    """Inputs of one fit, in coordinates in which L-BFGS-B converges quickly.
 
-    A coordinate vector holds log E, then for each term the log of its share at the geometric mean of its variable and
-    its exponent times the variable's spread. A and a themselves are strongly correlated: A is the share at N = 1.
+    A coordinate vector holds log E, then for each term the log of its share of the loss at the geometric mean of its
+    variable, and its exponent times the spread (standard deviation) of the variable's log. A and a themselves are
+    strongly correlated: A is the share at N = 1.
     """
 
     terms: tuple[Term, ...]
@@ -106,12 +107,12 @@ class _Problem:
         return Law(**values)
 
     def log_parts(self, point_p: FloatArray) -> FloatArray:
-        """Log of E and of each term (rows) at every run (columns)."""
+        """Return the log of E and of each term [1 + T, N]."""
         constant = np.full((1, self.u_tn.shape[1]), point_p[0])
         return np.concatenate([constant, point_p[1::2, None] - point_p[2::2, None] * self.u_tn])
 
     def value_and_gradient(self, point_p: FloatArray, log_loss_n: FloatArray) -> tuple[float, FloatArray]:
-        """The objective over delta^2, and its derivatives."""
+        """Return the objective over delta^2, and its gradient [P]."""
         parts = self.log_parts(point_p)
         predicted_n = np.logaddexp.reduce(parts, axis=0)
         z_n = (predicted_n - log_loss_n) / DELTA
@@ -128,16 +129,16 @@ class _Problem:
 
 
 def _huber(z_n: FloatArray) -> FloatArray:
-    """Huber's loss with delta 1."""
+    """Return Huber's loss of each value, with delta 1."""
     size_n = np.abs(z_n)
     return np.where(size_n <= 1.0, 0.5 * z_n**2, size_n - 0.5)
 
 
 def _minimise(problem: _Problem, start_p: FloatArray, log_loss_n: FloatArray) -> tuple[float, FloatArray]:
-    """L-BFGS-B from one start.
+    """Run L-BFGS-B from one start; return the objective over delta^2, and the coordinates [P].
 
-    Its tolerances are absolute for values under 1, so an objective of 1e-6 (let alone its mean over runs) ends it at
-    the start: what Besiroglu et al. 2024, arXiv:2404.10102, found in published fits. Hence the sum, over delta^2.
+    Its tolerances are absolute for values under 1, so an objective of 1e-6 (let alone its mean over runs) would stop it
+    at the start, as Besiroglu et al. 2024, arXiv:2404.10102, found in published fits. Hence the sum, over delta^2.
     """
     result = minimize(
         problem.value_and_gradient,
@@ -152,14 +153,14 @@ def _minimise(problem: _Problem, start_p: FloatArray, log_loss_n: FloatArray) ->
 
 
 def _starts(problem: _Problem, log_loss_n: FloatArray) -> list[FloatArray]:
-    """The best points of the grid of exponents, E, A and B by least squares of relative errors."""
+    """Return the best points of a grid of exponents; E, A and B by non-negative least squares of relative errors."""
     starts = []
     for exponents in product(_EXPONENTS, repeat=len(problem.terms)):
         scaled = np.array(exponents) * problem.spread
         columns = np.concatenate([np.ones((1, len(log_loss_n))), np.exp(-scaled[:, None] * problem.u_tn)])
         shares, _ = nnls((columns / np.exp(log_loss_n)).T, np.ones(len(log_loss_n)))
         start_p = np.empty(1 + 2 * len(scaled))
-        shares = np.log(np.maximum(shares, 1e-3 * np.exp(log_loss_n.mean())))  # a share of 0 has no way back
+        shares = np.log(np.maximum(shares, 1e-3 * np.exp(log_loss_n.mean())))  # the log of a share of 0 has no way back
         start_p[0], start_p[1::2], start_p[2::2] = shares[0], shares[1:], scaled
         starts.append(start_p)
     return sorted(starts, key=lambda start_p: problem.value_and_gradient(start_p, log_loss_n)[0])[:_STARTS]

@@ -72,12 +72,12 @@ def test_transfer_is_the_losses_of_both_readings(folders: list[ExperimentFolder]
     crossed = np.mean([one["nll"].sum() / one["tokens"].sum() for one in losses])
     assert table.loc[("forward", "backward"), "loss"] == pytest.approx(crossed)
     found = transfer(folders).findings
-    [misled] = [line for line in found if "behind the wrong marker" in line and "reads forward text" in line]
+    [misled] = [line for line in found if "on forward text the wrong marker" in line]
     wrong, right = (
         load_losses(ExperimentFolder(trained, "x_s0"), name) for name in ("forward_marked_backward", "forward")
     )
     apart = (wrong["nll"].sum() - right["nll"].sum()) / right["tokens"].sum()
-    assert misled.startswith("d2, lr 1: behind the wrong marker a bidirectional model reads forward text at ")
+    assert misled.startswith("d2, lr 1: on forward text the wrong marker costs a bidirectional model ")
     assert abs(apart) > 1e-6  # else the marker would not have been another one
     assert misled.endswith(f" {apart:+.4f} nats per token (one seed)")
     more = transfer(folders).more

@@ -36,7 +36,7 @@ GAP = Gap(
         ((-0.003, 0.005), 0.004, False, "too coarse: half its width, 0.0040, is not below"),
         ((0.001, 0.005), 0.1, False, "a gap was found where there is none"),
         ((-0.005, -0.001), None, False, "a gap was found where there is none"),
-        ((-0.003, 0.005), None, None, "covers zero, half its width is 0.0040: no gap is claimed to be below"),
+        ((-0.003, 0.005), None, None, "covers zero, half its width is 0.0040: no study's gap to compare"),
         (None, 0.1, False, "one seed gives no interval"),
     ],
 )
@@ -103,7 +103,7 @@ def test_a_report_shows_the_controls_of_its_storage(tmp_path: Path) -> None:
     null = cells(tmp_path, NULL, 0.0)
     text = report()
     assert text.count("| passed |") == 1
-    assert "\nNot run: a one-way corpus (builtin:products), on which one must. With this storage" in text
+    assert "\nNot run: a one-way corpus (builtin:products), on which a gap must be found. With this storage" in text
     cells(tmp_path, PRODUCTS, 2.0)
     text = report()
     assert "Not run" not in text
@@ -134,7 +134,7 @@ def test_the_report_of_the_controls_themselves_has_no_gap_to_hold_them_against(t
     write_cells(tmp_path, "controls", [folder.id for folder in [*null, *positive]])
     text = write_grid_report(tmp_path, "controls")[0].read_text()
     assert text.count("forward against backward: **different**") == 1  # the positive control's own gap
-    assert "no gap is claimed to be below" in text
+    assert "no study's gap to compare" in text
     assert "| no study |" in text
     assert "**failed**" not in text
 
@@ -145,7 +145,7 @@ def test_a_gap_that_no_verdict_claims_is_none_to_be_finer_than(tmp_path: Path) -
     cells(tmp_path, NULL, 0.0)
     text = write_grid_report(tmp_path, "g")[0].read_text()
     assert "no difference seen" in text
-    assert "no gap is claimed to be below" in text
+    assert "no study's gap to compare" in text
 
 
 def test_controls_that_failed_are_told_and_those_of_two_grids_stand_side_by_side(tmp_path: Path) -> None:

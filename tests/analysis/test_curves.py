@@ -132,7 +132,7 @@ def test_phases_are_compared_by_what_their_losses_tell(tmp_path: Path) -> None:
     assert set(found.table["size"]) == {"base d1"}
     assert found.notes == [
         "left out: 4 runs of RL, whose rewards `bwlm analyze rewards` shows",
-        "4 runs of SFT: directions write text of their own there, so only curves",
+        "4 runs of SFT: curves only, as each direction writes its own text there",
     ]
     curves = single_curves(folders)
     assert set(curves["size"]) == {"base d1", "sft d1"}

@@ -183,7 +183,7 @@ def test_a_verdict_says_how_few_seeds_chose_its_rate(
     few = verdict == "too few seeds chose the rate"
     seeds = "1 seed" if choosing_seeds == 1 else f"{choosing_seeds} seeds"
     assert (f"**{verdict}** (the rate was chosen by {seeds}, a verdict needs 3)" in text) is few
-    assert ("judges them again, but as losses alone" in text) is few
+    assert ("but without the choice of rates" in text) is few
     assert f"**{verdict}** |" in text
 
 
@@ -234,9 +234,9 @@ def test_every_documents_loss_lies_beside_the_report_and_gives_the_same_verdict(
 
 def test_runs_that_the_last_launch_dropped_are_told(tmp_path: Path) -> None:
     runs = mixed_grid(tmp_path)
-    assert "not of its last launch" not in write(tmp_path, runs)[0]
+    assert "last launch left them out" not in write(tmp_path, runs)[0]
     dropped, kept = runs[0].id, runs[1:]
-    assert f"not of its last launch, and not judged here: {dropped}.\n" in write(tmp_path, kept)[0]
+    assert f"Not judged, since the grid's last launch left them out: {dropped}.\n" in write(tmp_path, kept)[0]
 
 
 def test_the_report_tells_audit_cost_and_how_to_repeat_it(written: tuple[str, list[Path]]) -> None:
@@ -651,7 +651,7 @@ def test_energy_is_told_of_runs_whose_gpu_told_its_power(tmp_path: Path) -> None
     """20 steps of half a second at 400 W, and 3 of the first looks are missing: 4000 J on each of two workers."""
     folder = make_cell(tmp_path, "forward")
     on(folder, ResourceSettings(workers=2, gpus_per_worker=1))
-    assert "Energy is not known: no GPU told its power." in cost_section([finish(folder, {"forward": [20.0]})])[-1]
+    assert "Energy is not known: no GPU reported its power." in cost_section([finish(folder, {"forward": [20.0]})])[-1]
     journal = Journal(folder.path)
     for step in range(1, 21):
         watts = {"gpu_watts": 400.0} if step > 3 else {}
@@ -710,7 +710,7 @@ def test_a_grid_without_base_and_mid_says_that_directions_are_not_compared(tmp_p
     for folder in folders:
         folder.write_status(Status("finished", "", 20, {"val_loss": 3.0, "val_bpb": 1.0, "val_loss_written": 2.0}))
     text, _ = write(tmp_path, folders)
-    assert text.startswith("# g\n\n## Verdict\n\nNone between directions: in SFT and RL each learns to write text of")
+    assert text.startswith("# g\n\n## Verdict\n\nNone between directions: in SFT and RL each learns to write its own")
     assert "no cell has finished" not in text
     assert "No pair of runs of two directions" in text.split("## Audit")[1]
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Charts of where losses lie in the text, and of what goes on inside the models."""
+"""Charts of the loss by place in the text, and of layers, states and attention inside the models."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import pandas as pd
 from bwlm.analysis.charts.style import SHORT_NUMBER, direction_color, series_in_order, styled
 
 _FEWEST_TOKENS = 30
-"""Under so many a mean loss says little; the table has it."""
+"""Fewest tokens of a point: a mean over fewer says little, and stands in the table alone."""
 _SMALL_NUMBER = "format(datum.value, datum.value < 0.001 ? '.0e' : '~g')"  # 2e-6, 0.01, 3
 _WIDEST, _NARROWEST, _ROOM = 200, 90, 720
-"""Pixels of a panel beside others, and of all of them."""
+"""Widths in pixels: the widest and the narrowest panel beside others, and all panels together."""
 
 _BELOW: dict[str, Any] = {"orient": "bottom", "columns": 1}
 """Legends of panels side by side."""
 
 
 def position_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
-    """Loss and accuracy by place, with their ranges over seeds; a row for each kind of place.
+    """Draw loss and accuracy by place, with their ranges over seeds; a row for each kind of place.
 
     `table`: series, direction, kind, bin, tokens, loss (nats), accuracy (a share), each of the last two with `_low` and
     `_high`.
     """
     table = table[table["tokens"] >= _FEWEST_TOKENS]
-    table = table.assign(of=table["series"].str.partition(", ")[2])  # size and learning rate, where there are several
+    table = table.assign(of=table["series"].str.partition(", ")[2])  # size and learning rate, if there are several
     panels = [
         alt.hconcat(*(_by_place(table[table["kind"] == kind], kind, what) for what in ("loss", "accuracy")))
         for kind in table["kind"].unique()
@@ -62,7 +62,7 @@ def _by_place(rows: pd.DataFrame, kind: str, what: str) -> Any:
 
 
 def layer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
-    """Rms over steps, a line for each layer; rows: what is measured, with an axis of its own; columns: series.
+    """Draw rms over steps, a line for each layer; a row for each `what`, with its own axis; a column for each series.
 
     `table`: series, direction, step, layer, what, rms.
     """
@@ -97,7 +97,7 @@ def layer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
 
 
 def similarity_chart(pairs: pd.DataFrame, heads: pd.DataFrame, title: str) -> alt.TopLevelMixin:
-    """CKA by layer, between seeds and across directions, with its range; beside it where each head looks.
+    """Draw CKA by layer, between seeds and across directions, with ranges; beside it distance and entropy of each head.
 
     `pairs`: group, pair, direction and reading (empty across directions), layer, cka, low, high. `heads`: group,
     direction, layer, entropy (nats), distance (tokens); it may be empty. A row for each group.

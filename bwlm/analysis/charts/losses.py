@@ -1,4 +1,4 @@
-"""Charts of losses: along the training, between directions, in both readings."""
+"""Charts of losses: over the training, between directions, in both readings."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _COLUMNS = 3
 
 
 def learning_curves(curves: pd.DataFrame, title: str) -> alt.TopLevelMixin:
-    """Smoothed training loss (lines) and validation loss (points) over tokens; a panel for each size.
+    """Draw smoothed training loss (lines) and validation loss (points) over tokens; a panel for each size.
 
-    `curves` has a row a logged step: run, direction, size, lr, tokens, loss and, where it was measured,
-    val_loss. Thin lines are single runs; where there are several learning rates each has its dashes.
+    `curves` has a row per logged step: run, direction, size, lr, tokens, loss (nats per token) and, if measured,
+    val_loss. A thin line is one run; of several learning rates each has its own dashes.
     """
     if curves.empty:
         return nothing("no step has been logged yet", title)
@@ -38,13 +38,13 @@ def learning_curves(curves: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     points = base.transform_filter("isValid(datum.val_loss)").mark_point(filled=True, size=22, opacity=0.9)
     layered = alt.layer(lines, points.encode(y="val_loss:Q")).properties(width=300, height=240)
     panel = alt.Facet("size:N", title=None, sort=sizes, header=alt.Header(labelFontSize=12, labelLimit=300))
-    # sizes have budgets of their own, and share the loss axis
+    # each size has its own budget, so its own x axis; the loss axis is shared
     panels = layered.facet(panel, columns=min(_COLUMNS, len(sizes))).resolve_scale(x="independent")
     return styled(panels.properties(title=title))
 
 
 def comparison_curves(bands: pd.DataFrame, apart: pd.DataFrame, title: str) -> alt.TopLevelMixin:
-    """Mean loss with the range over seeds, a column for each axis; below it how far directions are apart.
+    """Draw mean loss with the range over seeds, a column for each axis; below it how far directions are apart.
 
     A row for each size. `bands`: axis, x, loss, low, high (nats per token), size, direction, lr. `apart`: tokens,
     difference, low, high (nats per token; the last two may be missing), size, direction, against.
@@ -93,7 +93,7 @@ def _differences(apart: pd.DataFrame) -> alt.TopLevelMixin:
 
 
 def gap_chart(gaps: pd.DataFrame, title: str) -> alt.TopLevelMixin:
-    """Each pair's gap with its interval over seeds, beside the noise floor as a grey band; zero is `no gap`.
+    """Draw each pair's gap with its interval over seeds, on the noise floor as a grey band; zero is `no gap`.
 
     `gaps`: pair, gap, low, high (nats per token; low and high missing with one seed), floor_low, floor, verdict.
     """
@@ -120,7 +120,7 @@ def gap_chart(gaps: pd.DataFrame, title: str) -> alt.TopLevelMixin:
 
 
 def transfer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
-    """Loss of each direction in each reading with its interval over seeds; a row for each size and learning rate.
+    """Draw the loss of each direction in each reading, with its interval over seeds; a row per size and learning rate.
 
     `table`: size, direction, lr, reading, loss, low, high (nats per token).
     """

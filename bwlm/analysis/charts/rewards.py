@@ -1,4 +1,4 @@
-"""Charts of RL."""
+"""Chart of the rewards of RL."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from bwlm.analysis.charts.style import direction_color, styled
 
 
 def reward_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
-    """Reward of each step (thin lines) with its mean over runs, and of validations (points); a panel a series.
+    """Draw the reward of each step (thin lines), its mean over runs, and validations (points); a panel per series.
 
-    `table` has a row a step of a run: run, series, direction, step, reward, val_reward where there was a validation.
+    `table` has a row per step of a run: run, series, direction, step, reward and, after a validation, val_reward.
     """
     base = alt.Chart(table).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(tickCount=5)), color=direction_color(table["direction"])

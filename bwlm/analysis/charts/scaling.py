@@ -1,4 +1,4 @@
-"""The chart of loss and gap over size."""
+"""Charts of loss and gap over model size."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _COLOR = "#4b5563"
 
 
 def scaling_chart(law: alt.TopLevelMixin, gaps: alt.TopLevelMixin | None, title: str) -> alt.TopLevelMixin:
-    """The law with, where there are several sizes to compare directions at, the gap over size below it."""
+    """Stack the chart of the law on the chart of the gap over size, if there is one."""
     return styled((law if gaps is None else alt.vconcat(law, gaps)).properties(title=title))
 
 
 def law_chart(
     points: pd.DataFrame, curves: pd.DataFrame, predicted: pd.DataFrame, x_title: str, note: str = ""
 ) -> alt.TopLevelMixin:
-    """Loss over size, log-log: a point a run, the fitted law of each direction with its band, the held-out prediction.
+    """Draw loss over size, log-log: runs as points, each direction's law with its band, and held-out predictions.
 
     `points`: direction, run, x, loss; `curves` and `predicted`: direction, x, loss, low, high (the last two may be
     missing). `note` follows the explanation of the marks.
@@ -57,7 +57,7 @@ def law_chart(
 
 
 def gap_trend_chart(gaps: pd.DataFrame, trends: pd.DataFrame) -> alt.TopLevelMixin:
-    """The gap of each pair over parameters with its interval over seeds, and the line through them.
+    """Draw the gap of each pair over parameters, with its interval over seeds, and the line through the gaps.
 
     `gaps`: gap (the pair), parameters, nats, low, high (nats per token; the last two may be missing). `trends`: gap,
     parameters, nats.
@@ -84,20 +84,20 @@ def gap_trend_chart(gaps: pd.DataFrame, trends: pd.DataFrame) -> alt.TopLevelMix
 
 
 def _side_by_side(rows: pd.DataFrame, directions: list[str]) -> pd.DataFrame:
-    """Directions a little apart in x, so that none hides another."""
+    """Return the rows with directions a little apart in x, so that none hides another."""
     middle = (len(directions) - 1) / 2
     factor = {name: 1.02 ** (k - middle) for k, name in enumerate(directions)}
     return rows.assign(x=rows["x"] * rows["direction"].map(factor).astype(float))
 
 
 def _thinned(values: pd.Series[float]) -> list[float]:
-    """The distinct values, at most eight of them."""
+    """Return the distinct values, at most eight of them."""
     distinct = sorted(set(values))
     return distinct[:: math.ceil(len(distinct) / 8)]
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
-    """About six round numbers inside the range, of which a log axis by itself would show only 2, 3, 4, .."""
+    """Return about six round numbers in the range; a log axis by itself would show only 2, 3, 4, .."""
     rough = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)

@@ -12,11 +12,11 @@ PALETTE = {"forward": "#2a6fbb", "backward": "#c8553d", "bidirectional": "#5b8c5
 """Colour of each direction, the same in every chart."""
 
 SHORT_NUMBER = "format(datum.value, '~s')"
-"""Labels 0, 500k, 1.5M; an axis' own format would say 0M."""
+"""Label expression of an axis: 0, 500k, 1.5M; the axis' own format would say 0M."""
 
 _FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
 _PADDING = {"left": 16, "right": 28, "top": 8, "bottom": 8}
-"""Pixels; a browser without those fonts takes wider ones, and a legend must not lose its last letters."""
+"""Padding in pixels: a browser without these fonts takes wider ones, and a legend must not lose its last letters."""
 
 
 def direction_color(directions: pd.Series[str], **legend: Any) -> alt.Color:
@@ -33,7 +33,7 @@ def in_order(directions: pd.Series[str]) -> list[str]:
 
 
 def series_in_order(table: pd.DataFrame) -> list[str]:
-    """The values of `series`, forward ones first."""
+    """Return the values of the column `series`, forward ones first."""
     order = {name: place for place, name in enumerate(PALETTE)}
     return list(table.sort_values("direction", key=lambda names: names.map(order), kind="stable")["series"].unique())
 
@@ -50,7 +50,7 @@ def styled(chart: Any) -> Any:
 
 
 def nothing(words: str, title: str) -> alt.TopLevelMixin:
-    """A chart that says why there is none."""
+    """Draw a chart that says, in `words`, why there is nothing to draw."""
     chart = alt.Chart(pd.DataFrame({"words": [words]})).mark_text(fontSize=13, color="#777").encode(text="words:N")
     return styled(chart.properties(width=300, height=80, title=title))
 

@@ -1,4 +1,4 @@
-"""Learning curves of several runs: over steps, tokens, FLOPs and time, and what a direction needs to reach a loss."""
+"""Learning curves of several runs over steps, tokens, FLOPs and time, and the tokens needed to reach a loss."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from bwlm.stats.gaps import FEWEST_SEEDS, paired_t
 AXES = {"step": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
 _GROUP = ["size", "direction", "lr"]
 _SMOOTHED = 25
-"""A training loss is averaged over one in so many of a run's steps, centred."""
+"""Fraction of a run's steps over which its training loss is averaged, as a divisor; the window is centred."""
 _POINTS = 120
-"""Points of a curve in the chart."""
+"""Points of a curve in the chart of several runs."""
 _LEVELS = 3
 _EFFICIENCY = [
     *("size", "loss", "direction", "seeds", "tokens", "flops"),
@@ -37,9 +37,9 @@ _OF_ONE_RUN = 200
 
 
 def compare(folders: list[ExperimentFolder]) -> Analysis:
-    """Curves with bands over seeds, and the tokens and FLOPs to reach a loss (learning efficiency).
+    """Return curves with bands over seeds, and the tokens and FLOPs to reach a loss (learning efficiency).
 
-    Directions are held against each other in base and mid alone: in SFT each learns to write text of its own.
+    Directions are compared in base and mid alone: in SFT each learns to write its own part of a conversation.
 
     Raises `UserError` if no run has logged a step, or if all are of RL.
     """
@@ -60,21 +60,22 @@ def compare(folders: list[ExperimentFolder]) -> Analysis:
     if others := len(folders) - len(learning):
         notes.append(f"left out: {counted(others, 'run')} of RL, whose rewards `bwlm analyze rewards` shows")
     if apart_from := curves["run"].nunique() - held["run"].nunique():
-        notes.append(f"{counted(apart_from, 'run')} of SFT: directions write text of their own there, so only curves")
+        notes.append(f"{counted(apart_from, 'run')} of SFT: curves only, as each direction writes its own text there")
     found = [*_sentences(table), *_difference_sentences(apart)]
     return Analysis("compare", title, found, table, comparison_curves(bands(curves), apart, title), notes)
 
 
 def without_rl(folders: list[ExperimentFolder]) -> list[ExperimentFolder]:
-    """All but those of RL: the loss of a policy gradient goes nowhere while rewards rise."""
+    """Return all runs but those of RL: the loss of a policy gradient goes nowhere while rewards rise."""
     return [folder for folder in folders if not PHASES[folder.config().experiment.phase].has_reward]
 
 
 def smoothed_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
-    """A row a step: run, size, direction, lr, seed, step, tokens, flops, seconds, loss and, if measured, val_loss.
+    """Return a row per step: run, size, direction, lr, seed, step, tokens, flops, seconds, averaged, loss, val_loss.
 
-    Losses are in nats per token that is learnt, in SFT those that a direction writes; `loss` is the training loss,
-    averaged about its step over `averaged` tokens: an average of the past would lag behind a falling loss.
+    Losses are in nats per supervised token (in SFT the tokens that a direction writes). `loss` is the training loss,
+    averaged over `averaged` tokens around its step: an average of past steps would lag behind a falling loss.
+    `val_loss` is NaN at steps without a validation. The table is empty if no run has logged a step.
     """
     labels, parts = sizes(folders), []
     for folder in folders:
@@ -106,7 +107,7 @@ def smoothed_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
 
 
 def single_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
-    """The input of `charts.losses.learning_curves`: few enough steps to be drawn, all validations among them."""
+    """Return the input of `charts.losses.learning_curves`: few enough steps to draw, with all validations."""
     curves = smoothed_curves(without_rl(folders))
     if curves.empty:
         return curves
@@ -117,7 +118,7 @@ def single_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
 
 
 def bands(curves: pd.DataFrame) -> pd.DataFrame:
-    """Mean, lowest and highest loss over seeds, on a grid of each axis: axis, x, loss, low, high, seeds."""
+    """Return mean, lowest and highest loss over seeds on a grid of each axis: axis, x, loss, low, high, seeds."""
     parts = []
     for key, group in curves.groupby(_GROUP):
         runs = [run for _, run in group.groupby("run")]
@@ -136,11 +137,11 @@ def bands(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(curves: pd.DataFrame) -> pd.DataFrame:
-    """Averaged training loss of each direction less that of the first of its size; of one learning rate each.
+    """Return the smoothed training loss of each direction minus that of the first direction of its size.
 
-    Columns: size, direction, against, seeds, tokens, difference (nats per token, mean over the seeds that both have),
-    low, high (95 % t-interval over three seeds or more, for each point by itself). At a step all directions of one seed
-    read the same text, so what is hard about it cancels.
+    `curves` has one learning rate per size and direction. Columns: size, direction, against, seeds, tokens, difference
+    (nats per token, mean over the seeds that both have), low, high (95 % t-interval over three seeds or more, for each
+    point by itself). At a step all directions of one seed read the same text, so the difficulty of the text cancels.
     """
     parts = []
     for size, of_size in curves.groupby("size"):
@@ -154,12 +155,12 @@ def differences(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def _losses_by_seed(curves: pd.DataFrame, direction: str) -> pd.DataFrame:
-    """A row a step, by its tokens; a column a seed."""
+    """Return the losses of a direction: a row per step, by its tokens; a column per seed."""
     return curves[curves["direction"] == direction].pivot_table(index="tokens", columns="seed", values="loss")
 
 
 def _spread(apart: pd.DataFrame) -> pd.DataFrame:
-    """Mean and interval over the columns, at so many of the rows that they can be drawn."""
+    """Return mean and interval over the columns, at few enough rows to draw."""
     chosen = apart.iloc[np.unique(np.linspace(0, len(apart) - 1, _POINTS).astype(int))]
     tested = [paired_t(row) if len(row) >= FEWEST_SEEDS else None for row in chosen.to_numpy()]
     low, high = zip(*[found[1] if found else (math.nan, math.nan) for found in tested], strict=True)
@@ -192,11 +193,11 @@ def _difference_sentences(apart: pd.DataFrame) -> list[str]:
 def efficiency(curves: pd.DataFrame) -> pd.DataFrame:
     """Return the tokens that each direction needs to reach a loss, against the first direction of its size.
 
-    The losses lie between where all runs of a size have left their start behind and the lowest that all of them reach.
-    `ratio` is the geometric mean over seeds of tokens against the first direction's, with its 95 % t-interval over
-    seeds of the logarithm; all figures of a row are over the seeds that both have. FLOPs a token are equal within a
-    size, so it holds for FLOPs too. `averaged` is over how many tokens a loss is: no step is told from its neighbours
-    more finely.
+    The losses lie between the highest first loss of a size's runs and the lowest loss that all of them reach. `ratio`
+    is the geometric mean over seeds of tokens over the first direction's, with its 95 % t-interval over seeds of the
+    logarithm; all figures of a row are over the seeds that both directions have. FLOPs per token are equal within a
+    size, so the ratio holds for FLOPs too. `averaged` is the number of tokens that a loss is averaged over: tokens are
+    known no more finely.
     """
     rows = []
     for size, of_size in curves.groupby("size"):
@@ -225,7 +226,7 @@ def at_best_rates(curves: pd.DataFrame, best: dict[tuple[str, str], float]) -> p
 
 
 def _needed(curves: pd.DataFrame, level: float) -> dict[int, tuple[float, float]]:
-    """Tokens and FLOPs at which each seed first comes down to a loss, on the line between the steps about it."""
+    """Return tokens and FLOPs at which each seed first comes down to a loss, interpolated between steps."""
     found = {}
     for seed, run in curves.groupby("seed"):
         lowest = np.minimum.accumulate(run["loss"].to_numpy())
@@ -276,7 +277,7 @@ def _sentence(row: pd.Series[Any]) -> str:
         needs = f"{row['tokens']:,.0f} tokens and {row['flops']:.3g} FLOPs"
         return f"{row['size']}: {row['direction']} needs {needs} to reach {level}: {counted(int(row['seeds']), 'seed')}"
     if not row["seeds"]:
-        return f"{row['size']}: {row['direction']} and {row['against']} share no seed: what they need is not compared"
+        return f"{row['size']}: {row['direction']} and {row['against']} share no seed, so they are not compared"
     return (
         f"{row['size']}: {row['direction']} needs {row['ratio']:.2f} times the tokens of {row['against']} to reach "
         f"{level}{_interval(row['ratio_low'], row['ratio_high'], int(row['seeds']))}"

@@ -46,7 +46,7 @@ def gap_columns(found: Gap) -> list[str]:
 
 
 def gap_sentence(found: Gap) -> str:
-    """A judged gap in words: `size 4: backward is 0.0210 nats/token (0.70 %) worse than forward, 95 % over ..`."""
+    """Tell a judged gap in words: `size 4: backward is 0.0210 nats/token (0.70 %) worse than forward, 95 % over ..`."""
     return f"size {found.size}: {_amount(found)}: {found.verdict} ({found.reason})"
 
 
@@ -66,7 +66,7 @@ def _amount(found: Gap) -> str:
 
 
 def gap_figures(found: Gap) -> dict[str, Any]:
-    """A judged gap for scripts, at full precision; `bootstrap` says little where `documents` is under 10."""
+    """Return a judged gap for scripts, at full precision; `bootstrap` says little if `documents` is under 10."""
     return {
         "size": found.size,
         "a": found.a,
@@ -91,14 +91,14 @@ def gap_figures(found: Gap) -> dict[str, Any]:
 
 
 def gap_analysis(found: list[Gap], title: str, notes: list[str]) -> Analysis:
-    """Judged gaps as an analysis: a sentence, a line of a table and a bar of a chart each."""
+    """Return judged gaps as an analysis: a sentence, a row of a table and a bar of a chart for each."""
     shown = pd.DataFrame([gap_columns(one) for one in found], columns=GAP_HEADER)
     chart = gap_chart(gap_frame(found), f"{title}: gaps between directions")
     return Analysis("gap", title, [gap_sentence(one) for one in found], _gap_table(found), chart, notes, shown)
 
 
 def _gap_table(found: list[Gap]) -> pd.DataFrame:
-    """The figures of gaps: both ends of an interval in columns of their own, lists left out."""
+    """Return the figures of gaps, a row each: both ends of an interval in columns of their own, lists left out."""
     rows = []
     for one in found:
         row = gap_figures(one)
@@ -109,7 +109,7 @@ def _gap_table(found: list[Gap]) -> pd.DataFrame:
 
 
 def gap_frame(found: list[Gap]) -> pd.DataFrame:
-    """The input of `charts.losses.gap_chart`."""
+    """Return the input of `charts.losses.gap_chart`."""
     rows = []
     for one in found:
         low, high = one.seed_interval or (math.nan, math.nan)
@@ -120,7 +120,7 @@ def gap_frame(found: list[Gap]) -> pd.DataFrame:
 
 
 def gap_line(found: Gap, windows: int) -> str:
-    """A judged gap as an item of a list, with what it was measured on."""
+    """Tell a judged gap as an item of a Markdown list, with the documents and windows it was measured on."""
     few = "" if _resampled(found) else f" ({counted(found.documents, 'document')}: too few to resample)"
     text = _text_words(found, windows)
     verdict = f"{found.a} against {found.b}: **{found.verdict}** ({found.reason}), on {text}{few}"

@@ -1,4 +1,4 @@
-"""Gradients and activations, layer by layer over the training."""
+"""Gradients and activations by layer, over the training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OF = {"gradients": "parameter", "activations": "place"}
 
 
 def over_time(group: str, folders: list[ExperimentFolder]) -> Analysis:
-    """`gradients` or `activations`: statistics per layer over training, mean over the runs of a series.
+    """Return statistics of `gradients` or `activations` per layer over the training, as means over runs of a series.
 
     Raises `UserError` if no run logged them.
     """
@@ -31,7 +31,7 @@ def over_time(group: str, folders: list[ExperimentFolder]) -> Analysis:
 
 
 def _long(run: LoggedRun, group: str) -> pd.DataFrame:
-    """A row a step and parameter or place: step, layer, what, and the statistics."""
+    """Return a row per step and parameter, or place: step, layer, what, and the statistics."""
     steps, layers, names = run.all(group, "step"), run.fixed(group, "layer"), run.fixed(group, _OF[group])
     frame = pd.DataFrame(
         {
@@ -44,7 +44,7 @@ def _long(run: LoggedRun, group: str) -> pd.DataFrame:
 
 
 def _kind(name: str) -> str:
-    """`blocks.3.attention.query.weight` as `attention.query`: layers are told apart by their number."""
+    """Return `blocks.3.attention.query.weight` as `attention.query`: the layer has a column of its own."""
     parts = [part for part in name.split(".") if part not in ("blocks", "weight") and not part.isdigit()]
     return ".".join(parts)
 

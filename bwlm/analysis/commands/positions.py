@@ -1,4 +1,4 @@
-"""The loss by position from each end of a segment, by frequency of a token, and by length of its document."""
+"""Loss by position from each end of a segment, by frequency of a token, and by length of its document."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ KINDS = (
     "token's share of the text",
     "document's tokens",
 )
-"""The last is left out where the packed text, which knows a document's length, is gone."""
+"""Kinds of place. The last is left out if the packed text, which knows a document's length, is gone."""
 _AT_ONCE = 4096
-"""Rows of packed text in memory."""
+"""Rows of packed text that are in memory at a time."""
 _KEPT = ["kind", "bin", "tokens", "loss", "accuracy"]
 
 
 def positions(folders: list[ExperimentFolder]) -> Analysis:
-    """Loss and accuracy of the newest validation in each run's own reading, mean and range over the runs of a series.
+    """Return loss and accuracy by place at the newest validation, in each run's own reading, over the runs of a series.
+
+    Columns: mean, lowest and highest over the runs of a series; loss in nats per token, accuracy as a share.
 
     Raises `UserError` if no run logged its validation tokens.
     """
@@ -44,7 +46,10 @@ def positions(folders: list[ExperimentFolder]) -> Analysis:
 
 
 def by_place(run: LoggedRun) -> pd.DataFrame:
-    """kind, bin (its lower edge, a power of two, or a share), tokens, loss (nats), accuracy (share)."""
+    """Return a row per kind of place and bin: kind, bin (its lower edge), tokens, loss (nats), accuracy (share).
+
+    Edges are powers of two: numbers of tokens, or for the frequency of a token its share of the text.
+    """
     readings = list(run.fixed("validation", "reading"))
     own = [readings.index(name) for name in own_readings(run.direction)]
     loss = run.last("validation", "loss")[own].mean(0).astype(np.float64)
@@ -71,7 +76,7 @@ def by_place(run: LoggedRun) -> pd.DataFrame:
 
 
 def _within(segment: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Index of each token in its segment, which stand together, and the segment's length."""
+    """Return each token's index in its segment, and the segment's length; a segment's tokens stand together."""
     _, first, counts = np.unique(segment, return_index=True, return_counts=True)
     order = np.argsort(first)
     return np.arange(len(segment)) - np.repeat(first[order], counts[order]), np.repeat(counts[order], counts[order])
@@ -79,7 +84,7 @@ def _within(segment: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]
 
 @cache
 def document_lengths(corpus: str) -> pd.Series[int] | None:
-    """Tokens of each document of the validation split, by its number; None if the packed text is gone."""
+    """Count the tokens of each document of the validation split, by its number; None if the packed text is gone."""
     if not (Path(corpus) / "manifest.json").exists():
         return None
     rows = PackedRows(Path(corpus), "validation")
@@ -102,7 +107,7 @@ def _sentences(table: pd.DataFrame) -> list[str]:
             part = group[group["kind"] == kind].sort_values("bin")
             first, last = part.iloc[0], part.iloc[-1]
             found.append(
-                f"{series}: {first['loss']:.3f} nats at {kind} {first['bin']:.0f}, "
+                f"{series}: loss by {kind}: {first['loss']:.3f} nats at {first['bin']:.0f}, "
                 f"{last['loss']:.3f} from {last['bin']:.0f} on"
             )
     return found

@@ -1,4 +1,4 @@
-"""States layer by layer at the end of training (CKA), and what attention heads look at."""
+"""Similarity of states (CKA) by layer at the end of training, and the distances at which attention heads look."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class States:
 
     run: str
     group: str
-    """Runs of one group are paired."""
+    """Size, with the learning rate if there are several: runs of one group are paired."""
     direction: str
     reading: str
     seed: int
@@ -49,10 +49,10 @@ class States:
 
 
 def representations(folders: list[ExperimentFolder]) -> Analysis:
-    """Layer by layer, how alike the states of two runs are on the same tokens: across directions, and across seeds.
+    """Return the CKA by layer of two runs' states on the same tokens: across directions, and across seeds.
 
-    Runs of one size are paired, of one learning rate where a direction of that size has several. Raises `UserError`
-    with under two of those that logged states of the same tokens.
+    Runs of one size are paired; if a direction has several learning rates at that size, only runs of one rate. Raises
+    `UserError` if no two such runs have logged states of the same tokens.
     """
     groups = _groups(folders)
     states, notes = _states(folders, groups)
@@ -62,7 +62,7 @@ def representations(folders: list[ExperimentFolder]) -> Analysis:
     title = "Representations"
     try:
         heads, without = from_each(folders, ranked_heads)
-    except UserError as error:  # attention need not be logged
+    except UserError as error:  # attention may be left out of the log
         heads, without = pd.DataFrame(), [str(error)]
     notes += [note for note in without if note not in notes]
     more = {} if heads.empty else {"heads": _mean_heads(heads)}
@@ -72,7 +72,7 @@ def representations(folders: list[ExperimentFolder]) -> Analysis:
 
 
 def _groups(folders: list[ExperimentFolder]) -> dict[str, str]:
-    """The size of each run, with its learning rate where a direction has several of them at that size."""
+    """Return the size of each run, with its learning rate if a direction has several at that size."""
     labels, experiments = sizes(folders), {folder.id: folder.config().experiment for folder in folders}
     rates: dict[tuple[str, str], set[float]] = {}
     for run, experiment in experiments.items():
@@ -104,7 +104,10 @@ def _states(folders: list[ExperimentFolder], groups: dict[str, str]) -> tuple[li
 
 
 def _pairs(states: list[States], notes: list[str]) -> pd.DataFrame:
-    """A row a pair of runs and layer: group, pair, direction and reading (of pairs of seeds), layer, cka."""
+    """Return a row per pair of runs and layer: group, pair, direction and reading (of pairs of seeds), layer, cka.
+
+    Pairs that cannot be compared, or are of unequal steps, are added to `notes`.
+    """
     rows = []
     for one, other in combinations(states, 2):
         if one.group != other.group or (pair := pair_name(one, other)) is None:
@@ -122,7 +125,7 @@ def _pairs(states: list[States], notes: list[str]) -> pd.DataFrame:
 
 
 def _over_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Mean, lowest and highest over the pairs of a kind; in each group those of seeds first."""
+    """Return mean, lowest and highest CKA over the pairs of a kind; in each group pairs of seeds come first."""
     keys = ["group", "pair", "direction", "reading", "layer"]
     alike = pairs.groupby(keys, sort=False)["cka"].agg(["mean", "min", "max", "size"]).reset_index()
     alike = alike.assign(across=alike["direction"] == "").sort_values(["group", "across"], kind="stable")
@@ -139,10 +142,10 @@ def pair_name(one: States, other: States) -> str | None:
 
 
 def ranked_heads(run: LoggedRun) -> pd.DataFrame:
-    """Newest attention statistics, a row a head, the nearest-looking of its layer first.
+    """Return the newest attention statistics, a row per head, the nearest-looking head of each layer first.
 
-    reading, layer, head (its rank), entropy in nats, distance in tokens, first_share: the share on the first token.
-    Rank and not number, since what a number is in one seed is another in the next.
+    Columns: reading, layer, head (its rank), entropy in nats, distance in tokens, first_share (share of attention on
+    the first token). Heads are ranked and not numbered, since head 0 of one seed is not head 0 of another.
     """
     found = {name: run.last("attention", name) for name in _STATISTICS}  # each [reading, layer, head]
     order = found["distance"].argsort(axis=-1)
@@ -154,7 +157,7 @@ def ranked_heads(run: LoggedRun) -> pd.DataFrame:
 
 
 def _mean_heads(of_runs: pd.DataFrame) -> pd.DataFrame:
-    """Means over the runs of a series, and the lowest and highest distance among them."""
+    """Return the means over the runs of a series, and the lowest and highest distance among the runs."""
     keys = ["series", "reading", "layer", "head"]
     means = {name: (name, "mean") for name in _STATISTICS}
     spread = {"nearest": ("distance", "min"), "farthest": ("distance", "max"), "runs": ("run", "nunique")}
@@ -162,6 +165,6 @@ def _mean_heads(of_runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _alike(table: pd.DataFrame) -> list[str]:
-    """The mean over layers of each kind of pair."""
+    """Return a sentence per kind of pair: its CKA, as mean over layers."""
     means = table.groupby(["group", "pair"], sort=False)["cka"].mean().reset_index()
     return [f"{row.group}: {row.pair}: CKA {row.cka:.3f}, mean over layers" for row in means.itertuples()]

@@ -1,4 +1,4 @@
-"""The result of an analysis: findings in words, tables and a picture, and how they are written."""
+"""Result of an analysis: findings in words, tables and a picture; and its files."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ class Analysis:
     name: str
     title: str
     findings: list[str]
-    """Sentences made from numbers."""
+    """Sentences that tell the main figures."""
     table: pd.DataFrame
     chart: Any
     """Altair's chart."""
     notes: list[str] = field(default_factory=list)
     """Runs and figures that were left out, each with the reason."""
     shown: pd.DataFrame | None = None
-    """The table as people read it, where that is another one."""
+    """Table as people read it, if it is not `table`."""
     more: dict[str, pd.DataFrame] = field(default_factory=dict)
     """Further tables by name, none of them empty."""
 
     def write(self, path: Path) -> None:
-        """The picture, the table (.csv) or all that is read (.md), as the ending says."""
+        """Write the picture, the table (.csv), or the words and all tables (.md), as the ending says."""
         if path.suffix.lower() in PICTURES:
             write_chart(self.chart, path)
         else:
             write_text(path, self._text(path.suffix.lower()))
 
     def write_all(self, path: Path) -> list[Path]:
-        """Picture and tables in every kind, each with its ending; returns the files."""
+        """Write picture and tables as .html, .svg, .csv and .md, and further tables as .csv; return the files."""
         path.parent.mkdir(parents=True, exist_ok=True)
         files = [path.with_name(f"{path.name}{suffix}") for suffix in _ALL]
         for file in files:
@@ -65,7 +65,7 @@ class Analysis:
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def tables(self, longest: int | None = None) -> list[str]:
-        """Every table as Markdown, further ones under their names; those of more than `longest` rows are left out."""
+        """Return every table as Markdown, further ones under their names, but none of more than `longest` rows."""
         named = [("", self.table if self.shown is None else self.shown), *self.more.items()]
         return [
             (f"{name.capitalize()}:\n\n" if name else "") + frame_to_markdown(table)
@@ -75,7 +75,7 @@ class Analysis:
 
 
 def markdown_table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A table of GitHub's Markdown."""
+    """Return a table in GitHub's Markdown."""
     lines = [header, ["---"] * len(header), *([_plain(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -85,7 +85,7 @@ def _plain(value: Any) -> str:
 
 
 def frame_to_markdown(table: pd.DataFrame) -> str:
-    """A table of GitHub's Markdown: whole numbers with commas, others at four digits behind the point."""
+    """Return a table in GitHub's Markdown: whole floats with commas, others to four decimals or four digits."""
     whole = [name for name in table.columns if _is_whole(table[name])]
     shown = table.astype(dict.fromkeys(whole, object))
     for name in whole:

@@ -1,4 +1,4 @@
-"""RL's reward, length and entropy over the steps, by direction and by the settings that differ."""
+"""Reward, length and entropy over the steps of RL, by direction and by the settings that differ."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _ENDS = 10
 
 
 def rewards(folders: list[ExperimentFolder]) -> Analysis:
-    """Mean reward of each step's samples, and of greedy answers to validation problems.
+    """Return the mean reward of each step's samples, and of greedy answers to validation problems.
 
-    Raises `UserError` if none of the runs is of the rl phase and has begun.
+    Raises `UserError` if no run of the rl phase has logged a reward.
     """
     chosen = [folder for folder in folders if PHASES[folder.config().experiment.phase].has_reward]
     parts = [part for folder in chosen if not (part := _of_run(folder)).empty]
@@ -38,7 +38,7 @@ def rewards(folders: list[ExperimentFolder]) -> Analysis:
 
 
 def _of_run(folder: ExperimentFolder) -> pd.DataFrame:
-    """A row a step: step, the figures, and val_reward where there was a validation."""
+    """Return a row per step: step, the figures, and val_reward (NaN without a validation)."""
     curves = load_curves(folder)
     if "reward" not in curves:
         return pd.DataFrame()
@@ -48,7 +48,7 @@ def _of_run(folder: ExperimentFolder) -> pd.DataFrame:
 
 
 def _ends(table: pd.DataFrame, ends: int) -> pd.DataFrame:
-    """A row a run: its reward over the first and the last steps, and at its last validation."""
+    """Return a row per run: its reward over the first and the last steps, and at its last validation."""
     rows = []
     for run, part in table.groupby("run", sort=False):
         steps = part.sort_values("step")

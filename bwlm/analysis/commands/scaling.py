@@ -47,7 +47,11 @@ def scaling(folders: list[ExperimentFolder]) -> Analysis:
 
 
 def losses_by_size(folders: list[ExperimentFolder], findings: Findings) -> pd.DataFrame:
-    """run, direction, seed, size, parameters, tokens, loss (nats per token) of the finished runs at the best rates."""
+    """Return run, direction, seed, size, parameters, tokens, loss of the finished runs at the best rates.
+
+    Losses are in nats per token, on the test half of the windows. Raises `UserError` if no run has finished, or if the
+    runs differ in more than their sizes.
+    """
     finished, _ = with_losses([folder for folder in folders if folder.status().state == "finished"])
     if not finished or not findings.best:
         raise UserError("scaling: no run has finished")
@@ -66,7 +70,7 @@ def losses_by_size(folders: list[ExperimentFolder], findings: Findings) -> pd.Da
 
 
 def _refuse_other_than_sizes(identities: Mapping[str, Mapping[str, Any]]) -> None:
-    """A law is of runs that differ in model size and steps; the rest would bend it, or be taken for one of them."""
+    """Raise `UserError` if runs differ in more than model size and steps: other settings would bend the law."""
     text = [name for name in ("data", "tokenizer") if len({str(of.get(name)) for of in identities.values()}) > 1]
     others = [*text, *(name for name in varying_settings(identities) if name != "steps")]
     if others:
@@ -76,10 +80,10 @@ def _refuse_other_than_sizes(identities: Mapping[str, Mapping[str, Any]]) -> Non
 def analyse(
     table: pd.DataFrame, gaps: Sequence[Gap], notes: Sequence[str] = (), resamples: int = 200, seed: int = 0
 ) -> Analysis:
-    """Findings in sentences, the fitted parameters, predictions and gaps with their intervals, and a chart.
+    """Return findings in sentences, the fitted parameters, predictions and gaps with their intervals, and a chart.
 
     The main table has the columns direction, parameter, value, low, high, runs. A direction that cannot be fitted gets
-    a sentence that says why; UserError where none can be.
+    a sentence with the reason. Raises `UserError` if no direction can be fitted.
     """
     runs = checked_runs(table)
     fits, held, problems = _fit_directions(runs, resamples, seed)
@@ -173,7 +177,7 @@ def _fit_frame(fits: Sequence[ScalingFit]) -> pd.DataFrame:
 
 
 def _held_out_frame(held: Sequence[HeldOut]) -> pd.DataFrame:
-    """Losses in nats per token; `low` to `high` holds the prediction, `miss_low` to `miss_high` found - predicted."""
+    """Return losses in nats per token, with the intervals of predicted (`low`, `high`) and of `miss`."""
     missing = (np.nan, np.nan)
     rows = [
         (
@@ -188,7 +192,7 @@ def _held_out_frame(held: Sequence[HeldOut]) -> pd.DataFrame:
 
 
 def _gap_frame(gaps: Sequence[Gap], parameters: Mapping[Size, float] | None) -> pd.DataFrame:
-    """Each pair's gap at each size, in nats per token."""
+    """Return each pair's gap at each size, in nats per token."""
     rows = [
         (f"{one.b} - {one.a}", one.size, float((parameters or {}).get(one.size, np.nan)), len(one.seeds), one.gap_nats)
         + (one.seed_interval or (np.nan, np.nan))
@@ -216,7 +220,7 @@ class _Axis:
         return law.loss(x, self.tokens) if self.variable == "parameters" else law.loss(1.0, x)
 
     def moved(self, one: ScalingFit, parameters: Any, tokens: Any, losses: Any) -> Any:
-        """Losses at the largest budget: multiplied by the law's own ratio, so that each keeps its distance from it."""
+        """Return losses moved to the largest budget by the law's own ratio: each keeps its distance from the law."""
         if len(one.terms) < 2:
             return losses
         return losses * one.law.loss(parameters, self.tokens) / one.law.loss(parameters, tokens)
@@ -235,7 +239,7 @@ def _law_chart(fits: Sequence[ScalingFit], held: Sequence[HeldOut]) -> Any:
 def _gap_chart(
     over_size: pd.DataFrame, trends: Sequence[GapTrend], parameters: Mapping[Size, float] | None
 ) -> Any | None:
-    """None where no pair has a line over sizes."""
+    """Draw the gaps over size; None if no pair has a line over sizes."""
     ends = [
         (f"{one.b} - {one.a}", parameters[size], nats)
         for one in trends

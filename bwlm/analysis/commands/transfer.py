@@ -1,4 +1,4 @@
-"""The loss of each model in the other direction, and of a bidirectional one in both."""
+"""Loss of each model in both readings, and of bidirectional models behind the wrong marker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bwlm.stats.gaps import CONFIDENCE, paired_t
 
 
 def transfer(folders: list[ExperimentFolder]) -> Analysis:
-    """Losses of each direction in both readings, native and crossed, with t-intervals over seeds.
+    """Return the losses of each direction in both readings, native and crossed, with t-intervals over seeds.
 
     Raises `UserError` if no run was evaluated at its end.
     """
@@ -59,7 +59,7 @@ def _of_reading(folder: ExperimentFolder, reading: str, size: str) -> dict[str, 
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """size, direction, lr, reading, native, seeds, loss with its interval (nats per token), bpb."""
+    """Return means over seeds: size, direction, lr, reading, native, seeds, loss, low, high (nats per token), bpb."""
     rows = []
     for key, group in runs.groupby(["size", "direction", "lr", "reading"]):
         named: dict[str, Any] = dict(zip(["size", "direction", "lr", "reading"], key, strict=True))
@@ -79,9 +79,10 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def other_readings(runs: pd.DataFrame) -> pd.DataFrame:
-    """The price of the reading that a model did not learn; of a bidirectional one, of backward against forward.
+    """Return the extra loss of the reading that a model did not learn; for a bidirectional model, of backward reading.
 
-    size, lr, direction, reading, against, seeds, nats (per token, by how much it costs more), low, high.
+    Columns: size, lr, direction, reading, against (the own reading; forward for a bidirectional model), seeds, nats
+    (per token, loss in `reading` minus loss in `against`), low, high.
     """
     rows = []
     for (size, lr, direction), group in runs.groupby(["size", "lr", "direction"]):
@@ -97,7 +98,8 @@ def other_readings(runs: pd.DataFrame) -> pd.DataFrame:
 def wrong_markers(folders: list[ExperimentFolder], labels: dict[str, str]) -> pd.DataFrame:
     """Return the extra loss of bidirectional models on the same text after the marker of the other direction.
 
-    size, lr, reading (the text's true order), seeds, nats (per token, by how much it costs more), low, high.
+    Columns: size, lr, reading (the text's true order), seeds, nats (per token, loss with the wrong marker minus loss
+    with the right one), low, high.
     """
     found = []
     for folder in folders:
@@ -125,10 +127,12 @@ def _sentences(readings: pd.DataFrame, markers: pd.DataFrame) -> list[str]:
     found = []
     for row in readings.itertuples():
         both = is_marked(str(row.direction))
-        reads, against = ("backwards", "forwards") if both else (row.reading, "its own direction")
-        found.append(f"{_start(row)}: a {row.direction} model reads {reads} {_amount(row, f' against {against}')}")
+        reads, against = ("backwards", "reading forwards") if both else (row.reading, "its own direction")
+        found.append(
+            f"{_start(row)}: reading {reads} costs a {row.direction} model {_amount(row, f' against {against}')}"
+        )
     for row in markers.itertuples():
-        told = f"behind the wrong marker a bidirectional model reads {row.reading} text"
+        told = f"on {row.reading} text the wrong marker costs a bidirectional model"
         found.append(f"{_start(row)}: {told} {_amount(row)}")
     return found
 
@@ -138,7 +142,7 @@ def _start(row: Any) -> str:
 
 
 def _amount(row: Any, against: str = "") -> str:
-    told = f"at {row.nats:+.4f} nats per token{against}"
+    told = f"{row.nats:+.4f} nats per token{against}"
     if math.isnan(row.low):
         return f"{told} (one seed)"
     return f"{told} ({100 * CONFIDENCE:.0f} % over {row.seeds} seeds: {row.low:+.4f} .. {row.high:+.4f})"

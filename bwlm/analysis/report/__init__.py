@@ -1,1 +1,1 @@
-"""RESEARCH_REPORT.md of a grid."""
+"""Research reports: RESEARCH_REPORT.md of a grid or of one run."""

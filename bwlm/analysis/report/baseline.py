@@ -1,4 +1,4 @@
-"""A run beside the forward runs that differ from it in the direction alone."""
+"""Comparison of a run with the forward runs that differ from it in the direction alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FREE = frozenset(VARIED) - {"lr"}
 
 
 def baseline_section(folder: ExperimentFolder) -> list[str]:
-    """The gap to the forward baseline for a report, or why there is none and what to do for it."""
+    """Return the section on the gap to the forward baseline, or on why there is none and what to run for it."""
     title = "## Against the forward baseline"
     experiment = folder.config().experiment
     if not PHASES[experiment.phase].compared:
@@ -40,10 +40,10 @@ def baseline_section(folder: ExperimentFolder) -> list[str]:
 
 
 def gap_to_forward(folder: ExperimentFolder) -> Gap:
-    """The run's direction against forward, over all seeds of its storage with which both were trained to the end.
+    """Return the judged gap of the run's direction to forward, over all seeds of its storage that both finished.
 
-    All of them have the run's settings, its learning rate among them. Measured on the test half of the windows. Raises
-    `UserError` if no forward run has the settings and the seed.
+    All these runs have the run's settings, also its learning rate. The gap is measured on the test half of the windows.
+    Raises `UserError` if no finished forward run has the settings and the seed.
     """
     own = folder.config()
     pair = (BASELINE, own.experiment.direction)
@@ -59,8 +59,8 @@ def gap_to_forward(folder: ExperimentFolder) -> Gap:
     if own.experiment.seed not in seeds:
         raise UserError(
             f"no finished forward run with these settings and seed {own.experiment.seed} lies in {folder.path.parent}: "
-            "train it with `--direction forward` and all else as below"
-            + ("" if PHASES[own.experiment.phase].is_first else ", from a forward parent that was made as this one's")
+            "train it with `--direction forward` and all other settings as below"
+            + ("" if PHASES[own.experiment.phase].is_first else ", from a forward parent trained like this run's")
         )
     table = load_gap_table(runs, sizes(runs))
     test = table[table["half"].eq("test")].drop(columns="half")
@@ -74,5 +74,5 @@ def _settings(identity: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in identity.items() if name not in _FREE}
 
 
-_READING = """Both at this run's learning rate; which one is best for each direction only a grid can tell. On the test
-half of the validation windows, over the seeds with which both were trained."""
+_READING = """Both directions have this run's learning rate; only a grid can tell the best rate of each. The gap is
+measured on the test half of the validation windows, over the seeds that both were trained with."""

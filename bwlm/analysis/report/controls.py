@@ -1,4 +1,4 @@
-"""The controls of a study: a gap must not be found on one corpus, and must be found on the other."""
+"""Controls of a study: no gap may be found on the null corpus, and a gap must be found on the one-way corpus."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from bwlm.text.controls import null_floor, null_nll_of_rows
 from bwlm.text.packing import PackedRows
 
 FARTHEST = 0.1
-"""Bits per symbol above the null corpus' entropy within which a model has learned it: (H(pi) - h) / ln 2 = 2.9 above is
-one that knows only how frequent symbols are."""
+"""Bits per symbol above the null corpus' entropy up to which a model counts as having learned it. A model that knows
+only how frequent symbols are is (H(pi) - h) / ln 2 = 2.9 above."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Control:
     name: str
     gap: Gap
     passed: bool | None
-    """None: nothing to hold it against."""
+    """True or False as the control passed or failed; None if the study claims no gap to hold it against."""
     why: str
 
 
 def control_runs(storage: Path) -> dict[tuple[str, str], list[ExperimentFolder]]:
-    """Runs on a control's corpus, however they ended, by corpus and by the grid that they are of."""
+    """Return the runs on a control's corpus, in any state, by corpus and by their grid (empty for none)."""
     found: dict[tuple[str, str], list[ExperimentFolder]] = {}
     for folder in readable(list_experiments(storage))[0]:
         config = folder.config()
@@ -54,9 +54,9 @@ def judge_control(source: str, gaps: list[Gap], study: float | None, above: Mapp
     """Return a control's pairs, each with whether it passed; `study` is the gap (nats) that null must be able to see.
 
     Null, forward against backward: passes if the interval over seeds covers zero, half its width is below the study's
-    gap, and both are at most `FARTHEST` above the corpus' known entropy: of models that learned nothing a gap of zero
-    says nothing. `above` is how far the farther of both is at each size, in bits per symbol. Positive, and anything
-    against permuted: passes if the verdict is `different`, the second one worse.
+    gap, and both models are at most `FARTHEST` above the corpus' known entropy: a gap of zero between models that
+    learned nothing says nothing. `above` is by size the distance of the farther model, in bits per symbol. Positive,
+    and forward against permuted on any corpus: passes if the verdict is `different` and the second direction is worse.
     """
     controls = []
     for one in gaps:
@@ -82,7 +82,7 @@ def _null(one: Gap, study: float | None, above: float) -> Control:
     if study is not None and half >= abs(study):
         return Control("null", one, False, f"too coarse: half its width, {half:.4f}, is not below the study's gap")
     if study is None:
-        return Control("null", one, None, f"covers zero, half its width is {half:.4f}: no gap is claimed to be below")
+        return Control("null", one, None, f"covers zero, half its width is {half:.4f}: no study's gap to compare")
     return Control(
         "null", one, True, f"the interval covers zero, half its width {half:.4f} is below the study's {abs(study):.4f}"
     )
@@ -91,8 +91,8 @@ def _null(one: Gap, study: float | None, above: float) -> Control:
 def above_floor(folders: list[ExperimentFolder], best: list[BestRate]) -> pd.DataFrame:
     """Return the distance of runs at their best rates on the null corpus from the loss of the true chain.
 
-    A row a run: size, direction, bits per symbol. Where the packed text is gone, from what the chain is expected to
-    pay for segments as long.
+    A row per run: size, direction, bits (per symbol). If the packed text is gone, the chain's expected loss on segments
+    of the same lengths stands in.
     """
     rows, labels = [], sizes(folders)
     wanted = {(rate.size, rate.direction, rate.lr) for rate in best if rate.direction in TEXT_READINGS}
@@ -108,7 +108,7 @@ def above_floor(folders: list[ExperimentFolder], best: list[BestRate]) -> pd.Dat
 
 
 def _floor(folder: ExperimentFolder, losses: pd.DataFrame) -> float:
-    """Nats per symbol."""
+    """Return the loss of the true chain on the run's windows, in nats per symbol."""
     corpus = Path(folder.config().corpus)
     if not (corpus / "manifest.json").exists():
         return null_floor(losses["tokens"].to_numpy())
@@ -121,13 +121,13 @@ _CONTROL = {True: "passed", False: "**failed**", None: "no study"}
 
 _NO_CONTROL = {
     NULL: f"a reversible corpus ({NULL}), on which no gap may be found",
-    PRODUCTS: f"a one-way corpus ({PRODUCTS}), on which one must",
+    PRODUCTS: f"a one-way corpus ({PRODUCTS}), on which a gap must be found",
 }
 _RUN_CONTROLS = "With this storage, `bwlm grid run grids/controls.yaml` runs them; the next report shows them."
 
 
 def controls_section(folders: list[ExperimentFolder], findings: Findings) -> list[str]:
-    """A report's section: controls in the study's storage, held against its gap between forward and backward."""
+    """Return the section on controls in the study's storage, held against its smallest gap of forward and backward."""
     runs = control_runs(folders[0].path.parent) if folders else {}
     claimed = [g for g in findings.gaps if (g.a, g.b) == TEXT_READINGS and g.verdict == DIFFERENT]
     is_control = {folder.id for folder in folders} & {folder.id for of in runs.values() for folder in of}

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs no network and no other file."""
+"""HTML page of a report, which needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BROWSER_LINK = re.compile(r" \(\[in the browser\]\([^)]*\)\)")
 
 
 def to_page(text: str, folder: Path, title: str) -> str:
-    """Markdown as a page; the SVG pictures that it shows are taken from `folder` into it."""
+    """Return Markdown as an HTML page, with its SVG pictures inlined from `folder`."""
     body = MarkdownIt("commonmark").enable("table").render(_BROWSER_LINK.sub("", text))
     body = re.sub(r'src="([\w.-]+\.svg)"', lambda found: f'src="{_inline(folder / found[1])}"', body)
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'

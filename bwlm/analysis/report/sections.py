@@ -1,4 +1,4 @@
-"""The sections of a report after the verdict: data, audit, dynamics, transfer, insides, cost, how to repeat it."""
+"""Sections of a report after the verdict: data, audit, dynamics, transfer, insides, cost, how to repeat it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from bwlm.record.experiment import ExperimentFolder
 Analyse = Callable[[list[ExperimentFolder]], Analysis]
 
 _ROWS = 40
-"""Rows of a table that a report shows; the rest is for the command that makes all of it."""
+"""Longest table that a report shows, in rows; longer ones are for the command that makes the whole analysis."""
 
 _ANALYSES: dict[str, tuple[str, Analyse, bool]] = {
     "rewards": ("Rewards", rewards, True),
@@ -54,7 +54,10 @@ def analyses_of(folders: list[ExperimentFolder]) -> list[str]:
 def analysis_sections(
     commands: list[str], folders: list[ExperimentFolder], home: Path, names: list[str]
 ) -> tuple[list[str], list[Path]]:
-    """Markdown of what each analysis finds, and its pictures below `home`; `names` are what a person would type."""
+    """Return Markdown on the findings of each analysis, and its pictures, which are written below `home`.
+
+    `names` are the runs as a person would type them on the command line.
+    """
     try:
         folders, _ = begun(folders, [])
     except UserError:
@@ -70,7 +73,7 @@ def analysis_sections(
             ended = bool(folders) and all(folder.status().ended for folder in folders)
             first, *others = str(error).split("; ")
             told = first + (f", and {len(others)} more like it" if others else "")
-            parts.append(f"Nothing: {told}." if ended else f"Nothing yet ({told}); once there is, {again} makes it.")
+            parts.append(f"Nothing: {told}." if ended else f"Nothing yet ({told}); later {again} makes it.")
             continue
         pictures.append(home / f"{command}.svg")
         found.write(pictures[-1])
@@ -78,7 +81,7 @@ def analysis_sections(
         parts.append(f"![{found.title}]({command}.svg)")
         parts += found.tables(_ROWS) if with_tables else []
         parts += ["\n".join(f"- {note}" for note in found.notes)] if found.notes else []
-        parts.append(f"All of it: {again}.")
+        parts.append(f"The whole analysis: {again}.")
     return parts, pictures
 
 
@@ -89,7 +92,7 @@ def audit_section(folders: list[ExperimentFolder], of: ExperimentFolder | None =
 
 
 def configuration_section(folders: list[ExperimentFolder]) -> list[str]:
-    """Every setting that decides what the cells learn, and all its values."""
+    """Return the section on every setting that decides what the cells learn, with all its values."""
     identities = [folder.config().compared for folder in folders]
     names = sorted({name for fields in identities for name in fields})
     rows = [(name, ", ".join(dict.fromkeys(str(fields.get(name, "–")) for fields in identities))) for name in names]
@@ -106,7 +109,7 @@ def _order_words(data: DataSettings) -> str:
 
 
 def data_section(folders: list[ExperimentFolder]) -> list[str]:
-    """Each corpus that the runs read: its source or mixture, digest and size."""
+    """Return the section on each corpus that the runs read: its source or mixture, digest and size."""
     rows = {}
     for folder in folders:
         config = folder.config()
@@ -138,7 +141,7 @@ def data_section(folders: list[ExperimentFolder]) -> list[str]:
 
 
 def _overlap(manifest: dict[str, Any]) -> str:
-    """Exact duplicates; those of rows that were packed before they were counted are not known."""
+    """Return the number of validation documents that stand in the training split too; unknown in older manifests."""
     return f"{manifest['overlap']['validation']:,}" if manifest.get("overlap") else "–"
 
 
@@ -147,7 +150,7 @@ def _totals(shards: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def cost_section(folders: list[ExperimentFolder]) -> list[str]:
-    """Time, tokens, FLOPs and, of runs whose GPU told its power, energy, by direction."""
+    """Return the section on cost by direction: hours, tokens, FLOPs and, if all its runs logged GPU power, energy."""
     rows = []
     for folder in folders:
         curve = load_curves(folder)
@@ -168,23 +171,23 @@ def cost_section(folders: list[ExperimentFolder]) -> list[str]:
         return ["## Cost", "Nothing has been trained yet."]
     by_direction = pd.DataFrame(rows).groupby("direction", sort=False)
     table = by_direction.sum()
-    # of some runs alone it would be too little
+    # the sum over some of the runs would be too little
     table["kWh of GPUs"] = by_direction["kWh of GPUs"].agg(lambda of_runs: of_runs.sum(skipna=False))
     table = table.reset_index()
     unknown = table["kWh of GPUs"].isna().all()
     energy = (
-        "not known: no GPU told its power"
+        "not known: no GPU reported its power"
         if unknown
-        else "that of GPUs during steps, all like rank 0's; of a shared one, a run's part"
+        else "that of GPUs during steps: rank 0's power for every GPU; of a shared GPU, the run's part"
     )
     table = table.drop(columns="kWh of GPUs") if unknown else table
     for name in ("tokens", "FLOPs"):
         table[name] = [f"{value:.3g}" for value in table[name]]
-    return ["## Cost", frame_to_markdown(table), f"Hours are those of workers. Energy is {energy}."]
+    return ["## Cost", frame_to_markdown(table), f"Hours are wall-clock hours, summed over runs. Energy is {energy}."]
 
 
 def _energy(folder: ExperimentFolder, curve: pd.DataFrame) -> float:
-    """kWh of all ranks' GPUs in training steps, of one that is shared this run's part; NaN where power was not told."""
+    """Return kWh of all ranks' GPUs in steps, of a shared GPU this run's part; NaN if the power was not logged."""
     if "gpu_watts" not in curve:
         return math.nan
     joules = (curve["gpu_watts"].ffill().bfill() * curve["step_seconds"]).sum()
@@ -193,7 +196,7 @@ def _energy(folder: ExperimentFolder, curve: pd.DataFrame) -> float:
 
 
 def repeat_section(folders: list[ExperimentFolder], command: str) -> list[str]:
-    """The command, versions and fingerprints."""
+    """Return the section with the command, versions and fingerprints."""
     lines = []
     for folder in folders:
         config = read_json(folder.path / "config.json")

@@ -1,4 +1,4 @@
-"""RESEARCH_REPORT.md: the verdict of a grid, its evidence and its cost; and the report of one run."""
+"""RESEARCH_REPORT.md: verdict, evidence and cost of a grid; and the report of one run."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _at_best_rates(folders: list[ExperimentFolder], best: list[BestRate]) -> lis
 
 
 def _write(text: str, folder: Path, storage: Path, title: str) -> list[Path]:
-    """The report, and the same as a page of its own; both tell paths from the storage, which may be moved."""
+    """Write the report as Markdown and as an HTML page; paths in it start at the storage, which may be moved."""
     text = re.sub(rf"(?<![\w.~/-]){re.escape(f'{storage}/')}", "", text)
     write_text(folder / REPORT, text)
     write_text(folder / PAGE, to_page(text, folder, title))
@@ -108,8 +108,8 @@ def _write(text: str, folder: Path, storage: Path, title: str) -> list[Path]:
 def write_experiment_report(folder: ExperimentFolder, insides: bool = True) -> list[Path]:
     """Write one run's report with its learning curve; returns the files, the report first.
 
-    Without `insides` it says by which command they and the comparison with the baseline are added: for a grid's many
-    cells they are seldom looked at.
+    Without `insides` the report leaves out the analyses and the comparison with the baseline, which are seldom looked
+    at for a grid's many cells, and names the command that adds them.
     """
     cell, config = load_cell(folder), folder.config()
     learnt, charts = _learning(folder)
@@ -155,14 +155,14 @@ def _lineage(folder: ExperimentFolder) -> str:
 
 
 def dropped_cells(storage: Path, name: str) -> list[str]:
-    """Runs of a grid that its last launch no longer asked for: who chooses cells after the fact is to be seen."""
+    """Return the runs of a grid that its last launch did not ask for: a choice of cells after the fact must show."""
     cells = set(cells_of(storage, name))
     return [f.id for f in readable(list_experiments(storage))[0] if f.config().grid == name and f.id not in cells]
 
 
 def dropped_words(runs: list[str]) -> list[str]:
-    """A line, if there are any."""
-    return [f"Of this grid, but not of its last launch, and not judged here: {', '.join(runs)}."] if runs else []
+    """Return a line on dropped runs, if there are any."""
+    return [f"Not judged, since the grid's last launch left them out: {', '.join(runs)}."] if runs else []
 
 
 def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings, others: list[str]) -> str:
@@ -199,33 +199,33 @@ def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings, o
 
 
 def _judged_again(gaps: list[Gap]) -> str:
-    line = f"Every document's loss lies beside this report: `bwlm analyze gap --from {LOSSES}` judges them again"
+    line = f"Every document's loss lies beside this report: `bwlm analyze gap --from {LOSSES}` judges the gaps again"
     if any(found.verdict == TOO_FEW_CHOSE for found in gaps):
-        return f"{line}, but as losses alone: the file does not say how many seeds chose a rate."
+        return f"{line}, but without the choice of rates: the file does not say how many seeds chose one."
     return f"{line}."
 
 
 _READING = """A gap is the second direction's loss minus the first's on the same text, in nats per token, at each one's
 best learning rate, on the test half of the validation windows; a bidirectional model's loss is the mean of its two
 readings, at equal total tokens. `different` is said only if the paired t-test over seeds, Holm-adjusted over all pairs
-of this report, gives p < 0.05; the intervals are of each pair by itself, so one may leave out zero where the verdict,
-which reads all pairs together, sees no difference. Where one of several rates was chosen by under three seeds, the
-verdict is `too few seeds chose the rate`: such a choice calls more than 5 % of equal pairs different. The noise floor
-is the same statistic between seeds of one direction."""
+of this report, gives p < 0.05. Each interval is of one pair by itself: it may leave out zero although the verdict,
+which judges all pairs together, sees no difference. If fewer than three seeds chose among several rates, the verdict is
+`too few seeds chose the rate`: with such a choice more than 5 % of equal pairs would be called different. The noise
+floor is the same statistic between seeds of one direction."""
 
 
 _CURVES = """Lines are smoothed training losses of single runs, points their validation losses (own reading); in SFT
-both are of what a direction writes."""
+both count only the text that a direction writes."""
 
 
-_OWN_TEXT = """None between directions: in SFT and RL each learns to write text of its own. What variants of one
-direction came to follows below."""
+_OWN_TEXT = """None between directions: in SFT and RL each learns to write its own part of a conversation. Variants of
+one direction are compared below."""
 
 
 _CHOICE = """Chosen for each direction by the mean over seeds on the tuning half (even validation windows); the verdict
 is measured on the other half. The halves are made of windows, not of documents: a long document can have windows in
-both, so the two halves are then not independent texts. And the runs are the same in both halves: what chance gave a
-run took part in the choice of its rate, the more where few seeds chose."""
+both, so the two halves are then not independent texts. The runs are the same in both halves too: a run's luck also
+influenced the choice of its rate, the more so if few seeds chose."""
 
 
 _EXCLUSION = """A learning rate can be chosen only if all its cells finished, at every seed that was planned for it."""

@@ -1,8 +1,8 @@
-"""The phases after base of a grid, side by side: what their variants differ in, and what each came to over seeds.
+"""Variants of a grid's phases after base, side by side: settings in which they differ, and results over seeds.
 
-Runs of a variant differ in seeds alone: their own, and those of the runs that they descend from. The first of these
-that differs, the base's where there are several bases, is what statistics take for a seed: runs of one base are not
-independent of each other, and count as their mean.
+Runs of a variant differ in seeds alone: their own seed, and the seeds of their ancestors. The first seed that differs,
+counted from the base, is the seed of the statistics: runs of one base are not independent of each other, and count as
+their mean.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FIGURES = {
     "val_reward": "reward",
 }
 _JUDGED = ("val_reward", "val_loss_written", "val_loss")
-"""A variant is judged by the first that its phase measures."""
+"""Figures that judge a variant, in order: the first that its phase measures counts."""
 _SAME_TASK = ("direction", "depth", "data", "tokenizer", "reversal", "model.sequence_length", "evaluation.tokens")
 """Fields in which two variants must agree: else they were measured on different text, or on another part of it."""
 _ALSO_IN_RL = ("rl.validation",)
@@ -48,12 +48,12 @@ Seeds = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Variants:
-    """The finished runs of one phase."""
+    """Table of one phase's finished runs, a variant a row, and comparisons of variants."""
 
     phase: str
     header: list[str]
     rows: list[list[str]]
-    """A variant each, the best of those that are comparable first."""
+    """Cells of the table, a row per variant; of comparable variants the best first."""
     comparisons: list[str]
     """Sentences on each two variants that can be compared."""
 
@@ -145,7 +145,7 @@ def _seeds(fields: dict[str, Any]) -> Seeds:
 
 
 def _varying_rates(fields: dict[str, dict[str, Any]]) -> list[str]:
-    """Learning rates, own and of ancestors; what an ancestor's says that the own says already is left out."""
+    """Return the learning rates that vary, own and of ancestors, without a rate that varies just like one before."""
     known = {name for of_run in fields.values() for name in of_run if setting_of(name)[1] == "lr"}
     columns = {name: tuple(of_run.get(name) for of_run in fields.values()) for name in sorted(known, key=setting_of)}
     found: list[str] = []
@@ -156,7 +156,7 @@ def _varying_rates(fields: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _short(name: str) -> str:
-    """mid.optim.init_lr_frac -> mid init_lr_frac"""
+    """Shorten a setting for a table's header: mid.optim.init_lr_frac -> mid init_lr_frac."""
     far, setting = setting_of(name)
     return (f"{name.partition('.')[0]} " if far else "") + setting.rpartition(".")[2]
 
@@ -166,13 +166,13 @@ def _task(one: _Variant) -> tuple[str, ...]:
 
 
 def _rank(one: _Variant, judged: str) -> float:
-    """Lower is better."""
+    """Return the mean of the figure that judges, with the sign by which lower is better."""
     mean = float(np.mean([*one.of(judged).values()] or [np.inf]))
     return -mean if judged == "val_reward" else mean
 
 
 def _by_seed(figures: dict[Seeds, float]) -> FloatArray:
-    """[seeds] means over the runs of each."""
+    """Return the mean figure of each seed of the statistics [seeds]."""
     place = next((n for n, column in enumerate(zip(*figures, strict=True)) if len(set(column)) > 1), 0)
     found: dict[Any, list[float]] = {}
     for seeds, figure in figures.items():
@@ -188,7 +188,7 @@ def _mean(values: FloatArray) -> str:
 
 
 def _comparisons(found: list[_Variant], judged: str) -> list[str]:
-    """`found` is in order: the better of two stands first."""
+    """Return sentences on the pairs of comparable variants; `found` is in order, the better first."""
     pairs = [(one, other) for one, other in combinations(found, 2) if _task(one) == _task(other)]
     apart = [_differences(one.of(judged), other.of(judged)) for one, other in pairs]
     tested = {
@@ -208,5 +208,5 @@ def _comparisons(found: list[_Variant], judged: str) -> list[str]:
 
 
 def _differences(one: dict[Seeds, float], other: dict[Seeds, float]) -> FloatArray:
-    """[seeds] of those that both have."""
+    """Return the differences over the seeds that both have [seeds]."""
     return _by_seed({seeds: one[seeds] - other[seeds] for seeds in one if seeds in other})

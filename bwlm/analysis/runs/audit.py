@@ -1,4 +1,4 @@
-"""The audit of pairs: which runs may be compared, and which fields forbid it for the others."""
+"""Audit of pairs of runs: pairs that may be compared, and the fields that forbid it for the others."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Audit:
     """Pairs of runs of two directions, one depth and one seed: those that agree, and those that were refused."""
 
     passed: int
-    """Pairs whose data, tokenizer, code, precision, budget, row order and evaluation windows are equal."""
+    """Pairs with equal data, tokenizer, code, precision, budget, row order and evaluation windows."""
     doubled: int
-    """Pairs of a bidirectional run with twice the other's steps that agree in all else: as many tokens each way."""
+    """Pairs whose bidirectional run has twice the other's steps, so equal tokens per direction; all else is equal."""
     refused: list[str]
-    """Pairs that differ in more than they may, with the fields."""
+    """Pairs that differ in more than they may, with these fields."""
 
     def words(self) -> list[str]:
         """Return the audit as lines of a report."""
@@ -39,7 +39,7 @@ class Audit:
 
 
 def crossing_words(folders: list[ExperimentFolder]) -> list[str]:
-    """Says which runs let attention cross segments, and what that does to their figures; nothing where none does."""
+    """Return lines on runs whose attention crosses segments and the effect on their losses; none if no run has it."""
     crossing = [found for folder in folders if not (found := folder.config().experiment).model.document_mask]
     if not crossing:
         return []
@@ -56,7 +56,7 @@ def crossing_words(folders: list[ExperimentFolder]) -> list[str]:
 
 
 def comparable(folder: ExperimentFolder) -> list[ExperimentFolder]:
-    """The runs of its grid, or for one of no grid those of no grid, with itself."""
+    """Return the runs of the same grid, itself among them; for a run without a grid, all runs without one."""
     others, _ = readable(list_experiments(folder.path.parent))
     grid = folder.config().grid
     return [other for other in others if other.config().grid == grid]
@@ -65,7 +65,7 @@ def comparable(folder: ExperimentFolder) -> list[ExperimentFolder]:
 def audit(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -> Audit:
     """Compare the identities of all pairs that a gap could be taken between; many refusals of one kind become one.
 
-    With `of` only the pairs that this run is in.
+    With `of`, only pairs that this run is in are compared.
     """
     identities = {folder.id: folder.config().compared for folder in folders}
     counts = {folder.id: byte_counts_of(folder) for folder in folders}

@@ -1,4 +1,4 @@
-"""The findings of a grid: best learning rates, and the gaps between directions at those rates."""
+"""Findings of a grid: best learning rates, and the gaps between directions at these rates."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class Findings:
     best: list[BestRate]
     gaps: list[Gap]
     without_result: list[str]
-    """Cells that have none, with the reason."""
+    """Cells without a result, with the reason."""
     not_compared: list[str]
-    """Pairs that could not be, with the reason."""
+    """Pairs that could not be compared, with the reason."""
     excluded: list[str]
-    """Learning rates that could not be chosen, with the reason, and directions that are left with none."""
+    """Learning rates excluded from the choice, with the reason, and directions that are left with none."""
     windows: list[int]
     """Number of windows of the compared half, for each gap."""
     at_edge: list[str]
-    """Best learning rates beyond which none was tried: a better one may lie there."""
+    """Best learning rates at the edge of the sweep: a better one may lie outside."""
     losses: pd.DataFrame
     """Losses that the gaps were measured on, a row for each run and document: `stats.COLUMNS`."""
 
@@ -55,10 +55,10 @@ class Findings:
 
 
 def find(folders: list[ExperimentFolder]) -> Findings:
-    """Best learning rate per direction and size, and the paired gaps between directions at their best rates.
+    """Return the best learning rate per direction and size, and the paired gaps between directions at these rates.
 
-    Of phases that learn all of a text. In SFT and RL directions learn to write different parts of a conversation: what
-    all of it costs them says little of either.
+    Only phases that learn all of a text are compared. In SFT and RL directions learn to write different parts of a
+    conversation: the loss of all of it says little about either.
     """
     folders = [folder for folder in folders if PHASES[folder.config().experiment.phase].compared]
     cells = {folder.id: load_cell(folder) for folder in folders}
@@ -109,7 +109,7 @@ def best_rates(folders: list[ExperimentFolder]) -> list[BestRate]:
 def _rates(
     folders: list[ExperimentFolder], finished: list[ExperimentFolder], labels: dict[str, str]
 ) -> tuple[pd.DataFrame, list[TriedRate], list[BestRate]]:
-    """The losses of every finished run's documents, the rates that were tried, and the best of them."""
+    """Return the losses of every finished run's documents, the rates that were tried, and the best of them."""
     table = load_gap_table(finished, labels)
     tried = tried_rates(folders, labels, {folder.id for folder in finished})
     return table, tried, best_learning_rates(table, tried)
@@ -150,7 +150,7 @@ def _at_edge(best: list[BestRate], tried: list[TriedRate]) -> list[str]:
 
 
 def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
-    """The gap of every pair that can be measured, judged as one family, and why there is none of the others."""
+    """Return the gaps of all pairs that can be measured, judged as one family, and why others have none."""
     if test.empty:
         return [], [ONE_WINDOW]
     found, problems = [], []
@@ -162,7 +162,7 @@ def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
             if not is_pair(str(size), b):
                 continue
             pair = rows[rows["direction"].isin([a, b])]
-            try:  # with the pair's rows alone: what is wrong with another must not silence this one
+            try:  # the pair's rows alone: a fault in another pair must not silence this one
                 found.append(replace(gap(pair, a, b, str(size)), choosing_seeds=_fewest_that_chose(pair)))
             except UserError as error:
                 problems.append(f"{size}: {error}")

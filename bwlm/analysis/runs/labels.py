@@ -1,4 +1,4 @@
-"""Labels of runs from their folders, ancestors among them."""
+"""Labels of runs, from their own settings and their ancestors'."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from bwlm.record.labels import DIGITS, size_labels
 from bwlm.record.run_config import RunConfig
 
 _SAID_BY_THE_RUN = ("phase", "direction", "depth", "code", "data", "tokenizer", "precision", *INHERITED)
-"""Fields of an ancestor's identity that are left out: the run's own, its parent's recipe or words hold them."""
+"""Fields of an ancestor's identity that add nothing: the run's own, `parent_recipe` or `mixture` hold them."""
 
 
 def with_ancestors(folder: ExperimentFolder) -> dict[str, Any]:
-    """A run's identity, and what those of the runs that it descends from hold besides: `sft.optim.init_lr_frac`, ..
+    """Return a run's identity with the further fields of its ancestors', by phase: `sft.optim.init_lr_frac`, ..
 
-    Mixtures are in words there: `mixture`, `mid.mixture`. An ancestor that cannot be read ends the line.
+    Mixtures are in words: `mixture`, `mid.mixture`. The line of ancestors ends at one that cannot be read.
     """
     config, link = folder.config(), folder.link()
     fields = config.compared | _mixture(config, "")
@@ -38,9 +38,9 @@ def _mixture(config: RunConfig, before: str) -> dict[str, str]:
 
 
 def sizes(folders: list[ExperimentFolder]) -> dict[str, str]:
-    """A label by id for what cells must agree in to be compared; see `size_labels`.
+    """Return labels by run id: runs are compared only if their labels are equal; see `size_labels`.
 
-    Corpora go by the last part of their source, `data=builtin:null`, where that tells them apart.
+    Corpora are named by the last part of their source, `data=builtin:null`, if that tells them apart.
     """
     configs = {folder.id: folder.config() for folder in folders}
     labels = size_labels({folder.id: with_ancestors(folder) for folder in folders})
@@ -55,9 +55,10 @@ def sizes(folders: list[ExperimentFolder]) -> dict[str, str]:
 
 
 def series(folders: list[ExperimentFolder]) -> dict[str, str]:
-    """A label by id of runs that differ in the seed alone: direction and, where there are several, size and rate.
+    """Return labels by run id, equal for runs that differ in the seed alone.
 
-    Means are taken over a series: over more they would mix what is to be compared.
+    A label names the direction and, if there are several, size and learning rate. Means are taken over a series: over
+    more runs they would mix what is to be compared.
     """
     labels, experiments = sizes(folders), {folder.id: folder.config().experiment for folder in folders}
     sized = len(set(labels.values())) > 1

@@ -1,4 +1,4 @@
-"""Tables of losses: learning curves, and the loss of every document."""
+"""Tables of losses from run folders: learning curves, and the loss of every document."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import read_journal
 
 HALVES = ("tuning", "test")
-"""Even validation windows choose the learning rate, odd ones compare the directions."""
+"""Halves of the validation: even windows choose the learning rate, odd windows compare the directions."""
 
 _TEXT = ["window", "segment", "document", "tokens", "bytes"]
 
@@ -28,7 +28,7 @@ def load_curves(folder: ExperimentFolder) -> pd.DataFrame:
 def load_losses(folder: ExperimentFolder, reading: str) -> pd.DataFrame:
     """Return a row for each segment of the validation windows: window, document, tokens, bytes, nll (nats), end_nll.
 
-    Raises `UserError` that names the file if it is missing or damaged.
+    Raises `UserError`, which names the file, if it is missing or damaged.
     """
     path = folder.evaluation(folder.config().experiment.phase, reading) / "validation.parquet"
     try:
@@ -41,13 +41,16 @@ def load_losses(folder: ExperimentFolder, reading: str) -> pd.DataFrame:
 
 
 def byte_counts_of(folder: ExperimentFolder) -> str:
-    """The digest of the bytes per token that a run's losses are counted by; empty where it noted none."""
+    """Return the digest of the table that counts the bytes of a run's tokens; empty if the run noted none."""
     path = folder.evaluation(folder.config().experiment.phase, TEXT_READINGS[0]) / "validation.json"
     return str(read_json(path).get("token_bytes", "")) if path.exists() else ""
 
 
 def own_losses(folder: ExperimentFolder) -> pd.DataFrame:
-    """Losses in the direction's own reading; a bidirectional model's are the mean of its two."""
+    """Return losses in the direction's own reading; for a bidirectional model the mean over its two readings.
+
+    Raises `UserError` if a file is missing or damaged, or if the two readings are of different windows.
+    """
     direction = folder.config().experiment.direction
     first, *others = (load_losses(folder, reading) for reading in own_readings(direction))
     if not others:
@@ -59,7 +62,7 @@ def own_losses(folder: ExperimentFolder) -> pd.DataFrame:
 
 
 def with_losses(folders: list[ExperimentFolder]) -> tuple[list[ExperimentFolder], list[str]]:
-    """The runs whose own losses can be read, and of each other why not."""
+    """Return the runs whose own losses can be read, and a reason for each of the others."""
     readable, reasons = [], []
     for folder in folders:
         try:
@@ -71,16 +74,17 @@ def with_losses(folders: list[ExperimentFolder]) -> tuple[list[ExperimentFolder]
 
 
 def load_gap_table(folders: list[ExperimentFolder], labels: dict[str, str]) -> pd.DataFrame:
-    """The input of `stats`: run, direction, seed, size, lr, half, document, nll, tokens, bytes; a row a document.
+    """Return the input of `stats`: run, direction, seed, size, lr, half, document, nll, tokens, bytes, token_bytes.
 
-    `windows` beside them is how many the run's half has. Sizes are taken from `labels`, those of the whole grid.
+    A row per run, half and document; nll in nats. The column `windows` has the number of windows in the run's half.
+    Sizes are taken from `labels`, which are made over the whole grid.
     """
     parts = []
     for folder in folders:
         experiment = folder.config().experiment
         losses = own_losses(folder)
         losses["half"] = [HALVES[window % 2] for window in losses["window"]]
-        losses["nll"] = losses["nll"].fillna(math.inf)  # a sum would skip it, and a diverged run look good
+        losses["nll"] = losses["nll"].fillna(math.inf)  # a sum would skip NaN, and a diverged run would look good
         windows = losses.groupby("half")["window"].nunique()
         summed = losses.groupby(["half", "document"], as_index=False)[["nll", "tokens", "bytes"]].sum()
         parts.append(

@@ -1,4 +1,4 @@
-"""Learning rates: those that were tried, the best of each direction, and its losses on the test half."""
+"""Learning rates that were tried, the best rate of each direction, and its losses on the test half."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class TriedRate:
 
     @property
     def qualifies(self) -> bool:
-        """Had it diverged at one seed, the seeds that survived would say nothing of it."""
+        """True if every planned cell finished: the seeds that survive a divergence say nothing about the rate."""
         return self.finished == self.cells
 
 
 def tried_rates(folders: list[ExperimentFolder], labels: dict[str, str], finished: set[str]) -> list[TriedRate]:
-    """Every learning rate of the grid with how many of its cells, one a seed, are among the `finished`."""
+    """Return every learning rate of the grid, with how many of its cells, one per seed, are among the `finished`."""
     keys = {}
     for folder in folders:
         experiment = folder.config().experiment
@@ -43,25 +43,25 @@ def tried_rates(folders: list[ExperimentFolder], labels: dict[str, str], finishe
 
 @dataclass(frozen=True)
 class BestRate:
-    """The learning rate at which a direction is compared."""
+    """Learning rate at which a direction is compared."""
 
     size: str
     direction: str
     lr: float
     candidates: int
-    """Learning rates that were tried, those that do not qualify among them."""
+    """Number of learning rates that were tried, with rates that do not qualify."""
     seeds: int
     bpb: float
-    """Mean over those seeds, tuning half."""
+    """Mean over these seeds, on the tuning half; bits per byte."""
     choosing_seeds: int | None
-    """The fewest seeds that any rate was judged by in the choice; None where one rate alone was tried: no choice."""
+    """Fewest seeds that any rate in the choice was judged by; None if only one rate was tried: nothing was chosen."""
 
 
 def best_learning_rates(table: pd.DataFrame, tried: Sequence[TriedRate]) -> list[BestRate]:
     """Return the best rate of each size and direction: the lowest mean over seeds on the tuning half.
 
-    Only seeds that every qualifying rate of that size and direction was trained with count, where there are any. A
-    direction of which no rate qualifies has no best one.
+    Only seeds that every qualifying rate of that size and direction was trained with count, if there are any. A
+    direction without a qualifying rate has no best rate.
     """
     candidates = Counter((rate.size, rate.direction) for rate in tried)
     qualifying = {(rate.size, rate.direction, rate.lr) for rate in tried if rate.qualifies}
@@ -76,7 +76,7 @@ def best_learning_rates(table: pd.DataFrame, tried: Sequence[TriedRate]) -> list
         shared = group[group["seed"].isin(of_seed.index[of_seed == rates])]
         counted = shared if len(shared) else group
         means = counted.groupby("lr")["bpb"].mean()
-        lr = float(means.index[int(means.to_numpy().argmin())])  # of equal ones the lowest
+        lr = float(means.index[int(means.to_numpy().argmin())])  # the lowest of equally good rates
         of_rate = counted.groupby("lr")["seed"].nunique()
         choosing_seeds = int(of_rate.min()) if tried_here > 1 else None
         bpb, seeds = float(means.min()), int(of_rate[lr])
@@ -85,9 +85,9 @@ def best_learning_rates(table: pd.DataFrame, tried: Sequence[TriedRate]) -> list
 
 
 def best_on_test(table: pd.DataFrame, best: list[BestRate]) -> pd.DataFrame:
-    """The test half of the cells at their direction's best learning rate.
+    """Return the rows on the test half of the cells at their direction's best learning rate.
 
-    A column `choosing_seeds` says how many seeds chose that rate; missing where nothing was chosen.
+    The column `choosing_seeds` says how many seeds chose that rate; NaN if nothing was chosen.
     """
     wanted = {(rate.size, rate.direction, rate.lr): rate.choosing_seeds for rate in best}
     test = table[_among(table, wanted.keys()) & table["half"].eq("test")].drop(columns="half")
@@ -96,9 +96,9 @@ def best_on_test(table: pd.DataFrame, best: list[BestRate]) -> pd.DataFrame:
 
 
 def equal_per_direction(test: pd.DataFrame, folders: list[ExperimentFolder], labels: dict[str, str]) -> pd.DataFrame:
-    """Rows of `test` once more, for the pairs of one-directional runs and bidirectional ones of twice their steps.
+    """Return rows of `test` again, for pairs of one-directional runs with bidirectional runs of twice their steps.
 
-    Of all pairs these alone may differ in their budget, and so in their row order.
+    Their size ends in `PER_DIRECTION`. Only these pairs may differ in their budget, and so in their row order.
     """
     parts = []
     for once, twice in double_budget_pairs({labels[folder.id]: folder.config().compared for folder in folders}):

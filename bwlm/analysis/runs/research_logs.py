@@ -20,7 +20,7 @@ from bwlm.record.researchlog import open_log
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """A run whose log is open."""
+    """Run with its research log open."""
 
     folder: ExperimentFolder
     direction: str
@@ -29,11 +29,11 @@ class LoggedRun:
     file: Any
 
     def last(self, group: str, column: str) -> NDArray[Any]:
-        """The newest entry. Raises `UserError` where there is none."""
+        """Return the newest entry of a column. Raises `UserError` if there is none."""
         return np.asarray(self._entries(group, column)[-1])
 
     def all(self, group: str, column: str) -> NDArray[Any]:
-        """Every entry [steps, ..]. Raises `UserError` where there is none."""
+        """Return every entry of a column [steps, ..]. Raises `UserError` if there is none."""
         return np.asarray(self._entries(group, column)[:])
 
     def fixed(self, group: str, column: str) -> NDArray[Any]:
@@ -57,7 +57,7 @@ def opened(folder: ExperimentFolder) -> Iterator[LoggedRun]:
     try:
         with open_log(path) as file:
             yield LoggedRun(folder, experiment.direction, experiment.lr, experiment.seed, file)
-    except (KeyError, OSError, RuntimeError, ValueError) as error:  # what h5py raises of a flipped bit
+    except (KeyError, OSError, RuntimeError, ValueError) as error:  # h5py raises these at a flipped bit
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())})") from error
 
 
@@ -66,7 +66,7 @@ def from_each(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Return what `read` makes of each run's log, with run, direction and series, and why other runs gave nothing.
 
-    Raises `UserError` if none gave anything.
+    The columns run, direction and series are added. Raises `UserError` if no run gave a table.
     """
     parts, notes, named = [], [], series(folders)
     for folder in folders:
