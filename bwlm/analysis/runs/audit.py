@@ -30,11 +30,9 @@ class Audit:
     def words(self) -> list[str]:
         """Return the audit as lines of a report."""
         if not (self.passed or self.doubled or self.refused):
-            return ["No pair of runs of two directions with one depth and one seed lies here to be compared."]
+            return ["No pair of runs of two directions has the same depth and the same seed, so nothing is compared."]
         equal = "data, tokenizer, code, precision, budget, row order and validation windows"
-        doubled = (
-            f"{self.doubled} more agree but for a bidirectional run's twice the steps, its tokens in each direction."
-        )
+        doubled = f"{self.doubled} more agree except that the bidirectional run has twice the steps: equal tokens per direction."
         return [f"{self.passed} pairs of runs agree in {equal}.", *([doubled] if self.doubled else []), *self.refused]
 
 
@@ -44,13 +42,13 @@ def crossing_words(folders: list[ExperimentFolder]) -> list[str]:
     if not crossing:
         return []
     words = [
-        f"Attention crosses segments in {len(crossing)} of {len(folders)} runs (`model.document_mask: false`): what a "
-        "segment costs depends on the documents before it in its row."
+        f"Attention crosses segments in {len(crossing)} of {len(folders)} runs (`model.document_mask: false`): the "
+        "loss of a segment depends on the documents before it in its row."
     ]
     if any(is_marked(experiment.direction) for experiment in crossing):
         words.append(
-            "Rows of such a bidirectional run, whose segments are read both ways, are no mirror images of each other: "
-            "its two readings see other documents before a segment."
+            "Rows of such a bidirectional run are no mirror images of each other, since its segments are read both ways: "
+            "before a segment its two readings see different documents."
         )
     return words
 
