@@ -32,7 +32,7 @@ class Audit:
         if not (self.passed or self.doubled or self.refused):
             return ["No pair of runs of two directions has the same depth and the same seed, so nothing is compared."]
         equal = "data, tokenizer, code, precision, budget, row order and validation windows"
-        doubled = f"{self.doubled} more agree except that the bidirectional run has twice the steps: equal tokens per direction."
+        doubled = f"{self.doubled} more agree except that the bidirectional run has twice the steps."
         return [f"{self.passed} pairs of runs agree in {equal}.", *([doubled] if self.doubled else []), *self.refused]
 
 
@@ -47,8 +47,8 @@ def crossing_words(folders: list[ExperimentFolder]) -> list[str]:
     ]
     if any(is_marked(experiment.direction) for experiment in crossing):
         words.append(
-            "Rows of such a bidirectional run are no mirror images of each other, since its segments are read both ways: "
-            "before a segment its two readings see different documents."
+            "Rows of such a bidirectional run are no mirror images of each other, because its segments are read both "
+            "ways: before a segment its two readings see different documents."
         )
     return words
 
