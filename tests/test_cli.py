@@ -21,6 +21,7 @@ import yaml
 from bwlm import cli
 from bwlm.cli.terminal import print_json
 from bwlm.config import Experiment
+from bwlm.format import short_number
 from bwlm.model.compute import Compute
 from bwlm.plan.load import plan_experiment
 from bwlm.record.experiment import ExperimentFolder, Status
@@ -132,6 +133,17 @@ def test_plan_and_status_show_what_is_done(shell: Shell) -> None:
     assert answer.err == ""
     status = shell("grid", "status", grid)
     assert "1 of 4 cells finished" in status.out
+
+
+def test_a_plan_counts_a_failed_cell_as_to_do_and_one_that_asha_stopped_as_done(shell: Shell) -> None:
+    grid = shell.file(GOOD)
+    make_run(shell.storage, "bars_forward_d1_lr0.5_s0", Status("finished", "", 5))
+    make_run(shell.storage, "bars_forward_d2_lr0.5_s0", Status("failed", "loss nan at step 3", 2))
+    make_run(shell.storage, "bars_backward_d1_lr0.5_s0", Status("stopped", "by the scheduler", 3))
+    cells = shell.json("grid", "plan", grid)["cells"]
+    assert [cell["done"] for cell in cells] == [True, False, True, False]
+    left = short_number(cells[1]["flops"] + cells[3]["flops"])
+    assert f"FLOPs in all, {left} to do; " in shell("grid", "plan", grid).out
 
 
 def test_a_plan_for_people(shell: Shell) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from bwlm.cli.terminal import Json, Storage, busy, print_json, say, show, table
 from bwlm.directions import TEXT_READINGS
 from bwlm.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    pass
 
 
 def evaluate(

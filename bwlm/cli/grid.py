@@ -73,7 +73,7 @@ def grid_plan(
     header = ["cell", "params", "tokens", "FLOPs", "log (bytes)", "state", "reason"]
     show(table(header, rows, f"{plan.name}: {len(cells)} cells"))
     total = sum(c["flops"] for c in cells)
-    left = sum(c["flops"] for c in cells if c["state"] not in ("finished", "failed") and c["reason"] != _STOPPED_ABOVE)
+    left = sum(c["flops"] for c in cells if not c["done"] and c["reason"] != _STOPPED_ABOVE)
     show(f"{short_number(total)} FLOPs in all, {short_number(left)} to do; storage {root}")
     show(detectable_words(seen))
     return None
@@ -148,7 +148,7 @@ def _status_document(plan: Plan, root: Path) -> dict[str, Any]:
             "id": p.cell.id, "params": p.cell.parameters, "tokens": p.cell.tokens, "flops": p.cell.flops,
             "log_bytes": bytes_of_log(p.cell.experiment, p.cell.shape, p.cell.steps),
             "state": p.status.state, "reason": _STOPPED_ABOVE if p.cell.id in out else _reason(p),
-            "step": p.status.step, "steps": p.cell.steps, "metrics": p.status.metrics,
+            "done": p.is_done, "step": p.status.step, "steps": p.cell.steps, "metrics": p.status.metrics,
         }
         for p in planned
     ]  # fmt: skip
