@@ -449,7 +449,7 @@ def test_one_runs_report_audits_its_own_pairs(grid: list[ExperimentFolder]) -> N
         "- 5 pairs of runs agree in data, tokenizer, code, precision, budget, row order and validation windows."
     )
     alone = write_experiment_report(grid[-2], insides=False)[0].read_text()  # the only one of seed 9
-    assert "- No pair of runs of two directions with one depth and one seed lies here" in alone
+    assert "- No pair of runs of two directions has the same depth and the same seed" in alone
 
 
 def test_a_report_says_where_attention_crosses_segments(tmp_path: Path) -> None:
