@@ -128,7 +128,7 @@ def compare(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
 @analyze_app.command()
 def transfer(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Loss of each model in the direction that it was not trained in; the balance of bidirectional models.
+    """Show the loss of each model in the direction it was not trained in; of bidirectional ones, both directions.
 
     Example: `bwlm analyze transfer demo`
     """

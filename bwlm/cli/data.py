@@ -85,7 +85,10 @@ def data_inspect(
     direction: Annotated[str | None, typer.Option(help="Show only this direction; default: all.")] = None,
     rows: Annotated[int, typer.Option(min=1, max=10_000, help="Number of rows, or of conversations per source.")] = 2,
     phase: Annotated[
-        str, typer.Option(help="base: rows of documents. mid, sft, rl: conversations, with their targets.")
+        str,
+        typer.Option(
+            help="base: rows of documents. mid, sft, rl: conversations, with the tokens that count in the loss marked."
+        ),
     ] = FIRST,
     set_: Set = None,
     storage: Storage = None,

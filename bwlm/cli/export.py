@@ -13,13 +13,15 @@ from bwlm.cli.terminal import Storage, say
 def export(
     experiment: Annotated[str, typer.Argument(metavar="ID", help="The run; see `bwlm runs list`.")],
     target: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.", show_default=False)],
-    format_: Annotated[Literal["hf"], typer.Option("--format", help="hf: what transformers loads.")] = "hf",
+    format_: Annotated[
+        Literal["hf"], typer.Option("--format", help="hf: Hugging Face format, for transformers.")
+    ] = "hf",
     step: Annotated[
         int | None, typer.Option(help="Checkpoint's step; default: the newest.", show_default=False)
     ] = None,
     storage: Storage = None,
 ) -> None:
-    """Write a trained model, its tokenizer and a model card as a folder for other programs.
+    """Export a model with its tokenizer and a model card to a folder that Hugging Face transformers can load.
 
     Example: `bwlm export demo_forward_d1_lr4_s0 --format hf demo-forward`
     """

@@ -81,7 +81,7 @@ def grid_plan(
 
 @grid_app.command("status")
 def grid_status(grid: GridFile, set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Show the state, step and figures of every cell of a grid.
+    """Show state, step and metrics of each cell of a grid.
 
     Example: `bwlm grid status grids/demo.yaml --json`
     """

@@ -37,8 +37,8 @@ def runs_list(
         list[str] | None,
         typer.Option(
             metavar="FIELD=VALUE",
-            help="Show only runs that meet this condition, in quotes. Also != < > <= >=. Fields: id, phase, direction, "
-            "parent, state (words, also globs), depth, lr, seed, step and any metric. Repeatable: all must hold.",
+            help="Show only runs that match the condition. Put it in quotes. Also != < > <= >=. Fields: id, phase, "
+            "direction, parent, state (words, also globs), depth, lr, seed, step and any metric. Repeatable.",
         ),
     ] = None,
     sort: Annotated[
@@ -112,9 +112,9 @@ def runs_tree(
 ) -> None:
     """Show every run below its parent, with phase, direction, depth, best figure and state.
 
-    The best figure is the lowest val_bpb of the run's validations, in RL the highest val_reward, with its step where
-    that is not the run's last. Each phase has a validation text of its own: compare runs of the same phase.
-    Without ID, four or more runs of a grid without children are one line.
+    For each run the tree shows its lowest val_bpb, or in RL its highest val_reward, with the step if that is not the
+    run's last. The phases use different validation texts, so do not compare values across phases.
+    Without ID, four or more runs of one grid that have no children are shown as one summary line.
 
     Example: `bwlm runs tree`
 

@@ -32,7 +32,10 @@ Storage = Annotated[
 ]
 AcceptCode = Annotated[
     bool,
-    typer.Option("--accept-code", help="Resume runs that other code began; records and reports name both."),
+    typer.Option(
+        "--accept-code",
+        help="Also resume runs that another version of the code began. Records and reports name both.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
 

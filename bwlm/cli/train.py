@@ -32,7 +32,8 @@ def train(
         float | None, typer.Option(help="Multiplier on the learning rates of all parameter groups; default: 1.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of the weights and of the order of the rows; default: 0, or the parent's.")
+        int | None,
+        typer.Option(help="Seed for initial weights and row order. Default: 0; with --parent, the parent's seed."),
     ] = None,
     id_: Annotated[
         str | None,
@@ -47,9 +48,10 @@ def train(
     accept_code: AcceptCode = False,
     as_json: Json = False,
 ) -> None:
-    """Train one experiment, or a chain of phases, as a grid trains its cells.
+    """Train one model, or several phases one after another. Uses the same training code as `bwlm grid run`.
 
-    Run the same command again to resume. The default id holds the date, so on another day give `--id`.
+    Run the same command again to resume. The default id contains today's date: to resume on another day, pass the id
+    with --id.
 
     Example: `bwlm train --direction backward --depth 4 --set budget.steps=200 --set budget.batch_tokens=16384`
 
