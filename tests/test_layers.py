@@ -116,7 +116,7 @@ def test_imports_point_down(name: str) -> None:
 
 
 def test_no_arrow_is_without_an_import() -> None:
-    """What is allowed is what is true: a room that imports nothing of another may not name it."""
+    """A room may not name another room from which it imports nothing."""
     used = {room: {target for name in MODULES if room_of(name) == room for target in edges(name)} for room in ROOMS}
     unused = [
         f"{room} -> {one}"

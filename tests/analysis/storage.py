@@ -27,7 +27,7 @@ WEIGHTS = "0" * 64
 
 
 def without_hash_of_log(run: Path) -> None:
-    """As a run of an earlier version, which noted no hash of its research log."""
+    """Make a run look like one of an earlier version, which noted no hash of its research log."""
     path = run / "status.json"
     content = {name: value for name, value in read_json(path).items() if name != DIGEST}
     for name, record in content[RECORDS].items():

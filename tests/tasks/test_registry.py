@@ -20,7 +20,7 @@ NAMES = {
 }
 MAY_IMPORT = ("bwlm.errors", "bwlm.paths", "bwlm.text.corpus", "bwlm.text.pydocs", "bwlm.text.splits")
 SOURCES = "sources"
-"""Of mixtures, which know settings and phases; the one module that is no task."""
+"""Module of mixtures, the only one in `tasks` that is no task: it knows settings and phases."""
 
 
 def test_every_task_is_found_by_its_name() -> None:
