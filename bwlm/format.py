@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+_JSON_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "nothing"}
+
+
+def json_kind(value: object) -> str:
+    """Return what JSON calls a value, for a message that says what a file holds: `a list`; a number as it stands."""
+    return _JSON_KINDS.get(type(value), f"{value!r:.40}")
+
 
 def counted(number: int, noun: str) -> str:
     """Return `1 cell` or `3 cells`."""

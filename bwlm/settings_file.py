@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from bwlm.config import HORIZONS, Settings
 from bwlm.errors import UserError, nearest
+from bwlm.format import json_kind
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def parse_yaml(text: str, name: str) -> Document:
     except RecursionError:
         raise UserError(f"{name}: not valid YAML (nested too deeply)") from None
     if not isinstance(content, dict):
-        raise UserError(f"{name}: must hold fields (name: value), not a {type(content).__name__}")
+        raise UserError(f"{name}: must hold fields (name: value), not {json_kind(content)}")
     document = Document(name, content, {field: f"{name}:{line}" for field, line in lines.items()})
     _spread_dotted(document)
     return document

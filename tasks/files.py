@@ -18,6 +18,7 @@ import fsspec
 import pyarrow as pa
 
 from bwlm.errors import UserError, nearest
+from bwlm.format import json_kind
 from bwlm.paths import local_path
 from bwlm.text.corpus import first_line, list_files, open_parquet, refuse_repeated
 from bwlm.text.splits import NamedSplits, Shard, split_by_name
@@ -30,7 +31,6 @@ PARQUET = ".parquet"
 JSONL = (".jsonl", ".jsonl.gz")
 _ROWS_AT_ONCE = 256
 _MEND = "write the file again or take it away"
-_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "nothing"}
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ class Row:
 
     def fault(self, field: str, wanted: str, found: Any) -> UserError:
         """Return the error for a field that holds `found` instead of `wanted`."""
-        kind = _KINDS.get(type(found), f"{found!r:.40}")
-        return UserError(f"{self.place}: {field}: must be {wanted} (found {kind})")
+        return UserError(f"{self.place}: {field}: must be {wanted} (found {json_kind(found)})")
 
 
 @dataclass(frozen=True)
@@ -207,5 +206,5 @@ def _parse(line: bytes, place: str) -> Row:
     if isinstance(values, list):  # nanochat writes a conversation as the list of its messages
         values = {"messages": values}
     if not isinstance(values, dict):
-        raise UserError(f"{place}: must be an object or a list of messages (found {_KINDS.get(type(values), values)})")
+        raise UserError(f"{place}: must be an object or a list of messages (found {json_kind(values)})")
     return Row(place, values)

@@ -131,9 +131,9 @@ def test_aliases_are_refused() -> None:
     assert "g.yaml:2" in complaint(laughs)
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "just words\n", "5\n"])
-def test_a_file_must_be_a_mapping(text: str) -> None:
-    assert "must hold fields (name: value)" in complaint(text)
+@pytest.mark.parametrize(("text", "kind"), [("- a\n- b\n", "a list"), ("just words\n", "a string"), ("5\n", "5")])
+def test_a_file_must_be_a_mapping(text: str, kind: str) -> None:
+    assert f"must hold fields (name: value), not {kind}" in complaint(text)
 
 
 def test_an_empty_file_holds_nothing() -> None:

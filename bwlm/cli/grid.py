@@ -134,7 +134,7 @@ def grid_schema() -> None:
     print_json(Grid.model_json_schema())
 
 
-_STOPPED_ABOVE = "what it begins from was stopped early"
+_STOPPED_ABOVE = "not trained: the scheduler stopped a run early from which it descends"
 
 
 def _status_document(plan: Plan, root: Path) -> dict[str, Any]:

@@ -170,7 +170,10 @@ class ExperimentFolder:
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or first["msg"].removeprefix("Value error, ")
-            raise UserError(f"{path}: not an experiment of this version of bwlm ({field})") from None
+            raise UserError(
+                f"{path}: experiment: not a setting of this version of bwlm ({field}): use the version that made the "
+                f"run, or delete it: bwlm runs delete {self.id}"
+            ) from None
 
     def link(self) -> ParentLink | None:
         """Return the link to the parent; None for a base run. Raises `UserError` if the file holds something else."""

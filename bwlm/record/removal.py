@@ -25,7 +25,7 @@ _NAMED = 3
 def check_deletable(folder: ExperimentFolder) -> None:
     """Raise `UserError` if runs begin from this one, if a process trains it, or if its folder is a symbolic link."""
     if folder.path.is_symlink():
-        raise UserError(f"{folder.path}: a link to {folder.path.readlink()}: delete both by hand")
+        raise UserError(f"{folder.path}: a symbolic link to {folder.path.readlink()}: delete link and folder by hand")
     if children := Lineage(parents_in(folder.path.parent)).children(folder.id):
         more = f" and {len(children) - _NAMED} more" if len(children) > _NAMED else ""
         begin = "begins from it: delete that" if len(children) == 1 else "begin from it: delete those"
@@ -48,7 +48,10 @@ def delete(folder: ExperimentFolder) -> None:
             folder.path.rename(gone)
         sync(gone.parent)  # else a power cut might bring the name back without all of the run's files
     except OSError as error:
-        raise UserError(f"{folder.path}: cannot be deleted ({error.strerror})") from None
+        raise UserError(
+            f"{folder.path}: cannot be deleted ({error.strerror}): make it and {folder.path.parent} writable, then "
+            "delete it again"
+        ) from None
     discard_deleted(folder.path.parent)
     if gone.exists():
         raise UserError(f"{folder.id} is deleted, but not all of it could be: remove {gone} by hand")

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from bwlm.config import Reversal
 from bwlm.directions import READINGS, is_marked
 from bwlm.errors import UserError, nearest
+from bwlm.format import json_kind
 from bwlm.text.direction import BACKWARD, Ints, Layout, Rows, arrange, is_mirrored, restore
 from bwlm.text.tokenizer import Tokenizer
 
@@ -79,7 +80,7 @@ def check_conversation(messages: Any, where: str) -> Conversation:
     `UserError` that begins with `where` (file and row) and names the message, its field and the fix.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise UserError(f"{where}: messages: not a list of messages but {_kind(messages)}")
+        raise UserError(f"{where}: messages: must be a list of messages (found {json_kind(messages)})")
     checked = [_message(message, f"{where}: messages[{index}]") for index, message in enumerate(messages)]
     if checked and checked[0][0] == "system":
         checked = _joined_system(checked, where)
@@ -106,10 +107,10 @@ def check_turns(conversation: Conversation, where: str) -> None:
 
 def _message(message: Any, where: str) -> tuple[str, str]:
     if not isinstance(message, dict):
-        raise UserError(f"{where}: not an object with role and content but {_kind(message)}")
+        raise UserError(f"{where}: must be an object with role and content (found {json_kind(message)})")
     for name in ("role", "content"):
         if not isinstance(message.get(name), str):
-            raise UserError(f"{where}.{name}: must be a text, not {_kind(message.get(name))}")
+            raise UserError(f"{where}.{name}: must be a string (found {json_kind(message.get(name))})")
     role, content = message["role"], message["content"]
     if role not in _KNOWN:
         raise UserError(f"{where}.role: {role[:40]!r} is not one of {', '.join(_KNOWN)}{nearest(role, _KNOWN)}")
@@ -122,10 +123,6 @@ def _joined_system(checked: list[tuple[str, str]], where: str) -> list[tuple[str
     if len(checked) < 2 or checked[1][0] != "user":
         raise UserError(f"{where}: messages[1].role: after a system message must come a user message: add it")
     return [("user", f"{checked[0][1]}\n\n{checked[1][1]}"), *checked[2:]]
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
 
 
 # ---- rendering ----

@@ -85,7 +85,10 @@ def find_corpus(data: DataSettings, cache: Path, progress: Callable[[str], None]
         written = data.model_copy(update={"source": str(folder), "text_column": "text"})
         return replace(find_corpus(written, cache, progress), builtin=str(folder.absolute()))
     if data.source.startswith("builtin:"):
-        raise UserError(f"data.source: {data.source!r} is not a built-in corpus{nearest(data.source, BUILTINS)}")
+        raise UserError(
+            f"data.source: {data.source!r} is not a built-in corpus{nearest(data.source, BUILTINS)}: "
+            f"give {', '.join(BUILTINS)}, or a folder of parquet files"
+        )
     named = split_by_name(list_files(data.source, "data.source"), data.source, "data.source")
     for note in named.notes:
         progress(note)
@@ -113,7 +116,7 @@ def _named_validation(address: str) -> tuple[Shard, ...]:
 
 def _nothing_left(data: DataSettings, shards: int) -> str:
     if data.validation is not None:
-        return f"data.validation: {data.validation} leaves no shard of data.source to train on: name fewer"
+        return f"data.validation: {data.validation} leaves no file of data.source to train on: name fewer files"
     if not shards:
         return (
             f"data.source: {data.source} holds one shard to train on, and the last shard is validation: "

@@ -19,6 +19,7 @@ import ray.data
 from numpy.typing import NDArray
 
 from bwlm.errors import UserError
+from bwlm.format import counted
 from bwlm.text.batches import Batch, DirectedPlan, join
 from bwlm.text.corpus import Corpus, read_texts
 from bwlm.text.overlap import DocumentHashes
@@ -128,12 +129,12 @@ def pack_corpus(corpus: Corpus, tokenizer_folder: Path, width: int, folder: Path
     tokenizer = _tokenizer(str(tokenizer_folder))
     overlap = overlap_of(folder, **splits)
     manifest = Manifest(width, tokenizer.vocab_size, tokenizer.digest, **splits, overlap=overlap)
-    for name, counted in (("train", splits["train"]), ("validation", splits["validation"])):
-        if counted.total("tokens") == 0:
+    for name, counts in (("train", splits["train"]), ("validation", splits["validation"])):
+        if counts.total("tokens") == 0:
             field = "data.source" if name == "train" else "data.validation"
-            empty = counted.total("documents")
+            empty = counted(counts.total("documents"), "empty document")
             raise UserError(
-                f"{field}: the {name} shards hold no text ({empty} empty documents): "
+                f"{field}: the {name} shards hold no text ({empty}): "
                 f"give {name} shards with documents that are not empty"
             )
     manifest.write(folder)

@@ -149,8 +149,8 @@ def _restored(phase: PhaseSetup, folder: ExperimentFolder, checkpoint: Snapshot)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         path, reason = step_folder(folder.checkpoints, checkpoint.step), " ".join(str(error).split())
         raise UserError(
-            f"{path}: whole, but not what this version saves ({reason}): go on with the version that saved it, or move "
-            "the checkpoint away"
+            f"{path}: not damaged, but this version of bwlm cannot load it ({reason}): resume with the version that "
+            "saved it, or move this checkpoint away"
         ) from None
 
 

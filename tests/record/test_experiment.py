@@ -188,7 +188,7 @@ def test_a_config_of_another_version_is_told_with_its_field(folder: ExperimentFo
     content = read_json(folder.path / "config.json")
     content["experiment"]["model"]["gone"] = 1
     write_json(folder.path / "config.json", sealed(content))
-    with pytest.raises(UserError, match=r"config\.json: not an experiment of this version of bwlm \(.*model\.gone"):
+    with pytest.raises(UserError, match=r"config\.json: experiment: not a setting .*\(model\.gone\): use the version"):
         folder.config()
 
 

@@ -70,7 +70,7 @@ def test_a_linked_folder_is_left_to_its_owner(new_run: NewRun, tmp_path: Path) -
     elsewhere.parent.mkdir()
     folder.path.rename(elsewhere)
     folder.path.symlink_to(elsewhere)
-    with pytest.raises(UserError, match=r"run: a link to .*: delete both by hand"):
+    with pytest.raises(UserError, match=r"run: a symbolic link to .*: delete link and folder by hand"):
         delete(folder)
     assert folder.exists()
 
@@ -92,7 +92,7 @@ def test_a_disk_that_refuses_is_told(new_run: NewRun, monkeypatch: pytest.Monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", refuse)
-        with pytest.raises(UserError, match=r"/run: cannot be deleted \(Permission denied\)"):
+        with pytest.raises(UserError, match=r"/run: cannot be deleted \(Permission denied\): make it and .* writable"):
             delete(folder)
     assert folder.status().state == "waiting"  # nobody holds it any more
     monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)

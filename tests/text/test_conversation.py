@@ -63,12 +63,12 @@ def as_rows(*tokens: np.ndarray) -> Rows:
 @pytest.mark.parametrize(
     ("messages", "told"),
     [
-        ("hello", "shard:3: messages: not a list of messages but a str"),
-        (None, "messages: not a list of messages but nothing"),
+        ("hello", "shard:3: messages: must be a list of messages (found a string)"),
+        (None, "messages: must be a list of messages (found nothing)"),
         ([], "messages: empty"),
-        (["hello"], "messages[0]: not an object with role and content but a str"),
-        ([{"role": "user"}], "messages[0].content: must be a text, not nothing"),
-        ([{"role": "user", "content": 3}], "messages[0].content: must be a text, not a int"),
+        (["hello"], "messages[0]: must be an object with role and content (found a string)"),
+        ([{"role": "user"}], "messages[0].content: must be a string (found nothing)"),
+        ([{"role": "user", "content": 3}], "messages[0].content: must be a string (found 3)"),
         ([{"role": "assitant", "content": "x"}], "'assitant' is not one of system, user, assistant (did you mean"),
         (said("hi", " \n"), "messages[1].content: empty"),
         ([*said("hi"), *said("hello")], "messages[1].role: user again"),

@@ -93,7 +93,7 @@ def test_what_validates_is_never_trained_on(shards: Path) -> None:
     assert names(find(shards, str(shards / SECOND))) == ([FIRST, THIRD], [SECOND])
     assert names(find(shards, str(shards / "*2.parquet"))) == ([FIRST, SECOND], [THIRD])
     with pytest.raises(
-        UserError, match=r"data\.validation: .* leaves no shard of data\.source to train on: name fewer"
+        UserError, match=r"data\.validation: .* leaves no file of data\.source to train on: name fewer files$"
     ):
         find(shards, str(shards))
 
@@ -490,7 +490,10 @@ def test_a_protocol_that_nobody_knows(try_to_prepare: Prepare) -> None:
 
 
 def test_a_built_in_corpus_misspelt(try_to_prepare: Prepare) -> None:
-    wanted = r"^data\.source: 'builtin:pydoc' is not a built-in corpus \(did you mean 'builtin:pydocs'\?\)$"
+    wanted = (
+        r"^data\.source: 'builtin:pydoc' is not a built-in corpus \(did you mean 'builtin:pydocs'\?\): "
+        "give builtin:pydocs, builtin:null, builtin:products, or a folder of parquet files$"
+    )
     with pytest.raises(UserError, match=wanted):
         try_to_prepare("builtin:pydoc")
 
@@ -625,7 +628,7 @@ def test_no_text_to_train_on_with_a_tokenizer_at_hand(
     recipe = recipe_for(folder).model_dump()
     recipe["tokenizer"]["path"] = str(prepared.tokenizer_folder)
     with pytest.raises(
-        UserError, match=r"^data\.source: the train shards hold no text \(1 empty documents\): give train"
+        UserError, match=r"^data\.source: the train shards hold no text \(1 empty document\): give train"
     ):
         prepare(Recipe.model_validate(recipe), tmp_path / "storage", pack_in_process, lambda _: None)
     assert not (tmp_path / "storage").exists()

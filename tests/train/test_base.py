@@ -189,7 +189,8 @@ def test_a_checkpoint_of_another_version_is_told_by_name(new_run: NewRun, spoil:
     status = run_phase(folder, LocalSession(), in_process)
     assert status.state == "failed"
     assert re.search(
-        r"step_000008: whole, but not what this version saves \(.*\): go on with the version", status.reason
+        r"step_000008: not damaged, but this version of bwlm cannot load it \(.*\): resume with the version",
+        status.reason,
     )
     assert checkpoint_steps(folder.checkpoints) == [4, 8]
 
