@@ -347,15 +347,16 @@ class Experiment(Recipe):
     def _phase_fits(self) -> Experiment:
         phase = PHASES[self.phase]
         if phase.reads_documents and self.data.mixture:
-            raise ValueError(f"data.mixture: a {self.phase} run reads documents, of data.source: leave the mixture out")
+            raise ValueError(f"data.mixture: a {self.phase} run reads the documents of data.source: leave it out")
         if not phase.reads_documents and not self.data.mixture:
-            raise ValueError("data.mixture: empty: name a task or a file of conversations, and how often it comes")
+            raise ValueError("data.mixture: empty: name tasks or files of conversations, and how often each is read")
         if not phase.reads_documents and DIRECTIONS[self.direction].is_control:
             raise ValueError(
-                f"direction: {self.direction} is a control on documents, and conversations have no such order"
+                f"direction: {self.direction} is a control for documents, and conversations have no such order: "
+                "choose another direction"
             )
         if phase.has_reward and is_marked(self.direction) and self.rl.samples < 4:
             raise ValueError(
-                "rl.samples: half are written in each reading, and are compared with each other: take 4 or more"
+                "rl.samples: a bidirectional model writes half in each reading, and compares those: take 4 or more"
             )
         return self

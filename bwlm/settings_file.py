@@ -74,7 +74,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()  # type: ignore[no-untyped-call]
-            problem = f"aliases (*{event.anchor}) are not read: write the value out"
+            problem = f"aliases (*{event.anchor}) are not allowed: write the value out"
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
 
@@ -94,11 +94,11 @@ def _build(node: yaml.Node, path: str, name: str, lines: dict[str, int]) -> Any:
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode) or key_node.value == "<<":
-            raise UserError(f"{name}:{line}: keys must be plain words")
+            raise UserError(f"{name}:{line}: the name of a field must be a plain word: write name: value")
         key = key_node.value
         field = f"{path}.{key}" if path else key
         if key in content:
-            raise UserError(f"{name}:{line}: {field}: given twice (first on line {lines[field]}); keep one")
+            raise UserError(f"{name}:{line}: {field}: appears twice (first on line {lines[field]}): keep one")
         content[key] = _build(value_node, field, name, lines)
         lines[field] = line
     return content
@@ -135,7 +135,7 @@ def _spread_dotted(document: Document) -> None:
     dotted = {key: document.content.pop(key) for key in list(document.content) if "." in key}
     for field, value in dotted.items():
         if holds(document.content, field):
-            raise UserError(f"{document.where(field)}: given twice, dotted and in its section; keep one")
+            raise UserError(f"{document.where(field)}: appears twice, dotted and in its section: keep one")
         assign(document.content, field, value, document.where(field))
 
 
@@ -170,11 +170,11 @@ def load_yaml(path: Path) -> Document:
     try:
         return parse_yaml(path.read_text("utf-8"), str(path))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file: check its path") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
+        raise UserError(f"{path}: not UTF-8 text: save it as UTF-8") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}): give a YAML file that you can read") from None
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:
@@ -199,7 +199,7 @@ def assign(content: dict[str, Any], field: str, value: Any, where: str) -> None:
     for parent in parents:
         below = content.setdefault(parent, {})
         if not isinstance(below, dict):
-            raise UserError(f"{where}: '{parent}' holds no fields of its own")
+            raise UserError(f"{where}: '{parent}' is a value and holds no fields: set '{parent}' itself")
         content = below
     content[last] = value
 
@@ -277,7 +277,7 @@ def explain(error: ValidationError, model: type[BaseModel], document: Document) 
         siblings = [f.rpartition(".")[2] for f in field_names(model) if f.rpartition(".")[0] == section]
         return f"{where}: unknown field{nearest(name, siblings) or ' (known: ' + ', '.join(siblings) + ')'}"
     if first["type"] == "missing":
-        return f"{where}: missing; add it"
+        return f"{where}: missing: add it"
     if first["type"] == "literal_error":
         choices = first["ctx"]["expected"]
         guess = nearest(str(first["input"]), re.findall(r"'([^']*)'", choices))

@@ -12,7 +12,7 @@ def _parse(row: Row) -> ChoiceQuestion:
     choices = row.within("choices")
     texts, labels, key = choices.texts("text"), choices.texts("label"), row.text("answerKey")
     if len(texts) != len(labels):
-        raise UserError(f"{choices.place}: {len(texts)} in text but {len(labels)} in label: must be as many")
+        raise UserError(f"{choices.place}: {len(texts)} in text, {len(labels)} in label: give as many labels as texts")
     if key not in labels:
         raise UserError(f"{row.place}: answerKey: must be one of {', '.join(labels)} (found {key!r})")
     return choice_question(row, row.text("question"), texts, labels.index(key))

@@ -30,7 +30,7 @@ HELD_OUT = 20
 PARQUET = ".parquet"
 JSONL = (".jsonl", ".jsonl.gz")
 _ROWS_AT_ONCE = 256
-_MEND = "write the file again or take it away"
+_MEND = "write the file again, or remove it"
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _parse(line: bytes, place: str) -> Row:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not valid JSON ({first_line(error)})") from None
+        raise UserError(f"{place}: not valid JSON ({first_line(error)}): correct the line or remove it") from None
     if isinstance(values, list):  # nanochat writes a conversation as the list of its messages
         values = {"messages": values}
     if not isinstance(values, dict):

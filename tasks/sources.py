@@ -55,7 +55,7 @@ def check_sources(experiment: Experiment) -> None:
         task = find_source(name)
         if PHASES[experiment.phase].has_reward and not isinstance(task, tasks.Verifiable):
             known = ", ".join(name for name, task in tasks.TASKS.items() if isinstance(task, tasks.Verifiable))
-            raise UserError(f"data.mixture: {name}: nothing says what an answer of it is worth: rl takes {known}")
+            raise UserError(f"data.mixture: {name}: gives no reward for an answer, which rl needs: choose from {known}")
 
 
 def find_source(name: str) -> tasks.Task:

@@ -263,7 +263,7 @@ MISTAKES = {
     "a field misspelt in a section": (GOOD.replace("steps", "stepz"), [], "g.yaml:5: budget.stepz: unknown field (did"),
     "an axis misspelt": (GOOD.replace("depth", "dept"), [], "g.yaml:2: axes.dept: "),
     "a setting misspelt": (GOOD, ["--set", "model.hed_dim=32"], "--set model.hed_dim: unknown field (did"),
-    "a duplicate key": (GOOD + "name: bars\n", [], "g.yaml:6: name: given twice (first on line 1)"),
+    "a duplicate key": (GOOD + "name: bars\n", [], "g.yaml:6: name: appears twice (first on line 1)"),
     "a learning rate that is a word": (GOOD.replace("[0.5]", "[nan]"), [], "g.yaml:2: lr: "),
     "a learning rate that is no number": (GOOD.replace("[0.5]", "[.nan]"), [], "g.yaml:2: lr: "),
     "a depth that is a truth": (GOOD.replace("[1, 2]", "[true]"), [], "g.yaml:2: depth: "),
@@ -277,11 +277,11 @@ MISTAKES = {
     "a batch that workers cannot share": (GOOD, ["--set", "resources.workers=3"], "take a multiple of 192"),
     "two horizons": (GOOD.replace("steps: 5", "steps: 5, tokens: 9"), [], "g.yaml:5: budget: needs exactly one of"),
     "heads that do not divide": (GOOD, ["--set", "model.kv_heads=3"], "heads 1 is not a multiple of kv_heads 3"),
-    "fixed and an axis": (GOOD + "seed: 3\n", [], "g.yaml:6: seed: fixed here and an axis in axes: keep one"),
+    "fixed and an axis": (GOOD + "seed: 3\n", [], "g.yaml:6: seed: a fixed value here and an axis in axes: keep one"),
     "a cell asked for twice": (GOOD + _AGAIN, [], "also.0: cell bars_forward_d1_lr0.5_s0 is asked for twice"),
     "a setting without a value": (GOOD, ["--set", "seed"], "--set seed: write it as field=value"),
     "bad syntax": (GOOD + "x: [1\n", [], "g.yaml:"),
-    "no text": ("", [], "g.yaml: name: missing; add it"),
+    "no text": ("", [], "g.yaml: name: missing: add it"),
     "an object store": (GOOD, ["--storage", "s3://bucket/runs"], "storage: 's3://bucket/runs' is not a folder"),
 }  # fmt: skip
 

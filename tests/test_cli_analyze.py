@@ -420,7 +420,10 @@ def test_a_bad_file_is_one_line_that_names_it(name: str, message: str, shell: Sh
     ("options", "message"),
     [
         ([], "--from"),
-        (["--from", "l.csv", "--output", "g.pdf"], "--output: g.pdf ends in none of .svg .png .html .csv .md"),
+        (
+            ["--from", "l.csv", "--output", "g.pdf"],
+            "--output: g.pdf: unknown ending: use one of .svg .png .html",
+        ),
         (["--from", "l.csv", "--output", "no/g.svg"], "--output: no/g.svg: there is no folder no: make it"),
         (["--from", "l.csv", "--output", "folder.svg"], "--output: folder.svg is a folder"),
         (["--from", "l.csv", "--resamples", "0"], "--resamples"),

@@ -156,11 +156,13 @@ def test_a_run_with_a_damaged_link_hides_no_other(command: str, family: Path, sh
     (family / "talk-mid" / LINK).write_text("[]")
     answer = shell("runs", command)
     assert answer.code == 0
-    assert answer.err.startswith(f"talk-mid is left out: {family}/talk-mid/parent_link.json: not the link to a parent")
+    assert answer.err.startswith(
+        f"talk-mid is left out: {family}/talk-mid/parent_link.json: not the link of a run to its parent"
+    )
     assert answer.err.count("\n") == 1
     assert {"talk-base", "talk-sft", "talk-two", "alone"} <= set(answer.out.split())
     check_mistake(shell("runs", "tree", "talk-mid"), "talk-mid is left out: ")
-    check_mistake(shell("runs", "show", "talk-mid"), "parent_link.json: not the link to a parent")
+    check_mistake(shell("runs", "show", "talk-mid"), "parent_link.json: not the link of a run to its parent")
 
 
 def test_a_link_that_was_edited_is_named_with_what_the_settings_say(family: Path, shell: Shell) -> None:
@@ -405,7 +407,7 @@ def test_a_run_is_deleted_and_what_stays_is_said(family: Path, shell: Shell) -> 
 
 def test_a_deletion_is_refused_in_a_line(family: Path, shell: Shell) -> None:
     check_mistake(shell("runs", "delete", "talk-mid", "--yes"), "talk-mid: talk-sft, talk-two begin from it: delete")
-    check_mistake(shell("runs", "delete", "talk-sft"), "nobody can be asked here: add --yes")
+    check_mistake(shell("runs", "delete", "talk-sft"), "cannot ask for a confirmation, as this is no terminal")
     with ExperimentFolder(family, "talk-two").lease():
         check_mistake(shell("runs", "delete", "talk-two", "--yes"), f":{os.getpid()} trains it since")
     assert len(shell.json("runs", "list")) == 5

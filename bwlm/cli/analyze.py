@@ -75,7 +75,7 @@ def gap(
 
     _check(output)  # first, since reading and resampling take long
     if bool(runs) == bool(losses):
-        raise UserError("analyze gap: give runs, or a table of losses with --from")
+        raise UserError("analyze gap: give either runs or --from with a table of losses")
     if losses is not None:
         with busy(f"resampling {losses.name}"):
             found, notes = gaps_from(losses, resamples)
@@ -285,7 +285,7 @@ def _check(output: list[Path] | None) -> None:
     suffixes = (*PICTURES, *TABLES)
     for path in output or []:
         if path.suffix.lower() not in suffixes:
-            raise UserError(f"--output: {path} ends in none of {' '.join(suffixes)}: the ending says what to write")
+            raise UserError(f"--output: {path}: unknown ending: use one of {' '.join(suffixes)}")
         if path.is_dir():
             raise UserError(f"--output: {path} is a folder: name a file in it")
         if not path.parent.is_dir():
@@ -301,6 +301,6 @@ def _write(analysis: Analysis, output: list[Path] | None, default: Path | None) 
         try:
             analysis.write(path)
         except OSError as error:
-            raise UserError(f"--output: {path} cannot be written ({error.strerror})") from None
+            raise UserError(f"--output: {path} cannot be written ({error.strerror}): choose another path") from None
     for path in output or files:
         say(f"written: {path}")

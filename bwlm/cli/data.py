@@ -110,7 +110,7 @@ def data_inspect(
     known = [name for name, one in DIRECTIONS.items() if PHASES[phase].reads_documents or not one.is_control]
     wanted = [check_direction(direction)] if direction else known
     if as_json and direction is None:
-        raise UserError("--json: say which --direction")
+        raise UserError("--json: shows one direction: name it with --direction")
     if not PHASES[phase].reads_documents:
         return _inspect_conversations(wanted, rows, phase, set_, storage, as_json)
     prepared = _prepared(set_, storage)

@@ -75,7 +75,7 @@ def _finite(content: Any) -> Any:
 def confirmed(question: str) -> bool:
     """Ask a person. Raises `UserError` where there is none."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise UserError("nobody can be asked here: add --yes")
+        raise UserError("cannot ask for a confirmation, as this is no terminal: add --yes")
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     try:
         return sys.stdin.readline().strip().lower() in ("y", "yes")

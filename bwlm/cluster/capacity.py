@@ -56,8 +56,8 @@ def capacity_of_cluster(
         if places < resources.workers:
             raise UserError(
                 f"resources.workers: {resources.workers} workers of {resources.cpus_per_worker} CPUs and "
-                f"{resources.gpus_per_worker:g} GPUs asked for, but the cluster has room for {int(places)}: "
-                "lower resources or add nodes"
+                f"{resources.gpus_per_worker:g} GPUs are needed, but the cluster has room for {int(places)}: "
+                "lower resources.workers or add nodes"
             )
     chosen = choose_concurrency(needs, concurrency, cells, cpus, gpus, "the cluster")
     gpus_of_cell = max(resources.workers * resources.gpus_per_worker for resources in needs)

@@ -88,12 +88,12 @@ def _start(logical_cpus: int, seconds: float) -> Any:
         if waited >= seconds:
             raise UserError(
                 f"Ray did not start within {waited:.0f} s, so this machine is busy with something else: raise "
-                "launch.ray_start_seconds, run the same command once it is less so, or on a cluster (RAY_ADDRESS)"
+                "launch.ray_start_seconds, run the same command again later, or use a cluster (RAY_ADDRESS)"
             )
         log.warning("Ray's node has not answered for %.0f s: this machine is busy; trying again", waited)
 
 
-_RAY_SETTINGS = "look at HOME and the variables that begin with RAY_ in the environment, at free memory and /dev/shm"
+_RAY_SETTINGS = "check HOME, the environment variables that begin with RAY_, free memory and /dev/shm"
 _SOCKET_PATH = 107
 """Longest path of a socket on Linux, in bytes."""
 _BELOW_TEMPORARY = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
@@ -133,7 +133,7 @@ def _connect(address: str) -> Any:
     except ray.exceptions.AuthenticationError as error:
         raise UserError(f"RAY_ADDRESS: {address}: {_first_line(error)}: {_TOKEN}") from None
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"RAY_ADDRESS: {address}: {_first_line(error)}") from None
+        raise UserError(f"RAY_ADDRESS: {address}: {_first_line(error)}: check it, or unset RAY_ADDRESS") from None
 
 
 def _check_token(address: str) -> None:
@@ -160,7 +160,7 @@ def _check_token(address: str) -> None:
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:
                 raise UserError(
-                    f"RAY_ADDRESS: {address}: asks for a token that this process does not show: {_TOKEN}"
+                    f"RAY_ADDRESS: {address}: the cluster refuses this process without its token: {_TOKEN}"
                 ) from None
 
 

@@ -118,7 +118,7 @@ def _documents(storage: Path, folder: ExperimentFolder, config: RunConfig) -> Pa
     if packed is None:
         place = shlex.quote(str(storage))
         raise UserError(
-            f"{base.corpus}: the text that {base.id} was trained on is gone: this makes it again and trains nothing: "
+            f"{base.corpus}: the packed text of {base.id} is gone: pack it again, without training, with: "
             f"{repeat_command(base, place)} --storage {place}"
         )
     return packed

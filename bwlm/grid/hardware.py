@@ -57,7 +57,8 @@ def compiled_if_it_can(config: RunConfig) -> RunConfig:
         return config
     if experiment.compute.compile:
         raise UserError(
-            f"compute.compile: true, but torch.compile fails here ({broken}): install it, or leave the choice open"
+            f"compute.compile: true, but torch.compile fails here ({broken}): install what it needs, or leave the "
+            "field out"
         )
     reason = f"off: torch.compile fails here ({broken})"
     return replace(config, compute=replace(compute, compile=False, reasons=compute.reasons | {"compile": reason}))

@@ -202,7 +202,7 @@ def _on_a_full_disk_too(folder: ExperimentFolder) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        log.warning("%s: cannot be written (%s): free space there", folder.path, error.strerror)
+        log.warning("%s: cannot be written (%s): free space or make it writable", folder.path, error.strerror)
 
 
 def _size(path: Path) -> int:

@@ -91,7 +91,7 @@ def train_cell(config: dict[str, Any]) -> None:
             if folder.status().ended:
                 return
     # Tune does not count a preemption as a failure: it discards the process and starts the cell again
-    raise RayActorError(error_msg=f"{folder.id}: its worker was asked to end, or lost it", preempted=True)
+    raise RayActorError(error_msg=f"{folder.id}: its worker was stopped, or lost the run", preempted=True)
 
 
 def _trainer(config: dict[str, Any], resources: ResourceSettings) -> Any:
@@ -141,7 +141,7 @@ def train_worker(config: dict[str, Any]) -> None:
         end = run_phase(folder, session, stream_batches)
         if session.rank == 0 and end.ended and not folder.status().ended:
             # Tune counts this failure, and gives up after its retries
-            raise RunError(f"{end.reason}; this end cannot be noted in {folder.path}")
+            raise RunError(f"{end.reason}; nor can its status: free space in {folder.path} or make it writable")
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ class Sampler:
         if self.banned and not 0 <= self.banned[0] <= self.banned[-1] < config.vocab_size:
             raise ValueError(f"banned ids must be of the vocabulary, 0 to {config.vocab_size - 1}, not {self.banned}")
         if len(self.banned) == config.vocab_size:
-            raise ValueError("every id is banned")
+            raise ValueError("banned holds every id of the vocabulary: leave one out")
 
     def __call__(self, logits: Tensor, randoms: Sequence[Random]) -> list[int]:
         """Return an id for each row of logits [B, V]. Unless greedy, it draws one number from each row's stream."""
@@ -157,7 +157,7 @@ def _randoms(seeds: Sequence[int] | int, rows: int) -> list[Random]:
     """
     if isinstance(seeds, Sequence):
         if len(seeds) != rows:
-            raise ValueError(f"{len(seeds)} seeds for {rows} prompts")
+            raise ValueError(f"{len(seeds)} seeds for {rows} prompts: give one for each prompt")
         return [Random(f"{seed}") for seed in seeds]
     return [Random(f"{seeds} {row}") for row in range(rows)]
 
@@ -166,5 +166,5 @@ def _limit(config: GPTConfig, length: int, new_tokens: int) -> int:
     """Return how many ids can follow a prompt of `length` ids: `new_tokens`, or fewer where the row is full before."""
     longest = config.sequence_length
     if not 1 <= length <= longest:
-        raise ValueError(f"{length} ids to go on from: give 1 to {longest}")
+        raise ValueError(f"the prompt has {length} ids: give 1 to {longest}")
     return max(0, min(new_tokens, longest + 1 - length))

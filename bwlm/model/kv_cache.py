@@ -51,7 +51,8 @@ class KVCache:
         shortest, longest = min(map(len, rows), default=0), max(map(len, rows), default=0)
         if not 1 <= shortest <= longest <= room <= self.config.sequence_length:
             raise ValueError(
-                f"rows of {shortest} to {longest} ids, in room for {room} of {self.config.sequence_length}"
+                f"rows have {shortest} to {longest} ids: give 1 to room={room}, and room at most "
+                f"{self.config.sequence_length}"
             )
         distinct = {tuple(row): n for n, row in enumerate(dict.fromkeys(map(tuple, rows)))}
         self.rows, self._kept = [[] for _ in distinct], self._empty(len(distinct), longest)

@@ -139,7 +139,7 @@ def build_optimizer(
     unknown `kind` and an `lr` or `weight_decay` out of range.
     """
     if not 0 < lr < math.inf or not 0 <= weight_decay < math.inf:
-        raise ValueError(f"lr must be above 0 and weight_decay not below, not {lr} and {weight_decay}")
+        raise ValueError(f"lr must be above 0 and weight_decay at least 0, not {lr} and {weight_decay}")
     matrices = [weight for block in model.blocks for weight in block.parameters()]
     for_width = lr * (model.config.width / TUNED_WIDTH) ** -0.5
     adamw_groups = [
@@ -185,7 +185,7 @@ def lr_schedule(
     if not (0 <= warmdown_ratio <= 1 and 0 <= final_fraction <= 1):
         raise ValueError(f"warmdown_ratio {warmdown_ratio} and final_fraction {final_fraction} must be in 0..1")
     if warmup_steps < 0 or warmup_steps + warmdown_steps > steps:
-        raise ValueError(f"{warmup_steps} steps up and {warmdown_steps} down do not fit into {steps}")
+        raise ValueError(f"{warmup_steps} steps of warmup and {warmdown_steps} of warmdown do not fit into {steps}")
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if step <= steps - warmdown_steps:

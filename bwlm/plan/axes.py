@@ -64,14 +64,14 @@ def _check_axes(
             raise UserError(f"{document.where(field)}: not a setting that cells can differ in{nearest(name, known)}")
         if holds(document.content if beside is None else beside, name):
             raise UserError(
-                f"{document.where(section + name)}: fixed here and an axis in {where}: keep one "
+                f"{document.where(section + name)}: a fixed value here and an axis in {where}: keep one "
                 f"(--set {where}.{name}=[..])"
             )
         if not values:
             raise UserError(f"{document.where(field)}: needs a list of values, for instance [1, 2]")
         repeated = [value for index, value in enumerate(values) if value in values[:index]]
         if repeated:
-            raise UserError(f"{document.where(field)}: {repeated[0]!r} appears twice; keep one")
+            raise UserError(f"{document.where(field)}: {repeated[0]!r} appears twice: keep one")
 
 
 def following_phases(document: Document, first: str) -> list[str]:

@@ -34,7 +34,7 @@ def grid_cells(blocks: dict[str, dict[str, list[Any]]], family: CellBuilder) -> 
             experiment = family.first(content, at)
             for cell in family.cells(experiment, _cell_id(experiment, chosen, document), content, at):
                 if cell.id in seen:
-                    raise UserError(f"{document.where(where)}: cell {cell.id} is asked for twice; remove one")
+                    raise UserError(f"{document.where(where)}: cell {cell.id} appears twice: remove one")
                 seen.add(cell.id)
                 yield cell
 

@@ -65,9 +65,7 @@ def _check_block(block: Mapping[str, Any], name: str, document: Document) -> Non
     chosen = [f"axes.{field}" for field in axes] if isinstance(axes, dict) else []
     for field in (*block, *chosen):
         if field.removeprefix("axes.") in ("phase", "parent"):
-            raise UserError(
-                f"{document.where(f'phases.{name}.{field}')}: follows from the order of the phases: leave it out"
-            )
+            raise UserError(f"{document.where(f'phases.{name}.{field}')}: set by the order of the phases: leave it out")
 
 
 def _check_chain(phases: list[str], where: str) -> None:

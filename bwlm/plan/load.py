@@ -32,7 +32,7 @@ def load_grid(path: Path, settings: list[str], storage: str | None = None) -> Pl
     if count > grid.launch.max_cells:  # counted before any is built: a slip of the pen can ask for billions
         raise UserError(
             f"{document.where('axes')}: {count} cells, more than launch.max_cells={grid.launch.max_cells}: "
-            "remove values or raise the cap"
+            "remove values or raise launch.max_cells"
         )
     family = CellBuilder(document, following, storage_root(storage or grid.launch.storage))
     cells = with_resources(tuple(grid_cells(blocks, family)), document)
@@ -74,9 +74,9 @@ def _check_early_stops(kind: str, cells: tuple[Cell, ...], document: Document) -
     """
     where = document.where("scheduler.kind")
     if any(cell.experiment.evaluation.every == 0 for cell in cells):
-        raise UserError(f"{where}: {kind} stops cells by their validations, and there are none: set evaluation.every")
+        raise UserError(f"{where}: {kind} stops cells by their validation loss: set evaluation.every above 0")
     if len({cell.experiment.seed for cell in cells}) > 1:
         raise UserError(
-            f"{where}: {kind} would stop the unlucky ones of several seeds and leave pairs incomplete: "
-            "choose the learning rates with one seed, then run the seeds of the best with fifo"
+            f"{where}: {kind} would stop some of the seeds and leave pairs incomplete: "
+            "choose the learning rate with one seed, then train the other seeds at that rate with fifo"
         )

@@ -200,7 +200,7 @@ def _delete_all_but(stay: Iterable[Path], folder: Path, check: Check) -> None:
                 sync(path)  # else a power cut might bring meta.json back without the files that it names
                 shutil.rmtree(path)
             except OSError as error:
-                log.warning("%s: cannot be deleted (%s)", path, error.strerror)
+                log.warning("%s: cannot be deleted (%s): delete it by hand", path, error.strerror)
 
 
 # ---- reading ----
@@ -294,7 +294,7 @@ def load_newest(folder: Path) -> Snapshot | None:
         except DamagedCheckpoint as error:
             log.warning("%s; trying the checkpoint before it", error)
     if steps:
-        raise UserError(f"{folder}: no checkpoint is whole: put one back, or move the folder away to begin anew")
+        raise UserError(f"{folder}: every checkpoint is damaged: put one back, or move the folder away to begin again")
     return None
 
 

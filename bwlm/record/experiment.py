@@ -46,7 +46,7 @@ _WRITTEN = (
 _SINCE_VERSION_2 = ("identity_version", "modules", "accepted_code")
 """Fields that a config.json of identity version 1 lacks."""
 _CONFIG_MEND = "put back the file that the run was made with, or delete the run: bwlm runs delete {run}"
-_STATUS_MEND = "write {} into it and the run goes on from its last checkpoint"
+_STATUS_MEND = "write {} into it, and the same command resumes the run from its last checkpoint"
 _PACKAGES = ("bwlm", "torch", "ray", "mlflow", "tiktoken", "numpy", "pyarrow")
 
 
@@ -126,7 +126,7 @@ class ExperimentFolder:
         """
         path, mend = self.path / "config.json", _CONFIG_MEND.format(run=self.id)
         if not path.exists():
-            raise UserError(f"{path}: gone: {mend}")
+            raise UserError(f"{path}: no such file: {mend}")
         content = read_json(path)
         try:
             check_seal(path, content, mend)
@@ -229,15 +229,15 @@ class ExperimentFolder:
         try:
             return Status(**{name: value for name, value in content.items() if name not in (DIGEST, RECORDS)})
         except TypeError:
-            raise UserError(f"{self.path / 'status.json'}: not the status of a run; {_STATUS_MEND}") from None
+            raise UserError(f"{self.path / 'status.json'}: not the status of a run: {_STATUS_MEND}") from None
 
     def _read_status(self) -> dict[str, Any]:
         path = self.path / "status.json"
         if not path.exists():
-            raise UserError(f"{path}: gone; {_STATUS_MEND}")
+            raise UserError(f"{path}: no such file: {_STATUS_MEND}")
         content = read_json(path)
         if not isinstance(content, dict):
-            raise UserError(f"{path}: not the status of a run; {_STATUS_MEND}")
+            raise UserError(f"{path}: not the status of a run: {_STATUS_MEND}")
         check_seal(path, content, _STATUS_MEND)
         return content
 

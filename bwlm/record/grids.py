@@ -32,4 +32,4 @@ def cells_of(storage: Path, name: str) -> list[str]:
     try:
         return [check_id(run, "cell") for run in content["cells"]]
     except (KeyError, TypeError):
-        raise UserError(f"{path}: not a grid's list of cells; run the grid's command again") from None
+        raise UserError(f"{path}: not the list of a grid's cells: run the grid's command again") from None

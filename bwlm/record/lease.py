@@ -227,7 +227,7 @@ def take(path: Path, seconds: float, wait: float, give_up: Callable[[], bool]) -
         if silence >= seen[0].seconds and (lease := _take_over(path, seen, seconds)):
             return lease, True
         if give_up():
-            raise Interrupted(f"asked to end while {seen[0]} trained {path.parent.name}")
+            raise Interrupted(f"stopped on request while {seen[0]} trained {path.parent.name}")
         time.sleep(wait)
     return lease, waited
 

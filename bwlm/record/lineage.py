@@ -52,7 +52,7 @@ def read_link(folder: Path) -> ParentLink | None:
         link = ParentLink(**content)
         _check_types(link)
     except (KeyError, TypeError):
-        raise UserError(f"{path}: not the link to a parent: put the file of this run back") from None
+        raise UserError(f"{path}: not the link of a run to its parent: put the file back") from None
     check_id(link.parent, f"{path}: parent")
     return link
 
@@ -70,7 +70,9 @@ def check_order(phase: str, parent: str, parent_phase: str) -> None:
     follows = PHASES[phase].follows
     if parent_phase not in follows:
         begins = " or ".join(follows) or "nothing"
-        raise UserError(f"parent: {parent} is of phase {parent_phase}, but {phase} begins from {begins}")
+        raise UserError(
+            f"parent: {parent} is of phase {parent_phase}, but {phase} begins from {begins}: change the parent or the phase"
+        )
 
 
 def skipped(phase: str, parent_phase: str) -> list[str]:

@@ -42,7 +42,10 @@ def link_to(storage: Path, parent: str, phase: str, child: str) -> ParentLink:
         )
     steps = checkpoint_steps(folder.checkpoints)
     if config.steps not in steps:
-        raise UserError(f"parent: {parent}: no checkpoint of step {config.steps}, its last, in {folder.checkpoints}")
+        raise UserError(
+            f"parent: {parent}: its last checkpoint, of step {config.steps}, is not in {folder.checkpoints}: "
+            "put it back, or choose another parent"
+        )
     try:
         digest = weights_digest(folder.checkpoints, config.steps)
     except DamagedCheckpoint as error:
@@ -61,7 +64,7 @@ def inherited_weights(folder: ExperimentFolder, config: RunConfig) -> Tensors:
     """Return the weights that a run begins with. Raises `UserError` if its link names other weights."""
     link = folder.link()
     if link is None:
-        raise UserError(f"{folder.id}: has no parent, and {config.experiment.phase} begins from one: train it anew")
+        raise UserError(f"{folder.id}: has no parent, but {config.experiment.phase} begins from one: train it again")
     checkpoints = ExperimentFolder(folder.path.parent, link.parent).checkpoints
     try:
         meta = read_meta(checkpoints, link.step)
@@ -69,7 +72,7 @@ def inherited_weights(folder: ExperimentFolder, config: RunConfig) -> Tensors:
         if meta["sha256"].get(MODEL) != link.sha256:
             raise UserError(
                 f"{step_folder(checkpoints, link.step)}: not the checkpoint that {folder.id} was to begin from "
-                f"({MODEL} has another SHA-256): put that one back, or train {folder.id} anew"
+                f"({MODEL} has another SHA-256): put that one back, or train {folder.id} again"
             )
         return load_weights(checkpoints, link.step)[0]
     except DamagedCheckpoint as error:

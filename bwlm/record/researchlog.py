@@ -176,7 +176,7 @@ class ResearchLog:
             aside = self.path.with_name(f"{self.path.name}.damaged")
             self._check()
             self.path.replace(aside)
-            log.warning("%s is damaged (%s): kept as %s, the research log begins again", self.path, error, aside.name)
+            log.warning("%s is damaged (%s): kept as %s; a new research log begins", self.path, error, aside.name)
             return False
         return True
 
@@ -212,9 +212,10 @@ def open_log(path: Path) -> h5py.File:
                 ResearchLog(path, reader=True).close()
         return h5py.File(path, "r")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file: this run kept no research log") from None
+        raise UserError(f"{path}: no such file: this run has no research log: name another run") from None
     except OSError as error:
-        raise UserError(f"{path}: damaged, not readable as HDF5 ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: damaged, not readable as HDF5 ({reason}): put the file back") from None
 
 
 def fault_of_log(path: Path, due: int) -> list[str]:
@@ -250,7 +251,7 @@ def _lock(path: Path, role: str, lease: Lease | None) -> BinaryIO:
             file.close()
             merges = holder.startswith(_READER) and not role  # a reader merges in moments, then lets go
             if not merges and lease is None:
-                raise UserError(f"{path}: is being written by {holder}: a research log has one writer") from None
+                raise UserError(f"{path}: {holder} writes to it: wait for it, or end that process") from None
             if not merges and lease and holder == before:  # not at once: a reader may not have put its name there yet
                 file = _take_tail(path, lease)
                 break

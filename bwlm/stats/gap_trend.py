@@ -106,9 +106,7 @@ def _t_interval(estimate: float, parts: FloatArray, degrees: FloatArray) -> tupl
 def _size_in_parameters(one: Gap, parameters: Mapping[Size, float] | None) -> float:
     n: Any = one.size if parameters is None else parameters.get(one.size)
     if not isinstance(n, int | float | np.number) or not n > 0:
-        raise UserError(
-            f"the parameters of size '{one.size}' are not known: name the size of each run in a column 'size'"
-        )
+        raise UserError(f"size '{one.size}' has no number of parameters: name the size of each run in a column 'size'")
     return float(n)
 
 

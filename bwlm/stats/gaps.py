@@ -332,7 +332,7 @@ def _paired(runs: LossRuns, a: str, b: str, size: Size) -> _Pair:
 
 def _runs_of(runs: LossRuns, direction: str, size: Size) -> dict[int, LossRun]:
     if size not in runs:
-        raise UserError(f"the losses have no size {size!r}; their sizes: {listed(runs)}")
+        raise UserError(f"the losses have no size {size!r}: choose from {listed(runs)}")
     if direction not in runs[size]:
         known = runs[size]
         raise UserError(

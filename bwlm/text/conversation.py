@@ -91,7 +91,7 @@ def check_conversation(messages: Any, where: str) -> Conversation:
     if conversation[0].role != "user" or conversation[-1].role != "assistant":
         raise UserError(
             f"{where}: messages: from {conversation[0].role} to {conversation[-1].role}: "
-            "a conversation begins with the user and ends with the assistant"
+            "begin with the user and end with the assistant"
         )
     return conversation
 

@@ -38,7 +38,7 @@ _PYDOCS = "builtin:pydocs"
 BUILTINS = (_PYDOCS, *CONTROL_SOURCES)
 """Names of all built-in corpora."""
 _ROWS_AT_ONCE = 256
-_MEND = "write the shard again or take it out of data.source"
+_MEND = "write the shard again, or remove it from data.source"
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created", "blob_id")
 """Names that file systems give to a value that changes with the file."""
 
@@ -208,7 +208,7 @@ def _remote(source: str, field: str, endings: tuple[str, ...]) -> list[Shard]:
     except FileNotFoundError:
         raise NoSource(f"{field}: {source} does not exist: {_give(endings)}") from None
     except ImportError as error:
-        raise NoSource(f"{field}: {source}: {error}") from None
+        raise NoSource(f"{field}: {source}: {error}: install that package, or copy the files here") from None
     except Exception as error:  # every file system has its own errors, without a common base class
         raise NoSource(f"{field}: {source} cannot be listed ({first_line(error)}): check the address") from None
     return [

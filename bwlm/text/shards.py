@@ -19,7 +19,7 @@ Shards = Sequence[Sequence[str]]
 def refuse_foreign(folder: Path) -> None:
     """Raise `UserError` if something lies where a built-in corpus is to be written."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: holds something else than the built-in corpus: remove it or name another folder")
+        raise UserError(f"{folder}: holds other files than the built-in corpus: remove it or name another folder")
 
 
 def counts(shards: Shards) -> dict[str, Any]:

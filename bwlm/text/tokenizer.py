@@ -207,8 +207,8 @@ class Tokenizer:
             )
         if digest not in (None, tokenizer.digest):
             raise UserError(
-                f"{folder / _HEADER}: another tokenizer than the run's (digest {told}, not {digest}): "
-                "restore the run's own"
+                f"{folder / _HEADER}: not the tokenizer of the run (digest {told}, not {digest}): "
+                "put the run's own back"
             )
         return tokenizer
 

@@ -106,7 +106,7 @@ def train(phase: PhaseSetup, folder: ExperimentFolder, session: Session) -> dict
                 _save(phase, session, progress, metrics.get("val_bpb_tuning"), records)
             session.report(progress.step, metrics)
             if result.asked_to_stop and progress.step < phase.steps:
-                raise Interrupted(f"asked to end at step {progress.step}")
+                raise Interrupted(f"stopped on request at step {progress.step}")
         _wait_for_save(session, records, last=True)
     if progress.validation is None:  # resumed after the last step
         _evaluate(phase, progress)

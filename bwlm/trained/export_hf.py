@@ -52,7 +52,7 @@ def export_hf(loaded: LoadedModel, target: Path) -> None:
     except SafetensorError as error:
         raise UserError(f"{target}: cannot be written ({error}): give another folder") from None
     if not (target / "config.json").exists():  # the file system did not let us replace an empty folder
-        raise UserError(f"{target}: cannot be replaced (a mount point?): give a folder inside it")
+        raise UserError(f"{target}: cannot be replaced (is it a mount point?): give a folder inside it")
 
 
 def check_target(target: Path) -> Path:

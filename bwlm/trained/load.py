@@ -70,11 +70,11 @@ def _candidates(folder: ExperimentFolder, step: int | None) -> list[int]:
     """Return the steps to try, in order."""
     known = checkpoint_steps(folder.checkpoints)
     if not known:
-        raise UserError(f"{folder.id}: has no checkpoint in {folder.checkpoints} yet: train it further")
+        raise UserError(f"{folder.id}: no checkpoint in {folder.checkpoints} yet: train the run until it saves one")
     if step is None:
         return known[::-1]
     if step not in known:
-        raise UserError(f"{folder.id}: has no checkpoint of step {step}: choose from {', '.join(map(str, known))}")
+        raise UserError(f"{folder.id}: no checkpoint of step {step}: choose from {', '.join(map(str, known))}")
     return [step]
 
 

@@ -140,7 +140,7 @@ def test_phases_are_compared_by_what_their_losses_tell(tmp_path: Path) -> None:
     alone = compare([folder for folder in folders if folder.id.startswith("g_forward_d1_lr1_s0-")])
     assert set(alone.table["direction"]) == {"forward"}
     assert alone.notes == ["left out: 1 run of RL, whose rewards `bwlm analyze rewards` shows"]
-    with pytest.raises(UserError, match="in RL a loss says nothing of learning; see `bwlm analyze rewards`"):
+    with pytest.raises(UserError, match="in RL the loss does not show learning: use `bwlm analyze rewards`"):
         compare([folder for folder in folders if folder.id.endswith("-rl")])
 
 

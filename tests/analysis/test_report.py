@@ -148,7 +148,8 @@ def test_the_report_gives_verdicts_in_words(written: tuple[str, list[Path]]) -> 
         section = re.search(rf"## {title}\n\n(.*)\n", text)
         assert section, title
         assert re.fullmatch(
-            r"Nothing: .*no such file: this run kept no research log, and \d+ more like it\.", section[1]
+            r"Nothing: .*no such file: this run has no research log: .*, and \d+ more like it\.",
+            section[1],
         )
 
 
@@ -497,7 +498,7 @@ def test_a_run_whose_losses_are_lost_or_damaged_is_named_and_the_rest_goes_on(tm
     assert [best.lr for best in found.best] == [2.0, 2.0]  # of the other rate, not every seed has a result
     lost, damaged = found.without_result
     assert lost.startswith(f"{runs[0].id}: ")
-    assert lost.endswith("validation.parquet: no such file: a run is evaluated in this reading at its end")
+    assert lost.endswith("validation.parquet: no such file: a run writes it at its end: finish it, or put it back")
     assert "validation.parquet: damaged (" in damaged
     assert damaged.replace(f"{tmp_path}/", "") in write(tmp_path, runs)[0], "a report tells paths from the storage"
 

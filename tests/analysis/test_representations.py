@@ -55,7 +55,7 @@ def test_representations_pair_directions_and_seeds(folders: list[ExperimentFolde
     assert set(table["group"]) == {"d2"}
     assert sorted(set(table["layer"])) == [-1, 0, 1]
     assert table["cka"].between(-0.2, 1.001).all()
-    with pytest.raises(UserError, match="two runs of one size are needed"):
+    with pytest.raises(UserError, match="needs two runs of one size"):
         representations([folder for folder in folders if folder.id == "f_s0"])
 
 

@@ -71,5 +71,5 @@ def test_what_differs_in_more_than_the_seed_is_a_series_of_its_own(tmp_path: Pat
 
 
 def test_runs_without_rewards_are_told_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="none of these runs is of phase rl and has rewards: name some that are"):
+    with pytest.raises(UserError, match="no run of phase rl among these has logged a reward: name one"):
         rewards([make_cell(tmp_path, "forward"), make_cell(tmp_path, "forward", phase="rl")])

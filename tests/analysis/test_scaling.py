@@ -295,7 +295,7 @@ def test_runs_that_differ_in_more_than_size_and_steps_are_refused(tmp_path: Path
         for depth in (1, 2, 3)
         for value in ("one", "other")
     ]
-    with pytest.raises(UserError, match=rf"^scaling: the runs differ in {setting} besides their sizes: name runs"):
+    with pytest.raises(UserError, match=rf"^analyze scaling: the runs differ in {setting}, not in size alone: name"):
         scaling(cells)
     assert scaling(cells[::2]).findings
 
@@ -390,7 +390,7 @@ def test_a_gap_that_stays_is_seldom_said_to_change() -> None:
 
 
 def test_sizes_need_their_parameters() -> None:
-    with pytest.raises(UserError, match="parameters of size 'd4' are not known"):
+    with pytest.raises(UserError, match="size 'd4' has no number of parameters"):
         gap_by_size([a_gap("d4", [0.1, 0.2, 0.3])])
 
 

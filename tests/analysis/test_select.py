@@ -44,7 +44,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_chosen(tmp_path: Path) -> 
     with pytest.raises(UserError, match=rf"^{damaged.id} is left out: .*not the config of an experiment"):
         choose(tmp_path, [damaged.id])
     (tmp_path / "grids" / "g" / "grid.json").write_text("[]")
-    with pytest.raises(UserError, match=r"grid.json: not a grid's list of cells; run the grid's command again"):
+    with pytest.raises(UserError, match=r"grid.json: not the list of a grid's cells: run the grid's command again"):
         choose(tmp_path, ["g"])
 
 
@@ -60,7 +60,7 @@ def test_seeds_are_named_by_a_glob_that_matches_no_other_run(tmp_path: Path) -> 
 
 def test_runs_that_have_not_begun_are_left_out(prepared: Prepared, tmp_path: Path) -> None:
     waiting = make_run(prepared, tmp_path, "waiting")
-    with pytest.raises(UserError, match=r"^waiting: not begun: there is nothing to analyse yet"):
+    with pytest.raises(UserError, match=r"^waiting: has not begun, so there is nothing to analyse: train it first"):
         begun([waiting], [])
     cut = make_run(prepared, tmp_path, "cut")
 

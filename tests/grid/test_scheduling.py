@@ -57,4 +57,4 @@ def test_an_end_that_cannot_be_noted_does_not_end_the_other_cells(
     monkeypatch.setattr(ExperimentFolder, "write_status", full)
     states._close(folder, Status(), Status("failed", "crashed", 3))
     assert heard.ends == [(folder.id, Status("failed", "crashed", 3))]
-    assert f"{folder.path}: cannot be written (No space left on device): free space there" in caplog.text
+    assert f"{folder.path}: cannot be written (No space left on device): free space or make it writable" in caplog.text

@@ -115,7 +115,7 @@ def test_an_end_that_cannot_be_noted_is_raised_for_tune_to_count(
     """Else the cell would be taken for one that was asked to end, and begin again for ever."""
     folder = new_run()
     monkeypatch.setattr(run, "run_phase", lambda *_: Status("failed", "disk full", 3))
-    with pytest.raises(RunError, match="disk full; this end cannot be noted in "):
+    with pytest.raises(RunError, match="disk full; nor can its status: free space in "):
         train_worker({"storage": str(folder.path.parent), "cell": folder.id, "resources": {}})
 
 

@@ -230,7 +230,7 @@ def test_a_prompt_that_no_row_holds_is_refused(model: GPT, length: int, new_toke
         lambda: generate(model, [PROMPT, [1] * length], new_tokens),
         lambda: stream(model, [1] * length, 5),
     ):
-        with pytest.raises(ValueError, match=f"{length} ids to go on from: give 1 to {T}"):
+        with pytest.raises(ValueError, match=f"the prompt has {length} ids: give 1 to {T}"):
             refused()
 
 
@@ -243,7 +243,7 @@ def test_a_prompt_that_no_row_holds_is_refused(model: GPT, length: int, new_toke
         ({"top_k": 0}, "top_k must be at least 1, not 0"),
         ({"banned": {V}}, f"banned ids must be of the vocabulary, 0 to {V - 1}"),
         ({"banned": {-1}}, f"banned ids must be of the vocabulary, 0 to {V - 1}"),
-        ({"banned": range(V)}, "every id is banned"),
+        ({"banned": range(V)}, "banned holds every id"),
         ({"seeds": [1, 2]}, "2 seeds for 1 prompts"),
     ],
 )

@@ -236,7 +236,7 @@ ONE_CELL = "name: g\naxes: {direction: [forward], depth: [1]}\n"
         (BARS.replace("seed: [0]", "optim.knd: [muon]"), "g.yaml:6: optim.knd: unknown field (did you mean 'kind'?)"),
         (BARS.replace("seed: [0]", "launch.retries: [1, 2]"), f"axes.launch.retries: {NO_AXIS}"),
         (BARS.replace("seed: [0]", "optim: [{}]"), f"axes.optim: {NO_AXIS}"),
-        ("name: g\nname: h\naxes: {depth: [1]}", "g.yaml:2: name: given twice (first on line 1); keep one"),
+        ("name: g\nname: h\naxes: {depth: [1]}", "g.yaml:2: name: appears twice (first on line 1): keep one"),
         (BARS.replace("[0.5, 1.0]", "[nan]"), "g.yaml:5: lr: input should be a valid number (found 'nan')"),
         (BARS.replace("[0.5, 1.0]", "[.nan]"), "g.yaml:5: lr: input should be a finite number (found nan)"),
         (BARS.replace("[0.5, 1.0]", "[1.0, .inf]"), "g.yaml:5: lr: input should be a finite number (found inf)"),
@@ -248,7 +248,7 @@ ONE_CELL = "name: g\naxes: {direction: [forward], depth: [1]}\n"
         (BARS.replace("[0]", "[]"), "g.yaml:6: axes.seed: needs a list of values, for instance [1, 2]"),
         (BARS.replace("[0]", ""), "g.yaml:6: axes.seed: input should be a valid list (found None)"),
         (BARS.replace("[0]", "0"), "g.yaml:6: axes.seed: input should be a valid list (found 0)"),
-        (BARS.replace("[0.5, 1.0]", "[1, 0.5, 1.0]"), "g.yaml:5: axes.lr: 1.0 appears twice; keep one"),
+        (BARS.replace("[0.5, 1.0]", "[1, 0.5, 1.0]"), "g.yaml:5: axes.lr: 1.0 appears twice: keep one"),
         (BARS.replace("bars", "../x"), "g.yaml:1: name: '../x' is not a valid id"),
         (BARS.replace("bars", ".."), "g.yaml:1: name: '..' is reserved"),
         (BARS.replace("bars", "a/b"), "g.yaml:1: name: 'a/b' is not a valid id"),
@@ -259,18 +259,18 @@ ONE_CELL = "name: g\naxes: {direction: [forward], depth: [1]}\n"
         (BARS + "resources: {workers: 3}", "shared by resources.workers=3: take a multiple of 192"),
         (BARS.replace("{steps: 5,", "{steps: 5, tokens: 9,"), "tokens_per_parameter (found steps and tokens)"),
         (BARS.replace("64}", "64, kv_heads: 3}"), "g.yaml:7: model: heads 1 is not a multiple of kv_heads 3"),
-        (BARS + "seed: 3", "g.yaml:9: seed: fixed here and an axis in axes: keep one (--set axes.seed=[..])"),
-        (BARS.replace("seed:", "model.sequence_length:"), "g.yaml:7: model.sequence_length: fixed here and an axis"),
-        (BARS + "also: [{direction: [forward], depth: [1]}]", "g.yaml:9: also.0: cell bars_forward_d1_lr1_s0 is"),
-        (BARS + "also: [{seed: [1]}]", "g.yaml:9: direction: missing; add it"),
+        (BARS + "seed: 3", "g.yaml:9: seed: a fixed value here and an axis in axes: keep one (--set axes.seed=[..])"),
+        (BARS.replace("seed:", "model.sequence_length:"), "g.yaml:7: model.sequence_length: a fixed value here and"),
+        (BARS + "also: [{direction: [forward], depth: [1]}]", "g.yaml:9: also.0: cell bars_forward_d1_lr1_s0 appears"),
+        (BARS + "also: [{seed: [1]}]", "g.yaml:9: direction: missing: add it"),
         (BARS + "also: [{}]", "g.yaml:9: also.0: needs at least one axis"),
         (BARS + "also: 5", "g.yaml:9: also: input should be a valid list (found 5)"),
         (BARS + "also: {seed: [1]}", "g.yaml:9: also: input should be a valid list"),
         (BARS + "also: [5]", "g.yaml:9: also.0: input should be a valid dictionary (found 5)"),
         ("name: g\naxes: {}", "g.yaml:2: axes: needs at least one axis, for instance direction: [forward, backward]"),
         ("name: g\naxes: [forward]", "g.yaml:2: axes: input should be a valid dictionary"),
-        ("name: g", "g.yaml: axes: missing; add it"),
-        ("", "g.yaml: name: missing; add it"),
+        ("name: g", "g.yaml: axes: missing: add it"),
+        ("", "g.yaml: name: missing: add it"),
     ],
 )  # fmt: skip
 def test_a_wrong_grid_is_told_in_one_line(grid_file: Path, text: str, message: str) -> None:
@@ -285,8 +285,8 @@ def test_a_wrong_grid_is_told_in_one_line(grid_file: Path, text: str, message: s
         ("axes.sed=[1]", "--set axes.sed: " + NO_AXIS + " (did you mean 'seed'?)"),
         ("axes.lr=[nan]", "--set axes.lr: lr: input should be a valid number (found 'nan')"),
         ("axes.seed=3", "--set axes.seed: input should be a valid list (found 3)"),
-        ("axes.seed=[3,3]", "--set axes.seed: 3 appears twice; keep one"),
-        ("seed=3", "--set seed: fixed here and an axis in axes: keep one (--set axes.seed=[..])"),
+        ("axes.seed=[3,3]", "--set axes.seed: 3 appears twice: keep one"),
+        ("seed=3", "--set seed: a fixed value here and an axis in axes: keep one (--set axes.seed=[..])"),
         ("budget.steps=0", "--set budget.steps: input should be greater than or equal to 1 (found 0)"),
         ("budget.batch_tokens=100", "--set budget.batch_tokens: 100 is not a multiple of model.sequence_length=64"),
         ("name=../x", "--set name: '../x' is not a valid id"),
@@ -347,7 +347,7 @@ def test_the_controls_pair_their_directions_by_seed() -> None:
     ("extra", "message"),
     [
         ("scheduler: {kind: asha}\nevaluation: {every: 0}\n", "set evaluation.every"),
-        ("scheduler: {kind: asha}\n", "choose the learning rates with one seed"),
+        ("scheduler: {kind: asha}\n", "choose the learning rate with one seed"),
     ],
 )
 def test_asha_where_it_would_do_nothing_or_harm(tmp_path: Path, extra: str, message: str) -> None:
@@ -437,7 +437,7 @@ def test_a_warmup_that_does_not_fit_is_refused(grid_file: Path) -> None:
     """Of 5 steps, round(0.65 x 5) are the way down."""
     assert load_grid(grid_file, ["optim.warmup_steps=2"]).cells
     with pytest.raises(
-        UserError, match=r"optim\.warmup_steps: 3 steps up and 3 down .* do not fit into a run of 5 steps"
+        UserError, match=r"optim\.warmup_steps: 3 steps and 3 of warmdown .* do not fit into a run of 5 steps"
     ):
         load_grid(grid_file, ["optim.warmup_steps=3"])
 

@@ -190,7 +190,7 @@ def test_one_that_cannot_be_deleted_is_told_and_costs_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", busy)
         save(tmp_path, 2, last=1)
-    assert "step_000001: cannot be deleted (Device or resource busy)" in caplog.text
+    assert "step_000001: cannot be deleted (Device or resource busy): delete it by hand" in caplog.text
     assert checkpoint_steps(tmp_path) == [2]
     save(tmp_path, 3, last=1)
     assert names(tmp_path) == ["step_000003"]
@@ -282,7 +282,7 @@ def test_where_none_is_whole_the_run_does_not_begin_anew_by_itself(
     """Its first save would delete what a person, or a better disk, may still mend."""
     save(tmp_path, 1)
     flip(tmp_path / "step_000001" / "model.safetensors", 0.5)
-    with pytest.raises(UserError, match=r"no checkpoint is whole: put one back, or move the folder away to begin anew"):
+    with pytest.raises(UserError, match=r"every checkpoint is damaged: put one back, or move the folder away to begin"):
         load_newest(tmp_path)
     assert "model.safetensors: damaged" in caplog.text
     assert load_newest(tmp_path / "never") is None

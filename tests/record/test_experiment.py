@@ -142,7 +142,7 @@ def test_an_experiment_exists_from_its_last_file_on(tmp_path: Path, monkeypatch:
 def test_a_foreign_status_is_told_and_can_be_mended(content: str, tmp_path: Path) -> None:
     folder = make(tmp_path)
     (folder.path / "status.json").write_text(content)
-    with pytest.raises(UserError, match=r"status.json: .*(not the status of a run; write \{\} into it|object)"):
+    with pytest.raises(UserError, match=r"status.json: .*(not the status of a run: write \{\} into it|object)"):
         folder.status()
     (folder.path / "status.json").write_text("{}")
     assert folder.status().state == "waiting"

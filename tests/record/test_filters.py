@@ -82,7 +82,7 @@ def test_the_order(sort: str, found: list[str]) -> None:
 @pytest.mark.parametrize(
     ("where", "told"),
     [
-        ("val_bbp<2", "--where val_bbp: unknown field (did you mean 'val_bpb'?); there are id, "),
+        ("val_bbp<2", "--where val_bbp: unknown field (did you mean 'val_bpb'?): use one of id, "),
         ("val_loss_writen<2", "(did you mean 'val_loss_written'?)"),
         ("reason=x", "--where reason: unknown field"),
         ("val_bpb", "--where val_bpb: write it as FIELD=VALUE, or with != < > <= >="),
@@ -91,10 +91,10 @@ def test_the_order(sort: str, found: list[str]) -> None:
         ("val_bpb<", "--where val_bpb<: nothing is not a number"),
         ("depth=two", "--where depth=two: 'two' is not a number"),
         ("val_bpb<nan", "'nan' is not a number"),
-        ("phase=stf", "--where phase=stf: no such phase (did you mean 'sft'?); there are base, mid, sft, rl"),
-        ("state=", "no such state; there are waiting, running, finished, stopped, failed"),
+        ("phase=stf", "--where phase=stf: no such phase (did you mean 'sft'?): use one of base, mid, sft, rl"),
+        ("state=", "no such state: use one of waiting, running, finished, stopped, failed"),
         ("direction!=bakward", "(did you mean 'backward'?)"),
-        ("id<talk", "--where id<talk: id is a word: compare it with = or !="),
+        ("id<talk", "--where id<talk: id holds words, not numbers: compare it with = or !="),
     ],
 )
 def test_a_condition_that_means_nothing_is_told(where: str, told: str) -> None:

@@ -107,7 +107,7 @@ def test_what_we_write_ourselves_is_no_edit(run: ExperimentFolder) -> None:
 
 def test_an_edited_end_is_refused_and_can_be_taken_back(run: ExperimentFolder) -> None:
     edit(run.path / "status.json", lambda content: content["metrics"].update(val_bpb=0.5))
-    with pytest.raises(UserError, match=r"status\.json: edited by hand .*: write \{\} into it and the run goes on"):
+    with pytest.raises(UserError, match=r"status\.json: edited by hand .*: write \{\} into it, and the same command"):
         run.status()
     (run.path / "status.json").write_text("{}")
     assert run_phase(run, LocalSession(), in_process).state == "finished"
@@ -160,12 +160,12 @@ def test_a_run_whose_config_or_status_is_gone_is_named(
     new_family("backward")
     (run.path / name).unlink()
     storage = ("--storage", str(run.path.parent))
-    told = rf"forward is left out: .*/forward/{name}: gone"
+    told = rf"forward is left out: .*/forward/{name}: no such file"
     for command in (["runs", "list"], ["runs", "tree"], ["analyze", "compare", "*"]):
         answer = shell(*command, *storage)
         assert answer.code == 0, command
         assert re.search(told, answer.err), command
-    check_mistake(shell("runs", "show", "forward", *storage), f"/forward/{name}: gone")
+    check_mistake(shell("runs", "show", "forward", *storage), f"/forward/{name}: no such file")
     assert shell("runs", "delete", "forward", "--yes", *storage).code == 0
     assert not run.path.exists()
 

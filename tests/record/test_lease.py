@@ -201,7 +201,7 @@ def test_of_several_that_take_it_at_once_exactly_one_has_it(path: Path) -> None:
 
 def test_a_living_holder_is_never_taken_over(path: Path) -> None:
     with holder(path) as alive:
-        with pytest.raises(Interrupted, match=f"asked to end while .*:{alive.pid} trained run"):
+        with pytest.raises(Interrupted, match=f"stopped on request while .*:{alive.pid} trained run"):
             take(path, SECONDS, 0.02, after(polls=round(3 * SECONDS / 0.02)))
         assert str(take_at_once(path)) == f"{socket.gethostname()}:{alive.pid}"
         tell(alive)

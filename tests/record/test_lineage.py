@@ -50,7 +50,7 @@ def test_a_damaged_link_is_told_with_its_file(damaged: Any, tmp_path: Path) -> N
     whole = json.loads((tmp_path / LINK).read_text())
     content = whole | damaged if isinstance(damaged, dict) and damaged not in ({}, {"parent": "a"}) else damaged
     (tmp_path / LINK).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"parent_link\.json: not the link to a parent") as told:
+    with pytest.raises(UserError, match=r"parent_link\.json: not the link of a run to its parent") as told:
         read_link(tmp_path)
     assert "\n" not in str(told.value)
 

@@ -88,7 +88,7 @@ def test_an_unfinished_parent_is_refused(base: ExperimentFolder, storage: Path, 
 @pytest.mark.parametrize(("phase", "begins"), [("rl", "sft"), ("base", "nothing")])
 def test_an_order_that_is_none_is_refused(storage: Path, phase: str, begins: str) -> None:
     line = refused(lambda: link_to(storage, "forward", phase, "x"))
-    assert line == f"parent: forward is of phase base, but {phase} begins from {begins}"
+    assert line == f"parent: forward is of phase base, but {phase} begins from {begins}: change the parent or the phase"
 
 
 def test_no_phase_goes_back(base: ExperimentFolder, storage: Path, new_child: NewChild) -> None:
@@ -103,7 +103,10 @@ def test_a_checkpoint_that_is_gone_is_refused(base: ExperimentFolder, storage: P
     """SFT must not look where mid-training never saved: what it begins with is found before it is made."""
     shutil.rmtree(step_folder(base.checkpoints, STEPS))
     line = refused(lambda: link_to(storage, "forward", "mid", "m"))
-    assert line == f"parent: forward: no checkpoint of step 12, its last, in {base.checkpoints}"
+    assert line == (
+        f"parent: forward: its last checkpoint, of step 12, is not in {base.checkpoints}: "
+        "put it back, or choose another parent"
+    )
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "meta.json"])
@@ -209,7 +212,7 @@ def test_another_direction_than_the_parents_needs_to_be_meant(child: ExperimentF
 
 def test_a_run_past_base_without_a_parent_is_told(child: ExperimentFolder) -> None:
     write_json(child.path / LINK, dict.fromkeys(("parent", "phase", "checkpoint", "step", "sha256")) | {"chain": []})
-    assert refused(lambda: begin(child)) == "m: has no parent, and mid begins from one: train it anew"
+    assert refused(lambda: begin(child)) == "m: has no parent, but mid begins from one: train it again"
 
 
 @pytest.mark.parametrize(

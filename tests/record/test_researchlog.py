@@ -279,7 +279,7 @@ def wait_for(process: subprocess.Popen[bytes], path: Path, step: int) -> None:
 
 def test_a_second_writer_is_refused_by_name(path: Path) -> None:
     with writer(path) as process:
-        with pytest.raises(UserError, match=rf"{path}: is being written by .+:{process.pid}: .* has one writer"):
+        with pytest.raises(UserError, match=rf"{path}: .+:{process.pid} .*writes to it: wait for it"):
             ResearchLog(path)
         wait_for(process, path, progress(path.with_suffix(".progress")) + 1)  # and is not harmed
     ResearchLog(path).close()
@@ -288,7 +288,7 @@ def test_a_second_writer_is_refused_by_name(path: Path) -> None:
 def test_a_writer_waits_for_a_reader_that_merges(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ResearchLog(path).close()
     reader = ResearchLog(path, reader=True)
-    with pytest.raises(UserError, match="is being written by reader "):
+    with pytest.raises(UserError, match=r"reader .* writes to it"):
         ResearchLog(path, reader=True)
     monkeypatch.setattr(
         "bwlm.record.researchlog.time.sleep", lambda _: reader.close()
@@ -298,7 +298,7 @@ def test_a_writer_waits_for_a_reader_that_merges(path: Path, monkeypatch: pytest
 
 def test_a_second_writer_in_this_process_is_refused_too(path: Path) -> None:
     with ResearchLog(path) as log:
-        with pytest.raises(UserError, match=rf"is being written by .+:{os.getpid()}"):
+        with pytest.raises(UserError, match=rf".+:{os.getpid()} .*writes to it"):
             ResearchLog(path)
         write(log, 1, 3)
     assert steps(path) == [1, 2, 3]
@@ -506,7 +506,7 @@ def test_a_damaged_file_is_put_aside_and_the_log_begins_again(
     with caplog.at_level(logging.WARNING), ResearchLog(path, resume_step=9, about={"seed": 1}) as log:
         write(log, 10, 12)
     assert "base.h5 is damaged" in caplog.text
-    assert "kept as base.h5.damaged, the research log begins again" in caplog.text
+    assert "kept as base.h5.damaged; a new research log begins" in caplog.text
     assert steps(path) == [7, 8, 9, 10, 11, 12]
     assert losses_are_right(path)
     assert names(path.parent) == ["base.h5", "base.h5.damaged"]
@@ -526,7 +526,7 @@ def test_open_log_takes_what_a_killed_writer_left(path: Path) -> None:
 
 
 def test_open_log_of_no_file_says_so(path: Path) -> None:
-    with pytest.raises(UserError, match=rf"{path}: no such file: this run kept no research log"):
+    with pytest.raises(UserError, match=rf"{path}: no such file: this run has no research log"):
         open_log(path)
     assert names(path.parent) == []
 

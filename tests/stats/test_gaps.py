@@ -469,7 +469,7 @@ def test_the_text_of_a_dropped_seed_may_differ() -> None:
     ("a", "b", "size", "resamples", "message"),
     [
         ("forward", "backwards", 4, 1, r"no direction 'backwards' at size 4 \(did you mean 'backward'\?\)"),
-        ("forward", "backward", 8, 1, "no size 8; their sizes: 4"),
+        ("forward", "backward", 8, 1, "no size 8: choose from 4"),
         ("forward", "forward", 4, 1, "cannot compare direction 'forward' with itself"),
         ("forward", "backward", 4, 0, "resamples is 0"),
     ],

@@ -67,7 +67,7 @@ def test_an_mmlu_question_by_hand(tmp_path: Path) -> None:
         (
             ARC_EASY,
             {**SKY, "choices": {"text": ["grass"], "label": ["A", "B"]}},
-            "choices: 1 in text but 2 in label: must be as many",
+            "choices: 1 in text, 2 in label: give as many labels as texts",
         ),
         (
             ARC_EASY,

@@ -355,12 +355,16 @@ def test_a_line_that_is_no_conversation(line: str, told: str, tmp_path: Path) ->
 @pytest.mark.parametrize("line", ["{'messages': []}", "[" * 10**5, "[}", "NULL"], ids=len)
 def test_a_line_that_is_not_json(line: str, tmp_path: Path) -> None:
     (tmp_path / "talks.jsonl").write_text(f"{ROW}\n{line}\n")
-    assert re.fullmatch(rf"{tmp_path}/talks\.jsonl: line 2: not valid JSON \(.+\)", refusal(tmp_path))
+    assert re.fullmatch(
+        rf"{tmp_path}/talks\.jsonl: line 2: not valid JSON \(.+\): correct the line or remove it", refusal(tmp_path)
+    )
 
 
 def test_a_line_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "talks.jsonl").write_bytes(ROW.encode() + b'\n[{"role": "user", "content": "\xff"}]\n')
-    assert re.fullmatch(rf"{tmp_path}/talks\.jsonl: line 2: not valid JSON \('utf-8' codec .*\)", refusal(tmp_path))
+    assert re.fullmatch(
+        rf"{tmp_path}/talks\.jsonl: line 2: not valid JSON \('utf-8' codec .*\): correct .*", refusal(tmp_path)
+    )
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,7 @@ def test_a_corpus_that_is_there_stays_and_another_folder_is_refused(tmp_path: Pa
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["manifest.json"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds something else than the built-in corpus"):
+    with pytest.raises(UserError, match="holds other files than the built-in corpus"):
         write_control("null", tmp_path / "other")
 
 

@@ -72,7 +72,7 @@ def as_rows(*tokens: np.ndarray) -> Rows:
         ([{"role": "assitant", "content": "x"}], "'assitant' is not one of system, user, assistant (did you mean"),
         (said("hi", " \n"), "messages[1].content: empty"),
         ([*said("hi"), *said("hello")], "messages[1].role: user again"),
-        (said("hi", "hello", "and"), "from user to user: a conversation begins with the user and ends with the"),
+        (said("hi", "hello", "and"), "from user to user: begin with the user and end with the assistant"),
         (said("hi", "hello")[1:], "from assistant to assistant"),
         ([{"role": "system", "content": "be kind"}, *said("a", "b")[1:]], "messages[1].role: after a system message"),
         ([*said("a", "b"), {"role": "system", "content": "c"}], "messages"),

@@ -189,7 +189,7 @@ def test_a_written_corpus_stays_and_anything_else_is_refused(corpus: Path, tmp_p
     assert (corpus / SHARDS[0]).stat().st_mtime_ns == before
     (tmp_path / "notes.txt").touch()
     for taken in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(UserError, match=f"{taken}: holds something else"):
+        with pytest.raises(UserError, match=f"{taken}: holds other files than the built-in corpus"):
             write_pydocs(taken)
 
 

@@ -313,7 +313,7 @@ def test_a_log_that_another_process_writes_fails_the_run_by_name(new_run: NewRun
     with ResearchLog(folder.research_log("base")):
         status = run_phase(folder, LocalSession(), in_process)
     assert status.state == "failed"
-    assert "base.h5: is being written by" in status.reason
+    assert "writes to it: wait for it, or end that process" in status.reason
 
 
 def test_the_tail_is_gone_when_a_run_has_ended(new_run: NewRun) -> None:

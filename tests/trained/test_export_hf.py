@@ -269,7 +269,7 @@ def test_an_empty_folder_is_filled_and_a_link_to_one_followed(bwlm: Bwlm, tmp_pa
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")
     code, _, told = bwlm("export", "forward", "--step", str(STEPS // 2), "link")
-    assert (code, told) == (0, f"forward: step {STEPS // 2} of {STEPS}: the model is not trained to its end\n")
+    assert (code, told) == (0, f"forward: step {STEPS // 2} of {STEPS}: the model has not finished training\n")
     assert {path.name for path in (tmp_path / "empty").iterdir()} == FILES
     assert json.loads((tmp_path / "empty" / "config.json").read_text())["bwlm"]["step"] == STEPS // 2
 
@@ -281,7 +281,7 @@ def test_an_empty_folder_is_filled_and_a_link_to_one_followed(bwlm: Bwlm, tmp_pa
         (["forwrd", "new"], "(did you mean 'forward'?)"),
         (["../forward", "new"], "experiment id: '../forward' is not a valid id"),
         (["forward", "new", "--format", "gguf"], "'gguf'"),
-        (["forward", "new", "--step", "7"], f"has no checkpoint of step 7: choose from {STEPS // 2}, {STEPS}"),
+        (["forward", "new", "--step", "7"], f"no checkpoint of step 7: choose from {STEPS // 2}, {STEPS}"),
         (["forward", "full"], "full: exists: give a new folder"),
         (["forward", "file"], "file: exists: give a new folder"),
         (["forward", "file/below"], "file/below: cannot be "),
@@ -309,7 +309,7 @@ def test_the_working_folder_is_not_replaced(bwlm: Bwlm, tmp_path: Path) -> None:
 
 def test_a_run_without_a_checkpoint_is_refused(bwlm: Bwlm, new_run: NewRun, tmp_path: Path) -> None:
     new_run("young")
-    check_refused(bwlm("export", "young", "new", "--storage", "."), "young: has no checkpoint")
+    check_refused(bwlm("export", "young", "new", "--storage", "."), "young: no checkpoint")
     assert not (tmp_path / "new").exists()
 
 

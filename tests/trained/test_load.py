@@ -70,7 +70,7 @@ def test_what_it_computes_in_can_be_chosen(storage: Path) -> None:
 
 
 def test_an_unknown_step_names_those_that_exist(storage: Path) -> None:
-    with pytest.raises(UserError, match=rf"^forward: has no checkpoint of step 5: choose from {EARLY}, {STEPS}$"):
+    with pytest.raises(UserError, match=rf"^forward: no checkpoint of step 5: choose from {EARLY}, {STEPS}$"):
         load_model(storage, "forward", step=5)
 
 
@@ -87,7 +87,7 @@ def test_an_id_is_one_path_segment(storage: Path) -> None:
 def test_a_run_without_a_checkpoint_is_refused(new_run: NewRun, tmp_path: Path) -> None:
     new_run("young")
     for step in (None, 5):
-        with pytest.raises(UserError, match=r"^young: has no checkpoint in .*checkpoints yet"):
+        with pytest.raises(UserError, match=r"^young: no checkpoint in .*checkpoints yet"):
             load_model(tmp_path, "young", step)
 
 
@@ -133,7 +133,7 @@ def test_a_vocabulary_that_is_not_the_checkpoints_is_refused(
 def test_training_refuses_another_tokenizer_than_the_runs(copied: ExperimentFolder) -> None:
     """It would go on, and lay conversations out with other ids."""
     train_tokenizer(iter(WORDS), 300).save(copied.path / "tokenizer")
-    with pytest.raises(UserError, match=r"forward/tokenizer/tokenizer.json: another tokenizer than the run's"):
+    with pytest.raises(UserError, match=r"forward/tokenizer/tokenizer.json: not the tokenizer of the run"):
         turn_layout(copied.config(), supervised=True)
 
 

@@ -45,10 +45,10 @@ def compare(folders: list[ExperimentFolder]) -> Analysis:
     """
     learning = without_rl(folders)
     if not learning:
-        raise UserError("nothing to compare: in RL a loss says nothing of learning; see `bwlm analyze rewards`")
+        raise UserError("analyze compare: in RL the loss does not show learning: use `bwlm analyze rewards`")
     curves = smoothed_curves(learning)
     if curves.empty:
-        raise UserError("nothing to compare: no step has been logged yet")
+        raise UserError("analyze compare: no run has logged a step yet: wait for the first one")
     several = curves["direction"].nunique() > 1
     same_text = {folder.id for folder in learning if PHASES[folder.config().experiment.phase].compared}
     held = curves[curves["run"].isin(same_text)] if several else curves

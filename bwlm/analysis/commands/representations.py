@@ -58,7 +58,7 @@ def representations(folders: list[ExperimentFolder]) -> Analysis:
     states, notes = _states(folders, groups)
     alike = _over_pairs(_pairs(states, notes))
     if alike.empty:
-        raise UserError("; ".join(notes) or "representations: two runs of one size are needed to compare their states")
+        raise UserError("; ".join(notes) or "analyze representations: needs two runs of one size: name another run")
     title = "Representations"
     try:
         heads, without = from_each(folders, ranked_heads)

@@ -26,7 +26,7 @@ def rewards(folders: list[ExperimentFolder]) -> Analysis:
     chosen = [folder for folder in folders if PHASES[folder.config().experiment.phase].has_reward]
     parts = [part for folder in chosen if not (part := _of_run(folder)).empty]
     if not parts:
-        raise UserError("analyze rewards: none of these runs is of phase rl and has rewards: name some that are")
+        raise UserError("analyze rewards: no run of phase rl among these has logged a reward: name one that has")
     table = pd.concat(parts, ignore_index=True)
     table["series"] = table["run"].map(series(chosen))
     steps = max(1, min(_ENDS, int(table.groupby("run").size().min()) // 2))

@@ -54,7 +54,7 @@ def losses_by_size(folders: list[ExperimentFolder], findings: Findings) -> pd.Da
     """
     finished, _ = with_losses([folder for folder in folders if folder.status().state == "finished"])
     if not finished or not findings.best:
-        raise UserError("scaling: no run has finished")
+        raise UserError("analyze scaling: no run has finished: finish them, or name finished runs")
     configs = {folder.id: folder.config() for folder in finished}
     _refuse_other_than_sizes({run: config.compared for run, config in configs.items()})
     rows = best_on_test(load_gap_table(finished, sizes(folders)), findings.best)
@@ -74,7 +74,9 @@ def _refuse_other_than_sizes(identities: Mapping[str, Mapping[str, Any]]) -> Non
     text = [name for name in ("data", "tokenizer") if len({str(of.get(name)) for of in identities.values()}) > 1]
     others = [*text, *(name for name in varying_settings(identities) if name != "steps")]
     if others:
-        raise UserError(f"scaling: the runs differ in {', '.join(others)} besides their sizes: name runs that do not")
+        raise UserError(
+            f"analyze scaling: the runs differ in {', '.join(others)}, not in size alone: name runs that agree there"
+        )
 
 
 def analyse(
@@ -124,7 +126,10 @@ def _parameters_by_size(table: pd.DataFrame) -> dict[Size, float] | None:
         return None
     several = table.groupby("size")["parameters"].nunique()
     if (several > 1).any():
-        raise UserError(f"size '{several.index[several > 1][0]}' has runs of several parameter counts: one N a size")
+        raise UserError(
+            f"size '{several.index[several > 1][0]}' has runs with different numbers of parameters: name them as "
+            "different sizes"
+        )
     return dict(zip(table["size"], table["parameters"].astype(float), strict=True))
 
 

@@ -32,7 +32,7 @@ def transfer(folders: list[ExperimentFolder]) -> Analysis:
         except UserError as error:
             notes.append(f"{folder.id}: {error}")
     if not rows:
-        raise UserError("; ".join(notes) or "no run was given")
+        raise UserError("; ".join(notes) or "analyze transfer: no run was given: name one")
     runs = pd.DataFrame(rows)
     table = summary(runs)
     title = "Transfer between directions"

@@ -34,9 +34,9 @@ def load_losses(folder: ExperimentFolder, reading: str) -> pd.DataFrame:
     try:
         table: pd.DataFrame = pq.read_table(path).to_pandas()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file: a run is evaluated in this reading at its end") from None
+        raise UserError(f"{path}: no such file: a run writes it at its end: finish it, or put it back") from None
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}): put the file back") from None
     return table
 
 
@@ -57,7 +57,9 @@ def own_losses(folder: ExperimentFolder) -> pd.DataFrame:
         return first
     [second] = others
     if not first[_TEXT].equals(second[_TEXT]):
-        raise UserError(f"{folder.id}: its two readings were measured on other windows: evaluate it again")
+        raise UserError(
+            f"{folder.id}: its two readings were measured on different windows: put back its files below evaluations/"
+        )
     return first.assign(nll=(first["nll"] + second["nll"]) / 2, end_nll=(first["end_nll"] + second["end_nll"]) / 2)
 
 

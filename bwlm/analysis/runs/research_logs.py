@@ -44,7 +44,10 @@ class LoggedRun:
     def _entries(self, group: str, column: str) -> Any:
         name = f"{group}/{column}"
         if name not in self.file or not len(self.file[name]):
-            raise UserError(f"{self.file.filename}: holds no {name}: none logged so far, or research_log.{group} is 0")
+            raise UserError(
+                f"{self.file.filename}: holds no {name} yet: wait until the run logs it, or train a run with "
+                f"research_log.{group} switched on"
+            )
         return self.file[name]
 
 
@@ -58,7 +61,7 @@ def opened(folder: ExperimentFolder) -> Iterator[LoggedRun]:
         with open_log(path) as file:
             yield LoggedRun(folder, experiment.direction, experiment.lr, experiment.seed, file)
     except (KeyError, OSError, RuntimeError, ValueError) as error:  # h5py raises these at a flipped bit
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())})") from error
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}): put the file back") from error
 
 
 def from_each(

@@ -97,10 +97,10 @@ def parse(text: str, metrics: Iterable[str]) -> Condition:
     if field not in WORDS:
         return Condition(field, sign, _number(text, value))
     if sign not in ("=", "!="):
-        raise UserError(f"--where {text}: {field} is a word: compare it with = or !=")
+        raise UserError(f"--where {text}: {field} holds words, not numbers: compare it with = or !=")
     known = _ONE_OF.get(field)
     if known and not glob.has_magic(value) and value not in known:
-        raise UserError(f"--where {text}: no such {field}{nearest(value, known)}; there are {', '.join(known)}")
+        raise UserError(f"--where {text}: no such {field}{nearest(value, known)}: use one of {', '.join(known)}")
     return Condition(field, sign, value)
 
 
@@ -110,7 +110,8 @@ def _number(text: str, value: str) -> float:
     except ValueError:
         number = math.nan
     if math.isnan(number):
-        raise UserError(f"--where {text}: {repr(value) if value else 'nothing'} is not a number")
+        shown = repr(value) if value else "nothing"
+        raise UserError(f"--where {text}: {shown} is not a number: compare this field with a number")
     return number
 
 
@@ -118,4 +119,4 @@ def _check_field(option: str, field: str, metrics: Iterable[str]) -> None:
     known = [*WORDS, *NUMBERS, *sorted(metrics)]
     if field not in known:
         besides = ", ".join((*WORDS, *NUMBERS))
-        raise UserError(f"{option} {field}: unknown field{nearest(field, known)}; there are {besides}, and any metric")
+        raise UserError(f"{option} {field}: unknown field{nearest(field, known)}: use one of {besides}, or a metric")

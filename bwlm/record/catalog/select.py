@@ -25,7 +25,7 @@ def choose(storage: Path, names: list[str], damaged: bool = False) -> tuple[list
     ids = dict.fromkeys(run for name in names for run in _named(storage, name, known))
     chosen, left_out = readable((ExperimentFolder(storage, run) for run in ids), damaged)
     if not chosen:
-        raise UserError("; ".join(left_out) or f"{', '.join(names)}: no cell")
+        raise UserError("; ".join(left_out) or f"{', '.join(names)}: holds no cell: name another grid or run")
     return chosen, left_out
 
 
@@ -72,5 +72,5 @@ def begun(folders: list[ExperimentFolder], left_out: list[str]) -> tuple[list[Ex
     if waiting:
         notes.append(f"not begun, and left out: {', '.join(waiting)}")
     if len(waiting) == len(folders):
-        raise UserError(f"{', '.join(waiting)}: not begun: there is nothing to analyse yet")
+        raise UserError(f"{', '.join(waiting)}: has not begun, so there is nothing to analyse: train it first")
     return [folder for folder in folders if states[folder.id].step], notes
