@@ -278,7 +278,7 @@ MISTAKES = {
     "two horizons": (GOOD.replace("steps: 5", "steps: 5, tokens: 9"), [], "g.yaml:5: budget: needs exactly one of"),
     "heads that do not divide": (GOOD, ["--set", "model.kv_heads=3"], "heads 1 is not a multiple of kv_heads 3"),
     "fixed and an axis": (GOOD + "seed: 3\n", [], "g.yaml:6: seed: a fixed value here and an axis in axes: keep one"),
-    "a cell asked for twice": (GOOD + _AGAIN, [], "also.0: cell bars_forward_d1_lr0.5_s0 is asked for twice"),
+    "a cell asked for twice": (GOOD + _AGAIN, [], "also.0: cell bars_forward_d1_lr0.5_s0 appears twice"),
     "a setting without a value": (GOOD, ["--set", "seed"], "--set seed: write it as field=value"),
     "bad syntax": (GOOD + "x: [1\n", [], "g.yaml:"),
     "no text": ("", [], "g.yaml: name: missing: add it"),

@@ -81,8 +81,8 @@ def resolve_steps(experiment: Experiment) -> int:
     down = round(optim.warmdown_ratio * steps)
     if optim.warmup_steps is not None and optim.warmup_steps + down > steps:
         raise UserError(
-            f"optim.warmup_steps: {optim.warmup_steps} steps and {down} of warmdown (optim.warmdown_ratio) do not fit into "
-            f"a run of {steps} steps: lower one of them"
+            f"optim.warmup_steps: {optim.warmup_steps} steps and {down} of warmdown (optim.warmdown_ratio) do not "
+            f"fit into a run of {steps} steps: lower one of them"
         )
     return steps
 

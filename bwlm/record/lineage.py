@@ -71,7 +71,8 @@ def check_order(phase: str, parent: str, parent_phase: str) -> None:
     if parent_phase not in follows:
         begins = " or ".join(follows) or "nothing"
         raise UserError(
-            f"parent: {parent} is of phase {parent_phase}, but {phase} begins from {begins}: change the parent or the phase"
+            f"parent: {parent} is of phase {parent_phase}, but {phase} begins from {begins}: change the parent or "
+            "the phase"
         )
 
 
