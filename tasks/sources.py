@@ -41,7 +41,7 @@ def _refuse_held_out(one: str, trained: NamedSplits, other: str, held: NamedSpli
     kept, _ = without_copies(trained.train, [*held.validation, *held.test])
     if dropped := [file.uri for file in trained.train if file not in kept]:
         raise UserError(
-            f"data.mixture: {one}: {dropped[0]} is held out by {other}, under another name maybe: "
+            f"data.mixture: {one}: {dropped[0]} is held out by {other}, perhaps under another name: "
             "train on other files, or leave one of the two sources out"
         )
 

@@ -186,7 +186,7 @@ def test_rows_that_stand_there_twice_are_told(shell: Shell) -> None:
     answer = shell("analyze", "gap", "--from", name)
     assert "document 'd0' differs: run 'forward-0' has 4 tokens" in answer.err
     name = write(pd.concat([LOSSES, LOSSES]), shell.folder / "l.csv")
-    words = "l.csv: 12 rows stand there twice, the first of document 'd0' in run 'forward-0': summed as windows of one"
+    words = "l.csv: 12 rows appear twice, the first of document 'd0' in run 'forward-0': summed as windows of one"
     assert words in shell("analyze", "gap", "--from", name).err
 
 
@@ -345,7 +345,7 @@ def test_rows_that_stand_there_twice_are_named_as_a_cause(shell: Shell) -> None:
     write(pd.concat([LOSSES, LOSSES[:2]]), shell.folder / "l.csv")
     answer = shell("analyze", "gap", "--from", "l.csv")
     check_mistake(answer, "document 'd0' differs: run 'forward-0' has 8 tokens")
-    check_mistake(answer, "l.csv: 2 rows stand there twice, the first of document 'd0' in run 'forward-0'")
+    check_mistake(answer, "l.csv: 2 rows appear twice, the first of document 'd0' in run 'forward-0'")
 
 
 def twice_a_column(folder: Path) -> None:

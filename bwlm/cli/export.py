@@ -35,6 +35,6 @@ def export(
     direction = loaded.config.experiment.direction
     if loaded.step < loaded.config.steps:
         say(f"{experiment}: step {loaded.step:,} of {loaded.config.steps:,}: the model has not finished training")
-    print(f"{experiment}, step {loaded.step}, direction {direction}: {target / 'README.md'} says how to use it")
+    print(f"{experiment}, step {loaded.step}, reads {direction}: {target / 'README.md'} says how to use it")
     print(f'model = transformers.AutoModelForCausalLM.from_pretrained("{target}")')
     print(f'tokenizer = transformers.AutoTokenizer.from_pretrained("{target}")')

@@ -78,7 +78,7 @@ def _free_now(cpus: float, gpus: float) -> int:
         fits = min(fits, free.get("GPU", 0) / gpus + _ROUNDING) if gpus else fits
         if fits >= 1:
             return int(fits)
-        _tell_once(f"waiting for {cpus + SPARE_CPUS:g} CPUs and {gpus:g} GPUs of the cluster that no other work holds")
+        _tell_once(f"waiting until {cpus + SPARE_CPUS:g} CPUs and {gpus:g} GPUs of the cluster are free")
         time.sleep(_LOOK_SECONDS)
 
 

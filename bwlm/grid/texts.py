@@ -33,7 +33,7 @@ def prepare_texts(plan: Plan, storage: Path, show: Callable[[str], None]) -> dic
                 known[key] = _prepare(cell.experiment, tokenizer, storage, show)
             except NoSource as error:
                 known[key] = _packed_before(plan, cell, storage, error)
-                show(f"{error}; goes on with the text that was packed before")
+                show(f"{error}; using the text that was packed before")
         prepared[cell.id] = known[key]
     return prepared
 

@@ -56,7 +56,7 @@ def _repeated_rows(losses: pd.DataFrame) -> list[str]:
         return []
     first = repeated.iloc[0]
     return [
-        f"{counted(len(repeated), 'row')} stand there twice, the first of document '{first['document']}' in run "
+        f"{counted(len(repeated), 'row')} appear twice, the first of document '{first['document']}' in run "
         f"'{first['run']}': summed as windows of one document; leave copies out"
     ]
 

@@ -131,7 +131,7 @@ def test_a_launch_waits_for_room_beside_other_work_and_takes_no_more(
     monkeypatch.setattr(capacity.ray, "available_resources", lambda: next(free))
     monkeypatch.setattr(capacity.time, "sleep", lambda seconds: None)
     assert capacity._free_now(2.0, 0) == 3
-    assert caplog.messages == ["waiting for 3 CPUs and 0 GPUs of the cluster that no other work holds"]
+    assert caplog.messages == ["waiting until 3 CPUs and 0 GPUs of the cluster are free"]
     assert capacity._free_now(2.0, 1) == 2
     assert capacity._free_now(2.0, 0.25) == 2, "half of a GPU is free, another cell has the rest"
     assert capacity._free_now(2.0, 0.1) == 10, "not nine, as 1.0 // 0.1 is"
