@@ -35,8 +35,8 @@ Output = Annotated[
     typer.Option(
         "--output",
         metavar="FILE",
-        help="Write the chart to .svg, .png or .html, the first table to .csv, all tables to .md. Repeatable. "
-        "Default: all but .png, in analyses/RUN below the storage.",
+        help="Write the chart (.svg, .png, .html), the first table (.csv) or all tables (.md). Repeatable. "
+        "Default: all but .png, in analyses/RUN in the storage folder.",
         show_default=False,
     ),
 ]
@@ -53,7 +53,7 @@ def gap(
         typer.Option(
             "--from",
             metavar="FILE",
-            help="A table of losses (.parquet, .csv): run, direction, seed, size, document, nll, tokens, bytes.",
+            help="Table of losses (.parquet, .csv): run, direction, seed, size, document, nll, tokens, bytes.",
             show_default=False,
         ),
     ] = None,
@@ -64,9 +64,9 @@ def gap(
 ) -> None:
     """Compare directions: gaps, intervals, noise floor and a verdict for each size and pair.
 
-    RUN: each direction is compared at its best learning rate. --from: any table of losses; `nll` is the sum over the
-    text tokens of a document, or of a window of it, in nats. Runs are paired by seed. With --from, files are written
-    only if you give --output.
+    With RUN, each direction is compared at its best learning rate. With --from, you give the losses of any models:
+    `nll` is the total negative log-likelihood, in nats, of the text tokens of a document or of a part of it. Runs are
+    paired by seed. With --from, files are written only if you give --output.
 
     Example: `bwlm analyze gap --from losses.csv --output gaps.svg`
     """
@@ -128,7 +128,7 @@ def compare(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
 @analyze_app.command()
 def transfer(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Show the loss of each model in the direction it was not trained in; of bidirectional ones, both directions.
+    """Show the loss of each model in the direction it was not trained in; for bidirectional models, in both directions.
 
     Example: `bwlm analyze transfer demo`
     """
@@ -139,7 +139,7 @@ def transfer(runs: Runs, output: Output = None, storage: Storage = None, as_json
 
 @analyze_app.command()
 def positions(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Show loss and accuracy by position from each end, by token frequency and by document length.
+    """Show loss and accuracy by distance to the start and end of the segment, token frequency and document length.
 
     Example: `bwlm analyze positions 'demo_*_d1_lr4_s*'`
     """
@@ -150,7 +150,7 @@ def positions(runs: Runs, output: Output = None, storage: Storage = None, as_jso
 
 @analyze_app.command()
 def gradients(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Show statistics of every parameter's gradient, by layer over time.
+    """Show statistics of the gradients of all parameters, by layer and training step.
 
     Example: `bwlm analyze gradients mine`
     """
@@ -161,7 +161,7 @@ def gradients(runs: Runs, output: Output = None, storage: Storage = None, as_jso
 
 @analyze_app.command()
 def activations(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Show statistics of the activations inside the model, by layer over time.
+    """Show statistics of the activations of the model, by layer and training step.
 
     Example: `bwlm analyze activations mine`
     """
@@ -183,7 +183,7 @@ def representations(runs: Runs, output: Output = None, storage: Storage = None, 
 
 @analyze_app.command()
 def scaling(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Fit a scaling law for each direction, predict the largest size from the others, show the gap over size.
+    """Fit a scaling law for each direction, predict the loss of the largest size from the others, show the gap by size.
 
     Example: `bwlm analyze scaling demo`
     """
@@ -194,7 +194,7 @@ def scaling(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
 @analyze_app.command()
 def rewards(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Show the reward over the steps of RL, of samples and of greedy answers to validation problems.
+    """Show the mean reward by RL step: of the samples, and of greedy answers to validation problems.
 
     Example: `bwlm analyze rewards arithmetic_rl`
     """
@@ -205,7 +205,7 @@ def rewards(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
 @analyze_app.command()
 def report(names: Runs, storage: Storage = None, as_json: Json = False) -> None:
-    """Write RESEARCH_REPORT.md and .html for a grid, or for single experiments.
+    """Write RESEARCH_REPORT.md and .html for a grid, or for each run that you name.
 
     Example: `bwlm analyze report demo`
     """

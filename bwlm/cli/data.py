@@ -1,4 +1,4 @@
-"""`bwlm data` and `bwlm tokenizer`: prepare text, or show it as a model reads it."""
+"""`bwlm data` and `bwlm tokenizer`: tokenize and pack text, or print the rows that a model is trained on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bwlm.text.prepare import Prepared
 
 tokenizer_app = typer.Typer(help="Train or show a tokenizer.", no_args_is_help=True)
-data_app = typer.Typer(help="Prepare text, or show it as a model reads it.", no_args_is_help=True)
+data_app = typer.Typer(help="Tokenize and pack text, or print the rows that a model reads.", no_args_is_help=True)
 
 
 def _recipe(
@@ -82,7 +82,7 @@ def _figure(value: float) -> str:
 
 @data_app.command("inspect")
 def data_inspect(
-    direction: Annotated[str | None, typer.Option(help="Show only this direction; default: all.")] = None,
+    direction: Annotated[str | None, typer.Option(help="Show only this direction. Default: all.")] = None,
     rows: Annotated[int, typer.Option(min=1, max=10_000, help="Number of rows, or of conversations per source.")] = 2,
     phase: Annotated[
         str,
@@ -94,7 +94,7 @@ def data_inspect(
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Show the first rows that a run with seed 0 reads, or the first conversations, decoded in each direction.
+    """Print the first training rows of seed 0, decoded in each direction. With --phase mid, sft or rl: conversations.
 
     Example: `bwlm data inspect --direction backward --rows 1`
 
@@ -182,7 +182,8 @@ def _show_supervised(texts: list[str], supervised: list[bool]) -> None:
 @tokenizer_app.command("train")
 def tokenizer_train(
     output: Annotated[
-        Path | None, typer.Option(help="Also write the tokenizer to this folder.", show_default=False)
+        Path | None,
+        typer.Option(help="Write a copy of the tokenizer to this folder, besides the cache.", show_default=False),
     ] = None,
     set_: Set = None,
     storage: Storage = None,

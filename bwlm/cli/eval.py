@@ -22,8 +22,8 @@ def evaluate(
 ) -> None:
     """Measure bits per byte of a run on documents and on conversations, in both directions.
 
-    The conversations come from the run's own mixture, else from the built-in one. The loss of every document is kept
-    in the run's folder, below `evaluations/`.
+    The conversations come from the run's `data.mixture`, or from the built-in tasks if it has none. The loss of each
+    document is saved in the run's folder, in `evaluations/`.
 
     Example: `bwlm eval mine --directions forward,backward`
     """

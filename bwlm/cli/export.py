@@ -11,13 +11,13 @@ from bwlm.cli.terminal import Storage, say
 
 
 def export(
-    experiment: Annotated[str, typer.Argument(metavar="ID", help="The run; see `bwlm runs list`.")],
-    target: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.", show_default=False)],
+    experiment: Annotated[str, typer.Argument(metavar="ID", help="Id of the run; `bwlm runs list` shows all.")],
+    target: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; new or empty.", show_default=False)],
     format_: Annotated[
         Literal["hf"], typer.Option("--format", help="hf: Hugging Face format, for transformers.")
     ] = "hf",
     step: Annotated[
-        int | None, typer.Option(help="Checkpoint's step; default: the newest.", show_default=False)
+        int | None, typer.Option(help="Step of the checkpoint. Default: the newest.", show_default=False)
     ] = None,
     storage: Storage = None,
 ) -> None:

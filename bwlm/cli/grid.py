@@ -41,8 +41,8 @@ def grid_plan(
         float | None,
         typer.Option(
             metavar="NATS",
-            help="Standard deviation over seeds of the gap between two directions, in nats per token, "
-            "from a pilot study. The plan then prints the smallest detectable gap in nats.",
+            help="How much the gap varies over seeds (standard deviation, nats per token), from a pilot study. The "
+            "plan then prints the smallest gap in nats.",
             show_default=False,
         ),
     ] = None,
@@ -50,7 +50,9 @@ def grid_plan(
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Print every cell with its parameters, tokens, FLOPs, log size and state, and the smallest detectable gap.
+    """Print each cell with its parameters, tokens, FLOPs, log size and state; then the smallest gap that can be seen.
+
+    A gap is the difference in loss between two directions. How small a gap can be seen depends on the number of seeds.
 
     Example: `bwlm grid plan grids/demo.yaml --set budget.steps=100 --seed-noise 0.006`
     """

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 runs_app = typer.Typer(help="List, show and delete runs; show the tree of parents and children.", no_args_is_help=True)
 
-RunId = Annotated[str, typer.Argument(metavar="ID", help="Experiment's id.", show_default=False)]
+RunId = Annotated[str, typer.Argument(metavar="ID", help="Id of the run.", show_default=False)]
 
 
 @runs_app.command("list")
@@ -37,20 +37,20 @@ def runs_list(
         list[str] | None,
         typer.Option(
             metavar="FIELD=VALUE",
-            help="Show only runs that match the condition. Put it in quotes. Also != < > <= >=. Fields: id, phase, "
+            help="Show only runs that match this condition; put it in quotes. Also != < > <= >=. Fields: id, phase, "
             "direction, parent, state (words, also globs), depth, lr, seed, step and any metric. Repeatable.",
         ),
     ] = None,
     sort: Annotated[
         str | None,
-        typer.Option(metavar="FIELD", help="Sort by one of these fields; -FIELD: highest first. Default: id."),
+        typer.Option(metavar="FIELD", help="Sort by a field of --where; -FIELD: highest first. Default: id."),
     ] = None,
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """List every experiment with its state, step and figures.
+    """List every run with its state, step and metrics.
 
-    A run that lacks a metric meets no condition on it, and is sorted last.
+    A run that lacks a metric does not match a condition on it, and comes last when you sort by it.
 
     Example: `bwlm runs list --json`
 
@@ -103,14 +103,14 @@ def runs_tree(
         str | None,
         typer.Argument(
             metavar="ID",
-            help="Show only this run, its ancestors and descendants; also a grid or glob.",
+            help="Show only this run with its ancestors and descendants. Also the name of a grid, or a glob.",
             show_default=False,
         ),
     ] = None,
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Show every run below its parent, with phase, direction, depth, best figure and state.
+    """Show every run below its parent, with phase, direction, depth, best metric and state.
 
     For each run the tree shows its lowest val_bpb, or in RL its highest val_reward, with the step if that is not the
     run's last. The phases use different validation texts, so do not compare values across phases.
@@ -146,7 +146,7 @@ def runs_tree(
 
 @runs_app.command("show")
 def runs_show(run: RunId, storage: Storage = None, as_json: Json = False) -> None:
-    """Show one run: state, parents and children, settings that differ from the parent, figures, files.
+    """Show one run: state, parents and children, settings that differ from the parent, metrics, files.
 
     Example: `bwlm runs show mine`
     """
@@ -174,10 +174,10 @@ def runs_delete(
     yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
     storage: Storage = None,
 ) -> None:
-    """Delete an experiment's folder: checkpoints, research log, evaluations, report. Its MLflow run stays.
+    """Delete the folder of a run: checkpoints, research log, evaluations, report. Its MLflow run stays.
 
-    Refused if the run has children, or while a process trains it. A grid's cell can be deleted: the grid's next launch
-    trains it again. If a deletion is killed, run the same command to finish it.
+    A run that has children, or that is being trained, cannot be deleted. A cell of a grid can: the next launch of the
+    grid trains it again. If this command is interrupted, run it again to complete the deletion.
 
     Example: `bwlm runs delete mine --yes`
     """

@@ -24,20 +24,21 @@ Set = Annotated[
     typer.Option(
         "--set",
         metavar="FIELD=VALUE",
-        help="Override a setting by its dotted name: --set budget.steps=100. Repeatable.",
+        help="Set a field by its dotted name: --set budget.steps=100. Repeatable. Fields: docs/grids.md.",
     ),
 ]
 Storage = Annotated[
-    str | None, typer.Option(help="Folder of experiments; default: BWLM_STORAGE, else runs/.", show_default=False)
+    str | None,
+    typer.Option(help="Folder of all runs. Default: $BWLM_STORAGE, or else runs/.", show_default=False),
 ]
 AcceptCode = Annotated[
     bool,
     typer.Option(
         "--accept-code",
-        help="Also resume runs that another version of the code began. Records and reports name both.",
+        help="Also resume runs that another version of bwlm's code began. Reports then name both versions.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; messages go to stderr.")]
 
 _WIDEST = 1000  # columns
 _LEFT = ("id", "cell", "phase", "parent", "direction", "state", "size", "pair", "verdict", "reason")

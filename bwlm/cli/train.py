@@ -17,19 +17,21 @@ from bwlm.phases import FIRST, PHASES
 def train(
     direction: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(DIRECTIONS)}; after base: the parent's.", show_default=False),
+        typer.Option(help=f"{', '.join(DIRECTIONS)}. A later phase takes its parent's.", show_default=False),
     ] = None,
     depth: Annotated[
-        int | None, typer.Option(help="Layers; the width is 64 x depth. After base: the parent's.", show_default=False)
+        int | None,
+        typer.Option(help="Layers; the width is 64 x depth. A later phase takes its parent's.", show_default=False),
     ] = None,
     phase: Annotated[
-        str, typer.Option(help=f"{', '.join(PHASES)}, or a chain: base,mid,sft. eval is `bwlm eval`.")
+        str,
+        typer.Option(help=f"{', '.join(PHASES)}; or several: base,mid,sft. To evaluate a run: `bwlm eval`."),
     ] = FIRST,
     parent: Annotated[
-        str | None, typer.Option(help="The finished run that a phase after base starts from.", show_default=False)
+        str | None, typer.Option(help="Finished run that a later phase begins from.", show_default=False)
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Multiplier on the learning rates of all parameter groups; default: 1.")
+        float | None, typer.Option(help="Multiplier of the learning rates of all parameter groups. Default: 1.")
     ] = None,
     seed: Annotated[
         int | None,
@@ -39,7 +41,7 @@ def train(
         str | None,
         typer.Option(
             "--id",
-            help="Run's id; default: PHASE_DATE_DIRECTION_dDEPTH. A chain: ID-base, ID-mid, ..",
+            help="Id of the run. Default: PHASE_DATE_DIRECTION_dDEPTH. Several phases get ID-base, ID-mid and so on.",
             show_default=False,
         ),
     ] = None,
