@@ -152,10 +152,10 @@ class BudgetSettings(Settings):
 
     @model_validator(mode="after")
     def _one_horizon(self) -> BudgetSettings:
-        given = [name for name in HORIZONS if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise ValueError(f"needs exactly one of {', '.join(HORIZONS)} (found {found})")
+        horizons = [name for name in HORIZONS if getattr(self, name) is not None]
+        if len(horizons) != 1:
+            named = " and ".join(horizons) or "none"
+            raise ValueError(f"needs exactly one of {', '.join(HORIZONS)} (found {named})")
         return self
 
 
@@ -284,8 +284,8 @@ class Recipe(Settings):
     @classmethod
     def _no_secrets(cls, content: Any) -> Any:
         """Raise `ValueError` for a secret in the settings, before any other error, which may quote what it found."""
-        if found := next(secrets_in(content), None):
-            raise ValueError(found)
+        if fault := next(secrets_in(content), None):
+            raise ValueError(fault)
         return content
 
     @model_validator(mode="after")
@@ -316,11 +316,11 @@ class Recipe(Settings):
 
         Merges are chosen on forward text, so with them the corpus is no control any more.
         """
-        wanted, found = MERGE_FREE_VOCABULARY, self.tokenizer.vocab_size
-        if self.data.source in CONTROL_SOURCES and found != wanted:
+        wanted, vocab_size = MERGE_FREE_VOCABULARY, self.tokenizer.vocab_size
+        if self.data.source in CONTROL_SOURCES and vocab_size != wanted:
             raise ValueError(
                 f"tokenizer.vocab_size: {self.data.source} is a control only where each symbol is one token: "
-                f"set tokenizer.vocab_size={wanted} (found {found})"
+                f"set tokenizer.vocab_size={wanted} (found {vocab_size})"
             )
         return self
 

@@ -61,8 +61,8 @@ def secret_in(address: str, field: str) -> str | None:
 def secrets_in(content: Any, field: str = "") -> Iterator[str]:
     """Yield the `secret_in` of every text in nested settings, names of fields included, by dotted field."""
     if isinstance(content, str):
-        found = secret_in(content, field)
-        yield from [found] if found else []
+        fault = secret_in(content, field)
+        yield from [fault] if fault else []
     elif isinstance(content, dict):
         for name, value in content.items():
             yield from secrets_in(str(name), field or "a field's name")

@@ -207,11 +207,11 @@ def assign(content: dict[str, Any], field: str, value: Any, where: str) -> None:
 def override(document: Document, settings: list[str]) -> Document:
     """Return the document with `--set` settings laid over it; a horizon given there replaces the file's."""
     content, places = copy.deepcopy(document.content), dict(document.places)
-    given = [parse_setting(setting) for setting in settings]
+    parsed = [parse_setting(setting) for setting in settings]
     horizons = {f"budget.{name}" for name in HORIZONS}
-    if any(field in horizons for field, _ in given) and isinstance(content.get("budget"), dict):
+    if any(field in horizons for field, _ in parsed) and isinstance(content.get("budget"), dict):
         content["budget"] = {name: value for name, value in content["budget"].items() if name not in HORIZONS}
-    for field, value in given:
+    for field, value in parsed:
         assign(content, field, value, f"--set {field}")
         places = {known: place for known, place in places.items() if not f"{known}.".startswith(f"{field}.")}
         above = field

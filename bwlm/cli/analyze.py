@@ -78,19 +78,19 @@ def gap(
         raise UserError("analyze gap: give either runs or --from with a table of losses")
     if losses is not None:
         with busy(f"resampling {losses.name}"):
-            found, notes = gaps_from(losses, resamples)
+            gaps, notes = gaps_from(losses, resamples)
         name, default = readable(losses.name), None
     else:
         with busy("reading and resampling losses"):
-            found, notes = _gaps_of_runs(runs or [], storage)
+            gaps, notes = _gaps_of_runs(runs or [], storage)
         name, default = " ".join(runs or []), _default(storage, runs or []) / "gap"
-    analysis = gap_analysis(found, name, notes)
+    analysis = gap_analysis(gaps, name, notes)
     for line in notes:
         say(line)
     _write(analysis, output, default)
     if as_json:
-        return print_json([gap_figures(one) for one in found])
-    show(table(GAP_HEADER, [gap_columns(one) for one in found], f"{name}: gaps between directions"))
+        return print_json([gap_figures(one) for one in gaps])
+    show(table(GAP_HEADER, [gap_columns(one) for one in gaps], f"{name}: gaps between directions"))
     for line in analysis.findings:
         print(line)
     return None
@@ -251,15 +251,19 @@ def _run(
     chosen, left_out = choose(storage_root(storage), runs)
     folders, notes = begun(chosen, left_out)
     with busy(f"analysing {counted(len(folders), 'run')}"):
-        found = analyse(chosen if rates else folders)
-    for note in [*notes, *found.notes]:
+        analysis = analyse(chosen if rates else folders)
+    for note in [*notes, *analysis.notes]:
         say(f"note: {note}")
-    _write(found, output, _default(storage, runs) / found.name)
+    _write(analysis, output, _default(storage, runs) / analysis.name)
     if as_json:
-        more = {name: _records(table) for name, table in found.more.items()}
-        told = {"findings": found.findings, "notes": [*notes, *found.notes], "table": _records(found.table)}
-        return print_json(told | ({"more": more} if more else {}))
-    for line in found.findings:
+        more = {name: _records(table) for name, table in analysis.more.items()}
+        document = {
+            "findings": analysis.findings,
+            "notes": [*notes, *analysis.notes],
+            "table": _records(analysis.table),
+        }
+        return print_json(document | ({"more": more} if more else {}))
+    for line in analysis.findings:
         print(line)
     return None
 
@@ -272,10 +276,10 @@ def _default(storage: str | None, runs: list[str]) -> Path:
     """Return a folder named after `runs`, so that an analysis of other runs does not overwrite this one."""
     from bwlm.paths import storage_root
 
-    asked = " ".join(runs)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", asked)[:_LONGEST].strip("._")
-    if name != asked:
-        name += f"-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+    joined = " ".join(runs)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", joined)[:_LONGEST].strip("._")
+    if name != joined:
+        name += f"-{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
     return storage_root(storage) / "analyses" / name
 
 

@@ -139,7 +139,7 @@ def _inspect_conversations(
 
     recipe, root = _recipe(settings, storage, lambda content: with_defaults(content, phase))
     _, _, tokenizer = get_tokenizer(recipe, root / "cache", say)
-    found = [
+    conversations = [
         check_conversation(messages, f"{source.name}: train conversation {index}")
         for source in sources_of(recipe)
         for index, messages in enumerate(islice(source.read("train"), count))
@@ -147,7 +147,7 @@ def _inspect_conversations(
     supervised = PHASES[phase].supervised == "written"
     shown = [
         {name: inspect_conversation(one, name, recipe.data.reversal, supervised, tokenizer) for name in directions}
-        for one in found
+        for one in conversations
     ]
     if as_json:
         return print_json([one[directions[0]] for one in shown])

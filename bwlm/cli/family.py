@@ -27,10 +27,12 @@ def _member(member: Member, gathered: bool) -> Branch:
 
 def _leaves(leaves: Leaves) -> Branch:
     states = Counter(member.cell.state for member in leaves.members)
-    told = f"all {min(states)}" if len(states) == 1 else ", ".join(f"{n} {state}" for state, n in states.most_common())
+    summary = (
+        f"all {min(states)}" if len(states) == 1 else ", ".join(f"{n} {state}" for state, n in states.most_common())
+    )
     phase = leaves.members[0].cell.phase
     return Branch(
-        f"{len(leaves.members)} {phase} runs of grid {leaves.grid}, {told}; each: bwlm runs tree {leaves.grid}"
+        f"{len(leaves.members)} {phase} runs of grid {leaves.grid}, {summary}; each: bwlm runs tree {leaves.grid}"
     )
 
 

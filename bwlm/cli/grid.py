@@ -92,8 +92,8 @@ def grid_status(grid: GridFile, set_: Set = None, storage: Storage = None, as_js
 
     plan, root = _load(grid, set_, storage)
     planned = find_cells(plan, root)
-    known, told = load_readable(p.folder for p in planned if p.folder.exists())
-    for line in told:
+    known, left_out = load_readable(p.folder for p in planned if p.folder.exists())
+    for line in left_out:
         say(line)
     if as_json:
         return print_json(_status_document(plan, root))

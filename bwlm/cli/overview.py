@@ -14,7 +14,7 @@ Fields = list[tuple[str, str]]
 
 def sections(run: dict[str, Any]) -> list[tuple[str, Fields]]:
     """Return titles and fields of what `bwlm.record.catalog.describe.describe` returns, without empty sections."""
-    found = [
+    titled = [
         (_headline(run), _itself(run)),
         ("family", _family(run)),
         (f"set otherwise than in {run['parent']}", _changes(run["changed"] or {})),
@@ -22,7 +22,7 @@ def sections(run: dict[str, Any]) -> list[tuple[str, Fields]]:
         ("made from", _made_from(run)),
         ("kept", _kept(run)),
     ]
-    return [(title, fields) for title, fields in found if fields]
+    return [(title, fields) for title, fields in titled if fields]
 
 
 def _headline(run: dict[str, Any]) -> str:

@@ -67,8 +67,8 @@ def train(
             raise UserError("--parent: missing: name the run to evaluate")
         return evaluate(parent, storage=storage, as_json=as_json)
     flags = {"phase": phase, "parent": parent, "direction": direction, "depth": depth, "lr": lr, "seed": seed}
-    given = {name: value for name, value in flags.items() if value is not None}
-    plan, root = plan_experiment(given, set_ or [], id_, storage), storage_root(storage)
+    flags_set = {name: value for name, value in flags.items() if value is not None}
+    plan, root = plan_experiment(flags_set, set_ or [], id_, storage), storage_root(storage)
     result = launch(plan, root, accept_code)
     if as_json:
         cells = [cell.to_json() for cell in result.cells]

@@ -143,10 +143,10 @@ def _check_token(address: str) -> None:
     must show a token and has none.
     """
     if address == "auto":
-        found = ray._private.services.find_gcs_addresses()
-        if len(found) != 1:
+        addresses = ray._private.services.find_gcs_addresses()
+        if len(addresses) != 1:
             return  # Ray's own error says what is missing
-        [gcs] = found
+        [gcs] = addresses
     else:
         gcs = address
     if "://" in gcs:

@@ -48,8 +48,8 @@ class MessageGenerator:
 
     def prompt(self, conversation: Conversation, reading: str) -> Prompt:
         """Return the prompt for the last answer of a whole conversation, or for its first question."""
-        given = conversation[1:] if predicts_user_turn(reading, self.reversal) else conversation[:-1]
-        return build_prompt(given, reading, self.direction, self.reversal, self.tokenizer)
+        context = conversation[1:] if predicts_user_turn(reading, self.reversal) else conversation[:-1]
+        return build_prompt(context, reading, self.direction, self.reversal, self.tokenizer)
 
     def generate(
         self, model: GPT, prompts: Sequence[Prompt], reading: str, seeds: Sequence[int], temperature: float = 0.0

@@ -54,7 +54,7 @@ def evaluate_texts(
     Saves the loss of every segment in the run's folder, as `evaluations/<phase>/<direction>/<task>.parquet` with a
     summary beside it.
     """
-    found = []
+    results = []
     for task, corpus in corpora.items():
         evaluation = _evaluation(loaded, task, corpus)
         for reading in readings:
@@ -63,7 +63,7 @@ def evaluate_texts(
             home = folder.evaluation(loaded.config.experiment.phase, reading)
             segments.save(home, evaluation.byte_counts, name=task)
             figures: dict[str, Any] = segments.summary()
-            found.append(
+            results.append(
                 TextLoss(
                     id=folder.id,
                     task=task,
@@ -76,7 +76,7 @@ def evaluate_texts(
                     token_bytes=evaluation.byte_counts,
                 )
             )
-    return found
+    return results
 
 
 def _evaluation(loaded: LoadedModel, task: str, corpus: str) -> LossEvaluation:

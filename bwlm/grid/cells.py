@@ -111,19 +111,19 @@ def check_same(planned: PlannedCell, changed: list[str], plan: Plan, accept_code
     raise UserError(f"{plan.name}: exists with other settings ({'; '.join(changed)}): take another --id, or {remove}")
 
 
-def resume_config(known: RunConfig, asked: RunConfig, begun: bool = True) -> RunConfig:
+def resume_config(known: RunConfig, requested: RunConfig, begun: bool = True) -> RunConfig:
     """Return the config of an existing run, with this launch's settings of where and how fast it resumes.
 
     Kernels, batch size and compilation were chosen when the run was planned, maybe on another machine. Unless this
     launch sets `compute` otherwise, they stay once the run has begun, or if this machine would choose another
     precision. Precision is part of the run's identity: it stays unless this launch names one.
     """
-    settings = asked.experiment
+    settings = requested.experiment
     update = {"resources": settings.resources, "checkpoint": settings.checkpoint, "compute": settings.compute}
     # batch size and kernels are chosen for a precision: a choice for another precision does not fit this run
-    stays = begun or asked.compute.precision != known.compute.precision
-    compute = known.compute if stays and settings.compute == known.experiment.compute else asked.compute
-    identity = dict(asked.identity)
+    stays = begun or requested.compute.precision != known.compute.precision
+    compute = known.compute if stays and settings.compute == known.experiment.compute else requested.compute
+    identity = dict(requested.identity)
     if settings.compute.precision == "auto":
         compute = replace(compute, precision=known.compute.precision)
         identity["precision"] = known.identity["precision"]
@@ -135,10 +135,10 @@ def resume_config(known: RunConfig, asked: RunConfig, begun: bool = True) -> Run
         experiment=known.experiment.model_copy(update=update),
         identity=identity,
         compute=compute,
-        corpus=asked.corpus,  # the same text, in another folder if it had to be prepared again
-        tokenizer=asked.tokenizer,
-        identity_version=asked.identity_version,
-        modules=asked.modules,
+        corpus=requested.corpus,  # the same text, in another folder if it had to be prepared again
+        tokenizer=requested.tokenizer,
+        identity_version=requested.identity_version,
+        modules=requested.modules,
     )
 
 

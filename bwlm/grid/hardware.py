@@ -26,19 +26,19 @@ from bwlm.record.run_config import RunConfig
 
 def plan_compute(experiment: Experiment, shape: GPTConfig, steps: int) -> Compute:
     """Return how a run will compute on its workers; settings that are left open are chosen for the hardware."""
-    asked, resources = experiment.compute, experiment.resources
+    settings, resources = experiment.compute, experiment.resources
     wanted = ComputeOverrides(
-        None if asked.precision == "auto" else asked.precision,
-        None if asked.attention == "auto" else asked.attention,
-        asked.fused_loss,
-        asked.compile,
-        asked.device_batch_size,
+        None if settings.precision == "auto" else settings.precision,
+        None if settings.attention == "auto" else settings.attention,
+        settings.fused_loss,
+        settings.compile,
+        settings.device_batch_size,
     )
     hardware, peak = _worker_hardware("cuda" if resources.gpus_per_worker else "cpu", resources.cpus_per_worker)
     if 0 < (part := resources.gpus_per_worker) < 1:
         hardware = replace(hardware, name=f"{part:g} of a {hardware.name}", memory=part * hardware.memory)
     rows = experiment.budget.batch_tokens // shape.sequence_length // resources.workers
-    sampling = PHASES[experiment.phase].has_reward and asked.compile is None
+    sampling = PHASES[experiment.phase].has_reward and settings.compile is None
     chosen = choose_compute(replace(wanted, compile=False) if sampling else wanted, hardware, peak, shape, rows, steps)
     if sampling:
         chosen = replace(chosen, reasons=chosen.reasons | {"compile": "off: most of a step is the writing of samples"})
@@ -81,8 +81,8 @@ def _worker_hardware(device: DeviceType, threads: int) -> tuple[Hardware, float]
     if not os.environ.get("RAY_ADDRESS"):
         return look_at_hardware(device, threads)
     look = ray.remote(look_at_hardware).options(num_cpus=threads, num_gpus=1 if device == "cuda" else 0)
-    found: tuple[Hardware, float] = ray.get(look.remote(device, threads))
-    return found
+    hardware: tuple[Hardware, float] = ray.get(look.remote(device, threads))
+    return hardware
 
 
 @cache

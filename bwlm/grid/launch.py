@@ -119,11 +119,11 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
 
 def _tell_other_code(plan: Plan, storage: Path, show: Callable[[str], None]) -> None:
     """Print a line for each way in which the code of finished cells differs; they are not trained again."""
-    found: dict[str, list[str]] = {}
+    by_code: dict[str, list[str]] = {}
     for planned in find_cells(plan, storage):
         if planned.other_code and planned.is_done:
-            found.setdefault(planned.other_code, []).append(planned.cell.id)
-    for how, cells in found.items():
+            by_code.setdefault(planned.other_code, []).append(planned.cell.id)
+    for how, cells in by_code.items():
         show(f"{counted(len(cells), 'cell')} stay as they are ({cells[0]}, ..), finished by other code ({how})")
 
 
@@ -202,15 +202,15 @@ def _resolved(plan: Plan, storage: Path, prepared: dict[str, Prepared], accept_c
     for planned in find_cells(plan, storage):
         cell, parent = planned.cell, planned.cell.experiment.parent
         link = link_to(storage, parent, cell.experiment.phase, cell.id) if parent else None
-        asked = run_config(plan, cell, prepared[cell.id], storage, link)
+        config = run_config(plan, cell, prepared[cell.id], storage, link)
         if planned.folder.exists():
             known = planned.folder.config()
-            asked = resume_config(known, asked, begun=planned.status.step > 0)
-            check_same(planned, other_settings(known.identity, asked.identity), plan, accept_code)
-            asked = with_code_of(known, asked, planned)
+            config = resume_config(known, config, begun=planned.status.step > 0)
+            check_same(planned, other_settings(known.identity, config.identity), plan, accept_code)
+            config = with_code_of(known, config, planned)
         if not planned.is_done:
-            asked = compiled_if_it_can(asked)
-        resolved.append(_Resolved(planned, asked, link, _dataset(prepared[cell.id])))
+            config = compiled_if_it_can(config)
+        resolved.append(_Resolved(planned, config, link, _dataset(prepared[cell.id])))
     return resolved
 
 

@@ -216,11 +216,11 @@ class GPT(nn.Module):
         x, flat = self._hidden(ids, segments).flatten(0, 1), targets.flatten()
         weights = None if importance is None else importance.flatten()
         if self.loss_chunk:
-            found = fused_loss(x, self.lm_head.weight, flat, self.loss_chunk, predict, self._chunk_gradient, weights)
+            losses = fused_loss(x, self.lm_head.weight, flat, self.loss_chunk, predict, self._chunk_gradient, weights)
         else:
-            found = plain_loss(x, self.lm_head.weight, flat, predict, weights)
-        predicted = found.predicted.view_as(targets) if predict else found.predicted
-        return Losses(found.total, found.each.view_as(targets), predicted)
+            losses = plain_loss(x, self.lm_head.weight, flat, predict, weights)
+        predicted = losses.predicted.view_as(targets) if predict else losses.predicted
+        return Losses(losses.total, losses.each.view_as(targets), predicted)
 
     def compile_training(self) -> None:
         """Compile blocks and loss for training; in evaluation mode the model still runs uncompiled.

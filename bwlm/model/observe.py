@@ -43,9 +43,9 @@ def statistics(values: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _stacked(found: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    found = list(found)
-    return {name: torch.stack([one[name] for one in found]).cpu() for name in found[0]}
+def _stacked(entries: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    entries = list(entries)
+    return {name: torch.stack([one[name] for one in entries]).cpu() for name in entries[0]}
 
 
 def histogram_edges() -> list[float]:
@@ -91,7 +91,7 @@ def activation_statistics(model: GPT, ids: Tensor, segments: Tensor | None = Non
         hooks += [
             block.attention.register_forward_hook(lambda _m, _in, out, at=layer: keep("attention", at, out)),
             block.mlp.register_forward_hook(lambda _m, _in, out, at=layer: keep("mlp", at, out)),
-            block.mlp.down.register_forward_pre_hook(lambda _m, given, at=layer: keep("hidden", at, given[0])),
+            block.mlp.down.register_forward_pre_hook(lambda _m, inputs, at=layer: keep("hidden", at, inputs[0])),
         ]
     try:
         with evaluating(model):
@@ -136,16 +136,16 @@ def attention_statistics(
             assert isinstance(block, Block)
             query, key, _ = block.attention.qkv(norm(x), rope)
             shared = query.size(1) // key.size(1)
-            found = []
+            per_head = []
             for head in range(query.size(1)):
                 scores = query[:, head].float() @ key[:, head // shared].float().transpose(1, 2)
                 p = (scores / query.size(-1) ** 0.5).masked_fill(~allowed, -torch.inf).softmax(-1)
                 entropy = torch.special.entr(p).sum(-1)
                 looked_back, on_first = (p * back).sum(-1), p.gather(-1, first[..., None]).squeeze(-1)
-                found.append(torch.stack([value[counts].mean() for value in (entropy, looked_back, on_first)]))
+                per_head.append(torch.stack([value[counts].mean() for value in (entropy, looked_back, on_first)]))
                 if head == 0:
                     maps.append(p[0, :positions, :positions].cpu())
-            figures.append(torch.stack(found))
+            figures.append(torch.stack(per_head))
     entropy, distance, first_share = torch.stack(figures).cpu().unbind(-1)
     return AttentionStatistics(entropy, distance, first_share, torch.stack(maps))
 

@@ -99,10 +99,10 @@ class Optimizer:
         if missing or unexpected:
             raise ValueError(f"optimizer state: {_some('missing', missing)}; {_some('unexpected', unexpected)}")
         for name, value in own.items():
-            given = tensors[name]
-            if (given.shape, given.dtype) != (value.shape, value.dtype):
+            loaded = tensors[name]
+            if (loaded.shape, loaded.dtype) != (value.shape, value.dtype):
                 raise ValueError(
-                    f"optimizer state {name!r} is {given.dtype} {tuple(given.shape)}, "
+                    f"optimizer state {name!r} is {loaded.dtype} {tuple(loaded.shape)}, "
                     f"not {value.dtype} {tuple(value.shape)}"
                 )
         for name, value in own.items():

@@ -163,10 +163,10 @@ def phase_content(content: Mapping[str, Any], phase: str, document: Document) ->
     own["phase"] = phase
     places = dict(document.places)
     block = document.content["phases"][phase] or {}
-    given = dict(_leaves({name: value for name, value in block.items() if name != "axes"}))
-    if any(f"budget.{name}" in given for name in HORIZONS) and isinstance(own.get("budget"), dict):
+    settings = dict(_leaves({name: value for name, value in block.items() if name != "axes"}))
+    if any(f"budget.{name}" in settings for name in HORIZONS) and isinstance(own.get("budget"), dict):
         own["budget"] = {name: value for name, value in own["budget"].items() if name not in HORIZONS}
-    for field, value in given.items():
+    for field, value in settings.items():
         places[field] = document.place(f"phases.{phase}.{field}")
         assign(own, field, value, places[field])
     return own, Document(document.name, own, places)

@@ -47,13 +47,13 @@ def available_gpus() -> int:
         return 0
     from bwlm.model.compute import can_use_gpus, count_gpus
 
-    found = count_gpus()
-    if found and not can_use_gpus():
+    gpus = count_gpus()
+    if gpus and not can_use_gpus():
         raise UserError(
-            f"this machine has {found} GPUs that torch cannot use: update the driver, or install a torch that it "
+            f"this machine has {gpus} GPUs that torch cannot use: update the driver, or install a torch that it "
             "can run; resources.gpus_per_worker=0 trains on the CPU"
         )
-    return found
+    return gpus
 
 
 def available_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

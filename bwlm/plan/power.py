@@ -101,12 +101,12 @@ def detectable(plan: Plan, seed_noise: float | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def detectable_words(found: dict[str, Any]) -> str:
+def detectable_words(detected: dict[str, Any]) -> str:
     """Return the result of `detectable` as a line of text."""
-    if not found["pairs"]:
+    if not detected["pairs"]:
         return "no verdict: no size has two directions to compare"
     of_seeds: dict[tuple[int, int, int], list[dict[str, Any]]] = defaultdict(list)
-    for pair in found["pairs"]:
+    for pair in detected["pairs"]:
         choose = FEWEST_SEEDS if pair["choosing_seeds"] is None else min(pair["choosing_seeds"], FEWEST_SEEDS)
         of_seeds[pair["seeds"], pair["fewest_seeds"], choose].append(pair)
     parts = []
@@ -119,16 +119,16 @@ def detectable_words(found: dict[str, Any]) -> str:
             parts.append(
                 f"no verdict for {which} (the rate is chosen by {counted(choose, 'seed')}, it needs {FEWEST_SEEDS})"
             )
-        elif found["seed_noise"] is None:
+        elif detected["seed_noise"] is None:
             parts.append(f"{pairs[0]['gap_sd']:.2f} standard deviations of the paired seed difference for {which}")
         else:
             parts.append(
-                f"{pairs[0]['gap_nats']:.4f} nats/token for {which}, at a seed noise of {found['seed_noise']:g}"
+                f"{pairs[0]['gap_nats']:.4f} nats/token for {which}, at a seed noise of {detected['seed_noise']:g}"
             )
-    if found["family"] == 0:
+    if detected["family"] == 0:
         return "; ".join(parts)
-    holm = f"Holm over {found['family']}"
-    return f"smallest gap seen with {100 * found['power']:.0f} % power ({holm}): {'; '.join(parts)}"
+    holm = f"Holm over {detected['family']}"
+    return f"smallest gap seen with {100 * detected['power']:.0f} % power ({holm}): {'; '.join(parts)}"
 
 
 def _identity(cell: Cell) -> dict[str, Any]:

@@ -208,11 +208,11 @@ def _delete_all_but(stay: Iterable[Path], folder: Path, check: Check) -> None:
 
 def _whole(folder: Path) -> dict[int, Path]:
     """Return the folder of each complete checkpoint by step, in order."""
-    found: dict[int, Path] = {}
+    folders: dict[int, Path] = {}
     for path in sorted(folder.glob(f"*/{META}")):  # `.step_..replaced` sorts first, so its replacement overrides it
         if match := _COMMITTED.fullmatch(path.parent.name):
-            found[int(match[1] or match[2])] = path.parent
-    return dict(sorted(found.items()))
+            folders[int(match[1] or match[2])] = path.parent
+    return dict(sorted(folders.items()))
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

@@ -58,9 +58,9 @@ def module_digests(phase: str, mixture: tuple[str, ...] = (), root: Path = REPOS
         if name in trees or name in NO_RESULT or not path.exists():
             continue
         trees[name] = ast.parse(path.read_bytes())
-        found = set(_imports(trees[name]))
-        pending += sorted(module for module in found if module.startswith(_FOLLOWED))
-        if "tasks" in found:
+        imported = set(_imports(trees[name]))
+        pending += sorted(module for module in imported if module.startswith(_FOLLOWED))
+        if "tasks" in imported:
             pending += _tasks_named(mixture, root)
     return {name: _digest(tree, NO_SETTINGS if name == "bwlm.config" else ()) for name, tree in sorted(trees.items())}
 
@@ -103,12 +103,12 @@ def _tasks_named(mixture: Iterable[str], root: Path) -> list[str]:
 
     The registry imports all tasks, and would make all of them count.
     """
-    found = []
+    modules = []
     for path in sorted((root / "tasks").glob("*.py")):
         texts = {node.value for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Constant)}
         if path.stem != "__init__" and texts & set(mixture):
-            found.append(f"tasks.{path.stem}")
-    return found
+            modules.append(f"tasks.{path.stem}")
+    return modules
 
 
 # ---- the encoding ----

@@ -116,8 +116,8 @@ class ExperimentFolder:
         content = asdict(config) | {"experiment": config.experiment.model_dump(), "fingerprint": config.fingerprint}
         own = self.path / TOKENIZER
         folders = {"corpus": Path(config.corpus), "tokenizer": own if own.exists() else Path(config.tokenizer)}
-        told = {name: _from_storage(folder, self.path.parent) for name, folder in folders.items()}
-        write_json(self.path / "config.json", sealed(content | told | besides))
+        paths = {name: _from_storage(folder, self.path.parent) for name, folder in folders.items()}
+        write_json(self.path / "config.json", sealed(content | paths | besides))
 
     def _read_config(self) -> dict[str, Any]:
         """Return the content of config.json.
@@ -338,12 +338,12 @@ def _from_storage(folder: Path, storage: Path) -> str:
     return folder.relative_to(storage).as_posix() if folder.is_relative_to(storage) else str(folder)
 
 
-def _in_storage(told: str, storage: Path) -> str:
+def _in_storage(written: str, storage: Path) -> str:
     """Return the path that a file tells.
 
     Earlier versions wrote absolute paths into the storage's cache of that time; this storage's cache comes first.
     """
-    path = Path(told)
+    path = Path(written)
     moved = storage.joinpath(*path.parts[-3:])
     if path.is_absolute() and path.parts[-3:-2] == ("cache",) and moved.exists():
         return str(moved)
@@ -378,9 +378,9 @@ def parents_in(storage: Path) -> dict[str, str | None]:
 
 
 def _parent_of(folder: ExperimentFolder) -> str | None:
-    for asked in (folder.parent, lambda: folder.config().experiment.parent):
+    for read in (folder.parent, lambda: folder.config().experiment.parent):
         with contextlib.suppress(UserError):
-            return asked()
+            return read()
     return None
 
 

@@ -77,16 +77,16 @@ def damage(folder: ExperimentFolder, config: RunConfig, status: Status, thorough
     that line.
     """
     records = folder.records_left()
-    found = list(_changed(folder.path, records, thorough))
-    found += _link_faults(folder.link(), config)
+    faults = list(_changed(folder.path, records, thorough))
+    faults += _link_faults(folder.link(), config)
     if NAME not in records:
-        found += _journal_faults(folder.path, status, thorough)
+        faults += _journal_faults(folder.path, status, thorough)
     log = folder.research_log(config.experiment.phase)
-    if thorough and status.ended and log.exists() and log.name not in {line.partition(":")[0] for line in found}:
+    if thorough and status.ended and log.exists() and log.name not in {line.partition(":")[0] for line in faults}:
         every = config.experiment.research_log.scalars
         due = status.step - status.step % every if every and status.state == "finished" else 0
-        found += _log_faults(_state(log), due)
-    return found
+        faults += _log_faults(_state(log), due)
+    return faults
 
 
 def _link_faults(link: ParentLink | None, config: RunConfig) -> Iterator[str]:
@@ -176,7 +176,7 @@ def readable(folders: Iterable[ExperimentFolder], damaged: bool = False) -> tupl
     No damaged run must hide the rest. With `damaged` a run stays if its config, status and link can be trusted; its
     faults are named all the same, as far as a check that reads little finds them.
     """
-    found, reasons = [], []
+    whole, reasons = [], []
     for folder in folders:
         if not folder.path.exists():
             reasons.append(f"{folder.id} is left out: it has not begun")
@@ -185,12 +185,12 @@ def readable(folders: Iterable[ExperimentFolder], damaged: bool = False) -> tupl
             folder.link()
             faults = folder.damage(thorough=not damaged)
             if damaged or not faults:
-                found.append(folder)
+                whole.append(folder)
             if faults:
                 reasons.append(damage_words(folder, faults, left_out=not damaged))
         except UserError as error:
             reasons.append(f"{folder.id} is left out: {error}")
-    return found, reasons
+    return whole, reasons
 
 
 def damage_words(folder: ExperimentFolder, faults: list[str], left_out: bool = False) -> str:

@@ -62,12 +62,12 @@ def varying_settings(identities: Mapping[str, Mapping[str, Any]]) -> list[str]:
         return [str(fields.get(name)) for fields in identities.values()]
 
     names = [name for name in known if setting_of(name)[1] not in {*VARIED, *_DIGESTS, "depth"}]
-    found: list[str] = []
+    varying: list[str] = []
     for name in sorted(names, key=setting_of):
-        said = (setting_of(name)[1] == setting_of(other)[1] and values(name) == values(other) for other in found)
+        said = (setting_of(name)[1] == setting_of(other)[1] and values(name) == values(other) for other in varying)
         if any(varies(name, depth) for depth in depths) and not any(said):
-            found.append(name)
-    return found
+            varying.append(name)
+    return varying
 
 
 def setting_of(name: str) -> tuple[int, str]:

@@ -123,10 +123,10 @@ class Lineage:
 
     def descendants(self, run: str) -> list[str]:
         """Return the ids of a run's descendants, nearest first."""
-        found = [run]
-        for other in found:
-            found += [child for child in self.children(other) if child not in found]
-        return found[1:]
+        descendants = [run]
+        for other in descendants:
+            descendants += [child for child in self.children(other) if child not in descendants]
+        return descendants[1:]
 
     def around(self, runs: Iterable[str]) -> Lineage:
         """Return the lineage of these runs alone, with their ancestors and descendants."""
@@ -139,17 +139,17 @@ class Lineage:
         At the top are base runs, runs whose parent is gone, and of each circle of links the first run by id.
         """
         seen: set[str] = set()
-        found = []
+        roots = []
         for run, parent in self._parents.items():
             if parent not in self._parents:
                 note = "" if parent is None else f"its parent {parent} is not here"
-                found.append(self._tree(run, note, seen))
+                roots.append(self._tree(run, note, seen))
         for run in self._parents:
             if run not in seen:  # its ancestors form a circle: the first by id stands at the top
                 circle = self._circle(run)
                 note = f"damaged links go in a circle: {' > '.join([*circle, circle[0]])}"
-                found.append(self._tree(circle[0], note, seen))
-        return sorted(found, key=lambda kin: kin.id)
+                roots.append(self._tree(circle[0], note, seen))
+        return sorted(roots, key=lambda kin: kin.id)
 
     def _tree(self, run: str, note: str, seen: set[str]) -> LineageNode:
         seen.add(run)

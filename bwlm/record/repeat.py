@@ -34,8 +34,8 @@ def train_command(run: str, experiment: Experiment) -> str:
         if (value := getattr(experiment, flag)) is not None:
             words += [f"--{flag}", str(value)]
     sections = {name for name, value in experiment if isinstance(value, BaseModel)} - {"resources"}
-    given = experiment.model_dump(include=sections | {"tasks", "differs"}, exclude_defaults=True)
+    settings = experiment.model_dump(include=sections | {"tasks", "differs"}, exclude_defaults=True)
     if not PHASES[experiment.phase].is_first:  # the defaults below are the phase's or the parent's: always write them
-        given.setdefault("model", {})["document_mask"] = experiment.model.document_mask
-        given.setdefault("optim", {})["init_lr_frac"] = experiment.optim.init_lr_frac
-    return shlex.join([*words, *(word for setting in written_settings(given) for word in ("--set", setting))])
+        settings.setdefault("model", {})["document_mask"] = experiment.model.document_mask
+        settings.setdefault("optim", {})["init_lr_frac"] = experiment.optim.init_lr_frac
+    return shlex.join([*words, *(word for setting in written_settings(settings) for word in ("--set", setting))])

@@ -397,15 +397,15 @@ def _append(file: Any, name: str, rows: Sequence[Entry]) -> None:
     rows = [row for row in rows if row["step"] > newest]
     known = {column for row in rows for column in row} | (set(_columns(group)) if rows else set())
     for column in sorted(known):
-        given = [index for index, row in enumerate(rows) if column in row]
+        present = [index for index, row in enumerate(rows) if column in row]
         if column not in group:
-            _make(group, column, rows[given[0]][column])
+            _make(group, column, rows[present[0]][column])
         dataset = group[column]
         dataset.resize(there + len(rows), axis=0)  # what a step lacks is the fill value, which reads as missing
-        if len(given) == len(rows):
+        if len(present) == len(rows):
             dataset[there:] = np.stack([row[column] for row in rows])
         else:
-            for index in given:
+            for index in present:
                 dataset[there + index] = rows[index][column]
 
 

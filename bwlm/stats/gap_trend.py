@@ -113,30 +113,30 @@ def _size_in_parameters(one: Gap, parameters: Mapping[Size, float] | None) -> fl
 # Words
 
 
-def _told(a: str, b: str, found: _Slope, sure: bool) -> GapTrend:
-    trend = _trend(found, sure)
-    low, high = found.interval
+def _told(a: str, b: str, fit: _Slope, sure: bool) -> GapTrend:
+    trend = _trend(fit, sure)
+    low, high = fit.interval
     words = {
         "grows": "grows with size",
         "shrinks": "shrinks with size",
-        "moves": f"moves with size in favour of {a if found.slope > 0 else b}",
-        "changes sign": f"changes sign: {a if found.fitted[1] > 0 else b} is ahead at the largest size",
+        "moves": f"moves with size in favour of {a if fit.slope > 0 else b}",
+        "changes sign": f"changes sign: {a if fit.fitted[1] > 0 else b} is ahead at the largest size",
         "cannot be told": "may grow or shrink with size, that cannot be told",
     }[trend]
     sentence = (
-        f"The gap {b} - {a} {words}: {found.slope:+.4f} nats per token for each doubling of the parameters "
-        f"(95 % {low:+.4f} .. {high:+.4f}, {counted(len(found.sizes), 'size')}), on the line from "
-        f"{found.fitted[0]:+.4f} at {found.sizes[0]} to {found.fitted[1]:+.4f} at {found.sizes[-1]}."
+        f"The gap {b} - {a} {words}: {fit.slope:+.4f} nats per token for each doubling of the parameters "
+        f"(95 % {low:+.4f} .. {high:+.4f}, {counted(len(fit.sizes), 'size')}), on the line from "
+        f"{fit.fitted[0]:+.4f} at {fit.sizes[0]} to {fit.fitted[1]:+.4f} at {fit.sizes[-1]}."
     )
-    return GapTrend(a, b, found.sizes, found.fitted, found.slope, found.interval, found.p, trend, sentence)
+    return GapTrend(a, b, fit.sizes, fit.fitted, fit.slope, fit.interval, fit.p, trend, sentence)
 
 
-def _trend(found: _Slope, sure: bool) -> Trend:
+def _trend(fit: _Slope, sure: bool) -> Trend:
     if not sure:
         return "cannot be told"
-    first, last = found.fitted
+    first, last = fit.fitted
     if first * last < 0:
-        return "changes sign" if found.sure_ends else "moves"
+        return "changes sign" if fit.sure_ends else "moves"
     return "grows" if abs(last) > abs(first) else "shrinks"
 
 

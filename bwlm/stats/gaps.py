@@ -96,10 +96,10 @@ def gaps(losses: pd.DataFrame, resamples: int = 10_000, seed: int = 0, alpha: fl
     bidirectional, permuted, then any others by name. Each gap bootstraps from the same `seed`, so its interval does not
     depend on what else is in the table. Raises `UserError` if a pair cannot be measured.
     """
-    found, problems = measured_pairs(losses, resamples, seed)
+    measured, problems = measured_pairs(losses, resamples, seed)
     if problems:
         raise UserError("; ".join(problems))
-    return judge(found, alpha)
+    return judge(measured, alpha)
 
 
 def measured_pairs(losses: pd.DataFrame, resamples: int = 10_000, seed: int = 0) -> tuple[list[Gap], list[str]]:
@@ -115,13 +115,13 @@ def measured_pairs(losses: pd.DataFrame, resamples: int = 10_000, seed: int = 0)
             f"nothing to compare: no size has runs of two directions (directions found: "
             f"{listed({direction for cells in runs.values() for direction in cells})}); add runs of a second direction"
         )
-    found, problems = [], []
+    measured, problems = [], []
     for size, a, b in pairs:
         try:
-            found.append(_measure(runs, a, b, size, resamples, seed))
+            measured.append(_measure(runs, a, b, size, resamples, seed))
         except UserError as error:
             problems.append(f"size {size}, {a} and {b}: {error}")
-    return found, problems
+    return measured, problems
 
 
 def judge(family: Sequence[Gap], alpha: float = 0.05) -> list[Gap]:

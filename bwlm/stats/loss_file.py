@@ -31,11 +31,11 @@ def gaps_from(path: Path, resamples: int = 10_000) -> tuple[list[Gap], list[str]
     losses = read_losses(path)
     try:
         losses = checked_rows(losses)
-        found, problems = measured_pairs(losses, resamples)
+        measured, problems = measured_pairs(losses, resamples)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    twice = [f"{path}: {told}" for told in _repeated_rows(losses)]
-    if not found:
+    twice = [f"{path}: {fault}" for fault in _repeated_rows(losses)]
+    if not measured:
         raise UserError("; ".join([f"{path}: {problem}" for problem in problems] + twice))
     directions = losses.groupby("size")["direction"].unique()
     notes = [f"{path}: not compared: {problem}" for problem in problems]
@@ -47,7 +47,7 @@ def gaps_from(path: Path, resamples: int = 10_000) -> tuple[list[Gap], list[str]
     each = losses["nll"].sum() / losses["tokens"].sum()
     if each < _LEAST:
         notes.append(f"{path}: a loss of {each:.4f} nats a token in all: nll must be a document's sum, not its mean")
-    return judge(found), notes + twice
+    return judge(measured), notes + twice
 
 
 def _repeated_rows(losses: pd.DataFrame) -> list[str]:

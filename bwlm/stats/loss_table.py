@@ -139,10 +139,10 @@ def _finite(losses: pd.DataFrame, name: str) -> FloatArray:
         if wrong.any():
             place = int(wrong.argmax())
             row = losses.iloc[place]
-            if _HAS_COMMA.fullmatch(found := str(row[name]).strip()):
+            if _HAS_COMMA.fullmatch(text := str(row[name]).strip()):
                 fault, advice = "which has a comma", "write numbers without commas, with a point before decimals"
             raise UserError(
-                f"row {place + 1}: {name} of document '{row['document']}' in run '{row['run']}' is {found}, {fault}: "
+                f"row {place + 1}: {name} of document '{row['document']}' in run '{row['run']}' is {text}, {fault}: "
                 f"{advice}"
             )
     return values

@@ -99,12 +99,12 @@ def hold_out(table: pd.DataFrame, direction: str, resamples: int = 200, seed: in
     exact = len(runs[kept].drop_duplicates(["parameters", "tokens"])) <= len(unknowns(terms))
     drawn_rn = _redraw(runs, resamples, seed)
     law, laws = fit_law(runs[kept], terms, None if drawn_rn is None else drawn_rn[:, kept])
-    found = []
+    predictions = []
     for tokens in sorted(runs.loc[~kept, "tokens"].unique()):
         cell = ~kept & (runs["tokens"] == tokens).to_numpy()
         predicted_r = np.array([float(one.loss(largest, tokens)) for one in laws])
         miss_r = [] if drawn_rn is None else np.exp(drawn_rn[:, cell]).mean(axis=1) - predicted_r
-        found.append(
+        predictions.append(
             HeldOut(
                 direction=direction,
                 parameters=float(largest),
@@ -117,7 +117,7 @@ def hold_out(table: pd.DataFrame, direction: str, resamples: int = 200, seed: in
                 exact=exact,
             )
         )
-    return found
+    return predictions
 
 
 def checked_runs(table: pd.DataFrame) -> pd.DataFrame:
@@ -166,7 +166,7 @@ def _runs_of(runs: pd.DataFrame, direction: str) -> pd.DataFrame:
 def _identified(runs: pd.DataFrame, direction: str) -> tuple[tuple[Term, ...], str]:
     """Return the terms that the runs can tell apart, and why not both. Raises `UserError` if there is none."""
     sizes, budgets = runs["parameters"].nunique(), runs["tokens"].nunique()
-    found = f"{direction} has {counted(sizes, 'size')} and {counted(budgets, 'token budget')}"
+    counts = f"{direction} has {counted(sizes, 'size')} and {counted(budgets, 'token budget')}"
     if budgets == 1 and sizes >= FEWEST_SIZES:
         return ("parameters",), "all runs have one token budget, so B and b cannot be told from E"
     if sizes == 1 and budgets >= FEWEST_SIZES:
@@ -180,11 +180,11 @@ def _identified(runs: pd.DataFrame, direction: str) -> tuple[tuple[Term, ...], s
         return ("parameters", "tokens"), ""
     if sizes < FEWEST_SIZES:
         raise UserError(
-            f"{found}: too few for a law in size; train {FEWEST_SIZES} sizes or more, such as depth: [2, 4, 8], "
+            f"{counts}: too few for a law in size; train {FEWEST_SIZES} sizes or more, such as depth: [2, 4, 8], "
             "at one token budget, or three budgets each"
         )
     raise UserError(
-        f"{found}, in too few combinations to tell size from data; train {FEWEST_SIZES} sizes or more, "
+        f"{counts}, in too few combinations to tell size from data; train {FEWEST_SIZES} sizes or more, "
         f"each at the same {FEWEST_SIZES} budgets, or all at one"
     )
 

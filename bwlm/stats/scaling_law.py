@@ -69,8 +69,8 @@ def fit_law(runs: pd.DataFrame, terms: tuple[Term, ...], resampled_rn: FloatArra
     """
     problem = _Problem.from_runs(runs, terms)
     log_loss_n = np.log(runs["loss"].to_numpy(dtype=np.float64))
-    found = [_minimise(problem, start_p, log_loss_n) for start_p in _starts(problem, log_loss_n)]
-    best_p = min(found, key=lambda one: one[0])[1]
+    minima = [_minimise(problem, start_p, log_loss_n) for start_p in _starts(problem, log_loss_n)]
+    best_p = min(minima, key=lambda one: one[0])[1]
     if resampled_rn is None:
         return problem.law(best_p), []
     return problem.law(best_p), [problem.law(_minimise(problem, best_p, drawn_n)[1]) for drawn_n in resampled_rn]

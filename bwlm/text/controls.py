@@ -117,8 +117,8 @@ class ReversibleChain:
         symbols[:, 0] = np.searchsorted(np.cumsum(totals), _below(draws[:, 0], totals.sum()), side="right")
         for place in range(1, length):
             now = symbols[:, place - 1]
-            found = np.searchsorted(edges, stride * now + _below(draws[:, place], totals[now]), side="right")
-            symbols[:, place] = found - len(totals) * now
+            indexes = np.searchsorted(edges, stride * now + _below(draws[:, place], totals[now]), side="right")
+            symbols[:, place] = indexes - len(totals) * now
         return symbols
 
 

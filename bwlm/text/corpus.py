@@ -163,17 +163,17 @@ def _give(endings: tuple[str, ...]) -> str:
 def _local(path: Path, source: str, field: str, endings: tuple[str, ...]) -> list[Shard]:
     root = path.parent
     if path.is_dir():
-        root, paths = path, sorted(found for found in path.iterdir() if found.name.endswith(endings))
+        root, paths = path, sorted(file for file in path.iterdir() if file.name.endswith(endings))
     elif path.exists():
         paths = [path]
     elif glob.has_magic(str(path)):
         root = Path(_fixed_part(str(path)))
-        paths = [Path(found) for found in sorted(_glob(str(path))) if found.endswith(endings)]
+        paths = [Path(file) for file in sorted(_glob(str(path))) if file.endswith(endings)]
     else:
         raise NoSource(f"{field}: {source} does not exist: {_give(endings)}")
     folder = str(root.resolve())
     own = root.resolve().name if is_split_folder(folder, lambda name: Path(name).is_dir()) else ""
-    return [_local_shard(found, split_of(str(found.relative_to(root)), own)) for found in paths]
+    return [_local_shard(file, split_of(str(file.relative_to(root)), own)) for file in paths]
 
 
 def _local_shard(path: Path, split: FileSplit) -> Shard:

@@ -104,8 +104,8 @@ def prepare_mixture(
             overlap = overlap_of(temporary, mixture.train, mixture.validation)
             replace(mixture, overlap=overlap).write(temporary)
     mixture = Manifest.read(folder)
-    if mixture.overlap and (told := mixture.overlap.words("conversation")):
-        progress(told)
+    if mixture.overlap and (repeated := mixture.overlap.words("conversation")):
+        progress(repeated)
     return Prepared(folder, mixture, tokenizer, tokenizer_folder)
 
 

@@ -51,13 +51,13 @@ class Overlap:
         """Return a warning, or '' where the splits share no document."""
         if not self.validation:
             return ""
-        told = (
+        sentence = (
             f"{self.validation:,} of {self.of_validation:,} validation {noun}s stand in the training text too "
             f"({self.train:,} {noun}{'s' if self.train > 1 else ''} there)"
         )
         if self.validation < self.of_validation:
-            return told
-        return f"{told}: all of them, so a validation loss measures what a model remembers"
+            return sentence
+        return f"{sentence}: all of them, so a validation loss measures what a model remembers"
 
 
 def count_overlap(train: Iterable[Path], validation: Iterable[Path]) -> Overlap:

@@ -61,8 +61,8 @@ def prepare(recipe: Recipe, storage: Path, pack: Pack, progress: ShowProgress) -
                 _remove_empty([cache / "tokenizers", cache, storage], before)
             raise
     manifest = Manifest.read(folder)
-    if manifest.overlap and (told := manifest.overlap.words()):
-        progress(told)
+    if manifest.overlap and (note := manifest.overlap.words()):
+        progress(note)
     return Prepared(folder, manifest, tokenizer, tokenizer_folder, corpus)
 
 
@@ -87,10 +87,10 @@ def get_tokenizer(recipe: Recipe, cache: Path, progress: ShowProgress) -> tuple[
     A tokenizer that was trained on the same corpus before is read from the cache. Raises `UserError` for a fault of
     the text or of the tokenizer.
     """
-    given = _given_tokenizer(recipe)
+    named = _given_tokenizer(recipe)
     corpus = find_corpus(recipe.data, cache, progress)
     check_shards(corpus)
-    folder, tokenizer = given or _trained_tokenizer(recipe.tokenizer.vocab_size, corpus, cache, progress)
+    folder, tokenizer = named or _trained_tokenizer(recipe.tokenizer.vocab_size, corpus, cache, progress)
     return corpus, folder, tokenizer
 
 

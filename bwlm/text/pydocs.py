@@ -141,7 +141,7 @@ def _installed(name: str) -> importlib.metadata.Distribution | None:
 
 def find_modules(packages: Iterable[str]) -> dict[str, str]:
     """Return the source file of each module by its dotted name, sorted by name."""
-    found = {}
+    modules = {}
     for package in packages:
         if package == STANDARD_LIBRARY:
             root = folder = Path(sysconfig.get_path("stdlib"))
@@ -151,8 +151,8 @@ def find_modules(packages: Iterable[str]) -> dict[str, str]:
         else:
             continue
         for path in _sources(folder):
-            found[_module_name(path.relative_to(root))] = str(path)
-    return dict(sorted(found.items()))
+            modules[_module_name(path.relative_to(root))] = str(path)
+    return dict(sorted(modules.items()))
 
 
 def _sources(folder: Path) -> Iterator[Path]:
@@ -181,7 +181,7 @@ def _read_in_child(paths: list[str]) -> dict[str, list[Docstring]]:
     command = [sys.executable, "-P", "-m", "bwlm.text.pydocs"]
     question = json.dumps(paths).encode()
     child = subprocess.run(command, input=question, stdout=subprocess.PIPE, env=environment, check=True)
-    return {path: [(name, text) for name, text in found] for path, found in json.loads(child.stdout).items()}
+    return {path: [(name, text) for name, text in documents] for path, documents in json.loads(child.stdout).items()}
 
 
 def _child() -> None:
@@ -225,9 +225,9 @@ def _module_documents(read: dict[str, list[Docstring]]) -> dict[str, str]:
     """Return a document for each module; of equal docstrings only the first stays."""
     seen: set[str] = set()
     documents = {}
-    for module, found in read.items():
+    for module, texts in read.items():
         fresh = []
-        for name, text in found:
+        for name, text in texts:
             if text not in seen:
                 seen.add(text)
                 fresh.append(f"{name}\n\n{text}" if name else text)

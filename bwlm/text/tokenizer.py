@@ -195,19 +195,19 @@ class Tokenizer:
 
         Raises `UserError` that names what is missing, damaged or of another tokenizer.
         """
-        pattern, specials, told = _read_header(folder / _HEADER)
+        pattern, specials, noted = _read_header(folder / _HEADER)
         ranks = _read_ranks(folder / _RANKS)
         try:
             tokenizer = cls(ranks, specials, pattern)
         except ValueError as error:
             raise UserError(f"{folder}: not a tokenizer ({error}): train it again") from None
-        if tokenizer.digest != told:
+        if tokenizer.digest != noted:
             raise UserError(
                 f"{folder / _HEADER}: digest: does not match this file and {_RANKS}: copy both again, or train again"
             )
         if digest not in (None, tokenizer.digest):
             raise UserError(
-                f"{folder / _HEADER}: not the tokenizer of the run (digest {told}, not {digest}): "
+                f"{folder / _HEADER}: not the tokenizer of the run (digest {noted}, not {digest}): "
                 "put the run's own back"
             )
         return tokenizer

@@ -186,8 +186,8 @@ def _step(
         means.update(_means(phase, session, batch, token_losses))
 
     importance = tensors.get("importance")
-    asked = session.stopping()
-    result = train_step(tensors["inputs"], tensors["targets"], segments, importance, asked, view.predict, before_update)
+    stop = session.stopping()
+    result = train_step(tensors["inputs"], tensors["targets"], segments, importance, stop, view.predict, before_update)
     if not result.is_finite:
         rows = ", ".join(map(str, phase.rows_at(step)))
         raise TrainingDiverged(
@@ -207,13 +207,13 @@ def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
 
 def _means(phase: PhaseSetup, session: Session, batch: Batch, token_losses: Tensor) -> dict[str, float]:
     """Return the phase's metrics of a step, as means over all ranks; a mean of nothing is left out."""
-    found = {}
+    means = {}
     for name, sums in phase.measure(batch, token_losses).items():
         if session.world > 1:
             dist.all_reduce(sums)
         if sums[1]:
-            found[name] = float(sums[0] / sums[1])
-    return found
+            means[name] = float(sums[0] / sums[1])
+    return means
 
 
 def _multiplier(step: int, phase: PhaseSetup) -> float:
@@ -226,19 +226,19 @@ def _validate(phase: PhaseSetup, progress: TrainingProgress) -> Evaluated | None
     if not _is_due(progress.step, phase.evaluate_every, phase.steps):
         return None
     began = time.perf_counter()
-    found = _evaluate(phase, progress)
-    return replace(found, metrics=found.metrics | {"validation_seconds": time.perf_counter() - began})
+    validation = _evaluate(phase, progress)
+    return replace(validation, metrics=validation.metrics | {"validation_seconds": time.perf_counter() - began})
 
 
 def _evaluate(phase: PhaseSetup, progress: TrainingProgress) -> Evaluated:
-    found = phase.evaluate(phase.model, progress.step)
-    if broken := [name for name, figure in found.metrics.items() if not math.isfinite(figure)]:
+    validation = phase.evaluate(phase.model, progress.step)
+    if broken := [name for name, figure in validation.metrics.items() if not math.isfinite(figure)]:
         raise TrainingDiverged(
             f"{', '.join(broken)} not finite at step {progress.step}, though the training loss was; lower lr",
             progress.step,
         )
-    progress.validation = found.metrics
-    return found
+    progress.validation = validation.metrics
+    return validation
 
 
 def _save(

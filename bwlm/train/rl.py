@@ -61,10 +61,10 @@ def phase(folder: ExperimentFolder, session: Session, stream: Stream) -> PhaseSe
         return (rollouts.batch(base.model, step, session.rank, session.world) for step in range(first, last))
 
     def evaluate(model: GPT, step: int) -> Evaluated:
-        found = base.evaluate(model, step)
+        validation = base.evaluate(model, step)
         metrics, shown = _validate(model, rollouts, held_out, session)
         raise_on_all_ranks(session, lambda: _save_samples(folder, step, shown) if session.rank == 0 else None)
-        return replace(found, metrics=found.metrics | metrics)
+        return replace(validation, metrics=validation.metrics | metrics)
 
     def rows_at(step: int) -> NDArray[np.int64]:
         return np.concatenate([rollouts.chosen(step, rank, session.world) for rank in range(session.world)])
@@ -103,12 +103,12 @@ def measure(batch: Batch, losses: Tensor, surprise: bool) -> dict[str, Tensor]:
     `surprise` says that samples are drawn from the model's own distribution (temperature 1, no `top_k`): then the
     mean surprise at them estimates its entropy.
     """
-    found = {name: batch[name] for name in ("reward", "sample_tokens", "finished", "rollout_seconds")}
+    figures = {name: batch[name] for name in ("reward", "sample_tokens", "finished", "rollout_seconds")}
     for number, reading in enumerate(TEXT_READINGS):
-        found[f"reward_{reading}"] = batch["reward"][batch["reading"] == number]
+        figures[f"reward_{reading}"] = batch["reward"][batch["reading"] == number]
     sums = {
         name: torch.tensor([values.sum(), len(values)], dtype=torch.float32, device=losses.device)
-        for name, values in found.items()
+        for name, values in figures.items()
     }
     if surprise:
         targets = int((batch["targets"] >= 0).sum())

@@ -54,7 +54,7 @@ def load_problems(corpus: str, split: str, tokenizer: Tokenizer) -> list[list[Pr
     Raises `UserError` if a source has no whole conversation.
     """
     rows = open_rows(corpus, split)
-    found = []
+    by_source = []
     for source, (first, last) in zip(rows.sources, rows.source_rows(), strict=True):
         task = find_task(source.name)
         assert isinstance(task, Verifiable), "refused when it was planned"
@@ -64,8 +64,8 @@ def load_problems(corpus: str, split: str, tokenizer: Tokenizer) -> list[list[Pr
                 f"data.mixture: {source.name}: no {split} conversation fits whole into {rows.width} tokens: "
                 "give shorter ones, or a model with a longer model.sequence_length"
             )
-        found.append(problems)
-    return found
+        by_source.append(problems)
+    return by_source
 
 
 def _conversations(rows: Rows, tokenizer: Tokenizer) -> Iterator[Conversation]:

@@ -79,5 +79,5 @@ def _first_failure(session: Session, error: BwlmError | None) -> BwlmError | Non
         text = str(error).encode()[:_LONGEST_WORDS]
         words[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
     dist.broadcast(words, src=int(first))
-    told = bytes(words.tolist()).rstrip(b"\0").decode(errors="replace")
-    return error or RunError(f"rank {int(first)}: {told}")
+    message = bytes(words.tolist()).rstrip(b"\0").decode(errors="replace")
+    return error or RunError(f"rank {int(first)}: {message}")

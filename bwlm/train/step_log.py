@@ -94,8 +94,8 @@ class StepView:
         if observer.is_due("activations", self.number):
             rows = slice(max(1, _ACTIVATION_TOKENS // self.tensors["inputs"].size(1)))
             segments = self.tensors["segments"][rows] if observer.masked else None
-            found = activation_statistics(observer.model, self.tensors["inputs"][rows], segments)
-            self.seen["activations"] = _arrays(found)
+            statistics = activation_statistics(observer.model, self.tensors["inputs"][rows], segments)
+            self.seen["activations"] = _arrays(statistics)
 
     def entries(self, result: StepResult, metrics: dict[str, float]) -> Entries:
         """Return the entries that rank 0 writes for the step; a collective."""

@@ -94,12 +94,12 @@ class Validation:
         if wanted.validation:
             tokens = [measured[name][1] for name in self.readings]
             entries["validation"] = {
-                "loss": np.stack([found.nll for found in tokens]),
-                "correct": np.stack([found.correct for found in tokens]),
+                "loss": np.stack([one.nll for one in tokens]),
+                "correct": np.stack([one.correct for one in tokens]),
             }
         if wanted.attention:
             looked = [vars(self.inside.attention(model, name, marked)) for name in own]
-            entries["attention"] = {name: torch.stack([found[name] for found in looked]).numpy() for name in looked[0]}
+            entries["attention"] = {name: torch.stack([one[name] for one in looked]).numpy() for name in looked[0]}
         if wanted.representations:
             states = np.stack([self.inside.states(model, name, marked) for name in own])
             entries["representations"] = {"states": states}

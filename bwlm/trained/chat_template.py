@@ -74,5 +74,5 @@ def ends(experiment: Experiment, tokenizer: Tokenizer) -> list[int]:
         return [tokenizer.bos]
     turns, reversal = TurnIds.from_tokenizer(tokenizer), experiment.data.reversal
     asking = [predicts_user_turn(reading, reversal) for reading in own_readings(experiment.direction)]
-    markers = [turns.user_start if asked else turns.assistant_end for asked in asking]
+    markers = [turns.user_start if asks else turns.assistant_end for asks in asking]
     return [*dict.fromkeys(markers), tokenizer.bos]

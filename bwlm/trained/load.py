@@ -60,10 +60,10 @@ def load_model(
     config = folder.config()
     candidates = _candidates(folder, step)
     tokenizer = Tokenizer.load(Path(config.tokenizer))
-    found, weights, meta = _read(folder, candidates, tokenizer)
+    loaded_step, weights, meta = _read(folder, candidates, tokenizer)
     model = GPT(config.shape, compute_dtype)
     model.load_state_dict(weights)
-    return LoadedModel(model.to(device).eval(), tokenizer, config, meta, found)
+    return LoadedModel(model.to(device).eval(), tokenizer, config, meta, loaded_step)
 
 
 def _candidates(folder: ExperimentFolder, step: int | None) -> list[int]:
@@ -88,8 +88,8 @@ def _read(folder: ExperimentFolder, candidates: list[int], tokenizer: Tokenizer)
         except DamagedCheckpoint as error:
             damage.append(str(error))
             continue
-        for told in damage:
-            log.warning("%s; took the checkpoint of step %d instead", told, step)
+        for fault in damage:
+            log.warning("%s; took the checkpoint of step %d instead", fault, step)
         return step, weights, meta
     raise UserError(f"{damage[0]}: choose another step, or train {folder.id} again")
 
@@ -100,11 +100,11 @@ def _check_model(folder: ExperimentFolder, tokenizer: Tokenizer, meta: dict[str,
     With them a model would not fail, but read and write other text.
     """
     config = folder.config()
-    for name, found in (("tokenizer", tokenizer.digest), ("vocab_size", tokenizer.vocab_size)):
-        if meta.get(name) != found:
+    for name, own in (("tokenizer", tokenizer.digest), ("vocab_size", tokenizer.vocab_size)):
+        if meta.get(name) != own:
             raise UserError(
                 f"{config.tokenizer}: not the tokenizer that {folder.id} was trained with "
-                f"({found} instead of {meta.get(name)}): put that one back"
+                f"({own} instead of {meta.get(name)}): put that one back"
             )
     expected = {name: value for name, value in config.checkpoint_meta().items() if name != "id"}
     check_fits(step_folder(folder.checkpoints, step), meta, expected)

@@ -116,16 +116,16 @@ def _cka(pairs: pd.DataFrame, between: str) -> alt.TopLevelMixin:
         readings = sorted(pairs["reading"].unique(), reverse=True)
         color = direction_color(pairs["direction"], **_BELOW)
         legend = alt.Legend(**_BELOW)
-        told: dict[str, Any] = {"strokeDash": alt.StrokeDash("reading:N", sort=readings, title="read", legend=legend)}
+        dashes: dict[str, Any] = {"strokeDash": alt.StrokeDash("reading:N", sort=readings, title="read", legend=legend)}
     else:
         legend = alt.Legend(labelLimit=300, symbolOpacity=1, **_BELOW)
         names = list(pairs["pair"].unique())
         color = alt.Color("pair:N", title="pair", sort=names, scale=alt.Scale(scheme="dark2"), legend=legend)
-        told = {}
+        dashes = {}
     x = alt.X("layer:O", title="layer (-1: embedding)", axis=alt.Axis(labelAngle=0))
     base = alt.Chart(pairs).encode(x=x, color=color, detail="pair:N")
     y = {"title": "CKA", "scale": alt.Scale(domainMax=1, zero=False)}
-    curves = base.mark_line(strokeWidth=1.5).encode(y=alt.Y("cka:Q", **y), **told)
+    curves = base.mark_line(strokeWidth=1.5).encode(y=alt.Y("cka:Q", **y), **dashes)
     points = base.mark_point(filled=True, size=28, opacity=1).encode(y=alt.Y("cka:Q", **y))
     ranges = base.mark_rule(opacity=0.4).encode(y=alt.Y("low:Q", **y), y2="high:Q")
     title = "CKA between seeds" if between == "seeds" else "CKA across directions"

@@ -61,8 +61,8 @@ def compare(folders: list[ExperimentFolder]) -> Analysis:
         notes.append(f"left out: {counted(others, 'run')} of RL, whose rewards `bwlm analyze rewards` shows")
     if apart_from := curves["run"].nunique() - held["run"].nunique():
         notes.append(f"{counted(apart_from, 'run')} of SFT: curves only, as each direction writes its own text there")
-    found = [*_sentences(table), *_difference_sentences(apart)]
-    return Analysis("compare", title, found, table, comparison_curves(bands(curves), apart, title), notes)
+    findings = [*_sentences(table), *_difference_sentences(apart)]
+    return Analysis("compare", title, findings, table, comparison_curves(bands(curves), apart, title), notes)
 
 
 def without_rl(folders: list[ExperimentFolder]) -> list[ExperimentFolder]:
@@ -163,7 +163,7 @@ def _spread(apart: pd.DataFrame) -> pd.DataFrame:
     """Return mean and interval over the columns, at few enough rows to draw."""
     chosen = apart.iloc[np.unique(np.linspace(0, len(apart) - 1, _POINTS).astype(int))]
     tested = [paired_t(row) if len(row) >= FEWEST_SEEDS else None for row in chosen.to_numpy()]
-    low, high = zip(*[found[1] if found else (math.nan, math.nan) for found in tested], strict=True)
+    low, high = zip(*[interval[1] if interval else (math.nan, math.nan) for interval in tested], strict=True)
     return pd.DataFrame(
         {
             "tokens": chosen.index,
@@ -177,17 +177,17 @@ def _spread(apart: pd.DataFrame) -> pd.DataFrame:
 
 def _difference_sentences(apart: pd.DataFrame) -> list[str]:
     """Return a sentence for each size and direction, with the differences at the quarters of the training."""
-    found = []
+    sentences = []
     for (size, name, first), part in apart.groupby(["size", "direction", "against"], sort=False):
         end = part["tokens"].max()
         at = [part.iloc[(part["tokens"] - end * share).abs().argmin()]["difference"] for share in (0.25, 0.5, 0.75, 1)]
         quarters = ", ".join(f"{value:+.4f}" for value in at)
         seeds = counted(int(part["seeds"].iloc[0]), "seed")
-        found.append(
+        sentences.append(
             f"{size}: training loss of {name} less that of {first} on the same text, in nats per token, after each "
             f"quarter of the training: {quarters} ({seeds})"
         )
-    return found
+    return sentences
 
 
 def efficiency(curves: pd.DataFrame) -> pd.DataFrame:
@@ -227,15 +227,15 @@ def at_best_rates(curves: pd.DataFrame, best: dict[tuple[str, str], float]) -> p
 
 def _needed(curves: pd.DataFrame, level: float) -> dict[int, tuple[float, float]]:
     """Return tokens and FLOPs at which each seed first comes down to a loss, interpolated between steps."""
-    found = {}
+    by_seed = {}
     for seed, run in curves.groupby("seed"):
         lowest = np.minimum.accumulate(run["loss"].to_numpy())
         at = int(np.argmax(lowest <= level + 1e-12))
         before = max(at - 1, 0)
         share = (lowest[before] - level) / (lowest[before] - lowest[at]) if lowest[before] > lowest[at] else 1.0
         tokens, flops = (run[name].to_numpy(dtype=float)[[before, at]] for name in ("tokens", "flops"))
-        found[int(str(seed))] = (float(tokens @ [1 - share, share]), float(flops @ [1 - share, share]))
-    return found
+        by_seed[int(str(seed))] = (float(tokens @ [1 - share, share]), float(flops @ [1 - share, share]))
+    return by_seed
 
 
 def _row(

@@ -51,12 +51,12 @@ def _kind(name: str) -> str:
 
 def _extremes(table: pd.DataFrame, group: str) -> list[str]:
     """Return a sentence for each series: the layer with the largest values at the end."""
-    found = []
+    sentences = []
     for series, part in table.groupby("series", sort=False):
         last = part[part["step"] == part["step"].max()]
         top = last.loc[last["rms"].idxmax()]
-        found.append(
+        sentences.append(
             f"{series}: at step {int(top['step'])} the largest rms of {group} is {top['rms']:.3g}, "
             f"of {top['what']} in layer {int(top['layer'])}"
         )
-    return found
+    return sentences

@@ -101,13 +101,13 @@ def _power_of_two(values: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _sentences(table: pd.DataFrame) -> list[str]:
-    found = []
+    sentences = []
     for series, group in table.groupby("series", sort=False):
         for kind in KINDS[:2]:
             part = group[group["kind"] == kind].sort_values("bin")
             first, last = part.iloc[0], part.iloc[-1]
-            found.append(
+            sentences.append(
                 f"{series}: loss by {kind}: {first['loss']:.3f} nats at {first['bin']:.0f}, "
                 f"{last['loss']:.3f} from {last['bin']:.0f} on"
             )
-    return found
+    return sentences

@@ -83,7 +83,7 @@ def _groups(folders: list[ExperimentFolder]) -> dict[str, str]:
 
 def _states(folders: list[ExperimentFolder], groups: dict[str, str]) -> tuple[list[States], list[str]]:
     """Return the states of each run and own reading, and why other runs have none."""
-    found: list[States] = []
+    logged: list[States] = []
     notes = []
     for folder in folders:
         try:
@@ -93,14 +93,14 @@ def _states(folders: list[ExperimentFolder], groups: dict[str, str]) -> tuple[li
                 step = int(run.last("representations", "step"))
                 for reading, of_reading in zip(readings, states, strict=True):
                     layers = [Kernel.from_states(of_layer) for of_layer in of_reading]
-                    found.append(
+                    logged.append(
                         States(
                             folder.id, groups[folder.id], run.direction, str(reading), run.seed, step, tokens, layers
                         )
                     )
         except UserError as error:
             notes.append(str(error))
-    return sorted(found, key=lambda one: one.rank), notes
+    return sorted(logged, key=lambda one: one.rank), notes
 
 
 def _pairs(states: list[States], notes: list[str]) -> pd.DataFrame:
@@ -147,9 +147,9 @@ def ranked_heads(run: LoggedRun) -> pd.DataFrame:
     Columns: reading, layer, head (its rank), entropy in nats, distance in tokens, first_share (share of attention on
     the first token). Heads are ranked and not numbered, since head 0 of one seed is not head 0 of another.
     """
-    found = {name: run.last("attention", name) for name in _STATISTICS}  # each [reading, layer, head]
-    order = found["distance"].argsort(axis=-1)
-    ranked = {name: np.take_along_axis(values, order, axis=-1) for name, values in found.items()}
+    statistics = {name: run.last("attention", name) for name in _STATISTICS}  # each [reading, layer, head]
+    order = statistics["distance"].argsort(axis=-1)
+    ranked = {name: np.take_along_axis(values, order, axis=-1) for name, values in statistics.items()}
     reading, layer, head = np.indices(order.shape)
     readings = run.fixed("attention", "reading")
     frame = {"reading": readings[reading.ravel()], "layer": layer.ravel(), "head": head.ravel()}

@@ -68,10 +68,10 @@ def _ends(table: pd.DataFrame, ends: int) -> pd.DataFrame:
 
 
 def _sentences(ends: pd.DataFrame, steps: int) -> list[str]:
-    found = []
+    sentences = []
     for name, part in ends.groupby("series", sort=False):
         first, last = part["reward at first"], part["reward at last"]
-        told = f"{first.mean():.3f} over the first {counted(steps, 'step')}, {last.mean():.3f} over the last {steps}"
+        change = f"{first.mean():.3f} over the first {counted(steps, 'step')}, {last.mean():.3f} over the last {steps}"
         rose = f"it rose in {(last > first).sum()} of {counted(len(part), 'run')}"
-        found.append(f"{name}: mean reward {told}; {rose}")
-    return found
+        sentences.append(f"{name}: mean reward {change}; {rose}")
+    return sentences

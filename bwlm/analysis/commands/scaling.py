@@ -42,7 +42,7 @@ def scaling(folders: list[ExperimentFolder]) -> Analysis:
     """
     findings = find(folders)
     runs = losses_by_size(folders, findings)
-    at_own_size = [found for found in findings.gaps if PER_DIRECTION not in str(found.size)]
+    at_own_size = [gap for gap in findings.gaps if PER_DIRECTION not in str(gap.size)]
     return analyse(runs, at_own_size, findings.skipped)
 
 
@@ -159,15 +159,15 @@ def _fit_words(one: ScalingFit) -> str:
 def _held_out_words(one: HeldOut) -> str:
     size = f"N = {short_number(one.parameters)}, D = {short_number(one.tokens)}"
     where = f"{one.direction}, largest size left out ({size})"
-    found = f"found {one.found:.4f} over {counted(one.seeds, 'seed')}, {one.found - one.predicted:+.4f}"
+    measured = f"found {one.found:.4f} over {counted(one.seeds, 'seed')}, {one.found - one.predicted:+.4f}"
     if one.predicted_interval is None or one.miss_interval is None:
-        return f"{where}: predicted {one.predicted:.4f} nats per token, {found}."
+        return f"{where}: predicted {one.predicted:.4f} nats per token, {measured}."
     (low, high), (short, far) = one.predicted_interval, one.miss_interval
     verdict = "as predicted" if short <= 0 <= far else "worse than predicted" if short > 0 else "better than predicted"
     if one.exact:
         verdict = "the law goes through each of the other sizes, so these intervals are too narrow to judge it by"
     return (
-        f"{where}: predicted {one.predicted:.4f} nats per token (95 % {low:.4f} .. {high:.4f}), {found} "
+        f"{where}: predicted {one.predicted:.4f} nats per token (95 % {low:.4f} .. {high:.4f}), {measured} "
         f"(95 % {short:+.4f} .. {far:+.4f}): {verdict}."
     )
 

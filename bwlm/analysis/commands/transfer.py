@@ -37,9 +37,9 @@ def transfer(folders: list[ExperimentFolder]) -> Analysis:
     table = summary(runs)
     title = "Transfer between directions"
     further = {"other reading": other_readings(runs), "wrong marker": wrong_markers(folders, labels)}
-    found = _sentences(*further.values())
+    findings = _sentences(*further.values())
     more = {name: of for name, of in further.items() if len(of)}
-    return Analysis("transfer", title, found, table, transfer_chart(table, title), notes, more=more)
+    return Analysis("transfer", title, findings, table, transfer_chart(table, title), notes, more=more)
 
 
 def _of_reading(folder: ExperimentFolder, reading: str, size: str) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def wrong_markers(folders: list[ExperimentFolder], labels: dict[str, str]) -> pd
     Columns: size, lr, reading (the text's true order), seeds, nats (per token, loss with the wrong marker minus loss
     with the right one), low, high.
     """
-    found = []
+    changes = []
     for folder in folders:
         experiment = folder.config().experiment
         for reading in TEXT_READINGS:
@@ -109,8 +109,8 @@ def wrong_markers(folders: list[ExperimentFolder], labels: dict[str, str]) -> pd
             with contextlib.suppress(UserError):  # a run of one direction has no marker
                 wrong, right = (load_losses(folder, of) for of in (name, reading))
                 apart = float((wrong["nll"] - right["nll"]).sum() / right["tokens"].sum())
-                found.append((labels[folder.id], experiment.lr, reading, apart))
-    table = pd.DataFrame(found, columns=["size", "lr", "reading", "apart"])
+                changes.append((labels[folder.id], experiment.lr, reading, apart))
+    table = pd.DataFrame(changes, columns=["size", "lr", "reading", "apart"])
     groups = table.groupby(["size", "lr", "reading"])["apart"]
     rows = [(*key, *_over_seeds(apart.to_numpy())) for key, apart in groups]
     return pd.DataFrame(rows, columns=["size", "lr", "reading", *_SEEDS])
@@ -124,17 +124,17 @@ def _over_seeds(apart: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[int, floa
 
 
 def _sentences(readings: pd.DataFrame, markers: pd.DataFrame) -> list[str]:
-    found = []
+    sentences = []
     for row in readings.itertuples():
         both = is_marked(str(row.direction))
         reads, against = ("backwards", "reading forwards") if both else (row.reading, "its own direction")
-        found.append(
+        sentences.append(
             f"{_start(row)}: reading {reads} costs a {row.direction} model {_amount(row, f' against {against}')}"
         )
     for row in markers.itertuples():
-        told = f"on {row.reading} text the wrong marker costs a bidirectional model"
-        found.append(f"{_start(row)}: {told} {_amount(row)}")
-    return found
+        cost = f"on {row.reading} text the wrong marker costs a bidirectional model"
+        sentences.append(f"{_start(row)}: {cost} {_amount(row)}")
+    return sentences
 
 
 def _start(row: Any) -> str:
@@ -142,10 +142,10 @@ def _start(row: Any) -> str:
 
 
 def _amount(row: Any, against: str = "") -> str:
-    told = f"{row.nats:+.4f} nats per token{against}"
+    amount = f"{row.nats:+.4f} nats per token{against}"
     if math.isnan(row.low):
-        return f"{told} (one seed)"
-    return f"{told} ({100 * CONFIDENCE:.0f} % over {row.seeds} seeds: {row.low:+.4f} .. {row.high:+.4f})"
+        return f"{amount} (one seed)"
+    return f"{amount} ({100 * CONFIDENCE:.0f} % over {row.seeds} seeds: {row.low:+.4f} .. {row.high:+.4f})"
 
 
 def _interval(losses: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:

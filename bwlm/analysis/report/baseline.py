@@ -29,13 +29,13 @@ def baseline_section(folder: ExperimentFolder) -> list[str]:
     if folder.status().state != "finished":
         return [title, f"Nothing yet: the run is {folder.status().state}."]
     try:
-        found = gap_to_forward(folder)
+        to_forward = gap_to_forward(folder)
     except UserError as error:
         return [title, f"Nothing yet: {error}."]
     grid = folder.config().grid
     family = [f"The report of its grid, {grid}, judges all pairs together: quote that verdict."] if grid else []
-    sentence = gap_sentence(found)
-    table = markdown_table(GAP_HEADER, [gap_columns(found)])
+    sentence = gap_sentence(to_forward)
+    table = markdown_table(GAP_HEADER, [gap_columns(to_forward)])
     return [title, f"{sentence[0].upper()}{sentence[1:]}.", *family, table, _READING]
 
 

@@ -42,12 +42,12 @@ class Control:
 
 def control_runs(storage: Path) -> dict[tuple[str, str], list[ExperimentFolder]]:
     """Return the runs on a control's corpus, in any state, by corpus and by their grid (empty for none)."""
-    found: dict[tuple[str, str], list[ExperimentFolder]] = {}
+    runs: dict[tuple[str, str], list[ExperimentFolder]] = {}
     for folder in readable(list_experiments(storage))[0]:
         config = folder.config()
         if config.experiment.data.source in CONTROL_SOURCES:
-            found.setdefault((config.experiment.data.source, config.grid or ""), []).append(folder)
-    return dict(sorted(found.items()))
+            runs.setdefault((config.experiment.data.source, config.grid or ""), []).append(folder)
+    return dict(sorted(runs.items()))
 
 
 def judge_control(source: str, gaps: list[Gap], study: float | None, above: Mapping[Size, float]) -> list[Control]:
@@ -63,9 +63,11 @@ def judge_control(source: str, gaps: list[Gap], study: float | None, above: Mapp
         if {one.a, one.b} == set(TEXT_READINGS) and source == NULL:
             controls.append(_null(one, study, above.get(one.size, math.inf)))
         elif (one.a, one.b) == TEXT_READINGS or (one.a == BASELINE and DIRECTIONS[one.b].is_control):
-            found = one.verdict == DIFFERENT and one.gap_nats > 0
+            shows_gap = one.verdict == DIFFERENT and one.gap_nats > 0
             name = one.b if DIRECTIONS[one.b].is_control else "positive"
-            controls.append(Control(name, one, found, f"{one.verdict}, as it must be" if found else f"{one.verdict}"))
+            controls.append(
+                Control(name, one, shows_gap, f"{one.verdict}, as it must be" if shows_gap else f"{one.verdict}")
+            )
     return controls
 
 
@@ -134,12 +136,12 @@ def controls_section(folders: list[ExperimentFolder], findings: Findings) -> lis
     finest = None if is_control else min((abs(g.gap_nats) for g in claimed), default=None)
     rows, notes = [], []
     for (source, grid), of in runs.items():
-        found = find(of)
-        floor = above_floor(of, found.best) if source == NULL else pd.DataFrame()
-        controls = judge_control(source, found.gaps, finest, _farther(floor))
+        result = find(of)
+        floor = above_floor(of, result.best) if source == NULL else pd.DataFrame()
+        controls = judge_control(source, result.gaps, finest, _farther(floor))
         rows += [[c.name, grid, *gap_columns(c.gap)[:6], _CONTROL[c.passed], c.why] for c in controls]
         notes += [f"{source}: no pair was compared"] if not controls else []
-        notes += found.skipped + _of_other_code(source, of, folders) + _floor_words(floor)
+        notes += result.skipped + _of_other_code(source, of, folders) + _floor_words(floor)
     lacking = [name for name in CONTROL_SOURCES if name not in {source for source, _ in runs}]
     parts = ["## Controls"]
     parts += [markdown_table(["control", "grid", *GAP_HEADER[:6], "result", "why"], rows)] if rows else []
@@ -165,8 +167,8 @@ def _floor_words(floor: pd.DataFrame) -> list[str]:
     if floor.empty:
         return []
     means = floor.groupby(["size", "direction"])["bits"].agg(["mean", "min", "max"])
-    told = [
+    floors = [
         f"{size} {direction} {mean:.4f} ({low:.4f} .. {high:.4f})"
         for (size, direction), (mean, low, high) in zip(means.index, means.to_numpy(), strict=True)
     ]
-    return [f"above the known entropy of the null corpus, in bits per symbol: {'; '.join(told)}"]
+    return [f"above the known entropy of the null corpus, in bits per symbol: {'; '.join(floors)}"]

@@ -22,7 +22,7 @@ _BROWSER_LINK = re.compile(r" \(\[in the browser\]\([^)]*\)\)")
 def to_page(text: str, folder: Path, title: str) -> str:
     """Return Markdown as an HTML page, with its SVG pictures inlined from `folder`."""
     body = MarkdownIt("commonmark").enable("table").render(_BROWSER_LINK.sub("", text))
-    body = re.sub(r'src="([\w.-]+\.svg)"', lambda found: f'src="{_inline(folder / found[1])}"', body)
+    body = re.sub(r'src="([\w.-]+\.svg)"', lambda match: f'src="{_inline(folder / match[1])}"', body)
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}</body></html>\n'
 

@@ -68,19 +68,19 @@ def analysis_sections(
         again = f"`bwlm analyze {command} {shlex.join(names)}`"
         parts.append(f"## {title}")
         try:
-            found = analyse(folders)
+            analysis = analyse(folders)
         except UserError as error:
             ended = bool(folders) and all(folder.status().ended for folder in folders)
             first, *others = str(error).split("; ")
-            told = first + (f", and {len(others)} more like it" if others else "")
-            parts.append(f"Nothing: {told}." if ended else f"Nothing yet ({told}); later {again} makes it.")
+            reason = first + (f", and {len(others)} more like it" if others else "")
+            parts.append(f"Nothing: {reason}." if ended else f"Nothing yet ({reason}); later {again} makes it.")
             continue
         pictures.append(home / f"{command}.svg")
-        found.write(pictures[-1])
-        parts.append("\n".join(f"- {line}" for line in found.findings))
-        parts.append(f"![{found.title}]({command}.svg)")
-        parts += found.tables(_ROWS) if with_tables else []
-        parts += ["\n".join(f"- {note}" for note in found.notes)] if found.notes else []
+        analysis.write(pictures[-1])
+        parts.append("\n".join(f"- {line}" for line in analysis.findings))
+        parts.append(f"![{analysis.title}]({command}.svg)")
+        parts += analysis.tables(_ROWS) if with_tables else []
+        parts += ["\n".join(f"- {note}" for note in analysis.notes)] if analysis.notes else []
         parts.append(f"The whole analysis: {again}.")
     return parts, pictures
 
@@ -207,8 +207,8 @@ def repeat_section(folders: list[ExperimentFolder], command: str) -> list[str]:
         )
         lines.append((folder.id, config["fingerprint"], versions, how))
     kinds = dict.fromkeys((versions, how) for _, _, versions, how in lines)
-    told = ["With `BWLM_STORAGE` naming this storage:"] if "$BWLM_STORAGE" in command else []
-    parts = ["## How to repeat it", *told, f"```bash\n{command}\n```"]
+    storage_note = ["With `BWLM_STORAGE` naming this storage:"] if "$BWLM_STORAGE" in command else []
+    parts = ["## How to repeat it", *storage_note, f"```bash\n{command}\n```"]
     parts += [f"With {versions}; {how}." for versions, how in kinds]
     parts.append("Fingerprints: " + ", ".join(f"{run} `{mark}`" for run, mark, _, _ in lines) + ".")
     return parts

@@ -172,7 +172,7 @@ def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings, o
     parts += [_OWN_TEXT] if own_text else []
     if findings.gaps:
         parts += ["\n".join(map(gap_line, findings.gaps, findings.windows))]
-        parts += [markdown_table(GAP_HEADER, [gap_columns(found) for found in findings.gaps])]
+        parts += [markdown_table(GAP_HEADER, [gap_columns(gap) for gap in findings.gaps])]
         parts += [f"{gap_caption(findings)}. {_READING}"]
         parts += ["![gaps](gaps.svg) ([in the browser](gaps.html))"]
         parts += [_judged_again(findings.gaps)]
@@ -200,7 +200,7 @@ def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings, o
 
 def _judged_again(gaps: list[Gap]) -> str:
     line = f"Every document's loss lies beside this report: `bwlm analyze gap --from {LOSSES}` judges the gaps again"
-    if any(found.verdict == TOO_FEW_CHOSE for found in gaps):
+    if any(gap.verdict == TOO_FEW_CHOSE for gap in gaps):
         return f"{line}, but without the choice of rates: the file does not say how many seeds chose one."
     return f"{line}."
 

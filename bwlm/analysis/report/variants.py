@@ -67,17 +67,17 @@ class _Variant:
     """Means over the runs of the same seeds."""
 
     def of(self, name: str) -> dict[Seeds, float]:
-        return {seeds: found[name] for seeds, found in self.figures.items() if name in found}
+        return {seeds: values[name] for seeds, values in self.figures.items() if name in values}
 
 
 def variants(folders: list[ExperimentFolder]) -> list[Variants]:
     """Return the variants of each phase after base, in the order of the phases."""
-    found = []
+    sections = []
     for phase in LATER:
         runs = [f for f in folders if f.config().experiment.phase == phase and f.status().state == "finished"]
         if runs:
-            found.append(_of_phase(phase, runs))
-    return found
+            sections.append(_of_phase(phase, runs))
+    return sections
 
 
 def variants_section(folders: list[ExperimentFolder]) -> list[str]:
@@ -91,12 +91,12 @@ def variants_section(folders: list[ExperimentFolder]) -> list[str]:
 
 def _of_phase(phase: str, runs: list[ExperimentFolder]) -> Variants:
     fields = {run.id: with_ancestors(run) for run in runs}
-    found = _grouped(runs, fields)
+    grouped = _grouped(runs, fields)
     varied = [name for name in varying_settings(fields) if name != "parent_recipe"] + _varying_rates(fields)
-    figures = [name for name in _FIGURES if any(one.of(name) for one in found)]
+    figures = [name for name in _FIGURES if any(one.of(name) for one in grouped)]
     judged = next(name for name in _JUDGED if name in figures)
-    found.sort(key=lambda one: (_task(one), _rank(one, judged)))
-    seeded = any(len(one.figures) > 1 for one in found)
+    grouped.sort(key=lambda one: (_task(one), _rank(one, judged)))
+    seeded = any(len(one.figures) > 1 for one in grouped)
     header = ["id", "direction", "depth", *map(_short, varied)]
     header += [*(["seeds"] if seeded else []), *(_FIGURES[name] for name in figures)]
     rows = [
@@ -106,9 +106,9 @@ def _of_phase(phase: str, runs: list[ExperimentFolder]) -> Variants:
             *([str(len(_by_seed(one.of(judged))))] if seeded else []),
             *(_mean(_by_seed(one.of(name))) for name in figures),
         ]
-        for one in found
+        for one in grouped
     ]
-    return Variants(phase, header, rows, _comparisons(found, judged))
+    return Variants(phase, header, rows, _comparisons(grouped, judged))
 
 
 def _grouped(runs: list[ExperimentFolder], fields: dict[str, dict[str, Any]]) -> list[_Variant]:
@@ -116,7 +116,7 @@ def _grouped(runs: list[ExperimentFolder], fields: dict[str, dict[str, Any]]) ->
     for run in runs:
         alike = {name: value for name, value in fields[run.id].items() if not _is_of_a_seed(name)}
         groups.setdefault(json.dumps(alike, sort_keys=True), []).append(run)
-    found = []
+    grouped = []
     for group in groups.values():
         metrics: dict[Seeds, list[dict[str, float]]] = {}
         for run in group:
@@ -127,8 +127,8 @@ def _grouped(runs: list[ExperimentFolder], fields: dict[str, dict[str, Any]]) ->
         }
         globs = {without_seed(run.id) for run in group}
         name = globs.pop() if len(group) > 1 and len(globs) == 1 else ", ".join(run.id for run in group)
-        found.append(_Variant(name, fields[group[0].id], figures))
-    return found
+        grouped.append(_Variant(name, fields[group[0].id], figures))
+    return grouped
 
 
 def _over(runs: list[dict[str, float]], name: str) -> float:
@@ -148,11 +148,11 @@ def _varying_rates(fields: dict[str, dict[str, Any]]) -> list[str]:
     """Return the learning rates that vary, own and of ancestors, without a rate that varies just like one before."""
     known = {name for of_run in fields.values() for name in of_run if setting_of(name)[1] == "lr"}
     columns = {name: tuple(of_run.get(name) for of_run in fields.values()) for name in sorted(known, key=setting_of)}
-    found: list[str] = []
+    varying: list[str] = []
     for name, column in columns.items():
-        if len(set(column)) > 1 and column not in [columns[other] for other in found]:
-            found.append(name)
-    return found
+        if len(set(column)) > 1 and column not in [columns[other] for other in varying]:
+            varying.append(name)
+    return varying
 
 
 def _short(name: str) -> str:
@@ -174,10 +174,10 @@ def _rank(one: _Variant, judged: str) -> float:
 def _by_seed(figures: dict[Seeds, float]) -> FloatArray:
     """Return the mean figure of each seed of the statistics [seeds]."""
     place = next((n for n, column in enumerate(zip(*figures, strict=True)) if len(set(column)) > 1), 0)
-    found: dict[Any, list[float]] = {}
+    by_seed: dict[Any, list[float]] = {}
     for seeds, figure in figures.items():
-        found.setdefault(seeds[place], []).append(figure)
-    return np.array([np.mean(of_seed) for of_seed in found.values()])
+        by_seed.setdefault(seeds[place], []).append(figure)
+    return np.array([np.mean(of_seed) for of_seed in by_seed.values()])
 
 
 def _mean(values: FloatArray) -> str:
@@ -187,9 +187,9 @@ def _mean(values: FloatArray) -> str:
     return f"{values.mean():.4f}" + (f" ± {(spread[1][1] - spread[1][0]) / 2:.4f}" if spread else "")
 
 
-def _comparisons(found: list[_Variant], judged: str) -> list[str]:
+def _comparisons(grouped: list[_Variant], judged: str) -> list[str]:
     """Return sentences on the pairs of comparable variants; `found` is in order, the better first."""
-    pairs = [(one, other) for one, other in combinations(found, 2) if _task(one) == _task(other)]
+    pairs = [(one, other) for one, other in combinations(grouped, 2) if _task(one) == _task(other)]
     apart = [_differences(one.of(judged), other.of(judged)) for one, other in pairs]
     tested = {
         number: test for number, d in enumerate(apart) if len(d) >= FEWEST_SEEDS and (test := paired_t(d)) is not None

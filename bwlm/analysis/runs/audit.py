@@ -38,7 +38,7 @@ class Audit:
 
 def crossing_words(folders: list[ExperimentFolder]) -> list[str]:
     """Return lines on runs whose attention crosses segments and the effect on their losses; none if no run has it."""
-    crossing = [found for folder in folders if not (found := folder.config().experiment).model.document_mask]
+    crossing = [one for folder in folders if not (one := folder.config().experiment).model.document_mask]
     if not crossing:
         return []
     words = [

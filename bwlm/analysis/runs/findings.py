@@ -75,7 +75,7 @@ def find(folders: list[ExperimentFolder]) -> Findings:
     can_choose = best or any(rate.qualifies for rate in tried)
     compared, problems = _compare(test) if can_choose else ([], [])
     problems += _codes(finished)
-    windows = [_windows(test, found) for found in compared]
+    windows = [_windows(test, one) for one in compared]
     at_edge = _at_edge(best, tried)
     return Findings(best, compared, skipped, problems, _excluded(tried), windows, at_edge, test[with_counts(test)])
 
@@ -85,15 +85,15 @@ def _codes(folders: list[ExperimentFolder]) -> list[str]:
 
     Each version has pairs and verdicts of its own.
     """
-    found: dict[tuple[int, str], dict[str, set[int]]] = {}
+    by_phase: dict[tuple[int, str], dict[str, set[int]]] = {}
     for config in (folder.config() for folder in folders):
         experiment = config.experiment
-        codes = found.setdefault((experiment.depth, experiment.phase), {})
+        codes = by_phase.setdefault((experiment.depth, experiment.phase), {})
         codes.setdefault(config.code, set()).add(experiment.seed)
     return [
         f"d{depth} {phase}: trained by {len(codes)} codes, which are judged apart: "
         + "; ".join(f"{code} seeds {', '.join(map(str, sorted(seeds)))}" for code, seeds in codes.items())
-        for (depth, phase), codes in sorted(found.items())
+        for (depth, phase), codes in sorted(by_phase.items())
         if len(codes) > 1
     ]
 
@@ -115,9 +115,9 @@ def _rates(
     return table, tried, best_learning_rates(table, tried)
 
 
-def _windows(test: pd.DataFrame, found: Gap) -> int:
+def _windows(test: pd.DataFrame, measured: Gap) -> int:
     """Return the number of windows of a pair: those of one run, since all its runs were measured on the same text."""
-    one = test["size"].eq(found.size) & test["direction"].eq(found.a) & test["seed"].eq(found.seeds[0])
+    one = test["size"].eq(measured.size) & test["direction"].eq(measured.a) & test["seed"].eq(measured.seeds[0])
     return int(test.loc[one, "windows"].iloc[0])
 
 
@@ -153,7 +153,7 @@ def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
     """Return the gaps of all pairs that can be measured, judged as one family, and why others have none."""
     if test.empty:
         return [], [ONE_WINDOW]
-    found, problems = [], []
+    measured, problems = [], []
     for size, rows in test.groupby("size"):
         present = [name for name in DIRECTIONS if name in set(rows["direction"])]
         if len(present) < 2 and PER_DIRECTION not in str(size):
@@ -163,10 +163,10 @@ def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
                 continue
             pair = rows[rows["direction"].isin([a, b])]
             try:  # the pair's rows alone: a fault in another pair must not silence this one
-                found.append(replace(gap(pair, a, b, str(size)), choosing_seeds=_fewest_that_chose(pair)))
+                measured.append(replace(gap(pair, a, b, str(size)), choosing_seeds=_fewest_that_chose(pair)))
             except UserError as error:
                 problems.append(f"{size}: {error}")
-    return judge(found), problems
+    return judge(measured), problems
 
 
 def _fewest_that_chose(pair: pd.DataFrame) -> int | None:

@@ -68,7 +68,7 @@ def best_learning_rates(table: pd.DataFrame, tried: Sequence[TriedRate]) -> list
     tuning = table[_among(table, qualifying) & table["half"].eq("tuning")]
     sums = tuning.groupby(["size", "direction", "lr", "seed"], as_index=False)[["nll", "bytes"]].sum()
     sums["bpb"] = sums["nll"] / (math.log(2) * sums["bytes"])
-    found = []
+    best = []
     for (size, direction), group in sums.groupby(["size", "direction"]):
         tried_here = candidates[str(size), str(direction)]
         rates = group["lr"].nunique()
@@ -80,8 +80,8 @@ def best_learning_rates(table: pd.DataFrame, tried: Sequence[TriedRate]) -> list
         of_rate = counted.groupby("lr")["seed"].nunique()
         choosing_seeds = int(of_rate.min()) if tried_here > 1 else None
         bpb, seeds = float(means.min()), int(of_rate[lr])
-        found.append(BestRate(str(size), str(direction), lr, tried_here, seeds, bpb, choosing_seeds))
-    return found
+        best.append(BestRate(str(size), str(direction), lr, tried_here, seeds, bpb, choosing_seeds))
+    return best
 
 
 def best_on_test(table: pd.DataFrame, best: list[BestRate]) -> pd.DataFrame:

@@ -61,10 +61,10 @@ def best_of(folder: ExperimentFolder, cell: CellRow) -> Best | None:
     """Return the best validation, of equally good ones the earliest; None before the first."""
     phase = PHASES[cell.phase]
     metric, better = phase.best_metric, max if phase.has_reward else min
-    found = [(entry.metrics[metric], entry.step) for entry in entries_holding(folder.path, metric)]
+    figures = [(entry.metrics[metric], entry.step) for entry in entries_holding(folder.path, metric)]
     if metric in cell.metrics:  # how it ended, where the journal is gone
-        found.append((cell.metrics[metric], cell.step))
-    value, step = better(found, key=lambda one: one[0], default=(None, 0))
+        figures.append((cell.metrics[metric], cell.step))
+    value, step = better(figures, key=lambda one: one[0], default=(None, 0))
     return None if value is None else Best(metric, value, step)
 
 
@@ -100,10 +100,10 @@ def gather(members: Iterable[Member]) -> list[Member | Leaves]:
         is_leaf = member.grid and not member.children and not member.note
         key = (member.grid or "", member.cell.phase) if is_leaf else ("", member.cell.id)
         kept.setdefault(key, []).append(member)
-    found: list[Member | Leaves] = []
+    gathered: list[Member | Leaves] = []
     for (grid, _), alike in kept.items():
-        found += alike if len(alike) < _TOO_MANY else [Leaves(grid, tuple(alike))]
-    return found
+        gathered += alike if len(alike) < _TOO_MANY else [Leaves(grid, tuple(alike))]
+    return gathered
 
 
 # ---- one experiment ----

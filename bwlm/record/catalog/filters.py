@@ -39,10 +39,10 @@ class Condition:
 
     def holds(self, cell: CellRow) -> bool:
         """Return whether a run meets the condition."""
-        found = value_of(cell, self.field)
+        value = value_of(cell, self.field)
         if isinstance(self.value, float):  # a figure that was not measured meets no condition, not even !=
-            return isinstance(found, int | float) and _OPERATORS[self.sign](found, self.value)
-        matches = found == self.value if found in (None, "") else fnmatch.fnmatchcase(str(found), self.value)
+            return isinstance(value, int | float) and _OPERATORS[self.sign](value, self.value)
+        matches = value == self.value if value in (None, "") else fnmatch.fnmatchcase(str(value), self.value)
         return matches == (self.sign == "=")
 
 
@@ -51,8 +51,8 @@ def value_of(cell: CellRow, field: str) -> str | float | None:
     if field == "parent":
         return cell.parent or ""
     if field in WORDS or field in NUMBERS:
-        found: str | float = getattr(cell, field)
-        return found
+        value: str | float = getattr(cell, field)
+        return value
     return cell.metrics.get(field)
 
 
@@ -78,13 +78,13 @@ def choose_cells(cells: list[CellRow], where: Iterable[str], sort: str | None) -
 
 def _rank(cell: CellRow, field: str) -> tuple[float, str] | None:
     """Return the key by which runs are sorted: phases in their order, other words by the alphabet; None comes last."""
-    found = value_of(cell, field)
-    if found in (None, ""):
+    value = value_of(cell, field)
+    if value in (None, ""):
         return None
-    if isinstance(found, str):
-        return float(order(found)) if field == "phase" else 0.0, found
-    assert found is not None
-    return found, ""
+    if isinstance(value, str):
+        return float(order(value)) if field == "phase" else 0.0, value
+    assert value is not None
+    return value, ""
 
 
 def parse(text: str, metrics: Iterable[str]) -> Condition:

@@ -60,17 +60,17 @@ def load_cell(folder: ExperimentFolder) -> CellRow:
 
 def load_readable(folders: Iterable[ExperimentFolder]) -> tuple[list[CellRow], list[str]]:
     """Return the rows of the experiments that can be read, and a line on each that is damaged or left out."""
-    cells, told = [], []
+    cells, left_out = [], []
     for folder in folders:
         try:
             cell = load_cell(folder)
         except UserError as error:
-            told.append(f"{folder.id} is left out: {error}")
+            left_out.append(f"{folder.id} is left out: {error}")
             continue
         cells.append(cell)
         if cell.damage:
-            told.append(damage_words(folder, cell.damage))
-    return cells, told
+            left_out.append(damage_words(folder, cell.damage))
+    return cells, left_out
 
 
 AXES = ("direction", "depth", "lr", "seed")

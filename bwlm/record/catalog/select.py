@@ -36,12 +36,12 @@ def _named(storage: Path, name: str, known: list[str]) -> list[str]:
     if name in grids:
         return cells_of(storage, name)
     if not glob.has_magic(name):
-        told = nearest(name, [*known, *grids])
-        raise UserError(f"{name}: no such experiment or grid in {storage}{told}; see: bwlm runs list")
-    found = [run for run in known if fnmatch.fnmatchcase(run, name)]
-    if not found:
+        hint = nearest(name, [*known, *grids])
+        raise UserError(f"{name}: no such experiment or grid in {storage}{hint}; see: bwlm runs list")
+    matching = [run for run in known if fnmatch.fnmatchcase(run, name)]
+    if not matching:
         raise UserError(f"{name}: no experiment in {storage} matches; see: bwlm runs list")
-    return found
+    return matching
 
 
 def shortest_names(storage: Path, ids: list[str]) -> list[str]:
