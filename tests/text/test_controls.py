@@ -313,7 +313,7 @@ def test_keys_differ_and_name_the_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("wrong", "right"), [("builtin:nul", "builtin:null"), ("builtin:product", "builtin:products")])
 def test_a_misspelt_control_is_told_the_nearest(wrong: str, right: str, tmp_path: Path) -> None:
     assert right in BUILTINS
-    with pytest.raises(UserError, match=rf"^data\.source: '{wrong}' is not .* \(did you mean '{right}'\?\)$"):
+    with pytest.raises(UserError, match=rf"^data\.source: '{wrong}' is not .* \(did you mean '{right}'\?\): give "):
         find_corpus(DataSettings(source=wrong, text_column="text", validation=None), tmp_path, print)
 
 
