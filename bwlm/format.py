@@ -20,7 +20,7 @@ def counted(number: int, noun: str) -> str:
 def short_number(value: float) -> str:
     """Return three digits with a suffix: 1234567 -> 1.23M."""
     for bound, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= bound:
+        if abs(value) >= bound:
             return f"{value / bound:.3g}{suffix}"
     return f"{value:g}"
 

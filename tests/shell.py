@@ -49,6 +49,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.chdir(tmp_path)
     for name in ("BWLM_STORAGE", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "1000")  # no table and no sentence is broken; tests of narrow screens set their own
     levels = {name: logging.getLogger(name).level for name in ("mlflow", "alembic", "ray", "ray.tune")}
     yield Shell(tmp_path, monkeypatch, capsys)
     for name, level in levels.items():

@@ -171,7 +171,7 @@ def test_a_plan_says_what_gap_its_seeds_could_see(shell: Shell) -> None:
             for size in ("d1", "d2")
         ],
     }  # fmt: skip
-    words = f"{gap * 0.006:.4f} nats/token for 2 pairs with 5 seeds, at a seed noise of 0.006"
+    words = f"{gap * 0.006:.4f} nats per token for 2 pairs with 5 seeds, at a seed noise of 0.006"
     assert told == f"smallest gap seen with 80 % power (Holm over 2): {words}"
     in_sd = f"{gap:.2f} standard deviations of the paired seed difference for 2 pairs with 5 seeds"
     assert shell("grid", "plan", grid).out.splitlines()[-1].endswith(f": {in_sd}")

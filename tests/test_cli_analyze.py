@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shlex
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,10 @@ def test_one_seed_has_no_interval_and_its_verdict_says_why(shell: Shell) -> None
     assert (found["seeds"], found["seed_interval"], found["noise_floor"]) == (1, None, None)
     assert found["verdict"] == "too few seeds to tell"
     out = shell("analyze", "gap", "--from", "losses.csv").out
-    expected = "size 4: backward is 0.1000 nats/token (5.00 %) worse than forward, 1 seed: too few seeds to tell"
+    expected = (
+        "size 4, forward → backward: gap +0.1000 nats per token (+5.00 %), 1 seed, forward has the lower loss: "
+        "too few seeds to tell"
+    )
     assert f"{expected} (1 paired seed, a verdict needs 3)\n" in out
 
 
@@ -97,8 +101,9 @@ def test_findings_in_words(shell: Shell) -> None:
     # differences 0.020 0.021 0.022: mean 0.021, s 0.001, half width 4.302653 x 0.001 / sqrt 3 = 0.002484;
     # pairs of seeds 0.1 0.1 0.2 and 0.101 0.098 0.199: the root of 0.119406 / 6
     sentence = (
-        "size 4: backward is 0.0210 nats/token (0.70 %) worse than forward, 95 % over seeds 0.0185 .. 0.0235, "
-        "3 seeds, noise floor 0.1411: different (paired t over 3 seeds, p = 0.000755 (Holm over 1))"
+        "size 4, forward → backward: gap +0.0210 nats per token (+0.70 %), 95 % over seeds +0.0185 .. +0.0235, "
+        "3 seeds, noise floor 0.1411, forward has the lower loss: different "
+        "(paired t over 3 seeds, p = 0.000755 (Holm over 1))"
     )
     assert sentence in answer.out.splitlines()
     assert "+0.0185 .. +0.0235" in answer.out  # the table
@@ -113,7 +118,8 @@ def test_a_terminal_hears_what_is_being_done(shell: Shell, monkeypatch: pytest.M
 def test_a_lower_loss_is_better_and_its_interval_holds_the_gap(shell: Shell) -> None:
     name = write(flat_table({"forward": [3.02, 3.121, 2.922], "backward": [3.0, 3.1, 2.9]}), shell.folder / "l.csv")
     out = shell("analyze", "gap", "--from", name).out
-    assert "backward is 0.0210 nats/token (0.70 %) better than forward, 95 % over seeds 0.0185 .. 0.0235, 3" in out
+    assert "gap -0.0210 nats per token (-0.70 %), 95 % over seeds -0.0235 .. -0.0185, 3" in out
+    assert "backward has the lower loss" in out
 
 
 def test_numbers_and_words_are_ids_in_both_formats(shell: Shell) -> None:
@@ -222,7 +228,7 @@ def test_output_is_what_its_ending_says(shell: Shell) -> None:
     assert title == "# l.csv"
     assert header.startswith("| size | pair | seeds | gap (nats) |")
     assert line.startswith("| 4 | forward → backward | 3 | +0.2000 |")
-    assert sentence.startswith("- size 4: backward is 0.2000 nats/token (10.00 %) worse than forward")
+    assert sentence.startswith("- size 4, forward → backward: gap +0.2000 nats per token (+10.00 %)")
 
 
 def test_a_table_of_one_seed_leaves_its_interval_empty(shell: Shell) -> None:
@@ -234,7 +240,8 @@ def test_a_table_of_one_seed_leaves_its_interval_empty(shell: Shell) -> None:
 # ---- the page ----
 
 
-def test_the_docs_show_what_is_printed(shell: Shell) -> None:
+def test_the_docs_show_what_is_printed(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     page = ROOT / "docs" / "statistics.md"
     assert write_files(page, shell.folder) == ["losses.csv"]
     (shell.folder / "grids").symlink_to(ROOT / "grids")
@@ -252,7 +259,8 @@ def test_the_docs_show_what_is_printed(shell: Shell) -> None:
     assert set(found) == set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)))) - {
         "run", "direction", "seed", "document", "nll", "tokens", "bytes",
     }  # fmt: skip
-    assert f"    {plan.splitlines()[-1]}\n" in text
+    _, _, told = plan.rpartition(f"storage {shell.storage}\n")
+    assert f"\n{textwrap.indent(told, '    ')}" in text
     assert {"gaps.svg", "gaps.md"} < {path.name for path in shell.folder.iterdir()}
     (program,) = blocks(page, "python")
     told = io.StringIO()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bwlm.cli.terminal import Json, Storage, busy, print_json, say, show, table
+from bwlm.cli.terminal import Json, Storage, busy, print_json, say, show, show_sentences, show_table
 from bwlm.errors import UserError
 from bwlm.paths import readable
 from bwlm.phases import PHASES
@@ -70,7 +70,7 @@ def gap(
 
     Example: `bwlm analyze gap --from losses.csv --output gaps.svg`
     """
-    from bwlm.analysis.commands.gap import GAP_HEADER, gap_analysis, gap_columns, gap_figures
+    from bwlm.analysis.commands.gap import gap_analysis, gap_figures
     from bwlm.stats.loss_file import gaps_from
 
     _check(output)  # first, since reading and resampling take long
@@ -90,10 +90,18 @@ def gap(
     _write(analysis, output, default)
     if as_json:
         return print_json([gap_figures(one) for one in gaps])
-    show(table(GAP_HEADER, [gap_columns(one) for one in gaps], f"{name}: gaps between directions"))
-    for line in analysis.findings:
-        print(line)
+    show_gaps(gaps, f"{name}: gaps between directions")
+    show("")
+    show_sentences(*analysis.findings)
     return None
+
+
+def show_gaps(gaps: list[Gap], title: str) -> None:
+    """Print the verdict table, and what the sign of a gap says."""
+    from bwlm.analysis.commands.gap import GAP_HEADER, SIGN, gap_columns
+
+    show_table(GAP_HEADER, [gap_columns(one) for one in gaps], title, names=("size", "pair", "verdict"))
+    show_sentences(SIGN)
 
 
 def _gaps_of_runs(runs: list[str], storage: str | None) -> tuple[list[Gap], list[str]]:
@@ -263,8 +271,7 @@ def _run(
             "table": _records(analysis.table),
         }
         return print_json(document | ({"more": more} if more else {}))
-    for line in analysis.findings:
-        print(line)
+    show_sentences(*analysis.findings)
     return None
 
 

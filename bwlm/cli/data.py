@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bwlm.cli.terminal import Json, Set, Storage, print_json, say, show, show_heading, table
+from bwlm.cli.terminal import Json, Set, Storage, print_json, say, show, show_heading, show_table, show_text
 from bwlm.directions import is_marked
 from bwlm.errors import UserError, nearest
 from bwlm.phases import FIRST, PHASES
@@ -71,8 +71,8 @@ def data_prepare(set_: Set = None, storage: Storage = None, as_json: Json = Fals
     content = {"folder": str(prepared.folder), "digest": prepared.manifest.digest, "sequence_length": width, **splits}
     if as_json:
         return print_json(content)
-    rows = [[key, *(_figure(splits[name][key]) for name in splits)] for key in splits["train"]]
-    show(table(["", *splits], rows, f"{prepared.folder}"))
+    rows = [[key.replace("_", " "), *(_figure(splits[name][key]) for name in splits)] for key in splits["train"]]
+    show_table(["", *splits], rows, f"{prepared.folder}")
     return None
 
 
@@ -122,7 +122,7 @@ def data_inspect(
             row = shown[name]["rows"][index]
             text = prepared.tokenizer.decode(row["ids"])
             show_heading(f"row {index}, {name}")
-            print(text.replace("\n", "⏎"))
+            show_text([(text, False)])
     return None
 
 
@@ -162,21 +162,11 @@ def _inspect_conversations(
 
 
 def _show_supervised(texts: list[str], supervised: list[bool]) -> None:
-    """Print texts of tokens: spans that are targets in green on a terminal, elsewhere between « and »."""
+    """Print texts of tokens, spans that are targets marked."""
     from itertools import groupby
 
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    line = Text()
-    for is_target, group in groupby(zip(texts, supervised, strict=True), key=lambda pair: pair[1]):
-        text = "".join(text for text, _ in group).replace("\n", "⏎")
-        if is_target:
-            line.append(text if console.is_terminal else f"«{text}»", style="bold green")
-        else:
-            line.append(text)
-    console.print(line, soft_wrap=True)
+    spans = groupby(zip(texts, supervised, strict=True), key=lambda pair: pair[1])
+    show_text(("".join(text for text, _ in group), is_target) for is_target, group in spans)
 
 
 @tokenizer_app.command("train")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bwlm.cli.terminal import Json, Storage, busy, print_json, say, show, table
+from bwlm.cli.terminal import Json, Storage, busy, print_json, say, show_table
 from bwlm.directions import TEXT_READINGS
 from bwlm.errors import UserError, nearest
 
@@ -37,17 +37,12 @@ def evaluate(
     if as_json:
         return print_json(rows)
     header = ["task", "direction", "native", "bpb", "loss", "tokens"]
-    show(
-        table(
-            header,
-            [
-                [r["task"], r["direction"], "yes" if r["native"] else "", f"{r['bpb']:.4f}", f"{r['loss']:.4f}",
-                 f"{r['tokens']:,}"]
-                for r in rows
-            ],
-            id_,
-        )
-    )  # fmt: skip
+    shown = [
+        [r["task"], r["direction"], "yes" if r["native"] else "", f"{r['bpb']:.4f}", f"{r['loss']:.4f}",
+         f"{r['tokens']:,}"]
+        for r in rows
+    ]  # fmt: skip
+    show_table(header, shown, id_, names=("task", "direction"))
     return None
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bwlm.cli.launch import launch, show_places
-from bwlm.cli.terminal import AcceptCode, Json, Set, Storage, print_json, say, show, table
+from bwlm.cli.terminal import AcceptCode, Json, Set, Storage, print_json, say, show, show_sentences, show_table
 from bwlm.errors import UserError
 from bwlm.phases import PHASES
 
@@ -71,13 +71,14 @@ def grid_plan(
         return print_json(_status_document(plan, root) | {"detectable": seen})
     cells = _status_document(plan, root)["cells"]
     costs = ("params", "tokens", "flops", "log_bytes")
-    rows = [[c["id"], *(short_number(c[cost]) for cost in costs), c["state"], c["reason"]] for c in cells]
-    header = ["cell", "params", "tokens", "FLOPs", "log (bytes)", "state", "reason"]
-    show(table(header, rows, f"{plan.name}: {len(cells)} cells"))
+    rows = [[c["id"], *(short_number(c[cost]) for cost in costs), c["state"]] for c in cells]
+    header = ["cell", "params", "tokens", "FLOPs", "log (bytes)", "state"]
+    show_table(header, rows, f"{plan.name}: {len(cells)} cells", names=("cell",))
+    show_sentences(*_reasons(cells))
     total = sum(c["flops"] for c in cells)
     left = sum(c["flops"] for c in cells if not c["done"] and c["reason"] != _STOPPED_ABOVE)
     show(f"{short_number(total)} FLOPs in all, {short_number(left)} to do; storage {root}")
-    show(detectable_words(seen))
+    show_sentences(detectable_words(seen))
     return None
 
 
@@ -98,7 +99,8 @@ def grid_status(grid: GridFile, set_: Set = None, storage: Storage = None, as_js
     if as_json:
         return print_json(_status_document(plan, root))
     shown = ["state", *FIGURES]
-    show(table(["id", *shown], [[c.id, *cell_columns(c, shown)] for c in known], plan.name))
+    rows = [[c.id, *cell_columns(c, shown)] for c in known]
+    show_table(["id", *shown], rows, plan.name, names=("id",), least=("loss",))
     show(f"{sum(c.state == 'finished' for c in known)} of {len(planned)} cells finished")
     return None
 
@@ -157,6 +159,18 @@ def _status_document(plan: Plan, root: Path) -> dict[str, Any]:
     return {"grid": plan.name, "cells": cells}
 
 
+def _reasons(cells: list[dict[str, Any]]) -> list[str]:
+    """Return a sentence for each reason of a planned grid's cells, with the cells that it holds for."""
+    found: dict[str, list[str]] = {}
+    for cell in cells:
+        found.setdefault(cell["reason"], []).append(cell["id"])
+    return [f"{_first_of(ids)}: {reason}" for reason, ids in found.items() if reason]
+
+
+def _first_of(ids: list[str]) -> str:
+    return ids[0] + (f" and {len(ids) - 1} more" if len(ids) > 1 else "")
+
+
 def _reason(planned: PlannedCell) -> str:
     """Return why a cell ended as it did, or why `grid run` would refuse it."""
     if planned.changed:
@@ -165,28 +179,33 @@ def _reason(planned: PlannedCell) -> str:
 
 
 def _show_result(plan: Plan, root: Path, result: LaunchResult, submit: str) -> None:
-    from bwlm.analysis.commands.gap import GAP_HEADER, gap_caption, gap_columns
+    from bwlm.analysis.commands.gap import gap_caption
     from bwlm.analysis.report.study import dropped_cells, dropped_words
     from bwlm.analysis.report.variants import variants
     from bwlm.analysis.runs.findings import BEST_HEADER, best_columns, find
-    from bwlm.record.catalog.rows import CELL_HEADER, cell_columns
+    from bwlm.cli.analyze import show_gaps
+    from bwlm.record.catalog.rows import AXES, CELL_HEADER, cell_columns
     from bwlm.record.experiment import ExperimentFolder
 
     folders = [ExperimentFolder(root, cell.id) for cell in result.cells]
     findings = find(folders)
     bases = [cell_columns(cell) for cell in result.cells if PHASES[cell.phase].is_first]
     if bases:
-        show(table(CELL_HEADER, bases, f"{plan.name}: cells"))
+        show_table(CELL_HEADER, bases, f"{plan.name}: cells", names=AXES, least=("loss",))
     for one in variants(folders):
-        show(table(one.header, one.rows, f"{plan.name}: {one.phase}"), *one.comparisons)
+        show("")
+        show_table(one.header, one.rows, f"{plan.name}: {one.phase}", names=one.settings)
+        show_sentences(*one.comparisons)
     if findings.best:
+        show("")
         best = [best_columns(rate) for rate in findings.best]
-        show(table(BEST_HEADER, best, "Best learning rate (chosen on the tuning half)"))
+        show_table(BEST_HEADER, best, "Best learning rate (chosen on the tuning half)", names=("size", "direction"))
     if findings.gaps:
-        show(table(GAP_HEADER, [gap_columns(gap) for gap in findings.gaps], gap_caption(findings)))
-    for line in findings.skipped:
-        show(f"no result: {line}")
-    show(*findings.at_edge, *dropped_words(dropped_cells(root, plan.name)))
+        show("")
+        show_gaps(findings.gaps, gap_caption(findings))
+    show("")
+    show_sentences(*(f"no result: {line}" for line in findings.skipped))
+    show_sentences(*findings.at_edge, *dropped_words(dropped_cells(root, plan.name)))
     show_places(result)
     show(f"dashboard  {_dashboard_hint(result, submit)}")
 

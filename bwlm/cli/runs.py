@@ -11,14 +11,12 @@ from bwlm.cli.terminal import (
     Json,
     Storage,
     confirmed,
-    fits,
     print_json,
     say,
     show,
     show_fields,
+    show_table,
     show_tree,
-    show_under_titles,
-    table,
 )
 from bwlm.errors import UserError
 
@@ -78,19 +76,8 @@ def _show_list(cells: list[CellRow]) -> None:
     from bwlm.record.catalog.rows import FIGURES, cell_columns
 
     header = ["phase", "state", "step", *FIGURES]
-    rows = [cell_columns(cell, header) for cell in cells]
-    if any("val_reward" in cell.metrics for cell in cells):
-        header.append("reward")
-        rows = [[*row, _figure(cell, "val_reward")] for cell, row in zip(cells, rows, strict=True)]
-    names, named = ["id"], [[cell.id] for cell in cells]
-    if any(cell.parent for cell in cells):
-        names, named = ["id", "parent"], [[cell.id, cell.parent or ""] for cell in cells]
-    wide = table([*names, *header], [[*name, *row] for name, row in zip(named, rows, strict=True)])
-    if fits(wide):
-        show(wide)
-    else:
-        short = [title.removeprefix("bpb ") for title in header]
-        show_under_titles(table(short, rows), [", child of ".join(filter(None, name)) for name in named])
+    rows = [[cell.id, cell.parent or "", *cell_columns(cell, header), _figure(cell, "val_reward")] for cell in cells]
+    show_table(["id", "parent", *header, "reward"], rows, names=("id", "parent"), least=("tokens/s", "loss"))
 
 
 def _figure(cell: CellRow, metric: str) -> str:
@@ -163,7 +150,8 @@ def runs_show(run: RunId, storage: Storage = None, as_json: Json = False) -> Non
     if as_json:
         return print_json(known)
     for number, (title, fields) in enumerate(sections(known)):
-        show(*[""] * (number > 0))
+        if number:
+            show("")
         show_fields(title, fields)
     return None
 

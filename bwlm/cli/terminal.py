@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -41,8 +42,10 @@ AcceptCode = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; messages go to stderr.")]
 
 _WIDEST = 1000  # columns
-_LEFT = ("id", "cell", "phase", "parent", "direction", "state", "size", "pair", "verdict", "reason")
-"""Headers of left-aligned columns: words. Figures are aligned on the right."""
+_LEFT = ("", "id", "cell", "phase", "parent", "direction", "state", "size", "pair", "verdict", "task")
+"""Headings of left-aligned columns: words. Figures are aligned on the right."""
+_LEADS = {"parent": "child of ", **dict.fromkeys(("id", "cell", "direction", "size", "pair", "verdict", "task"), "")}
+"""Words before a value in the title of a row, by heading; elsewhere the heading itself."""
 
 
 def say(message: str) -> None:
@@ -86,12 +89,10 @@ def confirmed(question: str) -> bool:
 
 
 def _console() -> Console:
+    """Return standard output; 80 columns wide if it is not a terminal and COLUMNS is not set."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200
-    return console
+    return Console(highlight=False)
 
 
 def _needed(console: Console, renderable: Any) -> int:
@@ -101,73 +102,135 @@ def _needed(console: Console, renderable: Any) -> int:
     return Measurement.get(console, console.options.update(max_width=_WIDEST), renderable).maximum
 
 
-def fits(renderable: Any) -> bool:
-    """Return whether something is no wider than the terminal; without a terminal everything fits."""
-    console = _console()
-    return not console.is_terminal or _needed(console, renderable) <= console.width
+def show(*lines: str) -> None:
+    """Print lines on stdout as they are: a path or a command is copied in one piece."""
+    for line in lines:
+        print(line)
 
 
-def show(*renderables: Any) -> None:
-    """Print tables and lines on stdout, without markup."""
-    console = _console()
-    for renderable in renderables:
-        # a figure or id that is cut off is useless: a narrow terminal wraps the line instead
-        console.width = max(console.width, _needed(console, renderable))
-        is_text = isinstance(renderable, str)  # a user's text may hold [brackets]
-        console.print(renderable, soft_wrap=is_text, markup=not is_text)
+def show_sentences(*sentences: str) -> None:
+    """Print sentences on stdout, wrapped between words; what follows the first line of each is indented."""
+    for sentence in sentences:
+        print(_wrapped(sentence, _console().width, "", "  "))
+
+
+def _wrapped(text: str, width: int, first: str, others: str) -> str:
+    """Return a text in lines of at most `width` columns, with no word cut; `first` and `others` begin the lines."""
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=others,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def show_heading(text: str) -> None:
     """Print a line in bold."""
-    _console().print(text, style="bold", markup=False, soft_wrap=True)
-
-
-def table(header: list[str], rows: list[list[str]], title: str | None = None) -> Table:
-    """Return a table for the terminal."""
-    from rich import box
-    from rich.markup import escape  # a name from a file may look like [b]markup
-    from rich.table import Table
-
-    title = escape(title) if title is not None else None
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=title, title_justify="left", title_style="bold")
-    for column in header:
-        table.add_column(
-            column,
-            justify="left" if column in _LEFT else "right",
-        )
-    for row in rows:
-        table.add_row(*[escape(cell.replace("**", "")) for cell in row])
-    return table
-
-
-def show_under_titles(table: Table, titles: Sequence[str]) -> None:
-    """Print a table with a title above each of its rows."""
     console = _console()
+    console.print(_wrapped(text, console.width, "", ""), style="bold", markup=False, soft_wrap=True)
+
+
+def show_text(spans: Iterable[tuple[str, bool]]) -> None:
+    """Print a text, wrapped between words; the marked spans are green on a terminal, and elsewhere between « and »."""
+    from rich.text import Text
+
+    console, line = _console(), Text()
+    for text, is_marked in spans:
+        shown = text.replace("\n", "⏎")
+        line.append(f"«{shown}»" if is_marked and not console.is_terminal else shown, "bold green" if is_marked else "")
+    console.print(line)
+
+
+Columns = dict[str, list[str]]
+"""Cells of a table by the headings of its columns."""
+
+
+def show_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    title: str | None = None,
+    names: Sequence[str] = (),
+    least: Sequence[str] = (),
+) -> None:
+    """Print a table that is no wider than the terminal. No cell is cut, and a column without a value is left out.
+
+    Where the table is too wide, its headings are broken into lines. Then the columns `least` go, the first one first.
+    At last the columns `names` become a title above each row.
+    """
+    if title is not None:
+        show_heading(title)
+    columns = {name: list(cells) for name, *cells in zip(header, *rows, strict=True) if any(cells) or not rows}
+    console = _console()
+    drawn = _narrowed(console, columns, least)
+    titled = [name for name in columns if name in names]
+    if _needed(console, drawn) <= console.width or not titled:
+        _print_whole(console, drawn)
+    else:
+        below = {name: cells for name, cells in columns.items() if name not in titled}
+        _print_under_titles(console, _narrowed(console, below, least), _titles(columns, titled))
+
+
+def _narrowed(console: Console, columns: Columns, least: Sequence[str]) -> Table:
+    """Return the table with the most columns that fits, or else the narrowest one."""
+    drawn = _table(columns, broken=False)
+    for count in range(len(least) + 1):
+        if _needed(console, drawn) <= console.width:
+            break
+        drawn = _table({name: of for name, of in columns.items() if name not in least[:count]}, broken=True)
+    return drawn
+
+
+def _table(columns: Columns, broken: bool) -> Table:
+    """Return a table for the terminal. If `broken`, headings are broken into lines no wider than the cells need."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text  # a name from a file may look like [b]markup
+
+    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    cells = {name: [cell.replace("**", "") for cell in of] for name, of in columns.items()}
+    for name, of in cells.items():
+        heading = "\n".join(textwrap.wrap(name, max([*map(len, name.split()), *map(len, of)]))) if broken else name
+        justify: Literal["left", "right"] = "left" if name in _LEFT else "right"
+        drawn.add_column(Text(heading), justify=justify, no_wrap=True, vertical="bottom")
+    for row in zip(*cells.values(), strict=True):
+        drawn.add_row(*map(Text, row))
+    return drawn
+
+
+def _titles(columns: Columns, names: Sequence[str]) -> list[str]:
+    """Return a title for each row, from its cells in the columns `names`."""
+    leads = [_LEADS.get(name, f"{name} ") for name in names]
+    rows = zip(*(columns[name] for name in names), strict=True)
+    told = (zip(leads, row, strict=True) for row in rows)
+    return [", ".join(lead + value.replace("**", "") for lead, value in one if value) for one in told]
+
+
+def _lines(console: Console, table: Table) -> list[str]:
     console.width = max(console.width, _needed(console, table))
     lines = ["".join(segment.text for segment in line) for line in console.render_lines(table, pad=False)]
-    head, rule, *rows = [line.rstrip() for line in lines if line.strip()]
-    for line in (head, rule, *(line for pair in zip(titles, rows, strict=True) for line in pair)):
-        console.print(line, markup=False, soft_wrap=True)
+    return [line.rstrip() for line in lines]
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    for line in _lines(console, table):
+        print(line)
+
+
+def _print_under_titles(console: Console, table: Table, titles: Sequence[str]) -> None:
+    lines = _lines(console, table)
+    head, rows = lines[: -len(titles)], lines[-len(titles) :]
+    for line in (*head, *(line for pair in zip(titles, rows, strict=True) for line in pair)):
+        print(line)
 
 
 def show_fields(title: str, fields: Sequence[tuple[str, str]]) -> None:
-    """Print a title and a line per field: name, value. A terminal wraps long values beside their names."""
-    from rich.table import Table
-    from rich.text import Text
-
-    console = _console()
-    console.print(Text(title, style="bold"), soft_wrap=True)
-    if not console.is_terminal:  # one line a field, for scripts
-        room = max(len(name) for name, _ in fields)
-        for name, value in fields:
-            print(f"  {name:{room}}  {value}")
-        return
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
+    """Print a title and a line per field: name, value. Long values are wrapped beside their names."""
+    show_heading(title)
+    width, room = _console().width, max(len(name) for name, _ in fields)
     for name, value in fields:
-        grid.add_row(Text(f"  {name}"), Text(value))
-    console.print(grid)
+        print(_wrapped(value, width, f"  {name:{room}}  ", " " * (room + 4)))
 
 
 @dataclass(frozen=True)
@@ -186,7 +249,7 @@ _GUIDE = 4
 
 
 def show_tree(branches: list[Branch]) -> None:
-    """Show names with their columns aligned; where a terminal is too narrow for that, these stand below the name.
+    """Show names with their columns aligned; where the terminal is too narrow for that, these stand below the name.
 
     Lines of the tree are drawn in ASCII if stdout is not a terminal.
     """
@@ -197,7 +260,7 @@ def show_tree(branches: list[Branch]) -> None:
     widths = [
         max(map(len, column)) for column in zip(*(line.columns for _, line in lines if line.columns), strict=True)
     ]
-    aligned = not console.is_terminal or room + sum(width + 2 for width in widths) <= console.width
+    aligned = room + sum(width + 2 for width in widths) <= console.width
     top = Tree("", hide_root=True)
     for branch in branches:
         _grow(top, branch, [room, *widths] if aligned else [])

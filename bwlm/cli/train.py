@@ -8,7 +8,7 @@ import typer
 
 from bwlm.cli.eval import evaluate
 from bwlm.cli.launch import launch, show_places
-from bwlm.cli.terminal import AcceptCode, Json, Set, Storage, print_json, show, table
+from bwlm.cli.terminal import AcceptCode, Json, Set, Storage, print_json, show_sentences, show_table
 from bwlm.directions import DIRECTIONS
 from bwlm.errors import UserError
 from bwlm.phases import FIRST, PHASES
@@ -74,10 +74,11 @@ def train(
         cells = [cell.to_json() for cell in result.cells]
         print_json(cells if len(plan.cells) > 1 else cells[0])
     else:
-        from bwlm.record.catalog.rows import CELL_HEADER, cell_columns
+        from bwlm.record.catalog.rows import AXES, CELL_HEADER, cell_columns
 
-        show(table(["id", *CELL_HEADER], [[cell.id, *cell_columns(cell)] for cell in result.cells], plan.name))
-        show(*[cell.reason for cell in result.cells if cell.reason])
+        rows = [[cell.id, *cell_columns(cell)] for cell in result.cells]
+        show_table(["id", *CELL_HEADER], rows, plan.name, names=("id", *AXES), least=("loss",))
+        show_sentences(*[cell.reason for cell in result.cells if cell.reason])
         show_places(result)
     if not result.complete:
         raise typer.Exit(1)

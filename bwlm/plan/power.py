@@ -123,7 +123,7 @@ def detectable_words(detected: dict[str, Any]) -> str:
             parts.append(f"{pairs[0]['gap_sd']:.2f} standard deviations of the paired seed difference for {which}")
         else:
             parts.append(
-                f"{pairs[0]['gap_nats']:.4f} nats/token for {which}, at a seed noise of {detected['seed_noise']:g}"
+                f"{pairs[0]['gap_nats']:.4f} nats per token for {which}, at a seed noise of {detected['seed_noise']:g}"
             )
     if detected["family"] == 0:
         return "; ".join(parts)

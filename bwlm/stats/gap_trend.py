@@ -124,7 +124,7 @@ def _told(a: str, b: str, fit: _Slope, sure: bool) -> GapTrend:
         "cannot be told": "may grow or shrink with size, that cannot be told",
     }[trend]
     sentence = (
-        f"The gap {b} - {a} {words}: {fit.slope:+.4f} nats per token for each doubling of the parameters "
+        f"The gap {a} → {b} {words}: {fit.slope:+.4f} nats per token for each doubling of the parameters "
         f"(95 % {low:+.4f} .. {high:+.4f}, {counted(len(fit.sizes), 'size')}), on the line from "
         f"{fit.fitted[0]:+.4f} at {fit.sizes[0]} to {fit.fitted[1]:+.4f} at {fit.sizes[-1]}."
     )
@@ -142,7 +142,7 @@ def _trend(fit: _Slope, sure: bool) -> Trend:
 
 def _too_few_for_a_trend(a: str, b: str) -> GapTrend:
     sentence = (
-        f"Whether the gap {b} - {a} grows with size cannot be told: it needs two sizes or more with "
+        f"Whether the gap {a} → {b} grows with size cannot be told: it needs two sizes or more with "
         f"{FEWEST_SEEDS} paired seeds each, and learning rates that {FEWEST_SEEDS} seeds chose."
     )
     return GapTrend(a, b, [], None, None, None, None, "cannot be told", sentence)

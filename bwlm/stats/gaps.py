@@ -74,6 +74,11 @@ class Gap:
     verdict: Verdict | None = None
     reason: str = ""
 
+    @property
+    def pair(self) -> str:
+        """Return the name of the pair, which says what is subtracted from what: the first from the second."""
+        return f"{self.a} → {self.b}"
+
 
 def gap(losses: pd.DataFrame, a: str, b: str, size: Size, resamples: int = 10_000, seed: int = 0) -> Gap:
     """Measure the gap between directions a and b at one size, without a verdict (which needs the family: see `gaps`).

@@ -133,7 +133,7 @@ def test_the_report_of_the_controls_themselves_has_no_gap_to_hold_them_against(t
     null, positive = cells(tmp_path, NULL, 0.0), cells(tmp_path, PRODUCTS, 2.0, tokenizer=2)
     write_cells(tmp_path, "controls", [folder.id for folder in [*null, *positive]])
     text = write_grid_report(tmp_path, "controls")[0].read_text()
-    assert text.count("forward against backward: **different**") == 1  # the positive control's own gap
+    assert text.count("forward → backward: **different**") == 1  # the positive control's own gap
     assert "no study's gap to compare" in text
     assert "| no study |" in text
     assert "**failed**" not in text

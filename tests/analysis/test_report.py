@@ -134,9 +134,9 @@ def test_seeds_that_chose_the_rate_are_counted(tmp_path: Path, choosers: int, ve
 def test_the_report_gives_verdicts_in_words(written: tuple[str, list[Path]]) -> None:
     text, files = written
     assert files[0].name == REPORT
-    assert re.search(r"- d1: forward against backward: \*\*different\*\* \(paired t over 4 seeds, p = ", text)
-    assert re.search(r"- d1: forward against bidirectional: \*\*different\*\*", text)
-    assert "- d2: forward against backward: **too few seeds to tell** (1 paired seed, a verdict needs 3)" in text
+    assert re.search(r"- d1, forward → backward: \*\*different\*\* \(paired t over 4 seeds, p = ", text)
+    assert re.search(r"- d1, forward → bidirectional: \*\*different\*\*", text)
+    assert "- d2, forward → backward: **too few seeds to tell** (1 paired seed, a verdict needs 3)" in text
     # (1.0 + 1.1 + 1.0 + 1.1) / 4 nats a window of 10 tokens
     row = next(line for line in text.splitlines() if line.startswith("| d1 | forward → backward"))
     assert "| 4 | +0.1050 |" in row
@@ -259,7 +259,7 @@ def test_no_difference_is_said_where_the_seeds_disagree(tmp_path: Path) -> None:
     means = {"forward": [0.0, 0.6, 0.2], "backward": [0.5, 0.1, 0.4]}
     cells = [cell(tmp_path, d, s, mean) for d, by_seed in means.items() for s, mean in enumerate(by_seed)]
     text, _ = write(tmp_path, cells)
-    assert "d1: forward against backward: **no difference seen**" in text
+    assert "d1, forward → backward: **no difference seen**" in text
     assert "**different**" not in text
 
 
@@ -336,7 +336,7 @@ def test_a_pair_without_a_common_seed_does_not_silence_the_others(tmp_path: Path
     cells = [cell(tmp_path, d, s, m) for d, m in (("forward", 0.0), ("backward", 1.0)) for s in range(3)]
     cells.append(cell(tmp_path, "bidirectional", 7, 0.5))
     text, _ = write(tmp_path, cells)
-    assert "- d1: forward against backward: **different**" in text
+    assert "- d1, forward → backward: **different**" in text
     assert "- d1: forward (seeds 0, 1, 2) and bidirectional (seeds 7) share no seed at size d1" in text
     assert "- d1: backward (seeds 0, 1, 2) and bidirectional (seeds 7) share no seed at size d1" in text
 
@@ -399,7 +399,7 @@ def test_a_cell_of_other_text_silences_its_own_pairs_only(tmp_path: Path) -> Non
 
 def test_the_report_says_on_how_much_text_it_stands(written: tuple[str, list[Path]]) -> None:
     text, _ = written
-    assert re.search(r"- d1: forward against backward: .*\), on 12 documents in 12 windows: backward is 0", text)
+    assert re.search(r"- d1, forward → backward: .*\), on 12 documents in 12 windows: gap ", text)
     assert "Verdict (on the test half: d1 on 12 documents in 12 windows, d2 on 12 documents in 12 windows)" in text
     assert "a long document can have windows in\nboth" in text
     assert "too few to resample" not in text
@@ -538,8 +538,9 @@ def test_an_experiment_stands_beside_its_forward_baseline(tmp_path: Path) -> Non
     cell(tmp_path, "forward", 0, -9.0, lr=2.0)  # of another learning rate: not its baseline
     text = write_experiment_report(backward[1])[0].read_text()
     section = text.split("## Against the forward baseline\n\n")[1].split("\n## ")[0]
-    assert section.startswith("Size d1: backward is 0.0500 nats/token (")  # 0.5 a window of ten tokens
-    assert "worse than forward, 95 % over seeds 0.0" in section
+    assert section.startswith("Size d1, forward → backward: gap +0.0500 nats per token (")  # 0.5 a window of ten tokens
+    assert ", 95 % over seeds +0.0" in section
+    assert "forward has the lower loss" in section
     assert "4 seeds" in section
     assert "| d1 | forward → backward | 4 | +0.0500 |" in section
 
@@ -558,7 +559,7 @@ def test_whole_numbers_are_shown_as_such() -> None:
     table = pd.DataFrame({"tokens": [38912.0, None], "ratio": [1.0, 1.5], "small": [0.00012, 1.0], "seeds": [2, 3]})
     assert frame_to_markdown(table).splitlines()[2:] == [
         "| 38,912 | 1.0000 | 0.00012 | 2 |",
-        "|  | 1.5000 | 1.0000 | 3 |",
+        "| – | 1.5000 | 1.0000 | 3 |",
     ]
 
 
@@ -607,7 +608,7 @@ def test_directions_keep_their_colours(tmp_path: Path) -> None:
                 for t in (1, 2)
             ]
         )
-        return save_chart(learning_curves(curves, "c"), tmp_path, "c")[0].read_text().lower()
+        return save_chart(learning_curves(curves, "c"), tmp_path, "c")[0].read_text().lower().partition("</style>")[2]
 
     assert "#c8553d" in strokes(["backward"])
     assert "#2a6fbb" not in strokes(["backward"])
@@ -616,7 +617,7 @@ def test_directions_keep_their_colours(tmp_path: Path) -> None:
 
 def test_a_gap_of_one_seed_has_a_point_without_an_interval(tmp_path: Path) -> None:
     frame = pd.DataFrame(
-        [("d1: forward → backward", 0.1, np.nan, np.nan, 0.0, 0.0, "too few seeds to tell")],
+        [("d1, forward → backward", 0.1, np.nan, np.nan, 0.0, 0.0, "too few seeds to tell")],
         columns=["pair", "gap", "low", "high", "floor_low", "floor", "verdict"],
     )
     svg = save_chart(gap_chart(frame, "gaps"), tmp_path, "gaps")[0]

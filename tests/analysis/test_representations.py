@@ -53,7 +53,7 @@ def test_representations_pair_directions_and_seeds(folders: list[ExperimentFolde
         ("both readings of one bidirectional model", 1),
     ]
     assert set(table["group"]) == {"d2"}
-    assert sorted(set(table["layer"])) == [-1, 0, 1]
+    assert set(table["layer"]) == {"embedding", "0", "1"}
     assert table["cka"].between(-0.2, 1.001).all()
     with pytest.raises(UserError, match="needs two runs of one size"):
         representations([folder for folder in folders if folder.id == "f_s0"])
@@ -73,7 +73,7 @@ def test_states_are_compared_at_one_size_and_learning_rate(prepared: Prepared, t
         run = make_run(prepared, storage, name, **{"depth": 2, "direction": direction, "research_log": LOG, **settings})
         assert run_phase(run, LocalSession(), in_process).state == "finished"
     chosen = choose(storage, ["f_*", "b_*"])[0]
-    first = representations(chosen).table.query("layer == -1")
+    first = representations(chosen).table.query("layer == 'embedding'")
     assert list(first[["group", "pair", "pairs"]].itertuples(index=False, name=None)) == [
         ("d1", "forward and backward", 1),
         ("d2, lr 1", "seeds of forward", 1),

@@ -315,7 +315,7 @@ def test_the_slope_by_hand() -> None:
     # The line through the mean 0.03 at x = 1.
     assert found.fitted == pytest.approx((0.005, 0.055))
     assert found.trend == "grows"
-    assert "The gap backward - forward grows with size: +0.0250 nats per token for each doubling" in found.sentence
+    assert "The gap forward → backward grows with size: +0.0250 nats per token for each doubling" in found.sentence
 
 
 def test_sizes_weigh_by_their_seeds() -> None:
@@ -350,7 +350,7 @@ def test_a_sign_changes_only_if_both_ends_are_sure() -> None:
     assert trend(1e-5).trend == "changes sign"
     assert "changes sign: forward is ahead at the largest size" in trend(1e-5).sentence
     assert trend(0.01).trend == "moves"
-    assert "The gap backward - forward moves with size in favour of forward: +0.05" in trend(0.01).sentence
+    assert "The gap forward → backward moves with size in favour of forward: +0.05" in trend(0.01).sentence
 
 
 def test_a_size_with_two_seeds_does_not_count() -> None:
@@ -408,7 +408,7 @@ def test_sentences_parameters_and_chart() -> None:
     assert sentences[0].startswith("forward: L = 1.")
     assert sentences[1].startswith("backward: L = 1.")
     assert sum("largest size left out (N = 3M" in line for line in sentences) == 2 * len(BUDGETS)
-    assert any("The gap backward - forward grows with size" in line for line in sentences)
+    assert any("The gap forward → backward grows with size" in line for line in sentences)
     assert "without the token embedding" in sentences[-1]
     assert all("\n" not in line and line.endswith(".") for line in sentences)
     assert list(frame.columns) == ["direction", "parameter", "value", "low", "high", "runs"]
@@ -424,7 +424,7 @@ def test_sentences_parameters_and_chart() -> None:
     over_size = found.more["gap over size"]
     assert over_size["parameters"].tolist() == pytest.approx(SIZES)
     assert over_size["nats"].tolist() == pytest.approx([one.gap_nats for one in gaps])
-    assert (over_size["gap"] == "backward - forward").all()
+    assert (over_size["gap"] == "forward → backward").all()
     law, trend = found.chart.to_dict()["vconcat"]
     assert len(law["layer"]) == 5
     assert {layer["encoding"]["x"]["scale"]["type"] for layer in law["layer"]} == {"log"}

@@ -39,8 +39,8 @@ def test_a_variant_is_the_mean_of_its_seeds_and_the_better_one_comes_first(tmp_p
     ]
     # mean 2, deviation 1: t = 2 sqrt 3, p = 2 P(T_2 > 3.4641) = 0.0742
     assert found.comparisons == [
-        f"`{good}` less `{bad}`: loss of what it writes -2.0000 nats per token, "
-        "95 % over 3 seeds -4.4841 .. +0.4841, p = 0.074"
+        f"`{good}` → `{bad}`: loss of what it writes +2.0000 nats per token, "
+        "95 % over 3 seeds -0.4841 .. +4.4841, p = 0.074"
     ]
     text = "\n".join(variants_section(folders))
     assert f"- {found.comparisons[0]}" in text
@@ -54,7 +54,7 @@ def test_more_than_one_pair_is_judged_together(tmp_path: Path) -> None:
     folders = [ExperimentFolder(tmp_path, path.name) for path in sorted(tmp_path.iterdir())]
     [found] = variants(folders)
     assert len(found.comparisons) == 3
-    assert "p = 0.22" in next(line for line in found.comparisons if "0.5-sft` less" in line and "0.1-sft`" in line)
+    assert "p = 0.22" in next(line for line in found.comparisons if "0.5-sft` →" in line and "0.1-sft`" in line)
 
 
 def test_few_seeds_tell_nothing_and_directions_are_not_compared(tmp_path: Path) -> None:

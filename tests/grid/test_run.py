@@ -74,7 +74,7 @@ def test_a_grid_trains_compares_reports_and_runs_once(
 
     report = result.report.read_text()
     assert "no difference seen" in report or "different" in report
-    assert "forward against backward" in report
+    assert "forward → backward" in report
     for chart in ("curves.svg", "curves.html", "gaps.svg", "gaps.html"):
         assert (result.report.parent / chart).stat().st_size > 1000
     for name in ("config.json", "parent_link.json", "status.json", "RESEARCH_REPORT.md", "curves.svg"):

@@ -291,10 +291,10 @@ def test_a_report_names_a_damaged_run_and_judges_without_it(run: ExperimentFolde
     storage = run.path.parent
     write_cells(storage, "g", [run.id, other.id])
     whole = write_grid_report(storage, "g")[0].read_text()
-    assert "forward against backward" in whole
+    assert "forward → backward" in whole
     cut(run.path / LAST / "model.safetensors", 0.9)
     text = write_grid_report(storage, "g")[0].read_text()
-    assert "forward against backward" not in text
+    assert "forward → backward" not in text
     assert f"forward is left out: it is damaged: {LAST}/model.safetensors: " in text
     alone = write_experiment_report(run)[0].read_text()
     assert f"**Damaged**, so that no verdict counts it: {LAST}/model.safetensors: " in alone

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import altair as alt
 import pandas as pd
 
-from bwlm.analysis.charts.style import SHORT_NUMBER, direction_color, series_in_order, styled
+from bwlm.analysis.charts.style import (
+    SHORT_NUMBER,
+    direction_color,
+    direction_size,
+    direction_width,
+    forward_first,
+    layers_in_order,
+    nothing,
+    panel_title,
+    series_in_order,
+    styled,
+)
 
 _FEWEST_TOKENS = 30
 """Fewest tokens of a point: a mean over fewer says little, and stands in the table alone."""
 _SMALL_NUMBER = "format(datum.value, datum.value < 0.001 ? '.0e' : '~g')"  # 2e-6, 0.01, 3
+_MOST_TICKS = 5
 _WIDEST, _NARROWEST, _ROOM = 200, 90, 720
 """Widths in pixels: the widest and the narrowest panel beside others, and all panels together."""
 
@@ -25,7 +38,7 @@ def position_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     `table`: series, direction, kind, bin, tokens, loss (nats), accuracy (a share), each of the last two with `_low` and
     `_high`.
     """
-    table = table[table["tokens"] >= _FEWEST_TOKENS]
+    table = forward_first(table[table["tokens"] >= _FEWEST_TOKENS])
     table = table.assign(of=table["series"].str.partition(", ")[2])  # size and learning rate, if there are several
     panels = [
         alt.hconcat(*(_by_place(table[table["kind"] == kind], kind, what) for what in ("loss", "accuracy")))
@@ -50,8 +63,10 @@ def _by_place(rows: pd.DataFrame, kind: str, what: str) -> Any:
         color=direction_color(rows["direction"]),
         detail="series:N",
     )
-    line = base.mark_line(strokeWidth=1.4).encode(y=alt.Y(f"{what}:Q", **y))
-    points = base.mark_point(filled=True, size=22, opacity=1).encode(y=alt.Y(f"{what}:Q", **y))
+    line = base.mark_line(opacity=0.8).encode(y=alt.Y(f"{what}:Q", **y), strokeWidth=direction_width(rows["direction"]))
+    points = base.mark_point(filled=True, opacity=1).encode(
+        y=alt.Y(f"{what}:Q", **y), size=direction_size(rows["direction"])
+    )
     if rows["of"].nunique() > 1:
         legend = alt.Legend(labelLimit=300)
         line = line.encode(
@@ -67,12 +82,17 @@ def layer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     `table`: series, direction, step, layer, what, rms.
     """
     table = table[table["rms"] > 0]
+    if table.empty:
+        return nothing("all values are zero", title)
+    layers = layers_in_order(table["layer"])
+    viridis = alt.Scale(domain=layers, scheme=alt.SchemeParams("viridis", extent=[0.25, 0.9]))  # seen on white and dark
     kinds, order = list(table["what"].unique()), series_in_order(table)
     width = max(_NARROWEST, min(_WIDEST, _ROOM // len(order)))
     rows = []
     for kind in kinds:
+        of_kind = table[table["what"] == kind]
         lines = (
-            alt.Chart(table[table["what"] == kind])
+            alt.Chart(of_kind)
             .mark_line(strokeWidth=1.3, point=alt.OverlayMarkDef(size=14))
             .encode(
                 x=alt.X(
@@ -82,18 +102,30 @@ def layer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
                 ),
                 y=alt.Y(
                     "rms:Q",
-                    title=kind,
+                    title=None,
                     scale=alt.Scale(type="log", nice=False, padding=6),
-                    axis=alt.Axis(labelExpr=_SMALL_NUMBER, tickCount=4),
+                    axis=alt.Axis(labelExpr=_SMALL_NUMBER, values=_log_ticks(of_kind["rms"])),
                 ),
-                color=alt.Color("layer:O", title="layer", scale=alt.Scale(scheme="viridis")),
+                color=alt.Color("layer:N", title="layer", sort=layers, scale=viridis),
             )
             .properties(width=width, height=100)
         )
         header = alt.Header(title=None, labels=kind == kinds[0], labelLimit=max(width, 150), labelPadding=4)
-        rows.append(lines.facet(column=alt.Column("series:N", title=None, sort=order, header=header), spacing=10))
-    note = alt.TitleParams(title, subtitle="rms; layer -1: the embedding; mean over seeds")
+        column = alt.Column("series:N", title=None, sort=order, header=header)
+        rows.append(lines.facet(column=column, spacing=10, title=panel_title(kind, offset=2)))
+    note = alt.TitleParams(title, subtitle="rms, mean over seeds; layers are counted from 0")
     return styled(alt.vconcat(*rows, spacing=8).resolve_scale(color="shared").properties(title=note))
+
+
+def _log_ticks(values: pd.Series[float]) -> list[float]:
+    """Return few round numbers in the range of the values; a log axis by itself would show all of 1, 2, .., 9."""
+    low, high = values.min(), values.max()
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        ticks = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
+        if len(ticks) <= _MOST_TICKS:
+            return ticks
+    return ticks[:: math.ceil(len(ticks) / _MOST_TICKS)]
 
 
 def similarity_chart(pairs: pd.DataFrame, heads: pd.DataFrame, title: str) -> alt.TopLevelMixin:
@@ -105,7 +137,8 @@ def similarity_chart(pairs: pd.DataFrame, heads: pd.DataFrame, title: str) -> al
     across = pairs["direction"] == ""
     columns = [_cka(part, name) for part, name in ((pairs[~across], "seeds"), (pairs[across], "across")) if len(part)]
     columns += [] if heads.empty else [_looks(heads)]
-    joined = alt.hconcat(*columns).resolve_scale(color="independent", strokeDash="independent", shape="independent")
+    own = dict.fromkeys(("color", "strokeDash", "strokeWidth", "shape"), "independent")
+    joined = alt.hconcat(*columns).resolve_scale(**own)
     note = alt.TitleParams(title, subtitle="lines: mean over pairs, lowest to highest; points on the right: heads")
     return styled(joined.properties(title=note))
 
@@ -116,23 +149,27 @@ def _cka(pairs: pd.DataFrame, between: str) -> alt.TopLevelMixin:
         readings = sorted(pairs["reading"].unique(), reverse=True)
         color = direction_color(pairs["direction"], **_BELOW)
         legend = alt.Legend(**_BELOW)
-        dashes: dict[str, Any] = {"strokeDash": alt.StrokeDash("reading:N", sort=readings, title="read", legend=legend)}
+        dash = alt.StrokeDash("reading:N", sort=readings, title="read", legend=legend)
+        dashes: dict[str, Any] = {"strokeDash": dash, "strokeWidth": direction_width(pairs["direction"])}
     else:
         legend = alt.Legend(labelLimit=300, symbolOpacity=1, **_BELOW)
         names = list(pairs["pair"].unique())
         color = alt.Color("pair:N", title="pair", sort=names, scale=alt.Scale(scheme="dark2"), legend=legend)
         dashes = {}
-    x = alt.X("layer:O", title="layer (-1: embedding)", axis=alt.Axis(labelAngle=0))
-    base = alt.Chart(pairs).encode(x=x, color=color, detail="pair:N")
+    order = layers_in_order(pairs["layer"])
+    x = alt.X("layer:N", title="states after layer", sort=order, axis=alt.Axis(labelAngle=0))
+    base = alt.Chart(forward_first(pairs)).encode(x=x, color=color, detail="pair:N")
     y = {"title": "CKA", "scale": alt.Scale(domainMax=1, zero=False)}
-    curves = base.mark_line(strokeWidth=1.5).encode(y=alt.Y("cka:Q", **y), **dashes)
+    curves = base.mark_line(strokeWidth=1.5, opacity=0.8).encode(y=alt.Y("cka:Q", **y), **dashes)
     points = base.mark_point(filled=True, size=28, opacity=1).encode(y=alt.Y("cka:Q", **y))
     ranges = base.mark_rule(opacity=0.4).encode(y=alt.Y("low:Q", **y), y2="high:Q")
     title = "CKA between seeds" if between == "seeds" else "CKA across directions"
-    return _by_group((ranges + curves + points), title, header=True)
+    return _by_group((ranges + curves + points), title)
 
 
 def _looks(heads: pd.DataFrame) -> alt.TopLevelMixin:
+    heads = heads.assign(layer=heads["layer"].astype(str))
+    layers = layers_in_order(heads["layer"])
     points = (
         alt.Chart(heads)
         .mark_point(filled=True, size=36, opacity=0.6)
@@ -140,13 +177,13 @@ def _looks(heads: pd.DataFrame) -> alt.TopLevelMixin:
             x=alt.X("distance:Q", title="mean distance looked back (tokens)", scale=alt.Scale(zero=False)),
             y=alt.Y("entropy:Q", title="entropy of attention (nats)", scale=alt.Scale(zero=False)),
             color=direction_color(heads["direction"], **_BELOW),
-            shape=alt.Shape("layer:O", title="layer", legend=alt.Legend(**_BELOW)),
+            shape=alt.Shape("layer:N", title="layer", sort=layers, legend=alt.Legend(orient="right")),
         )
     )
-    return _by_group(points, "Attention heads", header=False)
+    return _by_group(points, "Attention heads")
 
 
-def _by_group(chart: Any, title: str, header: bool) -> alt.TopLevelMixin:
-    named = alt.Header(labels=header, labelLimit=300)
+def _by_group(chart: Any, title: str) -> alt.TopLevelMixin:
+    named = alt.Header(labelLimit=300)
     rows = chart.properties(width=240, height=200).facet(row=alt.Row("group:N", title=None, header=named), title=title)
     return rows.resolve_scale(y="shared")

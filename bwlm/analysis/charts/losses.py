@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import altair as alt
 import pandas as pd
 
-from bwlm.analysis.charts.style import PALETTE, SHORT_NUMBER, direction_color, nothing, styled
+from bwlm.analysis.charts.style import (
+    PALETTE,
+    SHORT_NUMBER,
+    SIZES,
+    WIDTHS,
+    direction_color,
+    direction_size,
+    direction_width,
+    forward_first,
+    nothing,
+    panel_title,
+    styled,
+)
 from bwlm.directions import TEXT_READINGS
 
 VERDICTS = {
@@ -16,6 +30,8 @@ VERDICTS = {
 }
 
 _COLUMNS = 3
+_POINTS = {name: 2 * size for name, size in SIZES.items()}
+"""Area of the points of a chart that has few."""
 
 
 def learning_curves(curves: pd.DataFrame, title: str) -> alt.TopLevelMixin:
@@ -26,21 +42,32 @@ def learning_curves(curves: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     """
     if curves.empty:
         return nothing("no step has been logged yet", title)
-    sizes, rates = list(curves["size"].unique()), sorted(curves["lr"].unique())
-    base = alt.Chart(curves).encode(
+    sizes = list(curves["size"].unique())
+    directions = curves["direction"]
+    base = alt.Chart(forward_first(curves)).encode(
         x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(labelExpr=SHORT_NUMBER, tickCount=4)),
-        color=direction_color(curves["direction"]),
+        color=direction_color(directions),
     )
     loss = alt.Y("loss:Q", title="loss (nats per token)", scale=alt.Scale(zero=False))
-    lines = base.mark_line(strokeWidth=1, opacity=0.7).encode(y=loss, detail="run:N")
-    if len(rates) > 1:
-        lines = lines.encode(strokeDash=alt.StrokeDash("lr:N", sort=rates, title="learning rate"))
-    points = base.transform_filter("isValid(datum.val_loss)").mark_point(filled=True, size=22, opacity=0.9)
-    layered = alt.layer(lines, points.encode(y="val_loss:Q")).properties(width=300, height=240)
+    lines = base.mark_line(opacity=0.6).encode(y=loss, detail="run:N", strokeWidth=direction_width(directions))
+    if _several_rates(curves):
+        lines = lines.encode(strokeDash=_rate_dash(curves))
+    points = base.transform_filter("isValid(datum.val_loss)").mark_point(filled=True, opacity=0.9)
+    points = points.encode(y="val_loss:Q", size=direction_size(directions))
+    layered = alt.layer(lines, points).properties(width=300, height=240)
     panel = alt.Facet("size:N", title=None, sort=sizes, header=alt.Header(labelFontSize=12, labelLimit=300))
     # each size has its own budget, so its own x axis; the loss axis is shared
     panels = layered.facet(panel, columns=min(_COLUMNS, len(sizes))).resolve_scale(x="independent")
     return styled(panels.properties(title=title))
+
+
+def _several_rates(curves: pd.DataFrame) -> bool:
+    """Return whether two learning rates of one size and direction must be told apart."""
+    return bool((curves.groupby(["size", "direction"])["lr"].nunique() > 1).any())
+
+
+def _rate_dash(curves: pd.DataFrame) -> alt.StrokeDash:
+    return alt.StrokeDash("lr:N", sort=sorted(curves["lr"].unique()), title="learning rate")
 
 
 def comparison_curves(bands: pd.DataFrame, apart: pd.DataFrame, title: str) -> alt.TopLevelMixin:
@@ -49,16 +76,15 @@ def comparison_curves(bands: pd.DataFrame, apart: pd.DataFrame, title: str) -> a
     A row for each size. `bands`: axis, x, loss, low, high (nats per token), size, direction, lr. `apart`: tokens,
     difference, low, high (nats per token; the last two may be missing), size, direction, against.
     """
-    rates = sorted(bands["lr"].unique())
-    base = alt.Chart(bands).encode(
+    base = alt.Chart(forward_first(bands)).encode(
         x=alt.X("x:Q", title=None, axis=alt.Axis(labelExpr=SHORT_NUMBER, tickCount=4)),
         color=direction_color(bands["direction"]),
         detail="lr:N",
     )
     y = {"title": "loss (nats per token)", "scale": alt.Scale(zero=False)}
-    line = base.mark_line(strokeWidth=1.4).encode(y=alt.Y("loss:Q", **y))
-    if len(rates) > 1:
-        line = line.encode(strokeDash=alt.StrokeDash("lr:N", sort=rates, title="learning rate"))
+    line = base.mark_line(opacity=0.8).encode(y=alt.Y("loss:Q", **y), strokeWidth=direction_width(bands["direction"]))
+    if _several_rates(bands):
+        line = line.encode(strokeDash=_rate_dash(bands))
     band = base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", **y), y2="high:Q")
     panels = (band + line).properties(width=210, height=180)
     grid = panels.facet(
@@ -77,14 +103,14 @@ def _differences(apart: pd.DataFrame) -> alt.TopLevelMixin:
         x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(labelExpr=SHORT_NUMBER, tickCount=6)),
         color=direction_color(apart["direction"]),
     )
+    against = " or ".join(apart["against"].unique())
     y = {"title": "nats per token"}
     band = base.transform_filter("isValid(datum.low)").mark_area(opacity=0.18)
     line = base.mark_line(strokeWidth=1.4).encode(y=alt.Y("difference:Q", **y))
     zero = alt.Chart().mark_rule(color="#888").encode(y=alt.datum(0))
     layered = alt.layer(zero, band.encode(y=alt.Y("low:Q", **y), y2="high:Q"), line, data=apart)
-    against = " or ".join(apart["against"].unique())
     note = alt.TitleParams(
-        f"Loss less that of {against} on the same text",
+        f"Loss minus that of {against} on the same text: above 0 {against} has the lower loss",
         subtitle="mean over seeds; bands: 95 % over seeds, for each point by itself",
     )
     row = alt.Row("size:N", title=None, header=alt.Header(labelLimit=300))
@@ -105,7 +131,7 @@ def gap_chart(gaps: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     )
     x = alt.X(
         "gap:Q",
-        title="gap in nats per token (right of zero the first direction has the lower loss)",
+        title="gap in nats per token (above 0 the first direction has the lower loss, below 0 the second)",
         scale=alt.Scale(zero=True, padding=16),
         axis=alt.Axis(tickCount=6, labelFlush=False),
     )
@@ -120,33 +146,36 @@ def gap_chart(gaps: pd.DataFrame, title: str) -> alt.TopLevelMixin:
 
 
 def transfer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
-    """Draw the loss of each direction in each reading, with its interval over seeds; a row per size and learning rate.
+    """Draw the loss of each direction in each reading, with its interval over seeds; a panel for each size.
 
     `table`: size, direction, lr, reading, loss, low, high (nats per token).
     """
-    table = table.assign(
-        model=table["direction"] + " model", row=table["size"] + ", lr " + table["lr"].map("{:g}".format)
-    )
-    readings = list(TEXT_READINGS)
-    base = alt.Chart(table).encode(
-        y=alt.Y("model:N", title=None, sort=[f"{name} model" for name in PALETTE]),
-        color=alt.Color(
-            "reading:N", title="reading", scale=alt.Scale(domain=readings, range=[PALETTE[k] for k in readings])
-        ),
-    )
-    x = alt.X("loss:Q", title="loss (nats per token)", scale=alt.Scale(zero=False, padding=12))
-    bars = (
-        base.transform_filter("isValid(datum.low)")
-        .mark_rule(strokeWidth=2)
-        .encode(x=alt.X("low:Q", title="loss (nats per token)"), x2="high:Q")
-    )
-    points = base.mark_point(filled=True, size=80, opacity=1).encode(x=x)
-    panels = (
-        (bars + points)
-        .properties(width=420, height=alt.Step(28))
-        .facet(
-            row=alt.Row("row:N", title=None, header=alt.Header(labelOrient="top", labelAnchor="start", labelLimit=400))
-        )
-    )
+    several = table.groupby("size")["lr"].transform("nunique") > 1
+    rate = (", lr " + table["lr"].map("{:g}".format)).where(several, "")
+    table = forward_first(table.assign(model=table["direction"] + " model" + rate))
+    ends = pd.concat([table["loss"], table["low"], table["high"]])
+    panels = [_readings(table[table["size"] == size], str(size), ends) for size in sorted(table["size"].unique())]
     note = alt.TitleParams(title, subtitle="points: mean over seeds; bars: 95 % over seeds")
-    return styled(panels.properties(title=note))
+    return styled(alt.vconcat(*panels).properties(title=note))
+
+
+def _readings(table: pd.DataFrame, size: str, ends: pd.Series[float]) -> alt.LayerChart:
+    """Draw the readings of one size, a line for each model; `ends` are the losses that the axis must reach."""
+    readings = list(TEXT_READINGS)
+
+    def scale(values: Mapping[str, object]) -> alt.Scale:
+        return alt.Scale(type="ordinal", domain=readings, range=[values[name] for name in readings])
+
+    base = alt.Chart(table.sort_values("reading", key=lambda names: names.map(readings.index))).encode(
+        y=alt.Y("model:N", title=None, sort=list(table["model"].unique())),
+        color=alt.Color("reading:N", title="reading", scale=scale(PALETTE)),
+    )
+    domain = alt.Scale(zero=False, padding=12, domain=[ends.min(), ends.max()])
+    x = {"title": "loss (nats per token)", "scale": domain}
+    bars = base.transform_filter("isValid(datum.low)").mark_rule(opacity=0.7)
+    bars = bars.encode(
+        x=alt.X("low:Q", **x), x2="high:Q", strokeWidth=alt.StrokeWidth("reading:N", scale=scale(WIDTHS), legend=None)
+    )
+    points = base.mark_point(filled=True, opacity=1)
+    points = points.encode(x=alt.X("loss:Q", **x), size=alt.Size("reading:N", scale=scale(_POINTS), legend=None))
+    return (bars + points).properties(width=420, height=alt.Step(28), title=panel_title(size))

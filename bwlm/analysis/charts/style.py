@@ -11,8 +11,23 @@ import pandas as pd
 PALETTE = {"forward": "#2a6fbb", "backward": "#c8553d", "bidirectional": "#5b8c5a", "permuted": "#8a7f98"}
 """Colour of each direction, the same in every chart."""
 
-SHORT_NUMBER = "format(datum.value, '~s')"
-"""Label expression of an axis: 0, 500k, 1.5M; the axis' own format would say 0M."""
+WIDTHS = {"forward": 3.2, "backward": 1.2, "bidirectional": 1.2, "permuted": 1.2}
+"""Width of each direction's lines in pixels: forward is drawn first, and shows on both sides of a line on top of it."""
+SIZES = {"forward": 70, "backward": 20, "bidirectional": 20, "permuted": 20}
+"""Area of each direction's points in square pixels, for the same reason."""
+
+SHORT_NUMBER = "datum.value && abs(datum.value) < 1 ? format(datum.value, '~g') : format(datum.value, '~s')"
+"""Label expression of an axis: 0, 0.5, 500k, 1.5M; the axis' own format would say 0M, and 500m for a half."""
+
+EMBEDDING, OUTPUT = "embedding", "output"
+"""Names of what stands before the first layer and after the last."""
+
+_DARK = {
+    "white": "#14171c", "#000": "#e4e7ec", "#eee": "#2a2f37", "#ddd": "#3a404a", "#e3e3e3": "#3a414c",
+    "#666": "#a4acb8", "#777": "#a4acb8", "#888": "#8a92a0", "#4b5563": "#b9c2cf", "#b4b9c2": "#7c8491",
+    "#2a6fbb": "#5fa3ea", "#c8553d": "#e9806a", "#5b8c5a": "#84bd82", "#8a7f98": "#b3a8c4",
+}  # fmt: skip
+"""Colours on a dark screen, by the colours that a chart is drawn in."""
 
 _FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
 _PADDING = {"left": 16, "right": 28, "top": 8, "bottom": 8}
@@ -26,6 +41,26 @@ def direction_color(directions: pd.Series[str], **legend: Any) -> alt.Color:
     return alt.Color("direction:N", scale=scale, title="direction", legend=alt.Legend(symbolOpacity=1, **legend))
 
 
+def direction_width(directions: pd.Series[str]) -> alt.StrokeWidth:
+    """Return the encoding of line widths by direction; lay the rows out by `forward_first`."""
+    shown = in_order(directions)
+    scale = alt.Scale(type="ordinal", domain=shown, range=[WIDTHS[name] for name in shown])
+    return alt.StrokeWidth("direction:N", scale=scale, legend=None)
+
+
+def direction_size(directions: pd.Series[str]) -> alt.Size:
+    """Return the encoding of point sizes by direction; lay the rows out by `forward_first`."""
+    shown = in_order(directions)
+    scale = alt.Scale(type="ordinal", domain=shown, range=[SIZES[name] for name in shown])
+    return alt.Size("direction:N", scale=scale, legend=None)
+
+
+def forward_first(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows in the order in which they are drawn: what comes later lies on top."""
+    order = {name: place for place, name in enumerate(PALETTE)}
+    return table.sort_values("direction", key=lambda names: names.map(order), kind="stable")
+
+
 def in_order(directions: pd.Series[str]) -> list[str]:
     """Return the directions that occur, forward before backward."""
     present = set(directions)
@@ -34,8 +69,13 @@ def in_order(directions: pd.Series[str]) -> list[str]:
 
 def series_in_order(table: pd.DataFrame) -> list[str]:
     """Return the values of the column `series`, forward ones first."""
-    order = {name: place for place, name in enumerate(PALETTE)}
-    return list(table.sort_values("direction", key=lambda names: names.map(order), kind="stable")["series"].unique())
+    return list(forward_first(table)["series"].unique())
+
+
+def layers_in_order(layers: pd.Series[str]) -> list[str]:
+    """Return the layers that occur, as they follow each other in the model: the embedding, 0, 1, .., the output."""
+    place = {EMBEDDING: -1.0, OUTPUT: float("inf")}
+    return sorted(set(layers), key=lambda layer: place[layer] if layer in place else float(layer))
 
 
 def styled(chart: Any) -> Any:
@@ -47,6 +87,32 @@ def styled(chart: Any) -> Any:
         .configure_title(fontSize=14, anchor="start", offset=12, subtitleColor="#666")
         .configure_legend(titleFontWeight="normal", labelFontSize=11)
     )
+
+
+def _dark_style() -> str:
+    """Return CSS by which the colours of a chart follow a reader's dark mode."""
+    rules = [f'[{what}="{light}"]{{{what}:{dark}}}' for light, dark in _DARK.items() for what in ("fill", "stroke")]
+    return f"<style>@media (prefers-color-scheme:dark){{{''.join(rules)}}}</style>"
+
+
+def _dark_svg(text: str) -> str:
+    head, rest = text.split(">", 1)  # the tag of the picture
+    return f"{head}>{_dark_style()}{rest}"
+
+
+def _dark_page(text: str) -> str:
+    body = "body{background:white}@media (prefers-color-scheme:dark){body{background:#14171c}}"
+    head = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f'<meta name="color-scheme" content="light dark"><style>{body}</style>{_dark_style()}'
+    return text.replace("</head>", f"{head}</head>", 1)
+
+
+_DARKENED = {".svg": _dark_svg, ".html": _dark_page}
+
+
+def panel_title(text: str, offset: int = 4) -> alt.TitleParams:
+    """Return the title of one panel of several, above its left edge."""
+    return alt.TitleParams(text, fontSize=12, fontWeight="normal", offset=offset, frame="group")
 
 
 def nothing(words: str, title: str) -> alt.TopLevelMixin:
@@ -63,10 +129,13 @@ def save_chart(chart: Any, folder: Path, name: str) -> list[Path]:
 def write_chart(chart: Any, path: Path) -> Path:
     """Write a chart whole or not at all, as its suffix says: .svg, .png (twice the pixels), .html without network."""
     suffix = path.suffix.lower()
-    options: dict[str, dict[str, Any]] = {".html": {"inline": True}, ".png": {"scale_factor": 2}}
+    as_svg = {"inline": True, "embed_options": {"renderer": "svg"}}
+    options: dict[str, dict[str, Any]] = {".html": as_svg, ".png": {"scale_factor": 2}}
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         chart.save(str(temporary), format=suffix[1:], **options.get(suffix, {}))
+        if suffix in _DARKENED:
+            temporary.write_text(_DARKENED[suffix](temporary.read_text(encoding="utf-8")), encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

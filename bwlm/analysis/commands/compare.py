@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from bwlm.analysis.charts.losses import comparison_curves
-from bwlm.analysis.commands.result import Analysis
+from bwlm.analysis.commands.result import OVER_SEEDS, Analysis
 from bwlm.analysis.runs.findings import best_rates
 from bwlm.analysis.runs.labels import sizes
 from bwlm.analysis.runs.losses import load_curves
@@ -62,7 +62,9 @@ def compare(folders: list[ExperimentFolder]) -> Analysis:
     if apart_from := curves["run"].nunique() - held["run"].nunique():
         notes.append(f"{counted(apart_from, 'run')} of SFT: curves only, as each direction writes its own text there")
     findings = [*_sentences(table), *_difference_sentences(apart)]
-    return Analysis("compare", title, findings, table, comparison_curves(bands(curves), apart, title), notes)
+    return Analysis(
+        "compare", title, findings, table, comparison_curves(bands(curves), apart, title), notes, bounds=OVER_SEEDS
+    )
 
 
 def without_rl(folders: list[ExperimentFolder]) -> list[ExperimentFolder]:
@@ -184,7 +186,7 @@ def _difference_sentences(apart: pd.DataFrame) -> list[str]:
         quarters = ", ".join(f"{value:+.4f}" for value in at)
         seeds = counted(int(part["seeds"].iloc[0]), "seed")
         sentences.append(
-            f"{size}: training loss of {name} less that of {first} on the same text, in nats per token, after each "
+            f"{size}: training loss of {name} minus that of {first} on the same text, in nats per token, after each "
             f"quarter of the training: {quarters} ({seeds})"
         )
     return sentences

@@ -28,41 +28,50 @@ GAP_HEADER = [
 
 def gap_columns(gap: Gap) -> list[str]:
     """Return a gap's line in the verdict table, under `GAP_HEADER`."""
-
-    def interval(pair: tuple[float, float] | None) -> str:
-        return f"{pair[0]:+.4f} .. {pair[1]:+.4f}" if pair else "–"
-
     return [
         str(gap.size),
-        f"{gap.a} → {gap.b}",
+        gap.pair,
         str(len(gap.seeds)),
         f"{gap.gap_nats:+.4f}",
         f"{gap.gap_percent:+.2f}",
-        interval(gap.seed_interval),
-        interval(gap.bootstrap if _resampled(gap) else None),
+        _interval(gap.seed_interval),
+        _interval(gap.bootstrap if _resampled(gap) else None),
         f"{gap.noise_floor:.4f}" if gap.noise_floor is not None else "–",
         f"**{gap.verdict}**",
     ]
 
 
+SIGN = (
+    "A gap is the second direction's loss minus the first's: above 0 the first direction has the lower loss, "
+    "below 0 the second."
+)
+
+
 def gap_sentence(gap: Gap) -> str:
-    """Tell a judged gap in words: `size 4: backward is 0.0210 nats/token (0.70 %) worse than forward, 95 % over ..`."""
-    return f"size {gap.size}: {_amount(gap)}: {gap.verdict} ({gap.reason})"
+    """Tell a judged gap in words: `size 4, forward → backward: gap +0.0210 nats per token (+0.70 %), 95 % over ..`."""
+    return f"size {gap.size}, {gap.pair}: {_amount(gap)}: {gap.verdict} ({gap.reason})"
 
 
 def _amount(gap: Gap) -> str:
-    """Return the gap in words, with its interval and the noise floor."""
-    sign = -1 if gap.gap_nats < 0 else 1  # the interval is told the same way round as the gap
-    size = f"{abs(gap.gap_nats):.4f} nats/token ({abs(gap.gap_percent):.2f} %)"
-    than = f"{size} {'better' if sign < 0 else 'worse'} than" if gap.gap_nats else "exactly as good as"
-    parts = [f"{gap.b} is {than} {gap.a}"]
+    """Return the gap in words with the table's signs: its interval, the noise floor and the direction that is ahead."""
+    parts = [f"gap {gap.gap_nats:+.4f} nats per token ({gap.gap_percent:+.2f} %)"]
     if gap.seed_interval is not None:
-        low, high = sorted(sign * end for end in gap.seed_interval)
-        parts.append(f"95 % over seeds {low:.4f} .. {high:.4f}")
+        parts.append(f"95 % over seeds {_interval(gap.seed_interval)}")
     parts.append(counted(len(gap.seeds), "seed"))
     if gap.noise_floor is not None:
         parts.append(f"noise floor {gap.noise_floor:.4f}")
-    return ", ".join(parts)
+    return ", ".join([*parts, _ahead(gap)])
+
+
+def _ahead(gap: Gap) -> str:
+    """Return which direction has the lower loss, by the sign of the gap alone."""
+    if not gap.gap_nats:
+        return "both have the same loss"
+    return f"{gap.a if gap.gap_nats > 0 else gap.b} has the lower loss"
+
+
+def _interval(pair: tuple[float, float] | None) -> str:
+    return f"{pair[0]:+.4f} .. {pair[1]:+.4f}" if pair else "–"
 
 
 def gap_figures(gap: Gap) -> dict[str, Any]:
@@ -114,7 +123,7 @@ def gap_frame(gaps: list[Gap]) -> pd.DataFrame:
     for one in gaps:
         low, high = one.seed_interval or (math.nan, math.nan)
         floor = one.noise_floor or 0.0
-        pair = f"{one.size}: {one.a} → {one.b}"
+        pair = f"{one.size}: {one.pair}"
         rows.append((pair, one.gap_nats, low, high, -floor, floor, one.verdict))
     return pd.DataFrame(rows, columns=["pair", "gap", "low", "high", "floor_low", "floor", "verdict"])
 
@@ -123,8 +132,7 @@ def gap_line(gap: Gap, windows: int) -> str:
     """Tell a judged gap as an item of a Markdown list, with the documents and windows it was measured on."""
     few = "" if _resampled(gap) else f" ({counted(gap.documents, 'document')}: too few to resample)"
     text = _text_words(gap, windows)
-    verdict = f"{gap.a} against {gap.b}: **{gap.verdict}** ({gap.reason}), on {text}{few}"
-    return f"- {gap.size}: {verdict}: {_amount(gap)}"
+    return f"- {gap.size}, {gap.pair}: **{gap.verdict}** ({gap.reason}), on {text}{few}: {_amount(gap)}"
 
 
 def gap_caption(findings: Findings) -> str:

@@ -6,11 +6,13 @@ import numpy as np
 import pandas as pd
 
 from bwlm.analysis.charts.insides import layer_chart
+from bwlm.analysis.charts.style import EMBEDDING, OUTPUT
 from bwlm.analysis.commands.result import Analysis
 from bwlm.analysis.runs.research_logs import LoggedRun, from_each
 from bwlm.record.experiment import ExperimentFolder
 
 STATISTICS = ("norm", "rms", "mean", "max", "sparsity")
+_WHERE = {EMBEDDING: "at the embedding", OUTPUT: "at the output"}
 _OF = {"gradients": "parameter", "activations": "place"}
 
 
@@ -32,7 +34,7 @@ def over_time(group: str, folders: list[ExperimentFolder]) -> Analysis:
 
 def _long(run: LoggedRun, group: str) -> pd.DataFrame:
     """Return a row per step and parameter, or place: step, layer, what, and the statistics."""
-    steps, layers, names = run.all(group, "step"), run.fixed(group, "layer"), run.fixed(group, _OF[group])
+    steps, layers, names = run.all(group, "step"), run.layer_names(group), run.fixed(group, _OF[group])
     frame = pd.DataFrame(
         {
             "step": np.repeat(steps, len(names)),
@@ -57,6 +59,6 @@ def _extremes(table: pd.DataFrame, group: str) -> list[str]:
         top = last.loc[last["rms"].idxmax()]
         sentences.append(
             f"{series}: at step {int(top['step'])} the largest rms of {group} is {top['rms']:.3g}, "
-            f"of {top['what']} in layer {int(top['layer'])}"
+            f"of {top['what']} {_WHERE.get(top['layer'], 'in layer ' + top['layer'])}"
         )
     return sentences

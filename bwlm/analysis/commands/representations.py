@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bwlm.analysis.charts.insides import similarity_chart
+from bwlm.analysis.charts.style import EMBEDDING
 from bwlm.analysis.commands.result import Analysis
 from bwlm.analysis.runs.labels import sizes
 from bwlm.analysis.runs.research_logs import LoggedRun, from_each, opened
@@ -18,8 +19,6 @@ from bwlm.errors import UserError
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.stats.cka import Kernel, cka
 
-_EMBEDDING = -1
-"""Layer of the embedding, as the research log counts: states after the embedding, then after each block from 0 on."""
 _STATISTICS = ("entropy", "distance", "first_share")
 
 
@@ -119,8 +118,8 @@ def _pairs(states: list[States], notes: list[str]) -> pd.DataFrame:
             notes.append(f"{one.run} at step {one.step} is compared with {other.run} at step {other.step}")
         seeds = one.label == other.label
         of = (one.group, pair, one.direction if seeds else "", one.reading if seeds else "")
-        layers = enumerate(zip(one.layers, other.layers, strict=True), start=_EMBEDDING)
-        rows += [(*of, layer, cka(x, y)) for layer, (x, y) in layers]
+        names = [EMBEDDING, *map(str, range(len(one.layers) - 1))]  # states after the embedding, then after each layer
+        rows += [(*of, layer, cka(x, y)) for layer, x, y in zip(names, one.layers, other.layers, strict=True)]
     return pd.DataFrame(rows, columns=["group", "pair", "direction", "reading", "layer", "cka"])
 
 

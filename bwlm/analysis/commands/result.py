@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import pandas as pd
 
 from bwlm.analysis.charts.style import write_chart
+from bwlm.format import short_number
 from bwlm.paths import write_text
 
 PICTURES = (".svg", ".png", ".html")
 TABLES = (".csv", ".md")
+OVER_SEEDS = "95 % over seeds"
 _ALL = (".html", ".svg", ".csv", ".md")
 
 
@@ -32,6 +35,8 @@ class Analysis:
     """Runs and figures that were left out, each with the reason."""
     shown: pd.DataFrame | None = None
     """Table as people read it, if it is not `table`."""
+    bounds: str = "lowest .. highest"
+    """Meaning of two columns `x_low` and `x_high`, which people see as one."""
     more: dict[str, pd.DataFrame] = field(default_factory=dict)
     """Further tables by name, none of them empty."""
 
@@ -68,45 +73,80 @@ class Analysis:
         """Return every table as Markdown, further ones under their names, but none of more than `longest` rows."""
         named = [("", self.table if self.shown is None else self.shown), *self.more.items()]
         return [
-            (f"{name.capitalize()}:\n\n" if name else "") + frame_to_markdown(table)
+            (f"{name.capitalize()}:\n\n" if name else "") + frame_to_markdown(table, self.bounds)
             for name, table in named
             if longest is None or len(table) <= longest
         ]
 
 
 def markdown_table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
-    """Return a table in GitHub's Markdown."""
-    lines = [header, ["---"] * len(header), *([_plain(value) for value in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Return a table in GitHub's Markdown, with columns of figures aligned on the right."""
+    cells = [[_plain(value) for value in row] for row in rows]
+    columns = zip(*cells, strict=True) if cells else [()] * len(header)
+    marks = ["---:" if of and all(map(_FIGURE.fullmatch, of)) else "---" for of in columns]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, marks, *cells])
 
 
 def _plain(value: Any) -> str:
     return " ".join(str(value).replace("|", "\\|").split())
 
 
-def frame_to_markdown(table: pd.DataFrame) -> str:
-    """Return a table in GitHub's Markdown: whole floats with commas, others to four decimals or four digits."""
-    whole = [name for name in table.columns if _is_whole(table[name])]
-    shown = table.astype(dict.fromkeys(whole, object))
-    for name in whole:
-        shown[name] = [None if _missing(value) else f"{value:,.0f}" for value in table[name]]
-    rows = [["" if _missing(v) else _short(v) for v in row] for row in shown.itertuples(index=False)]
-    return markdown_table(list(map(str, table.columns)), rows)
+_FIGURE = re.compile(r"–|[+-]?[\d.,]+(e[+-]?\d+)?[kMGTPE%]?( (\.\.|±) [+-]?[\d.,]+[kMGTPE%]?)?")
+"""Cell of a column of figures: a number, an interval, or none."""
+_HEADINGS = {
+    "averaged": "loss averaged over",
+    "cka": "CKA",
+    "first_share": "share of the first token",
+    "flops": "FLOPs",
+    "group": "size",
+    "nats": "nats per token",
+    "ratio": "ratio of tokens",
+}
+"""Headings of columns whose names say too little."""
+_SHORTENED = 1e6
+"""Number from which on people see three digits and a suffix: 12.3G and not 12,299,325,306."""
 
 
-def _is_whole(column: pd.Series[Any]) -> bool:
-    """Return whether a column's floats are all integers: tokens, FLOPs, learning rates such as 2."""
-    known = column.dropna()
-    return pd.api.types.is_float_dtype(column) and len(known) > 0 and bool((known % 1 == 0).all())
+def frame_to_markdown(table: pd.DataFrame, bounds: str = "lowest .. highest") -> str:
+    """Return a table in GitHub's Markdown, as people read it, without its empty columns.
+
+    Whole numbers have commas, or a suffix from a million on; others have four decimals, or four digits if they are
+    small. Columns `x_low` and `x_high` become one, named after `bounds`.
+    """
+    columns: dict[str, list[str]] = {}
+    for name in map(str, table.columns):
+        high = name.removesuffix("low") + "high"
+        if name.endswith("low") and high in table:
+            ends = zip(_cells(table[name]), _cells(table[high]), strict=True)
+            of = name.removesuffix("low").rstrip("_")
+            columns[f"{_heading(of)}, {bounds}" if of else bounds] = [f"{a} .. {b}" if a else "" for a, b in ends]
+        elif not (name.endswith("high") and name.removesuffix("high") + "low" in table):
+            columns[_heading(name)] = _cells(table[name])
+    filled = {heading: cells for heading, cells in columns.items() if any(cells) or not cells}
+    return markdown_table(list(filled), ([cell or "–" for cell in row] for row in zip(*filled.values(), strict=True)))
+
+
+def _heading(name: str) -> str:
+    return _HEADINGS.get(name, name.replace("_", " "))
+
+
+def _cells(column: pd.Series[Any]) -> list[str]:
+    """Return a column as people read it; a missing value is empty."""
+    if pd.api.types.is_bool_dtype(column):
+        return ["yes" if value else "no" for value in column]
+    if not pd.api.types.is_numeric_dtype(column):
+        return ["" if _missing(value) else str(value) for value in column]
+    whole = bool((column.dropna() % 1 == 0).all())
+    return ["" if _missing(value) else _number(value, whole) for value in column]
 
 
 def _missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and pd.isna(value))
 
 
-def _short(value: Any) -> str:
-    return (
-        f"{value:.4g}"
-        if isinstance(value, float) and abs(value) < 1e-3
-        else (f"{value:.4f}" if isinstance(value, float) else str(value))
-    )
+def _number(value: float, whole: bool) -> str:
+    if abs(value) >= _SHORTENED:
+        return short_number(value)
+    if whole:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) < 1e-3 else f"{value:.4f}"

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from bwlm.analysis.charts.scaling import gap_trend_chart, law_chart, scaling_chart
-from bwlm.analysis.commands.result import Analysis
+from bwlm.analysis.commands.result import OVER_SEEDS, Analysis
 from bwlm.analysis.runs.findings import Findings, find
 from bwlm.analysis.runs.labels import sizes
 from bwlm.analysis.runs.losses import load_gap_table, with_losses
@@ -105,6 +105,7 @@ def analyse(
         scaling_chart(_law_chart(fits, held), _gap_chart(over_size, trends, parameters), title),
         list(notes),
         more={name: frame for name, frame in further.items() if len(frame)},
+        bounds=OVER_SEEDS,
     )
 
 
@@ -199,7 +200,7 @@ def _held_out_frame(held: Sequence[HeldOut]) -> pd.DataFrame:
 def _gap_frame(gaps: Sequence[Gap], parameters: Mapping[Size, float] | None) -> pd.DataFrame:
     """Return each pair's gap at each size, in nats per token."""
     rows = [
-        (f"{one.b} - {one.a}", one.size, float((parameters or {}).get(one.size, np.nan)), len(one.seeds), one.gap_nats)
+        (one.pair, one.size, float((parameters or {}).get(one.size, np.nan)), len(one.seeds), one.gap_nats)
         + (one.seed_interval or (np.nan, np.nan))
         for one in gaps
     ]
@@ -246,7 +247,7 @@ def _gap_chart(
 ) -> Any | None:
     """Draw the gaps over size; None if no pair has a line over sizes."""
     ends = [
-        (f"{one.b} - {one.a}", parameters[size], nats)
+        (f"{one.a} → {one.b}", parameters[size], nats)
         for one in trends
         if one.fitted and parameters
         for size, nats in zip((one.sizes[0], one.sizes[-1]), one.fitted, strict=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from bwlm.analysis.charts.losses import transfer_chart
-from bwlm.analysis.commands.result import Analysis
+from bwlm.analysis.commands.result import OVER_SEEDS, Analysis
 from bwlm.analysis.runs.labels import sizes
 from bwlm.analysis.runs.losses import load_losses
 from bwlm.directions import TEXT_READINGS, is_marked, is_native, opposite, own_readings
@@ -39,7 +39,9 @@ def transfer(folders: list[ExperimentFolder]) -> Analysis:
     further = {"other reading": other_readings(runs), "wrong marker": wrong_markers(folders, labels)}
     findings = _sentences(*further.values())
     more = {name: of for name, of in further.items() if len(of)}
-    return Analysis("transfer", title, findings, table, transfer_chart(table, title), notes, more=more)
+    return Analysis(
+        "transfer", title, findings, table, transfer_chart(table, title), notes, more=more, bounds=OVER_SEEDS
+    )
 
 
 def _of_reading(folder: ExperimentFolder, reading: str, size: str) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def _sentences(readings: pd.DataFrame, markers: pd.DataFrame) -> list[str]:
     sentences = []
     for row in readings.itertuples():
         both = is_marked(str(row.direction))
-        reads, against = ("backwards", "reading forwards") if both else (row.reading, "its own direction")
+        reads, against = (row.reading, f"reading {row.against}") if both else (row.reading, "its own direction")
         sentences.append(
             f"{_start(row)}: reading {reads} costs a {row.direction} model {_amount(row, f' against {against}')}"
         )

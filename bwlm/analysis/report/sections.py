@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from bwlm.record.experiment import ExperimentFolder
 
 Analyse = Callable[[list[ExperimentFolder]], Analysis]
 
+_DIGEST, _DIGITS = re.compile(r"[0-9a-f]{16,}"), 12
 _ROWS = 40
 """Longest table that a report shows, in rows; longer ones are for the command that makes the whole analysis."""
 
@@ -95,11 +97,17 @@ def configuration_section(folders: list[ExperimentFolder]) -> list[str]:
     """Return the section on every setting that decides what the cells learn, with all its values."""
     identities = [folder.config().compared for folder in folders]
     names = sorted({name for fields in identities for name in fields})
-    rows = [(name, ", ".join(dict.fromkeys(str(fields.get(name, "–")) for fields in identities))) for name in names]
+    rows = [(name, ", ".join(dict.fromkeys(_setting(fields.get(name)) for fields in identities))) for name in names]
     grid = folders[0].config().grid if folders else None
     phases = ", ".join(dict.fromkeys(folder.config().experiment.phase for folder in folders))
     lineage = f"{counted(len(folders), 'run')} ({phases})" + (f", children of the MLflow run {grid}" if grid else "")
     return ["## Configuration and lineage", f"{lineage}.", markdown_table(["setting", "values"], rows)]
+
+
+def _setting(value: Any) -> str:
+    """Return a setting as people read it: of a digest only its beginning, and a dash for none."""
+    text = "–" if value is None else str(value)
+    return text[:_DIGITS] if _DIGEST.fullmatch(text) else text
 
 
 def _order_words(data: DataSettings) -> str:
@@ -181,8 +189,6 @@ def cost_section(folders: list[ExperimentFolder]) -> list[str]:
         else "that of GPUs during steps: rank 0's power for every GPU; of a shared GPU, the run's part"
     )
     table = table.drop(columns="kWh of GPUs") if unknown else table
-    for name in ("tokens", "FLOPs"):
-        table[name] = [f"{value:.3g}" for value in table[name]]
     return ["## Cost", frame_to_markdown(table), f"Hours are wall-clock hours, summed over runs. Energy is {energy}."]
 
 

@@ -40,7 +40,7 @@ _READING = f"""Losses are in nats per token of the validation conversations. In 
 its own part of a conversation: compare variants of one direction. A reward is the mean over greedy answers to
 validation problems. With {FEWEST_SEEDS} seeds or more ± is half of the 95 % t-interval over seeds; two variants of one
 direction, depth and text are compared by the paired t-test over the seeds that both have, Holm-adjusted over all such
-pairs of the phase. Runs of one base count as their mean."""
+pairs of the phase: `A → B` is the figure of B minus that of A. Runs of one base count as their mean."""
 
 Seeds = tuple[Any, ...]
 """Seeds of a run and its ancestors, the base first."""
@@ -51,6 +51,8 @@ class Variants:
     """Table of one phase's finished runs, a variant a row, and comparisons of variants."""
 
     phase: str
+    settings: list[str]
+    """Headings of the first columns, which tell variants apart."""
     header: list[str]
     rows: list[list[str]]
     """Cells of the table, a row per variant; of comparable variants the best first."""
@@ -97,8 +99,8 @@ def _of_phase(phase: str, runs: list[ExperimentFolder]) -> Variants:
     judged = next(name for name in _JUDGED if name in figures)
     grouped.sort(key=lambda one: (_task(one), _rank(one, judged)))
     seeded = any(len(one.figures) > 1 for one in grouped)
-    header = ["id", "direction", "depth", *map(_short, varied)]
-    header += [*(["seeds"] if seeded else []), *(_FIGURES[name] for name in figures)]
+    settings = ["id", "direction", "depth", *map(_short, varied)]
+    header = [*settings, *(["seeds"] if seeded else []), *(_FIGURES[name] for name in figures)]
     rows = [
         [
             one.name,
@@ -108,7 +110,7 @@ def _of_phase(phase: str, runs: list[ExperimentFolder]) -> Variants:
         ]
         for one in grouped
     ]
-    return Variants(phase, header, rows, _comparisons(grouped, judged))
+    return Variants(phase, settings, header, rows, _comparisons(grouped, judged))
 
 
 def _grouped(runs: list[ExperimentFolder], fields: dict[str, dict[str, Any]]) -> list[_Variant]:
@@ -190,7 +192,7 @@ def _mean(values: FloatArray) -> str:
 def _comparisons(grouped: list[_Variant], judged: str) -> list[str]:
     """Return sentences on the pairs of comparable variants; `found` is in order, the better first."""
     pairs = [(one, other) for one, other in combinations(grouped, 2) if _task(one) == _task(other)]
-    apart = [_differences(one.of(judged), other.of(judged)) for one, other in pairs]
+    apart = [_differences(other.of(judged), one.of(judged)) for one, other in pairs]
     tested = {
         number: test for number, d in enumerate(apart) if len(d) >= FEWEST_SEEDS and (test := paired_t(d)) is not None
     }
@@ -200,7 +202,7 @@ def _comparisons(grouped: list[_Variant], judged: str) -> list[str]:
     for number, (_, (low, high)) in tested.items():
         one, other = (f"`{variant.name}`" for variant in pairs[number])
         sure = f"95 % over {counted(len(apart[number]), 'seed')} {low:+.4f} .. {high:+.4f}, p = {adjusted[number]:.2g}"
-        lines.append(f"{one} less {other}: {_FIGURES[judged]} {apart[number].mean():+.4f}{unit}, {sure}")
+        lines.append(f"{one} → {other}: {_FIGURES[judged]} {apart[number].mean():+.4f}{unit}, {sure}")
     if len(tested) < len(pairs):
         left = "variants" if not tested else counted(len(pairs) - len(tested), "pair") + " of variants"
         lines.append(f"{left} with under {FEWEST_SEEDS} seeds in common: too few to tell which is better")

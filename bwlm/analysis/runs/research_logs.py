@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from bwlm.analysis.charts.style import EMBEDDING, OUTPUT
 from bwlm.analysis.runs.labels import series
 from bwlm.errors import UserError
 from bwlm.record.experiment import ExperimentFolder
@@ -40,6 +41,11 @@ class LoggedRun:
         """Return a column of the log that holds for the whole run."""
         values = self.file[f"{group}/{column}"][:]
         return values.astype(str) if values.dtype.kind == "O" else np.asarray(values)
+
+    def layer_names(self, group: str) -> list[str]:
+        """Return the layers of a group as they are called: `embedding`, the number of a layer, or `output`."""
+        names = {-1: EMBEDDING, self.folder.config().experiment.depth: OUTPUT}
+        return [names.get(layer, str(layer)) for layer in self.fixed(group, "layer").tolist()]
 
     def _entries(self, group: str, column: str) -> Any:
         name = f"{group}/{column}"
