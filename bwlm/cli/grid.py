@@ -161,10 +161,10 @@ def _status_document(plan: Plan, root: Path) -> dict[str, Any]:
 
 def _reasons(cells: list[dict[str, Any]]) -> list[str]:
     """Return a sentence for each reason of a planned grid's cells, with the cells that it holds for."""
-    found: dict[str, list[str]] = {}
+    holds_for: dict[str, list[str]] = {}
     for cell in cells:
-        found.setdefault(cell["reason"], []).append(cell["id"])
-    return [f"{_first_of(ids)}: {reason}" for reason, ids in found.items() if reason]
+        holds_for.setdefault(cell["reason"], []).append(cell["id"])
+    return [f"{_first_of(ids)}: {reason}" for reason, ids in holds_for.items() if reason]
 
 
 def _first_of(ids: list[str]) -> str:

@@ -203,8 +203,8 @@ def _titles(columns: Columns, names: Sequence[str]) -> list[str]:
     """Return a title for each row, from its cells in the columns `names`."""
     leads = [_LEADS.get(name, f"{name} ") for name in names]
     rows = zip(*(columns[name] for name in names), strict=True)
-    told = (zip(leads, row, strict=True) for row in rows)
-    return [", ".join(lead + value.replace("**", "") for lead, value in one if value) for one in told]
+    titles = (zip(leads, row, strict=True) for row in rows)
+    return [", ".join(lead + value.replace("**", "") for lead, value in one if value) for one in titles]
 
 
 def _lines(console: Console, table: Table) -> list[str]:
