@@ -60,6 +60,9 @@ class DataSettings(Settings):
         description="mid, sft, rl: map from task or file to how often an epoch reads it; default: by phase",
         json_schema_extra=_hide_default,
     )
+    skip_invalid: bool = Field(
+        False, description="mid, sft: leave out conversations of files that cannot be used; false: refuse the file"
+    )
     reversal: Reversal = Field(
         "whole",
         description="of a backward model. whole: conversations reversed, it writes questions; turns: it writes answers",
@@ -67,8 +70,9 @@ class DataSettings(Settings):
 
     @property
     def mixture_words(self) -> str:
-        """Mixture in words: `gsm8k x 2, builtin:docs_qa x 0.5`."""
-        return ", ".join(f"{name} x {weight:g}" for name, weight in self.mixture.items())
+        """Mixture in words: `gsm8k x 2, talks.json x 0.5, invalid conversations left out`."""
+        left_out = ["invalid conversations left out"] if self.mixture and self.skip_invalid else []
+        return ", ".join([*(f"{name} x {weight:g}" for name, weight in self.mixture.items()), *left_out])
 
 
 class TaskSettings(Settings):

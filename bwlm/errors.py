@@ -1,7 +1,8 @@
 """Errors that bwlm raises on purpose, each with its exit code.
 
-`UserError` is for a fault that a person can mend: it prints as one line and exits with 2. `RunError` is for a run
-that failed on its way: it exits with 1. Any other exception that escapes is a defect of bwlm and keeps its traceback.
+`UserError` is for a fault that a person can mend: it prints as one line and exits with 2; only the faults of a whole
+file of conversations take a line each. `RunError` is for a run that failed on its way: it exits with 1. Any other
+exception that escapes is a defect of bwlm and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ class UserError(BwlmError):
     """Mistake in the input; the message names the file or command, the field and the fix."""
 
     exit_code = 2
+
+
+class Unusable(UserError):
+    """Conversation that cannot be learned from; `kind` names its fault, so that faults can be counted."""
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class RunError(BwlmError):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bwlm.errors import UserError
 from tasks.choices import ChoiceQuestion, MultipleChoice, choice_question
-from tasks.files import DataSet, Row
+from tasks.files import DataSet
+from tasks.rows import Row
 
 
 def _parse(row: Row) -> ChoiceQuestion:

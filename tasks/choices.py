@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from bwlm.errors import UserError
 from bwlm.text.splits import NamedSplits
-from tasks.files import DataSet, Row
+from tasks.files import DataSet
+from tasks.rows import Row
 from tasks.task import RawConversation, SplitName, exchange
 
 FORMAT_VERSION = 1

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from bwlm.text.splits import NamedSplits
-from tasks.files import DataSet, Row
+from tasks.files import DataSet
+from tasks.rows import Row
 from tasks.task import RawConversation, SplitName, Writes, exchange, truth
 
 FORMAT_VERSION = 1

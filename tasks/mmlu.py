@@ -6,7 +6,8 @@ The hub's training questions, `auxiliary_train`, come from other data sets; its 
 from __future__ import annotations
 
 from tasks.choices import ChoiceQuestion, MultipleChoice, choice_question
-from tasks.files import DataSet, Row
+from tasks.files import DataSet
+from tasks.rows import Row
 
 
 def _parse(row: Row) -> ChoiceQuestion:

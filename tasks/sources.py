@@ -9,12 +9,18 @@ from pathlib import Path
 
 import tasks
 from bwlm.config import Experiment, Recipe
-from bwlm.errors import UserError, nearest
+from bwlm.errors import Unusable, UserError, nearest
 from bwlm.paths import local_path
 from bwlm.phases import PHASES
 from bwlm.text.conversation import check_conversation
 from bwlm.text.mixture import ConversationSource
+from bwlm.text.prepare import ShowProgress
 from bwlm.text.splits import NamedSplits, without_copies
+from tasks.faults import find_faults
+from tasks.files import ENDINGS
+from tasks.messages import column_of, parse_messages
+from tasks.rows import Row
+from tasks.task import recipe_key
 
 _FILE_PARTS = 8
 """Number of parts of a file source that are packed in parallel."""
@@ -32,7 +38,7 @@ def sources_of(recipe: Recipe) -> list[ConversationSource]:
     for one, other in permutations(splits, 2):
         _refuse_held_out(one, splits[one], other, splits[other])
     return [
-        _source(name, weight, *places[name], splits[name].notes if name in splits else ())
+        _source(name, weight, *places[name], recipe.data.skip_invalid, splits[name].notes if name in splits else ())
         for name, weight in mixture.items()
     ]
 
@@ -69,7 +75,7 @@ def find_source(name: str) -> tasks.Task:
 
 
 def _is_path(name: str) -> bool:
-    return "/" in name or name.endswith((".parquet", ".jsonl", ".jsonl.gz")) or Path(name).exists()
+    return "/" in name or name.endswith(ENDINGS) or Path(name).exists()
 
 
 def _place(name: str, recipe: Recipe) -> tuple[tasks.Task, str | None]:
@@ -78,9 +84,15 @@ def _place(name: str, recipe: Recipe) -> tuple[tasks.Task, str | None]:
     return task, _for_workers(setting.path if setting else name if isinstance(task, tasks.FileTask) else None)
 
 
-def _source(name: str, weight: float, task: tasks.Task, path: str | None, notes: tuple[str, ...]) -> ConversationSource:
-    parts = 1 if name.startswith("builtin:") else _FILE_PARTS
-    return ConversationSource(name, weight, task.key(path), partial(_read, task, path), parts, notes)
+def _source(
+    name: str, weight: float, task: tasks.Task, path: str | None, skip: bool, notes: tuple[str, ...]
+) -> ConversationSource:
+    parts, key = 1 if name.startswith("builtin:") else _FILE_PARTS, task.key(path)
+    if not isinstance(task, tasks.FileTask):
+        return ConversationSource(name, weight, key, partial(task.conversations, path=path), parts, notes)
+    key = recipe_key(key, "skip_invalid") if skip else key
+    read, check = partial(_read, task, path, skip), partial(_check, task, path, skip)
+    return ConversationSource(name, weight, key, read, parts, notes, check)
 
 
 def _for_workers(address: str | None) -> str | None:
@@ -89,10 +101,30 @@ def _for_workers(address: str | None) -> str | None:
     return address if folder is None else str(folder.absolute())
 
 
-def _read(task: tasks.Task, path: str | None, split: tasks.SplitName) -> Iterator[tasks.RawConversation]:
-    if not isinstance(task, tasks.FileTask):
-        yield from task.conversations(split, path)
-        return
-    for place, messages in task.placed(split, path):
-        check_conversation(messages, place)  # checked here, where the row is known
-        yield messages
+def _read(
+    task: tasks.FileTask, path: str | None, skip: bool, split: tasks.SplitName
+) -> Iterator[tasks.RawConversation]:
+    for row in task.rows(split, path):
+        try:
+            conversation = _conversation(row)
+        except Unusable:
+            if not skip:
+                raise
+        else:
+            yield conversation
+
+
+def _conversation(row: Row) -> tasks.RawConversation:
+    messages = parse_messages(row)
+    check_conversation(messages, f"{row.place}: {column_of(row.values)}")  # checked here, where the row is known
+    return messages
+
+
+def _check(task: tasks.FileTask, path: str | None, skip: bool, progress: ShowProgress) -> None:
+    """Tell through `progress` what `skip` leaves out; else raise `UserError` with all faults of all files."""
+    progress(f"checking the conversations of {task.name}")
+    faults = find_faults(task.name, task.all_rows(path), _conversation)
+    if faults.counts and not skip:
+        raise UserError(faults.refusal())
+    if faults.counts:
+        progress(faults.note())

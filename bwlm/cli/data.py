@@ -139,9 +139,12 @@ def _inspect_conversations(
 
     recipe, root = _recipe(settings, storage, lambda content: with_defaults(content, phase))
     _, _, tokenizer = get_tokenizer(recipe, root / "cache", say)
+    sources = sources_of(recipe)
+    for source in sources:
+        source.check(say)
     conversations = [
-        check_conversation(messages, f"{source.name}: train conversation {index}")
-        for source in sources_of(recipe)
+        check_conversation(messages, f"{source.name}: train conversation {index}: messages")
+        for source in sources
         for index, messages in enumerate(islice(source.read("train"), count))
     ]
     supervised = PHASES[phase].supervised == "written"

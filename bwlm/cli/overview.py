@@ -87,6 +87,8 @@ def _value(value: Any) -> str:
 def _made_from(run: dict[str, Any]) -> Fields:
     data, tokenizer, compute = run["data"], run["tokenizer"], run["compute"]
     texts = data.get("source") or _value(data["mixture"])
+    if data.get("skip_invalid"):
+        texts += ", invalid conversations left out"
     compiled = "compiled" if compute["compile"] else "not compiled"
     versions = ", ".join(f"{name} {version}" for name, version in sorted(run["versions"].items()))
     created = run["created"]

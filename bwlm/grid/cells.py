@@ -148,8 +148,8 @@ def _counts_files_by_time(known: RunConfig, settings: Experiment) -> bool:
     Before identity version 3 the ids of conversations held those times. The ids order no rows and are no targets, so
     they change no result.
     """
-    same = settings.data.mixture == known.experiment.data.mixture and settings.tasks == known.experiment.tasks
-    return known.identity_version < 3 and bool(settings.data.mixture) and same
+    one, other = ((of.data.mixture, of.data.skip_invalid, of.tasks) for of in (settings, known.experiment))
+    return known.identity_version < 3 and bool(settings.data.mixture) and one == other
 
 
 def with_code_of(known: RunConfig, config: RunConfig, planned: PlannedCell) -> RunConfig:

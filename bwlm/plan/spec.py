@@ -133,6 +133,6 @@ def text_key(experiment: Experiment) -> str:
     if phase.reads_documents:
         data: dict[str, Any] = {"data": {"source", "text_column", "validation", "shuffle"}, "tokenizer": True}
     else:
-        data = {"data": {"mixture"}, "tasks": True}
+        data = {"data": {"mixture", "skip_invalid"}, "tasks": True}
     split = "" if phase.reads_documents or phase.packs_whole else " split"
     return experiment.model_dump_json(include=data | {"model": {"sequence_length"}}) + split

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from bwlm.config import Reversal
 from bwlm.directions import READINGS, is_marked
-from bwlm.errors import UserError, nearest
+from bwlm.errors import Unusable, UserError, nearest
 from bwlm.format import json_kind
 from bwlm.text.direction import BACKWARD, Ints, Layout, Rows, arrange, is_mirrored, restore
 from bwlm.text.tokenizer import Tokenizer
@@ -76,53 +76,63 @@ class TurnIds:
 def check_conversation(messages: Any, where: str) -> Conversation:
     """Return the messages of a conversation from a file: user and assistant in turn, from the first to the last.
 
-    A system message may come first and becomes the beginning of the user's message, as in nanochat. Raises
-    `UserError` that begins with `where` (file and row) and names the message, its field and the fix.
+    A system message may come first and becomes the beginning of the user's message, as in nanochat; an empty one
+    counts as none. Raises `Unusable` that begins with `where` (file, row and the field of the messages) and names the
+    message and the fix.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise UserError(f"{where}: messages: must be a list of messages (found {json_kind(messages)})")
-    checked = [_message(message, f"{where}: messages[{index}]") for index, message in enumerate(messages)]
-    if checked and checked[0][0] == "system":
-        checked = _joined_system(checked, where)
-    conversation = [Message(role, content) for role, content in checked]  # type: ignore[arg-type]
-    check_turns(conversation, where)
-    if not conversation:
-        raise UserError(f"{where}: messages: empty: give at least a question and an answer")
-    if conversation[0].role != "user" or conversation[-1].role != "assistant":
-        raise UserError(
-            f"{where}: messages: from {conversation[0].role} to {conversation[-1].role}: "
-            "begin with the user and end with the assistant"
-        )
+        raise Unusable(f"{where}: must be a list of messages (found {json_kind(messages)})", "no list of messages")
+    checked = [_message(message, f"{where}[{index}]") for index, message in enumerate(messages)]
+    system = checked[0][1] if checked and checked[0][0] == "system" else None
+    first = 0 if system is None else 1
+    conversation = [Message(role, content) for role, content in checked[first:]]  # type: ignore[arg-type]
+    _check_roles(conversation, where, first)
+    if system and system.strip():
+        conversation[0] = Message("user", f"{system}\n\n{conversation[0].content}")
     return conversation
 
 
-def check_turns(conversation: Conversation, where: str) -> None:
-    """Raise `UserError` where one role speaks twice in a row."""
-    for index, (before, after) in enumerate(itertools.pairwise(conversation), start=1):
+def check_turns(conversation: Conversation, where: str, first: int = 0) -> None:
+    """Raise `Unusable` where one role speaks twice in a row; `first` is the index of the first message."""
+    for index, (before, after) in enumerate(itertools.pairwise(conversation), start=first + 1):
         if before.role == after.role:
-            raise UserError(
-                f"{where}: messages[{index}].role: {after.role} again: join the two messages, or add one between"
+            raise Unusable(
+                f"{where}[{index}].role: {after.role} again: join the two messages, or add one between",
+                "one role twice in a row",
             )
+
+
+def _check_roles(conversation: Conversation, where: str, first: int) -> None:
+    for index, message in enumerate(conversation, start=first):
+        if message.role not in ROLES:
+            raise Unusable(
+                f"{where}[{index}].role: {message.role}: only the first message may be one: move it, or remove it",
+                "system message after the first message",
+            )
+    check_turns(conversation, where, first)
+    if not conversation:
+        raise Unusable(f"{where}: empty: give at least a question and an answer", "no messages")
+    begin, end = conversation[0].role, conversation[-1].role
+    if (begin, end) != ROLES:
+        fault = "ends with the user" if begin == "user" else "begins with the assistant"
+        advice = "begin with the user and end with the assistant"
+        raise Unusable(f"{where}: from {begin} to {end}: {advice}", fault)
 
 
 def _message(message: Any, where: str) -> tuple[str, str]:
     if not isinstance(message, dict):
-        raise UserError(f"{where}: must be an object with role and content (found {json_kind(message)})")
-    for name in ("role", "content"):
+        told = f"{where}: must be an object with role and content (found {json_kind(message)})"
+        raise Unusable(told, "message without a role")
+    for name, fault in (("role", "message without a role"), ("content", "message without text")):
         if not isinstance(message.get(name), str):
-            raise UserError(f"{where}.{name}: must be a string (found {json_kind(message.get(name))})")
+            raise Unusable(f"{where}.{name}: must be a string (found {json_kind(message.get(name))})", fault)
     role, content = message["role"], message["content"]
     if role not in _KNOWN:
-        raise UserError(f"{where}.role: {role[:40]!r} is not one of {', '.join(_KNOWN)}{nearest(role, _KNOWN)}")
-    if not content.strip():
-        raise UserError(f"{where}.content: empty: fill it, or remove the conversation")
+        told = f"{role[:40]!r} is not one of {', '.join(_KNOWN)}{nearest(role, _KNOWN)}"
+        raise Unusable(f"{where}.role: {told}", "unknown role")
+    if role != "system" and not content.strip():
+        raise Unusable(f"{where}.content: empty: fill it, or remove the conversation", "message without text")
     return role, content
-
-
-def _joined_system(checked: list[tuple[str, str]], where: str) -> list[tuple[str, str]]:
-    if len(checked) < 2 or checked[1][0] != "user":
-        raise UserError(f"{where}: messages[1].role: after a system message must come a user message: add it")
-    return [("user", f"{checked[0][1]}\n\n{checked[1][1]}"), *checked[2:]]
 
 
 # ---- rendering ----
@@ -254,7 +264,7 @@ def build_prompt(
     given one that begins with the assistant. Raises `UserError` for any other conversation.
     """
     turns, asking = TurnIds.from_tokenizer(tokenizer), predicts_user_turn(reading, reversal)
-    check_turns(conversation, "conversation")
+    check_turns(conversation, "conversation: messages")
     edge, role = (0, "assistant") if asking else (-1, "user")
     if not conversation or conversation[edge].role != role:
         raise UserError(f"conversation: must {'begin' if asking else 'end'} with the {role}: add a message")

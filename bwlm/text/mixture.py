@@ -44,7 +44,7 @@ _SOURCE_BITS = 32
 """Bits of a conversation's index in its document id. Above them stand 24 bits of its source's key, so that the id is
 the same in any mixture."""
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version of packing: raise it whenever the same conversations would give other rows."""
 
 
@@ -63,6 +63,9 @@ class ConversationSource:
     more than 1 only for files."""
     notes: tuple[str, ...] = ()
     """Lines that tell a person which of its files are left out."""
+    check: Callable[[ShowProgress], None] = lambda _: None
+    """Reads all conversations once before they are packed: tells what is left out, or raises `UserError` with every
+    fault."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def prepare_mixture(
         for note in source.notes:
             progress(note)
         if not (folder / "manifest.json").exists():
+            source.check(progress)
             progress(f"rendering and packing the conversations of {source.name}")
             with atomic_folder(folder) as temporary:
                 manifest = _pack(source, tokenizer_folder, tokenizer, width, whole, temporary, run)
@@ -177,7 +181,8 @@ def _render_part(
         if index % job.parts != job.index:
             continue
         counts.documents += 1
-        whole = render(check_conversation(messages, f"{source.name}: {job.split} conversation {index}"), tokenizer)
+        where = f"{source.name}: {job.split} conversation {index}: messages"
+        whole = render(check_conversation(messages, where), tokenizer)
         hashes.add(whole)
         ids = whole if room is None else cut_to(whole, room, turns)
         if ids is None:

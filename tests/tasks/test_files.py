@@ -269,7 +269,7 @@ def refusal(source: Path | str, task: Any = None) -> str:
 
 
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:
-    kinds = ".parquet or .jsonl or .jsonl.gz"
+    kinds = ".parquet or .jsonl or .jsonl.gz or .json"
     assert refusal(tmp_path / "none") == (
         f"tasks.mine.path: {tmp_path}/none does not exist: give a folder, glob, file or URI of {kinds} files"
     )
@@ -281,9 +281,9 @@ def test_a_path_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
-    (tmp_path / "chat.json").write_text("{}")
-    assert refusal(tmp_path / "chat.json") == (
-        f"tasks.mine.path: {tmp_path}/chat.json: name a .parquet, .jsonl or .jsonl.gz file"
+    (tmp_path / "chat.csv").write_text("role,content")
+    assert refusal(tmp_path / "chat.csv") == (
+        f"tasks.mine.path: {tmp_path}/chat.csv: name a file that ends with .parquet or .jsonl or .jsonl.gz or .json"
     )
 
 
@@ -319,20 +319,22 @@ def test_two_fields_of_one_name_in_an_object(tmp_path: Path) -> None:
 def test_parquet_without_the_column_names_the_nearest(tmp_path: Path) -> None:
     pq.write_table(pa.table({"mesages": ["x"], "id": [1]}), tmp_path / "talks.parquet")
     assert refusal(tmp_path) == (
-        f"{tmp_path}/talks.parquet: no column 'messages' (did you mean 'mesages'?): it has mesages, id"
+        f"{tmp_path}/talks.parquet: no column 'messages' or 'conversations' or 'conversation' (did you mean 'mesages'?): it has mesages, id"
     )
     pq.write_table(pa.table({"questions": ["x"], "answer": ["y"]}), tmp_path / "talks.parquet")
     assert "no column 'question' (did you mean 'questions'?)" in refusal(tmp_path, GSM8K())
 
 
+COLUMNS = "'messages' or 'conversations' or 'conversation'"
 ROW = "[{'role': 'user', 'content': 'x'}]".replace("'", '"')
 
 
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ('{"mesages": []}', "no field 'messages' (did you mean 'mesages'?): it has mesages"),
-        ('{"messages": "x"}', "messages: must be a list of messages (found a string)"),
+        ('{"mesages": []}', f"no field {COLUMNS} (did you mean 'mesages'?): it has mesages"),
+        ('{"messages": 3}', "messages: must be a list of messages (found 3)"),
+        ('{"messages": "3"}', "messages: must be a list of messages (found 3)"),
         ('{"messages": null}', "messages: must be a list of messages (found nothing)"),
         ('{"messages": ["x"]}', "messages[0]: must be an object with role and content (found a string)"),
         ('[{"role": "user", "content": "x"}, {"role": "user"}]', "messages[1]: no field 'content': it has role"),
@@ -341,7 +343,10 @@ ROW = "[{'role': 'user', 'content': 'x'}]".replace("'", '"')
             "messages[0]: no field 'role' (did you mean 'rle'?): it has rle, content",
         ),
         ('[{"role": 3, "content": "x"}]', "messages[0]: role: must be a string (found 3)"),
-        ('[{"role": "user", "content": ["x"]}]', "messages[0]: content: must be a string (found a list)"),
+        (
+            '[{"role": "user", "content": ["x"]}]',
+            "messages[0]: content[0]: must be a part of type 'text' with a text (found a string)",
+        ),
         ('[{"role": "user", "content": null}]', "messages[0]: content: must be a string (found nothing)"),
         ("7", "must be an object or a list of messages (found 7)"),
         ('"x"', "must be an object or a list of messages (found a string)"),
@@ -370,7 +375,10 @@ def test_a_line_that_is_not_utf8(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "told"),
     [
-        (pa.array(["x", "y"]), "row 0: messages: must be a list of messages (found a string)"),
+        (
+            pa.array(["x", "y"]),
+            "row 0: messages: a text that is not the JSON of a list of messages (Expecting value: line 1 column 1 (char 0))",
+        ),
         (
             pa.array([[{"role": "user", "content": "x"}], None]),
             "row 1: messages: must be a list of messages (found nothing)",

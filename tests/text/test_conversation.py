@@ -74,13 +74,19 @@ def as_rows(*tokens: np.ndarray) -> Rows:
         ([*said("hi"), *said("hello")], "messages[1].role: user again"),
         (said("hi", "hello", "and"), "from user to user: begin with the user and end with the assistant"),
         (said("hi", "hello")[1:], "from assistant to assistant"),
-        ([{"role": "system", "content": "be kind"}, *said("a", "b")[1:]], "messages[1].role: after a system message"),
-        ([*said("a", "b"), {"role": "system", "content": "c"}], "messages"),
+        (
+            [{"role": "system", "content": "be kind"}, *said("a", "b")[1:]],
+            "from assistant to assistant: a conversation begins with the user",
+        ),
+        ([{"role": "system", "content": "be kind"}], "messages: empty"),
+        ([{"role": "system", "content": "be kind"}, *said("a"), *said("b", "c")], "messages[2].role: user again"),
+        ([*said("a", "b"), {"role": "system", "content": "c"}], "messages[2].role: system: only the first message may"),
+        ([*said("a", "b"), {"role": "system", "content": "c"}, *said("d", "e")], "messages[2].role: system: only the"),
     ],
 )
 def test_a_malformed_conversation_is_one_line_that_names_the_place(messages: object, told: str) -> None:
     with pytest.raises(UserError) as error:
-        check_conversation(messages, "shard:3")
+        check_conversation(messages, "shard:3: messages")
     assert told in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 300
@@ -89,6 +95,12 @@ def test_a_malformed_conversation_is_one_line_that_names_the_place(messages: obj
 def test_a_system_message_becomes_the_beginning_of_the_users() -> None:
     messages = [{"role": "system", "content": "Be kind."}, *said("Hello", "Hi")]
     assert check_conversation(messages, "x") == [Message("user", "Be kind.\n\nHello"), Message("assistant", "Hi")]
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_an_empty_system_message_counts_as_none(content: str) -> None:
+    messages = [{"role": "system", "content": content}, *said("Hello", "Hi")]
+    assert check_conversation(messages, "x") == check_conversation(said("Hello", "Hi"), "x")
 
 
 # ---- rendering ----

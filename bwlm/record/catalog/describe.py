@@ -148,7 +148,8 @@ def _text(config: RunConfig) -> dict[str, Any]:
     """Return the text that the run was trained on, by content and by place."""
     experiment, digests = config.experiment, config.identity
     reads_documents = PHASES[experiment.phase].reads_documents
-    named = {"source": experiment.data.source} if reads_documents else {"mixture": experiment.data.mixture}
+    read = {"source"} if reads_documents else {"mixture", "skip_invalid"}
+    named = experiment.data.model_dump(include=read)
     return {
         "data": named | {"digest": digests.get("data", ""), "folder": config.corpus},
         "tokenizer": {
