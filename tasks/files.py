@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from bwlm.errors import UserError, nearest
 from bwlm.paths import local_path
@@ -120,10 +121,9 @@ class DataSet:
                 _refuse_repeated_fields(file.schema_arrow.field(column), f"{uri}: {column}")
             number = 0
             try:
-                for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
-                    for values in batch.to_pylist():
-                        yield Row(f"{uri}: row {number}", values)
-                        number += 1
+                for values in _values(file, columns):
+                    yield Row(f"{uri}: row {number}", values)
+                    number += 1
             except Exception as error:
                 raise UserError(f"{uri}: damaged after row {number} ({first_line(error)}): {MEND}") from None
 
@@ -153,6 +153,12 @@ def _content(file: Shard) -> tuple[str | int, ...]:
             return (hashlib.file_digest(opened, "sha256").hexdigest(),)
     except OSError as error:
         raise UserError(f"{file.uri}: cannot be read ({first_line(error)}): {MEND}") from None
+
+
+def _values(file: pq.ParquetFile, columns: list[str]) -> Iterator[dict[str, Any]]:
+    for group in range(file.num_row_groups):  # pyarrow reads dictionaries inside of lists in one row group at a time
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[group], columns=columns):
+            yield from batch.to_pylist()
 
 
 def _refuse_repeated_fields(field: pa.Field, where: str) -> None:

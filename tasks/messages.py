@@ -107,7 +107,7 @@ def _message(entry: Any, where: str) -> RawMessage:
     if not isinstance(role, str):
         raise Unusable(f"{where}: {_missing(role_key, entry)}", "message without a role")
     if role in _TOOLS or any(entry.get(name) for name in _CALLS):
-        raise Unusable(f"{where}: calls or answers a tool, of which bwlm knows nothing", "tool turn")
+        raise Unusable(f"{where}: calls or answers a tool: bwlm has no tools", "tool turn")
     role = _ROLES.get(role, role)
     if role == "system" and entry.get(text_key) is None:
         return {"role": role, "content": ""}  # counts as none

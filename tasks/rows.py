@@ -155,7 +155,8 @@ def _elements(file: TextIO) -> Iterator[Any]:
             if text[mark] not in ",]":
                 raise ValueError(f"no comma before {text[mark : mark + 20]!r}")
         except (ValueError, IndexError) as error:  # cut off where this read ends, perhaps
-            more = file.read(max(_CHARACTERS_AT_ONCE, len(text))) if len(text) - at < _LONGEST_ELEMENT else ""
+            left = len(text) - at
+            more = file.read(max(_CHARACTERS_AT_ONCE, left)) if left < _LONGEST_ELEMENT else ""
             if not more:
                 told = "the array does not end" if isinstance(error, IndexError) else getattr(error, "msg", str(error))
                 raise ValueError(told) from None

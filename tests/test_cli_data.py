@@ -93,6 +93,21 @@ def test_tokenizer_train_show_and_use(bwlm: Bwlm, corpus: Path, tmp_path: Path) 
     assert trained["digest"] in out
 
 
+def test_a_sharegpt_file_is_shown_and_its_faults_are_told(bwlm: Bwlm, corpus: Path, tmp_path: Path) -> None:
+    talk = [{"from": "system", "value": ""}, {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
+    talks = [{"id": str(index), "conversations": talk} for index in range(3)]
+    (tmp_path / "hermes.json").write_text(json.dumps([{"conversations": talk[1:2]}, *talks], indent=1))
+    words = ["data", "inspect", "--phase", "sft", "--rows", "1", "--direction", "forward", *source(corpus)]
+    mixture = ["--set", f"data.mixture={{{tmp_path}/hermes.json: 1.0}}"]
+    code, out, err = bwlm(*words, *mixture)
+    assert (code, out) == (2, "")
+    assert f"1 of 4 conversations cannot be used:\n  ends with the user: 1\n    {tmp_path}/hermes.json: row 0: " in err
+    code, out, err = bwlm(*words, *mixture, "--set", "data.skip_invalid=true")
+    assert code == 0
+    assert "1 of 4 conversations left out, which cannot be used: ends with the user 1" in err
+    assert "<|user_start|>Why?<|user_end|><|assistant_start|>«Because.<|assistant_end|>»" in out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

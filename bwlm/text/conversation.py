@@ -111,7 +111,7 @@ def _check_roles(conversation: Conversation, where: str, first: int) -> None:
             )
     check_turns(conversation, where, first)
     if not conversation:
-        raise Unusable(f"{where}: empty: give at least a question and an answer", "no messages")
+        raise Unusable(f"{where}: empty: give at least a question and an answer", "empty conversation")
     begin, end = conversation[0].role, conversation[-1].role
     if (begin, end) != ROLES:
         fault = "ends with the user" if begin == "user" else "begins with the assistant"

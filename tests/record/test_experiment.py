@@ -200,6 +200,13 @@ def test_a_run_of_before_documents_were_shuffled_keeps_their_order(folder: Exper
     assert not folder.config().experiment.data.shuffle
 
 
+def test_a_run_of_before_conversations_could_be_left_out_has_them_all(folder: ExperimentFolder) -> None:
+    content = read_json(folder.path / "config.json")["experiment"]
+    del content["data"]["skip_invalid"]
+    rewrite_config(folder, experiment=content)
+    assert folder.config().experiment.data.skip_invalid is False
+
+
 # ---- states ----
 
 

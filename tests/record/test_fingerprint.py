@@ -77,6 +77,7 @@ SAYS_WHERE_OR_HOW_FAST: dict[str, Any] = {
     "checkpoint.keep_best": True,
     "checkpoint.keep_every": 300,
     "data.mixture": {"gsm8k": 1.0},  # its digest is what counts
+    "data.skip_invalid": True,  # of conversations; their digest is what counts
     "data.reversal": "turns",  # of conversations, which a base run has none of
     "tasks": {"gsm8k": TaskSettings(path="elsewhere")},
     "parent": "another",  # its weights are what counts

@@ -26,6 +26,7 @@ from tasks.task import RawConversation, SplitName, exchange
 
 TALKS = [exchange(f"Question {index}?", f"Answer {index}.") for index in range(400)]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
+COLUMNS = "'messages' or 'conversations' or 'conversation'"
 
 
 def write(path: Path, conversations: list[RawConversation]) -> Path:
@@ -319,13 +320,12 @@ def test_two_fields_of_one_name_in_an_object(tmp_path: Path) -> None:
 def test_parquet_without_the_column_names_the_nearest(tmp_path: Path) -> None:
     pq.write_table(pa.table({"mesages": ["x"], "id": [1]}), tmp_path / "talks.parquet")
     assert refusal(tmp_path) == (
-        f"{tmp_path}/talks.parquet: no column 'messages' or 'conversations' or 'conversation' (did you mean 'mesages'?): it has mesages, id"
+        f"{tmp_path}/talks.parquet: no column {COLUMNS} (did you mean 'mesages'?): it has mesages, id"
     )
     pq.write_table(pa.table({"questions": ["x"], "answer": ["y"]}), tmp_path / "talks.parquet")
     assert "no column 'question' (did you mean 'questions'?)" in refusal(tmp_path, GSM8K())
 
 
-COLUMNS = "'messages' or 'conversations' or 'conversation'"
 ROW = "[{'role': 'user', 'content': 'x'}]".replace("'", '"')
 
 
@@ -377,7 +377,8 @@ def test_a_line_that_is_not_utf8(tmp_path: Path) -> None:
     [
         (
             pa.array(["x", "y"]),
-            "row 0: messages: a text that is not the JSON of a list of messages (Expecting value: line 1 column 1 (char 0))",
+            "row 0: messages: a text that is not the JSON of a list of messages (Expecting value: line 1 column 1 "
+            "(char 0))",
         ),
         (
             pa.array([[{"role": "user", "content": "x"}], None]),
