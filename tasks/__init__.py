@@ -7,7 +7,8 @@
     arc.py         arc_easy, arc_challenge     multiple choice: school science
     mmlu.py        mmlu                 multiple choice: 57 subjects
     messages.py    smoltalk, FileTask   conversations that files already hold
-    task.py  files.py  choices.py       protocols of a task; rows and splits of files; text of multiple choice
+    task.py  choices.py                 protocols of a task; text of multiple choice
+    rows.py  files.py  faults.py        rows of JSON; files of a data set and their split; faults counted by kind
 
 Built-in tasks need no file and no network; the others are read from the hub or from a path.
 """

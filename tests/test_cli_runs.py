@@ -292,7 +292,12 @@ def test_all_that_is_known_of_a_run_as_json(family: Path, shell: Shell) -> None:
         "lr": {"parent": 1.0, "own": 0.5},
         "optim.init_lr_frac": {"parent": 1.0, "own": 0.02},
     }
-    assert known["data"] == {"mixture": MIXTURE, "digest": config.identity["data"], "folder": config.corpus}
+    assert known["data"] == {
+        "mixture": MIXTURE,
+        "skip_invalid": False,
+        "digest": config.identity["data"],
+        "folder": config.corpus,
+    }
     assert (known["fingerprint"], known["steps"]) == (config.fingerprint, STEPS)
     assert (known["children"], known["skips"], known["holder"], known["mlflow_run"]) == ([], [], None, None)
     assert (known["checkpoints"], known["evaluations"]) == ([], [])

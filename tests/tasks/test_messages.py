@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bwlm.config import Recipe
+from bwlm.config import Experiment, Recipe
 from bwlm.errors import UserError
+from bwlm.plan.spec import text_key
+from bwlm.record.repeat import train_command
 from bwlm.text.conversation import Message, check_conversation
 from bwlm.text.mixture import ConversationSource
 from tasks import rows
@@ -351,3 +353,19 @@ def test_leaving_out_is_part_of_what_names_the_data(tmp_path: Path) -> None:
     assert source_of(path).key != source_of(path, skip=True).key
     for skip in (False, True):
         assert source_of(path, skip).key == source_of(path, skip).key
+
+
+def test_a_run_tells_that_it_leaves_conversations_out() -> None:
+    content = {
+        "phase": "sft",
+        "parent": "p",
+        "direction": "forward",
+        "depth": 1,
+        "data": {"mixture": {"talks.json": 2.0}},
+    }
+    given_all = Experiment.model_validate(content)
+    left_out = given_all.model_copy(update={"data": given_all.data.model_copy(update={"skip_invalid": True})})
+    assert text_key(left_out) != text_key(given_all), "cells of one launch must not share this text"
+    assert "data.skip_invalid=true" in train_command("mine", left_out)
+    assert given_all.data.mixture_words == "talks.json x 2"
+    assert left_out.data.mixture_words == "talks.json x 2, invalid conversations left out"

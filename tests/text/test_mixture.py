@@ -350,6 +350,18 @@ def test_what_a_reader_refuses_leaves_nothing_either(mix: Mixer) -> None:
     assert not mix.storage.exists()
 
 
+def test_a_source_is_checked_once_before_it_is_packed(mix: Mixer) -> None:
+    def refuse(_: Any) -> None:
+        raise UserError("talks.json: 2 of 9 conversations cannot be used")
+
+    assert mix.refusal(replace(source("talks"), check=refuse)) == "talks.json: 2 of 9 conversations cannot be used"
+    assert not mix.packed
+    assert not mix.storage.exists()
+    mix(replace(source("talks"), check=lambda tell: tell("1 of 9 conversations left out")))
+    assert mix.told == ["1 of 9 conversations left out", "rendering and packing the conversations of talks"]
+    mix(replace(source("talks"), check=refuse))  # from the cache
+
+
 def test_a_refused_source_leaves_the_others_whole(mix: Mixer) -> None:
     """What was packed before it is of use to the next launch; of the refused one and the mixture nothing is left."""
     good = source("good")
