@@ -191,6 +191,17 @@ def test_an_array_is_not_held_in_memory(monkeypatch: pytest.MonkeyPatch) -> None
         assert file.tell() <= 24 * (index + 1) + 100
 
 
+def test_an_element_that_never_ends_is_not_read_to_the_end_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "_CHARACTERS_AT_ONCE", 10)
+    monkeypatch.setattr(rows, "_LONGEST_ELEMENT", 100)
+    file = io.StringIO('["a", "' + "x" * 10_000)
+    elements = rows._elements(file)
+    assert next(elements) == "a"
+    with pytest.raises(ValueError, match="Unterminated string"):
+        next(elements)
+    assert file.tell() < 300
+
+
 @pytest.mark.parametrize(
     ("cut", "told"),
     [
