@@ -76,7 +76,7 @@ def as_rows(*tokens: np.ndarray) -> Rows:
         (said("hi", "hello")[1:], "from assistant to assistant"),
         (
             [{"role": "system", "content": "be kind"}, *said("a", "b")[1:]],
-            "from assistant to assistant: a conversation begins with the user",
+            "from assistant to assistant",
         ),
         ([{"role": "system", "content": "be kind"}], "messages: empty"),
         ([{"role": "system", "content": "be kind"}, *said("a"), *said("b", "c")], "messages[2].role: user again"),
