@@ -1,8 +1,24 @@
-"""Counts and lists in words."""
+"""Counts and lists in words, and numbers as people write them."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
+from typing import Any
+
+WHOLE_NUMBERS = "a whole number, such as 2000, 2_000 or 2e3"
+"""Words that tell a person which values `whole_number` reads."""
+
+
+def whole_number(value: Any) -> Any:
+    """Return the integer that a float or a text stands for: 1e9, 1.5e6, 1_000_000; anything else as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return int(value)
+        with contextlib.suppress(ValueError):
+            return int(number) if (number := float(value)).is_integer() else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
 
 _JSON_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "nothing"}
 

@@ -8,14 +8,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from bwlm.config import HORIZONS, Settings
 from bwlm.errors import UserError, nearest
-from bwlm.format import json_kind
+from bwlm.format import WHOLE_NUMBERS, json_kind, whole_number
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,27 @@ def override(document: Document, settings: list[str]) -> Document:
     return Document(document.name, content, places)
 
 
+def with_whole_numbers(document: Document, model: type[BaseModel]) -> Document:
+    """Return the document with an integer wherever `model` takes one and a whole number is written otherwise.
+
+    So `1e9`, `1_000_000` and "1e9" in quotes are 10^9, in sections, in axes and in the blocks of phases. Any other
+    value stays for `validate` to refuse.
+    """
+    return Document(document.name, _whole(document.content, "", integer_fields(model)), document.places)
+
+
+_BLOCK = re.compile(r"(axes|also|phases\.\w+(\.axes)?)\.")
+"""Fields of a grid file that hold fields of an experiment, or lists of their values."""
+
+
+def _whole(content: Any, field: str, integers: set[str]) -> Any:
+    if isinstance(content, dict):
+        return {name: _whole(value, f"{field}.{name}".lstrip("."), integers) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_whole(value, field, integers) for value in content]
+    return whole_number(content) if _BLOCK.sub("", field, count=1) in integers else content
+
+
 _PLAIN = re.compile(r"[\w./-]+(:[\w./-]+)*")
 """Text that YAML reads as itself unless it is one of YAML's words or numbers."""
 
@@ -251,6 +273,23 @@ def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from field_names(info.annotation, f"{prefix}{name}.")
 
 
+def integer_fields(model: type[BaseModel]) -> set[str]:
+    """Return the dotted fields of a settings class that take an integer."""
+    found = set()
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Settings):
+            found |= {f"{name}.{inner}" for inner in integer_fields(info.annotation)}
+        elif _takes_integer(info.annotation):
+            found.add(name)
+    return found
+
+
+def _takes_integer(annotation: Any) -> bool:
+    """Return whether an annotation is `int`, `int | None`, or one of them with bounds."""
+    inner = get_args(annotation) if get_origin(annotation) in (Annotated, Union, UnionType) else ()
+    return annotation is int or any(map(_takes_integer, inner))
+
+
 def validate(model: type[T], content: Mapping[str, Any], document: Document) -> T:
     """Return the content as validated settings.
 
@@ -276,6 +315,8 @@ def explain(error: ValidationError, model: type[BaseModel], document: Document) 
         section, _, name = field.rpartition(".")
         siblings = [f.rpartition(".")[2] for f in field_names(model) if f.rpartition(".")[0] == section]
         return f"{where}: unknown field{nearest(name, siblings) or ' (known: ' + ', '.join(siblings) + ')'}"
+    if first["type"] == "int_type":
+        return f"{where}: must be {WHOLE_NUMBERS} (found {first['input']!r})"
     if first["type"] == "missing":
         return f"{where}: missing: add it"
     if first["type"] == "literal_error":

@@ -11,12 +11,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import jsonschema
 import pytest
 import typer
 import yaml
+from typer.models import OptionInfo
 
 from bwlm import cli
 from bwlm.cli.terminal import print_json
@@ -294,6 +295,30 @@ def test_a_mistake_is_one_line_and_nothing_is_made(mistake: str, command: str, s
     assert [path.name for path in shell.folder.iterdir()] == ["g.yaml"]
 
 
+def options_of(app: typer.Typer) -> Iterator[tuple[str, Any]]:
+    """Yields every option and argument of every command: its place, and typer's record of it."""
+    for group in app.registered_groups:
+        yield from options_of(group.typer_instance)
+    for command in app.registered_commands:
+        for name, kind in get_type_hints(command.callback, include_extras=True).items():
+            yield f"{command.name or command.callback.__name__} {name}", kind
+
+
+def test_every_option_that_is_an_integer_takes_it_in_any_form() -> None:
+    integers = {
+        place: next(option for option in kind.__metadata__ if isinstance(option, OptionInfo))
+        for place, kind in options_of(cli.app)
+        if get_origin(kind) is Annotated and int in (kind.__origin__, *get_args(kind.__origin__))
+    }
+    assert {place.split()[-1] for place in integers} == {"depth", "seed", "step", "rows", "resamples"}
+    for place, option in integers.items():
+        assert option.parser is not None, place
+        assert {option.parser(text) for text in ("2000", "2e3", "2_000", "2.0e3")} == {2000}, place
+        for text in ("1.5", "many", "inf"):
+            with pytest.raises(ValueError, match=rf"^must be a whole number, such as .* \(found {text}\)$"):
+                option.parser(text)
+
+
 def test_mistakes_never_wait_for_heavy_libraries(tmp_path: Path) -> None:
     """Not one of them needs Ray, MLflow or torch to be told."""
     script = """
@@ -338,7 +363,8 @@ def test_a_storage_that_cannot_be_written_is_told_before_anything_runs(storage: 
         (["nonsense"], "nonsense"),
         (["runs", "list", "extra"], "extra"),
         (["data", "inspect", "--rows", "0"], "rows"),
-        (["data", "inspect", "--rows", "many"], "--rows"),
+        (["data", "inspect", "--rows", "many"], "'--rows': must be a whole number, such as 2000, 2_000 or 2e3"),
+        (["data", "inspect", "--rows", "2e4"], "'--rows': must be at most 10000 (found 2e4)"),
         (["data", "inspect", "--direction", "bakward"], "did you mean 'backward'?"),
         (["data", "inspect", "--json"], "--direction"),
         (["data", "prepare", "--set", "data.sorce=x"], "did you mean 'source'?"),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,15 +16,19 @@ from pydantic import BaseModel
 
 from bwlm.config import Experiment, Recipe, Settings
 from bwlm.errors import UserError, nearest
+from bwlm.format import WHOLE_NUMBERS
+from bwlm.plan.spec import Grid
 from bwlm.settings_file import (
     Document,
     dump_yaml,
     field_names,
+    integer_fields,
     load_yaml,
     override,
     parse_setting,
     parse_yaml,
     validate,
+    with_whole_numbers,
 )
 
 
@@ -268,15 +276,15 @@ def refusal(text: str, *changes: str) -> str:
         ("\nmodle: {}", "g.yaml:2: modle: unknown field (did you mean 'model'?)"),
         ("model:\n  hed_dim: 8", "g.yaml:2: model.hed_dim: unknown field (did you mean 'head_dim'?)"),
         ("model: {head_dim: 33}", "g.yaml:1: model.head_dim: input should be a multiple of 2 (found 33)"),
-        ("model: {head_dim: true}", "g.yaml:1: model.head_dim: input should be a valid integer (found True)"),
-        ("model: {head_dim: 64.0}", "g.yaml:1: model.head_dim: input should be a valid integer (found 64.0)"),
+        ("model: {head_dim: true}", f"g.yaml:1: model.head_dim: must be {WHOLE_NUMBERS} (found True)"),
+        ("model: {head_dim: 64.5}", f"g.yaml:1: model.head_dim: must be {WHOLE_NUMBERS} (found 64.5)"),
         ("optim: {kind: muonn}", "'muonn' is not one of 'muon' or 'adamw' (did you mean 'muon'?)"),
         ("optim: {weight_decay: .nan}", "optim.weight_decay: input should be a finite number (found nan)"),
         ("optim: {weight_decay: 1e999}", "optim.weight_decay: input should be a finite number (found inf)"),
         ("budget: {steps: 5, tokens: 5}", "g.yaml:1: budget: needs exactly one of steps, tokens, flops,"),
         ("budget: {batch_tokens: 64}", "(found none)"),
         ("budget: {tokens: " + "9" * 400 + "}", "budget.tokens: input should be less than or equal"),
-        ("budget: {tokens: " + "9" * 9000 + "}", "budget.tokens: input should be a valid integer (found inf)"),
+        ("budget: {tokens: " + "9" * 9000 + "}", f"budget.tokens: must be {WHOLE_NUMBERS} (found inf)"),
         ("checkpoint: {every: 4, keep_every: 6}", "g.yaml:1: checkpoint.keep_every: must be a multiple of"),
         ("checkpoint: {every: 0, keep_every: 6}", "checkpoint.every (found 6 and 0)"),
         ("checkpoint: {every: 4, keep_best: true}\nevaluation: {every: 3}", "of evaluation.every (found 4 and 3)"),
@@ -287,6 +295,47 @@ def refusal(text: str, *changes: str) -> str:
 )  # fmt: skip
 def test_what_is_wrong_is_told_in_one_line(text: str, message: str) -> None:
     assert message in refusal(text)
+
+
+INTEGERS = sorted(integer_fields(Grid))
+MILLION = ["1000000", "1e6", "1E+6", "1.0e6", "1000000.0", "1_000_000", "'1e6'", "'1000000'", "'1_000_000'"]
+
+
+def test_the_integer_fields_are_those_of_the_json_schema() -> None:
+    schema = Grid.model_json_schema()
+
+    def below(properties: dict[str, Any], prefix: str = "") -> Iterator[str]:
+        for name, one in properties.items():
+            if "$ref" in one:
+                yield from below(schema["$defs"][one["$ref"].rpartition("/")[2]]["properties"], f"{prefix}{name}.")
+            elif "integer" in [kind.get("type") for kind in one.get("anyOf", [one])]:
+                yield prefix + name
+
+    assert sorted(below(schema["properties"])) == INTEGERS
+    assert {"seed", "depth", "budget.tokens", "rl.top_k", "launch.retries", "scheduler.grace_steps"} < set(INTEGERS)
+
+
+def nested(content: Any, field: str) -> Any:
+    return functools.reduce(lambda inner, name: inner[name], field.split("."), content)
+
+
+@pytest.mark.parametrize("field", INTEGERS)
+def test_every_integer_field_takes_a_whole_number_in_any_form(field: str) -> None:
+    for written in MILLION:
+        for document in (parse_yaml(f"{field}: {written}", "g.yaml"), overridden("", f"{field}={written}")):
+            value = nested(with_whole_numbers(document, Grid).content, field)
+            assert (value, type(value)) == (1_000_000, int), written
+    for written in ("1.5", "1e-3", "many", "true", ".inf", "'1.5'", "1e999", "1__0"):
+        document = with_whole_numbers(parse_yaml(f"{field}: {written}\nname: g\naxes: {{}}", "g.yaml"), Grid)
+        with pytest.raises(UserError, match=rf"^g\.yaml:1: {re.escape(field)}: must be a whole number, such as 2000"):
+            validate(Grid, document.content, document)
+
+
+def test_a_number_in_a_field_of_another_kind_stays_as_it_is() -> None:
+    text = "name: 2024_01\nlr: 1e0\ndata: {source: '1e3'}\naxes: {data.source: ['1e3'], lr: [1.0], seed: ['1e0']}"
+    content = with_whole_numbers(parse_yaml(text, "g.yaml"), Grid).content
+    assert content["axes"] == {"data.source": ["1e3"], "lr": [1.0], "seed": [1]}
+    assert (content["name"], content["data"]["source"], type(content["lr"])) == ("2024_01", "1e3", float)
 
 
 def test_an_unknown_field_with_no_near_name_lists_the_known_ones() -> None:
@@ -304,7 +353,7 @@ def test_a_misspelt_field_is_told_before_the_field_that_is_missing_for_it() -> N
 
 def test_a_fault_on_the_command_line_is_not_blamed_on_the_file() -> None:
     file = "model:\n  head_dim: 32\n"
-    assert refusal(file, "model.head_dim=x").startswith("--set model.head_dim: input should be a valid integer")
+    assert refusal(file, "model.head_dim=x").startswith("--set model.head_dim: must be a whole number")
     assert refusal(file, "model.hed_dim=3") == "--set model.hed_dim: unknown field (did you mean 'head_dim'?)"
     assert refusal(file, "modle.head_dim=3") == "--set modle.head_dim: modle: unknown field (did you mean 'model'?)"
     assert refusal("model:\n  head_dim: 33\n", "model.kv_heads=1").startswith("g.yaml:2: model.head_dim: ")

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bwlm.cli.terminal import Json, Storage, busy, print_json, say, show, show_sentences, show_table
+from bwlm.cli.terminal import (
+    Json,
+    Storage,
+    busy,
+    print_json,
+    say,
+    show,
+    show_sentences,
+    show_table,
+    whole_option,
+)
 from bwlm.errors import UserError
 from bwlm.paths import readable
 from bwlm.phases import PHASES
@@ -57,7 +67,7 @@ def gap(
             show_default=False,
         ),
     ] = None,
-    resamples: Annotated[int, typer.Option(min=1, help="Number of bootstrap resamples, with --from.")] = 10_000,
+    resamples: Annotated[int, whole_option("Number of bootstrap resamples, with --from.", 1)] = 10_000,
     output: Output = None,
     storage: Storage = None,
     as_json: Json = False,

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bwlm.cli.terminal import Json, Set, Storage, print_json, say, show, show_heading, show_table, show_text
+from bwlm.cli.terminal import (
+    Json,
+    Set,
+    Storage,
+    print_json,
+    say,
+    show,
+    show_heading,
+    show_table,
+    show_text,
+    whole_option,
+)
 from bwlm.directions import is_marked
 from bwlm.errors import UserError, nearest
 from bwlm.phases import FIRST, PHASES
@@ -28,9 +39,9 @@ def _recipe(
 ) -> tuple[Recipe, Path]:
     from bwlm.config import Recipe
     from bwlm.paths import check_writable, storage_root
-    from bwlm.settings_file import override, parse_yaml, validate
+    from bwlm.settings_file import override, parse_yaml, validate, with_whole_numbers
 
-    document = override(parse_yaml("", "--set"), settings or [])
+    document = with_whole_numbers(override(parse_yaml("", "--set"), settings or []), Recipe)
     root = storage_root(storage)
     check_writable(root)
     return validate(Recipe, filled(document.content), document), root
@@ -83,7 +94,7 @@ def _figure(value: float) -> str:
 @data_app.command("inspect")
 def data_inspect(
     direction: Annotated[str | None, typer.Option(help="Show only this direction. Default: all.")] = None,
-    rows: Annotated[int, typer.Option(min=1, max=10_000, help="Number of rows, or of conversations per source.")] = 2,
+    rows: Annotated[int, whole_option("Number of rows, or of conversations per source.", 1, 10_000)] = 2,
     phase: Annotated[
         str,
         typer.Option(

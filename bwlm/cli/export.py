@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bwlm.cli.terminal import Storage, say
+from bwlm.cli.terminal import Storage, say, whole_option
 
 
 def export(
@@ -17,7 +17,7 @@ def export(
         Literal["hf"], typer.Option("--format", help="hf: Hugging Face format, for transformers.")
     ] = "hf",
     step: Annotated[
-        int | None, typer.Option(help="Step of the checkpoint. Default: the newest.", show_default=False)
+        int | None, whole_option("Step of the checkpoint. Default: the newest.", show_default=False)
     ] = None,
     storage: Storage = None,
 ) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from bwlm.errors import UserError
+from bwlm.format import WHOLE_NUMBERS, whole_number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,6 +41,23 @@ AcceptCode = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; messages go to stderr.")]
+
+
+def whole_option(help: str, lowest: int | None = None, highest: int | None = None, **options: Any) -> Any:
+    """Return an option that takes a whole number in any form, such as 2000, 2_000 or 2e3, between two bounds."""
+
+    def parse(text: Any) -> int:
+        number = whole_number(text)
+        if not isinstance(number, int):
+            raise ValueError(f"must be {WHOLE_NUMBERS} (found {text})")
+        if lowest is not None and number < lowest:
+            raise ValueError(f"must be at least {lowest} (found {text})")
+        if highest is not None and number > highest:
+            raise ValueError(f"must be at most {highest} (found {text})")
+        return number
+
+    return typer.Option(parser=parse, metavar="<int>", help=help, min=lowest, max=highest, **options)
+
 
 _WIDEST = 1000  # columns
 _LEFT = ("", "id", "cell", "phase", "parent", "direction", "state", "size", "pair", "verdict", "task")

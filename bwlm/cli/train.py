@@ -8,7 +8,16 @@ import typer
 
 from bwlm.cli.eval import evaluate
 from bwlm.cli.launch import launch, show_places
-from bwlm.cli.terminal import AcceptCode, Json, Set, Storage, print_json, show_sentences, show_table
+from bwlm.cli.terminal import (
+    AcceptCode,
+    Json,
+    Set,
+    Storage,
+    print_json,
+    show_sentences,
+    show_table,
+    whole_option,
+)
 from bwlm.directions import DIRECTIONS
 from bwlm.errors import UserError
 from bwlm.phases import FIRST, PHASES
@@ -21,7 +30,7 @@ def train(
     ] = None,
     depth: Annotated[
         int | None,
-        typer.Option(help="Layers; the width is 64 x depth. A later phase takes its parent's.", show_default=False),
+        whole_option("Layers; the width is 64 x depth. A later phase takes its parent's.", show_default=False),
     ] = None,
     phase: Annotated[
         str,
@@ -35,7 +44,7 @@ def train(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Seed for initial weights and row order. Default: 0; with --parent, the parent's seed."),
+        whole_option("Seed for initial weights and row order. Default: 0; with --parent, the parent's seed."),
     ] = None,
     id_: Annotated[
         str | None,

@@ -13,7 +13,7 @@ from bwlm.errors import UserError
 from bwlm.paths import LONGEST_ID, check_id
 from bwlm.phases import FIRST, LATER
 from bwlm.plan.axes import IN_ID, axes_of, choices, with_chosen
-from bwlm.plan.inherit import inherit, phase_content, with_defaults, without_mixture
+from bwlm.plan.inherit import inherit, leaves, phase_content, with_defaults, without_mixture
 from bwlm.plan.resolve import resolve_experiment, resolve_steps
 from bwlm.plan.spec import Cell
 from bwlm.record.experiment import open_finished
@@ -27,16 +27,28 @@ def grid_cells(blocks: dict[str, dict[str, list[Any]]], family: CellBuilder) -> 
     """Yield the cells of a grid. Raises `UserError` if a cell is not valid, or if two have the same id."""
     document = family.document
     fixed = {name: value for name, value in document.content.items() if name not in _GRID_ONLY}
-    seen: set[str] = set()
+    seen: dict[str, Experiment] = {}
     for where, axes in blocks.items():
         for chosen in choices(axes):
             content, at = with_chosen(fixed, chosen, where, document)
             experiment = family.first(content, at)
             for cell in family.cells(experiment, _cell_id(experiment, chosen, document), content, at):
                 if cell.id in seen:
-                    raise UserError(f"{document.where(where)}: cell {cell.id} appears twice: remove one")
-                seen.add(cell.id)
+                    raise UserError(f"{document.where(where)}: {_same_id(cell, seen[cell.id])}")
+                seen[cell.id] = cell.experiment
                 yield cell
+
+
+def _same_id(cell: Cell, before: Experiment) -> str:
+    """Return what is wrong with two cells of one id: they are the same, or values are spelled alike in their ids."""
+    one, other = dict(leaves(before.model_dump())), dict(leaves(cell.experiment.model_dump()))
+    field = next((field for field in one | other if one.get(field) != other.get(field)), None)
+    if field is None:
+        return f"cell {cell.id} appears twice: remove one"
+    return (
+        f"{field}: {one.get(field)!r} and {other.get(field)!r} would both be cell {cell.id}: "
+        "rename one of them, or put it into a grid of its own"
+    )
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def phase_content(content: Mapping[str, Any], phase: str, document: Document) ->
     own["phase"] = phase
     places = dict(document.places)
     block = document.content["phases"][phase] or {}
-    settings = dict(_leaves({name: value for name, value in block.items() if name != "axes"}))
+    settings = dict(leaves({name: value for name, value in block.items() if name != "axes"}))
     if any(f"budget.{name}" in settings for name in HORIZONS) and isinstance(own.get("budget"), dict):
         own["budget"] = {name: value for name, value in own["budget"].items() if name not in HORIZONS}
     for field, value in settings.items():
@@ -172,11 +172,11 @@ def phase_content(content: Mapping[str, Any], phase: str, document: Document) ->
     return own, Document(document.name, own, places)
 
 
-def _leaves(block: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(block: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted fields of a block and their values; a mixture is one value, and so is `tasks`."""
     for name, value in block.items():
         field = f"{section}{name}"
         if isinstance(value, dict) and field not in ("data.mixture", "tasks"):
-            yield from _leaves(value, f"{field}.")
+            yield from leaves(value, f"{field}.")
         else:
             yield field, value

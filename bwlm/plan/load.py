@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from bwlm.config import Experiment
 from bwlm.errors import UserError
 from bwlm.paths import check_id, storage_root
 from bwlm.phases import PHASES
@@ -15,7 +16,7 @@ from bwlm.plan.descendants import CellBuilder, grid_cells
 from bwlm.plan.inherit import split_phases
 from bwlm.plan.machine import with_resources
 from bwlm.plan.spec import Cell, Grid, LaunchSettings, Plan, SchedulerSettings
-from bwlm.settings_file import Document, dump_yaml, load_yaml, override, validate
+from bwlm.settings_file import Document, dump_yaml, load_yaml, override, validate, with_whole_numbers
 
 
 def load_grid(path: Path, settings: list[str], storage: str | None = None) -> Plan:
@@ -23,7 +24,7 @@ def load_grid(path: Path, settings: list[str], storage: str | None = None) -> Pl
 
     Raises `UserError` for every fault, before anything is made.
     """
-    document = override(load_yaml(path), settings)
+    document = with_whole_numbers(override(load_yaml(path), settings), Grid)
     grid = validate(Grid, *with_first_values(document))
     check_id(grid.name, document.where("name"))
     blocks = blocks_of(document)
@@ -52,6 +53,7 @@ def plan_experiment(
     first, *following = split_phases(flags["phase"], "--phase")
     flags = dict(flags) | {"phase": first, **({"phases": {phase: {} for phase in following}} if following else {})}
     document = override(Document("--set", flags, {name: f"--{name}" for name in flags}), settings)
+    document = with_whole_numbers(document, Experiment)
     for name in ("direction", "depth"):
         if PHASES[first].is_first and name not in document.content:
             raise UserError(f"--{name}: missing: a base run has no parent to take it from")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from bwlm.config import CONTROL_SOURCES, MERGE_FREE_VOCABULARY, Experiment
 from bwlm.errors import UserError
+from bwlm.format import WHOLE_NUMBERS
 from bwlm.model import compute
 from bwlm.plan import machine
 from bwlm.plan.load import load_grid
@@ -119,6 +120,30 @@ def test_an_axis_of_paths_makes_safe_ids(grid_file: Path) -> None:
         "bars_forward_d1_lr0.5_s0_source..-x-a.parquet",
         "bars_forward_d1_lr0.5_s0_sources3-b-c",
     ]
+
+
+def test_two_sources_of_one_id_are_both_named(grid_file: Path) -> None:
+    """Ids hold letters, digits and a few signs, so different paths can become one id."""
+    text = BARS.replace("  seed: [0]", "  data.source: [texts/a b, texts/a-b]")
+    assert refusal(grid_file, text) == (
+        "g.yaml:2: axes: data.source: 'texts/a b' and 'texts/a-b' would both be cell "
+        "bars_forward_d1_lr0.5_s0_sourcetexts-a-b: rename one of them, or put it into a grid of its own"
+    )
+
+
+@pytest.mark.parametrize(("one", "two"), [("1e2", "2_00"), ("'100'", "2.0E+2"), ("100.0", "'2_0_0'")])
+def test_a_whole_number_in_any_form_makes_the_same_cells(grid_file: Path, one: str, two: str) -> None:
+    plain = BARS.replace("  seed: [0]", "  evaluation.tokens: [100, 200]")
+    assert plan_of(grid_file, plain.replace("100, 200", f"{one}, {two}")).cells == plan_of(grid_file, plain).cells
+    phases = "phases: {mid: {axes: {checkpoint.every: [%s, %s]}, evaluation.every: %s}}\nalso: [{depth: [%s]}]\n"
+    plain, other = (
+        "direction: forward\n" + BARS.replace("  direction: [forward, backward]\n", "") + phases % four
+        for four in (("100", "200", "100", "200"), (one, two, one, two))
+    )
+    assert plan_of(grid_file, other).cells == plan_of(grid_file, plain).cells
+    assert "axes.evaluation.tokens: 100 appears twice" in refusal(
+        grid_file, BARS.replace("  seed: [0]", f"  evaluation.tokens: [100, {one}]")
+    )
 
 
 def test_resources_can_be_an_axis_and_each_cell_is_checked_against_its_own(grid_file: Path) -> None:
@@ -241,8 +266,8 @@ ONE_CELL = "name: g\naxes: {direction: [forward], depth: [1]}\n"
         (BARS.replace("[0.5, 1.0]", "[.nan]"), "g.yaml:5: lr: input should be a finite number (found nan)"),
         (BARS.replace("[0.5, 1.0]", "[1.0, .inf]"), "g.yaml:5: lr: input should be a finite number (found inf)"),
         (BARS.replace("[0.5, 1.0]", "[0]"), "g.yaml:5: lr: input should be greater than 0 (found 0"),
-        (BARS.replace("[1, 2]", "[true]"), "g.yaml:4: depth: input should be a valid integer (found True)"),
-        (BARS.replace("[1, 2]", "[1.5]"), "g.yaml:4: depth: input should be a valid integer (found 1.5)"),
+        (BARS.replace("[1, 2]", "[true]"), f"g.yaml:4: depth: must be {WHOLE_NUMBERS} (found True)"),
+        (BARS.replace("[1, 2]", "[1.5]"), f"g.yaml:4: depth: must be {WHOLE_NUMBERS} (found 1.5)"),
         (BARS.replace("[0]", "[-1]"), "g.yaml:6: seed: input should be greater than or equal to 0 (found -1)"),
         (BARS.replace("backward]", "backwards]"), "'bidirectional' or 'permuted' (did you mean 'backward'?)"),
         (BARS.replace("[0]", "[]"), "g.yaml:6: axes.seed: needs a list of values, for instance [1, 2]"),
