@@ -45,12 +45,15 @@ class DataSettings(Settings):
 
     source: str = Field(
         "builtin:pydocs",
-        description="parquet folder, glob, file, URI, or builtin:pydocs, builtin:null, builtin:products",
+        description="folder, glob, file or URI of parquet, .jsonl, .txt, .md; builtin:pydocs, :null or :products",
         min_length=1,
     )
-    text_column: str = Field("text", min_length=1, description="column of the parquet files that holds the documents")
+    text_column: str = Field(
+        "text", min_length=1, description="column of parquet or .jsonl files that holds the documents"
+    )
     validation: str | None = Field(
-        None, description="validation parquet; default: files named for validation, else the last shard"
+        None,
+        description="validation files; default: files named for validation, else the last shard; 1 in 20 of .txt, .md",
     )
     shuffle: bool = Field(
         True, description="shuffle the documents of a shard, with its content as the seed; false: keep the file's order"

@@ -47,6 +47,11 @@ class Interrupted(BwlmError):
     """Request to end that reached a run's process. Its steps are saved; launched again, the run resumes from them."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error, short enough to be quoted in one of ours."""
+    return (str(error) or type(error).__name__).split("\n")[0].strip().rstrip(".")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint like ` (did you mean 'seed'?)`, or an empty text if no known name is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -17,9 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bwlm.errors import UserError, nearest
+from bwlm.errors import UserError, first_line, nearest
 from bwlm.paths import local_path
-from bwlm.text.corpus import first_line, list_files, open_parquet, refuse_repeated
+from bwlm.text.corpus import open_parquet, refuse_repeated
+from bwlm.text.listing import JSON_LINES, PARQUET, any_of, list_files
 from bwlm.text.splits import NamedSplits, Shard, listed, split_by_name
 from tasks.rows import MEND, Row, begins_array, first_of, read_array, read_lines
 from tasks.task import SplitName, draw, recipe_key
@@ -27,10 +28,8 @@ from tasks.task import SplitName, draw, recipe_key
 HELD_OUT = 20
 """Number of training rows of which about one is validation, if no file's name says validation."""
 
-PARQUET = ".parquet"
-JSONL = (".jsonl", ".jsonl.gz")
 JSON = ".json"
-ENDINGS = (PARQUET, *JSONL, JSON)
+ENDINGS = (*PARQUET, *JSON_LINES, JSON)
 _ABOUT = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 """Names of files that tell of a data set beside its rows, on the hub and as `datasets` saves it."""
 _ROWS_AT_ONCE = 256
@@ -80,7 +79,7 @@ class DataSet:
         files = self._list(path)
         for file in files:
             if not file.uri.endswith(ENDINGS):
-                raise UserError(f"{self.field}: {file.uri}: name a file that ends with {' or '.join(ENDINGS)}")
+                raise UserError(f"{self.field}: {file.uri}: name a {any_of(ENDINGS)} file")
         read, notes = _without_notes(files)
         named = split_by_name(read, path or self.address, self.field)
         return replace(named, notes=(*notes, *named.notes))

@@ -11,9 +11,8 @@ import json
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from bwlm.errors import Unusable, nearest
+from bwlm.errors import Unusable, first_line, nearest
 from bwlm.format import json_kind
-from bwlm.text.corpus import first_line
 from bwlm.text.splits import NamedSplits
 from tasks.files import DataSet
 from tasks.rows import Row, first_of
@@ -36,7 +35,7 @@ _CALLS = ("tool_calls", "function_call")
 
 
 class FileTask:
-    """Conversations of a file, a folder, a glob or a URI: parquet, JSONL (`.jsonl`, `.jsonl.gz`) or JSON.
+    """Conversations of a file, a folder, a glob or a URI: parquet, JSONL (plain, `.gz` or `.zst`) or JSON.
 
     `name` is used in errors and settings; by default it is the path itself, as a mixture names it.
     """

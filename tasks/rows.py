@@ -14,9 +14,9 @@ from typing import Any, TextIO
 
 import fsspec
 
-from bwlm.errors import Unusable, UserError, nearest
+from bwlm.errors import Unusable, UserError, first_line, nearest
 from bwlm.format import json_kind
-from bwlm.text.corpus import first_line
+from bwlm.text import json_lines
 
 MEND = "write the file again, or remove it"
 _BLANKS = re.compile(r"[ \t\n\r]*")
@@ -87,23 +87,14 @@ def first_of(columns: tuple[str, ...], names: Collection[str]) -> str | None:
 
 
 def read_lines(uri: str) -> Iterator[Row]:
-    """Yield the rows of a file of JSON lines, gzipped or not. Raises `UserError` if it cannot be read to its end."""
-    number = 0
-    try:
-        with fsspec.open(uri, "rb", compression="gzip" if uri.endswith(".gz") else None) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _parse(line, f"{uri}: line {number}")
-    except Exception as error:
-        raise UserError(f"{uri}: cannot be read after line {number} ({first_line(error)}): {MEND}") from None
-
-
-def _parse(line: bytes, place: str) -> Row:
-    try:
-        return _row(json.loads(line), place)
-    except (ValueError, RecursionError) as error:
-        told = f"{place}: not valid JSON ({first_line(error)}): correct the line or remove it"
-        return Row(place, {}, Unusable(told, "not valid JSON"))
+    """Yield the rows of a file of JSON lines. Raises `UserError` if it cannot be read to its end."""
+    for place, line in json_lines.read_lines(uri, MEND):
+        try:
+            values = json_lines.parse_line(line, place)
+        except Unusable as fault:
+            yield Row(place, {}, fault)
+        else:
+            yield _row(values, place)
 
 
 def _row(values: Any, place: str) -> Row:

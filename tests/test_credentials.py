@@ -16,7 +16,7 @@ from bwlm.credentials import masked, secret_in, secrets_in
 from bwlm.errors import UserError
 from bwlm.paths import storage_root
 from bwlm.record.tracking import tracking_uri
-from bwlm.text.corpus import list_files
+from bwlm.text.listing import list_files
 from tests.shell import Shell
 
 SECRET = "hunter2"

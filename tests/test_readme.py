@@ -54,12 +54,13 @@ WITH_COMMANDS = [path for path in DOCUMENTS if commands(path)]
 
 
 class NewUser:
-    """Someone who types the pages' commands, each with a Ray of its own, where nothing is but grids and their files."""
+    """Someone who types the pages' commands, each with a Ray of its own, where grids, pages and files lie."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._done: dict[str, subprocess.CompletedProcess[str]] = {}
-        (folder / "grids").symlink_to(ROOT / "grids")
+        for name in ("grids", "docs"):
+            (folder / name).symlink_to(ROOT / name)
         written = [name for path in DOCUMENTS for name in write_files(path, folder)]
         assert len(set(written)) == len(written), "two pages would overwrite each other's file"
         set_elsewhere = ("BWLM_STORAGE", "MLFLOW_TRACKING_URI", "RAY_ADDRESS")

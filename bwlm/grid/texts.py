@@ -9,7 +9,7 @@ from bwlm.config import Experiment
 from bwlm.phases import PHASES
 from bwlm.plan.spec import Cell, Plan, text_key
 from bwlm.record.experiment import ExperimentFolder
-from bwlm.text.corpus import NoSource
+from bwlm.text.listing import NoSource
 from bwlm.text.mixture import prepare_mixture
 from bwlm.text.packing import Manifest
 from bwlm.text.prepare import Prepared, find_packed, prepare

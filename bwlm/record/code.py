@@ -31,6 +31,9 @@ _IS_TEXT = "makes the text, whose digest is in the identity"
 NO_RESULT: Mapping[str, str] = {
     "bwlm.text.controls": _IS_TEXT,
     "bwlm.text.corpus": _IS_TEXT,
+    "bwlm.text.documents": _IS_TEXT,
+    "bwlm.text.json_lines": _IS_TEXT,
+    "bwlm.text.listing": _IS_TEXT,
     "bwlm.text.pydocs": _IS_TEXT,
     "bwlm.text.shards": _IS_TEXT,
     "bwlm.model.compute": "chooses how fast; the precision that it chooses is in the identity",

@@ -1,17 +1,17 @@
-"""Sources of text: parquet shards behind a path, a glob, a URI, or the name of a built-in corpus.
+"""Sources of text: shards of parquet or JSON lines, text files, or the name of a built-in corpus.
 
 Validation text is never trained on. It is the files of `data.validation`, else the files whose names hold them out
-(`bwlm.text.splits`), else, by nanochat's convention, the last shard. Test files are left alone.
+(`bwlm.text.splits`), else, by nanochat's convention, the last shard; of text files, which hold one document each,
+one in 20. Test files are left alone.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +20,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bwlm.config import CONTROL_SOURCES, DataSettings
-from bwlm.credentials import refuse_secret
-from bwlm.errors import UserError, nearest
+from bwlm.errors import UserError, first_line, nearest
+from bwlm.format import json_kind
 from bwlm.paths import local_path
-from bwlm.text.splits import (
-    FileSplit,
-    Shard,
-    is_split_folder,
-    listed,
-    split_by_name,
-    split_of,
-    without_copies,
-    without_repeats,
-)
+from bwlm.text.documents import are_documents, hold_out, write_documents
+from bwlm.text.json_lines import read_json_lines
+from bwlm.text.listing import JSON_LINES, PARQUET, TEXTS, deeper, list_files, unreachable
+from bwlm.text.splits import Shard, listed, split_by_name, without_copies, without_repeats
 
 _PYDOCS = "builtin:pydocs"
 BUILTINS = (_PYDOCS, *CONTROL_SOURCES)
 """Names of all built-in corpora."""
 _ROWS_AT_ONCE = 256
 _MEND = "write the shard again, or remove it from data.source"
-_STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created", "blob_id")
-"""Names that file systems give to a value that changes with the file."""
-
-
-class NoSource(UserError):
-    """Text is gone, or out of reach from this machine."""
+_KINDS = (PARQUET, JSON_LINES, TEXTS)
+"""Endings of files that hold documents. Of a folder with several kinds the first is read: parquet beside a README."""
 
 
 @dataclass(frozen=True)
@@ -57,66 +47,93 @@ class Corpus:
     shuffle: bool = True
     """True: documents are packed in a shuffled order inside each shard. The tokenizer reads them in the order of the
     file."""
-    builtin: str = ""
-    """Folder of a built-in corpus, inside the storage; '' for any other."""
+    written: str = ""
+    """Folder inside the storage for corpora that bwlm writes."""
 
     def listing(self) -> str:
         """Return a short hash of the files, their sizes and times, and the column: it names what is made from them.
 
-        Files of a built-in corpus are named relative to its folder, so that a storage that was moved still finds its
-        cache.
+        Files inside the storage are named relative to it, so that a storage that was moved still finds its cache.
         """
-        above = f"{Path(self.builtin).parent}/" if self.builtin else ""
         splits = [
-            [(uri.removeprefix(above), *rest) for uri, *rest in (shard.version for shard in split)]
+            [(uri.removeprefix(f"{self.written}/"), *rest) for uri, *rest in (shard.version for shard in split)]
             for split in (self.train, self.validation)
         ]
         return hashlib.sha256(json.dumps([*splits, self.text_column]).encode()).hexdigest()[:16]
 
 
 def find_corpus(data: DataSettings, cache: Path, progress: Callable[[str], None]) -> Corpus:
-    """Return the shards that `data` names; write a built-in corpus below `cache` if it is asked for and not there yet.
+    """Return the shards that `data` names; a built-in corpus and text files are written below `cache` as shards first.
 
     Reports the files that validate and the files that are not trained on through `progress`. Raises `UserError` if
     the source is missing, empty, or too small to hold a validation shard.
     """
+    corpora = cache.resolve() / "corpora"
     if data.source in BUILTINS:
-        folder = _write_builtin(data.source, cache / "corpora", progress)
+        folder = _write_builtin(data.source, corpora, progress)
         written = data.model_copy(update={"source": str(folder), "text_column": "text"})
-        return replace(find_corpus(written, cache, progress), builtin=str(folder.absolute()))
+        return find_corpus(written, cache, progress)
     if data.source.startswith("builtin:"):
         raise UserError(
             f"data.source: {data.source!r} is not a built-in corpus{nearest(data.source, BUILTINS)}: "
-            f"give {', '.join(BUILTINS)}, or a folder of parquet files"
+            f"give {', '.join(BUILTINS)}, or a folder of text"
         )
-    named = split_by_name(list_files(data.source, "data.source"), data.source, "data.source")
+    named = split_by_name(_list(data.source, "data.source", progress), data.source, "data.source")
     for note in named.notes:
         progress(note)
     train, held_out, why = named.train, named.validation, "held out by its name"
     if data.validation is not None:
-        held_out, why = _named_validation(data.validation), "data.validation"
+        held_out, why = _named_validation(data.validation, progress), "data.validation"
         if unused := without_copies(named.validation, held_out)[0]:
             progress(f"{listed(unused)}: neither trained nor validated on: data.validation names other files")
+    elif not held_out and are_documents(train):
+        (train, held_out), why = hold_out(train), "about 1 document in 20, chosen by content"
     elif not held_out:
         train, held_out, why = train[:-1], train[-1:], "the last shard"
     kept, copies = without_copies(train, held_out)
     if not kept:
-        raise UserError(_nothing_left(data, len(train)))
+        raise UserError(_nothing_left(data, len(train), held_out))
     for note in copies:
         progress(note)
     progress(f"validation: {listed(held_out)} ({why})")
-    return Corpus(kept, held_out, data.text_column, data.shuffle)
+    kept, held_out = (
+        write_documents(files, data.text_column, corpora, progress) if are_documents(files) else files
+        for files in (kept, held_out)
+    )
+    return Corpus(kept, held_out, data.text_column, data.shuffle, str(corpora))
 
 
-def _named_validation(address: str) -> tuple[Shard, ...]:
+def _list(address: str, field: str, progress: Callable[[str], None]) -> list[Shard]:
+    """Return the files of one kind behind an address, and tell which files of other kinds are not read."""
+    is_far = local_path(address) is None
+    if is_far and address.endswith(TEXTS):
+        raise UserError(
+            f"{field}: {address}: {' and '.join(TEXTS)} files are read from this machine: copy them here, "
+            "or write their texts into .jsonl or parquet files"
+        )
+    files = list_files(address, field, sum(_KINDS[:2] if is_far else _KINDS, ()))
+    kinds = [[file for file in files if file.uri.endswith(endings)] for endings in _KINDS]
+    chosen = next(filter(None, kinds), files)
+    if others := [file for file in files if file not in chosen]:
+        progress(f"{listed(others)}: not read, since {field} holds {Path(chosen[0].uri).suffix} files too")
+    return chosen
+
+
+def _named_validation(address: str, progress: Callable[[str], None]) -> tuple[Shard, ...]:
     """Return the files of `data.validation`; of a folder with several splits, the files whose names hold them out."""
-    files = without_repeats(list_files(address, "data.validation"))[0]
+    files = without_repeats(_list(address, "data.validation", progress))[0]
     return tuple(file for file in files if file.split == "validation") or files
 
 
-def _nothing_left(data: DataSettings, shards: int) -> str:
+def _nothing_left(data: DataSettings, shards: int, held_out: Sequence[Shard]) -> str:
     if data.validation is not None:
         return f"data.validation: {data.validation} leaves no file of data.source to train on: name fewer files"
+    if are_documents(held_out):
+        hint = deeper(data.source, sum(_KINDS, ()))
+        return (
+            f"data.source: {data.source} holds one document, {held_out[0].uri}, and validation needs another: "
+            f"add a file, or name one in data.validation{f'; {hint}' if hint else ''}"
+        )
     if not shards:
         return (
             f"data.source: {data.source} holds one shard to train on, and the last shard is validation: "
@@ -143,89 +160,6 @@ def _write_builtin(source: str, folder: Path, progress: Callable[[str], None]) -
     return target
 
 
-def list_files(source: str, field: str, endings: tuple[str, ...] = (".parquet",)) -> list[Shard]:
-    """Return the files of a folder, glob, file or URI whose names have one of these endings, sorted by name.
-
-    A path of one file is taken whatever its ending. Raises `UserError` that names `field` if there is no file.
-    """
-    refuse_secret(source, field)
-    path = local_path(source)
-    shards = _remote(source, field, endings) if path is None else _local(path, source, field, endings)
-    if not shards:
-        raise UserError(f"{field}: no {' or '.join(endings)} file in {source}: {_give(endings)}")
-    return shards
-
-
-def _give(endings: tuple[str, ...]) -> str:
-    return f"give a folder, glob, file or URI of {' or '.join(endings)} files"
-
-
-def _local(path: Path, source: str, field: str, endings: tuple[str, ...]) -> list[Shard]:
-    root = path.parent
-    if path.is_dir():
-        root, paths = path, sorted(file for file in path.iterdir() if file.name.endswith(endings))
-    elif path.exists():
-        paths = [path]
-    elif glob.has_magic(str(path)):
-        root = Path(_fixed_part(str(path)))
-        paths = [Path(file) for file in sorted(_glob(str(path))) if file.endswith(endings)]
-    else:
-        raise NoSource(f"{field}: {source} does not exist: {_give(endings)}")
-    folder = str(root.resolve())
-    own = root.resolve().name if is_split_folder(folder, lambda name: Path(name).is_dir()) else ""
-    return [_local_shard(file, split_of(str(file.relative_to(root)), own)) for file in paths]
-
-
-def _local_shard(path: Path, split: FileSplit) -> Shard:
-    """Return a local file as a shard.
-
-    Folders are resolved, so that one file has one URI. The file itself is not: a link may bear the better name.
-    """
-    status = path.stat()
-    return Shard(str(path.parent.resolve() / path.name), status.st_size, str(status.st_mtime_ns), split)
-
-
-def _fixed_part(pattern: str) -> str:
-    """Return the folder in which a pattern begins to match: /a/b for /a/b/c*/*.parquet."""
-    fixed = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.split("/"))
-    return "/".join(fixed) or ("/" if pattern.startswith("/") else ".")
-
-
-def _glob(pattern: str) -> list[str]:
-    return glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
-
-
-def _remote(source: str, field: str, endings: tuple[str, ...]) -> list[Shard]:
-    scheme, rest = source.split("://", 1)
-    try:
-        filesystem, path = fsspec.core.url_to_fs(f"{scheme.lower()}://{rest}")
-        single = path.endswith(endings) and not glob.has_magic(path)
-        pattern = path if glob.has_magic(path) else f"{path.rstrip('/')}/*"
-        paths = [path] if single else sorted(name for name in filesystem.glob(pattern) if name.endswith(endings))
-        infos = [filesystem.info(name) for name in paths]
-        root = path.rpartition("/")[0] if single else _fixed_part(pattern)
-        own = root.rpartition("/")[2] if is_split_folder(root, filesystem.isdir) else ""
-    except FileNotFoundError:
-        raise NoSource(f"{field}: {source} does not exist: {_give(endings)}") from None
-    except ImportError as error:
-        raise NoSource(f"{field}: {source}: {error}: install that package, or copy the files here") from None
-    except Exception as error:  # every file system has its own errors, without a common base class
-        raise NoSource(f"{field}: {source} cannot be listed ({first_line(error)}): check the address") from None
-    return [
-        Shard(
-            filesystem.unstrip_protocol(name),
-            int(info.get("size") or 0),
-            _stamp(info),
-            split_of(name.removeprefix(root), own),
-        )
-        for name, info in zip(paths, infos, strict=True)
-    ]
-
-
-def _stamp(info: dict[str, Any]) -> str:
-    return next((str(info[name]) for name in _STAMPS if info.get(name) is not None), "")
-
-
 def open_parquet(uri: str, mend: str = _MEND) -> pq.ParquetFile:
     """Open a path or URI. Raises `UserError` with the advice `mend` if it is missing, cut off or not parquet."""
     try:
@@ -235,6 +169,8 @@ def open_parquet(uri: str, mend: str = _MEND) -> pq.ParquetFile:
     except FileNotFoundError:
         raise UserError(f"{uri}: the shard does not exist: {mend}") from None
     except Exception as error:
+        if cause := unreachable(error):
+            raise UserError(f"{uri}: its server cannot be reached ({first_line(cause)}): check the network") from None
         raise UserError(f"{uri}: not a readable parquet file; is it cut off? ({first_line(error)}): {mend}") from None
 
 
@@ -248,14 +184,15 @@ def _open_remote(uri: str) -> pq.ParquetFile:
         return pq.ParquetFile(pa.BufferReader(filesystem.cat_file(path)), page_checksum_verification=True)
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of another library's error, short enough to be quoted in one of ours."""
-    return (str(error) or type(error).__name__).split("\n")[0].strip().rstrip(".")
-
-
 def check_shards(corpus: Corpus) -> None:
-    """Read every shard's footer. Raises `UserError` that names the shard which is broken or lacks the text column."""
+    """Read the beginning of every shard, or its footer.
+
+    Raises `UserError` that names the shard which is broken or lacks the text column.
+    """
     for shard in (*corpus.train, *corpus.validation):
+        if shard.uri.endswith(JSON_LINES):
+            next(read_texts(shard.uri, corpus.text_column), None)
+            continue
         with open_parquet(shard.uri) as file:
             schema = file.schema_arrow
             refuse_repeated(corpus.text_column, schema.names, f"{shard.uri}: data.text_column")
@@ -265,10 +202,14 @@ def check_shards(corpus: Corpus) -> None:
                     f"{nearest(corpus.text_column, schema.names)}: name one of {', '.join(schema.names)}"
                 )
             kind = schema.field(corpus.text_column).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            if not any(is_kind(kind) for is_kind in _TEXT_TYPES):
                 raise UserError(
                     f"{shard.uri}: data.text_column: {corpus.text_column!r} holds {kind}: name a column of strings"
                 )
+
+
+_TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+"""Types of a text column; a shard whose texts are all null has a column of the type null."""
 
 
 def refuse_repeated(column: str, names: Sequence[str], where: str) -> None:
@@ -284,6 +225,35 @@ def read_texts(uri: str, column: str) -> Iterator[list[str]]:
     bit that flipped inside a value is noticed only in files with page checksums, which writers of parquet leave out
     by default.
     """
+    yield from _read_json_texts(uri, column) if uri.endswith(JSON_LINES) else _read_parquet_texts(uri, column)
+
+
+def _read_json_texts(uri: str, column: str) -> Iterator[list[str]]:
+    texts = (_text(value, column, place) for place, value in read_json_lines(uri, _MEND))
+    while some := list(itertools.islice(texts, _ROWS_AT_ONCE)):
+        yield some
+
+
+def _text(value: Any, column: str, place: str) -> str:
+    """Return the document of a line of JSON. Raises `UserError` that names its place if there is none."""
+    where = f"{place}: data.text_column"
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: the line is no object: write {{"{column}": ".."}}')
+    if column not in value:
+        raise UserError(f"{where}: no field {column!r}{nearest(column, value)}: name one of {', '.join(value)}")
+    text = value[column]
+    if not isinstance(text, str | None):
+        raise UserError(f"{where}: {column!r} holds {json_kind(text)}: name a field of strings")
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}: {column!r} holds half of a surrogate pair, which is no character: remove it"
+        ) from None
+    return text or ""
+
+
+def _read_parquet_texts(uri: str, column: str) -> Iterator[list[str]]:
     with open_parquet(uri) as file:
         row = 0
         try:

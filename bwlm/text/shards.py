@@ -36,14 +36,15 @@ def write_shards(folder: Path, shards: Shards, manifest: Mapping[str, Any]) -> N
     """Write `shard_00000.parquet`.. and `manifest.json`, or nothing."""
     with atomic_folder(folder) as temporary:
         for index, texts in enumerate(shards):
-            write_atomic(temporary / f"shard_{index:05d}.parquet", _parquet(texts))
+            write_atomic(temporary / f"shard_{index:05d}.parquet", parquet_of(texts))
         write_json(temporary / MANIFEST, manifest)
 
 
-def _parquet(texts: Sequence[str]) -> bytes:
+def parquet_of(texts: Sequence[str], column: str = "text") -> bytes:
+    """Return the content of a parquet file with one column of texts, whose pages have checksums."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), sink, compression="zstd", write_page_checksum=True)
+    pq.write_table(pa.table({column: pa.array(texts, pa.string())}), sink, compression="zstd", write_page_checksum=True)
     return bytes(sink.getvalue())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +25,7 @@ from bwlm.plan.load import load_grid
 from bwlm.record.checkpoint import checkpoint_steps, step_folder
 from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.journal import last_entry, read_journal
+from tests.conftest import english
 from tests.grids import BWLM, GridFile, holder, private_environment, reap, runs
 
 # of the grid that `grid_file` writes
@@ -101,6 +104,23 @@ def test_an_experiment_is_a_cell_without_a_grid(train: Train, grid_file: GridFil
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("bwlm: x: exists with other settings (steps: 12 -> 13): take another --id, or remove ")
     assert (storage / "x" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_folder_of_text_files_is_trained_on_and_a_copy_of_it_is_the_same_run(train: Train, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for index in range(60):
+        path = tmp_path / "notes" / f"{index % 3}" / f"note-{index}.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(english(rng, 200))
+    short = {"budget__steps": "4.0", "budget__batch_tokens": "'5_12'", "evaluation__every": 4}
+    code, _, err = train("x", "--seed", "1e0", data__source=f"{tmp_path}/notes/**/*.md", **short)
+    assert code == 0, err
+    assert "(about 1 document in 20, chosen by content)" in err
+    assert len(losses(tmp_path / "storage" / "x")) == 4
+    shutil.copytree(tmp_path / "notes", tmp_path / "copied", copy_function=shutil.copyfile)
+    code, out, err = train("x", "--seed", "1", "--json", data__source=f"{tmp_path}/copied/**/*.md", **short)
+    assert (code, json.loads(out)["state"]) == (0, "finished"), err
 
 
 def refusal(pid: int) -> str:

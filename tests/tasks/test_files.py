@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def write(path: Path, conversations: list[RawConversation]) -> Path:
         pq.write_table(pa.table({"messages": conversations, "source": ["x"] * len(conversations)}), path)
     else:
         lines = "".join(json.dumps({"source": "x", "messages": talk}) + "\n" for talk in conversations)
-        path.write_bytes(gzip.compress(lines.encode()) if path.suffix == ".gz" else lines.encode())
+        content = lines.encode()
+        compress = {".gz": gzip.compress, ".zst": partial(pa.compress, codec="zstd", asbytes=True)}.get(path.suffix)
+        path.write_bytes(compress(content) if compress else content)
     return path
 
 
@@ -51,7 +54,7 @@ def sorted_talks(conversations: list[RawConversation]) -> list[RawConversation]:
 # ---- formats and places ----
 
 
-@pytest.mark.parametrize("ending", [".parquet", ".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize("ending", [".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_formats_hold_the_same_and_split_the_same(ending: str, tmp_path: Path) -> None:
     train, validation = read(write(tmp_path / f"talks{ending}", TALKS))
     assert sorted_talks(train + validation) == TALKS
@@ -270,7 +273,7 @@ def refusal(source: Path | str, task: Any = None) -> str:
 
 
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:
-    kinds = ".parquet or .jsonl or .jsonl.gz or .json"
+    kinds = ".parquet, .jsonl, .jsonl.gz, .jsonl.zst or .json"
     assert refusal(tmp_path / "none") == (
         f"tasks.mine.path: {tmp_path}/none does not exist: give a folder, glob, file or URI of {kinds} files"
     )
@@ -284,7 +287,7 @@ def test_a_path_that_is_not_there(tmp_path: Path) -> None:
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "chat.csv").write_text("role,content")
     assert refusal(tmp_path / "chat.csv") == (
-        f"tasks.mine.path: {tmp_path}/chat.csv: name a file that ends with .parquet or .jsonl or .jsonl.gz or .json"
+        f"tasks.mine.path: {tmp_path}/chat.csv: name a .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .json file"
     )
 
 
@@ -402,4 +405,4 @@ def test_damaged_files(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(whole[: len(whole) // 2])
         assert refusal(tmp_path / name).startswith(f"{tmp_path / name}: ")
     (tmp_path / "talks.jsonl.gz").write_bytes(b"not gzip")
-    assert "talks.jsonl.gz: cannot be read after line 0 (Not a gzipped file" in refusal(tmp_path / "talks.jsonl.gz")
+    assert "talks.jsonl.gz: cannot be read after line 0 (zlib inflate failed" in refusal(tmp_path / "talks.jsonl.gz")

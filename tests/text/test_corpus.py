@@ -464,14 +464,16 @@ def test_a_path_that_is_not_there(try_to_prepare: Prepare, tmp_path: Path) -> No
 def test_a_folder_or_glob_without_parquet(try_to_prepare: Prepare, shards: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for source in (tmp_path / "empty", shards / "shard_9*.parquet", f"file://{tmp_path}/empty", "memory://bwlm-none"):
-        with pytest.raises(UserError, match=rf"^data\.source: no \.parquet file in {re.escape(str(source))}: give a "):
+        with pytest.raises(
+            UserError, match=rf"^data\.source: no \.parquet, .* file in {re.escape(str(source))}: give a "
+        ):
             try_to_prepare(source)
 
 
 def test_validation_that_is_not_there(try_to_prepare: Prepare, shards: Path) -> None:
     with pytest.raises(UserError, match=rf"^data\.validation: {shards}/none\.parquet does not exist: give"):
         try_to_prepare(shards, validation=str(shards / "none.parquet"))
-    with pytest.raises(UserError, match=r"^data\.validation: no \.parquet file in "):
+    with pytest.raises(UserError, match=r"^data\.validation: no \.parquet, \.jsonl, .* file in "):
         try_to_prepare(shards, validation=str(shards / "none*.parquet"))
 
 
@@ -651,6 +653,16 @@ def test_null_texts_are_empty_documents(try_to_prepare: Prepare, write_shards: W
     found = try_to_prepare(folder).manifest.train
     assert (found.total("documents"), found.total("empty_documents")) == (len(TEXTS) + 3, 3)
     assert found.total("bytes") == sum(len(text.encode()) for text in TEXTS)
+
+
+def test_a_shard_whose_texts_are_all_null_holds_empty_documents(
+    try_to_prepare: Prepare, write_shards: WriteShards, tmp_path: Path
+) -> None:
+    """A column without any value has arrow's type null, as pandas and pyarrow write it."""
+    folder = write_shards(tmp_path / "shards", TEXTS, TEXTS, TEXTS[:20])
+    pq.write_table(pa.table({"text": pa.nulls(7)}), folder / SECOND)
+    found = try_to_prepare(folder).manifest.train
+    assert [(shard["documents"], shard["empty_documents"]) for shard in found.shards] == [(len(TEXTS), 0), (7, 7)]
 
 
 def test_any_kind_of_string_column(shards: Path) -> None:
