@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Corpus:
     shuffle: bool = True
     """True: documents are packed in a shuffled order inside each shard. The tokenizer reads them in the order of the
     file."""
-    written: str = ""
+    written: str = field(default="", compare=False)
     """Folder inside the storage for corpora that bwlm writes."""
 
     def listing(self) -> str:
