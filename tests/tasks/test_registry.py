@@ -18,7 +18,16 @@ NAMES = {
     *("builtin:docs_qa", "builtin:arithmetic", "builtin:spelling"),
     *("gsm8k", "arc_easy", "arc_challenge", "mmlu", "smoltalk"),
 }
-MAY_IMPORT = ("bwlm.errors", "bwlm.format", "bwlm.paths", "bwlm.text.corpus", "bwlm.text.pydocs", "bwlm.text.splits")
+MAY_IMPORT = (
+    "bwlm.errors",
+    "bwlm.format",
+    "bwlm.paths",
+    "bwlm.text",
+    "bwlm.text.corpus",
+    "bwlm.text.listing",
+    "bwlm.text.pydocs",
+    "bwlm.text.splits",
+)
 SOURCES = "sources"
 """Module of mixtures, the only one in `tasks` that is no task: it knows settings and phases."""
 
