@@ -175,7 +175,7 @@ def test_a_float32_model_is_not_copied() -> None:
 
 @pytest.mark.parametrize(("rows", "room"), [([], T), ([[1], []], T), ([[1, 2, 3]], 2), ([[1]], T + 1)])
 def test_rows_that_do_not_fit_are_refused(rows: list[list[int]], room: int) -> None:
-    with pytest.raises(ValueError, match=f"in room for {room} of {T}"):
+    with pytest.raises(ValueError, match=f"give 1 to room={room}, and room at most {T}"):
         KVCache(lively()).read(rows, room)
 
 
