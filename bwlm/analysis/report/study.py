@@ -207,11 +207,12 @@ def _judged_again(gaps: list[Gap]) -> str:
 
 _READING = """A gap is the second direction's loss minus the first's on the same text, in nats per token, at each one's
 best learning rate, on the test half of the validation windows; a bidirectional model's loss is the mean of its two
-readings, at equal total tokens. `different` is said only if the paired t-test over seeds, Holm-adjusted over all pairs
-of this report, gives p < 0.05. Each interval is of one pair by itself: it may leave out zero although the verdict,
-which judges all pairs together, sees no difference. If fewer than three seeds chose among several rates, the verdict is
-`too few seeds chose the rate`: with such a choice more than 5 % of equal pairs would be called different. The noise
-floor is the same statistic between seeds of one direction."""
+readings, at equal total tokens. Above 0 the first direction has the lower loss, below 0 the second. `different` is said
+only if the paired t-test over seeds, Holm-adjusted over all pairs of this report, gives p < 0.05. Each interval is of
+one pair by itself: it may leave out zero although the verdict, which judges all pairs together, sees no difference. If
+fewer than three seeds chose among several rates, the verdict is `too few seeds chose the rate`: with such a choice more
+than 5 % of equal pairs would be called different. The noise floor is the same statistic between seeds of one
+direction."""
 
 
 _CURVES = """Lines are smoothed training losses of single runs, points their validation losses (own reading); in SFT

@@ -190,7 +190,7 @@ def _mean(values: FloatArray) -> str:
 
 
 def _comparisons(grouped: list[_Variant], judged: str) -> list[str]:
-    """Return sentences on the pairs of comparable variants: the second minus the first. `grouped` has the better first."""
+    """Return sentences on the pairs of comparable variants, the second minus the first; the better stand first."""
     pairs = [(one, other) for one, other in combinations(grouped, 2) if _task(one) == _task(other)]
     apart = [_differences(other.of(judged), one.of(judged)) for one, other in pairs]
     tested = {
