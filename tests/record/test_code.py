@@ -190,7 +190,12 @@ def test_settings_that_are_left_out_are_those_that_the_identity_leaves_out() -> 
 
 def test_of_the_tasks_those_count_that_the_mixture_names(root: Path) -> None:
     before = module_digests("rl", ("gsm8k",), root)
-    assert {name for name in before if name.startswith("tasks")} == {"tasks.files", "tasks.gsm8k", "tasks.task"}
+    assert {name for name in before if name.startswith("tasks")} == {
+        "tasks.files",
+        "tasks.gsm8k",
+        "tasks.rows",
+        "tasks.task",
+    }
     (root / "tasks" / "unused.py").write_text("NAME = 1\n")
     (root / "tasks" / "spelling.py").rename(root / "tasks" / "letters.py")
     init = root / "tasks" / "__init__.py"
