@@ -14,9 +14,9 @@ from typing import Any, TextIO
 
 import fsspec
 
+import bwlm.text.json_lines as json_lines
 from bwlm.errors import Unusable, UserError, first_line, nearest
 from bwlm.format import json_kind
-from bwlm.text import json_lines
 
 MEND = "write the file again, or remove it"
 _BLANKS = re.compile(r"[ \t\n\r]*")
