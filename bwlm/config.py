@@ -178,7 +178,9 @@ class CheckpointSettings(Settings):
 
     every: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="how many of the newest checkpoints are kept")
-    keep_best: bool = Field(False, description="keep also the best one on the tuning half of the validation windows")
+    keep_best: bool = Field(
+        False, description="keep also the best one on the tuning half of the validation windows: ID@best"
+    )
     keep_every: int = Field(0, ge=0, description="also keep checkpoints at multiples of this step; 0: off")
 
 
@@ -268,7 +270,10 @@ class Recipe(Settings):
     """Settings that a grid file states once for all its cells."""
 
     phase: PhaseName = Field(FIRST, description="base on documents; mid and sft on conversations; rl by rewards")
-    parent: str | None = Field(None, description="id of the finished run that a phase after base begins from")
+    parent: str | None = Field(
+        None,
+        description="finished run that a phase after base begins from; `ID@STEP`, `ID@best`: an earlier checkpoint",
+    )
     differs: list[Inherited] = Field(
         default_factory=list, description="direction, reversal or both: what the run may change against its parent"
     )

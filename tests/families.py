@@ -9,6 +9,7 @@ from typing import Any
 from bwlm.config import Experiment
 from bwlm.paths import read_json, write_json
 from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.record.fingerprint import inherited
 from bwlm.record.health import sealed
 from bwlm.record.journal import Journal
 from bwlm.record.lineage import LINK, ParentLink
@@ -19,10 +20,27 @@ WEIGHTS = "ab" * 32
 
 
 def untrained_child(
-    parent: ExperimentFolder, name: str, phase: str, grid: str | None = None, **settings: Any
+    parent: ExperimentFolder,
+    name: str,
+    phase: str,
+    grid: str | None = None,
+    step: int | None = None,
+    best: bool = False,
+    **settings: Any,
 ) -> ExperimentFolder:
-    """Makes `name` beside its parent, with the parent's settings but for those given."""
+    """Makes `name` beside its parent, from its last checkpoint or that of `step`, with the parent's settings but for
+    those given."""
     above, link = parent.config(), parent.link()
+    step = step or above.steps
+    begins = ParentLink(
+        parent=parent.id,
+        phase=above.experiment.phase,
+        checkpoint=f"step_{step:06d}",
+        step=step,
+        sha256=WEIGHTS,
+        chain=[*(link.chain if link else []), parent.id],
+        best=best,
+    )
     content = above.experiment.model_dump() | {"phase": phase, "parent": parent.id} | settings
     content["data"] = content["data"] | {"mixture": MIXTURE}
     folder = ExperimentFolder(parent.path.parent, name)
@@ -32,16 +50,9 @@ def untrained_child(
             id=name,
             grid=grid,
             experiment=Experiment.model_validate(content),
-            identity=above.identity | settings | {"parent": WEIGHTS},
+            identity=above.identity | settings | inherited(above.identity, begins),
         ),
-        ParentLink(
-            parent=parent.id,
-            phase=above.experiment.phase,
-            checkpoint=f"step_{above.steps:06d}",
-            step=above.steps,
-            sha256=WEIGHTS,
-            chain=[*(link.chain if link else []), parent.id],
-        ),
+        begins,
     )
     return folder
 

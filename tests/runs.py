@@ -114,7 +114,7 @@ def make_child(
 ) -> ExperimentFolder:
     """Makes a run of `phase` beside the finished run that it begins from, as a launch would; waiting.
 
-    Settings go over a tiny default, as in `make_run`.
+    Settings go over a tiny default, as in `make_run`; `parent` may name one of its checkpoints.
     """
     from bwlm.plan.inherit import inherit, with_defaults  # the room sets this process' environment for Ray
 
@@ -126,19 +126,19 @@ def make_child(
     above = parent.config()
     document = Document("test", content, {})
     experiment = Experiment.model_validate(
-        inherit(with_defaults(content, phase), parent.id, above.experiment, document)
+        inherit(with_defaults(content, phase), content.pop("parent", parent.id), above.experiment, document)
     )
     steps, compute = experiment.budget.steps, compute_of(experiment)
     assert steps is not None
     folder = ExperimentFolder(parent.path.parent, name or f"{parent.id}-{phase}")
-    link = link_to(parent.path.parent, parent.id, phase, folder.id)
+    link = link_to(parent.path.parent, experiment.parent or parent.id, phase, folder.id)
     fields = identity(
         experiment,
         data=mixture.manifest.digest,
         tokenizer=mixture.tokenizer.digest,
         precision=compute.precision,
         steps=steps,
-        parent=inherited(above.identity, link.sha256),
+        parent=inherited(above.identity, link),
     )
     corpus, tokenizer = str(mixture.folder), str(mixture.tokenizer_folder)
     folder.keep_tokenizer(mixture.tokenizer_folder)

@@ -102,6 +102,24 @@ def test_a_tree_in_a_wide_and_in_a_narrow_terminal(family: Path, shell: Shell, m
     ]
 
 
+def test_a_checkpoint_that_is_not_the_parents_last_is_shown(family: Path, shell: Shell) -> None:
+    base = ExperimentFolder(family, "talk-base")
+    untrained_child(base, "early", "mid", step=8)
+    untrained_child(base, "best", "mid", step=4, best=True)
+    told = shell("runs", "tree", "talk-base").out
+    assert told.count("from its parent's") == 2
+    assert "from its parent's step 8" in told
+    assert "from its parent's best, step 4" in told
+    assert (
+        "  parent    talk-base (base, its best, step_000004, weights abababababab)" in shell("runs", "show", "best").out
+    )
+    [tree] = shell.json("runs", "tree", "talk-base")
+    assert {child["id"]: child["begins"] for child in tree["children"]} == {
+        "best": "from its parent's best, step 4", "early": "from its parent's step 8", "talk-mid": "",
+    }  # fmt: skip
+    assert [row["damage"] for row in shell.json("runs", "list", "--where", "parent=talk-base")] == [[], [], []]
+
+
 def test_a_tree_as_json(family: Path, shell: Shell) -> None:
     alone, base = shell.json("runs", "tree")
     listed = {run["id"]: run for run in shell.json("runs", "list")}
@@ -285,7 +303,7 @@ def test_all_that_is_known_of_a_run_as_json(family: Path, shell: Shell) -> None:
     config = folder.config()
     assert known["link"] == {
         "parent": "talk-mid", "phase": "mid", "checkpoint": "step_000012", "step": 12, "sha256": "ab" * 32,
-        "chain": ["talk-base", "talk-mid"],
+        "chain": ["talk-base", "talk-mid"], "best": False,
     }  # fmt: skip
     assert known["parent_is_here"] is True
     assert known["changed"] == {

@@ -13,7 +13,14 @@ from bwlm.errors import UserError, nearest
 
 
 def evaluate(
-    id_: Annotated[str, typer.Argument(metavar="ID", help="A finished run of any phase.", show_default=False)],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID[@STEP]",
+            help="A finished run of any phase; ID@400 or ID@best: another checkpoint than its last.",
+            show_default=False,
+        ),
+    ],
     directions: Annotated[
         str, typer.Option(help="Directions in which the model reads the texts, also one that it was not trained in.")
     ] = "forward,backward",
@@ -26,14 +33,16 @@ def evaluate(
     document is saved in the run's folder, in `evaluations/`.
 
     Example: `bwlm eval mine --directions forward,backward`
+
+    Example: `bwlm eval mine@best`
     """
     from bwlm.paths import storage_root
 
     readings, root = _readings(directions), storage_root(storage)
     from bwlm.evaluate.texts import evaluate_run  # imports torch, which takes seconds: mistakes are reported first
 
-    with busy(f"evaluating {id_}"):
-        rows = [asdict(row) for row in evaluate_run(root, id_, readings, say)]
+    with busy(f"evaluating {checkpoint}"):
+        rows = [asdict(row) for row in evaluate_run(root, checkpoint, readings, say)]
     if as_json:
         return print_json(rows)
     header = ["task", "direction", "native", "bpb", "loss", "tokens"]
@@ -42,7 +51,7 @@ def evaluate(
          f"{r['tokens']:,}"]
         for r in rows
     ]  # fmt: skip
-    show_table(header, shown, id_, names=("task", "direction"))
+    show_table(header, shown, f"{rows[0]['id']}, step {rows[0]['step']:,}", names=("task", "direction"))
     return None
 
 

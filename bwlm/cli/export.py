@@ -7,18 +7,21 @@ from typing import Annotated, Literal
 
 import typer
 
-from bwlm.cli.terminal import Storage, say, whole_option
+from bwlm.cli.terminal import Storage, say
 
 
 def export(
-    experiment: Annotated[str, typer.Argument(metavar="ID", help="Id of the run; `bwlm runs list` shows all.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID[@STEP]",
+            help="Id of the run; `bwlm runs list` shows all. ID@400 or ID@best: another checkpoint than its newest.",
+        ),
+    ],
     target: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; new or empty.", show_default=False)],
     format_: Annotated[
         Literal["hf"], typer.Option("--format", help="hf: Hugging Face format, for transformers.")
     ] = "hf",
-    step: Annotated[
-        int | None, whole_option("Step of the checkpoint. Default: the newest.", show_default=False)
-    ] = None,
     storage: Storage = None,
 ) -> None:
     """Export a model with its tokenizer and a model card to a folder that Hugging Face transformers can load.
@@ -30,11 +33,11 @@ def export(
     from bwlm.trained.load import load_model
 
     check_target(target)  # first, since loading takes long
-    loaded = load_model(storage_root(storage), experiment, step)
+    loaded = load_model(storage_root(storage), checkpoint)
     export_hf(loaded, target)
-    direction = loaded.config.experiment.direction
+    run, direction = loaded.config.id, loaded.config.experiment.direction
     if loaded.step < loaded.config.steps:
-        say(f"{experiment}: step {loaded.step:,} of {loaded.config.steps:,}: the model has not finished training")
-    print(f"{experiment}, step {loaded.step}, reads {direction}: {target / 'README.md'} says how to use it")
+        say(f"{run}: step {loaded.step:,} of {loaded.config.steps:,}: the model has not finished training")
+    print(f"{run}, step {loaded.step}, reads {direction}: {target / 'README.md'} says how to use it")
     print(f'model = transformers.AutoModelForCausalLM.from_pretrained("{target}")')
     print(f'tokenizer = transformers.AutoTokenizer.from_pretrained("{target}")')

@@ -22,7 +22,8 @@ def branches(members: list[Member], gathered: bool) -> list[Branch]:
 def _member(member: Member, gathered: bool) -> Branch:
     cell = member.cell
     columns = [cell.phase, cell.direction, f"d{cell.depth}", best_words(member.best, cell.step), state_words(member)]
-    return Branch(cell.id, columns, member.note, branches(list(member.children), gathered))
+    note = ", ".join(filter(None, [member.note, member.begins]))
+    return Branch(cell.id, columns, note, branches(list(member.children), gathered))
 
 
 def _leaves(leaves: Leaves) -> Branch:

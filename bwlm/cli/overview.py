@@ -60,7 +60,8 @@ def _family(run: dict[str, Any]) -> Fields:
     fields = []
     if link:
         gone = "" if run["parent_is_here"] else ": not here, or damaged"
-        begins = f"{link['phase']}, its {link['checkpoint']}, weights {link['sha256'][:12]}"
+        best = "best, " if link["best"] else ""
+        begins = f"{link['phase']}, its {best}{link['checkpoint']}, weights {link['sha256'][:12]}"
         fields = [("parent", f"{link['parent']} ({begins}){gone}"), ("chain", " > ".join([*link["chain"], run["id"]]))]
     if run["skips"]:
         fields.append(("skips", ", ".join(run["skips"])))

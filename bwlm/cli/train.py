@@ -37,7 +37,12 @@ def train(
         typer.Option(help=f"{', '.join(PHASES)}; or several: base,mid,sft. To evaluate a run: `bwlm eval`."),
     ] = FIRST,
     parent: Annotated[
-        str | None, typer.Option(help="Finished run that a later phase begins from.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="ID[@STEP]",
+            help="Finished run that a later phase begins from. ID@400 or ID@best: another checkpoint than its last.",
+            show_default=False,
+        ),
     ] = None,
     lr: Annotated[
         float | None, typer.Option(help="Multiplier of the learning rates of all parameter groups. Default: 1.")

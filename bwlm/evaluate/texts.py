@@ -13,6 +13,7 @@ from bwlm.errors import UserError
 from bwlm.evaluate.windows import LossEvaluation
 from bwlm.model.observe import evaluating
 from bwlm.phases import BUILTIN_MIXTURE, PHASES
+from bwlm.record.checkpoint_name import CheckpointName
 from bwlm.record.experiment import ExperimentFolder, open_experiment
 from bwlm.record.repeat import repeat_command
 from bwlm.record.run_config import RunConfig
@@ -31,6 +32,8 @@ class TextLoss:
     """Loss of a model on a text in one reading."""
 
     id: str
+    step: int
+    """Step of the model's checkpoint."""
     task: str
     """`documents` or `conversations`."""
     direction: str
@@ -52,20 +55,22 @@ def evaluate_texts(
     """Return the loss of the validation windows of each corpus, by `task`.
 
     Saves the loss of every segment in the run's folder, as `evaluations/<phase>/<direction>/<task>.parquet` with a
-    summary beside it.
+    summary beside it; of an earlier checkpoint as `<task>@<step>.parquet`.
     """
     results = []
+    of_step = "" if loaded.step == loaded.config.steps else f"@{loaded.step}"
     for task, corpus in corpora.items():
         evaluation = _evaluation(loaded, task, corpus)
         for reading in readings:
             with evaluating(loaded.model):
                 segments, _ = evaluation.measure(loaded.model, reading, is_marked(loaded.config.experiment.direction))
             home = folder.evaluation(loaded.config.experiment.phase, reading)
-            segments.save(home, evaluation.byte_counts, name=task)
+            segments.save(home, evaluation.byte_counts, name=f"{task}{of_step}")
             figures: dict[str, Any] = segments.summary()
             results.append(
                 TextLoss(
                     id=folder.id,
+                    step=loaded.step,
                     task=task,
                     direction=reading,
                     native=reading in own_readings(loaded.config.experiment.direction),
@@ -94,16 +99,19 @@ def _evaluation(loaded: LoadedModel, task: str, corpus: str) -> LossEvaluation:
     )
 
 
-def evaluate_run(storage: Path, run: str, readings: tuple[str, ...], progress: Callable[[str], None]) -> list[TextLoss]:
+def evaluate_run(
+    storage: Path, checkpoint: str, readings: tuple[str, ...], progress: Callable[[str], None]
+) -> list[TextLoss]:
     """Evaluate a finished run on its base's documents, and on conversations: its own mixture's, or built-in ones.
 
-    Raises `UserError` if there is no such run, it is not finished or has no checkpoint, and if its text is gone: the
-    message gives the command that makes the text again.
+    `checkpoint` is `ID` for the newest, `ID@STEP` or `ID@best`. Raises `UserError` if there is no such run, it is not
+    finished or has no such checkpoint, and if its text is gone: the message gives the command that makes the text
+    again.
     """
-    folder = open_experiment(storage, run)
+    folder = open_experiment(storage, CheckpointName.parse(checkpoint).run)
     if (state := folder.status().state) != "finished":
-        raise UserError(f"{run} is {state}, not finished: finish it first, or evaluate another run")
-    loaded = load_model(storage, run)
+        raise UserError(f"{folder.id} is {state}, not finished: finish it first, or evaluate another run")
+    loaded = load_model(storage, checkpoint)
     corpora = {
         "documents": str(_documents(storage, folder, loaded.config)),
         "conversations": str(_conversations(storage, loaded.config, progress)),

@@ -58,7 +58,7 @@ def without_parent(planned: list[PlannedCell]) -> set[str]:
     """Return the cells whose ancestor was stopped early by the scheduler: they will not run."""
     stopped, out = set[str](), set[str]()
     for one in planned:  # parents stand before their children
-        if one.cell.experiment.parent in stopped | out:
+        if one.cell.parent in stopped | out:
             out.add(one.cell.id)
         elif one.is_done and one.status.state == "stopped":
             stopped.add(one.cell.id)
@@ -190,7 +190,7 @@ def run_config(plan: Plan, cell: Cell, prepared: Prepared, storage: Path, link: 
         tokenizer=prepared.tokenizer.digest,
         precision=compute.precision,
         steps=cell.steps,
-        parent=inherited(ExperimentFolder(storage, link.parent).config().compared, link.sha256) if link else None,
+        parent=inherited(ExperimentFolder(storage, link.parent).config().compared, link) if link else None,
     )
     return RunConfig(
         id=cell.id,

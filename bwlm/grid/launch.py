@@ -70,7 +70,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     _tell_other_code(plan, storage, show)
     ids = {cell.id for cell in plan.cells}
     for cell in plan.cells:
-        if (parent := cell.experiment.parent) is not None and parent not in ids:
+        if (parent := cell.experiment.parent) is not None and cell.parent not in ids:
             link_to(storage, parent, cell.experiment.phase, cell.id)
     from bwlm.cluster.session import open_cluster
     from bwlm.grid.texts import prepare_texts
@@ -154,7 +154,7 @@ def _ready(generation: tuple[Cell, ...], storage: Path, show: Callable[[str], No
     """Return the cells whose parents have finished; show what the others wait for."""
     ready = []
     for cell in generation:
-        parent = cell.experiment.parent
+        parent = cell.parent
         folder = ExperimentFolder(storage, parent) if parent else None
         state = folder.status().state if folder and folder.exists() else "waiting"
         if folder is None or state == "finished":

@@ -52,7 +52,7 @@ def _packed_before(plan: Plan, cell: Cell, storage: Path, error: NoSource) -> Pr
 
 
 def _parents_tokenizer(cell: Cell, prepared: dict[str, Prepared], storage: Path) -> Path | None:
-    parent = cell.experiment.parent
+    parent = cell.parent
     if parent is None:
         return None
     if parent in prepared:

@@ -16,6 +16,7 @@ from bwlm.plan.axes import IN_ID, axes_of, choices, with_chosen
 from bwlm.plan.inherit import inherit, leaves, phase_content, with_defaults, without_mixture
 from bwlm.plan.resolve import resolve_experiment, resolve_steps
 from bwlm.plan.spec import Cell
+from bwlm.record.checkpoint_name import CheckpointName
 from bwlm.record.experiment import open_finished
 from bwlm.record.lineage import check_order
 from bwlm.settings_file import Document
@@ -72,8 +73,12 @@ class CellBuilder:
         if not isinstance(run, str):
             raise UserError(f"{document.where('parent')}: missing: name the run that {phase} begins from")
         try:
-            parent = open_finished(self.storage, run).config().experiment
-            check_order(phase, run, parent.phase)
+            name = CheckpointName.parse(run)
+            folder = open_finished(self.storage, name.run)
+            parent = folder.config().experiment
+            check_order(phase, name.run, parent.phase)
+            if name.which:
+                name.step_in(folder)
         except UserError as error:
             raise UserError(f"{document.where('parent')}: {str(error).removeprefix('parent: ')}") from None
         return resolve_experiment(inherit(with_defaults(content, phase), run, parent, document), document)

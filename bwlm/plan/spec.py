@@ -11,6 +11,7 @@ from bwlm.config import Depth, Experiment, LearningRate, Recipe, Seed, Settings
 from bwlm.directions import DirectionName
 from bwlm.model.shape import GPTConfig, count_parameters, flops_per_token
 from bwlm.phases import PHASES
+from bwlm.record.checkpoint_name import run_of
 from bwlm.record.run_config import shape_of
 
 
@@ -76,6 +77,11 @@ class Cell:
     steps: int
 
     @property
+    def parent(self) -> str | None:
+        """Id of the run that it begins from; None for a base run."""
+        return run_of(self.experiment.parent)
+
+    @property
     def shape(self) -> GPTConfig:
         """Shape of the model."""
         return shape_of(self.experiment)
@@ -118,7 +124,7 @@ def generations(cells: tuple[Cell, ...]) -> list[tuple[Cell, ...]]:
     """Return the cells by generation: cells without a parent among them, then their children, and so on."""
     number: dict[str, int] = {}
     for cell in cells:  # parents stand before their children
-        number[cell.id] = number.get(cell.experiment.parent or "", -1) + 1
+        number[cell.id] = number.get(cell.parent or "", -1) + 1
     return [tuple(cell for cell in cells if number[cell.id] == n) for n in sorted(set(number.values()))]
 
 

@@ -23,6 +23,7 @@ from bwlm.errors import UserError, nearest
 from bwlm.model.compute import Compute
 from bwlm.paths import atomic_folder, check_id, discard_unfinished, is_id, read_json, write_json
 from bwlm.phases import PHASES
+from bwlm.record.checkpoint_name import run_of
 from bwlm.record.health import DIGEST, RECORDS, check_agrees, check_seal, damage, records_of, sealed
 from bwlm.record.journal import last_entry
 from bwlm.record.lease import LEASE_SECONDS, Holder, Lease, living_holder, take, take_at_once
@@ -378,7 +379,7 @@ def parents_in(storage: Path) -> dict[str, str | None]:
 
 
 def _parent_of(folder: ExperimentFolder) -> str | None:
-    for read in (folder.parent, lambda: folder.config().experiment.parent):
+    for read in (folder.parent, lambda: run_of(folder.config().experiment.parent)):
         with contextlib.suppress(UserError):
             return read()
     return None

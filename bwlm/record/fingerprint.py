@@ -9,11 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bwlm.config import Experiment
 from bwlm.phases import PHASES
+from bwlm.record.checkpoint_name import BEST
 from bwlm.record.code import code_digest, module_digests
+
+if TYPE_CHECKING:
+    from bwlm.record.lineage import ParentLink
 
 _NOT_IDENTITY: Any = {
     "data": True,
@@ -28,7 +32,7 @@ _NOT_IDENTITY: Any = {
     "tokenizer": {"path"},
 }
 
-INHERITED = ("parent", "parent_seed", "parent_recipe")
+INHERITED = ("parent", "parent_seed", "parent_recipe", "parent_checkpoint")
 """Fields of an identity that say what the run began from."""
 OF_ONE_PARENT = INHERITED[:2]
 """Fields that differ with the direction and seed of the parent run."""
@@ -74,14 +78,17 @@ def identity(
     return fields
 
 
-def inherited(parent: Mapping[str, Any], weights: str) -> dict[str, Any]:
+def inherited(parent: Mapping[str, Any], link: ParentLink) -> dict[str, Any]:
     """Return the fields of a child's identity that come from its parent: the weights, and how they were made.
 
     Runs of two directions begin from different weights; they are a pair if the weights were made alike, with one
-    seed.
+    seed. `parent_checkpoint` is there if the checkpoint is not the last one: a step, or the best, whatever its step.
     """
     alike = {name: value for name, value in parent.items() if name not in VARIED}
-    return {"parent": weights, "parent_seed": parent["seed"], "parent_recipe": fingerprint(alike)}
+    fields = {"parent": link.sha256, "parent_seed": parent["seed"], "parent_recipe": fingerprint(alike)}
+    if link.best or link.step != parent["steps"]:
+        fields["parent_checkpoint"] = BEST if link.best else f"step {link.step}"
+    return fields
 
 
 def fingerprint(fields: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bwlm.errors import RunError, UserError
 from bwlm.paths import sha256_of
 from bwlm.record.checkpoint import META, MODEL, step_folder, weights_digest
+from bwlm.record.checkpoint_name import BEST, run_of
 from bwlm.record.fingerprint import fingerprint
 from bwlm.record.journal import NAME, faults_of_order, last_entry
 from bwlm.record.lineage import LINK
@@ -91,8 +92,12 @@ def damage(folder: ExperimentFolder, config: RunConfig, status: Status, thorough
 
 def _link_faults(link: ParentLink | None, config: RunConfig) -> Iterator[str]:
     """Yield how a link to a parent contradicts the settings of its run, whose digest shows that they are whole."""
-    named = {"parent": link.parent if link else None, "sha256": link.sha256 if link else None}
-    known = {"parent": config.experiment.parent, "sha256": config.identity.get("parent")}
+    named = {name: getattr(link, name, None) for name in ("parent", "sha256")} | {"best": bool(link and link.best)}
+    known = {
+        "parent": run_of(config.experiment.parent),
+        "sha256": config.identity.get("parent"),
+        "best": config.identity.get("parent_checkpoint") == BEST,
+    }
     for name, value in named.items():
         if value != known[name]:
             yield f"{LINK}: edited by hand ({name} is {value}, and {known[name]} in config.json)"

@@ -32,9 +32,11 @@ class ParentLink:
     """SHA-256 of the checkpoint's weights."""
     chain: list[str] = field(default_factory=list)
     """Ids from the base to the parent."""
+    best: bool = False
+    """True if the checkpoint was chosen as the parent's best. Links of earlier versions do not say."""
 
 
-_NONE: dict[str, Any] = {"parent": None, "phase": None, "checkpoint": None, "step": None, "sha256": None, "chain": []}
+_NONE: dict[str, Any] = dict.fromkeys(ParentLink.__dataclass_fields__) | {"chain": [], "best": False}
 
 
 def write_link(folder: Path, link: ParentLink | None) -> None:
@@ -60,8 +62,8 @@ def read_link(folder: Path) -> ParentLink | None:
 def _check_types(link: ParentLink) -> None:
     """Raise TypeError for a field of another type: JSON may hold anything."""
     names = [link.parent, link.checkpoint, link.sha256, *link.chain]
-    numbers_and_lists = type(link.step) is int and isinstance(link.chain, list)
-    if not all(isinstance(name, str) for name in names) or link.phase not in PHASES or not numbers_and_lists:
+    others = type(link.step) is int and isinstance(link.chain, list) and isinstance(link.best, bool)
+    if not all(isinstance(name, str) for name in names) or link.phase not in PHASES or not others:
         raise TypeError
 
 

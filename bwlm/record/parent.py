@@ -1,7 +1,7 @@
 """Weights of a parent: found, verified, and handed to its child.
 
-A link is verified twice, when the child is made and when it begins: the parent has finished, its last checkpoint is
-there, and its weights have the hash that the link holds.
+A link is verified twice, when the child is made and when it begins: the parent has finished, the checkpoint is there,
+and its weights have the hash that the link holds.
 """
 
 from __future__ import annotations
@@ -20,44 +20,53 @@ from bwlm.record.checkpoint import (
     step_folder,
     weights_digest,
 )
+from bwlm.record.checkpoint_name import CheckpointName
 from bwlm.record.experiment import ExperimentFolder, open_finished
 from bwlm.record.lineage import ParentLink, check_order
 from bwlm.record.run_config import RunConfig
 
 
 def link_to(storage: Path, parent: str, phase: str, child: str) -> ParentLink:
-    """Return the link of a run `child` of `phase` to the last checkpoint of a finished parent.
+    """Return the link of a run `child` of `phase` to the checkpoint of a finished run that `parent` names.
 
     Raises `UserError` if there is no such run, if it has not finished, if the phase cannot follow the parent's, if
-    the parent descends from the child itself, or if the parent's last checkpoint is gone or damaged.
+    the parent descends from the child itself, or if the checkpoint was not kept, is gone or damaged.
     """
-    folder = open_finished(storage, parent)
+    name = CheckpointName.parse(parent)
+    folder = open_finished(storage, name.run)
     config = folder.config()
-    check_order(phase, parent, config.experiment.phase)
+    check_order(phase, folder.id, config.experiment.phase)
     above = folder.link()
-    chain = [*(above.chain if above else []), parent]
+    chain = [*(above.chain if above else []), folder.id]
     if child in chain:
         raise UserError(
             f"{child}: would begin from its own descendant ({' > '.join(chain)}): choose another id or another parent"
         )
-    steps = checkpoint_steps(folder.checkpoints)
-    if config.steps not in steps:
-        raise UserError(
-            f"parent: {parent}: its last checkpoint, of step {config.steps}, is not in {folder.checkpoints}: "
-            "put it back, or choose another parent"
-        )
     try:
-        digest = weights_digest(folder.checkpoints, config.steps)
+        step = _step(name, folder, config)
+        digest = weights_digest(folder.checkpoints, step)
     except DamagedCheckpoint as error:
-        raise UserError(f"parent: {error}: train {parent} again, or choose another parent") from None
+        raise UserError(f"parent: {error}: train {folder.id} again, or choose another parent") from None
     return ParentLink(
-        parent=parent,
+        parent=folder.id,
         phase=config.experiment.phase,
-        checkpoint=step_folder(folder.checkpoints, config.steps).name,
-        step=config.steps,
+        checkpoint=step_folder(folder.checkpoints, step).name,
+        step=step,
         sha256=digest,
         chain=chain,
+        best=name.is_best,
     )
+
+
+def _step(name: CheckpointName, folder: ExperimentFolder, config: RunConfig) -> int:
+    if name.which:
+        return name.step_in(folder)
+    if config.steps not in checkpoint_steps(folder.checkpoints):
+        raise UserError(
+            f"parent: {folder.id}: its last checkpoint, of step {config.steps}, is not in {folder.checkpoints}: "
+            "put it back, or choose another parent"
+        )
+    return config.steps
 
 
 def inherited_weights(folder: ExperimentFolder, config: RunConfig) -> Tensors:

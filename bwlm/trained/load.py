@@ -1,4 +1,4 @@
-"""Loads a trained model by its experiment's id, with its tokenizer and its direction.
+"""Loads a trained model by the name of its checkpoint, with its tokenizer and its direction.
 
 Not here: the state of training, which only a run that resumes needs (`record/checkpoint.py`).
 """
@@ -23,7 +23,9 @@ from bwlm.record.checkpoint import (
     read_meta,
     step_folder,
 )
+from bwlm.record.checkpoint_name import CheckpointName
 from bwlm.record.experiment import ExperimentFolder, open_experiment
+from bwlm.record.lineage import ParentLink
 from bwlm.record.run_config import RunConfig
 from bwlm.text.tokenizer import Tokenizer
 
@@ -42,40 +44,31 @@ class LoadedModel:
     """Metadata of the checkpoint: phase, direction, progress, ..."""
     step: int
     """Step of the checkpoint."""
+    link: ParentLink | None
+    """Link to the run that it began from; None for a base run."""
 
 
 def load_model(
     storage: Path,
-    experiment_id: str,
-    step: int | None = None,
+    checkpoint: str,
     device: torch.device | str = "cpu",
     compute_dtype: torch.dtype = torch.float32,
 ) -> LoadedModel:
-    """Return the model of an experiment below `storage`: its newest whole checkpoint, or the one of `step`.
+    """Return the model of an experiment below `storage`: of its newest whole checkpoint, or of `ID@STEP` or `ID@best`.
 
     Raises `UserError` if there is no such experiment or checkpoint, if the checkpoint is damaged or another model's,
     and if the tokenizer is not the one that the model was trained with.
     """
-    folder = open_experiment(storage, experiment_id)
+    name = CheckpointName.parse(checkpoint)
+    folder = open_experiment(storage, name.run)
     config = folder.config()
-    candidates = _candidates(folder, step)
+    chosen = name.step_in(folder)
+    candidates = [chosen] if name.which else checkpoint_steps(folder.checkpoints)[::-1]
     tokenizer = Tokenizer.load(Path(config.tokenizer))
     loaded_step, weights, meta = _read(folder, candidates, tokenizer)
     model = GPT(config.shape, compute_dtype)
     model.load_state_dict(weights)
-    return LoadedModel(model.to(device).eval(), tokenizer, config, meta, loaded_step)
-
-
-def _candidates(folder: ExperimentFolder, step: int | None) -> list[int]:
-    """Return the steps to try, in order."""
-    known = checkpoint_steps(folder.checkpoints)
-    if not known:
-        raise UserError(f"{folder.id}: no checkpoint in {folder.checkpoints} yet: train the run until it saves one")
-    if step is None:
-        return known[::-1]
-    if step not in known:
-        raise UserError(f"{folder.id}: no checkpoint of step {step}: choose from {', '.join(map(str, known))}")
-    return [step]
+    return LoadedModel(model.to(device).eval(), tokenizer, config, meta, loaded_step, folder.link())
 
 
 def _read(folder: ExperimentFolder, candidates: list[int], tokenizer: Tokenizer) -> tuple[int, Tensors, dict[str, Any]]:

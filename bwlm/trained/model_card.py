@@ -14,6 +14,7 @@ from bwlm.trained.chat_template import chat_template, chats
 
 if TYPE_CHECKING:
     from bwlm.config import Experiment
+    from bwlm.record.lineage import ParentLink
     from bwlm.trained.load import LoadedModel
 
 _LOAD = """\
@@ -268,12 +269,18 @@ def _new_tokens(width: int) -> int:
     return min(40, width // 2)
 
 
+def _parent(link: ParentLink | None) -> dict[str, str]:
+    best = ", its best by validation" if link and link.best else ""
+    return {"began from": f"`{link.parent}` ({link.phase}), step {link.step:,}{best}"} if link else {}
+
+
 def _facts(loaded: LoadedModel) -> dict[str, str]:
     shape, config, progress = loaded.model.config, loaded.config, loaded.meta["progress"]
     facts = {
         "direction": config.experiment.direction,
         "phase": loaded.meta["phase"],
         **({"reversal of conversations": config.experiment.data.reversal} if chats(config.experiment) else {}),
+        **_parent(loaded.link),
         "depth": f"{shape.depth} (width {shape.width}, {shape.heads} heads, {shape.kv_heads} key/value heads)",
         "parameters": f"{count_parameters(shape).total:,}",
         "vocabulary": f"{shape.vocab_size:,}",

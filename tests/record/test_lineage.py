@@ -26,6 +26,14 @@ def test_a_link_is_read_back(tmp_path: Path) -> None:
     assert read_link(tmp_path) is None
 
 
+def test_a_link_of_an_earlier_version_was_to_the_last_checkpoint(tmp_path: Path) -> None:
+    write_link(tmp_path, MID)
+    content = json.loads((tmp_path / LINK).read_text())
+    assert content.pop("best") is False
+    (tmp_path / LINK).write_text(json.dumps(content))
+    assert read_link(tmp_path) == MID
+
+
 @pytest.mark.parametrize(
     "damaged",
     [
@@ -42,6 +50,7 @@ def test_a_link_is_read_back(tmp_path: Path) -> None:
         {"chain": "talk-base"},
         {"chain": [5]},
         {"besides": 1},
+        {"best": "yes"},
     ],
     ids=str,
 )

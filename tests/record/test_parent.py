@@ -14,8 +14,8 @@ import torch
 
 from bwlm.errors import UserError
 from bwlm.paths import read_json, write_json
-from bwlm.record.checkpoint import load_weights, step_folder
-from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.record.checkpoint import load_weights, step_folder, weights_digest
+from bwlm.record.experiment import ExperimentFolder, Status, parents_in
 from bwlm.record.lineage import LINK
 from bwlm.record.parent import inherited_weights, link_to
 from bwlm.train.run import run_phase
@@ -137,7 +137,42 @@ def test_a_parent_whose_own_link_is_nonsense_is_refused(
     assert refused(lambda: link_to(storage, "m", "sft", "s")).startswith(f"{mid.path / LINK}: not ")
 
 
+@pytest.mark.parametrize(("name", "step", "best"), [("forward@8", 8, False), ("forward@best", 12, True)])
+def test_a_link_holds_the_checkpoint_that_was_named_and_whether_as_the_best(
+    base: ExperimentFolder, storage: Path, name: str, step: int, best: bool
+) -> None:
+    link = link_to(storage, name, "mid", "m")
+    assert (link.parent, link.step, link.best, link.chain) == ("forward", step, best, ["forward"])
+    assert link.checkpoint == f"step_{step:06d}"
+    assert link.sha256 == weights_digest(base.checkpoints, step)
+
+
+def test_a_step_that_was_not_kept_is_refused_with_those_that_were(storage: Path) -> None:
+    line = refused(lambda: link_to(storage, "forward@5", "mid", "m"))
+    assert line == "forward: has no checkpoint of step 5: choose from 4, 8, 12"
+
+
+def test_a_damaged_best_is_named(base: ExperimentFolder, storage: Path) -> None:
+    flip_a_bit(weights_of(base))
+    assert f"{weights_of(base)}: damaged" in refused(lambda: link_to(storage, "forward@best", "mid", "m"))
+
+
 # ---- when it begins ----
+
+
+@pytest.mark.parametrize(("name", "said"), [("forward@8", "step 8"), ("forward@best", "best"), ("forward@12", None)])
+def test_a_child_of_a_named_checkpoint_begins_with_its_weights_and_is_another_run(
+    base: ExperimentFolder, new_child: NewChild, name: str, said: str | None
+) -> None:
+    child, usual = new_child(base, "mid", "named", parent=name), new_child(base, "mid", "usual")
+    config, link = child.config(), child.link()
+    assert link is not None
+    wanted = load_weights(base.checkpoints, link.step)[0]
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in begin(child).items())
+    assert config.identity.get("parent_checkpoint") == said
+    assert (config.fingerprint == usual.config().fingerprint) == (said is None)
+    assert child.damage() == []
+    assert parents_in(base.path.parent)["named"] == "forward"
 
 
 @pytest.fixture
@@ -237,5 +272,5 @@ def test_a_link_to_something_else_is_refused(child: ExperimentFolder, changed: d
 
 def test_the_record_of_a_child_names_its_parent_for_others(child: ExperimentFolder) -> None:
     content = json.loads((child.path / LINK).read_text())
-    assert content.keys() == {"parent", "phase", "checkpoint", "step", "sha256", "chain"}
+    assert content.keys() == {"parent", "phase", "checkpoint", "step", "sha256", "chain", "best"}
     assert child.config().experiment.parent == content["parent"] == "forward"

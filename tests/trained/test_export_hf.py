@@ -217,8 +217,19 @@ def test_the_card_says_where_attention_crossed_documents(new_run: NewRun, tmp_pa
     assert "across the documents of a row (`document_mask: false`)" in (tmp_path / "card" / "README.md").read_text()
 
 
+def test_the_card_of_a_child_names_the_checkpoint_that_it_began_from(
+    storage: Path, new_family: NewFamily, new_child: NewChild, tmp_path: Path
+) -> None:
+    export_hf(load_model(storage, "forward"), tmp_path / "base")
+    assert "began from" not in (tmp_path / "base" / "README.md").read_text()
+    sft = new_child(new_family("forward"), "sft", "early", parent="forward@8", budget__steps=2)
+    assert run_phase(sft, LocalSession(), in_process).state == "finished"
+    export_hf(load_model(sft.path.parent, "early"), tmp_path / "card")
+    assert "| began from | `forward` (base), step 8 |" in (tmp_path / "card" / "README.md").read_text()
+
+
 def test_the_card_of_an_earlier_step_claims_no_later_figure(storage: Path, tmp_path: Path) -> None:
-    export_hf(load_model(storage, "forward", step=STEPS // 2), tmp_path / "early")
+    export_hf(load_model(storage, f"forward@{STEPS // 2}"), tmp_path / "early")
     text = (tmp_path / "early" / "README.md").read_text()
     assert f"{STEPS * 512 // 2:,} tokens in {STEPS // 2} of {STEPS} steps" in text
     assert "bits per byte" not in text
@@ -268,7 +279,7 @@ def test_the_command_says_what_it_wrote_and_how_to_load_it(bwlm: Bwlm, tmp_path:
 def test_an_empty_folder_is_filled_and_a_link_to_one_followed(bwlm: Bwlm, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")
-    code, _, told = bwlm("export", "forward", "--step", str(STEPS // 2), "link")
+    code, _, told = bwlm("export", f"forward@{STEPS // 2}", "link")
     assert (code, told) == (0, f"forward: step {STEPS // 2} of {STEPS}: the model has not finished training\n")
     assert {path.name for path in (tmp_path / "empty").iterdir()} == FILES
     assert json.loads((tmp_path / "empty" / "config.json").read_text())["bwlm"]["step"] == STEPS // 2
@@ -281,7 +292,7 @@ def test_an_empty_folder_is_filled_and_a_link_to_one_followed(bwlm: Bwlm, tmp_pa
         (["forwrd", "new"], "(did you mean 'forward'?)"),
         (["../forward", "new"], "experiment id: '../forward' is not a valid id"),
         (["forward", "new", "--format", "gguf"], "'gguf'"),
-        (["forward", "new", "--step", "7"], f"no checkpoint of step 7: choose from {STEPS // 2}, {STEPS}"),
+        (["forward@7", "new"], f"no checkpoint of step 7: choose from {STEPS // 2}, {STEPS}"),
         (["forward", "full"], "full: exists: give a new folder"),
         (["forward", "file"], "file: exists: give a new folder"),
         (["forward", "file/below"], "file/below: cannot be "),

@@ -57,7 +57,7 @@ def test_the_newest_checkpoint_comes_with_tokenizer_config_and_meta(storage: Pat
 
 
 def test_a_step_can_be_chosen(storage: Path) -> None:
-    early, late = load_model(storage, "forward", EARLY), load_model(storage, "forward", STEPS)
+    early, late = (load_model(storage, f"forward@{step}") for step in (EARLY, STEPS))
     assert (early.step, late.step) == (early.meta["step"], late.meta["step"]) == (EARLY, STEPS)
     assert not torch.equal(early.model.lm_head.weight, late.model.lm_head.weight)
 
@@ -71,7 +71,7 @@ def test_what_it_computes_in_can_be_chosen(storage: Path) -> None:
 
 def test_an_unknown_step_names_those_that_exist(storage: Path) -> None:
     with pytest.raises(UserError, match=rf"^forward: no checkpoint of step 5: choose from {EARLY}, {STEPS}$"):
-        load_model(storage, "forward", step=5)
+        load_model(storage, "forward@5")
 
 
 def test_an_unknown_id_names_the_nearest(storage: Path) -> None:
@@ -86,9 +86,9 @@ def test_an_id_is_one_path_segment(storage: Path) -> None:
 
 def test_a_run_without_a_checkpoint_is_refused(new_run: NewRun, tmp_path: Path) -> None:
     new_run("young")
-    for step in (None, 5):
+    for name in ("young", "young@5"):
         with pytest.raises(UserError, match=r"^young: no checkpoint in .*checkpoints yet"):
-            load_model(tmp_path, "young", step)
+            load_model(tmp_path, name)
 
 
 # ---- the tokenizer ----
@@ -160,7 +160,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_it(
 def test_a_step_that_was_asked_for_has_no_substitute(copied: ExperimentFolder) -> None:
     path = flip_a_bit(copied, STEPS, "model.safetensors")
     with pytest.raises(UserError, match=re.escape(f"{path}: damaged")):
-        load_model(copied.path.parent, "forward", STEPS)
+        load_model(copied.path.parent, f"forward@{STEPS}")
 
 
 def test_where_all_are_damaged_the_newest_is_named(copied: ExperimentFolder, caplog: pytest.LogCaptureFixture) -> None:

@@ -149,9 +149,10 @@ def _learning(folder: ExperimentFolder) -> tuple[list[str], list[Path]]:
 
 
 def _lineage(folder: ExperimentFolder) -> str:
-    config, parent = folder.config(), folder.parent()
+    config, link = folder.config(), folder.link()
     of_grid = f", a cell of the grid {config.grid}" if config.grid else ""
-    return f"## Lineage\n\nPhase {config.experiment.phase}{of_grid}; parent: {parent or 'none'}."
+    parent = f"{link.parent}, its {'best, ' if link.best else ''}step {link.step}" if link else "none"
+    return f"## Lineage\n\nPhase {config.experiment.phase}{of_grid}; parent: {parent}."
 
 
 def dropped_cells(storage: Path, name: str) -> list[str]:

@@ -6,11 +6,13 @@ from typing import Any
 
 from bwlm.errors import UserError
 from bwlm.record.experiment import ExperimentFolder
-from bwlm.record.fingerprint import INHERITED
 from bwlm.record.labels import DIGITS, size_labels
 from bwlm.record.run_config import RunConfig
 
-_SAID_BY_THE_RUN = ("phase", "direction", "depth", "code", "data", "tokenizer", "precision", *INHERITED)
+_SAID_BY_THE_RUN = (
+    *("phase", "direction", "depth", "code", "data", "tokenizer", "precision"),
+    *("parent", "parent_seed", "parent_recipe"),
+)
 """Fields of an ancestor's identity that add nothing: the run's own, `parent_recipe` or `mixture` hold them."""
 
 

@@ -48,11 +48,14 @@ class Member:
     grid: str | None
     best: Best | None
     note: str
+    begins: str
+    """Checkpoint that it began from, in words; empty for a base run, and for its parent's last one."""
     children: tuple[Member, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return the run and its children as JSON."""
-        besides = {"steps": self.steps, "grid": self.grid, "best": asdict(self.best) if self.best else None}
+        best = asdict(self.best) if self.best else None
+        besides = {"steps": self.steps, "grid": self.grid, "best": best, "begins": self.begins}
         children = [child.to_json() for child in self.children]
         return self.cell.to_json() | besides | {"note": self.note, "children": children}
 
@@ -82,7 +85,15 @@ def _load_member(storage: Path, kin: LineageNode) -> Member:
     folder = ExperimentFolder(storage, kin.id)
     cell, config = load_cell(folder), folder.config()
     children = tuple(load_members(storage, list(kin.children)))
-    return Member(cell, config.steps, config.grid, best_of(folder, cell), kin.note, children)
+    begins = begin_words(folder.link(), config)
+    return Member(cell, config.steps, config.grid, best_of(folder, cell), kin.note, begins, children)
+
+
+def begin_words(link: ParentLink | None, config: RunConfig) -> str:
+    """Return which checkpoint of its parent a run began from, unless it is the last one."""
+    if link is None or "parent_checkpoint" not in config.identity:
+        return ""
+    return f"from its parent's {'best, ' if link.best else ''}step {link.step:,}"
 
 
 @dataclass(frozen=True)
