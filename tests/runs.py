@@ -110,11 +110,11 @@ CHILD: dict[str, Any] = {
 
 
 def make_child(
-    parent: ExperimentFolder, phase: str, mixture: Prepared, name: str = "", **settings: Any
+    parent: ExperimentFolder, phase: str, mixture: Prepared, name: str = "", at: str = "", **settings: Any
 ) -> ExperimentFolder:
     """Makes a run of `phase` beside the finished run that it begins from, as a launch would; waiting.
 
-    Settings go over a tiny default, as in `make_run`; `parent` may name one of its checkpoints.
+    Settings go over a tiny default, as in `make_run`. It begins from the last checkpoint, or from `parent@at`.
     """
     from bwlm.plan.inherit import inherit, with_defaults  # the room sets this process' environment for Ray
 
@@ -123,15 +123,13 @@ def make_child(
     for field, value in settings.items():
         section, _, inner = field.partition("__")
         content[section] = content.get(section, {}) | {inner: value} if inner else value
-    above = parent.config()
+    above, named = parent.config(), f"{parent.id}@{at}" if at else parent.id
     document = Document("test", content, {})
-    experiment = Experiment.model_validate(
-        inherit(with_defaults(content, phase), content.pop("parent", parent.id), above.experiment, document)
-    )
+    experiment = Experiment.model_validate(inherit(with_defaults(content, phase), named, above.experiment, document))
     steps, compute = experiment.budget.steps, compute_of(experiment)
     assert steps is not None
     folder = ExperimentFolder(parent.path.parent, name or f"{parent.id}-{phase}")
-    link = link_to(parent.path.parent, experiment.parent or parent.id, phase, folder.id)
+    link = link_to(parent.path.parent, named, phase, folder.id)
     fields = identity(
         experiment,
         data=mixture.manifest.digest,

@@ -124,7 +124,7 @@ def test_a_tree_as_json(family: Path, shell: Shell) -> None:
     alone, base = shell.json("runs", "tree")
     listed = {run["id"]: run for run in shell.json("runs", "list")}
     assert listed["talk-base"].items() <= base.items()
-    assert base.keys() - listed["talk-base"].keys() == {"steps", "grid", "best", "note", "children"}
+    assert base.keys() - listed["talk-base"].keys() == {"steps", "grid", "best", "begins", "note", "children"}
     assert (alone["best"], alone["note"], alone["children"], alone["steps"]) == (None, "", [], STEPS)
     [mid] = base["children"]
     assert mid["best"] == {"metric": "val_bpb", "value": 2.0625, "step": 5}

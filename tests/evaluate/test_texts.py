@@ -10,11 +10,13 @@ import pytest
 
 from bwlm.evaluate.texts import TextLoss, evaluate_texts
 from bwlm.paths import read_json
+from bwlm.record.checkpoint_name import CheckpointName
 from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.record.journal import read_journal
 from bwlm.train.run import run_phase
 from bwlm.train.session import LocalSession
 from bwlm.trained.load import load_model
-from tests.runs import NewChild, NewFamily, NewRun, in_process
+from tests.runs import STEPS, NewChild, NewFamily, NewRun, in_process
 from tests.shell import Shell, check_mistake
 from tests.shell import shell as shell
 from tests.train.test_phases import trained, validation_of
@@ -109,6 +111,27 @@ def test_the_command_evaluates_a_run_of_any_phase_on_its_mixture_and_its_bases_d
     assert f"{conversations['forward']:.4f}" not in shown.out
 
 
+def test_the_command_evaluates_a_named_checkpoint_beside_the_last(
+    shell: Shell, new_family: NewFamily, new_child: NewChild
+) -> None:
+    sft = finish(new_child(new_family("forward"), "sft", evaluation__every=4, checkpoint__keep_best=True))
+    storage = ("--storage", str(sft.path.parent), "--directions", "forward")
+    last = shell.json("eval", sft.id, *storage)
+    kept = {path.name: path.read_bytes() for path in sft.evaluation("sft", "forward").iterdir()}
+    early = shell.json("eval", f"{sft.id}@4", *storage)
+    assert {row["step"] for row in last} == {STEPS}
+    assert {row["step"] for row in early} == {4}
+    talks = early[1]
+    at_step_4 = next(entry for entry in read_journal(sft.path) if entry.step == 4)
+    assert (talks["task"], talks["bpb"]) == ("conversations", pytest.approx(at_step_4.metrics["val_bpb_forward"]))
+    files = {path.name: path for path in sft.evaluation("sft", "forward").iterdir()}
+    assert {name: files[name].read_bytes() for name in kept} == kept, "the last checkpoint's figures stay"
+    assert read_json(files["conversations@4.json"])["bpb"] == talks["bpb"]
+    assert sft.damage() == []
+    assert shell.json("eval", f"{sft.id}@best", *storage)[1]["step"] == CheckpointName(sft.id, "best").step_in(sft)
+    assert f"{sft.id}, step 4" in shell("eval", f"{sft.id}@4", *storage).out
+
+
 def test_mistakes_are_told_in_one_line(shell: Shell, new_family: NewFamily, tmp_path: Path) -> None:
     storage = ("--storage", str(tmp_path))
     folder = new_family("forward")
@@ -116,6 +139,7 @@ def test_mistakes_are_told_in_one_line(shell: Shell, new_family: NewFamily, tmp_
     told = "--directions: 'backwards' is not one of forward, backward (did you mean 'backward'?)"
     check_mistake(shell("eval", "forward", "--directions", "backwards", *storage), told)
     check_mistake(shell("train", "--phase", "eval", *storage), "--parent: missing: name the run to evaluate")
+    check_mistake(shell("eval", "forward@5", *storage), "has no checkpoint of step 5: choose from 4, 8, 12")
     folder.write_status(Status("stopped", "", 3))
     check_mistake(shell("eval", "forward", *storage), "forward is stopped, not finished")
     assert not list(folder.path.glob("evaluations/*/*/documents*"))

@@ -56,8 +56,12 @@ def test_an_earlier_versions_storage_is_read_and_goes_on(older: Shell) -> None:
     assert "identity version 2" in again.err
     assert weights(older.storage) == before, "a finished cell was trained again"
 
-    child = older("train", "--phase", "mid", "--parent", f"{BACKWARD}-base", "--id", "child", "--set", "budget.steps=2",
-                  "--set", "data.mixture={talks: 1.0}")  # fmt: skip
+    child = older("train", "--phase", "mid", "--parent", f"{BACKWARD}-base@best", "--id", "child",
+                  "--set", "budget.steps=2", "--set", "data.mixture={talks: 1.0}")  # fmt: skip
     assert child.code == 0, child.err
     folder = ExperimentFolder(older.storage, "child")
     assert (folder.status().state, folder.parent()) == ("finished", f"{BACKWARD}-base")
+    link = folder.link()
+    assert link is not None
+    assert (link.step, link.best) == (4, True)
+    assert "parent: old_backward_d1_lr1_s0-base, its best, step 4." in (folder.path / "RESEARCH_REPORT.md").read_text()

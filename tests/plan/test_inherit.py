@@ -289,6 +289,8 @@ def test_a_chain_that_cannot_be_is_told_in_one_line(phase: str, settings: list[s
         ("sft", {"parent": "backward", "differs": None}, "--differs: input should be a valid list (found None)"),
         ("sft", {"parent": "backward", "budget": 5}, "budget.tokens_per_parameter: 'budget' is a value and holds no"),
         ("sft", {"parent": "backward", "depth": 2}, "--depth: 2, but the parent backward has 1: leave it out"),
+        ("sft", {"parent": "backward@7"}, "--parent: backward: has no checkpoint of step 7: choose from 4, 8, 12"),
+        ("sft", {"parent": "backward@last"}, "--parent: backward@last: after @ comes a step or best, as in backward@4"),
         ("sft", {"parent": "../backward"}, "'../backward' is not a valid id"),
         ("sft", {"parent": "unfinished"}, "parent: unfinished is stopped, not finished: finish it first"),
     ],
@@ -449,6 +451,19 @@ def test_parents_can_be_an_axis(new_family: NewFamily, tmp_path: Path) -> None:
     assert len(generations(plan.cells)) == 1
     fixed = text.replace("parent: [forward, backward], ", "") + "parent: forward\nbudget: {steps: 2}\n"
     assert grid(tmp_path, fixed).cells[0].id == "s_forward_d1_lr1_s0_init_lr_frac0.02"
+
+
+def test_checkpoints_of_a_parent_can_be_an_axis(new_family: NewFamily, tmp_path: Path) -> None:
+    """Does SFT need all of the base? The children are cells of their own."""
+    new_family("forward")
+    (tmp_path / "g.yaml").write_text("name: s\nphase: sft\naxes: {parent: [forward, forward@4, forward@best]}\n")
+    plan = load_grid(tmp_path / "g.yaml", [], str(tmp_path))
+    assert [(cell.id, cell.experiment.parent, cell.parent) for cell in plan.cells] == [
+        (f"s_forward_d1_lr1_s0_parent{name.replace('@', '-')}", name, "forward")
+        for name in ("forward", "forward@4", "forward@best")
+    ]
+    words = shlex.split(train_command("x", plan.cells[1].experiment))
+    assert words[words.index("--parent") + 1] == "forward@4"
 
 
 def test_phases_can_follow_a_parent_that_is_there(new_family: NewFamily, tmp_path: Path) -> None:

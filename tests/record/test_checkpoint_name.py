@@ -76,9 +76,8 @@ def test_a_better_validation_without_a_checkpoint_is_no_better_checkpoint(run: E
 
 def test_where_no_checkpoint_was_validated_none_is_the_best(run: ExperimentFolder) -> None:
     save(run, KeepPolicy(last=4), {5: None, 20: None})
-    assert (
-        refusal(run, "a@best") == "a: no checkpoint was validated at its step, so none is the best: choose from 5, 20"
-    )
+    line = refusal(run, "a@best")
+    assert line == "a: no checkpoint was validated at its step, so none is the best: choose from 5, 20"
 
 
 def test_a_run_without_checkpoints_is_told(run: ExperimentFolder) -> None:

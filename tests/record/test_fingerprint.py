@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from bwlm.config import Experiment, TaskSettings
 from bwlm.record.fingerprint import differences, fingerprint, identity, inherited
+from bwlm.record.lineage import ParentLink
 
 # validated where it is saved, so that every rule of what is kept may be asked for
 BASE = Experiment.model_validate({"direction": "forward", "depth": 2, "evaluation": {"every": 50}})
@@ -152,12 +153,26 @@ def test_a_childs_identity_holds_its_parents_weights_and_how_they_were_made() ->
             "other text": {"direction": "forward", "model": {"head_dim": 32}},
         }.items()
     }
-    of = {name: inherited(parent, weights=f"sha of {name}") for name, parent in parents.items()}
+    links = {name: ParentLink(name, "base", "step_000100", 100, f"sha of {name}") for name in parents}
+    of = {name: inherited(parent, links[name]) for name, parent in parents.items()}
     assert len({print_of(CHILD, parent=fields) for fields in of.values()}) == 4
     assert differences(of["forward"], of["backward"]) == ["parent: sha of forward -> sha of backward"]
     assert [line.split(":")[0] for line in differences(of["forward"], of["other seed"])] == ["parent", "parent_seed"]
     assert [line.split(":")[0] for line in differences(of["forward"], of["other text"])] == ["parent", "parent_recipe"]
     assert print_of(changed("data.reversal", "turns", CHILD)) != print_of(CHILD)
+
+
+def test_runs_are_compared_where_they_began_from_the_same_checkpoint_or_each_from_its_best() -> None:
+    """The rule counts, as for learning rates: the best ones of two directions may be of different steps."""
+    parent = identity(BASE, **GIVEN)
+
+    def begun(step: int, best: bool = False) -> dict[str, Any]:
+        return inherited(parent, ParentLink("p", "base", f"step_{step:06d}", step, "sha", best=best))
+
+    assert begun(100).keys() == {"parent", "parent_seed", "parent_recipe"}, "as in earlier versions"
+    assert differences(begun(50, best=True), begun(75, best=True)) == []
+    assert differences(begun(50), begun(75)) == ["parent_checkpoint: step 50 -> step 75"]
+    assert differences(begun(100), begun(100, best=True)) == ["parent_checkpoint: None -> best"]
 
 
 @pytest.mark.parametrize("name", GIVEN)

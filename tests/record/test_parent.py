@@ -160,11 +160,11 @@ def test_a_damaged_best_is_named(base: ExperimentFolder, storage: Path) -> None:
 # ---- when it begins ----
 
 
-@pytest.mark.parametrize(("name", "said"), [("forward@8", "step 8"), ("forward@best", "best"), ("forward@12", None)])
+@pytest.mark.parametrize(("at", "said"), [("8", "step 8"), ("best", "best"), ("12", None)])
 def test_a_child_of_a_named_checkpoint_begins_with_its_weights_and_is_another_run(
-    base: ExperimentFolder, new_child: NewChild, name: str, said: str | None
+    base: ExperimentFolder, new_child: NewChild, at: str, said: str | None
 ) -> None:
-    child, usual = new_child(base, "mid", "named", parent=name), new_child(base, "mid", "usual")
+    child, usual = new_child(base, "mid", "named", at=at), new_child(base, "mid", "usual")
     config, link = child.config(), child.link()
     assert link is not None
     wanted = load_weights(base.checkpoints, link.step)[0]

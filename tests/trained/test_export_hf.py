@@ -24,7 +24,7 @@ from bwlm.train.run import run_phase
 from bwlm.train.session import LocalSession
 from bwlm.trained.export_hf import export_hf
 from bwlm.trained.load import LoadedModel, load_model
-from tests.runs import NewRun, in_process
+from tests.runs import NewChild, NewFamily, NewRun, in_process
 from tests.trained.conftest import STEPS
 
 DIRECTIONS = ("forward", "backward", "bidirectional", "permuted")
@@ -222,7 +222,7 @@ def test_the_card_of_a_child_names_the_checkpoint_that_it_began_from(
 ) -> None:
     export_hf(load_model(storage, "forward"), tmp_path / "base")
     assert "began from" not in (tmp_path / "base" / "README.md").read_text()
-    sft = new_child(new_family("forward"), "sft", "early", parent="forward@8", budget__steps=2)
+    sft = new_child(new_family("forward"), "sft", "early", at="8", budget__steps=2)
     assert run_phase(sft, LocalSession(), in_process).state == "finished"
     export_hf(load_model(sft.path.parent, "early"), tmp_path / "card")
     assert "| began from | `forward` (base), step 8 |" in (tmp_path / "card" / "README.md").read_text()
