@@ -444,6 +444,23 @@ def test_a_bad_option_is_one_line(options: list[str], message: str, shell: Shell
     assert sorted(path.name for path in shell.folder.iterdir()) == ["folder.svg", "l.csv"]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["g_forward_d1_lr1_s0", "--output", "r.pdf"], "--output: r.pdf: unknown ending: use one of .md .html"),
+        (["g_forward_d1_lr1_s0", "--output", "no/r.md"], "--output: no/r.md: there is no folder no: make it"),
+        (["g_*", "--output", "r.md"], "--output: one file for 2 reports: name one grid or run"),
+    ],
+)
+def test_a_report_that_cannot_be_written_where_asked_is_one_line(
+    options: list[str], message: str, shell: Shell
+) -> None:
+    for direction in ("forward", "backward"):
+        make_cell(shell.storage, direction, 0, 1.0)
+    check_mistake(shell("analyze", "report", *options), message)
+    assert not list(shell.folder.glob("r*.md*"))
+
+
 def test_a_rate_whose_cells_have_not_all_begun_is_not_the_best_yet(shell: Shell) -> None:
     """Those that finished may be the ones that went well; the report of the grid says the same."""
     for lr, nll, seeds in ((1.0, 20.0, 3), (2.0, 30.0, 2)):

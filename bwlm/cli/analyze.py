@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -222,27 +223,51 @@ def rewards(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
 
 @analyze_app.command()
-def report(names: Runs, storage: Storage = None, as_json: Json = False) -> None:
+def report(
+    names: Runs,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File for one report, .md or .html; its charts and losses go beside it, to report_files/ for "
+            "report.md. Default: RESEARCH_REPORT.md and .html in the folder of the grid or run.",
+            show_default=False,
+        ),
+    ] = None,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
     """Write RESEARCH_REPORT.md and .html for a grid, or for each run that you name.
 
     Example: `bwlm analyze report demo`
+
+    Example: `bwlm analyze report demo --output demo.html`
     """
+    from bwlm.analysis.report.output import ENDINGS, write_report
     from bwlm.analysis.report.study import write_experiment_report, write_grid_report
     from bwlm.paths import storage_root
     from bwlm.record.catalog.select import choose
     from bwlm.record.grids import grid_names
 
+    _check([output] if output else None, ENDINGS)
     root = storage_root(storage)
-    files = []
+    makers: list[Callable[[Path | None], list[Path]]] = []
     for name in names:
         folders, left_out = choose(root, [name])
         for line in left_out:
             say(line)
-        with busy(f"writing the report of {name}"):
-            if name in grid_names(root):
-                files += write_grid_report(root, name)
-            else:
-                files += [file for folder in folders for file in write_experiment_report(folder)]
+        if name in grid_names(root):
+            makers.append(partial(write_grid_report, root, name))
+        else:
+            makers += [partial(write_experiment_report, folder, True) for folder in folders]
+    if output and len(makers) > 1:
+        raise UserError(f"--output: one file for {len(makers)} reports: name one grid or run")
+    with busy(f"writing the report of {', '.join(names)}"):
+        try:
+            files = [file for make in makers for file in (write_report(output, make) if output else make(None))]
+        except OSError as error:
+            told = f"{error.filename}: cannot be written ({error.strerror})"
+            raise UserError(f"{told}: choose another file with --output") from None
     if as_json:
         print_json({"files": [str(file) for file in files]})
     else:
@@ -300,13 +325,13 @@ def _default(storage: str | None, runs: list[str]) -> Path:
     return storage_root(storage) / "analyses" / name
 
 
-def _check(output: list[Path] | None) -> None:
+def _check(output: list[Path] | None, endings: Sequence[str] = ()) -> None:
     from bwlm.analysis.commands.result import PICTURES, TABLES
 
-    suffixes = (*PICTURES, *TABLES)
+    known = endings or (*PICTURES, *TABLES)
     for path in output or []:
-        if path.suffix.lower() not in suffixes:
-            raise UserError(f"--output: {path}: unknown ending: use one of {' '.join(suffixes)}")
+        if path.suffix.lower() not in known:
+            raise UserError(f"--output: {path}: unknown ending: use one of {' '.join(known)}")
         if path.is_dir():
             raise UserError(f"--output: {path} is a folder: name a file in it")
         if not path.parent.is_dir():

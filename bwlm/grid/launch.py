@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from bwlm.analysis.report.study import REPORT, write_experiment_report, write_grid_report
+from bwlm.analysis.report.study import write_experiment_report, write_grid_report
 from bwlm.format import counted
 from bwlm.grid.cells import (
     PlannedCell,
@@ -31,10 +31,9 @@ from bwlm.plan.spec import Cell, Plan, generations
 from bwlm.record.catalog.rows import CellRow, load_cells
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import SAMPLES, ExperimentFolder
-from bwlm.record.grids import grid_folder, write_cells
+from bwlm.record.grids import EARLIER, GRID_FILE, REPORT, grid_folder, keep_report, write_cells
 from bwlm.record.lineage import ParentLink
 from bwlm.record.parent import link_to
-from bwlm.record.repeat import GRID_FILE
 from bwlm.record.run_config import RunConfig
 from bwlm.record.tracking import Tracking, tracking_uri
 from bwlm.text.prepare import Prepared
@@ -215,10 +214,14 @@ def _resolved(plan: Plan, storage: Path, prepared: dict[str, Prepared], accept_c
 
 
 def _enlist_grid(plan: Plan, storage: Path, tracking: Tracking) -> str:
-    """Write the list of the grid's cells and its grid file; return the grid's MLflow run, the parent of its cells'."""
+    """Write the list of the grid's cells and its grid file; return the grid's MLflow run, the parent of its cells'.
+
+    The report of an earlier launch of other cells is kept.
+    """
     assert plan.grid_text is not None
-    home = folder_of(plan, storage)
-    write_cells(storage, plan.name, [cell.id for cell in plan.cells])
+    home, ids = folder_of(plan, storage), [cell.id for cell in plan.cells]
+    keep_report(storage, plan.name, ids)
+    write_cells(storage, plan.name, ids)
     write_text(home / GRID_FILE, plan.grid_text)
     return tracking.parent_run(home, plan.name, plan.grid_text)
 
@@ -289,6 +292,7 @@ def _conclude(
     waiting = waiting_cells(planned_cells)
     result = LaunchResult(load_cells(storage, ids), waiting, home / REPORT, tracking.uri, dashboard)
     if grid_run is not None:
-        files = write_grid_report(storage, plan.name)
+        files = [*write_grid_report(storage, plan.name), home / GRID_FILE]
+        files += [home / EARLIER] if (home / EARLIER).exists() else []
         tracking.close_parent(grid_run, files, result.complete)
     return result

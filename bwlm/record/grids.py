@@ -1,11 +1,20 @@
-"""Folder of a grid: the list of its cells."""
+"""Folder of a grid: the list of its cells, and the reports of launches that had other cells."""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import time
 from pathlib import Path
 
 from bwlm.errors import UserError
-from bwlm.paths import check_id, read_json, write_json
+from bwlm.paths import atomic_folder, check_id, read_json, write_json
+
+GRID_FILE = "grid.yaml"
+REPORT = "RESEARCH_REPORT.md"
+EARLIER = "earlier"
+"""Folder of earlier reports inside a grid's folder."""
+_NOT_OF_A_REPORT = ("lock", "mlflow.json")
 
 
 def grid_folder(storage: Path, name: str) -> Path:
@@ -33,3 +42,33 @@ def cells_of(storage: Path, name: str) -> list[str]:
         return [check_id(run, "cell") for run in content["cells"]]
     except (KeyError, TypeError):
         raise UserError(f"{path}: not the list of a grid's cells: run the grid's command again") from None
+
+
+def keep_report(storage: Path, name: str, ids: list[str]) -> None:
+    """Copy a grid's report to `earlier/<time>` before a launch of the cells `ids`, if the report is on others.
+
+    The time is that of the report, so that a launch that is cut off here and begins again makes no second copy.
+    """
+    home = grid_folder(storage, name)
+    if not (home / REPORT).exists() or _known_cells(storage, name) == ids:
+        return
+    made = time.localtime((home / REPORT).stat().st_mtime)
+    kept = home / EARLIER / time.strftime("%Y-%m-%d_%H-%M-%S", made)
+    with atomic_folder(kept) as folder:
+        for file in home.iterdir():
+            if file.is_file() and not file.name.startswith(".") and file.name not in _NOT_OF_A_REPORT:
+                shutil.copyfile(file, folder / file.name)
+        for page in folder.glob(f"{Path(REPORT).stem}.*"):  # its command repeats the grid of that launch
+            own = f"grids/{name}/{EARLIER}/{kept.name}/{GRID_FILE}"
+            page.write_bytes(page.read_bytes().replace(f"grids/{name}/{GRID_FILE}".encode(), own.encode()))
+
+
+def _known_cells(storage: Path, name: str) -> list[str]:
+    with contextlib.suppress(UserError):
+        return cells_of(storage, name)
+    return []
+
+
+def earlier_reports(storage: Path, name: str) -> list[Path]:
+    """Return the reports of earlier launches that had other cells, the oldest first."""
+    return sorted((grid_folder(storage, name) / EARLIER).glob(f"*/{REPORT}"))

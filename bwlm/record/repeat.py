@@ -8,11 +8,9 @@ from pydantic import BaseModel
 
 from bwlm.config import Experiment
 from bwlm.phases import PHASES
+from bwlm.record.grids import GRID_FILE
 from bwlm.record.run_config import RunConfig
 from bwlm.settings_file import written_settings
-
-GRID_FILE = "grid.yaml"
-
 
 _STORAGE = '"$BWLM_STORAGE"'
 

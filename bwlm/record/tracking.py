@@ -308,7 +308,10 @@ class Tracking:
 
     def _close(self, run: str, artifacts: list[Path], state: str) -> None:
         for path in artifacts:
-            self._client.log_artifact(run, str(path))
+            if path.is_dir():
+                self._client.log_artifacts(run, str(path), path.name)
+            else:
+                self._client.log_artifact(run, str(path))
         self._client.set_terminated(run, state)
 
     def _attempt(self, action: Callable[[], object], folder: Path) -> bool:

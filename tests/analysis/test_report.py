@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import os
 import re
 import shlex
 import xml.etree.ElementTree as ET
@@ -19,8 +20,9 @@ from bwlm.analysis.charts.losses import gap_chart, learning_curves
 from bwlm.analysis.charts.style import save_chart
 from bwlm.analysis.commands.gap import GAP_HEADER, gap_columns
 from bwlm.analysis.commands.result import frame_to_markdown, markdown_table
+from bwlm.analysis.report.output import write_report
 from bwlm.analysis.report.sections import cost_section, data_section
-from bwlm.analysis.report.study import LOSSES, PAGE, REPORT, write_experiment_report, write_grid_report
+from bwlm.analysis.report.study import LOSSES, PAGE, write_experiment_report, write_grid_report
 from bwlm.analysis.runs.audit import crossing_words
 from bwlm.analysis.runs.findings import find
 from bwlm.cli.analyze import _gaps_of_runs
@@ -29,7 +31,7 @@ from bwlm.errors import UserError
 from bwlm.paths import read_json
 from bwlm.plan.load import plan_experiment
 from bwlm.record.experiment import ExperimentFolder, Status
-from bwlm.record.grids import write_cells
+from bwlm.record.grids import REPORT, cells_of, earlier_reports, grid_folder, keep_report, write_cells
 from bwlm.record.journal import Journal
 from bwlm.record.repeat import train_command
 from bwlm.stats.gaps import PER_DIRECTION
@@ -426,6 +428,56 @@ def test_writing_it_again_changes_nothing(grid: list[ExperimentFolder], written:
     assert again == files
     assert files[0].read_text() == text
     assert {path.name for path in files[0].parent.iterdir()} == {"grid.json", *(path.name for path in files)}
+
+
+@pytest.mark.parametrize("ending", [".md", ".html"])
+def test_a_report_is_written_where_asked_with_its_files_beside_it(
+    grid: list[ExperimentFolder], written: tuple[str, list[Path]], ending: str, tmp_path: Path
+) -> None:
+    storage, before = grid[0].path.parent, {path: path.read_bytes() for path in written[1]}
+    path = tmp_path / f"mine{ending}"
+    files = write_report(path, lambda folder: write_grid_report(storage, "g", folder))
+    assert {path: path.read_bytes() for path in written[1]} == before, "the grid's own report stays"
+    assert files[0] == path
+    assert {*files[1:]} == {*(tmp_path / "mine_files").iterdir()}
+    text = path.read_text()
+    assert "analyze gap --from mine_files/losses.parquet" in text
+    if ending == ".md":
+        linked = re.findall(r"\]\(([^)]+)\)", text)
+        assert {path.parent / name for name in linked} == {file for file in files[1:] if file.name != LOSSES}
+        assert text.replace("mine_files/", "") == written[0]
+    else:
+        assert [file.name for file in files[1:]] == [LOSSES]
+        assert text.replace("mine_files/", "") == written[1][1].read_text()
+
+
+def test_a_launch_of_other_cells_keeps_the_report_before_it(tmp_path: Path) -> None:
+    """A seed is added after a look at the verdict: what the first report said must not be lost."""
+    cells = [cell(tmp_path, d, s, m + 0.1 * s) for d, m in (("forward", 0.0), ("backward", 1.0)) for s in range(4)]
+    few, many = [folder for folder in cells if not folder.id.endswith("s3")], cells
+    home = grid_folder(tmp_path, "g")
+
+    def launch(folders: list[ExperimentFolder], grid_file: str) -> str:
+        keep_report(tmp_path, "g", ids(folders))
+        text, _ = write(tmp_path, folders)
+        (home / "grid.yaml").write_text(grid_file)
+        return text
+
+    first = launch(few, "few")
+    assert launch(few, "few") == first
+    os.utime(home / REPORT, (0, 0))
+    assert not (home / "earlier").exists(), "the same cells: the report is only made anew"
+    second = launch(many, "many")
+    [kept] = earlier_reports(tmp_path, "g")
+    assert kept.read_text() == first.replace("grids/g/grid.yaml", f"grids/g/earlier/{kept.parent.name}/grid.yaml")
+    assert f"`grids/g/earlier/{kept.parent.name}/RESEARCH_REPORT.md`" in second
+    assert {path.name for path in kept.parent.iterdir()} == {path.name for path in home.iterdir() if path.is_file()}
+    assert ((kept.parent / "grid.yaml").read_text(), (home / "grid.yaml").read_text()) == ("few", "many")
+    assert cells_of(tmp_path, "g") == ids(many)
+    for _ in range(2):  # cut off, and launched again
+        keep_report(tmp_path, "g", ids(few))
+    assert len(earlier_reports(tmp_path, "g")) == 2
+    assert kept in earlier_reports(tmp_path, "g")
 
 
 def test_the_report_of_one_experiment(grid: list[ExperimentFolder]) -> None:

@@ -139,7 +139,7 @@ def test_mistakes_are_told_in_one_line(shell: Shell, new_family: NewFamily, tmp_
     told = "--directions: 'backwards' is not one of forward, backward (did you mean 'backward'?)"
     check_mistake(shell("eval", "forward", "--directions", "backwards", *storage), told)
     check_mistake(shell("train", "--phase", "eval", *storage), "--parent: missing: name the run to evaluate")
-    check_mistake(shell("eval", "forward@5", *storage), "has no checkpoint of step 5: choose from 4, 8, 12")
+    check_mistake(shell("eval", "forward@5", *storage), "no checkpoint of step 5: choose from 4, 8, 12")
     folder.write_status(Status("stopped", "", 3))
     check_mistake(shell("eval", "forward", *storage), "forward is stopped, not finished")
     assert not list(folder.path.glob("evaluations/*/*/documents*"))

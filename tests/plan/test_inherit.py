@@ -289,7 +289,7 @@ def test_a_chain_that_cannot_be_is_told_in_one_line(phase: str, settings: list[s
         ("sft", {"parent": "backward", "differs": None}, "--differs: input should be a valid list (found None)"),
         ("sft", {"parent": "backward", "budget": 5}, "budget.tokens_per_parameter: 'budget' is a value and holds no"),
         ("sft", {"parent": "backward", "depth": 2}, "--depth: 2, but the parent backward has 1: leave it out"),
-        ("sft", {"parent": "backward@7"}, "--parent: backward: has no checkpoint of step 7: choose from 4, 8, 12"),
+        ("sft", {"parent": "backward@7"}, "--parent: backward: no checkpoint of step 7: choose from 4, 8, 12"),
         ("sft", {"parent": "backward@last"}, "--parent: backward@last: after @ comes a step or best, as in backward@4"),
         ("sft", {"parent": "../backward"}, "'../backward' is not a valid id"),
         ("sft", {"parent": "unfinished"}, "parent: unfinished is stopped, not finished: finish it first"),

@@ -56,7 +56,7 @@ def test_the_best_is_the_earliest_with_the_lowest_figure(run: ExperimentFolder) 
 def test_keep_best_keeps_the_best(run: ExperimentFolder) -> None:
     save(run, KeepPolicy(last=1, best=True))
     assert CheckpointName.parse("a@best").step_in(run) == 10
-    assert refusal(run, "a@15") == "a: has no checkpoint of step 15: choose from 10, 20"
+    assert refusal(run, "a@15") == "a: no checkpoint of step 15: choose from 10, 20"
 
 
 def test_a_best_that_was_deleted_has_no_substitute(run: ExperimentFolder) -> None:
@@ -81,4 +81,4 @@ def test_where_no_checkpoint_was_validated_none_is_the_best(run: ExperimentFolde
 
 
 def test_a_run_without_checkpoints_is_told(run: ExperimentFolder) -> None:
-    assert refusal(run, "a@5").startswith("a: has no checkpoint in ")
+    assert refusal(run, "a@5").startswith("a: no checkpoint in ")

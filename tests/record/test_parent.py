@@ -149,7 +149,7 @@ def test_a_link_holds_the_checkpoint_that_was_named_and_whether_as_the_best(
 
 def test_a_step_that_was_not_kept_is_refused_with_those_that_were(storage: Path) -> None:
     line = refused(lambda: link_to(storage, "forward@5", "mid", "m"))
-    assert line == "forward: has no checkpoint of step 5: choose from 4, 8, 12"
+    assert line == "forward: no checkpoint of step 5: choose from 4, 8, 12"
 
 
 def test_a_damaged_best_is_named(base: ExperimentFolder, storage: Path) -> None:

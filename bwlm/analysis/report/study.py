@@ -33,20 +33,19 @@ from bwlm.phases import PHASES
 from bwlm.record.catalog.rows import CELL_HEADER, cell_columns, load_cell
 from bwlm.record.catalog.select import shortest_names
 from bwlm.record.experiment import ExperimentFolder, list_experiments
-from bwlm.record.grids import cells_of, grid_folder
+from bwlm.record.grids import REPORT, cells_of, earlier_reports, grid_folder
 from bwlm.record.health import readable
 from bwlm.record.repeat import grid_command, repeat_command
 from bwlm.stats.gaps import TOO_FEW_CHOSE, Gap
 from bwlm.stats.loss_file import write_losses
 
-REPORT = "RESEARCH_REPORT.md"
 PAGE = "RESEARCH_REPORT.html"
 LOSSES = "losses.parquet"
 
 
-def write_grid_report(storage: Path, name: str) -> list[Path]:
-    """Write the report of a grid and its charts into the grid's folder; returns the files, the report first."""
-    folder = grid_folder(storage, name)
+def write_grid_report(storage: Path, name: str, into: Path | None = None) -> list[Path]:
+    """Write the report of a grid and its charts into its folder, or `into` another; return the files, report first."""
+    folder = into or grid_folder(storage, name)
     folders, left_out = readable(ExperimentFolder(storage, run) for run in cells_of(storage, name))
     findings = find(folders)
     findings = replace(findings, without_result=left_out + findings.without_result)
@@ -56,17 +55,17 @@ def write_grid_report(storage: Path, name: str) -> list[Path]:
     if findings.gaps:
         charts += save_chart(gap_chart(gap_frame(findings.gaps), f"{name}: gaps between directions"), folder, "gaps")
         charts.append(write_losses(findings.losses, folder / LOSSES))
-    sections, pictures = _grid_sections(name, folders, findings, folder)
-    text = _grid_text(name, folders, findings, dropped_cells(storage, name))
+    sections, pictures = _grid_sections(name, folders, findings, folder, storage)
+    notes = [*dropped_words(dropped_cells(storage, name)), *_earlier_words(storage, name)]
+    text = _grid_text(name, folders, findings, notes)
     text += "\n".join(["", *(f"{part}\n" for part in sections)])
     return [*_write(text, folder, storage, f"bwlm: {name}"), *charts, *pictures]
 
 
 def _grid_sections(
-    name: str, folders: list[ExperimentFolder], findings: Findings, home: Path
+    name: str, folders: list[ExperimentFolder], findings: Findings, home: Path, storage: Path
 ) -> tuple[list[str], list[Path]]:
     """Return the sections after the verdict; the insides are those of each direction at its best learning rate."""
-    storage = home.parent.parent
 
     def analysed(chosen: list[ExperimentFolder], commands: list[str]) -> tuple[list[str], list[Path]]:
         names = [name] if chosen == folders else shortest_names(storage, [folder.id for folder in chosen])
@@ -105,18 +104,19 @@ def _write(text: str, folder: Path, storage: Path, title: str) -> list[Path]:
     return [folder / REPORT, folder / PAGE]
 
 
-def write_experiment_report(folder: ExperimentFolder, insides: bool = True) -> list[Path]:
-    """Write one run's report with its learning curve; returns the files, the report first.
+def write_experiment_report(folder: ExperimentFolder, insides: bool = True, into: Path | None = None) -> list[Path]:
+    """Write one run's report and charts into its folder, or `into` another; return the files, the report first.
 
     Without `insides` the report leaves out the analyses and the comparison with the baseline, which are seldom looked
     at for a grid's many cells, and names the command that adds them.
     """
     cell, config = load_cell(folder), folder.config()
-    learnt, charts = _learning(folder)
+    home = into or folder.path
+    learnt, charts = _learning(folder, home)
     more, pictures = [_WITHOUT_INSIDES.format(run=folder.id)], list[Path]()
     if insides:
         commands = [command for command in analyses_of([folder]) if command != "rewards"]
-        analyses, pictures = analysis_sections(commands, [folder], folder.path, [folder.id])
+        analyses, pictures = analysis_sections(commands, [folder], home, [folder.id])
         more = [*baseline_section(folder), *analyses]
     settings = markdown_table(["setting", "value"], [(k, v) for k, v in sorted(config.compared.items())])
     text = "\n\n".join(
@@ -137,15 +137,15 @@ def write_experiment_report(folder: ExperimentFolder, insides: bool = True) -> l
             *repeat_section([folder], repeat_command(folder.config())),
         ]
     )
-    return [*_write(f"{text}\n", folder.path, folder.path.parent, f"bwlm: {folder.id}"), *charts, *pictures]
+    return [*_write(f"{text}\n", home, folder.path.parent, f"bwlm: {folder.id}"), *charts, *pictures]
 
 
-def _learning(folder: ExperimentFolder) -> tuple[list[str], list[Path]]:
+def _learning(folder: ExperimentFolder, home: Path) -> tuple[list[str], list[Path]]:
     """Return the learning curve of a run, of its loss or in RL of its reward, and the charts."""
     if not without_rl([folder]):
-        return analysis_sections(["rewards"], [folder], folder.path, [folder.id])
+        return analysis_sections(["rewards"], [folder], home, [folder.id])
     chart = learning_curves(single_curves([folder]), f"{folder.id}: learning curve")
-    return ["![learning curve](curves.svg) ([in the browser](curves.html))"], save_chart(chart, folder.path, "curves")
+    return ["![learning curve](curves.svg) ([in the browser](curves.html))"], save_chart(chart, home, "curves")
 
 
 def _lineage(folder: ExperimentFolder) -> str:
@@ -166,7 +166,13 @@ def dropped_words(runs: list[str]) -> list[str]:
     return [f"Not judged, since the grid's last launch left them out: {', '.join(runs)}."] if runs else []
 
 
-def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings, others: list[str]) -> str:
+def _earlier_words(storage: Path, name: str) -> list[str]:
+    """Return a line that names the reports of launches with other cells, if there are any."""
+    found = [f"`{path.relative_to(storage)}`" for path in earlier_reports(storage, name)]
+    return [f"Earlier launches of this grid had other cells; their reports: {', '.join(found)}."] if found else []
+
+
+def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings, notes: list[str]) -> str:
     cells = [load_cell(folder) for folder in folders]
     own_text = bool(cells) and not any(PHASES[cell.phase].compared for cell in cells)
     parts = [f"# {name}" if own_text else f"# {name}: which way should a language model read?", "## Verdict"]
@@ -177,7 +183,7 @@ def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings, o
         parts += [f"{gap_caption(findings)}. {_READING}"]
         parts += ["![gaps](gaps.svg) ([in the browser](gaps.html))"]
         parts += [_judged_again(findings.gaps)]
-    parts += dropped_words(others)
+    parts += notes
     if not findings.best and not findings.not_compared and not own_text:
         reason = "no learning rate finished at every seed" if findings.excluded else "no cell has finished yet"
         parts += [f"None: {reason}."]
