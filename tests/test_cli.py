@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -86,6 +87,7 @@ def test_every_command_has_help_with_an_example(command: tuple[str, ...], shell:
     answer = shell(*command, "--help")
     assert answer.code == 0
     assert f"Example: bwlm {' '.join(command)}" in " ".join(re.sub(r"[│╭╮╰╯─]", " ", answer.out).split())
+    assert "<bool>" not in answer.out, "a flag takes no value"
 
 
 @pytest.mark.parametrize("command", [(), ("grid",), ("runs",)])
@@ -93,6 +95,30 @@ def test_no_command_shows_the_commands(command: tuple[str, ...], shell: Shell) -
     answer = shell(*command)
     assert "Commands" in answer.out + answer.err
     assert answer.code in (0, 2)
+
+
+def test_the_version_is_that_of_the_package(shell: Shell) -> None:
+    assert shell("--version") == (0, f"bwlm {version('bwlm')}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("train --dpeth 4", "--dpeth: no such option (did you mean --depth?); other settings are changed by --set"),
+        ("train --learning-rate 0.01", "--learning-rate: no such option (did you mean --lr?); other settings"),
+        ("train --weight-decay=0.1", "--weight-decay: no such option (did you mean --set optim.weight_decay=VALUE?)"),
+        ("train --budget.steps 4", "--budget.steps: no such option (did you mean --set budget.steps=VALUE?)"),
+        ("train --batch-size 4", "(did you mean --set compute.device_batch_size=VALUE?)"),
+        ("grid run g.yaml --lr 4", "--lr: no such option (did you mean --set lr=VALUE?)"),
+        (
+            "train --xyzzy",
+            "--xyzzy: no such option: settings are changed by --set FIELD=VALUE, and docs/grids.md lists",
+        ),
+        ("runs list --stroage x", "No such option: --stroage (Possible options: --storage)"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest_setting(words: str, told: str, shell: Shell) -> None:
+    check_mistake(shell(*words.split()), told)
 
 
 # ---- plan and status ----

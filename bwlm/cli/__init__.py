@@ -6,11 +6,13 @@ import logging
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from bwlm import __version__
 from bwlm.cli.analyze import analyze_app
+from bwlm.cli.app import App
 from bwlm.cli.data import data_app, tokenizer_app
 from bwlm.cli.eval import evaluate
 from bwlm.cli.export import export
@@ -24,13 +26,29 @@ from bwlm.credentials import masked
 from bwlm.errors import BwlmError
 from bwlm.train.termination import TERMINATED
 
-app = typer.Typer(
+app = App(
     help="Which way should a language model read? Train and compare forward, backward and bidirectional GPTs.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"bwlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
 app.add_typer(grid_app, name="grid")
 app.command("train")(train)
 app.add_typer(runs_app, name="runs")

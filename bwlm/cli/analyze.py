@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bwlm.cli.app import App
 from bwlm.cli.terminal import (
     Json,
     Storage,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 _LONGEST = 80
 """Most characters of a folder's name, without the digest at its end."""
 
-analyze_app = typer.Typer(help="Analyze runs: print findings, draw a chart, write tables.", no_args_is_help=True)
+analyze_app = App(help="Analyze runs: print findings, draw a chart, write tables.", no_args_is_help=True)
 
 Runs = Annotated[
     list[str], typer.Argument(metavar="RUN...", help="Ids, globs over ids, or names of grids.", show_default=False)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bwlm.cli.app import App
 from bwlm.cli.terminal import (
     Json,
     Set,
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from bwlm.config import Recipe
     from bwlm.text.prepare import Prepared
 
-tokenizer_app = typer.Typer(help="Train or show a tokenizer.", no_args_is_help=True)
-data_app = typer.Typer(help="Tokenize and pack text, or print the rows that a model reads.", no_args_is_help=True)
+tokenizer_app = App(help="Train or show a tokenizer.", no_args_is_help=True)
+data_app = App(help="Tokenize and pack text, or print the rows that a model reads.", no_args_is_help=True)
 
 
 def _recipe(

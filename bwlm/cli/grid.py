@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bwlm.cli.app import App
 from bwlm.cli.launch import launch, show_places
 from bwlm.cli.terminal import AcceptCode, Json, Set, Storage, print_json, say, show, show_sentences, show_table
 from bwlm.errors import UserError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from bwlm.grid.launch import LaunchResult
     from bwlm.plan.spec import Plan
 
-grid_app = typer.Typer(help="Plan, run and watch a grid of cells.", no_args_is_help=True)
+grid_app = App(help="Plan, run and watch a grid of cells.", no_args_is_help=True)
 
 GridFile = Annotated[Path, typer.Argument(metavar="GRID.yaml", help="Grid file.", show_default=False)]
 

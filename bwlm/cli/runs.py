@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bwlm.cli.app import App
 from bwlm.cli.terminal import (
     Json,
     Storage,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from bwlm.record.catalog.rows import CellRow
     from bwlm.record.experiment import ExperimentFolder
 
-runs_app = typer.Typer(help="List, show and delete runs; show the tree of parents and children.", no_args_is_help=True)
+runs_app = App(help="List, show and delete runs; show the tree of parents and children.", no_args_is_help=True)
 
 RunId = Annotated[str, typer.Argument(metavar="ID", help="Id of the run.", show_default=False)]
 

@@ -1,0 +1,80 @@
+"""Commands with the help and the hints of bwlm: flags have no type, and an unknown option names the nearest setting."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from bwlm.errors import UserError
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class _PlainFlags:
+    """Help without a type beside flags: `--json`, not `--json <bool>`."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters of a command, `--help` among them."""
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class Command(_PlainFlags, TyperCommand):
+    """Command whose unknown options get a hint, if it has `--set`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Return the arguments that are left. Raises `UserError` for an unknown option, with the nearest setting."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.TyperException as error:
+            options = [option for param in self.params for option in param.opts]
+            if not hasattr(error, "possibilities") or "--set" not in options:  # only an unknown option has them
+                raise
+            asked = str(getattr(error, "option_name", ""))
+            raise UserError(f"{asked}: no such option{_hint(asked, options)}") from None
+
+
+class Group(_PlainFlags, TyperGroup):
+    """Group of commands."""
+
+
+class App(typer.Typer):
+    """Typer app of such commands."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(cls=Group, **options)
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[_Function], _Function]:
+        """Return the decorator of a command."""
+        return super().command(name, cls=Command, **options)
+
+
+def _hint(asked: str, options: list[str]) -> str:
+    """Return the option or the setting whose name is nearest, and how a setting is set."""
+    name = asked.lstrip("-").replace("-", "_")
+    names = _settings_by_name()
+    initials = "".join(word[:1] for word in name.split("_"))  # learning_rate: lr
+    near = [initials] if initials in names else difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if not near:
+        return ": settings are changed by --set FIELD=VALUE, and docs/grids.md lists them"
+    field = names[near[0]]
+    if f"--{field}" in options:
+        return f" (did you mean --{field}?); other settings are changed by --set FIELD=VALUE"
+    return f" (did you mean --set {field}=VALUE?)"
+
+
+def _settings_by_name() -> dict[str, str]:
+    """Return every setting by its dotted name, and the first of each last part by that."""
+    from bwlm.config import Experiment
+    from bwlm.settings_file import field_names
+
+    fields = list(field_names(Experiment))
+    settings = [field for field in fields if not any(other.startswith(f"{field}.") for other in fields)]
+    return {field.rpartition(".")[2]: field for field in reversed(settings)} | {field: field for field in settings}
