@@ -126,7 +126,7 @@ def test_an_unknown_option_names_the_nearest_setting(words: str, told: str, shel
 
 def test_a_plan_as_json(shell: Shell) -> None:
     document = shell.json("grid", "plan", shell.file(GOOD))
-    assert document.keys() == {"grid", "cells", "detectable"}
+    assert document.keys() == {"grid", "cells", "detectable", "warnings"}
     assert document["grid"] == "bars"
     assert [cell["id"] for cell in document["cells"]] == [
         f"bars_{direction}_d{depth}_lr0.5_s0" for direction in ("forward", "backward") for depth in (1, 2)
@@ -139,6 +139,22 @@ def test_a_plan_as_json(shell: Shell) -> None:
     # a frame of 200 kB, 1024 states of 64 twice, 5 steps of little else
     assert 400_000 < first["log_bytes"] < 3_000_000
     assert not shell.storage.exists()
+
+
+def test_a_plan_warns_of_what_cannot_be_here_and_makes_nothing(shell: Shell) -> None:
+    grid = shell.file(GOOD)
+    (shell.folder / "file").touch()
+    asked = ("--set", "resources.gpus_per_worker=1", "--set", "model.head_dim=48", "--storage", "file/runs")
+    answer = shell("grid", "plan", grid, *asked)
+    assert answer.code == 0
+    warned = [line for line in answer.out.splitlines() if line.startswith("warning: ")]
+    assert [line.split(":")[1].strip() for line in warned] == ["width", "GPUs", "storage"]
+    assert [f"warning: {line}" for line in shell.json("grid", "plan", grid, *asked)["warnings"]] == warned
+    assert shell.json("grid", "plan", grid)["warnings"] == []
+    refused = shell("grid", "run", grid, *asked)
+    assert refused.code == 2
+    assert [line for line in refused.err.splitlines() if line.startswith("warning: ")] == warned
+    assert refused.err.splitlines()[-1].startswith("bwlm: storage: ")
 
 
 def test_plan_and_status_show_what_is_done(shell: Shell) -> None:

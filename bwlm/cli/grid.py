@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bwlm.cli.app import App
-from bwlm.cli.launch import launch, show_places
+from bwlm.cli.launch import launch, show_places, warnings_of
 from bwlm.cli.terminal import AcceptCode, Json, Set, Storage, print_json, say, show, show_sentences, show_table
 from bwlm.errors import UserError
 from bwlm.phases import PHASES
@@ -55,6 +55,8 @@ def grid_plan(
 
     A gap is the difference in loss between two directions. How small a gap can be seen depends on the number of seeds.
 
+    Warns of memory, disk space and GPUs that the cells need and this machine does not have.
+
     Example: `bwlm grid plan grids/demo.yaml --set budget.steps=100 --seed-noise 0.006`
     """
     if seed_noise is not None and not 0 < seed_noise < math.inf:
@@ -67,9 +69,9 @@ def grid_plan(
     from bwlm.format import short_number
     from bwlm.plan.power import detectable, detectable_words  # imports scipy, a second: mistakes are reported first
 
-    seen = detectable(plan, seed_noise)
+    seen, warnings = detectable(plan, seed_noise), warnings_of(plan, root)
     if as_json:
-        return print_json(_status_document(plan, root) | {"detectable": seen})
+        return print_json(_status_document(plan, root) | {"detectable": seen, "warnings": warnings})
     cells = _status_document(plan, root)["cells"]
     costs = ("params", "tokens", "flops", "log_bytes")
     rows = [[c["id"], *(short_number(c[cost]) for cost in costs), c["state"]] for c in cells]
@@ -79,7 +81,7 @@ def grid_plan(
     total = sum(c["flops"] for c in cells)
     left = sum(c["flops"] for c in cells if not c["done"] and c["reason"] != _STOPPED_ABOVE)
     show(f"{short_number(total)} FLOPs in all, {short_number(left)} to do; storage {root}")
-    show_sentences(detectable_words(seen))
+    show_sentences(detectable_words(seen), *(f"warning: {line}" for line in warnings))
     return None
 
 

@@ -17,12 +17,24 @@ if TYPE_CHECKING:
 
 def launch(plan: Plan, root: Path, accept_code: bool) -> LaunchResult:
     """Run a plan with its progress on stderr; return the result."""
+    for line in warnings_of(plan, root):
+        say(f"warning: {line}")
     from bwlm.grid.launch import run_plan  # pandas, altair and Ray take seconds: a mistake is told before
 
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         say(f"storage: {root}")
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints to stdout, which is for the result alone
         return run_plan(plan, root, say, accept_code)
+
+
+def warnings_of(plan: Plan, root: Path) -> list[str]:
+    """Return what the cells that are not done may lack on this machine, a line each."""
+    from bwlm.grid.cells import find_cells
+    from bwlm.plan.limits import plan_warnings
+    from bwlm.plan.machine import machine_of
+
+    cells = [planned.cell for planned in find_cells(plan, root) if not planned.is_done]
+    return list(plan_warnings(cells, plan.launch, root, machine_of(cells)))
 
 
 def show_places(result: LaunchResult) -> None:

@@ -214,6 +214,13 @@ def count_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def gpu_memory() -> int:
+    """Return the bytes of memory of this machine's first GPU."""
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
 def can_use_gpus() -> bool:
     """Return true if torch and the GPU driver work together."""
     import torch

@@ -1,10 +1,11 @@
-"""Default threads and GPUs of each worker, from this machine."""
+"""This machine: its cores, memory and GPUs, and the threads and GPUs of each worker that follow from them."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,32 @@ import psutil
 from bwlm.errors import UserError
 from bwlm.plan.spec import Cell, generations
 from bwlm.settings_file import Document, holds
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Hardware that this process may use."""
+
+    cores: int
+    memory: int
+    """Bytes."""
+    gpus: int = 0
+    gpu_memory: int = 0
+    """Bytes of one GPU."""
+
+
+def machine_of(cells: Sequence[Cell]) -> Machine | None:
+    """Return this machine, on which the cells train; None under `RAY_ADDRESS`. GPUs are counted if cells ask for them.
+
+    Raises `UserError` if torch cannot use them.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return None
+    asked = any(cell.experiment.resources.gpus_per_worker for cell in cells)
+    gpus = available_gpus() if asked else 0
+    from bwlm.model.compute import gpu_memory
+
+    return Machine(available_cores(), available_memory(), gpus, gpu_memory() if gpus else 0)
 
 
 def with_resources(cells: tuple[Cell, ...], document: Document) -> tuple[Cell, ...]:
@@ -63,6 +90,14 @@ def available_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         microseconds, period = map(int, quota.read_text("ascii").split())
         cores = min(cores, microseconds // period)
     return max(1, cores)
+
+
+def available_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """Return the bytes of memory that this process may use: of the machine, or its container's limit."""
+    memory: int = psutil.virtual_memory().total
+    with contextlib.suppress(OSError, ValueError):  # no control group (version 2), or `max`: no limit
+        memory = min(memory, int(limit.read_text("ascii")))
+    return memory
 
 
 def _with_threads(cell: Cell, cores: int) -> Cell:
