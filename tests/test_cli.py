@@ -97,6 +97,14 @@ def test_no_command_shows_the_commands(command: tuple[str, ...], shell: Shell) -
     assert answer.code in (0, 2)
 
 
+def test_windows_is_told_in_a_line() -> None:
+    """Not by the ImportError of a module that nobody knows."""
+    code = "import sys; sys.platform = 'win32'; sys.modules['fcntl'] = None; from bwlm.__main__ import main; main()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    told = "bwlm: runs on Linux, and this is win32: on Windows use WSL\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", told)
+
+
 def test_the_version_is_that_of_the_package(shell: Shell) -> None:
     assert shell("--version") == (0, f"bwlm {version('bwlm')}\n", "")
 

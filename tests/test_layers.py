@@ -30,6 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "grid": {"cluster", "train", "tasks", "plan", "analysis", "record", "text", "model"},
     "cli": {"grid", "cluster", "train", "evaluate", "trained", "tasks", "plan", "analysis", "record", "text", "stats"},
     "jobs": {"cli"},
+    "__main__": {"cli"},
 }
 # the ground, from the bottom up: each may import those before it
 GROUND_ORDER = ("errors", "format", "phases", "directions", "credentials", "paths", "config", "settings_file")

@@ -1,4 +1,4 @@
-"""This machine: its cores, memory and GPUs, and the threads and GPUs of each worker that follow from them."""
+"""Cores, memory and GPUs of this machine, and the threads and GPUs of each worker that follow from them."""
 
 from __future__ import annotations
 
