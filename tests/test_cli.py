@@ -23,6 +23,7 @@ from typer.models import OptionInfo
 from bwlm import cli
 from bwlm.cli.terminal import print_json
 from bwlm.config import Experiment
+from bwlm.errors import UserError
 from bwlm.format import short_number
 from bwlm.model.compute import Compute
 from bwlm.plan.load import plan_experiment
@@ -159,10 +160,19 @@ def test_a_plan_warns_of_what_cannot_be_here_and_makes_nothing(shell: Shell) -> 
     assert [line.split(":")[1].strip() for line in warned] == ["width", "GPUs", "storage"]
     assert [f"warning: {line}" for line in shell.json("grid", "plan", grid, *asked)["warnings"]] == warned
     assert shell.json("grid", "plan", grid)["warnings"] == []
-    refused = shell("grid", "run", grid, *asked)
-    assert refused.code == 2
-    assert [line for line in refused.err.splitlines() if line.startswith("warning: ")] == warned
-    assert refused.err.splitlines()[-1].startswith("bwlm: storage: ")
+    check_mistake(shell("grid", "run", grid, *asked), "storage: ")
+
+
+def test_a_launch_warns_before_it_starts(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("here it starts")
+
+    monkeypatch.setattr("bwlm.grid.launch.run_plan", refuse)
+    for command in (["grid", "run", shell.file(GOOD)], ["train", "--direction", "forward", "--depth", "1"]):
+        answer = shell(*command, "--set", "model.head_dim=48")
+        warning, end = answer.err.splitlines()
+        assert warning.startswith("warning: width: model.head_dim=48 does not divide")
+        assert end == "bwlm: here it starts"
 
 
 def test_plan_and_status_show_what_is_done(shell: Shell) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bwlm.cli.terminal import say, show
+from bwlm.paths import check_writable
 
 if TYPE_CHECKING:
     from bwlm.grid.launch import LaunchResult
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 def launch(plan: Plan, root: Path, accept_code: bool) -> LaunchResult:
     """Run a plan with its progress on stderr; return the result."""
+    check_writable(root)
     for line in warnings_of(plan, root):
         say(f"warning: {line}")
     from bwlm.grid.launch import run_plan  # pandas, altair and Ray take seconds: a mistake is told before

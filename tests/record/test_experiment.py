@@ -77,6 +77,7 @@ def test_what_is_written_is_read_back(folder: ExperimentFolder) -> None:
         "step": None,
         "sha256": None,
         "chain": [],
+        "best": False,
     }
 
 
