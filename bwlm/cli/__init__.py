@@ -35,8 +35,8 @@ app = App(
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(f"bwlm {__version__}")
         raise typer.Exit
 

@@ -265,10 +265,10 @@ def report(
         raise UserError(f"--output: one file for {len(makers)} reports: name one grid or run")
     with busy(f"writing the report of {', '.join(names)}"):
         try:
-            files = [file for make in makers for file in (write_report(output, make) if output else make(None))]
+            files = write_report(output, makers[0]) if output else [file for make in makers for file in make(None)]
         except OSError as error:
-            told = f"{error.filename}: cannot be written ({error.strerror})"
-            raise UserError(f"{told}: choose another file with --output") from None
+            reason = f"{error.filename}: cannot be written ({error.strerror})"
+            raise UserError(f"{reason}: choose another file with --output") from None
     if as_json:
         print_json({"files": [str(file) for file in files]})
     else:
@@ -329,10 +329,10 @@ def _default(storage: str | None, runs: list[str]) -> Path:
 def _check(output: list[Path] | None, endings: Sequence[str] = ()) -> None:
     from bwlm.analysis.commands.result import PICTURES, TABLES
 
-    known = endings or (*PICTURES, *TABLES)
+    allowed = endings or (*PICTURES, *TABLES)
     for path in output or []:
-        if path.suffix.lower() not in known:
-            raise UserError(f"--output: {path}: unknown ending: use one of {' '.join(known)}")
+        if path.suffix.lower() not in allowed:
+            raise UserError(f"--output: {path}: unknown ending: use one of {' '.join(allowed)}")
         if path.is_dir():
             raise UserError(f"--output: {path} is a folder: name a file in it")
         if not path.parent.is_dir():

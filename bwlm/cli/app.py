@@ -37,8 +37,8 @@ class Command(_PlainFlags, TyperCommand):
             options = [option for param in self.params for option in param.opts]
             if not hasattr(error, "possibilities") or "--set" not in options:  # only an unknown option has them
                 raise
-            asked = str(getattr(error, "option_name", ""))
-            raise UserError(f"{asked}: no such option{_hint(asked, options)}") from None
+            unknown = str(getattr(error, "option_name", ""))
+            raise UserError(f"{unknown}: no such option{_hint(unknown, options)}") from None
 
 
 class Group(_PlainFlags, TyperGroup):
@@ -56,9 +56,9 @@ class App(typer.Typer):
         return super().command(name, cls=Command, **options)
 
 
-def _hint(asked: str, options: list[str]) -> str:
+def _hint(unknown: str, options: list[str]) -> str:
     """Return the option or the setting whose name is nearest, and how a setting is set."""
-    name = asked.lstrip("-").replace("-", "_")
+    name = unknown.lstrip("-").replace("-", "_")
     names = _settings_by_name()
     initials = "".join(word[:1] for word in name.split("_"))  # learning_rate: lr
     near = [initials] if initials in names else difflib.get_close_matches(name, names, n=1, cutoff=0.6)

@@ -67,12 +67,12 @@ def _rounded(cells: Sequence[Cell]) -> Iterator[str]:
     for cell in cells:
         if cell.shape.width != WIDTH_PER_DEPTH * cell.experiment.depth:
             depths.setdefault(cell.experiment.model.head_dim, set()).add(cell.experiment.depth)
-    for head_dim, found in sorted(depths.items()):
-        shown = max(found)
-        width = -(-WIDTH_PER_DEPTH * shown // head_dim) * head_dim
+    for head_dim, rounded in sorted(depths.items()):
+        depth = max(rounded)
+        width = -(-WIDTH_PER_DEPTH * depth // head_dim) * head_dim
         yield (
-            f"width: model.head_dim={head_dim} does not divide {WIDTH_PER_DEPTH} x depth at depth {listed(found)}, so "
-            f"the width is rounded up ({WIDTH_PER_DEPTH * shown} to {width} at depth {shown}): a head_dim that divides "
+            f"width: model.head_dim={head_dim} does not divide {WIDTH_PER_DEPTH} x depth at depth {listed(rounded)}, so "
+            f"the width is rounded up ({WIDTH_PER_DEPTH * depth} to {width} at depth {depth}): a head_dim that divides "
             f"{WIDTH_PER_DEPTH} rounds none"
         )
 
@@ -81,10 +81,10 @@ def _short_of_gpus(cells: Sequence[Cell], machine: Machine) -> list[str]:
     needs = max(cell.experiment.resources.workers * cell.experiment.resources.gpus_per_worker for cell in cells)
     if needs <= machine.gpus:
         return []
-    found = counted(machine.gpus, "GPU") if machine.gpus else "no GPU"
+    present = counted(machine.gpus, "GPU") if machine.gpus else "no GPU"
     return [
         f"GPUs: a cell asks for {needs:g} (resources.workers x resources.gpus_per_worker), and this machine has "
-        f"{found}: resources.gpus_per_worker=0 trains on the CPU"
+        f"{present}: resources.gpus_per_worker=0 trains on the CPU"
     ]
 
 

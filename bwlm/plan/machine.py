@@ -34,8 +34,8 @@ def machine_of(cells: Sequence[Cell]) -> Machine | None:
     """
     if os.environ.get("RAY_ADDRESS"):
         return None
-    asked = any(cell.experiment.resources.gpus_per_worker for cell in cells)
-    gpus = available_gpus() if asked else 0
+    wanted = any(cell.experiment.resources.gpus_per_worker for cell in cells)
+    gpus = available_gpus() if wanted else 0
     from bwlm.model.compute import gpu_memory
 
     return Machine(available_cores(), available_memory(), gpus, gpu_memory() if gpus else 0)

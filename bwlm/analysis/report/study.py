@@ -168,8 +168,8 @@ def dropped_words(runs: list[str]) -> list[str]:
 
 def _earlier_words(storage: Path, name: str) -> list[str]:
     """Return a line that names the reports of launches with other cells, if there are any."""
-    found = [f"`{path.relative_to(storage)}`" for path in earlier_reports(storage, name)]
-    return [f"Earlier launches of this grid had other cells; their reports: {', '.join(found)}."] if found else []
+    paths = [f"`{path.relative_to(storage)}`" for path in earlier_reports(storage, name)]
+    return [f"Earlier launches of this grid had other cells; their reports: {', '.join(paths)}."] if paths else []
 
 
 def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings, notes: list[str]) -> str:
