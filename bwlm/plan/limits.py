@@ -71,9 +71,9 @@ def _rounded(cells: Sequence[Cell]) -> Iterator[str]:
         depth = max(rounded)
         width = -(-WIDTH_PER_DEPTH * depth // head_dim) * head_dim
         yield (
-            f"width: model.head_dim={head_dim} does not divide {WIDTH_PER_DEPTH} x depth at depth {listed(rounded)}, so "
-            f"the width is rounded up ({WIDTH_PER_DEPTH * depth} to {width} at depth {depth}): a head_dim that divides "
-            f"{WIDTH_PER_DEPTH} rounds none"
+            f"width: model.head_dim={head_dim} does not divide {WIDTH_PER_DEPTH} x depth at depth {listed(rounded)}, "
+            f"so the width is rounded up ({WIDTH_PER_DEPTH * depth} to {width} at depth {depth}): a head_dim that "
+            f"divides {WIDTH_PER_DEPTH} rounds none"
         )
 
 

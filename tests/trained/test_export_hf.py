@@ -268,7 +268,7 @@ def test_the_command_says_what_it_wrote_and_how_to_load_it(bwlm: Bwlm, tmp_path:
     code, out, err = bwlm("export", "backward", "--format", "hf", "out/of/sight")
     assert (code, err) == (0, "")
     first, *lines = out.splitlines()
-    assert first.startswith(f"backward, step {STEPS}, direction backward")
+    assert first.startswith(f"backward, step {STEPS}, reads backward")
     names: dict[str, Any] = {}
     exec("import transformers\n" + "\n".join(lines), names)
     assert type(names["model"]) is NanoChatForCausalLM
