@@ -30,7 +30,7 @@ SEQUENCE_LENGTH = 64
 
 _FAULTS = Path(__file__).parent / "faults"
 _WITH_A_HEAD = "test_job"
-_WITH_PROCESSES = ("test_benchmarks", "test_tracking", "test_database")
+_WITH_PROCESSES = ("test_benchmarks", "test_tracking_store", "test_database")
 """Modules that start processes besides Ray's: benchmarks, MLflow servers and clients."""
 
 
