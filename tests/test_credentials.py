@@ -15,7 +15,7 @@ from bwlm.config import Experiment, Recipe
 from bwlm.credentials import masked, secret_in, secrets_in
 from bwlm.errors import UserError
 from bwlm.paths import storage_root
-from bwlm.record.tracking import tracking_uri
+from bwlm.record.mlflow_store import tracking_uri
 from bwlm.text.listing import list_files
 from tests.shell import Shell
 

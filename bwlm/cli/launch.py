@@ -41,6 +41,6 @@ def warnings_of(plan: Plan, root: Path) -> list[str]:
 
 def show_places(result: LaunchResult) -> None:
     """Print where the report is, and the command that opens MLflow."""
-    from bwlm.record.tracking import ui_command
+    from bwlm.record.mlflow_store import ui_command
 
     show(f"report     {result.report}", f"MLflow     {ui_command(result.tracking_uri, Path(sys.executable).parent)}")

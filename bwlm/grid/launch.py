@@ -33,9 +33,10 @@ from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import SAMPLES, ExperimentFolder
 from bwlm.record.grids import EARLIER, GRID_FILE, REPORT, grid_folder, keep_report, write_cells
 from bwlm.record.lineage import ParentLink
+from bwlm.record.mlflow_store import tracking_uri
 from bwlm.record.parent import link_to
 from bwlm.record.run_config import RunConfig
-from bwlm.record.tracking import Tracking, tracking_uri
+from bwlm.record.tracking import Tracking
 from bwlm.text.prepare import Prepared
 
 

@@ -8,85 +8,33 @@ noted before it is made, and a launch that finds a mark without a run asks the s
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import os
-import re
-import shlex
-import sqlite3
-import textwrap
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from bwlm.credentials import masked, refuse_secret
+from bwlm.credentials import masked
 from bwlm.errors import UserError
 from bwlm.paths import read_json, write_json
 from bwlm.record.database import database_of, prepare_database
 from bwlm.record.experiment import ExperimentFolder, State, Status
 from bwlm.record.journal import Entry, entries_after, last_entry
+from bwlm.record.mlflow_store import follow_storage, reason, refusal, sqlite_uri
 
 log = logging.getLogger(__name__)
 
 EXPERIMENT = "bwlm"
 _METRICS_PER_CALL = 1000  # MLflow's own limit
 _LONGEST_DIGEST = 36  # of a dataset, in MLflow's database
-_LONGEST_REASON = 110
 _MARK = "bwlm.mark"
 _DIVERGED = "bwlm.diverged"
 _STATES: dict[State, str] = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
-
-
-def tracking_uri(storage: Path, chosen: str | None) -> str:
-    """Return the grid's setting, else the environment's as for any MLflow client, else SQLite below the storage.
-
-    Raises `UserError` if it holds a secret, since it is printed and MLflow itself notes it, and if it is no address.
-    """
-    named = "launch.tracking_uri" if chosen else "MLFLOW_TRACKING_URI"
-    uri = chosen or os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(storage / "mlflow.db")
-    refuse_secret(uri, named)
-    try:
-        urlsplit(uri).port  # noqa: B018 - raises where it is no number
-    except ValueError as error:
-        raise UserError(f"{named}: {uri} is no address ({error}): give http://host:port, or unset it") from None
-    return uri
-
-
-def _sqlite_uri(path: Path) -> str:
-    from sqlalchemy.engine import URL, make_url
-
-    plain = f"sqlite:///{path}"
-    # the plain URI, if it is read back the same: from an escaped URI MLflow makes a folder of the escaped name
-    if make_url(plain).database == str(path):
-        return plain
-    return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
-
-
-def _follow_storage(database: Path, known: str, here: str) -> None:
-    """Point a storage's own database to the artifacts beside it: MLflow keeps absolute paths, and storages move.
-
-    Otherwise the artifacts of a moved storage are not found, and new ones are written to its old place.
-    """
-    if known == here or not known.endswith("/mlartifacts"):
-        return
-    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
-        connection.execute("UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (here, known))
-        below = "artifact_uri = ? || substr(artifact_uri, ?) WHERE substr(artifact_uri, 1, ?) = ?"
-        connection.execute(f"UPDATE runs SET {below}", (here, len(known) + 1, len(known) + 1, f"{known}/"))
-    log.warning("the storage was moved: MLflow now finds artifacts in %s", database.parent / "mlartifacts")
-
-
-def ui_command(uri: str, bin_folder: Path) -> str:
-    """Return the command that a person types, or the address that a person opens, to see the runs."""
-    if uri.startswith(("http://", "https://")):
-        return uri
-    return shlex.join([str(bin_folder / "mlflow"), "ui", "--backend-store-uri", uri])
 
 
 class Tracking:
@@ -124,8 +72,8 @@ class Tracking:
             restore = f"MLFLOW_TRACKING_URI='{masked(self.uri)}' mlflow experiments restore -x {found.experiment_id}"
             raise UserError(f"tracking: the experiment {EXPERIMENT} of {masked(self.uri)} is deleted: run: {restore}")
         database = self._storage / "mlflow.db"
-        if self.uri == _sqlite_uri(database):
-            _follow_storage(database, found.artifact_location, (self._storage / "mlartifacts").as_uri())
+        if self.uri == sqlite_uri(database):
+            follow_storage(database, found.artifact_location, (self._storage / "mlartifacts").as_uri())
         return str(found.experiment_id)
 
     def _make_experiment(self, artifacts: str | None) -> str:
@@ -344,13 +292,13 @@ class Tracking:
 
     def _user_error(self, error: Exception) -> UserError:
         ours = self.uri.startswith("sqlite:")
-        if mend := _refusal(error, masked(self.uri)):
+        if mend := refusal(error, masked(self.uri)):
             return UserError(f"tracking: {masked(self.uri)} {mend}")
         fix = "check its folder, or set MLFLOW_TRACKING_URI" if ours else "start it, or unset MLFLOW_TRACKING_URI"
         return UserError(f"{self._no_answer(error)}: {fix}")
 
     def _no_answer(self, error: Exception) -> str:
-        return f"tracking: {masked(self.uri)} does not answer ({_reason(error)})"
+        return f"tracking: {masked(self.uri)} does not answer ({reason(error)})"
 
     def _known_run(self, folder: Path) -> Any:
         """Return the run that an earlier launch made for this folder; None if this store does not have it."""
@@ -415,34 +363,6 @@ def _catch_up(folder: Path, run: Any) -> None:
 def _is_enlisted(folder: Path) -> bool:
     """Return whether the run has all that it gets before training; an earlier version noted a run only when it had."""
     return bool(_noted(folder).get("enlisted", True))
-
-
-def _refusal(error: Exception, uri: str) -> str | None:
-    """Return the state of a server that answers but refuses, and the fix; None for any other error."""
-    from mlflow.exceptions import MlflowException
-
-    text = str(error)
-    status = error.get_http_status_code() if isinstance(error, MlflowException) else 0
-    if "Invalid Host header" in text:
-        host = urlsplit(uri).netloc.rpartition("@")[2]
-        return f"refuses this host name (403): start it with: mlflow server --allowed-hosts {host}"
-    if status == 401 or "error code 401" in text:
-        return "wants a user and a password (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    if status == 403 or "error code 403" in text:
-        return "forbids this (403): ask for the right to write, or set MLFLOW_TRACKING_USERNAME to a user that has it"
-    if "out-of-date database schema" in text:
-        return f"has the schema of another MLflow: copy the database, then run: mlflow db upgrade '{uri}'"
-    return None
-
-
-def _reason(error: Exception) -> str:
-    """Return the cause of an error in one clause; urllib3 prints a nest of its objects, the cause in the innermost."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    nested = re.search(r"HTTPS?Connection|Max retries", text)
-    cause = re.search(r"(?<=\] )[A-Z][\w ]+|timed out|too many \d+ error responses|certificate verify failed", text)
-    if nested:
-        return cause[0] if cause else "no connection"
-    return textwrap.shorten(masked(text.split(". ")[0]), _LONGEST_REASON, placeholder="...")
 
 
 def _batches(entries: list[Entry]) -> Iterator[list[Entry]]:

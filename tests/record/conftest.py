@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from bwlm.record.tracking import Tracking, tracking_uri
+from bwlm.record.mlflow_store import tracking_uri
+from bwlm.record.tracking import Tracking
 
 
 @pytest.fixture(scope="session")

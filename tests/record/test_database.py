@@ -20,7 +20,8 @@ from mlflow import MlflowClient
 
 from bwlm.errors import UserError
 from bwlm.record.database import _revisions, database_of
-from bwlm.record.tracking import EXPERIMENT, Tracking, tracking_uri
+from bwlm.record.mlflow_store import tracking_uri
+from bwlm.record.tracking import EXPERIMENT, Tracking
 
 CLIENTS = 6
 NOBODY = 65534
@@ -59,7 +60,8 @@ def set_revision(database: Path, revision: str) -> None:
 FIRST_LAUNCH = """
 import sys
 from pathlib import Path
-from bwlm.record.tracking import Tracking, tracking_uri
+from bwlm.record.mlflow_store import tracking_uri
+from bwlm.record.tracking import Tracking
 import mlflow.store.tracking.sqlalchemy_store
 print("ready", flush=True)
 sys.stdin.readline()

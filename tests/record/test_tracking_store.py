@@ -21,7 +21,8 @@ from bwlm.errors import UserError
 from bwlm.grid.launch import _check_tracking
 from bwlm.paths import read_json
 from bwlm.record.experiment import Status
-from bwlm.record.tracking import EXPERIMENT, Tracking, tracking_uri, ui_command
+from bwlm.record.mlflow_store import tracking_uri, ui_command
+from bwlm.record.tracking import EXPERIMENT, Tracking
 from tests.mlflow_server import free_port, server
 from tests.record.mlflow_runs import (
     DATASET,
