@@ -44,7 +44,7 @@ HEAVY = {
     "ray.train": ["grid"],
     "ray.tune": ["grid"],
     "ray": ["grid", "cluster", "text.stream"],
-    "mlflow": ["record.tracking", "record.mlflow_store", "record.database"],
+    "mlflow": ["record.tracking", "record.mlflow_store", "record.mlflow_view", "record.database"],
     "torch": ["model", "record.checkpoint", "evaluate", "trained", "train", "grid.worker"],
     "altair": ["analysis.charts"],
     "h5py": ["record.researchlog"],

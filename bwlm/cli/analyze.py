@@ -258,7 +258,7 @@ def report(
         for line in left_out:
             say(line)
         if name in grid_names(root):
-            makers.append(partial(write_grid_report, root, name))
+            makers.append(lambda into, grid=name: write_grid_report(root, grid, into).files)
         else:
             makers += [partial(write_experiment_report, folder, True) for folder in folders]
     if output and len(makers) > 1:

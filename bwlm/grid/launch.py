@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from bwlm.analysis.report.study import write_experiment_report, write_grid_report
+from bwlm.analysis.commands.gap import gap_metrics, verdict_line
+from bwlm.analysis.report.study import GridReport, write_experiment_report, write_grid_report
 from bwlm.format import counted
 from bwlm.grid.cells import (
     PlannedCell,
@@ -34,6 +35,7 @@ from bwlm.record.experiment import SAMPLES, ExperimentFolder
 from bwlm.record.grids import EARLIER, GRID_FILE, REPORT, grid_folder, keep_report, write_cells
 from bwlm.record.lineage import ParentLink
 from bwlm.record.mlflow_store import tracking_uri
+from bwlm.record.mlflow_view import GridResult, GridSettings
 from bwlm.record.parent import link_to
 from bwlm.record.run_config import RunConfig
 from bwlm.record.tracking import Tracking
@@ -80,7 +82,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     for cell in plan.cells:
         check_sources(cell.experiment)
     uri = tracking_uri(storage, plan.launch.tracking_uri)
-    _check_tracking(uri, storage)
+    _check_tracking(uri, storage, plan.launch.experiment)
     needs = {cell.experiment.resources for cell in plan.cells}
     home = folder_of(plan, storage)
     with _only_launch(plan, storage), open_cluster(needs, plan.launch, len(plan.cells)) as capacity:
@@ -88,7 +90,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
         show(f"Ray on {capacity.cluster}, {at_once} at once{_dashboard(capacity.dashboard)}")
         prepared = prepare_texts(plan, storage, show)
         home.mkdir(parents=True, exist_ok=True)
-        tracking = Tracking(uri, storage)
+        tracking = Tracking(uri, storage, plan.launch.experiment)
         grid_run: str | None = None
         for generation in generations(plan.cells):
             part = replace(plan, cells=_ready(generation, storage, show))
@@ -97,7 +99,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
             with exclusive(home / "lock"):  # so that two launches of one plan make its folders and runs only once
                 cells = _resolved(part, storage, prepared, accept_code)
                 if plan.is_grid and grid_run is None:
-                    grid_run = _enlist_grid(plan, storage, tracking)
+                    grid_run = _enlist_grid(plan, storage, tracking, [cell.config for cell in cells])
                 runs = _enlist(cells, storage, tracking, grid_run)
             if not plan.is_grid:
                 _introduce(cells[0].planned, show)
@@ -164,7 +166,7 @@ def _ready(generation: tuple[Cell, ...], storage: Path, show: Callable[[str], No
     return tuple(ready)
 
 
-def _check_tracking(uri: str, storage: Path) -> None:
+def _check_tracking(uri: str, storage: Path, experiment: str | None = None) -> None:
     """Raise `UserError` if the tracking server does not answer, or refuses: before anything is prepared."""
     from bwlm.cluster.session import check_answers
 
@@ -174,7 +176,7 @@ def _check_tracking(uri: str, storage: Path) -> None:
         check_answers(
             parts.hostname, port, f"tracking: {parts.hostname}:{port}", "start the server, or unset MLFLOW_TRACKING_URI"
         )
-        Tracking(uri, storage)  # raises if the server refuses: it may, although its /health is fine
+        Tracking(uri, storage, experiment)  # raises if the server refuses: it may, although its /health is fine
 
 
 def _dashboard(address: str | None) -> str:
@@ -214,7 +216,7 @@ def _resolved(plan: Plan, storage: Path, prepared: dict[str, Prepared], accept_c
     return resolved
 
 
-def _enlist_grid(plan: Plan, storage: Path, tracking: Tracking) -> str:
+def _enlist_grid(plan: Plan, storage: Path, tracking: Tracking, first: list[RunConfig]) -> str:
     """Write the list of the grid's cells and its grid file; return the grid's MLflow run, the parent of its cells'.
 
     The report of an earlier launch of other cells is kept.
@@ -224,11 +226,19 @@ def _enlist_grid(plan: Plan, storage: Path, tracking: Tracking) -> str:
     keep_report(storage, plan.name, ids)
     write_cells(storage, plan.name, ids)
     write_text(home / GRID_FILE, plan.grid_text)
-    return tracking.parent_run(home, plan.name, plan.grid_text)
+    return tracking.parent_run(home, plan.name, plan.grid_text, _settings(first, len(plan.cells)))
+
+
+def _settings(first: list[RunConfig], cells: int) -> GridSettings:
+    """Return what the cells of a grid's first phase share, and the values in which they differ."""
+    names = sorted({name for config in first for name in config.identity})
+    values = {name: list(dict.fromkeys(str(config.identity.get(name)) for config in first)) for name in names}
+    common = {name: found[0] for name, found in values.items() if len(found) == 1}
+    return GridSettings(cells, common, {name: ", ".join(found) for name, found in values.items() if len(found) > 1})
 
 
 def _enlist(cells: list[_Resolved], storage: Path, tracking: Tracking, grid_run: str | None) -> list[str]:
-    """Make the folders and the MLflow runs that do not exist yet.
+    """Make the folders that do not exist yet, and the MLflow runs outside of a grid; return these runs.
 
     The MLflow run of a phase after base is a child of its base's run, every other run a child of the grid's.
     """
@@ -240,9 +250,14 @@ def _enlist(cells: list[_Resolved], storage: Path, tracking: Tracking, grid_run:
             folder.create(cell.config, cell.link)
         elif not done and folder.lease_holder() is None:
             folder.reconfigure(cell.config)
+            if cell.planned.status.step:
+                tracking.resumed(folder, max(checkpoint_steps(folder.checkpoints), default=0))
         base = ExperimentFolder(storage, cell.link.chain[0]) if cell.link else None
         above = (tracking.run_of(base) if base else None) or grid_run
-        runs.append(tracking.child_run(folder, above, cell.dataset))
+        if grid_run is None:
+            runs.append(tracking.child_run(folder, above, cell.dataset))
+        else:
+            tracking.expect(folder, above or grid_run, cell.dataset)
     return runs
 
 
@@ -293,7 +308,15 @@ def _conclude(
     waiting = waiting_cells(planned_cells)
     result = LaunchResult(load_cells(storage, ids), waiting, home / REPORT, tracking.uri, dashboard)
     if grid_run is not None:
-        files = [*write_grid_report(storage, plan.name), home / GRID_FILE]
+        report = write_grid_report(storage, plan.name)
+        files = [*report.files, home / GRID_FILE]
         files += [home / EARLIER] if (home / EARLIER).exists() else []
-        tracking.close_parent(grid_run, files, result.complete)
+        tracking.close_parent(home, files, result.complete, _grid_result(report))
     return result
+
+
+def _grid_result(report: GridReport) -> GridResult:
+    gaps = report.findings.gaps
+    verdict = "; ".join(verdict_line(gap).replace("**", "") for gap in gaps)
+    metrics = {name: value for gap in gaps for name, value in gap_metrics(gap).items()}
+    return GridResult(report.summary, verdict or "none", metrics)

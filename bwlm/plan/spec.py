@@ -48,6 +48,9 @@ class LaunchSettings(Settings):
     max_cells: int = Field(1000, ge=1, le=100_000, description="a grid of more cells is refused")
     storage: str | None = Field(None, description="folder of experiments; default: BWLM_STORAGE, else runs/")
     tracking_uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else SQLite below the storage")
+    experiment: str | None = Field(
+        None, min_length=1, description="MLflow experiment of new runs; default: MLFLOW_EXPERIMENT_NAME, else bwlm"
+    )
 
 
 class Grid(Recipe):

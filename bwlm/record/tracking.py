@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +25,20 @@ from bwlm.paths import read_json, write_json
 from bwlm.record.database import database_of, prepare_database
 from bwlm.record.experiment import ExperimentFolder, State, Status
 from bwlm.record.journal import Entry, entries_after, last_entry
+from bwlm.record.metrics import final_for_mlflow, for_mlflow
 from bwlm.record.mlflow_store import follow_storage, reason, refusal, sqlite_uri
+from bwlm.record.mlflow_view import (
+    GridResult,
+    GridSettings,
+    began,
+    checkpoint_tag,
+    ended,
+    points,
+    run_name,
+    run_tags,
+    shortened,
+)
+from bwlm.record.provenance import provenance
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +46,9 @@ EXPERIMENT = "bwlm"
 _METRICS_PER_CALL = 1000  # MLflow's own limit
 _LONGEST_DIGEST = 36  # of a dataset, in MLflow's database
 _MARK = "bwlm.mark"
+_NOTE = "mlflow.note.content"
+_NAMES = 2
+"""Version of the metrics' names; a run that has others gets its whole journal again under these."""
 _DIVERGED = "bwlm.diverged"
 _STATES: dict[State, str] = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
@@ -40,7 +56,7 @@ _STATES: dict[State, str] = {"finished": "FINISHED", "failed": "FAILED", "stoppe
 class Tracking:
     """Client of one MLflow store. Raises `UserError` on construction if the store cannot be reached at all."""
 
-    def __init__(self, uri: str, storage: Path) -> None:
+    def __init__(self, uri: str, storage: Path, experiment: str | None = None) -> None:
         for name, value in (("MAX_RETRIES", "2"), ("TIMEOUT", "10")):
             os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
         logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -49,7 +65,9 @@ class Tracking:
         from mlflow.exceptions import MlflowException
 
         self.uri = uri
+        self.experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         self._storage = storage
+        self._expected: dict[str, tuple[str | None, Mapping[str, str]]] = {}
         self._away = False  # an end could not be delivered: the others are not tried, each would wait as long
         self._failures: tuple[type[Exception], ...] = (MlflowException, OSError)
         try:
@@ -64,13 +82,15 @@ class Tracking:
             raise self._user_error(error) from None
 
     def _find_experiment(self) -> str | None:
-        """Return the id of bwlm's experiment in MLflow; None if there is none. Raises `UserError` if it is deleted."""
-        found = self._client.get_experiment_by_name(EXPERIMENT)
+        """Return the id of the experiment in MLflow; None if there is none. Raises `UserError` if it is deleted."""
+        found = self._client.get_experiment_by_name(self.experiment)
         if found is None:
             return None
         if found.lifecycle_stage != "active":
             restore = f"MLFLOW_TRACKING_URI='{masked(self.uri)}' mlflow experiments restore -x {found.experiment_id}"
-            raise UserError(f"tracking: the experiment {EXPERIMENT} of {masked(self.uri)} is deleted: run: {restore}")
+            raise UserError(
+                f"tracking: the experiment {self.experiment} of {masked(self.uri)} is deleted: run: {restore}"
+            )
         database = self._storage / "mlflow.db"
         if self.uri == sqlite_uri(database):
             follow_storage(database, found.artifact_location, (self._storage / "mlartifacts").as_uri())
@@ -81,24 +101,33 @@ class Tracking:
         from mlflow.exceptions import MlflowException
 
         try:
-            return str(self._client.create_experiment(EXPERIMENT, artifacts))
+            return str(self._client.create_experiment(self.experiment, artifacts))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS" or (made := self._find_experiment()) is None:
                 raise
             return made
 
-    def parent_run(self, grid_folder: Path, name: str, text: str) -> str:
+    def parent_run(self, grid_folder: Path, name: str, text: str, settings: GridSettings) -> str:
         """Return the run of a grid: the run of earlier launches, or a new run with the grid file as its artifact."""
         known = self._known_run(grid_folder)
+        tags = {"bwlm.grid": name, "bwlm.storage": str(self._storage)}
         with self._answering():
-            if known is not None:
-                self._client.update_run(known.info.run_id, status="RUNNING")
-        run = known or self._make_run(grid_folder, name, {"bwlm.grid": name, "bwlm.storage": str(self._storage)})
-        if not _is_enlisted(grid_folder):
-            with self._answering():
+            run = known or self._make_run(grid_folder, name, tags | provenance())
+            self._client.update_run(run.info.run_id, status="RUNNING")
+            self._enlist_grid(run, settings)
+            if not _is_enlisted(grid_folder):
                 self._client.log_text(run.info.run_id, text, "grid.yaml")
-            _note(grid_folder, enlisted=True)
+        _note(grid_folder, enlisted=True)
         return str(run.info.run_id)
+
+    def _enlist_grid(self, run: Any, settings: GridSettings) -> None:
+        """Write the settings of all cells as parameters, which MLflow never changes, and the axes, as tags."""
+        from mlflow.entities import Param, RunTag
+
+        known = run.data.params
+        params = [Param(name, value) for name, value in settings.common.items() if name not in known]
+        tags = [RunTag(f"bwlm.axis.{name}", values) for name, values in settings.axes.items()]
+        self._client.log_batch(run.info.run_id, params=params, tags=[*tags, RunTag("bwlm.cells", str(settings.cells))])
 
     def child_run(self, folder: ExperimentFolder, parent: str | None, dataset: Mapping[str, str]) -> str:
         """Return an experiment's run, with parameters, tags, data and config; below its grid's run if it is a cell."""
@@ -106,30 +135,45 @@ class Tracking:
         if known is not None:
             _catch_up(folder.path, known)
         with self._answering():
-            for name, value in self._child_tags(folder, parent).items() if known is not None else ():
-                if known.data.tags.get(name) != value:  # another grid's run above, or other code that goes on
-                    self._client.set_tag(known.info.run_id, name, value)
-        run = known or self._make_run(folder.path, folder.id, self._child_tags(folder, parent))
+            return self._child_run(folder, parent, dataset, known)
+
+    def expect(self, folder: ExperimentFolder, parent: str, dataset: Mapping[str, str]) -> None:
+        """Bring the run of a cell up to date, or make it once the cell has trained a step.
+
+        MLflow takes the start of a run when it is made and never changes it: a cell that waits for others would seem
+        to train meanwhile.
+        """
+        self._expected[folder.id] = (parent, dataset)
+        if _noted(folder.path).get("run_id") is not None:
+            self.child_run(folder, parent, dataset)
+
+    def _child_run(self, folder: ExperimentFolder, parent: str | None, dataset: Mapping[str, str], known: Any) -> str:
+        tags = run_tags(folder, parent, _noted(folder.path).get("resumed", []))
+        for name, value in tags.items() if known is not None else ():
+            if known.data.tags.get(name) != value:  # another grid's run above, or other code that goes on
+                self._client.set_tag(known.info.run_id, name, value)
+        run = known or self._make_child(folder, parent, tags)
         if not _is_enlisted(folder.path):
             self._describe(run, folder, dataset)
             _note(folder.path, enlisted=True)
         return str(run.info.run_id)
 
+    def _make_child(self, folder: ExperimentFolder, parent: str | None, tags: dict[str, str]) -> Any:
+        experiment = self._client.get_run(parent).info.experiment_id if parent else self._experiment
+        new = {_NOTE: f"`{folder.id}`: `bwlm runs show {folder.id}` prints all that is known of it."}
+        name = run_name(folder.config())
+        return self._make_run(folder.path, name, tags | new | provenance(), experiment, began(folder.path))
+
+    def resumed(self, folder: ExperimentFolder, step: int) -> None:
+        """Note that a run which had begun resumes from the checkpoint of a step; 0 if it begins again."""
+        _note(folder.path, resumed=[*_noted(folder.path).get("resumed", []), step])
+
     def run_of(self, folder: ExperimentFolder) -> str | None:
-        """Return the run of an experiment, if this store has it."""
+        """Return the run of an experiment; makes it if it is expected. None if this store does not have it."""
+        if (expected := self._expected.get(folder.id)) is not None:
+            return self.child_run(folder, *expected)
         known = self._known_run(folder.path)
         return str(known.info.run_id) if known else None
-
-    def _child_tags(self, folder: ExperimentFolder, parent: str | None) -> dict[str, str]:
-        config = folder.config()
-        above = {} if parent is None else {"mlflow.parentRunId": parent}
-        return above | {
-            "bwlm.experiment_id": config.id,
-            "bwlm.parent_experiment": folder.parent() or "",
-            "bwlm.fingerprint": config.fingerprint,
-            "bwlm.code": config.code,
-            "bwlm.grid": config.grid or "",
-        }
 
     def _describe(self, run: Any, folder: ExperimentFolder, dataset: Mapping[str, str]) -> None:
         """Write what a new run needs before its first metrics. A launch that is cut off here leaves it to the next."""
@@ -139,15 +183,16 @@ class Tracking:
         params = [Param(name, str(value)) for name, value in sorted(folder.config().identity.items())]
         source = json.dumps({"uri": dataset["source"]})
         entity = Dataset(dataset["name"], dataset["digest"][:_LONGEST_DIGEST], "local", source)
-        with self._answering():
-            self._client.update_run(run_id, status="SCHEDULED")
-            self._client.log_batch(run_id, params=params, tags=[RunTag("bwlm.state", "waiting")])
-            if not (run.inputs and run.inputs.dataset_inputs):
-                self._client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
-            self._client.log_artifact(run_id, str(folder.path / "config.json"))
+        self._client.update_run(run_id, status="SCHEDULED")
+        self._client.log_batch(run_id, params=params, tags=[RunTag("bwlm.state", "waiting")])
+        if not (run.inputs and run.inputs.dataset_inputs):
+            self._client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
+        self._client.log_artifact(run_id, str(folder.path / "config.json"))
 
     def deliver(self, folder: ExperimentFolder) -> int:
         """Send the journal's new entries, and return how many metrics. Nothing is lost if the server is away."""
+        if not self._has_run(folder):
+            return 0
         run, delivered = self._settle(folder.path)
         new = [entry for entry in entries_after(folder.path, delivered) if entry.metrics]
         if new and _noted(folder.path).get("status") != "RUNNING":
@@ -156,13 +201,23 @@ class Tracking:
             _note(folder.path, status="RUNNING", closed=None)
         count = 0
         for entries in _batches(new):
-            points = _points(entries)
-            step, name = entries[-1].step, next(iter(entries[-1].metrics))
+            sent = points(entries, for_mlflow)
+            step, name = entries[-1].step, next(iter(for_mlflow(entries[-1].metrics)))
             _note(folder.path, pending={"step": step, "metric": name})
-            self._client.log_batch(run, metrics=points)
+            self._client.log_batch(run, metrics=sent)
             _note(folder.path, delivered_step=step, pending=None)
-            count += len(points)
+            count += len(sent)
         return count
+
+    def _has_run(self, folder: ExperimentFolder, ended: bool = False) -> bool:
+        """Return whether a run has its MLflow run; makes it if it is expected and has trained a step or ended."""
+        run, expected = _noted(folder.path).get("run_id"), self._expected.get(folder.id)
+        if run is not None and (expected is None or _is_enlisted(folder.path)):
+            return True
+        if expected is None or not (ended or last_entry(folder.path)):
+            return False
+        self._child_run(folder, *expected, known=self._client.get_run(run) if run else None)
+        return True
 
     def try_deliver(self, folder: ExperimentFolder) -> bool:
         """Call `deliver`; a server that is away is a warning, and the next call sends what this one could not.
@@ -181,17 +236,20 @@ class Tracking:
         return self._attempt_end(lambda: self._close_child(folder, status, artifacts))
 
     def _close_child(self, folder: ExperimentFolder, status: Status, artifacts: list[Path]) -> None:
+        if not self._has_run(folder, ended=True):
+            return
         self.deliver(folder)
-        run = _noted(folder.path)["run_id"]
-        if (last := last_entry(folder.path)) and status.diverged is None:
+        run, last = _noted(folder.path)["run_id"], last_entry(folder.path)
+        if last and status.diverged is None:
             # with the entry's time stamp, so that MLflow drops them where they were sent before
-            final = Entry(last.step, last.time, {f"final_{name}": value for name, value in status.metrics.items()})
-            self._client.log_batch(run, metrics=_points([final]))
-        self._client.set_tag(run, "bwlm.state", status.state)
-        self._client.set_tag(run, "bwlm.reason", status.reason)
+            final = Entry(last.step, last.time, status.metrics)
+            self._client.log_batch(run, metrics=points([final], final_for_mlflow))
+        end = {"bwlm.state": status.state, "bwlm.reason": status.reason} | checkpoint_tag(folder)
+        for name, value in end.items():
+            self._client.set_tag(run, name, value)
         self._tag_divergence(folder.path, run, status.diverged)
         shown = _STATES.get(status.state, "KILLED")
-        self._close(run, artifacts, shown)
+        self._close(run, artifacts, shown, last.time if last else None)
         _note(folder.path, status=shown, closed=asdict(status))
 
     def _tag_divergence(self, folder: Path, run: str, step: int | None) -> None:
@@ -202,10 +260,22 @@ class Tracking:
             self._client.delete_tag(run, _DIVERGED)
         _note(folder, diverged=step)
 
-    def close_parent(self, run: str, artifacts: list[Path], complete: bool) -> bool:
-        """Attach the report and set the grid's final state. Warns and returns False if the server is away."""
-        state = "FINISHED" if complete else "KILLED"
-        return self._attempt_end(lambda: self._close(run, artifacts, state))
+    def close_parent(self, grid_folder: Path, artifacts: list[Path], complete: bool, result: GridResult) -> bool:
+        """Attach report and verdict, set the grid's final state. Warns and returns False if the server is away."""
+        return self._attempt_end(lambda: self._close_parent(grid_folder, artifacts, complete, result))
+
+    def _close_parent(self, grid_folder: Path, artifacts: list[Path], complete: bool, result: GridResult) -> None:
+        run = self._client.get_run(_noted(grid_folder)["run_id"])
+        run_id, before = run.info.run_id, run.data.metrics
+        changed = {name: value for name, value in result.metrics.items() if before.get(name) != value}
+        now = Entry(0, time.time_ns() // 1_000_000, changed)
+        self._client.log_batch(run_id, metrics=points([now], dict))
+        self._client.set_tag(run_id, "bwlm.verdict", shortened(result.verdict))
+        text, written = shortened(result.text), _noted(grid_folder).get("description")
+        if run.data.tags.get(_NOTE, "") in ("", written):  # else a person wrote there
+            self._client.set_tag(run_id, _NOTE, text)
+            _note(grid_folder, description=text)
+        self._close(run_id, artifacts, "FINISHED" if complete else "KILLED")
 
     def interrupted(self, folders: list[ExperimentFolder], parent: str) -> None:
         """Mark the grid and the runs that had begun as killed, so that none seems to go on. Warns if that fails."""
@@ -222,7 +292,7 @@ class Tracking:
             if noted.get("delivered_step", 0) > 0 and noted.get("status", "RUNNING") == "RUNNING":
                 # a run that has ended was not killed, also if its end is not delivered yet
                 shown = _STATES.get(folder.status().state, "KILLED")
-                self._client.set_terminated(noted["run_id"], shown)
+                self._client.set_terminated(noted["run_id"], shown, ended(folder.path))
                 _note(folder.path, status=shown)
 
     def monitor_system(self, run: str) -> Any:
@@ -236,31 +306,31 @@ class Tracking:
         monitor.start()
         return monitor
 
-    def _make_run(self, folder: Path, name: str, tags: dict[str, str]) -> Any:
+    def _make_run(
+        self, folder: Path, name: str, tags: dict[str, str], experiment: str | None = None, start: int | None = None
+    ) -> Any:
         """Return a new run, or the run that a launch made here before it was cut off.
 
         The mark identifies it, not the names: another storage, or an emptied one, may use the same names.
         """
-        noted, found = _noted(folder), None
-        mark = noted["mark"] if noted and noted["run_id"] is None else None
-        with self._answering():
-            if mark is not None:
-                found = next(iter(self._client.search_runs([self._experiment], f"tags.`{_MARK}` = '{mark}'")), None)
-        if mark is None:
+        noted, found, home = _noted(folder), None, experiment or self._experiment
+        mark = noted.get("mark") if noted.get("run_id") is None else None
+        if mark is not None:
+            found = next(iter(self._client.search_runs([home], f"tags.`{_MARK}` = '{mark}'")), None)
+        else:
             mark = uuid.uuid4().hex
-            write_json(folder / "mlflow.json", {"run_id": None, "mark": mark})
-        with self._answering():
-            run = found or self._client.create_run(self._experiment, run_name=name, tags=tags | {_MARK: mark})
-        _note(folder, run_id=run.info.run_id, delivered_step=0, pending=None, enlisted=False)
+            write_json(folder / "mlflow.json", {"run_id": None, "mark": mark, "resumed": noted.get("resumed", [])})
+        run = found or self._client.create_run(home, start, tags | {_MARK: mark}, name)
+        _note(folder, run_id=run.info.run_id, delivered_step=0, pending=None, enlisted=False, names=_NAMES)
         return run
 
-    def _close(self, run: str, artifacts: list[Path], state: str) -> None:
+    def _close(self, run: str, artifacts: list[Path], state: str, end: int | None = None) -> None:
         for path in artifacts:
             if path.is_dir():
                 self._client.log_artifacts(run, str(path), path.name)
             else:
                 self._client.log_artifact(run, str(path))
-        self._client.set_terminated(run, state)
+        self._client.set_terminated(run, state, end)
 
     def _attempt(self, action: Callable[[], object], folder: Path) -> bool:
         try:
@@ -349,13 +419,16 @@ def _note(folder: Path, **changes: Any) -> None:
 
 
 def _catch_up(folder: Path, run: Any) -> None:
-    """Note how far the store is, if it has less than it was given: a backup was restored.
+    """Note how far the store is, if it has less than it was given: a backup was restored, or the names are old.
 
     Its run then gets the rest again, and its end.
     """
-    delivered = _noted(folder).get("delivered_step", 0)
+    noted = _noted(folder)
+    delivered = noted.get("delivered_step", 0)
     last = max((metric.step for metric in run.data.to_proto().metrics), default=0)
-    if last < delivered:
+    if noted.get("names") != _NAMES:
+        _note(folder, delivered_step=0, pending=None, closed=None, names=_NAMES)
+    elif last < delivered:
         log.warning("tracking: the store was set back to step %d of %s: the rest is delivered again", last, folder)
         _note(folder, delivered_step=last, pending=None, closed=None)
 
@@ -375,14 +448,3 @@ def _batches(entries: list[Entry]) -> Iterator[list[Entry]]:
         batch.append(entry)
     if batch:
         yield batch
-
-
-def _points(entries: list[Entry]) -> list[Any]:
-    """Return entries as MLflow's metrics, without figures that are not finite.
-
-    A search sorts NaN last both ways, and infinity returns as a number.
-    """
-    from mlflow.entities import Metric
-
-    measured = [(entry, name, value) for entry in entries for name, value in entry.metrics.items()]
-    return [Metric(name, value, e.time, e.step) for e, name, value in measured if math.isfinite(value)]

@@ -97,7 +97,7 @@ def test_a_report_shows_the_controls_of_its_storage(tmp_path: Path) -> None:
     write_cells(tmp_path, "g", [folder.id for folder in study])
 
     def report() -> str:
-        return write_grid_report(tmp_path, "g")[0].read_text()
+        return write_grid_report(tmp_path, "g").files[0].read_text()
 
     assert "## Controls\n\nNot run: a reversible corpus (builtin:null), on which" in report()
     null = cells(tmp_path, NULL, 0.0)
@@ -132,7 +132,7 @@ def test_how_far_a_null_control_is_counts_the_runs_that_are_compared(tmp_path: P
 def test_the_report_of_the_controls_themselves_has_no_gap_to_hold_them_against(tmp_path: Path) -> None:
     null, positive = cells(tmp_path, NULL, 0.0), cells(tmp_path, PRODUCTS, 2.0, tokenizer=2)
     write_cells(tmp_path, "controls", [folder.id for folder in [*null, *positive]])
-    text = write_grid_report(tmp_path, "controls")[0].read_text()
+    text = write_grid_report(tmp_path, "controls").files[0].read_text()
     assert text.count("forward → backward: **different**") == 1  # the positive control's own gap
     assert "no study's gap to compare" in text
     assert "| no study |" in text
@@ -143,7 +143,7 @@ def test_a_gap_that_no_verdict_claims_is_none_to_be_finer_than(tmp_path: Path) -
     study = cells(tmp_path, "somewhere", 0.0)
     write_cells(tmp_path, "g", [folder.id for folder in study])
     cells(tmp_path, NULL, 0.0)
-    text = write_grid_report(tmp_path, "g")[0].read_text()
+    text = write_grid_report(tmp_path, "g").files[0].read_text()
     assert "no difference seen" in text
     assert "no study's gap to compare" in text
 
@@ -154,7 +154,7 @@ def test_controls_that_failed_are_told_and_those_of_two_grids_stand_side_by_side
     null = cells(tmp_path, NULL, 0.0)
     for folder in null[3:]:
         folder.write_status(Status("failed", "loss nan at step 3"))
-    text = write_grid_report(tmp_path, "g")[0].read_text()
+    text = write_grid_report(tmp_path, "g").files[0].read_text()
     assert "Not run: a reversible" not in text
     assert "- builtin:null: no pair was compared" in text
     assert f"- {null[3].id}: failed (loss nan at step 3)" in text
@@ -162,13 +162,14 @@ def test_controls_that_failed_are_told_and_those_of_two_grids_stand_side_by_side
         folder.write_status(Status("finished", "", folder.config().steps))
     for folder in cells(tmp_path, NULL, 0.0, batch_tokens=512):
         folder.reconfigure(replace(folder.config(), grid="again"))
-    text = write_grid_report(tmp_path, "g")[0].read_text()
+    text = write_grid_report(tmp_path, "g").files[0].read_text()
     assert text.count("| null | again | d1 ") == 1
     assert text.count("| null | ") == 2
     assert "other code" not in text
     cells(tmp_path, PRODUCTS, 2.0, code=2)
     assert (
-        "- builtin:products: trained with other code than the study" in write_grid_report(tmp_path, "g")[0].read_text()
+        "- builtin:products: trained with other code than the study"
+        in write_grid_report(tmp_path, "g").files[0].read_text()
     )
 
 

@@ -83,7 +83,7 @@ def written(grid: list[ExperimentFolder]) -> tuple[str, list[Path]]:
 
 def write(storage: Path, folders: Sequence[ExperimentFolder]) -> tuple[str, list[Path]]:
     write_cells(storage, "g", ids(folders))
-    files = write_grid_report(storage, "g")
+    files = write_grid_report(storage, "g").files
     return files[0].read_text(), files
 
 
@@ -424,7 +424,7 @@ def test_few_documents_are_not_resampled(documents: int, shown: bool, tmp_path: 
 
 def test_writing_it_again_changes_nothing(grid: list[ExperimentFolder], written: tuple[str, list[Path]]) -> None:
     text, files = written
-    again = write_grid_report(grid[0].path.parent, "g")
+    again = write_grid_report(grid[0].path.parent, "g").files
     assert again == files
     assert files[0].read_text() == text
     assert {path.name for path in files[0].parent.iterdir()} == {"grid.json", *(path.name for path in files)}

@@ -88,6 +88,6 @@ def test_interrupt_and_kill_leave_a_grid_that_goes_on(grid_file: GridFile, tmp_p
         assert cell.metrics["val_bpb"] == expected.metrics["val_bpb"]
     with sqlite3.connect(storage / "mlflow.db") as store:
         assert store.execute("select count(*) from tags where key = 'mlflow.parentRunId'").fetchone() == (2,)
-        repeated = "select count(*) from metrics where key = 'train_loss' group by run_uuid, step having count(*) > 1"
+        repeated = "select count(*) from metrics where key = 'train/loss' group by run_uuid, step having count(*) > 1"
         assert store.execute(repeated).fetchall() == []
-        assert store.execute("select count(*) from metrics where key = 'train_loss'").fetchone() == (2 * STEPS,)
+        assert store.execute("select count(*) from metrics where key = 'train/loss'").fetchone() == (2 * STEPS,)

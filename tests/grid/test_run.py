@@ -299,7 +299,8 @@ def test_a_grid_tracks_to_a_server(grid_file: GridFile, tmp_path: Path, monkeypa
         assert result.tracking_uri == uri
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name("bwlm")
-        runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+        found = client.search_runs([experiment.experiment_id])
+        runs = {run.data.tags.get("bwlm.experiment_id", run.info.run_name): run for run in found}
         parent = runs.pop("g")
         assert runs.keys() == {cell.id for cell in result.cells}
         assert "RESEARCH_REPORT.md" in {item.path for item in client.list_artifacts(parent.info.run_id)}
@@ -309,6 +310,6 @@ def test_a_grid_tracks_to_a_server(grid_file: GridFile, tmp_path: Path, monkeypa
             assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
             assert child.data.params["direction"] == cell.direction
             assert child.inputs.dataset_inputs[0].dataset.digest
-            logged = client.get_metric_history(child.info.run_id, "train_loss")
+            logged = client.get_metric_history(child.info.run_id, "train/loss")
             assert [(point.step, point.value) for point in logged] == list(enumerate(losses(storage, cell.id), 1))
     assert not (storage / "mlflow.db").exists()

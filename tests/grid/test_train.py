@@ -93,7 +93,7 @@ def test_an_experiment_is_a_cell_without_a_grid(train: Train, grid_file: GridFil
     assert (run.info.run_name, run.info.status) == ("x", "FINISHED")
     assert "mlflow.parentRunId" not in run.data.tags
     assert run.data.params["direction"] == "backward"
-    assert len(client.get_metric_history(run.info.run_id, "train_loss")) == 12
+    assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 12
 
     # again: nothing is trained, the figures are shown; with other settings it is refused
     before = (storage / "x" / "metrics.jsonl").stat().st_mtime_ns
@@ -197,7 +197,7 @@ def test_asked_to_end_it_goes_on_with_the_same_command(train: Train, corpus: Pat
     client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
     for run in client.search_runs([client.get_experiment_by_name("bwlm").experiment_id]):
         assert run.info.status == "FINISHED"
-        assert len(client.get_metric_history(run.info.run_id, "train_loss")) == 300
+        assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 300
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -12,12 +12,16 @@ from bwlm.config import Experiment
 from bwlm.model.compute import Compute
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import Journal
+from bwlm.record.mlflow_view import GridResult, GridSettings
 from bwlm.record.run_config import RunConfig
 from bwlm.record.tracking import Tracking
 
 COMPUTE = Compute("float32", "sdpa", 0, False, 8, 1)
 
 DATASET = {"name": "corpus", "digest": "0123456789abcdef" * 4, "source": "/data/corpus/shard_00000.parquet"}
+
+SETTINGS = GridSettings(1, {"lr": "0.5"}, {"direction": "forward, backward"})
+RESULT = GridResult("- d2: **different**", "d2 forward → backward: different", {"gap/d2_forward-backward/nats": 0.25})
 
 
 def make(storage: Path, name: str = "g_backward_d2_lr0.5_s3") -> ExperimentFolder:
@@ -34,8 +38,12 @@ def grid_folder(storage: Path) -> Path:
     return folder
 
 
+def open_grid(tracking: Tracking, storage: Path) -> str:
+    return tracking.parent_run(grid_folder(storage), "g", "name: g\n", SETTINGS)
+
+
 def enlist(tracking: Tracking, folder: ExperimentFolder) -> tuple[str, str]:
-    parent = tracking.parent_run(grid_folder(folder.path.parent), "g", "name: g\n")
+    parent = open_grid(tracking, folder.path.parent)
     return parent, tracking.child_run(folder, parent, DATASET)
 
 

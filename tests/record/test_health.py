@@ -290,10 +290,10 @@ def test_a_report_names_a_damaged_run_and_judges_without_it(run: ExperimentFolde
     other = new_family("backward")
     storage = run.path.parent
     write_cells(storage, "g", [run.id, other.id])
-    whole = write_grid_report(storage, "g")[0].read_text()
+    whole = write_grid_report(storage, "g").files[0].read_text()
     assert "forward → backward" in whole
     cut(run.path / LAST / "model.safetensors", 0.9)
-    text = write_grid_report(storage, "g")[0].read_text()
+    text = write_grid_report(storage, "g").files[0].read_text()
     assert "forward → backward" not in text
     assert f"forward is left out: it is damaged: {LAST}/model.safetensors: " in text
     alone = write_experiment_report(run)[0].read_text()

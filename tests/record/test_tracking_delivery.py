@@ -15,9 +15,11 @@ from mlflow import MlflowClient
 from bwlm.record.experiment import Status
 from bwlm.record.tracking import Tracking
 from tests.record.mlflow_runs import (
+    RESULT,
     delivered,
     enlist,
     expected,
+    grid_folder,
     log_steps,
     lost_client,
     lost_on_the_way_back,
@@ -38,7 +40,7 @@ def test_metrics_arrive_once_by_step(store: Tracking, client: MlflowClient, tmp_
     log_steps(folder, 4, 5)
     assert Tracking(store.uri, tmp_path).deliver(folder) == 4
     assert delivered(client, child) == expected(5)
-    assert delivered(client, child, "tokens")[-1] == (5, 500)
+    assert delivered(client, child, "train/tokens")[-1] == (5, 500)
 
 
 def test_the_store_is_asked_only_where_an_answer_was_lost(
@@ -143,12 +145,12 @@ def test_an_end_while_the_server_is_away_is_a_warning(
 ) -> None:
     """The report must be written all the same; the next launch brings MLflow up to date."""
     folder = make(tmp_path)
-    parent, child = enlist(store, folder)
+    _, child = enlist(store, folder)
     log_steps(folder, 1, 2)
     monkeypatch.setattr(store, "_client", lost_client())
     status = Status("finished", "", 2, {"val_bpb": 1.5})
     assert not store.close_child(folder, status, [])
-    assert not store.close_parent(parent, [folder.path / "config.json"], complete=True)
+    assert not store.close_parent(grid_folder(tmp_path), [], True, RESULT)
     assert Tracking(store.uri, tmp_path).close_child(folder, status, [])
     assert delivered(client, child) == expected(2)
     assert client.get_run(child).info.status == "FINISHED"
@@ -159,13 +161,14 @@ def test_an_end_is_tried_once_while_the_server_is_away(
 ) -> None:
     """Each attempt waits for seconds; a hundred cells would wait for minutes, and fill the screen."""
     folders = [make(tmp_path, f"cell_{number}") for number in range(3)]
-    parent, _ = [enlist(store, folder) for folder in folders][-1]
+    for folder in folders:
+        enlist(store, folder)
     client, calls = lost_client(), []
     monkeypatch.setattr(store, "_client", client)
     monkeypatch.setattr(store, "deliver", lambda folder: calls.append(folder) or client.log_batch())
     for folder in folders:
         assert not store.close_child(folder, Status("finished", "", 2), [])
-    assert not store.close_parent(parent, [], complete=True)
+    assert not store.close_parent(grid_folder(tmp_path), [], True, RESULT)
     assert calls == folders[:1]
     [record] = caplog.records
     assert "does not answer (connection reset)" in record.message

@@ -18,6 +18,7 @@ from bwlm.record.journal import Journal
 from bwlm.record.tracking import EXPERIMENT, Tracking
 from tests.record.mlflow_runs import (
     DATASET,
+    RESULT,
     delivered,
     enlist,
     expected,
@@ -25,6 +26,7 @@ from tests.record.mlflow_runs import (
     log_steps,
     lost_client,
     make,
+    open_grid,
 )
 
 # ---- runs ----
@@ -34,7 +36,7 @@ def test_a_cell_is_a_run_below_its_grids(store: Tracking, client: MlflowClient, 
     folder = make(tmp_path)
     parent, child = enlist(store, folder)
     run = client.get_run(child)
-    assert run.info.run_name == folder.id
+    assert run.info.run_name == "d2_lr0.5_s3_backward"
     assert {
         "mlflow.parentRunId": parent,
         "bwlm.experiment_id": folder.id,
@@ -57,7 +59,7 @@ def test_a_cell_is_a_run_below_its_grids(store: Tracking, client: MlflowClient, 
 def test_a_second_launch_finds_the_same_runs(store: Tracking, client: MlflowClient, tmp_path: Path) -> None:
     folder = make(tmp_path)
     first = enlist(store, folder)
-    store.close_parent(first[0], [folder.path / "config.json"], complete=False)
+    store.close_parent(grid_folder(tmp_path), [folder.path / "config.json"], False, RESULT)
     again = Tracking(store.uri, tmp_path)
     assert enlist(again, folder) == first
     assert client.get_run(first[0]).info.status == "RUNNING"
@@ -107,12 +109,12 @@ def test_the_end_of_a_run(store: Tracking, client: MlflowClient, tmp_path: Path)
     report.write_text("# report")
     for _ in range(2):  # a relaunch closes finished cells again
         assert store.close_child(folder, Status("finished", "", 4, {"val_bpb": 1.5}), [report])
-        assert store.close_parent(parent, [report], complete=True)
+        assert store.close_parent(grid_folder(tmp_path), [report], True, RESULT)
     run = client.get_run(child)
     assert run.info.status == "FINISHED"
     assert run.data.tags["bwlm.state"] == "finished"
     assert delivered(client, child) == expected(4)
-    assert delivered(client, child, "final_val_bpb") == [(4, 1.5)]
+    assert delivered(client, child, "final/bpb") == [(4, 1.5)]
     assert {item.path for item in client.list_artifacts(child)} == {"config.json", "RESEARCH_REPORT.md"}
     assert client.get_run(parent).info.status == "FINISHED"
 
@@ -134,8 +136,8 @@ class Cut(BaseException):
 
 # calls of a first launch, and the how manieth; the grid's run is made before the cell's
 ENLISTING = [
-    ("create_run", 0), ("log_text", 0), ("create_run", 1),
-    ("update_run", 0), ("log_batch", 0), ("log_inputs", 0), ("log_artifact", 0),
+    ("create_run", 0), ("update_run", 0), ("log_batch", 0), ("log_text", 0), ("create_run", 1),
+    ("update_run", 1), ("log_batch", 1), ("log_inputs", 0), ("log_artifact", 0),
 ]  # fmt: skip
 
 
@@ -215,7 +217,7 @@ def test_a_store_that_is_away_at_the_beginning_is_the_users_to_start(
     monkeypatch.setattr(store, "uri", "http://me:secret@there:5000")
     expected = "tracking: http://me:***@there:5000 does not answer (connection reset): start it, or unset MLFLOW_"
     for action in (
-        lambda: store.parent_run(grid_folder(tmp_path), "g", "name: g\n"),
+        lambda: open_grid(store, tmp_path),
         lambda: store.child_run(folder, parent, DATASET),
     ):
         with pytest.raises(UserError) as caught:
@@ -241,14 +243,14 @@ def test_a_diverged_run_is_found_by_its_tag_and_keeps_its_last_figures(
         [experiment.experiment_id], f"tags.`bwlm.diverged` = 'step 5' and tags.`bwlm.experiment_id` = '{folder.id}' "
         f"and attributes.run_id = '{child}'"
     )  # fmt: skip
-    assert found.data.metrics == {"loss": 1 / 3, "tokens": 400}
+    assert found.data.metrics == {"loss": 1 / 3, "train/tokens": 400}
     assert delivered(client, child) == expected(3)
     Journal(folder.path, 3).close()  # it is tried again at a lower rate of another version, and goes well
     log_steps(folder, 4, 6, resume=3)
     store.deliver(folder)
     assert "bwlm.diverged" not in client.get_run(child).data.tags
     assert store.close_child(folder, Status("finished", "", 6, {"loss": 1 / 6}), [])
-    assert client.get_run(child).data.metrics["final_loss"] == 1 / 6
+    assert client.get_run(child).data.metrics["final/loss"] == 1 / 6
     assert "bwlm.diverged" not in client.get_run(child).data.tags
 
 

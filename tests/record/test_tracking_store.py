@@ -29,9 +29,9 @@ from tests.record.mlflow_runs import (
     delivered,
     enlist,
     expected,
-    grid_folder,
     log_steps,
     make,
+    open_grid,
 )
 
 # ---- odd states ----
@@ -217,7 +217,7 @@ def test_the_reason_is_a_clause(
 
     monkeypatch.setattr(store._client, "create_run", fail)
     with pytest.raises(UserError) as caught:
-        store.parent_run(grid_folder(tmp_path), "g", "name: g\n")
+        open_grid(store, tmp_path)
     assert f"does not answer ({reason})" in str(caught.value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pandas as pd
@@ -24,6 +25,10 @@ GAP_HEADER = [
     "noise floor",
     "verdict",
 ]
+
+
+_LONGEST_NAME = 200
+"""Characters of a metric's name, without its suffix; MLflow takes 250."""
 
 
 def gap_columns(gap: Gap) -> list[str]:
@@ -99,6 +104,17 @@ def gap_figures(gap: Gap) -> dict[str, Any]:
     }
 
 
+def gap_metrics(gap: Gap) -> dict[str, float]:
+    """Return a gap's figures as metrics: `gap/d4_forward-backward/nats`, and with it the ends of its intervals."""
+    name = re.sub(r"[^\w .-]", "_", f"{gap.size}_{gap.a}-{gap.b}")[:_LONGEST_NAME]
+    figures: dict[str, float | None] = {"nats": gap.gap_nats}
+    for interval, ends in (("seeds", gap.seed_interval), ("bootstrap", gap.bootstrap)):
+        if ends is not None and (interval == "seeds" or _resampled(gap)):
+            figures |= {f"{interval}_low": ends[0], f"{interval}_high": ends[1]}
+    figures |= {"noise_floor": gap.noise_floor, "percent": gap.gap_percent}
+    return {f"gap/{name}/{figure}": value for figure, value in figures.items() if value is not None}
+
+
 def gap_analysis(gaps: list[Gap], title: str, notes: list[str]) -> Analysis:
     """Return judged gaps as an analysis: a sentence, a row of a table and a bar of a chart for each."""
     shown = pd.DataFrame([gap_columns(one) for one in gaps], columns=GAP_HEADER)
@@ -126,6 +142,11 @@ def gap_frame(gaps: list[Gap]) -> pd.DataFrame:
         pair = f"{one.size}: {one.pair}"
         rows.append((pair, one.gap_nats, low, high, -floor, floor, one.verdict))
     return pd.DataFrame(rows, columns=["pair", "gap", "low", "high", "floor_low", "floor", "verdict"])
+
+
+def verdict_line(gap: Gap) -> str:
+    """Tell a judged gap in few words: `d4 forward → backward: **different**, +0.0210 nats/token`."""
+    return f"{gap.size} {gap.a} → {gap.b}: **{gap.verdict}**, {gap.gap_nats:+.4f} nats/token"
 
 
 def gap_line(gap: Gap, windows: int) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bwlm.analysis.charts.losses import gap_chart, learning_curves
 from bwlm.analysis.charts.style import save_chart
 from bwlm.analysis.commands.compare import single_curves, without_rl
-from bwlm.analysis.commands.gap import GAP_HEADER, gap_caption, gap_columns, gap_frame, gap_line
+from bwlm.analysis.commands.gap import GAP_HEADER, gap_caption, gap_columns, gap_frame, gap_line, verdict_line
 from bwlm.analysis.commands.result import markdown_table
 from bwlm.analysis.report.baseline import baseline_section
 from bwlm.analysis.report.controls import controls_section
@@ -43,8 +43,18 @@ PAGE = "RESEARCH_REPORT.html"
 LOSSES = "losses.parquet"
 
 
-def write_grid_report(storage: Path, name: str, into: Path | None = None) -> list[Path]:
-    """Write the report of a grid and its charts into its folder, or `into` another; return the files, report first."""
+@dataclass(frozen=True)
+class GridReport:
+    """Report of a grid: its files, the report first, and what it found."""
+
+    files: list[Path]
+    findings: Findings
+    summary: str
+    """Verdict and best learning rates in Markdown, without pictures."""
+
+
+def write_grid_report(storage: Path, name: str, into: Path | None = None) -> GridReport:
+    """Write the report of a grid and its charts into its folder, or `into` another."""
     folder = into or grid_folder(storage, name)
     folders, left_out = readable(ExperimentFolder(storage, run) for run in cells_of(storage, name))
     findings = find(folders)
@@ -59,7 +69,22 @@ def write_grid_report(storage: Path, name: str, into: Path | None = None) -> lis
     notes = [*dropped_words(dropped_cells(storage, name)), *_earlier_words(storage, name)]
     text = _grid_text(name, folders, findings, notes)
     text += "\n".join(["", *(f"{part}\n" for part in sections)])
-    return [*_write(text, folder, storage, f"bwlm: {name}"), *charts, *pictures]
+    files = [*_write(text, folder, storage, f"bwlm: {name}"), *charts, *pictures]
+    return GridReport(files, findings, _summary(findings))
+
+
+def _summary(findings: Findings) -> str:
+    """Return the verdict and the best learning rates for a reader who has not opened the report."""
+    parts = []
+    if findings.gaps:
+        parts += ["\n".join(f"- {verdict_line(found)}" for found in findings.gaps)]
+        parts += [markdown_table(GAP_HEADER, [gap_columns(found) for found in findings.gaps])]
+    if findings.best:
+        parts += ["Best learning rates", markdown_table(BEST_HEADER, [best_columns(rate) for rate in findings.best])]
+    lines = [*findings.skipped, *findings.at_edge]
+    parts += ["\n".join(f"- {line}" for line in lines)] if lines else []
+    parts += [f"The whole report is {REPORT}, among the artifacts."]
+    return "\n\n".join(parts)
 
 
 def _grid_sections(

@@ -1,0 +1,21 @@
+"""The table of docs/mlflow.md, from the names themselves: `python -m tests.record.metric_table` writes it anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bwlm.record.metrics import METRICS
+
+PAGE = Path(__file__).parents[2] / "docs" / "mlflow.md"
+MARK = "<!-- from bwlm/record/metrics.py, by `python -m tests.record.metric_table` -->\n"
+
+
+def table() -> str:
+    head = "| in MLflow | unit | in `metrics.jsonl` | meaning |\n| --- | --- | --- | --- |\n"
+    return head + "".join(
+        f"| `{metric.mlflow}` | {metric.unit} | `{name}` | {metric.meaning} |\n" for name, metric in METRICS.items()
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(PAGE.read_text().partition(MARK)[0] + MARK + table())
