@@ -36,6 +36,7 @@ def tracking_uri(storage: Path, chosen: str | None) -> str:
 
 
 def sqlite_uri(path: Path) -> str:
+    """Return the URI of an SQLite file, whatever characters its path holds."""
     from sqlalchemy.engine import URL, make_url
 
     plain = f"sqlite:///{path}"

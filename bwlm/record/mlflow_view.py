@@ -1,4 +1,4 @@
-"""What MLflow shows of grids and runs: their names, times, tags, texts and figures."""
+"""Names, times, tags, texts and figures of grids and runs, as MLflow shows them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import pytest
 
 from bwlm.analysis.charts.losses import gap_chart, learning_curves
 from bwlm.analysis.charts.style import save_chart
-from bwlm.analysis.commands.gap import GAP_HEADER, gap_columns
+from bwlm.analysis.commands.gap import GAP_HEADER, gap_columns, gap_metrics
 from bwlm.analysis.commands.result import frame_to_markdown, markdown_table
 from bwlm.analysis.report.output import write_report
 from bwlm.analysis.report.sections import cost_section, data_section
@@ -420,6 +420,31 @@ def test_few_documents_are_not_resampled(documents: int, shown: bool, tmp_path: 
     assert (row[GAP_HEADER.index("95 % bootstrap")] != "–") is shown
     words = f"{documents} document{'s' if documents > 1 else ''}: too few to resample"
     assert (words in text) is not shown
+
+
+def test_a_summary_and_metrics_say_what_the_report_says(
+    grid: list[ExperimentFolder], written: tuple[str, list[Path]]
+) -> None:
+    text, _ = written
+    report = write_grid_report(grid[0].path.parent, "g")
+    first, *_ = report.findings.gaps
+    line = f"- d1 forward → backward: **{first.verdict}**, {first.gap_nats:+.4f} nats/token"
+    assert report.summary.startswith(f"{line}\n- ")
+    tables = [line for line in report.summary.splitlines() if line.startswith("|")]
+    assert tables
+    assert set(tables) <= set(text.splitlines())
+    assert first.seed_interval is not None
+    few = replace(first, size="d1 data=a/b", bootstrap=(0.5, 1.5), documents=9, noise_floor=None)
+    assert gap_metrics(few) == {
+        "gap/d1 data_a_b_forward-backward/nats": first.gap_nats,
+        "gap/d1 data_a_b_forward-backward/seeds_low": first.seed_interval[0],
+        "gap/d1 data_a_b_forward-backward/seeds_high": first.seed_interval[1],
+        "gap/d1 data_a_b_forward-backward/percent": first.gap_percent,
+    }
+    whole = gap_metrics(replace(few, documents=10, noise_floor=0.25, seed_interval=None))
+    figures = {name.rpartition("/")[2]: value for name, value in whole.items()}
+    assert figures.keys() == {"nats", "bootstrap_low", "bootstrap_high", "noise_floor", "percent"}
+    assert (figures["bootstrap_low"], figures["bootstrap_high"], figures["noise_floor"]) == (0.5, 1.5, 0.25)
 
 
 def test_writing_it_again_changes_nothing(grid: list[ExperimentFolder], written: tuple[str, list[Path]]) -> None:

@@ -22,6 +22,7 @@ from bwlm.paths import read_json
 from bwlm.record.checkpoint import load_newest, load_weights
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import read_journal
+from bwlm.record.metrics import METRICS
 from bwlm.text.batches import Batch, DirectedPlan, open_rows
 from bwlm.text.conversation import TurnIds, TurnLayout, read_back
 from bwlm.text.direction import IGNORED, SpecialIds
@@ -120,6 +121,8 @@ def test_every_phase_has_a_research_log_of_its_own(new_family: NewFamily, new_ch
             assert ((log["tokens/loss"][:] > 0) <= (target >= 0)).all()
             assert (target >= 0).any()
             assert log["tokens/row"].shape[0] == target.shape[0]
+        measured = {name for entry in read_journal(folder.path) for name in entry.metrics}
+        assert measured <= METRICS.keys(), "a metric without a name for MLflow"
 
 
 @pytest.mark.parametrize("phase", ["mid", "sft"])
