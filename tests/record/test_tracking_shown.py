@@ -15,7 +15,7 @@ from bwlm.record.journal import Entry
 from bwlm.record.metrics import METRICS, final_for_mlflow, for_mlflow
 from bwlm.record.mlflow_view import LONGEST_TAG, GridSettings, run_name, shortened
 from bwlm.record.provenance import provenance
-from bwlm.record.tracking import Tracking
+from bwlm.record.tracking import Tracking, noted_run
 from tests.record.metric_table import MARK, PAGE, table
 from tests.record.mlflow_runs import (
     DATASET,
@@ -131,7 +131,7 @@ def test_an_expected_run_is_made_once_when_its_making_is_cut_off(
         patch.setattr(store._client, "log_inputs", lost)
         assert not store.try_deliver(folder)
     assert store.try_deliver(folder)
-    child = store.run_of(folder) or ""
+    child = noted_run(folder.path) or ""
     assert client.get_run(child).inputs.dataset_inputs
     assert delivered(client, child) == expected(2)
     [found] = client.search_runs([store._experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
@@ -186,6 +186,7 @@ def test_a_launch_tells_its_user_and_the_commit_of_the_working_folder(
     subprocess.run(["git", "add", "."], check=True)
     subprocess.run(["git", *author, "commit", "-qm", "first"], check=True)
     head = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    (mine / "notes.txt").touch()  # no file of the repository
     tags = provenance()
     assert (tags["mlflow.source.git.commit"], tags["mlflow.source.git.dirty"]) == (head, "false")
     assert (tags["mlflow.user"], tags["mlflow.source.name"]) == ("ada", "bwlm grid run 'a b.yaml'")
@@ -215,7 +216,7 @@ def test_a_grid_that_grew_shows_its_new_values(store: Tracking, client: MlflowCl
     parent, home = open_grid(store, tmp_path), grid_folder(tmp_path)
     for _ in range(2):
         assert store.close_parent(home, [], True, RESULT)
-    grown = GridSettings(2, {"data": "d"}, {"lr": "0.5, 1.0", "direction": "forward, backward"})
+    grown = GridSettings(2, {"data": "d", "lr": "1.0"}, {"lr": "0.5, 1.0", "direction": "forward, backward"})
     assert store.parent_run(home, "g", "name: g\n", grown) == parent
     better = replace(RESULT, text="other", metrics={"gap/d2_forward-backward/nats": -0.5})
     assert store.close_parent(home, [], True, better)
