@@ -245,7 +245,7 @@ def report(
     Example: `bwlm analyze report demo --output demo.html`
     """
     from bwlm.analysis.report.output import ENDINGS, write_report
-    from bwlm.analysis.report.study import write_experiment_report, write_grid_report
+    from bwlm.analysis.report.study import write_experiment_report
     from bwlm.paths import storage_root
     from bwlm.record.catalog.select import choose
     from bwlm.record.grids import grid_names
@@ -258,7 +258,7 @@ def report(
         for line in left_out:
             say(line)
         if name in grid_names(root):
-            makers.append(lambda into, grid=name: write_grid_report(root, grid, into).files)
+            makers.append(partial(_grid_files, root, name))
         else:
             makers += [partial(write_experiment_report, folder, True) for folder in folders]
     if output and len(makers) > 1:
@@ -273,6 +273,12 @@ def report(
         print_json({"files": [str(file) for file in files]})
     else:
         show(*(str(file) for file in files if file.suffix in (".md", ".html")))
+
+
+def _grid_files(root: Path, name: str, into: Path | None) -> list[Path]:
+    from bwlm.analysis.report.study import write_grid_report
+
+    return write_grid_report(root, name, into).files
 
 
 def _run(

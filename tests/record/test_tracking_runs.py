@@ -107,9 +107,11 @@ def test_the_end_of_a_run(store: Tracking, client: MlflowClient, tmp_path: Path)
     log_steps(folder, 1, 4)
     report = tmp_path / "RESEARCH_REPORT.md"
     report.write_text("# report")
+    (tmp_path / "earlier" / "then").mkdir(parents=True)
+    (tmp_path / "earlier" / "then" / report.name).write_text("# another")
     for _ in range(2):  # a relaunch closes finished cells again
         assert store.close_child(folder, Status("finished", "", 4, {"val_bpb": 1.5}), [report])
-        assert store.close_parent(grid_folder(tmp_path), [report], True, RESULT)
+        assert store.close_parent(grid_folder(tmp_path), [report, tmp_path / "earlier"], True, RESULT)
     run = client.get_run(child)
     assert run.info.status == "FINISHED"
     assert run.data.tags["bwlm.state"] == "finished"
@@ -117,6 +119,9 @@ def test_the_end_of_a_run(store: Tracking, client: MlflowClient, tmp_path: Path)
     assert delivered(client, child, "final/bpb") == [(4, 1.5)]
     assert {item.path for item in client.list_artifacts(child)} == {"config.json", "RESEARCH_REPORT.md"}
     assert client.get_run(parent).info.status == "FINISHED"
+    names = ("RESEARCH_REPORT.md", "earlier/then/RESEARCH_REPORT.md")
+    texts = [Path(client.download_artifacts(parent, name)).read_text() for name in names]
+    assert texts == ["# report", "# another"]
 
 
 @pytest.mark.parametrize(("state", "shown"), [("failed", "FAILED"), ("stopped", "KILLED"), ("running", "KILLED")])
