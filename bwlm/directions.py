@@ -49,6 +49,11 @@ def own_readings(direction: str) -> tuple[str, ...]:
     return DIRECTIONS[direction].readings
 
 
+def evaluated_readings(direction: str) -> tuple[str, ...]:
+    """Return the readings in which a model of the direction is evaluated: forward, backward, and its own if other."""
+    return tuple(dict.fromkeys((*TEXT_READINGS, *own_readings(direction))))
+
+
 def is_marked(direction: str) -> bool:
     """Return whether segments carry a marker after BOS, which tells a model of several readings which one to use."""
     return len(own_readings(direction)) > 1

@@ -1,4 +1,4 @@
-"""`bwlm eval`: bits per byte of a trained model, in both directions."""
+"""`bwlm eval`: bits per byte of a trained model, in each direction of reading."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bwlm.cli.terminal import Json, Storage, busy, print_json, say, show_table
-from bwlm.directions import TEXT_READINGS
+from bwlm.directions import READINGS
 from bwlm.errors import UserError, nearest
 
 
@@ -22,8 +22,13 @@ def evaluate(
         ),
     ],
     directions: Annotated[
-        str, typer.Option(help="Directions in which the model reads the texts, also one that it was not trained in.")
-    ] = "forward,backward",
+        str | None,
+        typer.Option(
+            help="Directions in which the model reads the texts, also one that it was not trained in. "
+            "Default: forward, backward, and permuted for a permuted model.",
+            show_default=False,
+        ),
+    ] = None,
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
@@ -55,10 +60,11 @@ def evaluate(
     return None
 
 
-def _readings(names: str) -> tuple[str, ...]:
-    known = TEXT_READINGS
+def _readings(names: str | None) -> tuple[str, ...] | None:
+    if names is None:
+        return None
     chosen = tuple(name.strip() for name in names.split(","))
     for name in chosen:
-        if name not in known:
-            raise UserError(f"--directions: {name!r} is not one of {', '.join(known)}{nearest(name, known)}")
+        if name not in READINGS:
+            raise UserError(f"--directions: {name!r} is not one of {', '.join(READINGS)}{nearest(name, READINGS)}")
     return chosen

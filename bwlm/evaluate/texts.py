@@ -1,4 +1,4 @@
-"""Bits per byte of a trained model on texts: the documents of its base, and conversations, in both readings."""
+"""Bits per byte of a trained model on texts: the documents of its base, and conversations, in each reading."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bwlm.directions import is_marked, own_readings
+from bwlm.directions import TEXT_READINGS, evaluated_readings, is_marked, own_readings
 from bwlm.errors import UserError
 from bwlm.evaluate.windows import LossEvaluation
 from bwlm.model.observe import evaluating
@@ -54,6 +54,7 @@ def evaluate_texts(
 ) -> list[TextLoss]:
     """Return the loss of the validation windows of each corpus, by `task`.
 
+    Conversations are read forward and backward alone: they have no other order.
     Saves the loss of every segment in the run's folder, as `evaluations/<phase>/<direction>/<task>.parquet` with a
     summary beside it; of an earlier checkpoint as `<task>@<step>.parquet`.
     """
@@ -62,6 +63,8 @@ def evaluate_texts(
     for task, corpus in corpora.items():
         evaluation = _evaluation(loaded, task, corpus)
         for reading in readings:
+            if task == "conversations" and reading not in TEXT_READINGS:
+                continue
             with evaluating(loaded.model):
                 segments, _ = evaluation.measure(loaded.model, reading, is_marked(loaded.config.experiment.direction))
             home = folder.evaluation(loaded.config.experiment.phase, reading)
@@ -100,13 +103,13 @@ def _evaluation(loaded: LoadedModel, task: str, corpus: str) -> LossEvaluation:
 
 
 def evaluate_run(
-    storage: Path, checkpoint: str, readings: tuple[str, ...], progress: Callable[[str], None]
+    storage: Path, checkpoint: str, readings: tuple[str, ...] | None, progress: Callable[[str], None]
 ) -> list[TextLoss]:
     """Evaluate a finished run on its base's documents, and on conversations: its own mixture's, or built-in ones.
 
-    `checkpoint` is `ID` for the newest, `ID@STEP` or `ID@best`. Raises `UserError` if there is no such run, it is not
-    finished or has no such checkpoint, and if its text is gone: the message gives the command that makes the text
-    again.
+    `checkpoint` is `ID` for the newest, `ID@STEP` or `ID@best`. `readings`: None for forward, backward and the
+    model's own. Raises `UserError` if there is no such run, it is not finished or has no such checkpoint, and if its
+    text is gone: the message gives the command that makes the text again.
     """
     folder = open_experiment(storage, CheckpointName.parse(checkpoint).run)
     if (state := folder.status().state) != "finished":
@@ -116,7 +119,8 @@ def evaluate_run(
         "documents": str(_documents(storage, folder, loaded.config)),
         "conversations": str(_conversations(storage, loaded.config, progress)),
     }
-    return evaluate_texts(loaded, corpora, readings, folder)
+    direction = loaded.config.experiment.direction
+    return evaluate_texts(loaded, corpora, readings or evaluated_readings(direction), folder)
 
 
 def _documents(storage: Path, folder: ExperimentFolder, config: RunConfig) -> Path:

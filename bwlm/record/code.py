@@ -57,8 +57,8 @@ def module_digests(phase: str, mixture: tuple[str, ...] = (), root: Path = REPOS
     pending = [*_ROOTS, f"bwlm.train.{phase}"]
     while pending:
         name = pending.pop()
-        path = root / f"{name.replace('.', '/')}.py"
-        if name in trees or name in NO_RESULT or not path.exists():
+        path = _file_of(name, root)
+        if name in trees or name in NO_RESULT or path is None:
             continue
         trees[name] = ast.parse(path.read_bytes())
         imported = set(_imports(trees[name]))
@@ -66,6 +66,12 @@ def module_digests(phase: str, mixture: tuple[str, ...] = (), root: Path = REPOS
         if "tasks" in imported:
             pending += _tasks_named(mixture, root)
     return {name: _digest(tree, NO_SETTINGS if name == "bwlm.config" else ()) for name, tree in sorted(trees.items())}
+
+
+def _file_of(name: str, root: Path) -> Path | None:
+    """Return the file of a module or of a package's `__init__`; None for the name of a member."""
+    stem = root / name.replace(".", "/")
+    return next((path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.exists()), None)
 
 
 def code_digest(modules: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from bwlm.config import Experiment
-from bwlm.directions import DIRECTIONS, TEXT_READINGS, own_readings
+from bwlm.directions import DIRECTIONS, evaluated_readings, own_readings
 from bwlm.model.shape import GPTConfig
 from bwlm.phases import PHASES
 from bwlm.record.researchlog_schema import GROUPS, MAP_POSITIONS, STATE_WINDOWS, Column
@@ -92,7 +92,7 @@ def _sizes(experiment: Experiment, shape: GPTConfig) -> dict[str, int]:
         "S": 1 + _PLACES_PER_LAYER * depth,
         "B": _BINS,
         "D": len(own),
-        "validation D": len({*TEXT_READINGS, *own}),
+        "validation D": len(evaluated_readings(experiment.direction)),
         "N": windows * length,
         "L": depth,
         "L+1": depth + 1,

@@ -55,8 +55,8 @@ class RunConfig:
         current = self.accepted_code[-1]["code"] if self.accepted_code else self.identity["code"]
         if current == code_digest(modules):
             return ""
-        if self.identity_version < IDENTITY_VERSION:
-            return f"code: trained under identity version {self.identity_version}, which names no modules"
+        if (version := self.identity_version) < IDENTITY_VERSION:
+            return f"code: trained under identity version {version}, which cannot be compared with today's"
         changed = changed_modules(self.modules, modules)
         return f"code: {', '.join(changed)} changed" if changed else "code: another version of torch"
 

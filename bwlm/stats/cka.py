@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+FEWEST_TOKENS = 4
+"""Fewest tokens that the unbiased estimator is defined for."""
+
 
 def linear_cka(x: NDArray[Any], y: NDArray[Any]) -> float:
     """Return the linear CKA of states [Q, C] and [Q, C'] of the same tokens: at most 1, unbiased for few tokens.
@@ -53,13 +56,18 @@ class Kernel:
 
 
 def hsic(k: Kernel, m: Kernel) -> float:
-    """Return the unbiased HSIC of Song et al. (2012) of two kernels without their diagonals."""
+    """Return the unbiased HSIC of Song et al. (2012) of two kernels without their diagonals; NaN for too few tokens."""
     n = len(k.x)
+    if n < FEWEST_TOKENS:
+        return math.nan
     products = np.square(k.x.T @ m.x).sum() - k.diagonal @ m.diagonal
     total = products + k.sums.sum() * m.sums.sum() / ((n - 1) * (n - 2)) - 2 * (k.sums @ m.sums) / (n - 2)
     return float(total / (n * (n - 3)))
 
 
 def cka(k: Kernel, m: Kernel) -> float:
-    """Return the CKA of two kernels, at most 1; NaN if either has no variance or states that are not finite."""
+    """Return the CKA of two kernels, at most 1; NaN if either has no variance or states that are not finite.
+
+    It is NaN too for fewer than `FEWEST_TOKENS` tokens.
+    """
     return hsic(k, m) / math.sqrt(k.own * m.own) if k.own > 0 and m.own > 0 else math.nan

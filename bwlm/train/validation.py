@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bwlm.config import ResearchLogSettings
-from bwlm.directions import TEXT_READINGS, is_marked, opposite, own_readings
+from bwlm.directions import TEXT_READINGS, evaluated_readings, is_marked, opposite, own_readings
 from bwlm.evaluate.states import ActivationProbe
 from bwlm.evaluate.windows import LossEvaluation, Measured, SegmentLosses
 from bwlm.model.gpt import GPT
@@ -60,7 +60,7 @@ class Validation:
     @property
     def readings(self) -> tuple[str, ...]:
         """Forward and backward, and the direction's own reading if it is another."""
-        return tuple(dict.fromkeys((*TEXT_READINGS, *own_readings(self.direction))))
+        return evaluated_readings(self.direction)
 
     def measure(self, model: GPT) -> dict[str, Measured]:
         """Return the losses of the windows, by reading."""

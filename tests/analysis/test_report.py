@@ -727,7 +727,7 @@ def test_bidirectional_cells_are_compared_at_equal_tokens_in_all_and_per_directi
 
 
 def test_energy_is_told_of_runs_whose_gpu_told_its_power(tmp_path: Path) -> None:
-    """20 steps of half a second at 400 W, and 3 of the first looks are missing: 4000 J on each of two workers."""
+    """20 steps of half a second at 400 W, 3 of the first looks missing: 4000 J and 10 s on each of two workers."""
     folder = make_cell(tmp_path, "forward")
     on(folder, ResourceSettings(workers=2, gpus_per_worker=1))
     assert "Energy is not known: no GPU reported its power." in cost_section([finish(folder, {"forward": [20.0]})])[-1]
@@ -739,6 +739,8 @@ def test_energy_is_told_of_runs_whose_gpu_told_its_power(tmp_path: Path) -> None
     _, table, words = cost_section([folder])
     assert float(table.splitlines()[-1].split("|")[-2]) == pytest.approx(8000 / 3.6e6, abs=1e-4)
     assert "Energy is that of GPUs during steps" in words
+    assert float(table.splitlines()[-1].split("|")[-4]) == pytest.approx(20 / 3600, abs=1e-4)
+    assert "Hours are those of all workers" in words
     on(folder, ResourceSettings(gpus_per_worker=0.25))
     assert float(cost_section([folder])[1].splitlines()[-1].split("|")[-2]) == pytest.approx(1000 / 3.6e6, abs=1e-4)
     silent = finish(make_cell(tmp_path, "forward", seed=1), {"forward": [20.0]})

@@ -33,6 +33,7 @@ def test_cka_of_what_is_known() -> None:
     assert linear_cka(x, x) == pytest.approx(1)
     assert linear_cka(x, 3 * turned + 5) == pytest.approx(1)
     assert math.isnan(linear_cka(x, np.full_like(x, np.inf)))  # of a run that diverged; no warning besides
+    assert [math.isnan(linear_cka(x[:few], x[:few])) for few in range(1, 5)] == [True, True, True, False]
     unrelated = [linear_cka(rng.normal(size=(50, 64)), rng.normal(size=(50, 64))) for _ in range(40)]
     assert abs(np.mean(unrelated)) < 0.02
     wide = rng.normal(size=(4000, 8))  # half of the features shared, all of one variance: 4 / 8

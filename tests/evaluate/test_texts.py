@@ -132,11 +132,22 @@ def test_the_command_evaluates_a_named_checkpoint_beside_the_last(
     assert f"{sft.id}, step 4" in shell("eval", f"{sft.id}@4", *storage).out
 
 
+def test_a_permuted_model_is_evaluated_in_its_own_order_too(shell: Shell, new_family: NewFamily) -> None:
+    """On documents: no conversation has that order."""
+    folder = new_family("permuted")
+    rows = shell.json("eval", folder.id, "--storage", str(folder.path.parent))
+    assert [(row["direction"], row["native"]) for row in rows if row["task"] == "documents"] == [
+        ("forward", False), ("backward", False), ("permuted", True)
+    ]  # fmt: skip
+    assert rows[2]["bpb"] == pytest.approx(folder.status().metrics["val_bpb"], rel=1e-5)
+    assert [row["direction"] for row in rows if row["task"] == "conversations"] == [*BOTH]
+
+
 def test_mistakes_are_told_in_one_line(shell: Shell, new_family: NewFamily, tmp_path: Path) -> None:
     storage = ("--storage", str(tmp_path))
     folder = new_family("forward")
     check_mistake(shell("eval", "forwrd", *storage), "forwrd: no such experiment in")
-    told = "--directions: 'backwards' is not one of forward, backward (did you mean 'backward'?)"
+    told = "--directions: 'backwards' is not one of forward, backward, permuted (did you mean 'backward'?)"
     check_mistake(shell("eval", "forward", "--directions", "backwards", *storage), told)
     check_mistake(shell("train", "--phase", "eval", *storage), "--parent: missing: name the run to evaluate")
     check_mistake(shell("eval", "forward@5", *storage), "no checkpoint of step 5: choose from 4, 8, 12")

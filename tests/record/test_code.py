@@ -217,6 +217,18 @@ def test_a_module_counts_once_training_imports_it(root: Path) -> None:
     assert "bwlm.evaluate.choices" in module_digests("base", (), root)
 
 
+def test_the_code_of_a_package_counts_as_that_of_a_module(root: Path) -> None:
+    kernels = root / "bwlm" / "model" / "kernels" / "__init__.py"
+    kernels.parent.mkdir()
+    kernels.write_text("TILE = 16\n")
+    gpt = root / "bwlm" / "model" / "gpt.py"
+    gpt.write_text(gpt.read_text() + "\n\nfrom bwlm.model.kernels import TILE\n")
+    before = module_digests("base", (), root)
+    kernels.write_text("TILE = 32\n")
+    module_digests.cache_clear()
+    assert changed_modules(before, module_digests("base", (), root)) == ["bwlm.model.kernels"]
+
+
 # ---- any Python ----
 
 _PRINT = """

@@ -159,6 +159,16 @@ def test_the_digest_repeats_and_sees_every_change(tmp_path: Path) -> None:
     assert len({digest, digest_of(tmp_path, documents, 13), *found.values()}) == len(changes) + 2
 
 
+def test_the_digest_sees_which_documents_are_whole() -> None:
+    """The end of a whole document is a target, so rows of equal tokens may still train otherwise."""
+    digests = set()
+    for whole in (True, False):
+        counts = ShardCounts("shard_00000.arrow")
+        counts.add([(0, 0, whole, np.arange(5, dtype=np.uint32))])
+        digests.add(counts.finish()["sha256"])
+    assert len(digests) == 2
+
+
 def test_the_manifests_digest_covers_splits_and_tokenizer() -> None:
     shards = [{"file": f"shard_{index:05d}.arrow", "sha256": str(index)} for index in range(3)]
     whole, fewer = PackedSplit.from_shards(shards), PackedSplit.from_shards(shards[:2])

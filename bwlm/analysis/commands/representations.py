@@ -16,8 +16,9 @@ from bwlm.analysis.runs.labels import sizes
 from bwlm.analysis.runs.research_logs import LoggedRun, from_each, opened
 from bwlm.directions import READINGS, is_marked, rank
 from bwlm.errors import UserError
+from bwlm.format import counted
 from bwlm.record.experiment import ExperimentFolder
-from bwlm.stats.cka import Kernel, cka
+from bwlm.stats.cka import FEWEST_TOKENS, Kernel, cka
 
 _STATISTICS = ("entropy", "distance", "first_share")
 
@@ -90,6 +91,11 @@ def _states(folders: list[ExperimentFolder], groups: dict[str, str]) -> tuple[li
                 readings = run.fixed("representations", "reading")
                 tokens, states = run.fixed("representations", "token"), run.last("representations", "states")
                 step = int(run.last("representations", "step"))
+                if len(tokens) < FEWEST_TOKENS:
+                    raise UserError(
+                        f"{folder.id}: holds states of {counted(len(tokens), 'token')}, and CKA needs {FEWEST_TOKENS}: "
+                        "train with a larger research_log.representations"
+                    )
                 for reading, of_reading in zip(readings, states, strict=True):
                     layers = [Kernel.from_states(of_layer) for of_layer in of_reading]
                     logged.append(

@@ -158,20 +158,22 @@ def _totals(shards: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def cost_section(folders: list[ExperimentFolder]) -> list[str]:
-    """Return the section on cost by direction: hours, tokens, FLOPs and, if all its runs logged GPU power, energy."""
+    """Return the section on cost by direction: tokens, FLOPs, workers' hours and, if all logged GPU power, energy."""
     rows = []
     for folder in folders:
         curve = load_curves(folder)
         if not curve.empty:
             last, validation = curve.iloc[-1], curve.get("validation_seconds", pd.Series(dtype=float)).sum()
+            experiment = folder.config().experiment
+            workers = experiment.resources.workers
             rows.append(
                 {
-                    "direction": folder.config().experiment.direction,
+                    "direction": experiment.direction,
                     "runs": 1,
                     "tokens": float(last["tokens"]),
                     "FLOPs": float(last["flops"]),
-                    "hours of steps": curve["step_seconds"].sum() / 3600,
-                    "hours of validation": validation / 3600,
+                    "hours of steps": curve["step_seconds"].sum() * workers / 3600,
+                    "hours of validation": validation * workers / 3600,
                     "kWh of GPUs": _energy(folder, curve),
                 }
             )
@@ -189,7 +191,7 @@ def cost_section(folders: list[ExperimentFolder]) -> list[str]:
         else "that of GPUs during steps: rank 0's power for every GPU; of a shared GPU, the run's part"
     )
     table = table.drop(columns="kWh of GPUs") if unknown else table
-    return ["## Cost", frame_to_markdown(table), f"Hours are wall-clock hours, summed over runs. Energy is {energy}."]
+    return ["## Cost", frame_to_markdown(table), f"Hours are those of all workers of all runs. Energy is {energy}."]
 
 
 def _energy(folder: ExperimentFolder, curve: pd.DataFrame) -> float:
