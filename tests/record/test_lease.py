@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -11,16 +12,19 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
 
 from bwlm.errors import Interrupted
+from bwlm.record import lease as module
 from bwlm.record.lease import Holder, Lease, LeaseLost, living_holder, take, take_at_once
 
 SECONDS = 1.5
@@ -196,6 +200,65 @@ def test_of_several_that_take_it_at_once_exactly_one_has_it(path: Path) -> None:
                 tell(racer)
 
 
+@contextmanager
+def silent(path: Path, seconds: float) -> Iterator[None]:
+    """Hold a lease without a sign of life since 2001."""
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "since": 1e9, "seconds": seconds}))
+    os.utime(path, (1e9, 1e9))
+    with path.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+def test_a_silent_holder_is_taken_over_after_as_many_looks_as_its_time_holds(path: Path) -> None:
+    """The first look sees no silence; each of the five after it adds a fifth of the holder's time."""
+    with silent(path, seconds=0.05):
+        with pytest.raises(Interrupted):
+            take(path, SECONDS, 0.01, after(polls=4))
+        lease, waited = take(path, SECONDS, 0.01, after(polls=6))
+        assert waited
+        lease.release()
+
+
+def test_a_holder_that_shows_itself_at_the_last_moment_keeps_it(path: Path) -> None:
+    with silent(path, seconds=0.05):
+        seen = module._look(path)
+        os.utime(path)
+        assert module._take_over(path, seen, SECONDS) is None
+        lease = module._take_over(path, module._look(path), SECONDS)
+        assert lease is not None
+        lease.release()
+
+
+def test_who_locks_a_file_that_lost_its_name_meanwhile_does_not_have_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process takes the lease between the opening of the file and the lock."""
+    lock, winners = module._lock, list[Lease]()
+
+    def late(file: IO[bytes], kind: int) -> bool:
+        if not winners:
+            winners.append(Lease(path, SECONDS))
+        return lock(file, kind)
+
+    monkeypatch.setattr(module, "_lock", late)
+    assert module._take_free(path, SECONDS) is None
+    winners[0].check()
+    winners[0].release()
+
+
+def test_a_lease_does_not_run_out_where_nothing_can_be_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system's clock is not known there."""
+
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with silent(path, seconds=1):
+        assert living_holder(path) is None
+        monkeypatch.setattr(tempfile, "TemporaryFile", full)
+        assert str(living_holder(path)) == "elsewhere:7"
+
+
 # ---- alive ----
 
 
@@ -239,6 +302,25 @@ def test_it_may_be_had_again_and_again(path: Path) -> None:
 
 def taken_away(lease: Lease) -> bool:
     return not lease.is_held()
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_keep_it(path: Path) -> None:
+    lease = taken(path)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(reading, 1)
+        os._exit(0)
+    lease.release()
+    try:
+        again = take_at_once(path)
+        assert isinstance(again, Lease)
+        again.release()
+    finally:
+        os.write(writing, b".")
+        os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
 
 
 def test_who_only_looks_does_not_hold_it(path: Path) -> None:
