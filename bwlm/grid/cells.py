@@ -127,8 +127,12 @@ def resume_config(known: RunConfig, requested: RunConfig, begun: bool = True) ->
     if settings.compute.precision == "auto":
         compute = replace(compute, precision=known.compute.precision)
         identity["precision"] = known.identity["precision"]
+    version = asked.identity_version
     if _counts_files_by_time(known, settings):
-        identity["data"] = known.identity["data"]
+        identity["data"], version = (
+            known.identity["data"],
+            known.identity_version,
+        )  # for the launches after this one too
     compute = compute.with_threads(settings.resources.cpus_per_worker)
     return replace(
         known,
@@ -137,7 +141,7 @@ def resume_config(known: RunConfig, requested: RunConfig, begun: bool = True) ->
         compute=compute,
         corpus=requested.corpus,  # the same text, in another folder if it had to be prepared again
         tokenizer=requested.tokenizer,
-        identity_version=requested.identity_version,
+        identity_version=version,
         modules=requested.modules,
     )
 

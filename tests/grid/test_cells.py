@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ import pytest
 from bwlm.config import Experiment
 from bwlm.errors import UserError
 from bwlm.grid import hardware
-from bwlm.grid.cells import resume_config
+from bwlm.grid.cells import PlannedCell, other_settings, resume_config, with_code_of
 from bwlm.grid.hardware import compiled_if_it_can
 from bwlm.model.compute import Compute
+from bwlm.plan.spec import Cell
+from bwlm.record.code import IDENTITY_VERSION
+from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.fingerprint import differences, identity
 from bwlm.record.run_config import RunConfig
 
@@ -62,6 +66,20 @@ def test_how_it_computes_changes_where_that_is_asked_for() -> None:
 def test_another_precision_that_is_asked_for_is_another_run() -> None:
     known, asked = run(), run("float32", compute={"precision": "float32"})
     assert differences(known.identity, resume_config(known, asked).identity)
+
+
+def test_a_run_whose_text_counted_by_time_stays_the_same_run_launch_after_launch(tmp_path: Path) -> None:
+    """Also one that had not begun, which today's code then trains: its text keeps the digest of the older version."""
+    talks = {"phase": "sft", "parent": "p", "data": {"mixture": {"talks.jsonl": 1.0}}}
+    known = replace(run(**talks), identity_version=2)
+    asked = replace(known, identity=known.identity | {"data": "e"}, identity_version=IDENTITY_VERSION)
+    folder = ExperimentFolder(tmp_path, "x")
+    planned = PlannedCell(Cell("x", known.experiment, 5), folder, Status(), [], "code: older")
+    for _ in range(3):
+        taken = with_code_of(known, resume_config(known, asked, begun=False), planned)
+        assert other_settings(known.identity, taken.identity) == []
+        known = taken
+    assert known.identity["code"] == asked.identity["code"]
 
 
 def test_a_compiled_run_goes_on_where_the_compiler_fails_unless_compiling_was_set(

@@ -16,7 +16,7 @@ from bwlm.errors import UserError
 from bwlm.grid.cells import find_cells, waiting_cells
 from bwlm.grid.launch import run_plan
 from bwlm.phases import BUILTIN_MIXTURE
-from bwlm.plan.inherit import inherit
+from bwlm.plan.inherit import inherit, with_defaults
 from bwlm.plan.load import load_grid, plan_experiment
 from bwlm.plan.spec import Plan, generations
 from bwlm.record.experiment import ExperimentFolder, Status
@@ -55,6 +55,14 @@ def refusal(plan: Any) -> str:
 
 
 # ---- chains ----
+
+
+def test_the_defaults_of_a_phase_are_copied() -> None:
+    """So that no run changes those of the next."""
+    mixture = with_defaults({}, "sft")["data"]["mixture"]
+    assert mixture == BUILTIN_MIXTURE
+    mixture["gsm8k"] = 1.0
+    assert with_defaults({}, "sft")["data"]["mixture"] == BUILTIN_MIXTURE != mixture
 
 
 def test_a_chain_makes_an_experiment_of_each_phase_none_its_own_parent() -> None:
@@ -390,6 +398,12 @@ def test_every_cell_of_a_grid_has_its_descendants(tmp_path: Path) -> None:
     assert (deepest.seed, deepest.lr, deepest.optim.init_lr_frac) == (2, 1.0, 0.05)
     assert found["g_backward_d1_lr1_s0-sft_lr2.0"].lr == 2.0
     assert found["g_backward_d1_lr1_s0-sft_lr2.0"].optim.init_lr_frac == 0.1
+
+
+def test_phases_follow_each_other_in_the_order_of_training_however_the_file_lists_them(tmp_path: Path) -> None:
+    one = grid(tmp_path, f"{GRID}phases: {{sft: {{}}, mid: {{}}}}\n")
+    other = grid(tmp_path, f"{GRID}phases: {{mid: {{}}, sft: {{}}}}\n")
+    assert [cell.id for cell in one.cells] == [cell.id for cell in other.cells]
 
 
 def test_parents_stand_before_their_children_and_generations_go_by_them(tmp_path: Path) -> None:

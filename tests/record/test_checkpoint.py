@@ -31,6 +31,7 @@ from bwlm.record.checkpoint import (
     steps_to_keep,
     write_checkpoint,
 )
+from bwlm.record.lease import LeaseLost
 from tests.faults.checkpoints import ALL, flip, is_of, names, rewrite_meta, same_bits, snapshot
 
 
@@ -133,6 +134,20 @@ def test_the_policy_is_what_stays_on_disk(tmp_path: Path) -> None:
         write_checkpoint(tmp_path, snapshot(step, metric), policy)
     assert checkpoint_steps(tmp_path) == [200, 400, 600, 1_000_000]
     assert names(tmp_path) == ["step_000200", "step_000400", "step_000600", "step_1000000"]
+
+
+def test_a_process_that_lost_the_lease_renames_and_deletes_nothing(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+
+    def lost() -> None:
+        raise LeaseLost("another process writes")
+
+    for step in (2, 3):
+        with pytest.raises(LeaseLost):
+            write_checkpoint(tmp_path, snapshot(step, generation=1), KeepPolicy(1), lost)
+    assert names(tmp_path) == ["step_000001", "step_000002"]
+    assert is_of(load_checkpoint(tmp_path, 2), snapshot(2))
 
 
 def test_a_run_taken_up_from_an_older_checkpoint_does_not_keep_the_damaged_newer_one(tmp_path: Path) -> None:
