@@ -12,6 +12,9 @@ _DIGESTS = ("tokenizer", "data", "code", "parent_recipe")
 """Fields of an identity that are digests in hex, a possible cause before its effect."""
 
 
+_ANCESTORS = {name for phase in PHASES.values() for name in phase.follows}
+"""Phases that fields of ancestors can be of; `rl.samples` is a run's own setting, of the section `rl`."""
+
 DIGITS = 8
 """Digits of a digest that a label shows."""
 
@@ -76,7 +79,7 @@ def setting_of(name: str) -> tuple[int, str]:
     Fields of the run itself have generation 0; a phase's number counts back from the last phase.
     """
     phase, _, setting = name.partition(".")
-    return (len(PHASES) - 1 - order(phase), setting) if phase in PHASES else (0, name)
+    return (len(PHASES) - 1 - order(phase), setting) if phase in _ANCESTORS else (0, name)
 
 
 def double_budget_pairs(identities: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -55,8 +55,8 @@ class RunConfig:
         current = self.accepted_code[-1]["code"] if self.accepted_code else self.identity["code"]
         if current == code_digest(modules):
             return ""
-        if (version := self.identity_version) < IDENTITY_VERSION:
-            return f"code: trained under identity version {version}, which cannot be compared with today's"
+        if self.identity_version < IDENTITY_VERSION:
+            return f"code: identity version {self.identity_version}, not comparable with today's {IDENTITY_VERSION}"
         changed = changed_modules(self.modules, modules)
         return f"code: {', '.join(changed)} changed" if changed else "code: another version of torch"
 

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from bwlm.analysis.runs.labels import series, sizes
@@ -14,6 +15,8 @@ from bwlm.analysis.runs.rates import BestRate, TriedRate, best_learning_rates, b
 from bwlm.errors import UserError
 from bwlm.record.catalog.rows import load_cell, load_cells
 from bwlm.record.experiment import Status
+from bwlm.record.labels import setting_of, varying_settings
+from bwlm.stats.gaps import gaps
 from tests.analysis.storage import finish, make_cell
 
 LN2 = math.log(2)
@@ -249,6 +252,27 @@ def test_a_cell_as_lists_and_scripts_see_it(tmp_path: Path) -> None:
             "damage": [],
     }  # fmt: skip
     assert load_cells(tmp_path, [folder.id]) == [load_cell(folder)]
+
+
+def test_settings_of_rl_are_the_runs_own_and_not_of_an_ancestor() -> None:
+    assert setting_of("mid.steps") == (2, "steps")
+    assert setting_of("rl.samples") == (0, "rl.samples")
+    runs = {samples: {"depth": 1, "rl.samples": samples, "optim.init_lr_frac": samples} for samples in ("4", "8")}
+    assert varying_settings(runs) == ["optim.init_lr_frac", "rl.samples"]
+
+
+def test_documents_without_text_are_left_out_of_the_gap_table(tmp_path: Path) -> None:
+    """A row of mid-training may end with a conversation's marker, which is not scored: its segment has no token."""
+    cells = []
+    for direction in ("forward", "backward"):
+        cells.append(finish(make_cell(tmp_path, direction), {direction: [1.0, 2.0, 4.0, 0.0]}))
+        path = cells[-1].evaluation("base", direction) / "validation.parquet"
+        losses = pq.read_table(path).to_pandas()
+        losses.loc[3, ["tokens", "bytes"]] = 0
+        losses.to_parquet(path)
+    gap_table = load_gap_table(cells, sizes(cells))
+    assert list(gap_table["tokens"]) == [10, 10, 10] * 2
+    assert [gap.documents for gap in gaps(gap_table[gap_table["half"] == "test"])] == [1]
 
 
 def test_curves(tmp_path: Path) -> None:

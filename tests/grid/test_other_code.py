@@ -80,7 +80,7 @@ def test_a_finished_run_of_other_code_stays_and_the_module_is_named(trained: Exp
 def test_a_finished_run_of_an_older_identity_stays_with_that_reason(trained: ExperimentFolder) -> None:
     by_other_code(trained, version=1)
     plan, found = planned(trained)
-    assert found.other_code == "code: trained under identity version 1, which cannot be compared with today's"
+    assert found.other_code == f"code: identity version 1, not comparable with today's {IDENTITY_VERSION}"
     check_same(found, found.changed, plan, accept_code=False)
 
 
@@ -92,7 +92,7 @@ def test_a_config_of_before_versions_were_counted_has_version_1(trained: Experim
     write_json(trained.path / "config.json", content | {"fingerprint": trained.config().fingerprint})
     config = trained.config()
     assert (config.identity_version, config.modules, config.accepted_code) == (1, {}, [])
-    assert planned(trained)[1].other_code.startswith("code: trained under identity version 1")
+    assert planned(trained)[1].other_code.startswith("code: identity version 1,")
 
 
 def test_a_run_that_other_code_began_is_refused_unless_that_is_accepted(trained: ExperimentFolder) -> None:

@@ -78,7 +78,8 @@ def with_losses(folders: list[ExperimentFolder]) -> tuple[list[ExperimentFolder]
 def load_gap_table(folders: list[ExperimentFolder], labels: dict[str, str]) -> pd.DataFrame:
     """Return the input of `stats`: run, direction, seed, size, lr, half, document, nll, tokens, bytes, token_bytes.
 
-    A row per run, half and document; nll in nats. The column `windows` has the number of windows in the run's half.
+    A row per run, half and document with text; nll in nats. A segment of a conversation can be a marker alone, which
+    is never scored. The column `windows` has the number of windows in the run's half.
     Sizes are taken from `labels`, which are made over the whole grid.
     """
     parts = []
@@ -89,6 +90,7 @@ def load_gap_table(folders: list[ExperimentFolder], labels: dict[str, str]) -> p
         losses["nll"] = losses["nll"].fillna(math.inf)  # a sum would skip NaN, and a diverged run would look good
         windows = losses.groupby("half")["window"].nunique()
         summed = losses.groupby(["half", "document"], as_index=False)[["nll", "tokens", "bytes"]].sum()
+        summed = summed[summed["tokens"] > 0]
         parts.append(
             summed.assign(
                 run=folder.id,
