@@ -127,12 +127,9 @@ def resume_config(known: RunConfig, requested: RunConfig, begun: bool = True) ->
     if settings.compute.precision == "auto":
         compute = replace(compute, precision=known.compute.precision)
         identity["precision"] = known.identity["precision"]
-    version = asked.identity_version
-    if _counts_files_by_time(known, settings):
-        identity["data"], version = (
-            known.identity["data"],
-            known.identity_version,
-        )  # for the launches after this one too
+    version = requested.identity_version
+    if _counts_files_by_time(known, settings):  # for the launches after this one too
+        identity["data"], version = known.identity["data"], known.identity_version
     compute = compute.with_threads(settings.resources.cpus_per_worker)
     return replace(
         known,
