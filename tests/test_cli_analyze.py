@@ -111,8 +111,8 @@ def test_findings_in_words(shell: Shell) -> None:
 
 def test_a_terminal_hears_what_is_being_done(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     write(LOSSES, shell.folder / "[b]l.csv")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    assert "resampling [b]l.csv .." in shell("analyze", "gap", "--from", "[b]l.csv").err
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert "resampling [b]l.csv: 0:0" in shell("analyze", "gap", "--from", "[b]l.csv").err
 
 
 def test_a_lower_loss_is_better_and_its_interval_holds_the_gap(shell: Shell) -> None:

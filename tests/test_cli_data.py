@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from bwlm.cli import main
-from bwlm.text.prepare import Prepared
+from bwlm.config import Recipe
+from bwlm.text.prepare import Pack, Prepared, prepare
 from bwlm.text.tokenizer import Tokenizer
+from tests.conftest import WriteShards
 
 Bwlm = Callable[..., tuple[int, str, str]]
 SMALL = ["--set", "tokenizer.vocab_size=400", "--set", "model.sequence_length=64"]
@@ -68,14 +70,67 @@ def test_prepare_then_inspect_every_direction(bwlm: Bwlm, corpus: Path, prepared
             assert len(row["ids"]) == len(row["targets"]) == 64
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_inspect_shows_a_person_the_reversal(bwlm: Bwlm, corpus: Path) -> None:
-    code, out, _ = bwlm("data", "inspect", "--rows", "1", *source(corpus))
+def positions(out: str, title: str) -> list[tuple[str, str]]:
+    """(read, target) at each position of a row as it is printed."""
+    _, _, row = out.partition(title)
+    lines = [line for line in row.partition("\nrow ")[0].splitlines() if " -> " in line]
+    assert [int(line.split()[0]) for line in lines] == list(range(len(lines)))
+    return [(line.split()[1], line.split()[3]) for line in lines]
+
+
+def test_inspect_shows_a_person_the_reversal(bwlm: Bwlm, write_shards: WriteShards, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "text", ["ab", "cde", "abcdefgh"], ["held out"])
+    byte_tokens = ["--set", "tokenizer.vocab_size=264", "--set", "model.sequence_length=16"]
+    code, out, err = bwlm("data", "inspect", "--rows", "1", "--set", f"data.source={folder}", *byte_tokens)
     assert code == 0
-    for direction in ("forward", "backward", "bidirectional", "permuted"):
-        assert f"row 0, {direction}" in out
-    assert out.count("<|bos|>") >= 4
-    assert "<|forward|>" in out or "<|backward|>" in out
+    assert "not prepared yet: the first rows of" in err
+    bos, none = "<|bos|>", "·"
+    assert positions(out, "row 0, forward")[:4] == [(bos, "a"), ("a", "b"), ("b", bos), (bos, "c")]
+    assert "segment 1, positions 0 to 2\n" in out
+    # the third document goes on in the next row: its last token in this row has no target
+    assert positions(out, "row 0, forward")[-1] == ("e", none)
+    backward = positions(out, "row 0, backward")
+    assert backward[:3] == [(bos, "e"), ("e", "d"), ("d", "c")]
+    assert backward[-4:] == [(bos, "b"), ("b", "a"), ("a", bos), (bos, none)]
+    marked = positions(out, "row 0, bidirectional")
+    assert {marked[at][1] for at, (read, _) in enumerate(marked) if read == bos} == {none}
+    assert {marked[at + 1][0] for at, (read, _) in enumerate(marked[:-1]) if read == bos} <= {
+        "<|forward|>", "<|backward|>",
+    }  # fmt: skip
+
+
+def test_inspect_reads_only_the_head_of_the_first_shard(
+    bwlm: Bwlm, write_shards: WriteShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bwlm.text.prepare._HEAD_CHARACTERS", 1000)
+    texts = [f"text {number} " * 50 for number in range(600)]
+    folder = write_shards(tmp_path / "text", texts, texts[:9], texts[:8], row_group_size=300, compression="none")
+    first, *others = sorted(folder.iterdir())
+    for other in others:
+        other.write_bytes(b"no parquet " * (len(other.read_bytes()) // 11))
+    first.write_bytes(first.read_bytes().replace(b"text 450", b"\xff\xfe\xfd\xfc 450"))  # in the second row group
+    shown = ["data", "inspect", "--rows", "1", "--direction", "backward", *source(folder)]
+    code, out, _ = bwlm(*shown)
+    assert code == 0
+    assert len(positions(out, "row 0, backward")) > 60
+    assert not (tmp_path / "storage").exists()
+    code, _, err = bwlm(*shown, "--json")  # the rows that a run reads need the whole corpus
+    assert code == 2
+    assert "not a readable parquet file" in err
+
+
+def test_inspect_shows_the_rows_of_a_run_once_they_are_prepared(
+    bwlm: Bwlm, corpus: Path, recipe_for: Callable[..., Recipe], pack_in_process: Pack, tmp_path: Path
+) -> None:
+    prepare(recipe_for(corpus), tmp_path / "storage", pack_in_process, lambda _: None)
+    _, out, err = bwlm("data", "inspect", "--rows", "1", "--direction", "forward", *source(corpus))
+    assert "not prepared yet" not in err
+    row = json.loads(bwlm("data", "inspect", "--json", "--rows", "1", "--direction", "forward", *source(corpus))[1])
+    [row] = row["rows"]
+    shown = positions(out, "row 0, forward")
+    assert [target == "·" for _, target in shown] == [target < 0 for target in row["targets"][: len(shown)]]
+    assert [at for at, (read, _) in enumerate(shown) if read == "<|bos|>"][: len(row["segments"])] == row["segments"]
+    assert f"{len(row['segments'])} segments" in out
 
 
 def test_tokenizer_train_show_and_use(bwlm: Bwlm, corpus: Path, tmp_path: Path) -> None:

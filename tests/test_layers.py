@@ -33,7 +33,17 @@ ROOMS: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 # the ground, from the bottom up: each may import those before it
-GROUND_ORDER = ("errors", "format", "phases", "directions", "credentials", "paths", "config", "settings_file")
+GROUND_ORDER = (
+    "errors",
+    "format",
+    "progress",
+    "phases",
+    "directions",
+    "credentials",
+    "paths",
+    "config",
+    "settings_file",
+)
 # of the ground, all that these rooms may import
 BARE = {
     "model": set[str](),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import signal
@@ -68,6 +70,8 @@ def main() -> NoReturn:
     143. If the reader of the output closes the pipe (`| head`), the command exits with 1 and prints nothing more.
     """
     tolerate_any_text()
+    # a process that ends frees everything anyway: a search for garbage in MLflow's modules takes seconds first
+    atexit.register(gc.freeze)
     try:
         _main()
     except SystemExit as end:

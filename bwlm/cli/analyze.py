@@ -15,7 +15,6 @@ from bwlm.cli.app import App
 from bwlm.cli.terminal import (
     Json,
     Storage,
-    busy,
     print_json,
     say,
     show,
@@ -26,6 +25,7 @@ from bwlm.cli.terminal import (
 from bwlm.errors import UserError
 from bwlm.paths import readable
 from bwlm.phases import PHASES
+from bwlm.progress import loading, track, working
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,18 +82,19 @@ def gap(
 
     Example: `bwlm analyze gap --from losses.csv --output gaps.svg`
     """
-    from bwlm.analysis.commands.gap import gap_analysis, gap_figures
-    from bwlm.stats.loss_file import gaps_from
+    with loading():
+        from bwlm.analysis.commands.gap import gap_analysis, gap_figures
+        from bwlm.stats.loss_file import gaps_from
 
     _check(output)  # first, since reading and resampling take long
     if bool(runs) == bool(losses):
         raise UserError("analyze gap: give either runs or --from with a table of losses")
     if losses is not None:
-        with busy(f"resampling {losses.name}"):
+        with working(f"resampling {losses.name}"):
             gaps, notes = gaps_from(losses, resamples)
         name, default = readable(losses.name), None
     else:
-        with busy("reading and resampling losses"):
+        with working("reading and resampling losses"):
             gaps, notes = _gaps_of_runs(runs or [], storage)
         name, default = " ".join(runs or []), _default(storage, runs or []) / "gap"
     analysis = gap_analysis(gaps, name, notes)
@@ -117,8 +118,9 @@ def show_gaps(gaps: list[Gap], title: str) -> None:
 
 
 def _gaps_of_runs(runs: list[str], storage: str | None) -> tuple[list[Gap], list[str]]:
-    from bwlm.analysis.runs.audit import audit
-    from bwlm.analysis.runs.findings import find
+    with loading():
+        from bwlm.analysis.runs.audit import audit
+        from bwlm.analysis.runs.findings import find
     from bwlm.format import counted
     from bwlm.paths import storage_root
     from bwlm.record.catalog.select import begun, choose
@@ -141,7 +143,8 @@ def compare(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
     Example: `bwlm analyze compare demo --output curves.svg`
     """
-    from bwlm.analysis.commands.compare import compare
+    with loading():
+        from bwlm.analysis.commands.compare import compare
 
     _run(compare, runs, output, storage, as_json, rates=True)
 
@@ -152,7 +155,8 @@ def transfer(runs: Runs, output: Output = None, storage: Storage = None, as_json
 
     Example: `bwlm analyze transfer demo`
     """
-    from bwlm.analysis.commands.transfer import transfer
+    with loading():
+        from bwlm.analysis.commands.transfer import transfer
 
     _run(transfer, runs, output, storage, as_json)
 
@@ -163,7 +167,8 @@ def positions(runs: Runs, output: Output = None, storage: Storage = None, as_jso
 
     Example: `bwlm analyze positions 'demo_*_d1_lr4_s*'`
     """
-    from bwlm.analysis.commands.positions import positions
+    with loading():
+        from bwlm.analysis.commands.positions import positions
 
     _run(positions, runs, output, storage, as_json)
 
@@ -174,7 +179,8 @@ def gradients(runs: Runs, output: Output = None, storage: Storage = None, as_jso
 
     Example: `bwlm analyze gradients mine`
     """
-    from bwlm.analysis.commands.layers import over_time
+    with loading():
+        from bwlm.analysis.commands.layers import over_time
 
     _run(lambda folders: over_time("gradients", folders), runs, output, storage, as_json)
 
@@ -185,7 +191,8 @@ def activations(runs: Runs, output: Output = None, storage: Storage = None, as_j
 
     Example: `bwlm analyze activations mine`
     """
-    from bwlm.analysis.commands.layers import over_time
+    with loading():
+        from bwlm.analysis.commands.layers import over_time
 
     _run(lambda folders: over_time("activations", folders), runs, output, storage, as_json)
 
@@ -196,7 +203,8 @@ def representations(runs: Runs, output: Output = None, storage: Storage = None, 
 
     Example: `bwlm analyze representations demo`
     """
-    from bwlm.analysis.commands.representations import representations
+    with loading():
+        from bwlm.analysis.commands.representations import representations
 
     _run(representations, runs, output, storage, as_json)
 
@@ -207,7 +215,8 @@ def scaling(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
     Example: `bwlm analyze scaling demo`
     """
-    from bwlm.analysis.commands.scaling import scaling
+    with loading():
+        from bwlm.analysis.commands.scaling import scaling
 
     _run(scaling, runs, output, storage, as_json, rates=True)
 
@@ -218,7 +227,8 @@ def rewards(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
     Example: `bwlm analyze rewards arithmetic_rl`
     """
-    from bwlm.analysis.commands.rewards import rewards
+    with loading():
+        from bwlm.analysis.commands.rewards import rewards
 
     _run(rewards, runs, output, storage, as_json)
 
@@ -244,8 +254,9 @@ def report(
 
     Example: `bwlm analyze report demo --output demo.html`
     """
-    from bwlm.analysis.report.output import ENDINGS, write_report
-    from bwlm.analysis.report.study import write_experiment_report
+    with loading():
+        from bwlm.analysis.report.output import ENDINGS, write_report
+        from bwlm.analysis.report.study import write_experiment_report
     from bwlm.paths import storage_root
     from bwlm.record.catalog.select import choose
     from bwlm.record.grids import grid_names
@@ -263,7 +274,7 @@ def report(
             makers += [partial(write_experiment_report, folder, True) for folder in folders]
     if output and len(makers) > 1:
         raise UserError(f"--output: one file for {len(makers)} reports: name one grid or run")
-    with busy(f"writing the report of {', '.join(names)}"):
+    with working(f"writing the report of {', '.join(names)}"):
         try:
             files = write_report(output, makers[0]) if output else [file for make in makers for file in make(None)]
         except OSError as error:
@@ -300,7 +311,7 @@ def _run(
     _check(output)
     chosen, left_out = choose(storage_root(storage), runs)
     folders, notes = begun(chosen, left_out)
-    with busy(f"analysing {counted(len(folders), 'run')}"):
+    with working(f"analysing {counted(len(folders), 'run')}"):
         analysis = analyse(chosen if rates else folders)
     for note in [*notes, *analysis.notes]:
         say(f"note: {note}")
@@ -347,10 +358,11 @@ def _check(output: list[Path] | None, endings: Sequence[str] = ()) -> None:
 
 def _write(analysis: Analysis, output: list[Path] | None, default: Path | None) -> None:
     try:
-        files = analysis.write_all(default) if default is not None and not output else []
+        with working("drawing charts"):
+            files = analysis.write_all(default) if default is not None and not output else []
     except OSError as error:
         raise UserError(f"{default}: cannot be written ({error.strerror}): name files with --output") from None
-    for path in output or []:
+    for path in track(output or [], "drawing charts", "files"):
         try:
             analysis.write(path)
         except OSError as error:

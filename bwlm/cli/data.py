@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bwlm.cli.app import App
+from bwlm.cli.positions import LEGEND, show_positions
 from bwlm.cli.terminal import (
     Json,
     Set,
@@ -65,6 +67,24 @@ def _prepared(settings: list[str] | None, storage: str | None) -> Prepared:
     return prepare(recipe, root, pack, say)
 
 
+@contextmanager
+def _prepared_or_head(settings: list[str] | None, storage: str | None, rows: int) -> Iterator[Prepared]:
+    """Yield the corpus that the settings ask for if it is prepared, else the first rows of its first shard."""
+    from tempfile import TemporaryDirectory
+
+    from bwlm.text.corpus import find_corpus
+    from bwlm.text.prepare import find_prepared, prepare_head
+
+    recipe, root = _recipe(settings, storage)
+    corpus = find_corpus(recipe.data, root / "cache", say)
+    if (prepared := find_prepared(recipe, corpus, root / "cache")) is not None:
+        yield prepared
+        return
+    say(f"not prepared yet: the first rows of {corpus.train[0].uri}, not those that a run reads first")
+    with TemporaryDirectory(prefix="bwlm-head-") as folder:
+        yield prepare_head(recipe, corpus, root / "cache", rows, Path(folder))
+
+
 @data_app.command("prepare")
 def data_prepare(set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
     """Tokenize and pack a corpus, so that the first grid on it starts at once.
@@ -106,7 +126,11 @@ def data_inspect(
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Print the first training rows of seed 0, decoded in each direction. With --phase mid, sft or rl: conversations.
+    """Print training rows, `read -> target` at each position. With --phase mid, sft or rl: conversations.
+
+    If the corpus is prepared, these are the first rows that a run with seed 0 reads. Else they are the first rows of
+    the first shard, and only its head is read; if there is no tokenizer yet, one is trained on that head alone.
+    --json always prepares the corpus.
 
     Example: `bwlm data inspect --direction backward --rows 1`
 
@@ -125,16 +149,14 @@ def data_inspect(
         raise UserError("--json: shows one direction: name it with --direction")
     if not PHASES[phase].reads_documents:
         return _inspect_conversations(wanted, rows, phase, set_, storage, as_json)
-    prepared = _prepared(set_, storage)
-    shown = {name: inspect_rows(prepared, name, rows) for name in wanted}
     if as_json:
-        return print_json(shown[wanted[0]])
+        return print_json(inspect_rows(_prepared(set_, storage), wanted[0], rows))
+    with _prepared_or_head(set_, storage, rows) as prepared:
+        shown = {name: inspect_rows(prepared, name, rows)["rows"] for name in wanted}
+    show(LEGEND)
     for index in range(rows):
         for name in wanted:
-            row = shown[name]["rows"][index]
-            text = prepared.tokenizer.decode(row["ids"])
-            show_heading(f"row {index}, {name}")
-            show_text([(text, False)])
+            show_positions(f"row {index}, {name}", shown[name][index], prepared.tokenizer)
     return None
 
 

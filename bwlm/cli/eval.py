@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from bwlm.cli.terminal import Json, Storage, busy, print_json, say, show_table
+from bwlm.cli.terminal import Json, Storage, print_json, say, show_table
 from bwlm.directions import READINGS
 from bwlm.errors import UserError, nearest
+from bwlm.progress import loading, working
 
 
 def evaluate(
@@ -44,9 +45,10 @@ def evaluate(
     from bwlm.paths import storage_root
 
     readings, root = _readings(directions), storage_root(storage)
-    from bwlm.evaluate.texts import evaluate_run  # imports torch, which takes seconds: mistakes are reported first
+    with loading():  # torch takes seconds: mistakes are reported first
+        from bwlm.evaluate.texts import evaluate_run
 
-    with busy(f"evaluating {checkpoint}"):
+    with working(f"evaluating {checkpoint}"):
         rows = [asdict(row) for row in evaluate_run(root, checkpoint, readings, say)]
     if as_json:
         return print_json(rows)

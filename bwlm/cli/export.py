@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from bwlm.cli.terminal import Storage, say
+from bwlm.progress import loading, working
 
 
 def export(
@@ -29,12 +30,15 @@ def export(
     Example: `bwlm export demo_forward_d1_lr4_s0 --format hf demo-forward`
     """
     from bwlm.paths import storage_root
-    from bwlm.trained.export_hf import check_target, export_hf
-    from bwlm.trained.load import load_model
+
+    with loading():
+        from bwlm.trained.export_hf import check_target, export_hf
+        from bwlm.trained.load import load_model
 
     check_target(target)  # first, since loading takes long
-    loaded = load_model(storage_root(storage), checkpoint)
-    export_hf(loaded, target)
+    with working(f"exporting {checkpoint}"):
+        loaded = load_model(storage_root(storage), checkpoint)
+        export_hf(loaded, target)
     run, direction = loaded.config.id, loaded.config.experiment.direction
     if loaded.step < loaded.config.steps:
         say(f"{run}: step {loaded.step:,} of {loaded.config.steps:,}: the model has not finished training")

@@ -16,6 +16,7 @@ from bwlm.cli.launch import launch, show_places, warnings_of
 from bwlm.cli.terminal import AcceptCode, Json, Set, Storage, print_json, say, show, show_sentences, show_table
 from bwlm.errors import UserError
 from bwlm.phases import PHASES
+from bwlm.progress import loading, working
 
 if TYPE_CHECKING:
     from bwlm.grid.cells import PlannedCell
@@ -67,8 +68,9 @@ def grid_plan(
     for cell in plan.cells:
         check_sources(cell.experiment)
     from bwlm.format import short_number
-    from bwlm.plan.power import detectable, detectable_words  # imports scipy, a second: mistakes are reported first
 
+    with loading():  # scipy takes a second: mistakes are reported first
+        from bwlm.plan.power import detectable, detectable_words
     seen, warnings = detectable(plan, seed_noise), warnings_of(plan, root)
     if as_json:
         return print_json(_status_document(plan, root) | {"detectable": seen, "warnings": warnings})
@@ -191,7 +193,8 @@ def _show_result(plan: Plan, root: Path, result: LaunchResult, submit: str) -> N
     from bwlm.record.experiment import ExperimentFolder
 
     folders = [ExperimentFolder(root, cell.id) for cell in result.cells]
-    findings = find(folders)
+    with working("comparing the directions"):
+        findings = find(folders)
     bases = [cell_columns(cell) for cell in result.cells if PHASES[cell.phase].is_first]
     if bases:
         show_table(CELL_HEADER, bases, f"{plan.name}: cells", names=AXES, least=("loss",))

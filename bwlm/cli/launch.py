@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from bwlm.cli.terminal import say, show
 from bwlm.paths import check_writable
+from bwlm.progress import loading
 
 if TYPE_CHECKING:
     from bwlm.grid.launch import LaunchResult
@@ -21,7 +22,8 @@ def launch(plan: Plan, root: Path, accept_code: bool) -> LaunchResult:
     check_writable(root)
     for line in warnings_of(plan, root):
         say(f"warning: {line}")
-    from bwlm.grid.launch import run_plan  # pandas, altair and Ray take seconds: a mistake is told before
+    with loading():  # after the plan was read, so that a mistake in it is told at once
+        from bwlm.grid.launch import run_plan
 
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         say(f"storage: {root}")

@@ -7,7 +7,6 @@ import math
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -69,14 +68,6 @@ _LEADS = {"parent": "child of ", **dict.fromkeys(("id", "cell", "direction", "si
 def say(message: str) -> None:
     """Print a message on stderr."""
     print(message, file=sys.stderr, flush=True)
-
-
-def busy(doing: str) -> AbstractContextManager[Any]:
-    """Return a context that shows on stderr what is being done, if that is a terminal, until the block ends."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    return Console(stderr=True).status(escape(f"{doing} .."))
 
 
 def print_json(content: Any) -> None:

@@ -32,6 +32,7 @@ from bwlm.errors import UserError
 from bwlm.model.compute import count_gpus
 from bwlm.plan.machine import available_cores
 from bwlm.plan.spec import LaunchSettings
+from bwlm.progress import working
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ def open_cluster(needs: Collection[ResourceSettings], launch: LaunchSettings, ce
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            context = _connect(address)
+            with working(f"connecting to Ray at {address}"):
+                context = _connect(address)
             yield capacity_of_cluster(needs, concurrency, cells, context.dashboard_url)
         else:
             # a private cluster never drains its node, so Train needs no watcher process for each group of workers.
@@ -64,10 +66,12 @@ def open_cluster(needs: Collection[ResourceSettings], launch: LaunchSettings, ce
             chosen = choose_concurrency(needs, concurrency, cells, cores, count_gpus(), "this machine")
             # Ray Data's tasks and the trials need logical CPUs besides the workers', or nothing would ever start
             logical = math.ceil(chosen * (max(map(cpus_of_cell, needs)) + TRIAL_CPUS) + SPARE_CPUS)
-            context = _start(logical, launch.ray_start_seconds)
+            with working("starting Ray"):
+                context = _start(logical, launch.ray_start_seconds)
             yield Capacity(chosen, context.dashboard_url, "this machine")
     finally:
-        ray.shutdown()
+        with working("stopping Ray"):
+            ray.shutdown()
 
 
 def _start(logical_cpus: int, seconds: float) -> Any:

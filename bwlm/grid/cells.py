@@ -10,6 +10,7 @@ from typing import Any
 
 from bwlm.config import Experiment
 from bwlm.errors import UserError
+from bwlm.model.compute import Compute
 from bwlm.plan.spec import Cell, Plan
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.code import IDENTITY_VERSION, changed_modules
@@ -180,11 +181,10 @@ def with_code_of(known: RunConfig, config: RunConfig, planned: PlannedCell) -> R
     )
 
 
-def run_config(plan: Plan, cell: Cell, prepared: Prepared, storage: Path, link: ParentLink | None) -> RunConfig:
+def run_config(
+    plan: Plan, cell: Cell, prepared: Prepared, storage: Path, link: ParentLink | None, compute: Compute
+) -> RunConfig:
     """Return the config of a new run of the cell; its parent, if it has one, has finished."""
-    from bwlm.grid.hardware import plan_compute
-
-    compute = plan_compute(cell.experiment, cell.shape, cell.steps)
     fields = identity(
         cell.experiment,
         data=prepared.manifest.digest,

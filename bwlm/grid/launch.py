@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from bwlm.analysis.commands.gap import gap_metrics, verdict_line
-from bwlm.analysis.report.study import GridReport, write_experiment_report, write_grid_report
 from bwlm.format import counted
 from bwlm.grid.cells import (
     PlannedCell,
@@ -26,9 +27,12 @@ from bwlm.grid.cells import (
     run_config,
     waiting_cells,
     with_code_of,
+    without_parent,
 )
+from bwlm.model.compute import Compute
 from bwlm.paths import check_writable, exclusive, write_text
 from bwlm.plan.spec import Cell, Plan, generations
+from bwlm.progress import loading, track, working
 from bwlm.record.catalog.rows import CellRow, load_cells
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import SAMPLES, ExperimentFolder
@@ -39,7 +43,12 @@ from bwlm.record.mlflow_view import GridResult, GridSettings
 from bwlm.record.parent import link_to
 from bwlm.record.run_config import RunConfig
 from bwlm.record.tracking import Tracking
+from bwlm.text.packing import Job, PackResult
 from bwlm.text.prepare import Prepared
+
+if TYPE_CHECKING:
+    from bwlm.analysis.report.study import GridReport
+    from bwlm.cluster.capacity import Capacity
 
 
 @dataclass(frozen=True)
@@ -67,30 +76,33 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     `KeyboardInterrupt`, if this process is asked to end meanwhile.
     """
     check_writable(storage)
-    for planned in find_cells(plan, storage):
+    planned_cells = find_cells(plan, storage)
+    for planned in planned_cells:
         check_same(planned, planned.changed, plan, accept_code)
-    _tell_other_code(plan, storage, show)
+    _tell_other_code(planned_cells, show)
     ids = {cell.id for cell in plan.cells}
     for cell in plan.cells:
         if (parent := cell.experiment.parent) is not None and cell.parent not in ids:
             link_to(storage, parent, cell.experiment.phase, cell.id)
-    from bwlm.cluster.session import open_cluster
-    from bwlm.grid.texts import prepare_texts
-    from bwlm.grid.training import train_cells
-    from tasks.sources import check_sources
+    if is_over := _is_over(planned_cells):
+        show(_over_words(plan, planned_cells))
+    with loading():
+        from bwlm.grid.texts import prepare_texts
+        from tasks.sources import check_sources
 
     for cell in plan.cells:
         check_sources(cell.experiment)
     uri = tracking_uri(storage, plan.launch.tracking_uri)
     _check_tracking(uri, storage, plan.launch.experiment)
-    needs = {cell.experiment.resources for cell in plan.cells}
     home = folder_of(plan, storage)
-    with _only_launch(plan, storage), open_cluster(needs, plan.launch, len(plan.cells)) as capacity:
-        at_once = counted(capacity.concurrency, "cell")
-        show(f"Ray on {capacity.cluster}, {at_once} at once{_dashboard(capacity.dashboard)}")
-        prepared = prepare_texts(plan, storage, show)
+    with _only_launch(plan, storage), _no_cluster() if is_over else _cluster(plan) as capacity:
+        if capacity is not None:
+            at_once = counted(capacity.concurrency, "cell")
+            show(f"Ray on {capacity.cluster}, {at_once} at once{_dashboard(capacity.dashboard)}")
+        prepared = prepare_texts(plan, storage, partial(_run_on_cluster, plan), show)
         home.mkdir(parents=True, exist_ok=True)
-        tracking = Tracking(uri, storage, plan.launch.experiment)
+        with working("opening MLflow's store"):
+            tracking = Tracking(uri, storage, plan.launch.experiment)
         grid_run: str | None = None
         for generation in generations(plan.cells):
             part = replace(plan, cells=_ready(generation, storage, show))
@@ -101,10 +113,14 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
                 if plan.is_grid and grid_run is None:
                     grid_run = _enlist_grid(plan, storage, tracking, [cell.config for cell in cells])
                 runs = _enlist(cells, storage, tracking, grid_run)
+            if capacity is None:
+                continue
             if not plan.is_grid:
                 _introduce(cells[0].planned, show)
             elif len(part.cells) < len(plan.cells):
                 show(f"{part.cells[0].experiment.phase}: {counted(len(part.cells), 'cell')} of {len(plan.cells)}")
+            from bwlm.grid.training import train_cells
+
             train_cells(
                 part,
                 [cell.planned for cell in cells],
@@ -116,17 +132,55 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
             )
         show("writing the report")
         with exclusive(home / "lock"):  # since another launch may end at the same moment
-            return _conclude(plan, storage, tracking, grid_run, capacity.dashboard)
+            return _conclude(plan, storage, tracking, grid_run, capacity.dashboard if capacity else None)
 
 
-def _tell_other_code(plan: Plan, storage: Path, show: Callable[[str], None]) -> None:
+def _is_over(planned_cells: list[PlannedCell]) -> bool:
+    """Return true if no cell is left to train, so that a launch needs no Ray."""
+    out = without_parent(planned_cells)
+    return all(planned.is_done or planned.cell.id in out for planned in planned_cells)
+
+
+def _over_words(plan: Plan, planned_cells: list[PlannedCell]) -> str:
+    """Return a line for a launch that has nothing to train, with the way to train anew."""
+    [first, *others] = [planned.cell.id for planned in planned_cells]
+    if not plan.is_grid and not others:
+        return f"{first}: already finished. To train it anew, take another --id, or first: bwlm runs delete {first}"
+    what = counted(len(planned_cells), "cell" if plan.is_grid else "run")
+    name = "name in its file" if plan.is_grid else "--id"
+    return (
+        f"{plan.name}: already finished, {what}. To train all anew, take another {name}; to train one anew, delete it "
+        f"first: bwlm runs delete {first}"
+    )
+
+
+def _cluster(plan: Plan) -> AbstractContextManager[Capacity]:
+    with loading():
+        from bwlm.cluster.session import open_cluster
+    needs = {cell.experiment.resources for cell in plan.cells}
+    return open_cluster(needs, plan.launch, len(plan.cells))
+
+
+def _no_cluster() -> AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def _run_on_cluster(plan: Plan, jobs: list[Job], work: Callable[[Job], PackResult]) -> list[PackResult]:
+    """Run the work with Ray Data, and start Ray for it where only the text of finished cells is gone."""
+    from bwlm.text.stream import with_ray
+
+    with _cluster(plan):
+        return with_ray(jobs, work)
+
+
+def _tell_other_code(cells: list[PlannedCell], show: Callable[[str], None]) -> None:
     """Print a line for each way in which the code of finished cells differs; they are not trained again."""
     by_code: dict[str, list[str]] = {}
-    for planned in find_cells(plan, storage):
+    for planned in cells:
         if planned.other_code and planned.is_done:
             by_code.setdefault(planned.other_code, []).append(planned.cell.id)
-    for how, cells in by_code.items():
-        show(f"{counted(len(cells), 'cell')} stay as they are ({cells[0]}, ..), finished by other code ({how})")
+    for how, ids in by_code.items():
+        show(f"{counted(len(ids), 'cell')} stay as they are ({ids[0]}, ..), finished by other code ({how})")
 
 
 def folder_of(plan: Plan, storage: Path) -> Path:
@@ -168,10 +222,10 @@ def _ready(generation: tuple[Cell, ...], storage: Path, show: Callable[[str], No
 
 def _check_tracking(uri: str, storage: Path, experiment: str | None = None) -> None:
     """Raise `UserError` if the tracking server does not answer, or refuses: before anything is prepared."""
-    from bwlm.cluster.session import check_answers
-
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https") and parts.hostname:
+        from bwlm.cluster.session import check_answers
+
         port = parts.port or (443 if parts.scheme == "https" else 80)
         check_answers(
             parts.hostname, port, f"tracking: {parts.hostname}:{port}", "start the server, or unset MLFLOW_TRACKING_URI"
@@ -198,22 +252,31 @@ class _Resolved:
 
 def _resolved(plan: Plan, storage: Path, prepared: dict[str, Prepared], accept_code: bool) -> list[_Resolved]:
     """Raise `UserError` where a cell exists with other settings, or a parent is not what it was."""
-    from bwlm.grid.hardware import compiled_if_it_can
-
     resolved = []
     for planned in find_cells(plan, storage):
         cell, parent = planned.cell, planned.cell.experiment.parent
         link = link_to(storage, parent, cell.experiment.phase, cell.id) if parent else None
-        config = run_config(plan, cell, prepared[cell.id], storage, link)
+        config = run_config(plan, cell, prepared[cell.id], storage, link, _compute_of(planned))
         if planned.folder.exists():
             known = planned.folder.config()
             config = resume_config(known, config, begun=planned.status.step > 0)
             check_same(planned, other_settings(known.identity, config.identity), plan, accept_code)
             config = with_code_of(known, config, planned)
         if not planned.is_done:
+            from bwlm.grid.hardware import compiled_if_it_can
+
             config = compiled_if_it_can(config)
         resolved.append(_Resolved(planned, config, link, _dataset(prepared[cell.id])))
     return resolved
+
+
+def _compute_of(planned: PlannedCell) -> Compute:
+    """Return how a cell computes on its workers; of a cell that is done, how it did: its hardware may be gone."""
+    if planned.is_done:
+        return planned.folder.config().compute
+    from bwlm.grid.hardware import plan_compute
+
+    return plan_compute(planned.cell.experiment, planned.cell.shape, planned.cell.steps)
 
 
 def _enlist_grid(plan: Plan, storage: Path, tracking: Tracking, first: list[RunConfig]) -> str:
@@ -297,8 +360,11 @@ def _compute_lines(config: RunConfig) -> list[str]:
 def _conclude(
     plan: Plan, storage: Path, tracking: Tracking, grid_run: str | None, dashboard: str | None
 ) -> LaunchResult:
+    with loading():
+        from bwlm.analysis.report.study import write_experiment_report, write_grid_report
+
     planned_cells = find_cells(plan, storage)
-    for planned in planned_cells:
+    for planned in track(planned_cells, "writing the reports", "runs"):
         if planned.status.step or planned.status.ended:
             artifacts = write_experiment_report(planned.folder, insides=not plan.is_grid)
             artifacts += sorted((planned.folder.path / SAMPLES).glob("*.json"))
@@ -308,14 +374,17 @@ def _conclude(
     waiting = waiting_cells(planned_cells)
     result = LaunchResult(load_cells(storage, ids), waiting, home / REPORT, tracking.uri, dashboard)
     if grid_run is not None:
-        report = write_grid_report(storage, plan.name)
-        files = [*report.files, home / GRID_FILE]
-        files += [home / EARLIER] if (home / EARLIER).exists() else []
-        tracking.close_parent(home, files, result.complete, _grid_result(report))
+        with working("writing the grid's report"):
+            report = write_grid_report(storage, plan.name)
+            files = [*report.files, home / GRID_FILE]
+            files += [home / EARLIER] if (home / EARLIER).exists() else []
+            tracking.close_parent(home, files, result.complete, _grid_result(report))
     return result
 
 
 def _grid_result(report: GridReport) -> GridResult:
+    from bwlm.analysis.commands.gap import gap_metrics, verdict_line
+
     gaps = report.findings.gaps
     verdict = "; ".join(verdict_line(gap).replace("**", "") for gap in gaps)
     metrics = {name: value for gap in gaps for name, value in gap_metrics(gap).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,15 +13,18 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from bwlm.directions import TEXT_READINGS, own_readings
 from bwlm.format import clock, short_number
 from bwlm.plan.spec import Cell
+from bwlm.progress import working
 from bwlm.record.experiment import Status
 
 _LINE_SECONDS = 30.0
 """Least seconds between two lines of a single experiment, outside a terminal; validations get a line at once."""
 _GRID_SECONDS = 300.0
 """Least seconds between two lines of a grid, outside a terminal; cells that end get a line at once."""
-
+_REPORT_SECONDS = 1.0
+"""Seconds that the report of a cell takes, and that of the grid, about: charts on two busy cores."""
 
 _DETAILS = (
     (
@@ -59,14 +63,18 @@ class ProgressDisplay:
         self._console = Console(stderr=True)
         self._began = self._told = time.monotonic()
         self._done_before = self._flops_done()
+        self._until_first_step = contextlib.ExitStack()
         self._live = Live(console=self._console, get_renderable=self._picture, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> ProgressDisplay:
         if self._console.is_terminal:
             self._live.start()
+        else:
+            self._until_first_step.enter_context(working("workers start, no step yet"))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._until_first_step.close()
         if self._console.is_terminal:
             self._live.stop()
 
@@ -75,10 +83,11 @@ class ProgressDisplay:
         self._ended.pop(cell, None)
         if cell not in self._running:
             self._running[cell] = {"step": step}
-            self._done_before += self._cells[cell].flops * step / self._cells[cell].steps
+            self._done_before += _flops(self._cells[cell], step)
 
     def moved(self, cell: str, result: dict[str, Any]) -> None:
         """Show a cell's newest step."""
+        self._until_first_step.close()
         self._running[cell] = self._running.get(cell, {}) | result
         if len(self._cells) == 1 and ("val_bpb" in result or time.monotonic() - self._told > _LINE_SECONDS):
             self._line(_step_words(result, self._cells[cell].steps), below=_details(self._running[cell]))
@@ -113,16 +122,18 @@ class ProgressDisplay:
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _flops_done(self) -> float:
-        running = dict(self._running)
-        shares = dict.fromkeys(self._ended, 1.0)
-        shares |= {name: float(result["step"]) / self._cells[name].steps for name, result in running.items()}
-        return sum(self._cells[name].flops * share for name, share in shares.items())
+        steps = {name: self._cells[name].steps for name in self._ended}
+        steps |= {name: int(result["step"]) for name, result in dict(self._running).items()}
+        return sum(_flops(self._cells[name], step) for name, step in steps.items())
 
     def _seconds_left(self) -> float | None:
-        total = sum(cell.flops for cell in self._cells.values())
+        total = sum(_flops(cell, cell.steps) for cell in self._cells.values())
         done = self._flops_done()
         fresh = done - self._done_before
-        return (time.monotonic() - self._began) * (total - done) / fresh if fresh > 0 else None
+        if fresh <= 0 or len(self._ended) == len(self._cells):
+            return None
+        reports = _REPORT_SECONDS * (len(self._cells) + 1)
+        return (time.monotonic() - self._began) * (total - done) / fresh + reports
 
     def _picture(self) -> Group:
         running = dict(self._running)
@@ -153,6 +164,17 @@ class ProgressDisplay:
             for key, style in ((_learnt(result), ".3f"), ("val_bpb", ".4f"), ("tokens_per_second", ",.0f"))
         ]
         return (name, f"{result['step']}/{steps}", bar, *shown)
+
+
+def _flops(cell: Cell, step: int) -> float:
+    """Return the FLOPs of a cell up to a step: its training, and its validations in all readings."""
+    every, tokens = cell.experiment.evaluation.every, cell.experiment.evaluation.tokens
+    validations = (step // every if every else 0) + (step == cell.steps and not (every and step % every == 0))
+    direction = cell.experiment.direction
+    readings = len({*TEXT_READINGS, *own_readings(direction)})
+    # a forward pass is a third of a training step
+    measured = validations * readings * tokens / 3
+    return cell.flops * (step / cell.steps + measured / cell.tokens)
 
 
 def _learnt(result: Mapping[str, Any]) -> str:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bwlm.config import Experiment
 from bwlm.phases import PHASES
 from bwlm.plan.spec import Cell, Plan, text_key
 from bwlm.record.experiment import ExperimentFolder
+from bwlm.text.corpus import Corpus
 from bwlm.text.listing import NoSource
 from bwlm.text.mixture import prepare_mixture
-from bwlm.text.packing import Manifest
+from bwlm.text.packing import Manifest, RunJobs
 from bwlm.text.prepare import Prepared, find_packed, prepare
-from bwlm.text.stream import pack_corpus, with_ray
 from bwlm.text.tokenizer import Tokenizer
 from tasks.sources import sources_of
 
 
-def prepare_texts(plan: Plan, storage: Path, show: Callable[[str], None]) -> dict[str, Prepared]:
+def prepare_texts(plan: Plan, storage: Path, run: RunJobs, show: Callable[[str], None]) -> dict[str, Prepared]:
     """Return the prepared text of every cell, by the cell's id; cells that read the same text share it.
+
+    `run` packs what is not in the cache.
 
     A phase after base uses its parent's tokenizer. Raises `UserError` for every fault of a text.
     """
@@ -30,7 +33,7 @@ def prepare_texts(plan: Plan, storage: Path, show: Callable[[str], None]) -> dic
         key = f"{text_key(cell.experiment)} {tokenizer}"
         if key not in known:
             try:
-                known[key] = _prepare(cell.experiment, tokenizer, storage, show)
+                known[key] = _prepare(cell.experiment, tokenizer, storage, run, show)
             except NoSource as error:
                 known[key] = _packed_before(plan, cell, storage, error)
                 show(f"{error}; using the text that was packed before")
@@ -63,14 +66,22 @@ def _parents_tokenizer(cell: Cell, prepared: dict[str, Prepared], storage: Path)
     return Path(config.tokenizer)
 
 
-def _prepare(experiment: Experiment, tokenizer: Path | None, storage: Path, show: Callable[[str], None]) -> Prepared:
+def _prepare(
+    experiment: Experiment, tokenizer: Path | None, storage: Path, run: RunJobs, show: Callable[[str], None]
+) -> Prepared:
     phase = PHASES[experiment.phase]
     if phase.reads_documents:
         recipe = experiment if tokenizer is None else _with_tokenizer(experiment, tokenizer)
-        return prepare(recipe, storage, pack_corpus, show)
+        return prepare(recipe, storage, partial(_pack_corpus, run), show)
     assert tokenizer is not None, "only documents are read without a parent"
     width, whole = experiment.model.sequence_length, phase.packs_whole
-    return prepare_mixture(sources_of(experiment), tokenizer, width, whole, storage, with_ray, show)
+    return prepare_mixture(sources_of(experiment), tokenizer, width, whole, storage, run, show)
+
+
+def _pack_corpus(run: RunJobs, corpus: Corpus, tokenizer: Path, width: int, folder: Path) -> Manifest:
+    from bwlm.text.stream import pack_corpus  # imports Ray, which text in the cache does not need
+
+    return pack_corpus(corpus, tokenizer, width, folder, run)
 
 
 def _with_tokenizer(experiment: Experiment, folder: Path) -> Experiment:

@@ -36,6 +36,7 @@ NO_RESULT: Mapping[str, str] = {
     "bwlm.text.listing": _IS_TEXT,
     "bwlm.text.pydocs": _IS_TEXT,
     "bwlm.text.shards": _IS_TEXT,
+    "bwlm.text.tally": "counts for a person what has been read",
     "bwlm.model.compute": "chooses how fast; the precision that it chooses is in the identity",
     "bwlm.train.meter": "tells speed, memory and time left",
     "bwlm.train.records": "writes down what others computed",

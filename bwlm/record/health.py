@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bwlm.errors import RunError, UserError
 from bwlm.paths import sha256_of
+from bwlm.progress import track
 from bwlm.record.checkpoint import META, MODEL, step_folder, weights_digest
 from bwlm.record.checkpoint_name import BEST, run_of
 from bwlm.record.fingerprint import fingerprint
@@ -182,7 +183,7 @@ def readable(folders: Iterable[ExperimentFolder], damaged: bool = False) -> tupl
     faults are named all the same, as far as a check that reads little finds them.
     """
     whole, reasons = [], []
-    for folder in folders:
+    for folder in track(list(folders), "checking the records", "runs"):
         if not folder.path.exists():
             reasons.append(f"{folder.id} is left out: it has not begun")
             continue

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from bwlm.config import CONTROL_SOURCES, DataSettings
 from bwlm.errors import UserError, first_line, nearest
 from bwlm.format import json_kind
 from bwlm.paths import local_path
+from bwlm.progress import track, working
 from bwlm.text.documents import are_documents, hold_out, write_documents
 from bwlm.text.json_lines import read_json_lines
 from bwlm.text.listing import JSON_LINES, PARQUET, TEXTS, deeper, list_files, unreachable
@@ -49,6 +50,9 @@ class Corpus:
     file."""
     written: str = field(default="", compare=False)
     """Folder inside the storage for corpora that bwlm writes."""
+    documents: tuple[int, int] = (0, 0)
+    """Documents of the training and of the validation shards, once `checked` has counted them; those of JSON lines
+    are not counted."""
 
     def listing(self) -> str:
         """Return a short hash of the files, their sizes and times, and the column: it names what is made from them.
@@ -70,7 +74,8 @@ def find_corpus(data: DataSettings, cache: Path, progress: Callable[[str], None]
     """
     corpora = cache.resolve() / "corpora"
     if data.source in BUILTINS:
-        folder = _write_builtin(data.source, corpora, progress)
+        with working(f"writing {data.source}"):
+            folder = _write_builtin(data.source, corpora, progress)
         written = data.model_copy(update={"source": str(folder), "text_column": "text"})
         return find_corpus(written, cache, progress)
     if data.source.startswith("builtin:"):
@@ -184,16 +189,19 @@ def _open_remote(uri: str) -> pq.ParquetFile:
         return pq.ParquetFile(pa.BufferReader(filesystem.cat_file(path)), page_checksum_verification=True)
 
 
-def check_shards(corpus: Corpus) -> None:
-    """Read the beginning of every shard, or its footer.
+def checked(corpus: Corpus) -> Corpus:
+    """Read the beginning of every shard, or its footer, and return the corpus with the number of its documents.
 
     Raises `UserError` that names the shard which is broken or lacks the text column.
     """
-    for shard in (*corpus.train, *corpus.validation):
+    documents = []
+    for shard in track((*corpus.train, *corpus.validation), "checking the text", "shards"):
         if shard.uri.endswith(JSON_LINES):
             next(read_texts(shard.uri, corpus.text_column), None)
+            documents.append(0)
             continue
         with open_parquet(shard.uri) as file:
+            documents.append(file.metadata.num_rows)
             schema = file.schema_arrow
             refuse_repeated(corpus.text_column, schema.names, f"{shard.uri}: data.text_column")
             if corpus.text_column not in schema.names:
@@ -206,6 +214,8 @@ def check_shards(corpus: Corpus) -> None:
                 raise UserError(
                     f"{shard.uri}: data.text_column: {corpus.text_column!r} holds {kind}: name a column of strings"
                 )
+    train = len(corpus.train)
+    return replace(corpus, documents=(sum(documents[:train]), sum(documents[train:])))
 
 
 _TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)

@@ -37,7 +37,8 @@ from bwlm.text.packing import (
     room_of,
     write_rows,
 )
-from bwlm.text.prepare import Prepared, ShowProgress
+from bwlm.text.prepare import Prepared, ShowProgress, packing_progress
+from bwlm.text.tally import tallied
 from bwlm.text.tokenizer import Tokenizer
 
 _SOURCE_BITS = 32
@@ -97,7 +98,7 @@ def prepare_mixture(
         if not (folder / "manifest.json").exists():
             source.check(progress)
             progress(f"rendering and packing the conversations of {source.name}")
-            with atomic_folder(folder) as temporary:
+            with atomic_folder(folder) as temporary, packing_progress(source.name, "conversations", 0, temporary):
                 manifest = _pack(source, tokenizer_folder, tokenizer, width, whole, temporary, run)
             for line in _lost(source.name, manifest):
                 progress(line)
@@ -177,9 +178,8 @@ def _render_part(
     """Yield each conversation of a part, cut to `room` tokens unless that is None."""
     turns, token_bytes = TurnIds.from_tokenizer(tokenizer), tokenizer.token_bytes()
     first = int(source.key[:6], 16) << _SOURCE_BITS
-    for index, messages in enumerate(source.read(job.split)):
-        if index % job.parts != job.index:
-            continue
+    own = ((index, messages) for index, messages in enumerate(source.read(job.split)) if index % job.parts == job.index)
+    for [(index, messages)] in tallied(([one] for one in own), job.target):
         counts.documents += 1
         where = f"{source.name}: {job.split} conversation {index}: messages"
         whole = render(check_conversation(messages, where), tokenizer)

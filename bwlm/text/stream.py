@@ -37,6 +37,7 @@ from bwlm.text.packing import (
     write_rows,
 )
 from bwlm.text.plan import counter_hash
+from bwlm.text.tally import tallied
 from bwlm.text.tokenizer import Tokenizer
 
 _BLOCK_TOKENS = 2**19
@@ -72,7 +73,7 @@ def pack_shard(tokenizer_folder: str, column: str, shuffle: bool, width: int, jo
     token_bytes = tokenizer.token_bytes()
 
     def documents() -> Iterator[Document]:
-        for texts in read_texts(job.uri, column):
+        for texts in tallied(read_texts(job.uri, column), job.target):
             for text, tokens in zip(texts, tokenizer.encode_batch(texts, threads=1), strict=True):
                 text_bytes = text.encode()
                 content.update(len(text_bytes).to_bytes(8) + text_bytes)

@@ -96,7 +96,9 @@ def test_a_moved_storage_lists_evaluates_exports_branches_and_resumes(
     assert json.loads(bwlm("eval", "talk", "--json")) == before
 
 
-def test_a_run_of_an_earlier_version_is_found_where_its_storage_is_now(shell: Shell, grid_file: GridFile) -> None:
+def test_a_run_of_an_earlier_version_is_found_where_its_storage_is_now(
+    shell: Shell, grid_file: GridFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It named absolute paths, and had no tokenizer of its own."""
     grid, old, new = str(grid_file(axes={"direction": ["forward"], "depth": [1]})), shell.storage, shell.folder / "new"
     assert shell("grid", "run", grid).code == 0
@@ -109,5 +111,10 @@ def test_a_run_of_an_earlier_version_is_found_where_its_storage_is_now(shell: Sh
     before = shell.json("eval", FORWARD)
     old.rename(new)
     assert shell.json("eval", FORWARD, "--storage", str(new)) == before
-    assert shell("grid", "run", grid, "--storage", str(new)).code == 0
+    monkeypatch.setattr("bwlm.cluster.session.open_cluster", None)
+    again = shell("grid", "run", grid, "--storage", str(new))
+    assert again.code == 0
+    assert "g: already finished" in again.err, "and Ray is not started"
     assert (new / FORWARD / "tokenizer" / "ranks.tiktoken").exists(), "a launch gives it its own"
+    client = MlflowClient(f"sqlite:///{new / 'mlflow.db'}")
+    assert client.get_experiment_by_name("bwlm").artifact_location == (new / "mlartifacts").as_uri()

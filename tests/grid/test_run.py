@@ -95,8 +95,13 @@ def test_a_grid_trains_compares_reports_and_runs_once(
 
     before = files(storage)
     monkeypatch.setattr(hardware, "_why_not_compile", lambda device: "no g++")
-    again = run(path, storage, "compute.compile=true")  # nothing is left that a compiler is needed for
+    told: list[str] = []
+    with monkeypatch.context() as without_ray:
+        without_ray.setattr("bwlm.cluster.session.open_cluster", None)
+        plan = load_grid(path, ["compute.compile=true"])  # nothing is left that a compiler is needed for
+        again = run_plan(plan, storage, told.append)
     assert again.cells == result.cells
+    assert told[0].startswith("g: already finished, 9 cells. To train all anew, take another name in its file; ")
     assert files(storage) == before
     assert len(next(iter(mlflow_children(storage).values()))) == 9
 
@@ -186,7 +191,9 @@ def test_a_cell_that_diverges_fails_alone(
     monkeypatch.setattr("bwlm.grid.texts.prepare", lambda *_: prepared)
     # a checkpoint from before the first step, whose head is not a number any more
     folder = ExperimentFolder(storage, plan.cells[0].id)
-    config = run_config(plan, plan.cells[0], prepared, storage, None)
+    cell = plan.cells[0]
+    compute = hardware.plan_compute(cell.experiment, cell.shape, cell.steps)
+    config = run_config(plan, cell, prepared, storage, None, compute)
     folder.create(config)
     model = build_model(config, torch.device("cpu"))
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))

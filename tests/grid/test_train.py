@@ -62,7 +62,9 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_an_experiment_is_a_cell_without_a_grid(train: Train, grid_file: GridFile, tmp_path: Path) -> None:
+def test_an_experiment_is_a_cell_without_a_grid(
+    train: Train, grid_file: GridFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage = tmp_path / "storage"
     code, out, err = train("x")
     assert code == 0
@@ -97,9 +99,12 @@ def test_an_experiment_is_a_cell_without_a_grid(train: Train, grid_file: GridFil
 
     # again: nothing is trained, the figures are shown; with other settings it is refused
     before = (storage / "x" / "metrics.jsonl").stat().st_mtime_ns
-    code, out, _ = train("x", "--json")
+    with monkeypatch.context() as without_ray:
+        without_ray.setattr("bwlm.cluster.session.open_cluster", None)
+        code, out, err = train("x", "--json")
     assert code == 0
     assert json.loads(out) == listed
+    assert "\nx: already finished. To train it anew, take another --id, or first: bwlm runs delete x\n" in err
     code, out, err = train("x", budget__steps=13)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("bwlm: x: exists with other settings (steps: 12 -> 13): take another --id, or remove ")

@@ -23,7 +23,7 @@ import pytest
 from bwlm.config import DataSettings, Recipe
 from bwlm.errors import UserError
 from bwlm.text import corpus as corpus_module
-from bwlm.text.corpus import Corpus, check_shards, find_corpus, read_texts
+from bwlm.text.corpus import Corpus, checked, find_corpus, read_texts
 from bwlm.text.prepare import Pack, Prepared, prepare
 
 WriteShards = Callable[..., Path]
@@ -33,9 +33,7 @@ TEXTS = [" ".join(_RNG.choices(_WORDS, k=_RNG.randint(3, 60))) for _ in range(12
 
 
 def find(source: str | Path, validation: str | None = None) -> Corpus:
-    found = find_corpus(DataSettings(source=str(source), validation=validation), Path("/nowhere"), print)
-    check_shards(found)
-    return found
+    return checked(find_corpus(DataSettings(source=str(source), validation=validation), Path("/nowhere"), print))
 
 
 def names(corpus: Corpus) -> tuple[list[str], list[str]]:

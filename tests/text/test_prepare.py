@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from bwlm import progress
 from bwlm.config import Recipe
 from bwlm.errors import UserError
 from bwlm.text.corpus import Corpus
-from bwlm.text.packing import Manifest, PackedRows
+from bwlm.text.packing import Job, Manifest, PackedRows, PackResult
 from bwlm.text.prepare import Pack, Prepared, bytes_per_token, get_tokenizer, prepare
+from bwlm.text.stream import pack_corpus
 from bwlm.text.tokenizer import Tokenizer
 
 RecipeFor = Callable[..., Recipe]
@@ -260,3 +263,23 @@ def test_a_tokenizer_alone(prepared: Prepared, recipe_for: RecipeFor, corpus: Pa
     found, folder, tokenizer = get_tokenizer(recipe_for(corpus), tmp_path / "cache", quiet)
     assert found == prepared.corpus
     assert tokenizer.digest == prepared.tokenizer.digest == Tokenizer.load(folder).digest
+
+
+def test_a_long_preparation_tells_how_many_documents_are_packed(
+    corpus: Path, recipe_for: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(jobs: list[Job], work: Callable[[Job], PackResult]) -> list[PackResult]:
+        results = []
+        for job in jobs:
+            results.append(work(job))
+            progress._works[-1].next_line = 0.0  # each shard seems to take long
+            progress.print_if_due()
+        return results
+
+    made = prepare(recipe_for(corpus), tmp_path, partial(pack_corpus, run=run), lambda _: None)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        f"packing text: {count} documents" for count in ("75 of 300", "150 of 300", "225 of 300", "300")
+    ]
+    assert all(line.endswith(" left") for line in lines[:-1])
+    assert not list(made.folder.rglob("*.read"))

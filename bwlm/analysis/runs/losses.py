@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from bwlm.directions import TEXT_READINGS, own_readings
 from bwlm.errors import UserError
 from bwlm.paths import read_json
+from bwlm.progress import track
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import read_journal
 
@@ -66,7 +67,7 @@ def own_losses(folder: ExperimentFolder) -> pd.DataFrame:
 def with_losses(folders: list[ExperimentFolder]) -> tuple[list[ExperimentFolder], list[str]]:
     """Return the runs whose own losses can be read, and a reason for each of the others."""
     readable, reasons = [], []
-    for folder in folders:
+    for folder in track(folders, "reading losses", "runs"):
         try:
             own_losses(folder)
             readable.append(folder)
@@ -83,7 +84,7 @@ def load_gap_table(folders: list[ExperimentFolder], labels: dict[str, str]) -> p
     Sizes are taken from `labels`, which are made over the whole grid.
     """
     parts = []
-    for folder in folders:
+    for folder in track(folders, "summing losses", "runs"):
         experiment = folder.config().experiment
         losses = own_losses(folder)
         losses["half"] = [HALVES[window % 2] for window in losses["window"]]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bwlm.errors import UserError
+from bwlm.progress import track
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.health import damage, damage_words
 
@@ -61,7 +62,7 @@ def load_cell(folder: ExperimentFolder) -> CellRow:
 def load_readable(folders: Iterable[ExperimentFolder]) -> tuple[list[CellRow], list[str]]:
     """Return the rows of the experiments that can be read, and a line on each that is damaged or left out."""
     cells, left_out = [], []
-    for folder in folders:
+    for folder in track(list(folders), "reading runs", "runs"):
         try:
             cell = load_cell(folder)
         except UserError as error:
