@@ -3,12 +3,16 @@
     python benchmarks/train_step.py [--peer DIR] [--json]           # a CPU: depth 4, T=512, B=8, vocabulary 4096
     python benchmarks/train_step.py --vocab 32768 --variants bwlm,bwlm-plain-loss       # peak memory of the loss
     python benchmarks/train_step.py --depth 12 --time 2048 --rows 16 --variants bwlm,bwlm-eager     # a GPU
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
+        python benchmarks/train_step.py --precision float32     # as on a CPU that has AVX2 alone
 
 Each variant runs in a process of its own, and they take turns in rounds, so that a machine that slows down slows all
 of them. A step is forward, backward, update and reading the loss, on random ids. Needs torch alone: neither Ray nor
 pydantic. DIR is a checkout of karpathy/nanochat; without it the peer is a GPT-2 of the same shape in torch's modules.
 
 FLOPs are 6 N + 12 L H D T a token (`bwlm.model.shape`) for all; the floor is this machine's matmul, measured in turn.
+bwlm and each peer's best compute in `--precision`, by default the one that the hardware multiplies itself: emulated
+bfloat16 takes minutes a step. A peer's default is what it chooses by itself.
 Every row is one segment, as peers have it, so that shares of the floor and ratios compare like with like; documents of
 500 tokens that do not see each other, whose nominal FLOPs are not all computed, are a variant: bwlm-documents.
 """
@@ -39,6 +43,7 @@ from bwlm.model.compute import (
     DeviceType,
     choose_compute,
     look_at_hardware,
+    measured_matmul,
     peak_flops,
 )
 from bwlm.model.gpt import GPT
@@ -65,6 +70,8 @@ class Shape:
     rows: int
     vocab: int
     threads: int
+    precision: str = "float32"
+    """Precision of bwlm, of a peer's best and of the floor."""
 
     @property
     def tokens(self) -> int:
@@ -80,7 +87,8 @@ class Variant:
     build: str
     """'bwlm', 'nanochat' or 'minimal'"""
     compile: bool = False
-    precision: str = "auto"
+    sets_precision: bool = False
+    """True if a peer computes in the precision of `Shape` and not in its own default."""
     keep_memory: bool = False
     fused_loss: bool | None = None
     attention: str = ""
@@ -97,13 +105,12 @@ VARIANTS = {
     "bwlm-system-allocator": Variant("bwlm", compile=True),
     "bwlm-plain-loss": Variant("bwlm", compile=True, keep_memory=True, fused_loss=False),
     "bwlm-sdpa": Variant("bwlm", compile=True, keep_memory=True, attention="sdpa"),
-    "bwlm-float32": Variant("bwlm", compile=True, precision="float32", keep_memory=True),
     "nanochat-default": Variant("nanochat", compile=True),
     "nanochat-eager": Variant("nanochat"),
-    "nanochat-best": Variant("nanochat", compile=True, precision="bfloat16", keep_memory=True),
-    "nanochat-best-no-windows": Variant("nanochat", compile=True, precision="bfloat16", keep_memory=True, window="L"),
+    "nanochat-best": Variant("nanochat", compile=True, sets_precision=True, keep_memory=True),
+    "nanochat-best-no-windows": Variant("nanochat", compile=True, sets_precision=True, keep_memory=True, window="L"),
     "minimal-default": Variant("minimal"),
-    "minimal-best": Variant("minimal", compile=True, precision="bfloat16", keep_memory=True),
+    "minimal-best": Variant("minimal", compile=True, sets_precision=True, keep_memory=True),
 }
 
 
@@ -114,7 +121,7 @@ def bwlm_step(variant: Variant, shape: Shape, device: torch.device) -> Step:
     kind: DeviceType = "cuda" if device.type == "cuda" else "cpu"
     hardware, peak = look_at_hardware(kind, shape.threads)
     wanted = ComputeOverrides(
-        precision=None if variant.precision == "auto" else variant.precision,  # type: ignore[arg-type]
+        precision=shape.precision,  # type: ignore[arg-type]
         attention=variant.attention or None,  # type: ignore[arg-type]
         fused_loss=variant.fused_loss,
         compile=variant.compile,
@@ -176,7 +183,7 @@ def minimal_step(variant: Variant, shape: Shape, device: torch.device) -> Step:
     model = MinimalGPT(shape.config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     run = torch.compile(model, dynamic=False) if variant.compile else model
-    half = variant.precision == "bfloat16"
+    half = variant.sets_precision and shape.precision == "bfloat16"
 
     def step(inputs: Tensor, targets: Tensor) -> object:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
@@ -231,7 +238,7 @@ def measure(name: str, shape: Shape, steps: int, peer: str | None, profile: bool
     if device.type == "cuda":
         floor, peak = peak_flops(device, "bfloat16"), torch.cuda.max_memory_allocated()
     else:
-        _, floor = look_at_hardware("cpu", torch.get_num_threads())  # in the precision that this CPU has
+        floor = measured_matmul(getattr(torch, shape.precision))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "tokens_per_second": shape.tokens / statistics.median(seconds),
@@ -247,8 +254,8 @@ def run_apart(name: str, shape: Shape, arguments: argparse.Namespace, cache: str
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
     environment |= {"TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": str(shape.threads)}
     environment |= KEEP_MEMORY if variant.keep_memory else {}
-    if variant.build == "nanochat" and variant.precision != "auto":
-        environment["NANOCHAT_DTYPE"] = variant.precision
+    if variant.build == "nanochat" and variant.sets_precision:
+        environment["NANOCHAT_DTYPE"] = shape.precision
     command = [sys.executable, __file__, "--one", name, "--shape", json.dumps(asdict(shape))]
     command += ["--steps", str(arguments.steps)] + (["--peer", arguments.peer] if arguments.peer else [])
     done = subprocess.run(
@@ -258,6 +265,12 @@ def run_apart(name: str, shape: Shape, arguments: argparse.Namespace, cache: str
         raise SystemExit(f"{name}: failed, see above")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def native_precision(threads: int) -> str:
+    """The precision that the GPU or the CPU multiplies itself."""
+    hardware, _ = look_at_hardware("cuda" if torch.cuda.is_available() else "cpu", threads)
+    return "bfloat16" if hardware.native_bfloat16 else "float32"
 
 
 # ---- all of them in turn ----
@@ -301,6 +314,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="default: what the hardware multiplies")
     parser.add_argument("--profile", action="store_true", help="what a step spends its time on, to stderr")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--shape", help=argparse.SUPPRESS)
@@ -309,7 +323,8 @@ def main() -> None:
         shape = Shape(**json.loads(arguments.shape))
         found = measure(arguments.one, shape, arguments.steps, arguments.peer, arguments.profile)
         return print(json.dumps(found))
-    shape = Shape(arguments.depth, arguments.time, arguments.rows, arguments.vocab, arguments.threads)
+    precision = arguments.precision or native_precision(arguments.threads)
+    shape = Shape(arguments.depth, arguments.time, arguments.rows, arguments.vocab, arguments.threads, precision)
     peer = "nanochat" if arguments.peer else "minimal"
     names = (arguments.variants or f"bwlm,bwlm-documents,bwlm-eager,{peer}-default,{peer}-best").split(",")
     if unknown := [name for name in names if name not in VARIANTS]:
