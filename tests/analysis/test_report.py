@@ -587,7 +587,7 @@ def test_a_cell_whose_config_is_lost_or_damaged_is_named_and_the_rest_goes_on(tm
     damaged.write_text('{"id": ')
     text, _ = write(tmp_path, runs)
     assert "2 seeds" in text.split("\n\n")[2]
-    assert f"- {runs[0].id} is left out: {lost.relative_to(tmp_path)}: gone: put back the file" in text
+    assert f"- {runs[0].id} is left out: {lost.relative_to(tmp_path)}: no such file: put back the file" in text
     assert f"- {runs[5].id} is left out: {damaged.relative_to(tmp_path)}: not valid JSON" in text
 
 
