@@ -15,7 +15,7 @@ import pytest
 
 from bwlm.config import DataSettings, Recipe
 from bwlm.errors import UserError
-from bwlm.text.corpus import check_shards, find_corpus, read_texts
+from bwlm.text.corpus import checked, find_corpus, read_texts
 from bwlm.text.prepare import Pack, Prepared, prepare
 from tests.conftest import english
 
@@ -68,7 +68,7 @@ def test_json_lines_on_another_file_system(tmp_path: Path) -> None:
     filesystem.put(str(folder), "/bwlm-lines", recursive=True)
     try:
         found = find_corpus(DataSettings(source="memory://bwlm-lines"), tmp_path / "cache", lambda _: None)
-        check_shards(found)
+        checked(found)
         read = [text for some in read_texts(found.train[0].uri, "text") for text in some]
         assert read == [text or "" for text in TEXTS]
     finally:
@@ -114,4 +114,4 @@ def test_another_column_is_told_before_a_tokenizer_is_trained(tmp_path: Path) ->
     folder = write_lines(tmp_path / "lines", TEXTS, TEXTS[:40])
     found = find_corpus(DataSettings(source=str(folder), text_column="content"), tmp_path / "cache", lambda _: None)
     with pytest.raises(UserError, match=r"shard_00000\.jsonl: line 1: data\.text_column: no field 'content'"):
-        check_shards(found)
+        checked(found)
