@@ -40,5 +40,7 @@ def _git(folder: Path) -> dict[str, str]:
 def _run_git(folder: Path, *words: str) -> str:
     environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # another command of the user's may hold the index
     command = ["git", "-C", str(folder), *words]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=environment)
+    answer = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10, env=environment
+    )
     return answer.stdout.strip()

@@ -461,7 +461,7 @@ def test_a_report_is_written_where_asked_with_its_files_beside_it(
 ) -> None:
     storage, before = grid[0].path.parent, {path: path.read_bytes() for path in written[1]}
     path = tmp_path / f"mine{ending}"
-    files = write_report(path, lambda folder: write_grid_report(storage, "g", folder))
+    files = write_report(path, lambda folder: write_grid_report(storage, "g", folder).files)
     assert {path: path.read_bytes() for path in written[1]} == before, "the grid's own report stays"
     assert files[0] == path
     assert {*files[1:]} == {*(tmp_path / "mine_files").iterdir()}

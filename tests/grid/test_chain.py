@@ -139,8 +139,11 @@ def check_links(storage: Path, ids: list[str]) -> None:
         ([{"messages": []}], "line 81: messages: empty"),
         ([[{"role": "user", "content": "a"}] * 2], "line 81: messages[1].role: user again"),
         ([[{"role": "usr", "content": "a"}]], "messages[0].role: 'usr' is not one of system, user, assistant (did you"),
-        ([{"messages": "hi"}], "line 81: messages: must be a list of messages (found a string)"),
-        ([{"mesages": []}], "line 81: no field 'messages' (did you mean 'mesages'?)"),
+        ([{"messages": "hi"}], "line 81: messages: a text that is not the JSON of a list of messages ("),
+        (
+            [{"mesages": []}],
+            "line 81: no field 'messages' or 'conversations' or 'conversation' (did you mean 'mesages'?)",
+        ),
         ([{"messages": [{"role": "user", "content": 5}]}], "line 81: messages[0]: content: must be a string"),
         ([5], "line 81: must be an object or a list of messages (found 5)"),
         (["{"], "line 81: must be an object or a list of messages (found a string)"),
@@ -154,10 +157,10 @@ def test_a_malformed_conversation_is_told_and_nothing_is_half_made(
         file.writelines(f"{json.dumps(line)}\n" for line in lines)
     answer = train("base,mid", "talk")
     assert (answer.code, answer.out) == (2, "")
-    last = answer.err.splitlines()[-1]
-    assert last.startswith("bwlm: ")
-    assert str(talks) in last
-    assert told in last
+    assert f"bwlm: data.mixture: {talks}: {len(lines)} of {80 + len(lines)} conversations cannot be used:" in answer.err
+    [fault] = [line for line in answer.err.splitlines() if told in line]
+    assert str(talks) in fault
+    assert answer.err.splitlines()[-1].startswith("repair the file, or set data.skip_invalid=true")
     assert "Traceback" not in answer.err
     assert left_in(shell.storage) == set()
     assert not list(shell.storage.rglob("*.tmp"))
@@ -219,7 +222,11 @@ def test_a_grid_of_phases_runs_generation_by_generation(shell: Shell, grid_file:
     cells = json.loads(answer.out)["cells"]
     assert [cell["id"] for cell in cells] == [base, *children]
     assert {(cell["state"], cell["step"]) for cell in cells} == {("finished", 3)}
-    assert parents_in_mlflow(shell.storage) == {"g": None, base: "g"} | dict.fromkeys(children, base)
+    shown = [
+        "d1_lr1_s0-base_bidirectional",
+        *(f"d1_lr1_s0-sft_bidirectional_init_lr_frac{rate}" for rate in (0.02, 0.2)),
+    ]
+    assert parents_in_mlflow(shell.storage) == {"g": None, shown[0]: "g"} | dict.fromkeys(shown[1:], shown[0])
     assert shell.json("grid", "status", str(path))["cells"] == cells
     rates = [ExperimentFolder(shell.storage, child).config().experiment.optim.init_lr_frac for child in children]
     assert rates == [0.02, 0.2]
