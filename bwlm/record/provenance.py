@@ -15,8 +15,13 @@ from bwlm.credentials import masked
 
 def provenance() -> dict[str, str]:
     """Return the tags; those of git only if the working folder is in a repository."""
-    command = masked(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
-    about = {"mlflow.source.name": command, "mlflow.source.type": "LOCAL", "bwlm.version": version("bwlm")}
+    program = Path(sys.argv[0]).name
+    about = {
+        "mlflow.source.name": program,  # MLflow shows no more of it than what follows the last slash
+        "mlflow.source.type": "LOCAL",
+        "bwlm.command": masked(shlex.join([program, *sys.argv[1:]])),
+        "bwlm.version": version("bwlm"),
+    }
     return about | _user() | _git(Path.cwd())
 
 

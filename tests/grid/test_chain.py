@@ -67,12 +67,12 @@ def left_in(storage: Path) -> set[str]:
 
 
 def parents_in_mlflow(storage: Path) -> dict[str, str | None]:
-    """The name of the run above each run."""
+    """The id of the run above each run, or the name of the grid."""
     client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
     found = client.search_runs([client.get_experiment_by_name("bwlm").experiment_id])
-    names = {run.info.run_id: run.info.run_name for run in found}
+    names = {run.info.run_id: run.data.tags.get("bwlm.experiment_id", run.info.run_name) for run in found}
     assert len(set(names.values())) == len(names)
-    return {run.info.run_name: names.get(run.data.tags.get("mlflow.parentRunId", "")) for run in found}
+    return {names[run.info.run_id]: names.get(run.data.tags.get("mlflow.parentRunId", "")) for run in found}
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,8 @@ def test_a_launch_tells_its_user_and_the_commit_of_the_working_folder(
     (mine / "notes.txt").touch()  # no file of the repository
     tags = provenance()
     assert (tags["mlflow.source.git.commit"], tags["mlflow.source.git.dirty"]) == (head, "false")
-    assert (tags["mlflow.user"], tags["mlflow.source.name"]) == ("ada", "bwlm grid run 'a b.yaml'")
+    assert (tags["mlflow.user"], tags["mlflow.source.name"]) == ("ada", "bwlm")
+    assert tags["bwlm.command"] == "bwlm grid run 'a b.yaml'"
     (mine / "grid.yaml").write_text("name: h\n")
     assert provenance()["mlflow.source.git.dirty"] == "true"
 
