@@ -101,7 +101,7 @@ def check_same(planned: PlannedCell, changed: list[str], plan: Plan, accept_code
             how = planned.other_code.removeprefix("code: ")
             raise UserError(
                 f"{plan.name}: {planned.cell.id} was begun by other code ({how}): go back to that code, resume with "
-                f"this one by --accept-code, or {remove}"
+                f"this one by --accept-code, after which no report compares it with runs of one version, or {remove}"
             )
         return
     if plan.is_grid:

@@ -174,13 +174,18 @@ def _run_on_cluster(plan: Plan, jobs: list[Job], work: Callable[[Job], PackResul
 
 
 def _tell_other_code(cells: list[PlannedCell], show: Callable[[str], None]) -> None:
-    """Print a line for each way in which the code of finished cells differs; they are not trained again."""
+    """Print a line for each way in which the code of finished cells differs; they are not trained again.
+
+    If cells remain to be trained, one more line says that they get no verdict together with those.
+    """
     by_code: dict[str, list[str]] = {}
     for planned in cells:
         if planned.other_code and planned.is_done:
             by_code.setdefault(planned.other_code, []).append(planned.cell.id)
     for how, ids in by_code.items():
         show(f"{counted(len(ids), 'cell')} stay as they are ({ids[0]}, ..), finished by other code ({how})")
+    if by_code and not all(planned.is_done for planned in cells):
+        show("reports judge the runs of each version of the code apart: cells trained now get no verdict with those")
 
 
 def folder_of(plan: Plan, storage: Path) -> Path:

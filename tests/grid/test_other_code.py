@@ -164,3 +164,4 @@ def test_a_launch_goes_on_with_accepted_code_and_leaves_finished_cells_alone(
     assert begun.config().accepted_code[0]["step"] == step
     assert (done.path / "metrics.jsonl").stat().st_mtime_ns == written
     assert any("1 cell stay as they are" in line and "bwlm.model.gpt changed" in line for line in said)
+    assert any("cells trained now get no verdict with those" in line for line in said)
