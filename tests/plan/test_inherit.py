@@ -406,6 +406,16 @@ def test_phases_follow_each_other_in_the_order_of_training_however_the_file_list
     assert [cell.id for cell in one.cells] == [cell.id for cell in other.cells]
 
 
+def test_the_tasks_of_a_phase_are_one_value(tmp_path: Path) -> None:
+    """They replace those of the file, as a mixture does."""
+    tasks = "tasks: {gsm8k: {path: a}, mmlu: {path: b}}\n"
+    plan = grid(tmp_path, f"{GRID}{tasks}phases: {{mid: {{tasks: {{gsm8k: {{path: c}}}}}}, sft: {{}}}}\n")
+    paths = {
+        cell.experiment.phase: {name: at.path for name, at in cell.experiment.tasks.items()} for cell in plan.cells
+    }
+    assert (paths["mid"], paths["sft"]) == ({"gsm8k": "c"}, {"gsm8k": "a", "mmlu": "b"})
+
+
 def test_parents_stand_before_their_children_and_generations_go_by_them(tmp_path: Path) -> None:
     plan = grid(tmp_path, GRID + FAMILY)
     seen: set[str] = set()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bwlm.phases import PHASES
+from bwlm.record import code
 from bwlm.record.code import (
     NO_RESULT,
     NO_SETTINGS,
@@ -22,6 +23,7 @@ from bwlm.record.code import (
     encoded,
     module_digests,
 )
+from tasks import TASKS
 
 GOLDEN = Path(__file__).with_name("every_construct.txt")
 DIGEST_OF_GOLDEN = "93f90e00"
@@ -98,6 +100,14 @@ def test_words_layout_and_what_decides_no_result_change_nothing(
     changed: Changed, name: str, old: str, new: str
 ) -> None:
     assert changed(name, old, new) == []
+
+
+def test_another_version_of_torch_is_other_code_and_another_build_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for build in ("2.13.0+cpu", "2.13.0+cu128", "2.14.0+cpu"):
+        monkeypatch.setattr(code, "version", {"torch": build}.__getitem__)
+        found[build] = code_digest({"a": "1"})
+    assert found["2.13.0+cpu"] == found["2.13.0+cu128"] != found["2.14.0+cpu"]
 
 
 def test_the_digest_of_all_follows_from_those_of_the_modules() -> None:
@@ -199,7 +209,7 @@ def test_of_the_tasks_those_count_that_the_mixture_names(root: Path) -> None:
     (root / "tasks" / "unused.py").write_text("NAME = 1\n")
     (root / "tasks" / "spelling.py").rename(root / "tasks" / "letters.py")
     init = root / "tasks" / "__init__.py"
-    init.write_text(init.read_text().replace("from tasks.spelling", "from tasks.letters"))
+    init.write_text(init.read_text().replace("from tasks.spelling", "from tasks.letters") + '\nFIRST = "gsm8k"\n')
     module_digests.cache_clear()
     assert module_digests("rl", ("gsm8k",), root) == before
     gsm8k = root / "tasks" / "gsm8k.py"
@@ -215,6 +225,18 @@ def test_a_module_counts_once_training_imports_it(root: Path) -> None:
     loss.write_text(loss.read_text() + "\n\ndef late() -> None:\n    from bwlm.evaluate import choices  # noqa\n")
     module_digests.cache_clear()
     assert "bwlm.evaluate.choices" in module_digests("base", (), root)
+
+
+def test_a_module_that_is_imported_for_types_alone_does_not_count(root: Path) -> None:
+    (root / "bwlm" / "evaluate" / "choices.py").write_text("CHOICES = 4\n")
+    loss = root / "bwlm" / "evaluate" / "windows.py"
+    loss.write_text(loss.read_text() + "\n\nif TYPE_CHECKING:\n    from bwlm.evaluate import choices\n")
+    assert "bwlm.evaluate.choices" not in module_digests("base", (), root)
+
+
+def test_every_task_counts_when_a_mixture_names_it() -> None:
+    for name, task in TASKS.items():
+        assert type(task).__module__ in module_digests("rl", (name,)), name
 
 
 def test_the_code_of_a_package_counts_as_that_of_a_module(root: Path) -> None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from bwlm.record.journal import Journal, read_journal
 from bwlm.record.researchlog import ResearchLog
 from bwlm.text.batches import Batch, DirectedPlan
 from bwlm.text.direction import SpecialIds
+from bwlm.train import loop
 from bwlm.train import packed_phase as packed
 from bwlm.train.packed_phase import build_model, loss_by_direction
 from bwlm.train.records import Records
@@ -50,6 +52,13 @@ def killed_at(step: int) -> Any:
             yield plan.batch(number)
 
     return stream
+
+
+def test_a_mean_of_nothing_is_left_out_of_a_steps_metrics() -> None:
+    """As the loss of a reading that no row of a step has."""
+    sums = {"some": torch.tensor([3.0, 2.0]), "none": torch.tensor([0.0, 0.0])}
+    phase: Any = SimpleNamespace(measure=lambda batch, losses: sums)
+    assert loop._means(phase, LocalSession(), {}, torch.zeros(1)) == {"some": 1.5}
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "bidirectional", "permuted"])
@@ -357,6 +366,7 @@ def test_the_best_and_every_so_many_checkpoints_stay(new_run: NewRun) -> None:
     figures = {e.step: e.metrics["val_bpb_tuning"] for e in read_journal(folder.path) if "val_bpb_tuning" in e.metrics}
     best = min(figures, key=figures.__getitem__)
     assert checkpoint_steps(folder.checkpoints) == sorted({4, 8, 12, best})
+    assert load_checkpoint(folder.checkpoints, 12).metric == figures[12]
 
 
 def test_a_journal_that_cannot_be_written_fails_the_run_before_its_next_checkpoint(
