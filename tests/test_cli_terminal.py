@@ -1,4 +1,4 @@
-"""What a terminal shows: tables that fit it, and no id, figure or word cut in two."""
+"""Terminal output: tables fit the width, and no id, figure or word is cut in two."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_the_embedding_comes_first_and_the_output_last() -> None:
 
 
 def test_a_log_of_zeros_has_a_chart(folders: list[ExperimentFolder], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In RL all samples of a step may earn the same: every gradient is zero then."""
+    """Every gradient is zero where all samples of an RL step earn the same reward."""
     monkeypatch.setattr("bwlm.analysis.commands.layers._long", lambda run, group: _zeros())
     assert "all values are zero" in str(over_time("gradients", folders).chart.to_dict())
 

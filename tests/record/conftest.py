@@ -13,7 +13,7 @@ from bwlm.record.tracking import Tracking
 
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """In a folder whose name needs quoting in a URI. Made once, because that takes a second."""
+    """Return a store in a folder whose name needs quoting in a URI. It is made once, because that takes a second."""
     root = tmp_path_factory.mktemp("a store, 100% #1")
     return Tracking(tracking_uri(root, None), root).uri
 

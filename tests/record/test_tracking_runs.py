@@ -136,7 +136,7 @@ def test_other_ends(state: Any, shown: str, store: Tracking, client: MlflowClien
 
 
 class Cut(BaseException):
-    """As Ctrl-C, or the end of the machine."""
+    """Ctrl-C, or the end of the machine, leaves such a run."""
 
 
 # calls of a first launch, and the how manieth; the grid's run is made before the cell's

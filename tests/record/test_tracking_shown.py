@@ -1,4 +1,4 @@
-"""What a person sees in MLflow: names, times, tags, the verdict of a grid."""
+"""Names, times, tags and the verdict of a grid, as a person sees them in MLflow."""
 
 from __future__ import annotations
 

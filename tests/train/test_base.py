@@ -55,7 +55,7 @@ def killed_at(step: int) -> Any:
 
 
 def test_a_mean_of_nothing_is_left_out_of_a_steps_metrics() -> None:
-    """As the loss of a reading that no row of a step has."""
+    """A reading that no row of a step has gives such a loss."""
     sums = {"some": torch.tensor([3.0, 2.0]), "none": torch.tensor([0.0, 0.0])}
     phase: Any = SimpleNamespace(measure=lambda batch, losses: sums)
     assert loop._means(phase, LocalSession(), {}, torch.zeros(1)) == {"some": 1.5}
