@@ -136,7 +136,7 @@ def test_other_ends(state: Any, shown: str, store: Tracking, client: MlflowClien
 
 
 class Cut(BaseException):
-    """Ctrl-C, or the end of the machine, leaves such a run."""
+    """Stand-in for Ctrl-C, or for the end of the machine."""
 
 
 # calls of a first launch, and the how manieth; the grid's run is made before the cell's
