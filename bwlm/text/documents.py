@@ -43,7 +43,7 @@ def hold_out(files: Sequence[Shard]) -> tuple[tuple[Shard, ...], tuple[Shard, ..
     numbers = {file: int(_digest(file)[:16], 16) for file in files}
     chosen = {number for number in numbers.values() if number % HELD_OUT == 0} or {min(numbers.values())}
     held_out = tuple(file for file, number in numbers.items() if number in chosen)
-    return tuple(file for file in files if file not in held_out), held_out
+    return tuple(file for file, number in numbers.items() if number not in chosen), held_out
 
 
 def write_documents(
