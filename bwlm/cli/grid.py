@@ -15,6 +15,7 @@ from bwlm.cli.app import App
 from bwlm.cli.launch import launch, show_places, warnings_of
 from bwlm.cli.terminal import AcceptCode, Json, Set, Storage, print_json, say, show, show_sentences, show_table
 from bwlm.errors import UserError
+from bwlm.format import first_of
 from bwlm.phases import PHASES
 from bwlm.progress import loading, working
 
@@ -169,11 +170,7 @@ def _reasons(cells: list[dict[str, Any]]) -> list[str]:
     holds_for: dict[str, list[str]] = {}
     for cell in cells:
         holds_for.setdefault(cell["reason"], []).append(cell["id"])
-    return [f"{_first_of(ids)}: {reason}" for reason, ids in holds_for.items() if reason]
-
-
-def _first_of(ids: list[str]) -> str:
-    return ids[0] + (f" and {len(ids) - 1} more" if len(ids) > 1 else "")
+    return [f"{first_of(ids)}: {reason}" for reason, ids in holds_for.items() if reason]
 
 
 def _reason(planned: PlannedCell) -> str:

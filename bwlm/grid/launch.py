@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from bwlm.format import counted
+from bwlm.format import counted, first_of
 from bwlm.grid.cells import (
     PlannedCell,
     check_same,
@@ -69,21 +69,14 @@ class LaunchResult:
 
 
 def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code: bool = False) -> LaunchResult:
-    """Run every cell that is not done. Raises `UserError` before anything is made where it can never work.
+    """Run every cell that is not done, and write the report.
 
     With `accept_code`, today's code resumes cells that other code has begun, and their records say so. Raises
     `UserError`, before anything is made, for a plan that can never work. Raises `SystemExit` with `TERMINATED`, or
     `KeyboardInterrupt`, if this process is asked to end meanwhile.
     """
-    check_writable(storage)
-    planned_cells = find_cells(plan, storage)
-    for planned in planned_cells:
-        check_same(planned, planned.changed, plan, accept_code)
+    planned_cells = _checked_cells(plan, storage, accept_code)
     _tell_other_code(planned_cells, show)
-    ids = {cell.id for cell in plan.cells}
-    for cell in plan.cells:
-        if (parent := cell.experiment.parent) is not None and cell.parent not in ids:
-            link_to(storage, parent, cell.experiment.phase, cell.id)
     if is_over := _is_over(planned_cells):
         show(_over_words(plan, planned_cells))
     with loading():
@@ -95,44 +88,39 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     uri = tracking_uri(storage, plan.launch.tracking_uri)
     _check_tracking(uri, storage, plan.launch.experiment)
     home = folder_of(plan, storage)
+    grid_run: str | None = None
     with _only_launch(plan, storage), _no_cluster() if is_over else _cluster(plan) as capacity:
-        if capacity is not None:
-            at_once = counted(capacity.concurrency, "cell")
-            show(f"Ray on {capacity.cluster}, {at_once} at once{_dashboard(capacity.dashboard)}")
+        _tell_capacity(capacity, show)
         prepared = prepare_texts(plan, storage, partial(_run_on_cluster, plan), show)
         home.mkdir(parents=True, exist_ok=True)
-        with working("opening MLflow's store"):
-            tracking = Tracking(uri, storage, plan.launch.experiment)
-        grid_run: str | None = None
-        for generation in generations(plan.cells):
-            part = replace(plan, cells=_ready(generation, storage, show))
-            if not part.cells:
-                continue
+        tracking = _open_tracking(uri, storage, plan)
+        for part in _ready_generations(plan, storage, show):
             with exclusive(home / "lock"):  # so that two launches of one plan make its folders and runs only once
                 cells = _resolved(part, storage, prepared, accept_code)
-                if plan.is_grid and grid_run is None:
-                    grid_run = _enlist_grid(plan, storage, tracking, [cell.config for cell in cells])
+                grid_run = grid_run or _enlist_grid(plan, storage, tracking, cells)
                 runs = _enlist(cells, storage, tracking, grid_run)
-            if capacity is None:
-                continue
-            if not plan.is_grid:
-                _introduce(cells[0].planned, show)
-            elif len(part.cells) < len(plan.cells):
-                show(f"{part.cells[0].experiment.phase}: {counted(len(part.cells), 'cell')} of {len(plan.cells)}")
-            from bwlm.grid.training import train_cells
-
-            train_cells(
-                part,
-                [cell.planned for cell in cells],
-                capacity.concurrency,
-                storage,
-                tracking,
-                grid_run or runs[0],
-                show,
-            )
+            if capacity is not None:
+                _introduce(plan, cells, show)
+                _train(part, cells, capacity, storage, tracking, grid_run or runs[0], show)
         show("writing the report")
         with exclusive(home / "lock"):  # since another launch may end at the same moment
-            return _conclude(plan, storage, tracking, grid_run, capacity.dashboard if capacity else None)
+            return _conclude(plan, storage, tracking, grid_run, capacity)
+
+
+# ---- [1] resolve ----
+
+
+def _checked_cells(plan: Plan, storage: Path, accept_code: bool) -> list[PlannedCell]:
+    """Return the plan's cells; raise `UserError` if a folder holds another run or an outside parent is unfinished."""
+    check_writable(storage)
+    planned_cells = find_cells(plan, storage)
+    for planned in planned_cells:
+        check_same(planned, planned.changed, plan, accept_code)
+    ids = {cell.id for cell in plan.cells}
+    for cell in plan.cells:
+        if (parent := cell.experiment.parent) is not None and cell.parent not in ids:
+            link_to(storage, parent, cell.experiment.phase, cell.id)
+    return planned_cells
 
 
 def _is_over(planned_cells: list[PlannedCell]) -> bool:
@@ -146,11 +134,24 @@ def _over_words(plan: Plan, planned_cells: list[PlannedCell]) -> str:
     [first, *others] = [planned.cell.id for planned in planned_cells]
     if not plan.is_grid and not others:
         return f"{first}: already finished. To train it anew, take another --id, or first: bwlm runs delete {first}"
-    what = counted(len(planned_cells), "cell" if plan.is_grid else "run")
     name = "name in its file" if plan.is_grid else "--id"
     return (
-        f"{plan.name}: already finished, {what}. To train all anew, take another {name}; to train one anew, delete it "
-        f"first: bwlm runs delete {first}"
+        f"{plan.name}: {_ended_words(planned_cells, 'cell' if plan.is_grid else 'run')}. "
+        f"To train all anew, take another {name}; to train one anew, delete it first: bwlm runs delete {first}"
+    )
+
+
+def _ended_words(planned_cells: list[PlannedCell], noun: str) -> str:
+    """Return how many cells finished, and the names of the cells that the scheduler kept from it."""
+    finished = counted(sum(planned.status.state == "finished" for planned in planned_cells), noun)
+    stopped = [planned.cell.id for planned in planned_cells if planned.is_done and planned.status.state == "stopped"]
+    never = [planned.cell.id for planned in planned_cells if not planned.is_done]
+    if not stopped and not never:
+        return f"already finished, {finished}"
+    return (
+        f"nothing left to train, {finished} finished"
+        + (f"; stopped early by the scheduler: {first_of(stopped)}" if stopped else "")
+        + (f"; not trained, since an ancestor was stopped early: {first_of(never)}" if never else "")
     )
 
 
@@ -211,6 +212,13 @@ def _discard_lock(home: Path) -> None:
         (home / "lock").unlink(missing_ok=True)
 
 
+def _ready_generations(plan: Plan, storage: Path, show: Callable[[str], None]) -> Iterator[Plan]:
+    """Yield the cells of each generation that can be trained, as a plan, once those of the one before have ended."""
+    for generation in generations(plan.cells):
+        if ready := _ready(generation, storage, show):
+            yield replace(plan, cells=ready)
+
+
 def _ready(generation: tuple[Cell, ...], storage: Path, show: Callable[[str], None]) -> tuple[Cell, ...]:
     """Return the cells whose parents have finished; show what the others wait for."""
     ready = []
@@ -238,8 +246,16 @@ def _check_tracking(uri: str, storage: Path, experiment: str | None = None) -> N
         Tracking(uri, storage, experiment)  # raises if the server refuses: it may, although its /health is fine
 
 
-def _dashboard(address: str | None) -> str:
-    return f", dashboard at http://{address}" if address else ""
+def _open_tracking(uri: str, storage: Path, plan: Plan) -> Tracking:
+    """Open MLflow's store, which is made if there is none yet."""
+    with working("opening MLflow's store"):
+        return Tracking(uri, storage, plan.launch.experiment)
+
+
+def _tell_capacity(capacity: Capacity | None, show: Callable[[str], None]) -> None:
+    if capacity is not None:
+        dashboard = f", dashboard at http://{capacity.dashboard}" if capacity.dashboard else ""
+        show(f"Ray on {capacity.cluster}, {counted(capacity.concurrency, 'cell')} at once{dashboard}")
 
 
 # ---- [3] enlist ----
@@ -284,17 +300,20 @@ def _compute_of(planned: PlannedCell) -> Compute:
     return plan_compute(planned.cell.experiment, planned.cell.shape, planned.cell.steps)
 
 
-def _enlist_grid(plan: Plan, storage: Path, tracking: Tracking, first: list[RunConfig]) -> str:
+def _enlist_grid(plan: Plan, storage: Path, tracking: Tracking, first: list[_Resolved]) -> str | None:
     """Write the list of the grid's cells and its grid file; return the grid's MLflow run, the parent of its cells'.
 
-    The report of an earlier launch of other cells is kept.
+    The report of an earlier launch of other cells is kept. Without a grid there is nothing to write, and no run.
     """
-    assert plan.grid_text is not None
+    if plan.grid_text is None:
+        return None
     home, ids = folder_of(plan, storage), [cell.id for cell in plan.cells]
     keep_report(storage, plan.name, ids)
     write_cells(storage, plan.name, ids)
     write_text(home / GRID_FILE, plan.grid_text)
-    return tracking.parent_run(home, plan.name, plan.grid_text, _settings(first, len(plan.cells)))
+    return tracking.parent_run(
+        home, plan.name, plan.grid_text, _settings([cell.config for cell in first], len(plan.cells))
+    )
 
 
 def _settings(first: list[RunConfig], cells: int) -> GridSettings:
@@ -340,7 +359,16 @@ def _dataset(prepared: Prepared) -> dict[str, str]:
     return {"name": Path(first).parent.name or "text", "digest": digest, "source": first}
 
 
-def _introduce(planned: PlannedCell, show: Callable[[str], None]) -> None:
+def _introduce(plan: Plan, cells: list[_Resolved], show: Callable[[str], None]) -> None:
+    """Print what is about to be trained: the phase of a grid's cells, or all of a single experiment."""
+    if not plan.is_grid:
+        _introduce_experiment(cells[0].planned, show)
+    elif len(cells) < len(plan.cells):
+        phase = cells[0].planned.cell.experiment.phase
+        show(f"{phase}: {counted(len(cells), 'cell')} of {len(plan.cells)}")
+
+
+def _introduce_experiment(planned: PlannedCell, show: Callable[[str], None]) -> None:
     """Print what a single experiment is about to do, and how it computes."""
     cell, saved = planned.cell, checkpoint_steps(planned.folder.checkpoints)
     step = planned.status.step
@@ -359,12 +387,31 @@ def _compute_lines(config: RunConfig) -> list[str]:
     return [f"  {choice}: {reason}" for choice, reason in config.compute.reasons.items()]
 
 
+# ---- [4] train ----
+
+
+def _train(
+    plan: Plan,
+    cells: list[_Resolved],
+    capacity: Capacity,
+    storage: Path,
+    tracking: Tracking,
+    run: str,
+    show: Callable[[str], None],
+) -> None:
+    """Train the cells on the cluster; `run` is the MLflow run that gets this machine's system metrics."""
+    from bwlm.grid.training import train_cells  # imports Ray Tune, which a launch with nothing to train does not need
+
+    train_cells(plan, [cell.planned for cell in cells], capacity.concurrency, storage, tracking, run, show)
+
+
 # ---- [5] report ----
 
 
 def _conclude(
-    plan: Plan, storage: Path, tracking: Tracking, grid_run: str | None, dashboard: str | None
+    plan: Plan, storage: Path, tracking: Tracking, grid_run: str | None, capacity: Capacity | None
 ) -> LaunchResult:
+    """Write the reports, close the MLflow runs and return the result."""
     with loading():
         from bwlm.analysis.report.study import write_experiment_report, write_grid_report
 
@@ -377,6 +424,7 @@ def _conclude(
     ids = [planned.cell.id for planned in planned_cells if planned.folder.exists()]
     home = folder_of(plan, storage) if plan.is_grid or not ids else storage / ids[-1]
     waiting = waiting_cells(planned_cells)
+    dashboard = capacity.dashboard if capacity else None
     result = LaunchResult(load_cells(storage, ids), waiting, home / REPORT, tracking.uri, dashboard)
     if grid_run is not None:
         with working("writing the grid's report"):

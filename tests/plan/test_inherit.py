@@ -14,7 +14,7 @@ import pytest
 from bwlm.config import Experiment
 from bwlm.errors import UserError
 from bwlm.grid.cells import find_cells, waiting_cells
-from bwlm.grid.launch import run_plan
+from bwlm.grid.launch import _is_over, _over_words, run_plan
 from bwlm.phases import BUILTIN_MIXTURE
 from bwlm.plan.inherit import inherit, with_defaults
 from bwlm.plan.load import load_grid, plan_experiment
@@ -443,6 +443,25 @@ def test_who_descends_from_a_run_that_was_stopped_early_does_not_wait(tmp_path: 
     assert waiting(Status("stopped", "by the scheduler at step 3", 3)) == others
     assert waiting(Status("stopped", "", 3)) == others + below
     assert waiting(Status("failed", "oh", 3)) == others + below
+
+
+def test_a_grid_with_nothing_left_counts_finished_cells_and_names_the_others(tmp_path: Path) -> None:
+    """The scheduler stopped the forward base, so its mid run, two SFT runs and four RL runs never begin."""
+    plan = grid(tmp_path, GRID + FAMILY)
+    done = [replace(one, status=Status("finished")) for one in find_cells(plan, tmp_path / "runs")]
+    anew = "To train all anew, take another name in its file; to train one anew, delete it first: bwlm runs delete g_"
+    assert _over_words(plan, done).startswith(f"g: already finished, 16 cells. {anew}")
+
+    stopped = Status("stopped", "by the scheduler at step 3", 3)
+    ended = [
+        replace(one, status=Status() if one.cell.parent else stopped) if "forward" in one.cell.id else one
+        for one in done
+    ]
+    assert _is_over(ended)
+    assert _over_words(plan, ended).startswith(
+        "g: nothing left to train, 8 cells finished; stopped early by the scheduler: g_forward_d1_lr1_s0-base; not "
+        f"trained, since an ancestor was stopped early: g_forward_d1_lr1_s0-mid and 6 more. {anew}"
+    )
 
 
 def test_cells_of_phases_count_for_the_cap(tmp_path: Path) -> None:
