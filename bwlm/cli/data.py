@@ -130,7 +130,9 @@ def data_inspect(
 
     If the corpus is prepared, these are the first rows that a run with seed 0 reads. Else they are the first rows of
     the first shard, and only its head is read; if there is no tokenizer yet, one is trained on that head alone.
-    --json always prepares the corpus.
+
+    --json always shows the first rows that a run with seed 0 reads. They depend on the shuffle and on the number of
+    all rows, so it prepares the corpus first, into the cache, with its progress on stderr.
 
     Example: `bwlm data inspect --direction backward --rows 1`
 
