@@ -129,7 +129,7 @@ def resume_config(known: RunConfig, requested: RunConfig, begun: bool = True) ->
         compute = replace(compute, precision=known.compute.precision)
         identity["precision"] = known.identity["precision"]
     version = requested.identity_version
-    if _counts_files_by_time(known, settings):  # for the launches after this one too
+    if counts_files_by_time(known, settings):  # for the launches after this one too
         identity["data"], version = known.identity["data"], known.identity_version
     compute = compute.with_threads(settings.resources.cpus_per_worker)
     return replace(
@@ -144,11 +144,11 @@ def resume_config(known: RunConfig, requested: RunConfig, begun: bool = True) ->
     )
 
 
-def _counts_files_by_time(known: RunConfig, settings: Experiment) -> bool:
-    """True for a run of the same mixture and tasks whose digest of rows holds the times of its files.
+def counts_files_by_time(known: RunConfig, settings: Experiment) -> bool:
+    """Return true for a run of the same mixture and tasks whose digest of rows holds the times of its files.
 
     Before identity version 3 the ids of conversations held those times. The ids order no rows and are no targets, so
-    they change no result.
+    they change no result. Nothing says whether the files still hold what they held then.
     """
     one, other = ((of.data.mixture, of.data.skip_invalid, of.tasks) for of in (settings, known.experiment))
     return known.identity_version < 3 and bool(settings.data.mixture) and one == other

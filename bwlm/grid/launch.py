@@ -21,6 +21,7 @@ from bwlm.format import counted, first_of
 from bwlm.grid.cells import (
     PlannedCell,
     check_same,
+    counts_files_by_time,
     find_cells,
     other_settings,
     resume_config,
@@ -77,6 +78,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     """
     planned_cells = _checked_cells(plan, storage, accept_code)
     _tell_other_code(planned_cells, show)
+    _tell_unchecked_text(planned_cells, show)
     if is_over := _is_over(planned_cells):
         show(_over_words(plan, planned_cells))
     with loading():
@@ -187,6 +189,17 @@ def _tell_other_code(cells: list[PlannedCell], show: Callable[[str], None]) -> N
         show(f"{counted(len(ids), 'cell')} stay as they are ({ids[0]}, ..), finished by other code ({how})")
     if by_code and not all(planned.is_done for planned in cells):
         show("reports judge the runs of each version of the code apart: cells trained now get no verdict with those")
+
+
+def _tell_unchecked_text(cells: list[PlannedCell], show: Callable[[str], None]) -> None:
+    """Print the cells that an earlier version began on conversations of which it kept no digest by content."""
+    begun = [planned for planned in cells if planned.folder.exists() and not planned.is_done]
+    found = [one.cell.id for one in begun if counts_files_by_time(one.folder.config(), one.cell.experiment)]
+    if found:
+        show(
+            f"{first_of(found)}: an earlier version named the conversations by the times of their files: whether the "
+            "content of data.mixture has changed since then cannot be checked"
+        )
 
 
 def folder_of(plan: Plan, storage: Path) -> Path:

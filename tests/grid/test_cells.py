@@ -13,11 +13,13 @@ from bwlm.errors import UserError
 from bwlm.grid import hardware
 from bwlm.grid.cells import PlannedCell, other_settings, resume_config, with_code_of
 from bwlm.grid.hardware import compiled_if_it_can
+from bwlm.grid.launch import _tell_unchecked_text
 from bwlm.model.compute import Compute
 from bwlm.plan.spec import Cell
 from bwlm.record.code import IDENTITY_VERSION
 from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.fingerprint import differences, identity
+from bwlm.record.lineage import ParentLink
 from bwlm.record.run_config import RunConfig
 
 COMPUTE = Compute("bfloat16", "blocked", 512, True, 4, 2)
@@ -80,6 +82,23 @@ def test_a_run_whose_text_counted_by_time_stays_the_same_run_launch_after_launch
         assert other_settings(known.identity, taken.identity) == []
         known = taken
     assert known.identity["code"] == asked.identity["code"]
+
+
+@pytest.mark.parametrize(
+    ("version", "status", "told"),
+    [(2, Status("stopped", "", 3), True), (2, Status("finished", "", 5), False), (3, Status("stopped", "", 3), False)],
+)
+def test_a_begun_run_whose_text_counted_by_time_says_that_its_text_cannot_be_checked(
+    version: int, status: Status, told: bool, tmp_path: Path
+) -> None:
+    """A finished run reads no text any more, and a run of today's version has a digest by content."""
+    config = replace(run(phase="sft", parent="p", data={"mixture": {"talks.jsonl": 1.0}}), identity_version=version)
+    folder = ExperimentFolder(tmp_path, "x")
+    folder.create(config, ParentLink("p", "base", "step_000020", 20, "5a" * 32, ["p"]))
+    lines: list[str] = []
+    _tell_unchecked_text([PlannedCell(Cell("x", config.experiment, 5), folder, status, [])], lines.append)
+    assert [line.partition(":")[0] for line in lines] == ["x"] * told
+    assert all("data.mixture has changed since then cannot be checked" in line for line in lines)
 
 
 def test_a_compiled_run_goes_on_where_the_compiler_fails_unless_compiling_was_set(
