@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from bwlm.cli.terminal import show_fields, show_sentences, show_table
 from bwlm.record.experiment import ExperimentFolder, Status
@@ -24,6 +26,19 @@ _FIGURE = st.floats(-1e4, 1e4).map("{:+.4f}".format)
 
 def shown(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().out.splitlines()
+
+
+def test_typer_shows_bounds_beside_a_parser_and_checks_none() -> None:
+    """So `whole_option` checks its bounds itself; tests/test_cli.py has the errors."""
+    app = typer.Typer()
+
+    @app.command()
+    def show(number: int = typer.Option(1, parser=int, min=1, max=3)) -> None:
+        print(number)
+
+    run = CliRunner().invoke
+    assert "1<=x<=3" in run(app, ["--help"]).output
+    assert run(app, ["--number", "9"]).output == "9\n"
 
 
 # ---- one table ----

@@ -55,6 +55,7 @@ def whole_option(help: str, lowest: int | None = None, highest: int | None = Non
             raise ValueError(f"must be at most {highest} (found {text})")
         return number
 
+    # typer only shows `min` and `max` beside a parser: it checks neither
     return typer.Option(parser=parse, metavar="<int>", help=help, min=lowest, max=highest, **options)
 
 

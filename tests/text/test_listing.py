@@ -107,6 +107,15 @@ def test_a_web_server_out_of_reach_is_told() -> None:
     )
 
 
+def test_fsspec_says_that_a_file_is_missing_where_its_server_is_out_of_reach() -> None:
+    """So what stands behind an error is looked at first."""
+    web = fsspec.filesystem("http")
+    with pytest.raises(FileNotFoundError) as told:
+        web.info("http://127.0.0.1:9/a.parquet")
+    assert isinstance(listing.unreachable(told.value), OSError)
+    assert not web.exists("http://127.0.0.1:9/a.parquet")
+
+
 def test_a_package_that_is_missing_is_named_with_the_extra_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for scheme, (package, extra) in PACKAGES.items():
         monkeypatch.setitem(sys.modules, package, None)
