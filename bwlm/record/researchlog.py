@@ -1,7 +1,7 @@
 """Research log `<phase>.h5`: the loss of every token, and statistics from inside the model, step by step.
 
 An HDF5 file that is written in place does not survive the death of its writer. So entries are appended to a tail
-beside it (`<phase>.h5.tail`), and from time to time the tail is merged into a copy that is renamed to the file. A
+beside it (`researchlog_tail.py`), and from time to time the tail is merged into a copy that is renamed to the file. A
 reader, beside a running training or after a kill, sees whole entries from the first to the last merge; later entries
 are in the tail, and the next writer merges them.
 
@@ -12,46 +12,29 @@ Datasets that hold for the whole run (`fixed`) have no such axis. `researchlog_s
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import logging
 import os
 import shutil
-import socket
-import struct
 import time
 import uuid
-import zlib
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import h5py
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from bwlm.errors import UserError
 from bwlm.paths import Check, sync, unchecked
 from bwlm.record.lease import Lease
 from bwlm.record.researchlog_schema import GROUPS, VERSION, Column
+from bwlm.record.researchlog_tail import Entry, Tail, entries_of, has_entries
 
 log = logging.getLogger(__name__)
 
 Array = NDArray[Any]
-Entry = dict[str, Array]
-"""Logged step of a group: its columns, `step` among them."""
-
-_HEAD = 128
-"""Bytes at the start of a tail that name its writer."""
-_RECORD = struct.Struct("<4sIQ")
-_MAGIC = b"bwlm"
-_MERGED_AT_ONCE = 2**26
-"""Bytes of entries in memory while a tail is merged."""
 _CHUNK = 2**18
 """Bytes of an HDF5 chunk, at most, if an entry is smaller."""
 _ROOM = 2**16
@@ -60,9 +43,6 @@ _COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "s
 """Compression that every build of HDF5 reads."""
 _SPACE: dict[str, Any] = {"fs_strategy": "fsm", "fs_persist": True}
 """Strategy for free space: the file remembers it, since each merge rewrites every dataset's last chunk elsewhere."""
-_READER = "reader "
-"""Prefix of the writer's name in a tail, for a process that only merges what a dead writer left."""
-_WAIT_SECONDS = 0.02
 _SHARE = 0.003
 """Share of the writer's time that merging may take, at most."""
 
@@ -95,7 +75,7 @@ class ResearchLog:
         """
         self.path = path
         self._check = lease.check if lease else unchecked
-        self._tail = _lock(path, _READER if reader else "", lease)
+        self._tail = Tail(path, reader, lease)
         try:
             began = time.monotonic()
             if not self._goes_on(resume_step):
@@ -119,25 +99,13 @@ class ResearchLog:
         for name, kind in kinds.items():
             if (before := self._kinds.get(name, kind)) != kind:
                 raise ValueError(f"{name}: {kind} at step {step}, {before} before")
-        payload = save_tensors({f"{group}/{name}": values for name, values in entry.items()})
-        self._add(_RECORD.pack(_MAGIC, zlib.crc32(payload), len(payload)) + payload)
+        self._tail.append(group, entry)
         self._steps[group] = step
         self._kinds |= kinds
 
-    def _add(self, record: bytes) -> None:
-        """Append all of a record to the tail, or nothing: records behind a torn one could not be read."""
-        end = self._tail.tell()
-        try:
-            if self._tail.write(record) != len(record):  # a nearly full disk takes a part, quietly
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        except BaseException:
-            self._tail.truncate(end)
-            self._tail.seek(end)
-            raise
-
     def sync(self) -> None:
         """Make the written entries durable; any thread may call it."""
-        os.fsync(self._tail.fileno())
+        self._tail.sync()
 
     def merge(self, now: bool = True) -> None:
         """Move the tail into the file: `now`, or only if a merge would take little of the time by now."""
@@ -151,7 +119,7 @@ class ResearchLog:
         try:
             self._merge(None)
             self._check()
-            tail_of(self.path).unlink()
+            self._tail.delete()
         finally:
             self._tail.close()
 
@@ -186,18 +154,17 @@ class ResearchLog:
 
     def _merge(self, last: int | None) -> None:
         """Move the tail into the file; drop entries of steps later than `last`, from both."""
-        if self._tail.tell() > _HEAD or any(last is not None and step > last for step in self._steps.values()):
+        if self._tail.size or any(last is not None and step > last for step in self._steps.values()):
             rewritten = sum(_chunk_rows(kind) * kind.nbytes for kind in self._kinds.values())
-            room = self.path.stat().st_size + self._tail.tell() + rewritten + _ROOM
+            room = self.path.stat().st_size + self._tail.size + rewritten + _ROOM
             with _replacing(self.path, room, self._check) as copy, h5py.File(copy, "r+") as file:
                 if last is not None:
                     _forget_after(file, last)
-                for entries in _batches(_records(self.path), last):
+                for entries in entries_of(self.path, last):
                     for group, rows in entries.items():
                         _append(file, group, rows)
             self._steps, self._kinds = _state(self.path)
-        self._tail.truncate(_HEAD)
-        self._tail.seek(_HEAD)
+        self._tail.clear()
 
 
 def open_log(path: Path) -> h5py.File:
@@ -208,7 +175,7 @@ def open_log(path: Path) -> h5py.File:
     try:
         h5py.File(path, "r").close()  # first: a damaged file raises here, and a reader does not rename it
         with contextlib.suppress(UserError, OSError):  # a writer is at work, or the storage is not ours to write
-            if tail_of(path).exists() and tail_of(path).stat().st_size > _HEAD:
+            if has_entries(path):
                 ResearchLog(path, reader=True).close()
         return h5py.File(path, "r")
     except FileNotFoundError:
@@ -226,91 +193,6 @@ def fault_of_log(path: Path, due: int) -> list[str]:
     except (OSError, RuntimeError, KeyError, ValueError) as error:  # whatever h5py calls what it cannot decode
         return [f"{path.name}: damaged ({' '.join(str(error).split())})"]
     return [f"{path.name}: ends at step {step:,} instead of {due:,}" for step in steps if due and step != due]
-
-
-def tail_of(path: Path) -> Path:
-    """Return the path of a log's tail."""
-    return path.with_name(f"{path.name}.tail")
-
-
-# ---- the tail ----
-
-
-def _lock(path: Path, role: str, lease: Lease | None) -> BinaryIO:
-    """Return the tail, locked by this process until it is closed.
-
-    Raises `UserError` naming the other writer, unless this process holds the run's `lease`.
-    """
-    before = None
-    while True:
-        file: BinaryIO = os.fdopen(os.open(tail_of(path), os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = file.read(_HEAD).decode(errors="replace").strip(" \0") or "another process"
-            file.close()
-            merges = holder.startswith(_READER) and not role  # a reader merges in moments, then lets go
-            if not merges and lease is None:
-                raise UserError(f"{path}: {holder} writes to it: wait for it, or end that process") from None
-            if not merges and lease and holder == before:  # not at once: a reader may not have put its name there yet
-                file = _take_tail(path, lease)
-                break
-            before = holder
-            time.sleep(_WAIT_SECONDS)
-            continue
-        with contextlib.suppress(FileNotFoundError):  # its last writer may have deleted it before it freed the lock
-            if os.path.samestat(os.fstat(file.fileno()), tail_of(path).stat()):
-                break
-        file.close()
-    file.write(f"{role}{socket.gethostname()}:{os.getpid()}".encode()[:_HEAD].ljust(_HEAD))
-    file.seek(0, os.SEEK_END)
-    return file
-
-
-def _take_tail(path: Path, lease: Lease) -> BinaryIO:
-    """Put a locked copy in the tail's place and return it: the former writer's file has no name any more."""
-    copy = tail_of(path).with_name(f".{tail_of(path).name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        shutil.copyfile(tail_of(path), copy)
-        file = copy.open("r+b", buffering=0)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        lease.check()
-        copy.replace(tail_of(path))
-        return file
-    finally:
-        copy.unlink(missing_ok=True)
-
-
-def _records(path: Path) -> Iterator[tuple[str, Entry]]:
-    """Yield the group and the columns of each whole entry of a tail, up to the first that is torn or damaged."""
-    with tail_of(path).open("rb") as file:
-        left = file.seek(0, os.SEEK_END) - file.seek(_HEAD)
-        while len(head := file.read(_RECORD.size)) == _RECORD.size:
-            magic, crc, length = _RECORD.unpack(head)
-            left -= _RECORD.size + length
-            if magic != _MAGIC or left < 0 or zlib.crc32(payload := file.read(length)) != crc:
-                return
-            try:
-                tensors = load_tensors(payload)
-            except SafetensorError:
-                return
-            yield next(iter(tensors)).partition("/")[0], {name.partition("/")[2]: v for name, v in tensors.items()}
-
-
-def _batches(records: Iterator[tuple[str, Entry]], last: int | None) -> Iterator[dict[str, list[Entry]]]:
-    """Yield entries of steps up to `last`, by group, as many at a time as memory should hold."""
-    batch: dict[str, list[Entry]] = defaultdict(list)
-    size = 0
-    for group, entry in records:
-        if last is not None and entry["step"] > last:
-            continue
-        batch[group].append(entry)
-        size += sum(values.nbytes for values in entry.values())
-        if size >= _MERGED_AT_ONCE:
-            yield batch
-            batch, size = defaultdict(list), 0
-    if batch:
-        yield batch
 
 
 # ---- the file ----
