@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,6 +57,45 @@ class DataSet:
             for row in self._read(file.uri):
                 if by_name or self._held_out(row) == (split == "validation"):
                     yield row
+
+    def test_rows(self, path: str | None = None) -> Iterator[Row]:
+        """Yield the rows of the test split, file by file. Raises `UserError` as `rows` does, and for an empty split."""
+        yield from self._some_rows(self._test_files(self._list(path), path), f"{self.field}: {path or self.address}")
+
+    def example_rows(self, path: str | None = None) -> Iterator[Row]:
+        """Yield the rows that examples are taken from: of validation files, else of training, else of test files."""
+        files = self._list(path)
+        test = self._test_files(files, path)
+        for split in ("validation", "train"):
+            if chosen := [file for file in files if file.split == split and file not in test]:
+                return self._some_rows(chosen, f"{self.field}: {path or self.address}")
+        return self.test_rows(path)
+
+    def test_source(self, path: str | None = None) -> str:
+        """Return the address of the test split: its file, or the folder of its files."""
+        files = self._test_files(self._list(path), path)
+        return files[0].uri if len(files) == 1 else files[0].uri.rpartition("/")[0]
+
+    def _test_files(self, files: list[Shard], path: str | None) -> list[Shard]:
+        """Return the files for evaluation: named for it or, where no name says a split, all; one file is always it."""
+        files, _ = _without_notes(files)
+        test = [file for file in files if file.split == "test"]
+        if not test and len(files) > 1 and any(file.split == "validation" for file in files):
+            raise UserError(
+                f"{self.field}: {path or self.address}: no test file (by their names {listed(files)} train or "
+                "validate): name the file to evaluate on"
+            )
+        return test or files
+
+    def _some_rows(self, files: Sequence[Shard], where: str) -> Iterator[Row]:
+        """Yield the rows of files. Raises `UserError` if there is none."""
+        empty = True
+        for file in files:
+            for row in self._read(file.uri):
+                empty = False
+                yield row
+        if empty:
+            raise UserError(f"{where}: no rows: name a file that holds some")
 
     def all_rows(self, path: str | None = None) -> Iterator[Row]:
         """Yield the rows of both splits, file by file, as `rows` does."""

@@ -11,11 +11,14 @@ from tasks.rows import Row
 
 
 def _parse(row: Row) -> ChoiceQuestion:
-    return choice_question(row, row.text("question"), row.texts("choices"), row.integer("answer"))
+    subject = row.text("subject") if "subject" in row.values else ""  # training does not read the column
+    return choice_question(row, row.text("question"), row.texts("choices"), row.integer("answer"), subject)
 
 
 MMLU = MultipleChoice(
     "mmlu",
     DataSet("tasks.mmlu.path", "hf://datasets/cais/mmlu", ("question", "choices", "answer"), subset="all"),
     _parse,
+    test_columns=("subject",),
+    shots=5,
 )
