@@ -7,7 +7,8 @@
     arc.py         arc_easy, arc_challenge     multiple choice: school science
     mmlu.py        mmlu                 multiple choice: 57 subjects
     messages.py    smoltalk, FileTask   conversations that files already hold
-    task.py  choices.py                 protocols of a task; text of multiple choice
+    task.py  items.py                   protocols: of a task that is learned, of a task that is evaluated
+    choices.py                          text of multiple choice
     rows.py  files.py  faults.py        rows of JSON; files of a data set and their split; faults counted by kind
 
 Built-in tasks need no file and no network; the others are read from the hub or from a path.
@@ -22,13 +23,16 @@ from tasks.arc import ARC_CHALLENGE, ARC_EASY
 from tasks.arithmetic import Arithmetic
 from tasks.docs_qa import DocsQA
 from tasks.gsm8k import GSM8K
+from tasks.items import EvaluatedTask
 from tasks.messages import SMOLTALK, FileTask
 from tasks.mmlu import MMLU
 from tasks.spelling import Spelling
 from tasks.task import FromFiles, RawConversation, RawMessage, SplitName, Task, Verifiable, Writes
 
 __all__ = [
+    "EVALUATED",
     "TASKS",
+    "EvaluatedTask",
     "FileTask",
     "FromFiles",
     "RawConversation",
@@ -37,6 +41,7 @@ __all__ = [
     "Task",
     "Verifiable",
     "Writes",
+    "find_evaluated",
     "find_task",
 ]
 
@@ -49,3 +54,23 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         raise UserError(f"tasks: {name!r} is not a task{nearest(name, TASKS)}: name one of {', '.join(TASKS)}")
     return TASKS[name]
+
+
+EVALUATED: Mapping[str, EvaluatedTask] = {task.name: task for task in _ALL if isinstance(task, EvaluatedTask)}
+"""Tasks with a test split."""
+
+
+def find_evaluated(name: str) -> tuple[EvaluatedTask, str]:
+    """Return the task of a name, and the group that `task:group` asks for, or an empty text: `mmlu:anatomy`.
+
+    Raises `UserError` with the nearest name if there is no such task.
+    """
+    if name in EVALUATED:
+        return EVALUATED[name], ""
+    task, _, group = name.rpartition(":")
+    if task in EVALUATED:
+        return EVALUATED[task], group
+    raise UserError(
+        f"--tasks: {name!r} is not a task with a test split{nearest(name, EVALUATED)}: "
+        f"name some of {', '.join(EVALUATED)}"
+    )

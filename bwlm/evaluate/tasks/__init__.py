@@ -1,0 +1,1 @@
+"""Evaluation on tasks, in each direction of reading."""

@@ -1,0 +1,121 @@
+"""Scores of a task from its judged items: a score for each form, control and rule, with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from bwlm.evaluate.tasks.choices import Control, FittedItems, JudgedItem
+from bwlm.evaluate.tasks.rules import Rule
+from bwlm.stats.proportions import wilson
+from tasks.items import Form
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Accuracy of a model on a task by one rule, in one form and reading."""
+
+    id: str
+    step: int
+    """Step of the model's checkpoint."""
+    task: str
+    form: Form
+    control: Control | None
+    direction: str
+    """Reading."""
+    rule: Rule
+    native: bool
+    """True if the model was trained to read so."""
+    status: Literal["scored", "not_applicable", "does_not_fit"]
+    reason: str = ""
+    """Reason why there is no score."""
+    accuracy: float | None = None
+    interval: Interval | None = None
+    """Wilson's 95 % interval, over the items alone."""
+    chance: float | None = None
+    """Expected accuracy of a blind guess."""
+    n: int = 0
+    """Items that were scored."""
+    cut: int = 0
+    """Items that lost examples or the beginning of their context."""
+    seen: int | None = None
+    """Items that the run, or an ancestor, was trained on; None where that cannot be known any more."""
+    tied: int = 0
+    """Items whose highest score several choices share: each counts for 1/m."""
+    not_finite: int = 0
+    """Items with a score of NaN, which count as wrong."""
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Accuracy, interval and n of each group of items, such as a subject."""
+
+
+def score_of(judged: Sequence[JudgedItem]) -> dict[str, Any]:
+    """Return accuracy, interval and counts of some items, as fields of a `TaskScore`."""
+    correct = sum(one.judged.correct for one in judged)
+    return {
+        "accuracy": correct / len(judged),
+        "interval": wilson(correct, len(judged)),
+        "n": len(judged),
+        "tied": sum(one.judged.is_tied for one in judged),
+        "not_finite": sum(not one.judged.is_finite for one in judged),
+        "groups": _groups(judged),
+    }
+
+
+def _groups(judged: Sequence[JudgedItem]) -> dict[str, Any]:
+    by_group: dict[str, list[float]] = {}
+    for one in judged:
+        by_group.setdefault(one.item.group, []).append(one.judged.correct)
+    if set(by_group) == {""}:
+        return {}
+    return {
+        group: {"accuracy": sum(of) / len(of), "interval": wilson(sum(of), len(of)), "n": len(of)}
+        for group, of in sorted(by_group.items())
+    }
+
+
+def by_rule(judged: Iterable[JudgedItem]) -> dict[tuple[Control | None, Rule], list[JudgedItem]]:
+    """Return the judged items by control and rule, the scores without a control first."""
+    groups: dict[tuple[Control | None, Rule], list[JudgedItem]] = {}
+    for one in judged:
+        groups.setdefault((one.control, one.rule), []).append(one)
+    return dict(sorted(groups.items(), key=lambda group: group[0][0] is not None))
+
+
+def example_rows(form: Form, judged: Iterable[JudgedItem]) -> list[dict[str, Any]]:
+    """Return a row for each judged item. Ids stand in the first row of their layout alone."""
+    rows, previous = [], None
+    for one in judged:
+        layout = (one.item.id, one.control in (None, "shuffled"), one.ids)
+        rows.append(
+            {
+                "item": one.item.id,
+                "place": one.item.place,
+                "group": one.item.group,
+                "form": form,
+                "control": one.control,
+                "rule": one.rule,
+                "scores": list(one.scores),
+                "answer": one.answer,
+                "chosen": one.judged.chosen,
+                "correct": one.judged.correct,
+                "ids": None if layout == previous else list(one.ids),
+                "output": None,
+                "attempt": 0,
+            }
+        )
+        previous = layout
+    return rows
+
+
+def counts_of(items: FittedItems) -> dict[str, int]:
+    """Return how many items were changed or left out, by reason."""
+    return {
+        "cut": items.cut,
+        "dropped_shots": sum(one.dropped_shots for one in items.fitted),
+        "merged": sum(one.is_merged for one in items.fitted),
+        "does_not_fit": len(items.left_out),
+        "empty_choice": len(items.empty),
+    }

@@ -1,0 +1,256 @@
+"""Log-probabilities of many rows that share beginnings, each beginning read once.
+
+The rows of one item are a tree: a beginning that several share is one path, and each id is a node below the id before
+it. A tree is flattened into one row of nodes in depth-first order, where a node attends to its ancestors alone and has
+the position of its depth. So all choices of an item, and all rules that need the same layout, cost one pass, and a
+choice that is a prefix of another needs no rule of its own. Rows that share a long trunk (examples) read it once: its
+keys and values stand before the nodes. Nodes without a child are not read: nothing is predicted from them.
+
+The result of a row does not depend on the others, except for rounding.
+
+Axes: B trees, N nodes, P ids of the trunk, H heads, K kv heads, D head dimension, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bwlm.model.attention import AttentionKernel, Mask, attend
+from bwlm.model.gpt import GPT, Attend, KVState, norm
+from bwlm.model.loss import softcap
+from bwlm.model.observe import evaluating
+
+Ids = tuple[int, ...]
+_NODES_AT_ONCE = 2048
+"""Nodes of one pass, padding included."""
+_LOGITS_AT_ONCE = 1024
+"""Nodes whose logits exist at once."""
+
+
+class Row(NamedTuple):
+    """Ids to score: `branches` follow `trunk`, which is not scored and has at least one id (BOS)."""
+
+    trunk: Ids
+    branches: tuple[Ids, ...]
+    scored_from: int = 0
+    """First id of each branch that is scored."""
+
+
+class Scored(NamedTuple):
+    """Scores of one branch, from its first scored id on."""
+
+    log_p: NDArray[np.float64]
+    """Log-probability of each id given all before it, in nats."""
+    greedy: NDArray[np.bool_]
+    """True where the id is the likeliest one."""
+
+
+@torch.inference_mode()
+def score(model: GPT, rows: Sequence[Row], progress: Callable[[int], object] = lambda rows: None) -> list[list[Scored]]:
+    """Return the scores of every branch of every row. `progress` is called with the number of rows that are done.
+
+    Raises `ValueError` for a row that is longer than the model's sequence length; its last id is not read.
+    """
+    results: list[list[Scored]] = [[] for _ in rows]
+    longest = max((len(row.trunk) + max(map(len, row.branches)) - 1 for row in rows), default=0)
+    if longest > model.config.sequence_length:
+        raise ValueError(f"a row has {longest} ids to read, but sequence_length is {model.config.sequence_length}")
+    with evaluating(model):
+        for trunk, members in _by_trunk(rows).items():
+            prefix = _Prefix.read(model, trunk[:-1])
+            trees = [tree for n in members for tree in _trees(rows[n], n, model.config.sequence_length)]
+            done: dict[int, dict[Ids, Scored]] = {n: {} for n in members}
+            for batch in _batches(trees):
+                for tree, scores in zip(batch, _score_trees(model, prefix, batch), strict=True):
+                    done[tree.row] |= scores
+            for n in members:
+                results[n] = [done[n][branch] for branch in rows[n].branches]
+            progress(len(members))
+    return results
+
+
+def _by_trunk(rows: Sequence[Row]) -> dict[Ids, list[int]]:
+    groups: dict[Ids, list[int]] = {}
+    for n, row in enumerate(rows):
+        groups.setdefault(row.trunk, []).append(n)
+    return groups
+
+
+# ---- trees ----
+
+
+@dataclass
+class _Tree:
+    """Some branches of a row. Node 0 is the last id of the trunk; the nodes are in depth-first order."""
+
+    row: int
+    scored_from: int
+    tokens: list[int]
+    parents: list[int]
+    depths: list[int]
+    paths: dict[Ids, list[int]]
+    """Nodes of each branch."""
+
+    @property
+    def read(self) -> NDArray[np.int64]:
+        """Nodes that have a child, in order."""
+        return np.unique(self.parents[1:])
+
+
+def _trees(row: Row, index: int, most: int) -> Iterator[_Tree]:
+    """Yield the trees of a row: one, or several where one would have more than `most` nodes."""
+    tree, path = _new_tree(row, index), [0]
+    previous: Ids = ()
+    for branch in sorted(set(row.branches)):
+        shared = _common(previous, branch)
+        if len(tree.tokens) + len(branch) - shared > most and tree.paths:
+            yield tree
+            tree, path, shared = _new_tree(row, index), [0], 0
+        del path[shared + 1 :]
+        for token in branch[shared:]:
+            tree.tokens.append(token)
+            tree.parents.append(path[-1])
+            tree.depths.append(len(path))
+            path.append(len(tree.tokens) - 1)
+        tree.paths[branch] = path[1:]
+        previous = branch
+    yield tree
+
+
+def _new_tree(row: Row, index: int) -> _Tree:
+    return _Tree(index, row.scored_from, [row.trunk[-1]], [-1], [0], {})
+
+
+def _common(one: Ids, other: Ids) -> int:
+    """Return the number of ids with which both begin."""
+    for n, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return n
+    return min(len(one), len(other))
+
+
+def _batches(trees: Sequence[_Tree]) -> Iterator[list[_Tree]]:
+    """Yield trees of similar size together, so that little is padded."""
+    batch: list[_Tree] = []
+    for tree in sorted(trees, key=lambda tree: -len(tree.read)):
+        if batch and (len(batch) + 1) * max(1, len(batch[0].read)) > _NODES_AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(tree)
+    if batch:
+        yield batch
+
+
+# ---- passes ----
+
+
+class _Prefix(NamedTuple):
+    """Keys and values [1, K, P, D] of each layer for ids that all rows of a group begin with."""
+
+    length: int
+    kept: list[tuple[Tensor, Tensor]]
+
+    @classmethod
+    def read(cls, model: GPT, ids: Ids) -> _Prefix:
+        """Return the keys and values of `ids`; of none where there are no ids."""
+        kept: list[tuple[Tensor, Tensor]] = []
+
+        def keep(q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: AttentionKernel) -> Tensor:
+            kept.append((k, v))
+            return attend(q, k, v, None, "sdpa")
+
+        if ids:
+            _states(model, torch.tensor([ids]), KVState(model.rope(len(ids)), [keep] * model.config.depth))
+        return cls(len(ids), kept)
+
+    def attends(self, mask: Tensor, layers: int) -> list[Attend]:
+        """Return the attention of each layer: over the prefix, and where `mask` [B, 1, N, P + N] lets a node look."""
+
+        def over(layer: int) -> Attend:
+            def attending(q: Tensor, k: Tensor, v: Tensor, _: Mask, kernel: AttentionKernel) -> Tensor:
+                if self.kept:
+                    before = [part.expand(len(q), -1, -1, -1) for part in self.kept[layer]]
+                    k, v = (torch.cat(pair, 2) for pair in zip(before, (k, v), strict=True))
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.size(1) < q.size(1))
+
+            return attending
+
+        return [over(layer) for layer in range(layers)]
+
+
+def _score_trees(model: GPT, prefix: _Prefix, trees: Sequence[_Tree]) -> Iterator[dict[Ids, Scored]]:
+    read = [tree.read for tree in trees]
+    hidden = _read_trees(model, prefix, trees, read)
+    owner = np.concatenate([np.full(len(tree.tokens) - 1, n) for n, tree in enumerate(trees)])
+    slot = np.concatenate([np.searchsorted(nodes, tree.parents[1:]) for tree, nodes in zip(trees, read, strict=True)])
+    tokens = np.concatenate([np.array(tree.tokens[1:], np.int64) for tree in trees])
+    depth = np.concatenate([np.array(tree.depths[1:], np.int64) for tree in trees])
+    wanted = depth > np.array([tree.scored_from for tree in trees])[owner]
+    log_p, greedy = np.full(len(tokens), np.nan), np.zeros(len(tokens), bool)
+    if wanted.any():
+        log_p[wanted], greedy[wanted] = _predict(model, hidden, owner[wanted], slot[wanted], tokens[wanted])
+    start = 0
+    for tree in trees:
+        at = {branch: np.array(path[tree.scored_from :], np.int64) - 1 + start for branch, path in tree.paths.items()}
+        yield {branch: Scored(log_p[nodes], greedy[nodes]) for branch, nodes in at.items()}
+        start += len(tree.tokens) - 1
+
+
+def _read_trees(model: GPT, prefix: _Prefix, trees: Sequence[_Tree], read: Sequence[NDArray[np.int64]]) -> Tensor:
+    """Return the normed states [B, N, C] of the nodes in `read`."""
+    size = max(1, max(map(len, read)))
+    ids, position = np.zeros((len(trees), size), np.int64), np.zeros((len(trees), size), np.int64)
+    end = np.tile(np.arange(1, size + 1), (len(trees), 1))  # padding sees itself alone
+    for n, (tree, nodes) in enumerate(zip(trees, read, strict=True)):
+        ids[n, : len(nodes)] = np.array(tree.tokens)[nodes]
+        position[n, : len(nodes)] = np.array(tree.depths)[nodes] + prefix.length
+        end[n, : len(nodes)] = _ends(np.searchsorted(nodes, np.array(tree.parents)[nodes]))
+    place = np.arange(size)
+    may_see = (place <= place[:, None]) & (place[:, None] < end[:, None, :])  # j is an ancestor of i: j <= i < end[j]
+    device = model.embedding.weight.device
+    mask = F.pad(torch.from_numpy(may_see), (prefix.length, 0), value=True)[:, None].to(device)
+    where = torch.from_numpy(position).to(device)
+    rope = model.cos[where][:, None].to(model.compute_dtype), model.sin[where][:, None].to(model.compute_dtype)
+    return _states(model, torch.from_numpy(ids), KVState(rope, prefix.attends(mask, model.config.depth)))
+
+
+def _ends(parents: NDArray[np.int64]) -> list[int]:
+    """Return where the nodes below each node end; `parents` is an index for each node, of node 0 it is ignored."""
+    ends = list(range(1, len(parents) + 1))
+    for node in range(len(parents) - 1, 0, -1):
+        ends[parents[node]] = max(ends[parents[node]], ends[node])
+    return ends
+
+
+def _states(model: GPT, ids: Tensor, past: KVState) -> Tensor:
+    """Return the normed states [B, N, C] that the head reads."""
+    for state in model.states(ids.to(model.embedding.weight.device), None, past):
+        last = state  # earlier states are dropped
+    return norm(last)
+
+
+def _predict(
+    model: GPT, hidden: Tensor, owner: NDArray[np.int64], slot: NDArray[np.int64], tokens: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return log-probability, and whether it is the likeliest, of each token after the state at `owner`, `slot`."""
+    states, which = np.unique(owner * hidden.size(1) + slot, return_inverse=True)
+    flat, device = hidden.flatten(0, 1), hidden.device
+    log_p, greedy = np.empty(len(tokens)), np.empty(len(tokens), bool)
+    order = np.argsort(which, kind="stable")
+    for first in range(0, len(states), _LOGITS_AT_ONCE):
+        last = min(first + _LOGITS_AT_ONCE, len(states))
+        logits = softcap(model.lm_head(flat[torch.from_numpy(states[first:last]).to(device)]))
+        mine = order[slice(*np.searchsorted(which[order], (first, last)))]
+        at = torch.from_numpy(which[mine] - first).to(device)
+        wanted = torch.from_numpy(tokens[mine]).to(device)
+        log_p[mine] = (logits[at, wanted] - logits.logsumexp(-1)[at]).double().cpu().numpy()
+        greedy[mine] = (logits.argmax(-1)[at] == wanted).cpu().numpy()
+    return log_p, greedy
