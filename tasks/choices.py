@@ -67,6 +67,7 @@ class ChoiceQuestion:
             answer=self.answer,
             frame=frame,
             group=self.subject,
+            conversation=self.conversation(),
         )
 
 

@@ -51,6 +51,8 @@ class ChoiceItem:
     group: str = ""
     """Part of the task that is told apart in results, such as a subject."""
     shots: tuple[Example, ...] = ()
+    conversation: RawConversation | None = None
+    """Form in which the task is learned, if it can be: it tells whether a model was trained on the item."""
 
 
 @dataclass(frozen=True)

@@ -1,65 +1,131 @@
-"""`bwlm eval`: bits per byte of a trained model, in each direction of reading."""
+"""`bwlm eval`: a trained model measured in each direction of reading, on texts and on tasks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bwlm.cli.terminal import Json, Storage, print_json, say, show_table
+from bwlm.cli.scores import show_scores
+from bwlm.cli.terminal import Json, Set, Storage, print_json, say, show_table, whole_option
 from bwlm.directions import READINGS
 from bwlm.errors import UserError, nearest
 from bwlm.progress import loading, working
 
+if TYPE_CHECKING:
+    from bwlm.evaluate.tasks.request import TaskRequest
+
 
 def evaluate(
-    checkpoint: Annotated[
-        str,
+    runs: Annotated[
+        list[str],
         typer.Argument(
-            metavar="ID[@STEP]",
-            help="A finished run of any phase; ID@400 or ID@best: another checkpoint than its last.",
+            metavar="ID[@STEP]..",
+            help="Finished runs: ids, globs over ids, or names of grids. ID@400 or ID@best: another checkpoint than "
+            "the last; ID@all: every checkpoint that was kept.",
             show_default=False,
         ),
     ],
     directions: Annotated[
         str | None,
         typer.Option(
-            help="Directions in which the model reads the texts, also one that it was not trained in. "
+            help="Directions in which the model reads, also one that it was not trained in. "
             "Default: forward, backward, and permuted for a permuted model.",
             show_default=False,
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks to score instead of texts, such as arc_easy,mmlu; mmlu:anatomy is one group of a task.",
+            show_default=False,
+        ),
+    ] = None,
+    max_examples: Annotated[
+        int | None, whole_option("Score this many items of each task, the same ones for every run.", 1)
+    ] = None,
+    shots: Annotated[int | None, whole_option("Solved examples before each item. Default: the task's own.", 0)] = None,
+    set_: Set = None,
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Measure bits per byte of a run on documents and on conversations, in both directions.
+    """Measure runs on texts in bits per byte, or with --tasks on tasks, in both directions.
 
-    The conversations come from the run's `data.mixture`, or from the built-in tasks if it has none. The loss of each
-    document is saved in the run's folder, in `evaluations/`.
+    Without --tasks the texts are the documents of the run's base, and conversations: those of the run's
+    `data.mixture`, or of the built-in tasks. With --tasks each choice is scored by every rule (docs/evaluation.md),
+    and controls stand beside it. Results are saved in the run's folder, in `evaluations/`, and not made twice.
 
     Example: `bwlm eval mine --directions forward,backward`
 
-    Example: `bwlm eval mine@best`
+    Example: `bwlm eval mine@best --tasks arc_easy,mmlu --max-examples 200 --set tasks.arc_easy.path=arc/`
     """
     from bwlm.paths import storage_root
 
     readings, root = _readings(directions), storage_root(storage)
+    checkpoints = _checkpoints(root, runs)
+    if tasks is None:
+        return _evaluate_texts(root, checkpoints, readings, as_json)
+    requests = _requests(tasks, max_examples, shots, set_ or [])
     with loading():  # torch takes seconds: mistakes are reported first
-        from bwlm.evaluate.texts import evaluate_run
+        from bwlm.evaluate.tasks.stored import evaluate_checkpoints
 
-    with working(f"evaluating {checkpoint}"):
-        rows = [asdict(row) for row in evaluate_run(root, checkpoint, readings, say)]
+    scores = evaluate_checkpoints(root, checkpoints, requests, readings)
     if as_json:
-        return print_json(rows)
-    header = ["task", "direction", "native", "bpb", "loss", "tokens"]
-    shown = [
-        [r["task"], r["direction"], "yes" if r["native"] else "", f"{r['bpb']:.4f}", f"{r['loss']:.4f}",
-         f"{r['tokens']:,}"]
-        for r in rows
-    ]  # fmt: skip
-    show_table(header, shown, f"{rows[0]['id']}, step {rows[0]['step']:,}", names=("task", "direction"))
+        return print_json([asdict(score) for score in scores])
+    show_scores(scores)
     return None
+
+
+def _checkpoints(root: Path, names: Sequence[str]) -> list[str]:
+    """Return the checkpoints that are named, each once. Raises `UserError` for a name without a run."""
+    from bwlm.record.catalog.select import choose
+    from bwlm.record.checkpoint import checkpoint_steps
+
+    checkpoints: list[str] = []
+    for name in names:
+        run, at, which = name.partition("@")
+        folders, left_out = choose(root, [run])
+        for line in left_out:
+            say(line)
+        for folder in folders:
+            steps = [str(step) for step in checkpoint_steps(folder.checkpoints)] if which == "all" else [which]
+            checkpoints += [f"{folder.id}{at}{step}" for step in steps]
+    return list(dict.fromkeys(checkpoints))
+
+
+def _requests(names: str, max_examples: int | None, shots: int | None, settings: list[str]) -> list[TaskRequest]:
+    from bwlm.evaluate.tasks.request import TaskRequest
+    from tasks import find_evaluated
+
+    paths = _paths(settings)
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    requests = []
+    for name in chosen:
+        task, _ = find_evaluated(name)
+        requests.append(TaskRequest(name, paths.pop(task.name, None), max_examples, shots))
+    for name in paths:
+        raise UserError(f"--set tasks.{name}.path: {name} is not among --tasks {names}")
+    if not requests:
+        raise UserError("--tasks: names no task: write for instance --tasks arc_easy,mmlu")
+    return requests
+
+
+def _paths(settings: list[str]) -> dict[str, str]:
+    """Return the path of each task that is set. Raises `UserError` for any other setting."""
+    from bwlm.settings_file import parse_setting
+
+    paths = {}
+    for setting in settings:
+        field, value = parse_setting(setting)
+        section, _, rest = field.partition(".")
+        name, _, last = rest.rpartition(".")
+        if (section, last) != ("tasks", "path") or not isinstance(value, str):
+            raise UserError(f"--set {field}: only the files of a task can be set here: tasks.arc_easy.path=FOLDER")
+        paths[name] = value
+    return paths
 
 
 def _readings(names: str | None) -> tuple[str, ...] | None:
@@ -70,3 +136,31 @@ def _readings(names: str | None) -> tuple[str, ...] | None:
         if name not in READINGS:
             raise UserError(f"--directions: {name!r} is not one of {', '.join(READINGS)}{nearest(name, READINGS)}")
     return chosen
+
+
+# ---- texts ----
+
+
+def _evaluate_texts(root: Path, checkpoints: Sequence[str], readings: tuple[str, ...] | None, as_json: bool) -> None:
+    with loading():
+        from bwlm.evaluate.texts import evaluate_run
+
+    everything = []
+    for checkpoint in checkpoints:
+        with working(f"evaluating {checkpoint}"):
+            rows = [asdict(row) for row in evaluate_run(root, checkpoint, readings, say)]
+        everything += rows
+        if not as_json:
+            _show_texts(rows)
+    if as_json:
+        print_json(everything)
+
+
+def _show_texts(rows: list[dict[str, Any]]) -> None:
+    header = ["task", "direction", "native", "bpb", "loss", "tokens"]
+    shown = [
+        [r["task"], r["direction"], "yes" if r["native"] else "", f"{r['bpb']:.4f}", f"{r['loss']:.4f}",
+         f"{r['tokens']:,}"]
+        for r in rows
+    ]  # fmt: skip
+    show_table(header, shown, f"{rows[0]['id']}, step {rows[0]['step']:,}", names=("task", "direction"))

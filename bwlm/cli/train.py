@@ -79,7 +79,7 @@ def train(
     if phase == "eval":
         if parent is None:
             raise UserError("--parent: missing: name the run to evaluate")
-        return evaluate(parent, storage=storage, as_json=as_json)
+        return evaluate([parent], storage=storage, as_json=as_json)
     flags = {"phase": phase, "parent": parent, "direction": direction, "depth": depth, "lr": lr, "seed": seed}
     flags_set = {name: value for name, value in flags.items() if value is not None}
     plan, root = plan_experiment(flags_set, set_ or [], id_, storage), storage_root(storage)

@@ -100,7 +100,7 @@ def judge_items(
     shuffled = shuffled_answers(items)
     for one in _passes(items, reading):
         laid_out = [layout.lay_out(item, reading, one.answer_first) for item in one.items]
-        all_parts = _score_parts(model, layout, one, laid_out, reading)
+        all_parts = _score_parts(model, layout, one, laid_out, reading, progress)
         for item, row, parts in zip(items, laid_out, all_parts, strict=True):
             ids = row.trunk + row.branches[item.answer].ids
             for rule in one.rules:
@@ -108,7 +108,6 @@ def judge_items(
                 yield _judged(item, one.control, rule, scores, item.answer, ids)
                 if one.control is None:
                     yield _judged(item, "shuffled", rule, scores, shuffled[item.id], ids)
-        progress(len(items))
 
 
 def count_passes(items: Sequence[ChoiceItem], reading: str) -> int:
@@ -168,11 +167,18 @@ def _texts(item: ChoiceItem) -> tuple[str, ...]:
     return tuple(choice.strip() for choice in item.choices)
 
 
-def _score_parts(model: GPT, layout: Layout, one: _Pass, laid_out: Sequence[LaidOut], reading: str) -> Iterator[Parts]:
+def _score_parts(
+    model: GPT,
+    layout: Layout,
+    one: _Pass,
+    laid_out: Sequence[LaidOut],
+    reading: str,
+    progress: Callable[[int], object],
+) -> Iterator[Parts]:
     """Yield the log-probabilities of stems and choices of each item."""
     rows = [Row(row.trunk, tuple(branch.ids for branch in row.branches)) for row in laid_out]
     stem_first = reading == "forward" and not one.answer_first
-    for item, row, scored in zip(one.items, laid_out, score(model, rows), strict=True):
+    for item, row, scored in zip(one.items, laid_out, score(model, rows, progress), strict=True):
         first, second = _sums(row, scored)
         stem, choice = (first, second) if stem_first else (second, first)
         yield Parts(

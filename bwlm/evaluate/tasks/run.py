@@ -7,57 +7,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from bwlm.directions import TEXT_READINGS, is_native
-from bwlm.errors import UserError, nearest
 from bwlm.evaluate.tasks.choices import JudgedItem, baselines, chance, fit_items, judge_items
 from bwlm.evaluate.tasks.layout import Layout
+from bwlm.evaluate.tasks.request import LoadedTask, TaskRequest
 from bwlm.evaluate.tasks.results import TaskScore, by_rule, counts_of, example_rows, score_of
 from bwlm.trained.load import LoadedModel
-from tasks import find_evaluated
-from tasks.items import ChoiceItem, ChoiceTask, EvaluatedTask, Form, Item, rows_digest
-from tasks.task import draw
+from tasks.items import Form
 
 ShowDone = Callable[[int], object]
-
-
-@dataclass(frozen=True)
-class TaskRequest:
-    """What to evaluate on."""
-
-    name: str
-    """Name of a task, or `task:group`."""
-    path: str | None = None
-    """Local files or address instead of the task's own."""
-    max_examples: int | None = None
-    shots: int | None = None
-    """Solved examples before each item; None: the task's own number."""
-
-
-@dataclass(frozen=True)
-class LoadedTask:
-    """Items of a task, read and checked."""
-
-    request: TaskRequest
-    task: EvaluatedTask
-    source: str
-    items: dict[Form, Sequence[ChoiceItem]]
-    """Items by form: the same ones in each form."""
-
-    @classmethod
-    def read(cls, request: TaskRequest) -> LoadedTask:
-        """Read the test split. Raises `UserError` for an unknown task or group, and for files that cannot be read."""
-        task, group = find_evaluated(request.name)
-        assert isinstance(task, ChoiceTask)
-        shots = task.shots if request.shots is None else request.shots
-        items = {form: task.choice_items(form, shots, request.path) for form in task.forms}
-        chosen = {
-            form: sample(of_group(every, group, request.name), request.max_examples) for form, every in items.items()
-        }
-        return cls(request, task, task.test_source(request.path), chosen)
-
-    @property
-    def digest(self) -> str:
-        """Digest of the items."""
-        return rows_digest(next(iter(self.items.values())))
 
 
 @dataclass(frozen=True)
@@ -67,24 +24,6 @@ class Evaluated:
     scores: list[TaskScore]
     about: dict[str, Any]
     examples: list[dict[str, Any]] = field(repr=False)
-
-
-def of_group(items: Sequence[Item], group: str, name: str) -> Sequence[Item]:
-    """Return the items of a group, or all where no group is named. Raises `UserError` for a group without items."""
-    if not group:
-        return items
-    known = sorted({item.group for item in items})
-    if group not in known:
-        raise UserError(f"--tasks: {name}: no group {group!r}{nearest(group, known)}: name one of {', '.join(known)}")
-    return [item for item in items if item.group == group]
-
-
-def sample(items: Sequence[Item], count: int | None) -> Sequence[Item]:
-    """Return `count` items, the same ones in whatever order the items come, or all."""
-    if count is None or count >= len(items):
-        return items
-    drawn = {item.id for item in sorted(items, key=lambda item: (draw(item.id), item.id))[:count]}
-    return [item for item in items if item.id in drawn]
 
 
 def evaluate_reading(

@@ -31,7 +31,7 @@ from bwlm.model.observe import evaluating
 Ids = tuple[int, ...]
 _NODES_AT_ONCE = 2048
 """Nodes of one pass, padding included."""
-_LOGITS_AT_ONCE = 1024
+_LOGITS_AT_ONCE = 256
 """Nodes whose logits exist at once."""
 
 
@@ -71,9 +71,9 @@ def score(model: GPT, rows: Sequence[Row], progress: Callable[[int], object] = l
             for batch in _batches(trees):
                 for tree, scores in zip(batch, _score_trees(model, prefix, batch), strict=True):
                     done[tree.row] |= scores
-            for n in members:
-                results[n] = [done[n][branch] for branch in rows[n].branches]
-            progress(len(members))
+                    if all(branch in done[tree.row] for branch in rows[tree.row].branches):
+                        results[tree.row] = [done[tree.row][branch] for branch in rows[tree.row].branches]
+                        progress(1)
     return results
 
 

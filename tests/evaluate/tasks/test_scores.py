@@ -105,7 +105,9 @@ def test_a_full_row_is_scored_and_a_longer_one_refused(model: GPT) -> None:
 def test_a_trunk_that_rows_share_is_read_once(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[tuple[int, ...]] = []
     states = GPT.states
-    monkeypatch.setattr(GPT, "states", lambda self, ids, *rest: (sizes.append(tuple(ids.shape)), states(self, ids, *rest))[1])
+    monkeypatch.setattr(
+        GPT, "states", lambda self, ids, *rest: (sizes.append(tuple(ids.shape)), states(self, ids, *rest))[1]
+    )
     score(model, [Row(tuple(range(30)), ((n, 1), (n, 2))) for n in range(5)])
     assert sizes == [(1, 29), (5, 2)]  # the trunk; five trees of the trunk's last id and the id that both choices share
 

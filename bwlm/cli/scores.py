@@ -1,0 +1,64 @@
+"""Scores of tasks in a terminal: a table for each run and task, and items as a model reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from bwlm.cli.terminal import show_sentences, show_table
+
+if TYPE_CHECKING:
+    from bwlm.evaluate.tasks.choices import Control
+    from bwlm.evaluate.tasks.results import TaskScore
+
+CONTROLS: tuple[Control, ...] = ("shuffled", "no_context", "prior")
+
+
+def show_scores(scores: Sequence[TaskScore]) -> None:
+    """Print a table for each run and task: a row for each form, direction and rule, the controls beside it."""
+    for (run, step, task), group in groupby(scores, key=lambda score: (score.id, score.step, score.task)):
+        of_task = list(group)
+        controls = {(s.form, s.direction, s.rule, s.control): s for s in of_task if s.control}
+        rows, notes = [], []
+        for score in of_task:
+            if score.control:
+                continue
+            if score.accuracy is None or score.interval is None:
+                notes.append(
+                    f"{score.form}, {score.direction}, {score.rule}: {score.status.replace('_', ' ')}: {score.reason}"
+                )
+                continue
+            beside = [controls.get((score.form, score.direction, score.rule, name)) for name in CONTROLS]
+            rows.append(
+                [
+                    score.form,
+                    score.direction + ("" if score.native else " (crossed)"),
+                    score.rule,
+                    f"{score.accuracy:.1%}",
+                    f"{score.interval[0]:.1%} .. {score.interval[1]:.1%}",
+                    *(f"{one.accuracy:.1%}" if one and one.accuracy is not None else "" for one in beside),
+                ]
+            )
+        scored = [score for score in of_task if score.accuracy is not None]
+        title = f"{run}, step {step:,}: {task}"
+        if scored:
+            title += f", {scored[0].n:,} items, chance {scored[0].chance:.1%}"
+        header = ["form", "direction", "rule", "accuracy", "95 %", "shuffled", "no context", "prior"]
+        if rows:
+            show_table(header, rows, title, names=("form", "direction"), least=("prior", "no context", "shuffled"))
+        show_sentences(*notes, *_counts(scored))
+
+
+def _counts(scored: Sequence[TaskScore]) -> list[str]:
+    """Return a sentence for each thing that happened to some items."""
+    sentences = []
+    if cut := max((score.cut for score in scored), default=0):
+        sentences.append(f"{cut:,} items lost examples or the beginning of their context, to fit into a row.")
+    if seen := max((score.seen or 0 for score in scored), default=0):
+        sentences.append(f"{seen:,} items stand in the conversations that the run, or an ancestor, was trained on.")
+    if tied := max((score.tied for score in scored if not score.control), default=0):
+        sentences.append(f"Up to {tied:,} items have choices that share the highest score; each counts for its share.")
+    if broken := max((score.not_finite for score in scored), default=0):
+        sentences.append(f"{broken:,} items have a score that is not a number; they count as wrong.")
+    return sentences
