@@ -17,6 +17,7 @@ from bwlm.progress import loading, working
 
 if TYPE_CHECKING:
     from bwlm.evaluate.tasks.request import TaskRequest
+    from bwlm.evaluate.tasks.results import TaskScore
 
 
 def evaluate(
@@ -69,10 +70,7 @@ def evaluate(
     if tasks is None:
         return _evaluate_texts(root, checkpoints, readings, as_json)
     requests = _requests(tasks, max_examples, shots, set_ or [])
-    with loading():  # torch takes seconds: mistakes are reported first
-        from bwlm.evaluate.tasks.stored import evaluate_checkpoints
-
-    scores = evaluate_checkpoints(root, checkpoints, requests, readings)
+    scores = _evaluate_tasks(root, checkpoints, requests, readings)
     if as_json:
         return print_json([asdict(score) for score in scores])
     show_scores(scores)
@@ -136,6 +134,21 @@ def _readings(names: str | None) -> tuple[str, ...] | None:
         if name not in READINGS:
             raise UserError(f"--directions: {name!r} is not one of {', '.join(READINGS)}{nearest(name, READINGS)}")
     return chosen
+
+
+def _evaluate_tasks(
+    root: Path, checkpoints: Sequence[str], requests: Sequence[TaskRequest], readings: tuple[str, ...] | None
+) -> list[TaskScore]:
+    """Return the scores; where several runs are left to score, Ray workers share them."""
+    with loading():  # torch takes seconds: mistakes are reported first
+        from bwlm.evaluate.tasks.stored import RunEvaluation, evaluate_here
+
+    evaluations = [RunEvaluation(root, checkpoint, tuple(requests), readings) for checkpoint in checkpoints]
+    if sum(evaluation.texts() > 0 for evaluation in evaluations) > 1:
+        from bwlm.grid.evaluation import evaluate_on_workers
+
+        return evaluate_on_workers(evaluations)
+    return [score for evaluation in evaluations for score in evaluate_here(evaluation)]
 
 
 # ---- texts ----

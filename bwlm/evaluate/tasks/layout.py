@@ -147,7 +147,7 @@ class Layout:
     def _ends(self, context: str) -> Iterator[str]:
         """Yield the ends of a context, a word shorter each time, down to none."""
         while context:
-            _, _, context = context.strip().partition(" ")
+            _, _, context = context.lstrip().partition(" ")
             yield context
 
     def _encode(self, text: str) -> Ids:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bwlm.directions import evaluated_readings
 from bwlm.errors import UserError
+from bwlm.evaluate.tasks.choices import count_passes
 from bwlm.evaluate.tasks.request import LoadedTask, TaskRequest
 from bwlm.evaluate.tasks.results import TaskScore
 from bwlm.evaluate.tasks.run import Evaluated, ShowDone, evaluate_reading
 from bwlm.evaluate.tasks.seen import count_seen
-from bwlm.progress import track, working
+from bwlm.progress import working
 from bwlm.record.checkpoint import weights_digest
 from bwlm.record.checkpoint_name import CheckpointName
 from bwlm.record.experiment import ExperimentFolder, open_experiment
+from bwlm.record.run_config import RunConfig
 from bwlm.record.task_results import HARNESS_VERSION, TaskResult, find_result, result_name, write_result
 from bwlm.trained.load import LoadedModel, load_model
 
@@ -32,38 +37,96 @@ class RunEvaluation:
     readings: tuple[str, ...] | None = None
     """None: forward and backward, and a permuted model's own."""
 
-    def scores(
-        self, read: Callable[[TaskRequest], LoadedTask] = LoadedTask.read, progress: ShowDone = lambda items: None
-    ) -> list[TaskScore]:
+    def scores(self, progress: ShowDone = lambda items: None) -> list[TaskScore]:
         """Return the scores, and save them in the run's folder; scores that are there are read.
 
         Raises `UserError` if there is no such run or checkpoint, if the run has not finished and no checkpoint is
         named, and if a task cannot be read.
         """
-        name = CheckpointName.parse(self.checkpoint)
-        folder = open_experiment(self.storage, name.run)
-        state = folder.status().state
+        model = _Lazily(self.storage, self._checkpoint)
+        scores: list[TaskScore] = []
+        for one in self._parts():
+            result = one.known() or one.evaluate(model, progress)
+            scores += [TaskScore(**score) for score in result.scores]
+        return scores
+
+    def texts(self) -> int:
+        """Return the number of texts that are left to score, over all passes."""
+        return sum(one.texts() for one in self._parts() if one.known() is None)
+
+    @cached_property
+    def folder(self) -> ExperimentFolder:
+        """Folder of the run. Raises `UserError` if there is none."""
+        return open_experiment(self.storage, CheckpointName.parse(self.checkpoint).run)
+
+    @property
+    def _checkpoint(self) -> str:
+        return f"{self.folder.id}@{self._step}"
+
+    @cached_property
+    def _step(self) -> int:
+        name, state = CheckpointName.parse(self.checkpoint), self.folder.status().state
         if state != "finished" and not name.which:
             raise UserError(
-                f"{folder.id} is {state}, not finished: finish it first, or name a checkpoint as in {folder.id}@best"
+                f"{self.folder.id} is {state}, not finished: finish it first, or name a checkpoint as in "
+                f"{self.folder.id}@best"
             )
-        config, step = folder.config(), name.step_in(folder)
-        weights = weights_digest(folder.checkpoints, step)
-        model = _Lazily(self.storage, f"{name.run}@{step}")
-        scores: list[TaskScore] = []
+        return name.step_in(self.folder)
+
+    def _parts(self) -> Iterator[_Part]:
+        config = self.folder.config()
         for request in self.requests:
-            own = config.experiment.tasks.get(request.name.partition(":")[0])
-            task = read(request if request.path or not own else request.with_path(own.path))
+            own = config.experiment.tasks.get(request.name)
+            task = read_task(request if request.path or not own else request.with_path(own.path))
             for reading in self.readings or evaluated_readings(config.experiment.direction):
-                at = None if step == config.steps else step
-                where = folder.evaluation(config.experiment.phase, reading)
-                file = result_name(task.request.name, at, request.settings)
-                key = {"harness": HARNESS_VERSION, "weights": weights, "reading": reading, **task.key}
-                known = find_result(where, file, key)
-                if known is None:
-                    known = _evaluate(model, folder, task, reading, key, where, file, progress)
-                scores += [TaskScore(**score) for score in known.scores]
-        return scores
+                yield _Part(self.folder, config, self._step, task, reading)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Evaluation of a checkpoint on one task in one reading: one result."""
+
+    run: ExperimentFolder
+    config: RunConfig
+    step: int
+    task: LoadedTask
+    reading: str
+
+    def known(self) -> TaskResult | None:
+        return find_result(self._folder, self._name, self._key)
+
+    def evaluate(self, model: Callable[[], LoadedModel], progress: ShowDone) -> TaskResult:
+        loaded = model()
+        evaluated = evaluate_reading(loaded, self.task, self.reading, progress)
+        seen = count_seen(self.run, loaded.tokenizer, self.task.conversations)
+        scores = [asdict(score) | {"seen": seen} for score in evaluated.scores]
+        result = TaskResult(self._key, scores, evaluated.about)
+        with self.run.lease():
+            write_result(self._folder, self._name, result, _columns(evaluated), self.run.check_lease)
+        return result
+
+    def texts(self) -> int:
+        return sum(len(items) * count_passes(items, self.reading) for items in self.task.items.values())
+
+    @property
+    def _folder(self) -> Path:
+        return self.run.evaluation(self.config.experiment.phase, self.reading)
+
+    @property
+    def _name(self) -> str:
+        at = None if self.step == self.config.steps else self.step
+        return result_name(self.task.request.name, at, self.task.request.settings)
+
+    @cached_property
+    def _key(self) -> dict[str, Any]:
+        weights = weights_digest(self.run.checkpoints, self.step)
+        return {"harness": HARNESS_VERSION, "weights": weights, "reading": self.reading, **self.task.key}
+
+
+@cache
+def read_task(request: TaskRequest) -> LoadedTask:
+    """Return the items of a task, which a process reads once for all its runs."""
+    return LoadedTask.read(request)
 
 
 @dataclass
@@ -76,28 +139,9 @@ class _Lazily:
 
     def __call__(self) -> LoadedModel:
         if self._loaded is None:
-            self._loaded = load_model(self.storage, self.checkpoint)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self._loaded = load_model(self.storage, self.checkpoint, device)
         return self._loaded
-
-
-def _evaluate(
-    model: Callable[[], LoadedModel],
-    folder: ExperimentFolder,
-    task: LoadedTask,
-    reading: str,
-    key: Mapping[str, Any],
-    where: Path,
-    file: str,
-    progress: ShowDone,
-) -> TaskResult:
-    loaded = model()
-    evaluated = evaluate_reading(loaded, task, reading, progress)
-    seen = count_seen(folder, loaded.tokenizer, task.conversations)
-    scores = [asdict(score) | {"seen": seen} for score in evaluated.scores]
-    result = TaskResult(key, scores, evaluated.about)
-    with folder.lease():
-        write_result(where, file, result, _columns(evaluated), folder.check_lease)
-    return result
 
 
 def _columns(evaluated: Evaluated) -> dict[str, list[Any]]:
@@ -105,36 +149,13 @@ def _columns(evaluated: Evaluated) -> dict[str, list[Any]]:
     return {name: [row[name] for row in evaluated.examples] for name in names}
 
 
-def evaluate_checkpoints(
-    storage: Path, checkpoints: Sequence[str], requests: Sequence[TaskRequest], readings: tuple[str, ...] | None
-) -> list[TaskScore]:
-    """Return the scores of some checkpoints, one after the other, with the time left on stderr."""
-    read = _read_once()
-    return [
-        score
-        for checkpoint in track(checkpoints, "evaluating", "models")
-        for score in _scores_of(RunEvaluation(storage, checkpoint, tuple(requests), readings), read)
-    ]
-
-
-def _scores_of(evaluation: RunEvaluation, read: Callable[[TaskRequest], LoadedTask]) -> list[TaskScore]:
+def evaluate_here(evaluation: RunEvaluation) -> list[TaskScore]:
+    """Return the scores of a checkpoint, made by this process, and show on stderr how far it is."""
     done = 0
 
     def progress(items: int) -> None:
         nonlocal done
         done += items
 
-    with working(f"scoring {evaluation.checkpoint}", "texts", 0, lambda: done):
-        return evaluation.scores(read, progress)
-
-
-def _read_once() -> Callable[[TaskRequest], LoadedTask]:
-    """Return a reader of tasks that reads each one once, for several runs."""
-    read: dict[TaskRequest, LoadedTask] = {}
-
-    def reader(request: TaskRequest) -> LoadedTask:
-        if request not in read:
-            read[request] = LoadedTask.read(request)
-        return read[request]
-
-    return reader
+    with working(f"scoring {evaluation.checkpoint}", "texts", evaluation.texts(), lambda: done):
+        return evaluation.scores(progress)

@@ -1,0 +1,52 @@
+"""Evaluation of many runs on tasks, each by a Ray worker; the results are saved in the runs' folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import ray
+
+from bwlm.cluster.session import open_cluster
+from bwlm.config import ResourceSettings
+from bwlm.errors import BwlmError, RunError
+from bwlm.evaluate.tasks.results import TaskScore
+from bwlm.evaluate.tasks.stored import RunEvaluation
+from bwlm.model.compute import count_gpus
+from bwlm.plan.spec import LaunchSettings
+from bwlm.progress import track
+
+_GPU_SHARE = 0.25
+"""Share of a GPU for each evaluation: a small model leaves most of it idle."""
+
+
+def evaluate_on_workers(evaluations: Sequence[RunEvaluation]) -> list[TaskScore]:
+    """Return the scores of some checkpoints in their order; as many are evaluated at once as there is room for.
+
+    Raises the first error, after the other evaluations have ended: their results are saved, and not made again.
+    """
+    needs = ResourceSettings(gpus_per_worker=_GPU_SHARE if count_gpus() else 0)
+    with open_cluster([needs], LaunchSettings(), len(evaluations)):
+        # Ray gives a worker of one CPU one thread
+        worker = ray.remote(num_cpus=1, num_gpus=needs.gpus_per_worker)(RunEvaluation.scores)
+        places = {worker.remote(evaluation): place for place, evaluation in enumerate(evaluations)}
+        ended = dict(track(_as_they_end(places), "evaluating", "models", len(places)))
+    scores = []
+    for _, outcome in sorted(ended.items()):
+        if isinstance(outcome, BwlmError):
+            raise outcome
+        scores += outcome
+    return scores
+
+
+def _as_they_end(places: dict[ray.ObjectRef, int]) -> Iterator[tuple[int, list[TaskScore] | BwlmError]]:
+    """Yield the place and the scores of each evaluation, or its error, as it ends."""
+    running = list(places)
+    while running:
+        [first], running = ray.wait(running, num_returns=1)
+        try:
+            yield places[first], ray.get(first)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            yield places[first], cause if isinstance(cause, BwlmError) else RunError(f"evaluation failed: {error}")
+        except ray.exceptions.RayError as error:
+            yield places[first], RunError(f"an evaluation's worker died ({error}): run the same command again")
