@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bwlm.cli.scores import show_scores
+from bwlm.cli.scores import show_items, show_scores
 from bwlm.cli.terminal import Json, Set, Storage, print_json, say, show_table, whole_option
 from bwlm.directions import READINGS
 from bwlm.errors import UserError, nearest
@@ -18,6 +18,7 @@ from bwlm.progress import loading, working
 if TYPE_CHECKING:
     from bwlm.evaluate.tasks.request import TaskRequest
     from bwlm.evaluate.tasks.results import TaskScore
+    from bwlm.evaluate.tasks.stored import RunEvaluation
 
 
 def evaluate(
@@ -49,6 +50,10 @@ def evaluate(
         int | None, whole_option("Score this many items of each task, the same ones for every run.", 1)
     ] = None,
     shots: Annotated[int | None, whole_option("Solved examples before each item. Default: the task's own.", 0)] = None,
+    shown: Annotated[
+        int,
+        whole_option("Print this many items of each task as the model reads them, with all scores.", 0, param="--show"),
+    ] = 0,
     set_: Set = None,
     storage: Storage = None,
     as_json: Json = False,
@@ -70,10 +75,16 @@ def evaluate(
     if tasks is None:
         return _evaluate_texts(root, checkpoints, readings, as_json)
     requests = _requests(tasks, max_examples, shots, set_ or [])
-    scores = _evaluate_tasks(root, checkpoints, requests, readings)
+    with loading():  # torch takes seconds: mistakes are reported first
+        from bwlm.evaluate.tasks.stored import RunEvaluation
+
+    evaluations = [RunEvaluation(root, checkpoint, tuple(requests), readings) for checkpoint in checkpoints]
+    scores = _evaluate_tasks(evaluations)
     if as_json:
         return print_json([asdict(score) for score in scores])
     show_scores(scores)
+    if shown:
+        show_items([item for evaluation in evaluations for item in evaluation.shown(shown)])
     return None
 
 
@@ -136,18 +147,15 @@ def _readings(names: str | None) -> tuple[str, ...] | None:
     return chosen
 
 
-def _evaluate_tasks(
-    root: Path, checkpoints: Sequence[str], requests: Sequence[TaskRequest], readings: tuple[str, ...] | None
-) -> list[TaskScore]:
+def _evaluate_tasks(evaluations: Sequence[RunEvaluation]) -> list[TaskScore]:
     """Return the scores; where several runs are left to score, Ray workers share them."""
-    with loading():  # torch takes seconds: mistakes are reported first
-        from bwlm.evaluate.tasks.stored import RunEvaluation, evaluate_here
-
-    evaluations = [RunEvaluation(root, checkpoint, tuple(requests), readings) for checkpoint in checkpoints]
     if sum(evaluation.texts() > 0 for evaluation in evaluations) > 1:
-        from bwlm.grid.evaluation import evaluate_on_workers
+        with loading():
+            from bwlm.grid.evaluation import evaluate_on_workers
 
         return evaluate_on_workers(evaluations)
+    from bwlm.evaluate.tasks.stored import evaluate_here
+
     return [score for evaluation in evaluations for score in evaluate_here(evaluation)]
 
 

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from bwlm.cli.terminal import show_sentences, show_table
+from bwlm.cli.terminal import show_heading, show_sentences, show_table
 
 if TYPE_CHECKING:
     from bwlm.evaluate.tasks.choices import Control
     from bwlm.evaluate.tasks.results import TaskScore
+    from bwlm.evaluate.tasks.stored import ShownItem
 
 CONTROLS: tuple[Control, ...] = ("shuffled", "no_context", "prior")
 
@@ -62,3 +63,17 @@ def _counts(scored: Sequence[TaskScore]) -> list[str]:
     if broken := max((score.not_finite for score in scored), default=0):
         sentences.append(f"{broken:,} items have a score that is not a number; they count as wrong.")
     return sentences
+
+
+def show_items(items: Sequence[ShownItem]) -> None:
+    """Print items as a model reads them, with the scores of their choices; the right choice is marked."""
+    for item in items:
+        show_heading(item.title)
+        show_sentences("read as: " + item.text.replace("\n", "⏎"))
+        header = ["choice", *item.scores]
+        rows = [
+            [("* " if n == item.answer else "  ") + str(n + 1), *(f"{of[n]:.2f}" for of in item.scores.values())]
+            for n in range(len(item.choices))
+        ]
+        show_table(header, rows)
+        show_sentences(*(f"{n}: {choice.strip()}" for n, choice in enumerate(item.choices, 1)))

@@ -42,8 +42,13 @@ AcceptCode = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; messages go to stderr.")]
 
 
-def whole_option(help: str, lowest: int | None = None, highest: int | None = None, **options: Any) -> Any:
-    """Return an option that takes a whole number in any form, such as 2000, 2_000 or 2e3, between two bounds."""
+def whole_option(
+    help: str, lowest: int | None = None, highest: int | None = None, param: str | None = None, **options: Any
+) -> Any:
+    """Return an option that takes a whole number in any form, such as 2000, 2_000 or 2e3, between two bounds.
+
+    `param` is its name where that is not the parameter's own.
+    """
 
     def parse(text: Any) -> int:
         number = whole_number(text)
@@ -55,8 +60,9 @@ def whole_option(help: str, lowest: int | None = None, highest: int | None = Non
             raise ValueError(f"must be at most {highest} (found {text})")
         return number
 
+    names = [param] if param else []
     # typer only shows `min` and `max` beside a parser: it checks neither
-    return typer.Option(parser=parse, metavar="<int>", help=help, min=lowest, max=highest, **options)
+    return typer.Option(*names, parser=parse, metavar="<int>", help=help, min=lowest, max=highest, **options)
 
 
 _WIDEST = 1000  # columns

@@ -33,6 +33,9 @@ _DEFAULTS = {
     "MALLOC_ARENA_MAX": "1",
     # large pages for the memory that is kept, if the kernel gives them on request: fewer TLB misses
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    # a thread of torch that waits for another one sleeps: beside other work on its cores it would spin, and a pass of a
+    # small model would take ten times as long
+    "OMP_WAIT_POLICY": "passive",
     # segments that can grow fragment a GPU's memory less; as in nanochat
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bwlm.record.experiment import ExperimentFolder
-from bwlm.record.run_config import RunConfig
 from bwlm.text.conversation import check_conversation, render
 from bwlm.text.overlap import DocumentHashes, count_overlap
 from bwlm.text.packing import Manifest
@@ -42,12 +42,10 @@ def _training_shards(folder: ExperimentFolder) -> Sequence[Path] | None:
         config = ExperimentFolder(storage, run).config()
         if not config.experiment.data.mixture:
             continue
-        packed = _packed(storage, config)
+        packed = find_packed(storage, Path(config.corpus), config.identity["data"])
         if packed is None:
             return None
-        shards += [packed / "train" / str(shard["file"]) for shard in Manifest.read(packed).train.shards]
+        # a mixture's shards lie in the folders of its sources, beside its own
+        files = [shard["file"] for shard in Manifest.read(packed).train.shards]
+        shards += [Path(os.path.normpath(packed / "train" / str(file))) for file in files]
     return shards
-
-
-def _packed(storage: Path, config: RunConfig) -> Path | None:
-    return find_packed(storage, Path(config.corpus), config.identity["data"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -22,7 +22,15 @@ from bwlm.record.checkpoint import weights_digest
 from bwlm.record.checkpoint_name import CheckpointName
 from bwlm.record.experiment import ExperimentFolder, open_experiment
 from bwlm.record.run_config import RunConfig
-from bwlm.record.task_results import HARNESS_VERSION, TaskResult, find_result, result_name, write_result
+from bwlm.record.task_results import (
+    HARNESS_VERSION,
+    TaskResult,
+    find_result,
+    read_examples,
+    result_name,
+    write_result,
+)
+from bwlm.text.tokenizer import Tokenizer
 from bwlm.trained.load import LoadedModel, load_model
 
 
@@ -54,6 +62,11 @@ class RunEvaluation:
         """Return the number of texts that are left to score, over all passes."""
         return sum(one.texts() for one in self._parts() if one.known() is None)
 
+    def shown(self, count: int) -> list[ShownItem]:
+        """Return the first items of each task, form and reading as the model read them, from saved results."""
+        tokenizer = Tokenizer.load(Path(self.folder.config().tokenizer))
+        return [item for one in self._parts() for item in one.shown(count, tokenizer)]
+
     @cached_property
     def folder(self) -> ExperimentFolder:
         """Folder of the run. Raises `UserError` if there is none."""
@@ -83,6 +96,20 @@ class RunEvaluation:
 
 
 @dataclass(frozen=True)
+class ShownItem:
+    """Item as a model reads it, with the scores of its choices."""
+
+    title: str
+    """Task, form, reading and place of the item."""
+    text: str
+    """Row with the right choice, as it is read."""
+    choices: tuple[str, ...]
+    answer: int
+    scores: Mapping[str, tuple[float, ...]]
+    """Scores of the choices by rule."""
+
+
+@dataclass(frozen=True)
 class _Part:
     """Evaluation of a checkpoint on one task in one reading: one result."""
 
@@ -107,6 +134,22 @@ class _Part:
 
     def texts(self) -> int:
         return sum(len(items) * count_passes(items, self.reading) for items in self.task.items.values())
+
+    def shown(self, count: int, tokenizer: Tokenizer) -> Iterator[ShownItem]:
+        table = read_examples(self._folder, self._name)
+        rows = [row for row in table.to_pylist() if row["control"] is None]
+        for form, items in self.task.items.items():
+            for item in items[:count]:
+                mine = [row for row in rows if (row["item"], row["form"]) == (item.id, form)]
+                if not mine:
+                    continue  # it did not fit
+                yield ShownItem(
+                    title=f"{self.task.request.name}, {form}, {self.reading}: {item.place}",
+                    text="".join(tokenizer.decode([token]) for token in mine[0]["ids"]),
+                    choices=item.choices,
+                    answer=item.answer,
+                    scores={row["rule"]: tuple(row["scores"]) for row in mine},
+                )
 
     @property
     def _folder(self) -> Path:

@@ -1,4 +1,4 @@
-"""A GPT of known probabilities: each id depends on the one before it alone, so that scores can be worked out by hand."""
+"""A GPT of known probabilities: each id depends on the one before it alone, so scores can be worked out by hand."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _SOFTCAP = 15.0
 def bigram_model(table: Mapping[str, Mapping[str, float]], length: int = 64) -> GPT:
     """A GPT with p(next | previous) as given, by characters; `^` is BOS.
 
-    After a character that is not in the table all ids are equally likely. What a row of the table leaves of 1 is shared
-    by all other ids. The blocks write nothing, so that the state of an id is its embedding: a multiple of a unit vector.
+    After a character that is not in the table all ids are equally likely. What a row of the table leaves of 1 is
+    shared by all other ids. The blocks write nothing, so the state of an id is its embedding, a multiple of a unit
+    vector.
     """
     vocabulary = LETTERS.vocab_size
     config = GPTConfig(vocabulary, depth=1, width=vocabulary, heads=2, kv_heads=2, sequence_length=length)

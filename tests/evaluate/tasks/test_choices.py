@@ -103,7 +103,6 @@ def test_longer_choices_are_normalised_by_bytes_forward_and_stems_by_tokens_back
 
 
 def test_examples_come_first_in_every_reading() -> None:
-    """Forward BOS c b \\n\\n q a; backward each text from its end, BOS b c \\n\\n a q; answer first BOS b \\n c \\n\\n a \\n q."""
     [one] = judged(item(shots=(Example("c", "b"),)))[None, "conditional"]
     assert LETTERS.decode(one.ids) == "<|bos|>cb\n\nqa"
     [one] = judged(item(shots=(Example("c", "b"),)), "backward")[None, "conditional"]
