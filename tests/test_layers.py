@@ -183,7 +183,8 @@ def test_an_import_does_not_pull_in_what_it_does_not_need(module: str, absent: l
 
 _IN_A_CHILD = """
 import json, os, signal, sys
-import altair, grpc, h5py, lm_eval.api.model, mlflow, pandas, psutil, pyarrow.parquet, pydantic, scipy.stats, tiktoken, typer
+import altair, grpc, h5py, lm_eval.api.model, mlflow, pandas, psutil, pyarrow.parquet, pydantic, scipy.stats, tiktoken
+import typer
 import ray.data, ray.train.torch, ray.tune, torch._dynamo, torch.nn.attention.flex_attention  # their effects are theirs
 
 def state():

@@ -205,10 +205,15 @@ def test_the_code_of_models_runs(
 
 
 def test_the_code_of_the_python_page_runs(
-    run_page: Callable[[str], dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    run_page: Callable[[str], dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    [questions] = re.findall(r"^```json questions.jsonl\n(.*?)^```", (DOCS / "evaluation.md").read_text(), re.M | re.S)
+    (tmp_path / "questions.jsonl").write_text(questions)
     names = run_page("python.md")
     lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[-2:]] == ["forward", "backward"]
+    assert all(line.endswith("chance 0.389") for line in lines[-2:])  # (1/3 + 1/2 + 1/3) / 3
+    del lines[-2:]
     assert lines[0] == f"backward ('backward',) step {STEPS} of {STEPS}"
     assert lines[-3:-2] == ["[1 2 3] [3.  1.5 1. ]"]
     assert [line.split()[0] for line in lines[-2:]] == ["forward", "backward"]

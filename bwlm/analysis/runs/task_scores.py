@@ -1,0 +1,112 @@
+"""Table of scores on tasks from run folders, as `bwlm.stats.score_table` takes it: a row for each run and item.
+
+An arm is a direction. Its own reading is what is compared by default: forward models by forward scores, backward models
+by backward ones, and a bidirectional model by the mean of both, item by item.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from bwlm.directions import TEXT_READINGS, own_readings
+from bwlm.errors import UserError, nearest
+from bwlm.paths import read_json
+from bwlm.progress import track
+from bwlm.record.experiment import ExperimentFolder
+from bwlm.record.task_results import read_examples
+
+OWN = "own"
+READINGS = (OWN, *TEXT_READINGS)
+_ITEM = ["item", "form", "rule"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Scores to compare. Each further rule or reading makes the family of comparisons larger."""
+
+    tasks: tuple[str, ...] = ()
+    """Names of results, such as `arc_easy`; empty: of each task the result that most of the runs have."""
+    readings: tuple[str, ...] = (OWN,)
+    rules: tuple[str, ...] = ("conditional",)
+    forms: tuple[str, ...] = ("cloze", "generated")
+
+
+def load_task_scores(folders: Sequence[ExperimentFolder], wanted: Wanted) -> pd.DataFrame:
+    """Return the scores of runs. Raises `UserError` if no run has a result that is asked for."""
+    names = _names(folders, wanted.tasks)
+    found = [
+        _scores(folder, name, wanted)
+        for folder in track(folders, "reading scores", "runs")
+        for name in names
+        if (_folder(folder, TEXT_READINGS[0]) / f"{name}.json").exists()
+    ]
+    rows = pd.concat(found) if found else pd.DataFrame()
+    if rows.empty:
+        raise UserError(
+            f"{', '.join(folder.id for folder in folders[:3])}{', ..' if len(folders) > 3 else ''}: no scores of this "
+            "kind: make some with bwlm eval .. --tasks .."
+        )
+    return rows
+
+
+def _names(folders: Sequence[ExperimentFolder], tasks: tuple[str, ...]) -> list[str]:
+    """Return the names of the results to read: of a task that has several, the one that most runs have."""
+    counts: Counter[str] = Counter()
+    for folder in folders:
+        files = _folder(folder, TEXT_READINGS[0]).glob("*.json")
+        counts.update(file.stem for file in files if "scores" in read_json(file))
+    for task in tasks:
+        if task not in counts:
+            raise UserError(f"--tasks: no run has a result {task!r}{nearest(task, counts)}: see bwlm runs show")
+    if tasks:
+        return list(tasks)
+    best: dict[str, str] = {}
+    for name in sorted(counts, key=lambda name: (-counts[name], len(name))):  # the shortest name: the whole task
+        if "@" not in name:
+            best.setdefault(name.partition(".")[0], name)
+    return sorted(best.values())
+
+
+def _scores(folder: ExperimentFolder, name: str, wanted: Wanted) -> pd.DataFrame:
+    config = folder.config()
+    experiment = config.experiment
+    by_reading = {reading: _examples(folder, reading, name, wanted) for reading in TEXT_READINGS}
+    tables = []
+    for reading in wanted.readings:
+        parts = [
+            by_reading[one]
+            for one in (own_readings(experiment.direction) if reading == OWN else (reading,))
+            if one in by_reading
+        ]
+        if parts:
+            tables.append(pd.concat(parts).groupby(_ITEM, sort=False, as_index=False).mean().assign(reading=reading))
+    rows = pd.concat(tables) if tables else pd.DataFrame()
+    return rows.assign(
+        run=config.id,
+        direction=experiment.direction,
+        seed=experiment.seed,
+        size=experiment.depth,
+        task=name,
+        digest=rows["item"] if len(rows) else [],
+    )
+
+
+def _examples(folder: ExperimentFolder, reading: str, name: str, wanted: Wanted) -> pd.DataFrame:
+    """Return item, form, rule, correct and chance of every item in one reading."""
+    where = _folder(folder, reading)
+    path = where / f"{name}.json"
+    if not path.exists():
+        return pd.DataFrame(columns=[*_ITEM, "correct", "chance"])
+    chances = {score["form"]: score["chance"] for score in read_json(path)["scores"] if score["chance"] is not None}
+    table: pd.DataFrame = read_examples(where, name).select([*_ITEM, "control", "correct"]).to_pandas()
+    kept = table[table["control"].isna() & table["rule"].isin(wanted.rules) & table["form"].isin(wanted.forms)]
+    return kept.drop(columns="control").assign(chance=kept["form"].map(chances))
+
+
+def _folder(folder: ExperimentFolder, reading: str) -> Path:
+    return folder.evaluation(folder.config().experiment.phase, reading)
