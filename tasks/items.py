@@ -62,7 +62,7 @@ class ContinuationItem:
     id: str
     place: str
     context: str
-    """Its beginning is cut off where the item does not fit."""
+    """Text before the continuation. Its beginning is cut off where the item does not fit."""
     continuation: str
     """Continuation with the delimiter before it."""
     group: str = ""

@@ -1,4 +1,4 @@
-"""What to evaluate on: a task by its name, and its items, read and checked."""
+"""Requests to evaluate on a task by its name, and the items of the task, read and checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tasks.task import RawConversation, draw
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """What to evaluate on."""
+    """Request to evaluate on a task."""
 
     name: str
     """Name of a task, or `task:group`."""
