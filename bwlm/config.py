@@ -45,7 +45,7 @@ class DataSettings(Settings):
 
     source: str = Field(
         "builtin:pydocs",
-        description="folder, glob, file or URI of parquet, .jsonl, .txt, .md; builtin:pydocs, :null or :products",
+        description="folder, glob, file or URI of parquet, .jsonl, .txt, .md; builtin:pydocs, null, products, reversal",
         min_length=1,
     )
     text_column: str = Field(

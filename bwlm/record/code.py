@@ -35,6 +35,7 @@ NO_RESULT: Mapping[str, str] = {
     "bwlm.text.json_lines": _IS_TEXT,
     "bwlm.text.listing": _IS_TEXT,
     "bwlm.text.pydocs": _IS_TEXT,
+    "bwlm.text.reversal": _IS_TEXT,
     "bwlm.text.shards": _IS_TEXT,
     "bwlm.text.tally": "counts for a person what has been read",
     "bwlm.model.compute": "chooses how fast; the precision that it chooses is in the identity",

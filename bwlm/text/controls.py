@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from bwlm.text.direction import Rows
 from bwlm.text.plan import counter_hash
-from bwlm.text.shards import MANIFEST, counts, refuse_foreign, write_shards
+from bwlm.text.shards import write_once
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -210,11 +210,6 @@ def write_control(name: str, folder: Path, progress: Callable[[str], None] | Non
 
     An existing corpus in `folder` stays. Raises `UserError` if something else lies there.
     """
-    if (folder / MANIFEST).exists():
-        return
-    refuse_foreign(folder)
-    if progress:
-        progress(f"writing {SHARDS * SHARD_DOCUMENTS} documents of builtin:{name}")
     starts = range(0, SHARDS * SHARD_DOCUMENTS, SHARD_DOCUMENTS)
-    shards = [CONTROLS[name](np.arange(start, start + SHARD_DOCUMENTS)) for start in starts]
-    write_shards(folder, shards, {"format": FORMAT_VERSION, "corpus": name, **counts(shards)})
+    about = {"format": FORMAT_VERSION, "corpus": name}
+    write_once(folder, about, lambda: [CONTROLS[name](start + np.arange(SHARD_DOCUMENTS)) for start in starts], progress)

@@ -29,8 +29,7 @@ from bwlm.text.json_lines import read_json_lines
 from bwlm.text.listing import JSON_LINES, PARQUET, TEXTS, deeper, list_files, unreachable
 from bwlm.text.splits import Shard, listed, split_by_name, without_copies, without_repeats
 
-_PYDOCS = "builtin:pydocs"
-BUILTINS = (_PYDOCS, *CONTROL_SOURCES)
+BUILTINS = ("builtin:pydocs", *CONTROL_SOURCES, "builtin:reversal")
 """Names of all built-in corpora."""
 _ROWS_AT_ONCE = 256
 _MEND = "write the shard again, or remove it from data.source"
@@ -154,11 +153,15 @@ def _write_builtin(source: str, folder: Path, progress: Callable[[str], None]) -
     """Return the folder of the built-in corpus, below `folder`; write it if it is not there yet."""
     from bwlm.text.controls import control_key, write_control
     from bwlm.text.pydocs import pydocs_key, write_pydocs
+    from bwlm.text.reversal import reversal_key, write_reversal
 
     name = source.removeprefix("builtin:")
     if source in CONTROL_SOURCES:
         target = folder / f"{name}-{control_key(name)}"
         write_control(name, target, progress)
+    elif name == "reversal":
+        target = folder / f"{name}-{reversal_key()}"
+        write_reversal(target, progress)
     else:
         target = folder / f"{name}-{pydocs_key()}"
         write_pydocs(target, progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,26 @@ def counts(shards: Shards) -> dict[str, Any]:
     texts = [text for shard in shards for text in shard]
     digest = hashlib.sha256(b"".join(hashlib.sha256(text.encode()).digest() for text in texts)).hexdigest()
     return {"shards": len(shards), "documents": len(texts), "characters": sum(map(len, texts)), "digest": digest}
+
+
+def write_once(
+    folder: Path,
+    about: Mapping[str, Any],
+    make: Callable[[], Shards],
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Write the shards that `make` returns, and a manifest with `about` and their counts; an existing corpus stays.
+
+    Raises `UserError` if something else lies in `folder`.
+    """
+    if (folder / MANIFEST).exists():
+        return
+    refuse_foreign(folder)
+    shards = make()
+    manifest = {**about, **counts(shards)}
+    if progress:
+        progress(f"writing {manifest['documents']} documents of builtin:{about['corpus']}")
+    write_shards(folder, shards, manifest)
 
 
 def write_shards(folder: Path, shards: Shards, manifest: Mapping[str, Any]) -> None:
