@@ -49,9 +49,9 @@ TEMPLATES = (
 """Statements of a fact. All keep the order of the names."""
 
 _ROLES = ("warden", "keeper", "singer", "weaver", "healer", "farmer", "potter", "sailor")
-_CONSONANTS, _VOWELS, _ENDS = "bdfghklmprstvwz", "aeiou", "lnrs"
+_CONSONANTS, _VOWELS, _ENDS = "bdfhlmrstvwz", "aeiou", "lnrs"
 _WORDS = (len(_CONSONANTS) * len(_VOWELS)) ** 2 * len(_ENDS)
-_SEED = 22
+_SEED = 2024
 _KINDS = 6
 """Kinds of blocks that follow each other: of three, one is stated in both orders; of six, three have people first."""
 
