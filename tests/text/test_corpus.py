@@ -492,7 +492,7 @@ def test_a_protocol_that_nobody_knows(try_to_prepare: Prepare) -> None:
 def test_a_built_in_corpus_misspelt(try_to_prepare: Prepare) -> None:
     wanted = (
         r"^data\.source: 'builtin:pydoc' is not a built-in corpus \(did you mean 'builtin:pydocs'\?\): "
-        "give builtin:pydocs, builtin:null, builtin:products, or a folder of text$"
+        "give builtin:pydocs, builtin:null, builtin:products, builtin:reversal, or a folder of text$"
     )
     with pytest.raises(UserError, match=wanted):
         try_to_prepare("builtin:pydoc")
