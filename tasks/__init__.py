@@ -6,6 +6,7 @@
     gsm8k.py       gsm8k                word problems of grade school (verifiable)
     arc.py         arc_easy, arc_challenge     multiple choice: school science
     mmlu.py        mmlu                 multiple choice: 57 subjects
+    reversal.py    builtin:reversal     names of facts "A is B", asked in both orders (evaluation alone)
     messages.py    smoltalk, FileTask   conversations that files already hold
     task.py  items.py                   protocols: of a task that is learned, of a task that is evaluated
     choices.py                          text of multiple choice
@@ -26,6 +27,7 @@ from tasks.gsm8k import GSM8K
 from tasks.items import EvaluatedTask
 from tasks.messages import SMOLTALK, FileTask
 from tasks.mmlu import MMLU
+from tasks.reversal import Reversal
 from tasks.spelling import Spelling
 from tasks.task import FromFiles, RawConversation, RawMessage, SplitName, Task, Verifiable, Writes
 
@@ -56,7 +58,9 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
-EVALUATED: Mapping[str, EvaluatedTask] = {task.name: task for task in _ALL if isinstance(task, EvaluatedTask)}
+EVALUATED: Mapping[str, EvaluatedTask] = {
+    task.name: task for task in (*_ALL, Reversal()) if isinstance(task, EvaluatedTask)
+}
 """Tasks with a test split."""
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tasks
 from bwlm.errors import UserError
 from bwlm.text.reversal import PLAIN, facts, statements
 from bwlm.text.tokenizer import train_tokenizer
@@ -50,6 +51,7 @@ def test_the_four_items_of_a_fact() -> None:
 
 def test_task_is_one_of_choice() -> None:
     assert isinstance(TASK, ChoiceTask)
+    assert tasks.find_evaluated("builtin:reversal:once-swapped-A") == (TASK, "once-swapped-A")
     assert (TASK.shots, TASK.forms, TASK.test_source()) == (0, ("cloze",), "builtin:reversal")
 
 
