@@ -26,6 +26,8 @@ ELSEWHERE = {
     "make test": "this",
     "make tour": "the grid is planned in tests/plan/test_load.py, and families run in tests/plan/test_inherit.py",
     "bwlm grid run grids/branching.yaml": "planned in tests/plan/test_load.py; tests/grid/test_chain.py runs one",
+    "bwlm grid run grids/reversal.yaml": "planned in tests/plan/test_load.py",
+    "bwlm eval reversal ": "the items are scored in tests/evaluate/tasks/test_reversal.py",
     **dict.fromkeys(["ray ", "export RAY_AUTH_MODE=token"], "tests/cluster/test_job.py"),
     "python benchmarks/": "tests/test_benchmarks.py",
 }

@@ -212,4 +212,6 @@ def write_control(name: str, folder: Path, progress: Callable[[str], None] | Non
     """
     starts = range(0, SHARDS * SHARD_DOCUMENTS, SHARD_DOCUMENTS)
     about = {"format": FORMAT_VERSION, "corpus": name}
-    write_once(folder, about, lambda: [CONTROLS[name](start + np.arange(SHARD_DOCUMENTS)) for start in starts], progress)
+    write_once(
+        folder, about, lambda: [CONTROLS[name](start + np.arange(SHARD_DOCUMENTS)) for start in starts], progress
+    )
