@@ -26,6 +26,7 @@ MAY_IMPORT = (
     "bwlm.text.json_lines",
     "bwlm.text.listing",
     "bwlm.text.pydocs",
+    "bwlm.text.reversal",
     "bwlm.text.splits",
 )
 SOURCES = "sources"
