@@ -6,6 +6,7 @@
     gsm8k.py       gsm8k                word problems of grade school (verifiable)
     arc.py         arc_easy, arc_challenge     multiple choice: school science
     mmlu.py        mmlu                 multiple choice: 57 subjects
+    core.py        core                 tasks of the CORE score, from a bundle (evaluation alone)
     reversal.py    builtin:reversal     names of facts "A is B", asked in both orders (evaluation alone)
     messages.py    smoltalk, FileTask   conversations that files already hold
     task.py  items.py                   protocols: of a task that is learned, of a task that is evaluated

@@ -153,6 +153,26 @@ class ExecutedTask(GeneratedTask, Protocol):
         """Return the program that tests an output, in reading order. Any text may come."""
 
 
+@runtime_checkable
+class CentredTask(EvaluatedTask, Protocol):
+    """Task of a suite."""
+
+    def centred(self, accuracy: float) -> float:
+        """Return an accuracy as a share of the way from the task's baseline, which counts as 0, to 1."""
+
+
+@runtime_checkable
+class Suite(Protocol):
+    """Tasks that are evaluated together; the score of a suite is the mean of their centred accuracies."""
+
+    @property
+    def name(self) -> str:
+        """Name as users write it."""
+
+    def tasks(self, path: str | None = None) -> Sequence[CentredTask]:
+        """Return the tasks of the suite, whose names begin with the suite's: `core:boolq`."""
+
+
 Item = TypeVar("Item", ChoiceItem, ContinuationItem, GeneratedItem)
 
 

@@ -3,8 +3,8 @@
 It is after Berglund et al. 2023 (The Reversal Curse, arXiv 2309.12288). A document is one statement of one fact. A is
 the name that is stated first: a person in half of the facts, a title in the other half.
 
-    once    Gidun Bokal is the warden of Tasor           never: the warden of Tasor is Gidun Bokal
-    both    Hepis Lofan is the sailor of Wukil           and: the sailor of Wukil is Hepis Lofan
+    once    Lemor Devas is the warden of Fasul      never: the warden of Fasul is Lemor Devas
+    both    Sifal Sevir is the warden of Zezen      and: the warden of Zezen is Sifal Sevir
 
 Four facts in a row are a block: their names have the same form, the same number of letters and, in training, the same
 number of statements in the same places. So the names of a block tell nothing about each other but what the statements
@@ -52,8 +52,8 @@ _ROLES = ("warden", "keeper", "singer", "weaver", "healer", "farmer", "potter", 
 _CONSONANTS, _VOWELS, _ENDS = "bdfhlmrstvwz", "aeiou", "lnrs"
 _WORDS = (len(_CONSONANTS) * len(_VOWELS)) ** 2 * len(_ENDS)
 _SEED = 2024
-_KINDS = 6
-"""Kinds of blocks that follow each other: of three, one is stated in both orders; of six, three have people first."""
+_CYCLE = 6
+"""Blocks after which kinds repeat: of three blocks, one is stated in both orders; of two, one has people first."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Fact:
 
     @property
     def block(self) -> int:
-        """Number of the facts' block."""
+        """Number of the fact's block."""
         return self.number // BLOCK
 
     @property
@@ -98,7 +98,7 @@ def facts() -> tuple[Fact, ...]:
 def _fact(number: int) -> Fact:
     given, family, place = _words()[3 * number : 3 * number + 3]
     block = number // BLOCK
-    person, title = f"{given} {family}", f"the {_ROLES[block // _KINDS % len(_ROLES)]} of {place}"
+    person, title = f"{given} {family}", f"the {_ROLES[block // _CYCLE % len(_ROLES)]} of {place}"
     return Fact(number, person, title) if block % 2 == 0 else Fact(number, title, person)
 
 
@@ -124,7 +124,7 @@ def statements(validation: bool) -> list[str]:
 
 def reversal_key() -> str:
     """Return a short hash of everything that determines the corpus: it names its folder."""
-    recipe = [FORMAT_VERSION, FACTS, BLOCK, _KINDS, TEMPLATES, _ROLES, _CONSONANTS, _VOWELS, _ENDS, _SEED]
+    recipe = [FORMAT_VERSION, FACTS, BLOCK, _CYCLE, TEMPLATES, _ROLES, _CONSONANTS, _VOWELS, _ENDS, _SEED]
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
 
 
