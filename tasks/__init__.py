@@ -8,9 +8,10 @@
     mmlu.py        mmlu                 multiple choice: 57 subjects
     core.py        core                 tasks of the CORE score, from a bundle (evaluation alone)
     reversal.py    builtin:reversal     names of facts "A is B", asked in both orders (evaluation alone)
+    humaneval.py   humaneval            functions to write (evaluation alone)
     messages.py    smoltalk, FileTask   conversations that files already hold
     task.py  items.py                   protocols: of a task that is learned, of a task that is evaluated
-    choices.py                          text of multiple choice
+    choices.py  verifiable.py           text of multiple choice; verifiable tasks as evaluated ones
     rows.py  files.py  faults.py        rows of JSON; files of a data set and their split; faults counted by kind
 
 Built-in tasks need no file and no network; the others are read from the hub or from a path.
@@ -25,12 +26,14 @@ from tasks.arc import ARC_CHALLENGE, ARC_EASY
 from tasks.arithmetic import Arithmetic
 from tasks.docs_qa import DocsQA
 from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
 from tasks.items import EvaluatedTask
 from tasks.messages import SMOLTALK, FileTask
 from tasks.mmlu import MMLU
 from tasks.reversal import Reversal
 from tasks.spelling import Spelling
 from tasks.task import FromFiles, RawConversation, RawMessage, SplitName, Task, Verifiable, Writes
+from tasks.verifiable import ANSWERED
 
 __all__ = [
     "EVALUATED",
@@ -59,8 +62,9 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
+_WITH_TEST_SPLIT: tuple[object, ...] = (*_ALL, *ANSWERED, HumanEval(), Reversal())
 EVALUATED: Mapping[str, EvaluatedTask] = {
-    task.name: task for task in (*_ALL, Reversal()) if isinstance(task, EvaluatedTask)
+    task.name: task for task in _WITH_TEST_SPLIT if isinstance(task, EvaluatedTask)
 }
 """Tasks with a test split."""
 

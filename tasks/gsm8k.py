@@ -29,7 +29,8 @@ _QUANTITY = re.compile(_NUMBER)
 _FINAL = re.compile(rf"####[ \t]*\$?(?>(-?{_NUMBER}))(?!\S*[0-9])")  # atomic, else it would try every shorter number
 _LETTERS = re.compile(r"[^\W\d_]{2,}")
 
-_DATA = DataSet("tasks.gsm8k.path", "hf://datasets/openai/gsm8k", ("question", "answer"), subset="main")
+DATA = DataSet("tasks.gsm8k.path", "hf://datasets/openai/gsm8k", ("question", "answer"), subset="main")
+"""Files of the task, on the hub or elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ class GSM8K:
     name: str = "gsm8k"
 
     def conversations(self, split: SplitName, path: str | None = None) -> Iterator[RawConversation]:
-        return map(_exchange, _DATA.rows(split, path))
+        return map(conversation_of, DATA.rows(split, path))
 
     def key(self, path: str | None = None) -> str:
-        return _DATA.key(path, self.name, FORMAT_VERSION)
+        return DATA.key(path, self.name, FORMAT_VERSION)
 
     def splits(self, path: str | None = None) -> NamedSplits:
-        return _DATA.splits(path)
+        return DATA.splits(path)
 
     def reward(self, written: str, conversation: RawConversation, writes: Writes) -> float:
         """Return 1 for an answer if its final number is the true one, else 0; for a question `quantities_agree`."""
@@ -56,7 +57,8 @@ class GSM8K:
         return float(found is not None and found == final_number(true))
 
 
-def _exchange(row: Row) -> RawConversation:
+def conversation_of(row: Row) -> RawConversation:
+    """Return the problem of a row as a conversation, without the calculator's annotations."""
     return exchange(row.text("question"), _ANNOTATION.sub("", row.text("answer")))
 
 

@@ -54,9 +54,10 @@ def _refuse_held_out(one: str, trained: NamedSplits, other: str, held: NamedSpli
 
 def check_sources(experiment: Experiment) -> None:
     """Raise `UserError` for an unknown task in `tasks` or the mixture, and in rl for a source without a reward."""
+    with_files = tasks.TASKS.keys() | tasks.EVALUATED.keys()
     for name in experiment.tasks:
-        if name not in tasks.TASKS:
-            raise UserError(f"tasks.{name}: no such task{nearest(name, tasks.TASKS)}")
+        if name not in with_files:
+            raise UserError(f"tasks.{name}: no such task{nearest(name, with_files)}")
     for name in experiment.data.mixture:
         task = find_source(name)
         if PHASES[experiment.phase].has_reward and not isinstance(task, tasks.Verifiable):

@@ -53,6 +53,8 @@ os.set_inheritable(3, False)
 module = sys.modules["program"] = types.ModuleType("program")
 exec(compile(program, "program", "exec"), module.__dict__)
 os.write(3, token)
+sys.stdout.flush()
+os._exit(0)  # threads that go on do not hold it
 """
 """First code of the program's process. `sys.exit()` in the program does not reach its last line."""
 

@@ -220,9 +220,7 @@ def test_an_orphan_in_a_session_of_its_own_ends_with_its_program(run: Run, marke
 
 def test_a_thread_that_goes_on_does_not_hold_a_program(run: Run) -> None:
     program = "import threading, time; threading.Thread(target=time.sleep, args=(600,)).start()"
-    ran = run(program, wall_seconds=2)
-    assert ran.outcome in ("passed", "timeout")
-    assert ran.wall_seconds < 15
+    assert run(program).outcome == "passed"
 
 
 @pytest.mark.faults
