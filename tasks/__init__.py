@@ -24,10 +24,11 @@ from collections.abc import Mapping
 from bwlm.errors import UserError, nearest
 from tasks.arc import ARC_CHALLENGE, ARC_EASY
 from tasks.arithmetic import Arithmetic
+from tasks.core import Core
 from tasks.docs_qa import DocsQA
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
-from tasks.items import EvaluatedTask
+from tasks.items import EvaluatedTask, Suite
 from tasks.messages import SMOLTALK, FileTask
 from tasks.mmlu import MMLU
 from tasks.reversal import Reversal
@@ -37,6 +38,7 @@ from tasks.verifiable import ANSWERED
 
 __all__ = [
     "EVALUATED",
+    "SUITES",
     "TASKS",
     "EvaluatedTask",
     "FileTask",
@@ -44,6 +46,7 @@ __all__ = [
     "RawConversation",
     "RawMessage",
     "SplitName",
+    "Suite",
     "Task",
     "Verifiable",
     "Writes",
@@ -69,17 +72,22 @@ EVALUATED: Mapping[str, EvaluatedTask] = {
 """Tasks with a test split."""
 
 
-def find_evaluated(name: str) -> tuple[EvaluatedTask, str]:
-    """Return the task of a name, and the group that `task:group` asks for, or an empty text: `mmlu:anatomy`.
+SUITES: Mapping[str, Suite] = {suite.name: suite for suite in (Core(),)}
+"""Sets of tasks that are evaluated together."""
 
-    Raises `UserError` with the nearest name if there is no such task.
+
+def find_evaluated(name: str) -> tuple[EvaluatedTask | Suite, str]:
+    """Return the task or suite of a name, and the group that is asked for, or an empty text.
+
+    `mmlu:anatomy` asks for a group of a task, `core:boolq` for a task of a suite. Raises `UserError` with the nearest
+    name if there is no such task.
     """
-    if name in EVALUATED:
-        return EVALUATED[name], ""
+    known: dict[str, EvaluatedTask | Suite] = {**EVALUATED, **SUITES}
+    if name in known:
+        return known[name], ""
     task, _, group = name.rpartition(":")
-    if task in EVALUATED:
-        return EVALUATED[task], group
+    if task in known:
+        return known[task], group
     raise UserError(
-        f"--tasks: {name!r} is not a task with a test split{nearest(name, EVALUATED)}: "
-        f"name some of {', '.join(EVALUATED)}"
+        f"--tasks: {name!r} is not a task with a test split{nearest(name, known)}: name some of {', '.join(known)}"
     )

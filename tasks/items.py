@@ -173,7 +173,8 @@ class Suite(Protocol):
         """Return the tasks of the suite, whose names begin with the suite's: `core:boolq`."""
 
 
-Item = TypeVar("Item", ChoiceItem, ContinuationItem, GeneratedItem)
+AnyItem = ChoiceItem | ContinuationItem | GeneratedItem
+Item = TypeVar("Item", bound=AnyItem)
 
 
 def row_digest(*parts: Any) -> str:

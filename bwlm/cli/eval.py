@@ -16,7 +16,6 @@ from bwlm.errors import UserError, nearest
 from bwlm.progress import loading, working
 
 if TYPE_CHECKING:
-    from bwlm.evaluate.tasks.request import TaskRequest
     from bwlm.evaluate.tasks.results import TaskScore
     from bwlm.evaluate.tasks.stored import RunEvaluation
 
@@ -50,6 +49,12 @@ def evaluate(
         int | None, whole_option("Score this many items of each task, the same ones for every run.", 1)
     ] = None,
     shots: Annotated[int | None, whole_option("Solved examples before each item. Default: the task's own.", 0)] = None,
+    samples: Annotated[
+        int, whole_option("Outputs for each item of a generated task; one is the likeliest, more are drawn.", 1)
+    ] = 1,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run programs that the model writes (docs/security.md).")
+    ] = False,
     shown: Annotated[
         int,
         whole_option("Print this many items of each task as the model reads them, with all scores.", 0, param="--show"),
@@ -68,13 +73,15 @@ def evaluate(
 
     Example: `bwlm eval mine@best --tasks arc_easy,mmlu --max-examples 200 --set tasks.arc_easy.path=arc/`
     """
+    from bwlm.evaluate.tasks.request import TaskRequest
     from bwlm.paths import storage_root
 
     readings, root = _readings(directions), storage_root(storage)
     checkpoints = _checkpoints(root, runs)
     if tasks is None:
         return _evaluate_texts(root, checkpoints, readings, as_json)
-    requests = _requests(tasks, max_examples, shots, set_ or [])
+    options = (max_examples, shots, samples, allow_code_execution)
+    requests = [TaskRequest(name, path, *options) for name, path in _named(tasks, _paths(set_ or []))]
     with loading():  # torch takes seconds: mistakes are reported first
         from bwlm.evaluate.tasks.stored import RunEvaluation
 
@@ -105,21 +112,17 @@ def _checkpoints(root: Path, names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(checkpoints))
 
 
-def _requests(names: str, max_examples: int | None, shots: int | None, settings: list[str]) -> list[TaskRequest]:
-    from bwlm.evaluate.tasks.request import TaskRequest
+def _named(names: str, paths: dict[str, str]) -> list[tuple[str, str | None]]:
+    """Return the tasks of `--tasks`, each with its path. Raises `UserError` for a task or path that nobody knows."""
     from tasks import find_evaluated
 
-    paths = _paths(settings)
     chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-    requests = []
-    for name in chosen:
-        task, _ = find_evaluated(name)
-        requests.append(TaskRequest(name, paths.pop(task.name, None), max_examples, shots))
-    for name in paths:
-        raise UserError(f"--set tasks.{name}.path: {name} is not among --tasks {names}")
-    if not requests:
+    if not chosen:
         raise UserError("--tasks: names no task: write for instance --tasks arc_easy,mmlu")
-    return requests
+    named = [(name, find_evaluated(name)[0].name) for name in chosen]
+    for name in paths.keys() - {task for _, task in named}:
+        raise UserError(f"--set tasks.{name}.path: {name} is not among --tasks {names}")
+    return [(name, paths.get(task)) for name, task in named]
 
 
 def _paths(settings: list[str]) -> dict[str, str]:

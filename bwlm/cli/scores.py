@@ -44,7 +44,9 @@ def show_scores(scores: Sequence[TaskScore]) -> None:
         scored = [score for score in of_task if score.accuracy is not None]
         title = f"{run}, step {step:,}: {task}"
         if scored:
-            title += f", {scored[0].n:,} items, chance {scored[0].chance:.1%}"
+            title += f", {scored[0].n:,} items"
+        if scored and scored[0].chance is not None:
+            title += f", chance {scored[0].chance:.1%}"
         header = ["form", "direction", "rule", "accuracy", "95 %", "shuffled", "no context", "prior"]
         if rows:
             show_table(header, rows, title, names=("form", "direction"), least=("prior", "no context", "shuffled"))
@@ -70,6 +72,10 @@ def show_items(items: Sequence[ShownItem]) -> None:
     for item in items:
         show_heading(item.title)
         show_sentences("read as: " + item.text.replace("\n", "⏎"))
+        if item.outputs:
+            show_sentences(*(output.replace("\n", "⏎") for output in item.outputs))
+        if not item.choices:
+            continue
         header = ["choice", *item.scores]
         rows = [
             [("* " if n == item.answer else "  ") + str(n + 1), *(f"{of[n]:.2f}" for of in item.scores.values())]

@@ -61,9 +61,14 @@ def run_lm_eval(
     return float(found["results"]["arc_local"]["acc,none"]), scores
 
 
+def read_one(request: TaskRequest) -> LoadedTask:
+    [task] = LoadedTask.read(request)
+    return task
+
+
 def ours(folder: ExperimentFolder, path: Path, reading: str) -> tuple[float, list[list[float]]]:
     loaded = load_model(folder.path.parent, folder.id)
-    task = LoadedTask.read(TaskRequest("arc_easy", str(path)))
+    task = read_one(TaskRequest("arc_easy", str(path)))
     evaluated = evaluate_reading(loaded, task, reading)
     rows = [
         row

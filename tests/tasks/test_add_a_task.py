@@ -20,9 +20,9 @@ PAGE = (Path(__file__).parents[2] / "docs" / "add-a-task.md").read_text()
 
 @pytest.fixture(autouse=True)
 def _read_anew() -> Iterator[None]:
-    stored.read_task.cache_clear()
+    stored.read_tasks.cache_clear()
     yield
-    stored.read_task.cache_clear()
+    stored.read_tasks.cache_clear()
 
 
 def test_the_task_of_the_page_is_scored(

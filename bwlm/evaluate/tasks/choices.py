@@ -74,11 +74,12 @@ class FittedItems:
         return sum(bool(fitted.dropped_shots) or fitted.is_cut for fitted in self.fitted)
 
 
-def fit_items(layout: Layout, items: Sequence[ChoiceItem]) -> FittedItems:
-    """Return the items as they fit. Raises `UserError` for an item that is no question with choices."""
+def fit_items(layout: Layout, items: Sequence[ChoiceItem], fewest: int = 2) -> FittedItems:
+    """Return the items as they fit. Raises `UserError` for an item with fewer than `fewest` choices, or no answer."""
     fitted, left_out, empty = [], [], []
     for item in items:
-        if len(item.choices) < 2 or not 0 <= item.answer < len(item.choices) or len(item.stems) != len(item.choices):
+        count = len(item.choices)
+        if count < fewest or not 0 <= item.answer < count or len(item.stems) != count:
             raise UserError(f"{item.place}: needs two or more choices, a stem for each, and an answer among them")
         if not all(choice.strip() for choice in item.choices):
             empty.append(item)

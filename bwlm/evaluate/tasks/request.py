@@ -9,8 +9,20 @@ from typing import Any
 
 from bwlm.errors import UserError, nearest
 from tasks import find_evaluated
-from tasks.items import ChoiceItem, ChoiceTask, EvaluatedTask, Form, Item, row_digest, rows_digest
+from tasks.items import (
+    AnyItem,
+    ChoiceTask,
+    ContinuationTask,
+    EvaluatedTask,
+    Form,
+    GeneratedTask,
+    Item,
+    row_digest,
+    rows_digest,
+)
 from tasks.task import RawConversation, draw
+
+Items = Sequence[AnyItem]
 
 
 @dataclass(frozen=True)
@@ -24,11 +36,16 @@ class TaskRequest:
     max_examples: int | None = None
     shots: int | None = None
     """Solved examples before each item; None: the task's own number."""
+    samples: int = 1
+    """Outputs for each item of a generated task; one is greedy."""
+    allow_code_execution: bool = False
+    """True if programs that the model writes may run, in a sandbox."""
 
     @property
     def settings(self) -> dict[str, int | None]:
         """Settings that are not the task's own, by the names that files of results carry."""
-        return {"n": self.max_examples, "shots": self.shots}
+        samples = None if self.samples == 1 else self.samples
+        return {"n": self.max_examples, "shots": self.shots, "samples": samples}
 
     def with_path(self, path: str | None) -> TaskRequest:
         """Return the request with other files."""
@@ -42,16 +59,28 @@ class LoadedTask:
     request: TaskRequest
     task: EvaluatedTask
     source: str
-    items: dict[Form, Sequence[ChoiceItem]]
+    items: dict[Form, Items]
     """Items by form: the same ones in each form."""
 
     @classmethod
-    def read(cls, request: TaskRequest) -> LoadedTask:
-        """Read the test split. Raises `UserError` for an unknown task or group, and for files that cannot be read."""
+    def read(cls, request: TaskRequest) -> list[LoadedTask]:
+        """Read the test split of a task, or of each task of a suite.
+
+        Raises `UserError` for an unknown task or group, and for files that cannot be read.
+        """
         task, group = find_evaluated(request.name)
-        assert isinstance(task, ChoiceTask)
+        if isinstance(task, EvaluatedTask):
+            return [cls._read(request, task, group)]
+        members = [one for one in task.tasks(request.path) if not group or one.name == request.name]
+        if not members:
+            known = [one.name for one in task.tasks(request.path)]
+            raise UserError(f"--tasks: {request.name!r} is not a task of {task.name}{nearest(request.name, known)}")
+        return [cls._read(replace(request, name=one.name), one, "") for one in members]
+
+    @classmethod
+    def _read(cls, request: TaskRequest, task: EvaluatedTask, group: str) -> LoadedTask:
         shots = task.shots if request.shots is None else request.shots
-        items = {form: task.choice_items(form, shots, request.path) for form in task.forms}
+        items = _read_items(task, shots, request.path)
         chosen = {
             form: sample(of_group(every, group, request.name), request.max_examples) for form, every in items.items()
         }
@@ -66,12 +95,22 @@ class LoadedTask:
     def key(self) -> dict[str, Any]:
         """Everything that scores follow from besides the model: items, examples, forms."""
         texts = [[asdict(item) | {"place": ""} for item in items] for items in self.items.values()]
-        return {"task": self.request.name, "rows": self.digest, "texts": row_digest(texts)}
+        key = {"task": self.request.name, "rows": self.digest, "texts": row_digest(texts)}
+        return key | {"samples": self.request.samples} if isinstance(self.task, GeneratedTask) else key
 
     @property
     def conversations(self) -> list[RawConversation | None]:
         """Items in the form in which the task is learned."""
-        return [item.conversation for item in next(iter(self.items.values()))]
+        return [getattr(item, "conversation", None) for item in next(iter(self.items.values()))]
+
+
+def _read_items(task: EvaluatedTask, shots: int, path: str | None) -> dict[Form, Items]:
+    if isinstance(task, ChoiceTask):
+        return {form: task.choice_items(form, shots, path) for form in task.forms}
+    if isinstance(task, ContinuationTask):
+        return {"cloze": task.continuation_items(shots, path)}
+    assert isinstance(task, GeneratedTask), f"{task.name} has no items"
+    return {"generated": task.generated_items(shots, path)}
 
 
 def of_group(items: Sequence[Item], group: str, name: str) -> Sequence[Item]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bwlm.evaluate.tasks.answers import Attempt
 from bwlm.evaluate.tasks.choices import Control, FittedItems, JudgedItem
 from bwlm.evaluate.tasks.rules import Rule
 from bwlm.stats.proportions import wilson
@@ -47,33 +48,33 @@ class TaskScore:
     """Items whose highest score several choices share: each counts for 1/m."""
     not_finite: int = 0
     """Items with a score of NaN, which count as wrong."""
+    centred: float | None = None
+    """CORE: accuracy as a share of the way from the task's baseline to 1."""
     groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Accuracy, interval and n of each group of items, such as a subject."""
 
 
 def score_of(judged: Sequence[JudgedItem]) -> dict[str, Any]:
     """Return accuracy, interval and counts of some items, as fields of a `TaskScore`."""
-    correct = sum(one.judged.correct for one in judged)
     return {
-        "accuracy": correct / len(judged),
-        "interval": wilson(correct, len(judged)),
-        "n": len(judged),
+        **accuracy_of([(one.item.group, one.judged.correct) for one in judged]),
         "tied": sum(one.judged.is_tied for one in judged),
         "not_finite": sum(not one.judged.is_finite for one in judged),
-        "groups": _groups(judged),
     }
 
 
-def _groups(judged: Sequence[JudgedItem]) -> dict[str, Any]:
+def accuracy_of(correct: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """Return accuracy, interval and n of items, given by group and by how far each is right, and of each group."""
     by_group: dict[str, list[float]] = {}
-    for one in judged:
-        by_group.setdefault(one.item.group, []).append(one.judged.correct)
-    if set(by_group) == {""}:
-        return {}
-    return {
-        group: {"accuracy": sum(of) / len(of), "interval": wilson(sum(of), len(of)), "n": len(of)}
-        for group, of in sorted(by_group.items())
-    }
+    for group, share in correct:
+        by_group.setdefault(group, []).append(share)
+    groups = {group: _accuracy(of) for group, of in sorted(by_group.items())}
+    return {**_accuracy([share for _, share in correct]), "groups": {} if set(groups) == {""} else groups}
+
+
+def _accuracy(shares: Sequence[float]) -> dict[str, Any]:
+    total = sum(shares)
+    return {"accuracy": total / len(shares), "interval": wilson(total, len(shares)), "n": len(shares)}
 
 
 def by_rule(judged: Iterable[JudgedItem]) -> dict[tuple[Control | None, Rule], list[JudgedItem]]:
@@ -104,10 +105,34 @@ def example_rows(form: Form, judged: Iterable[JudgedItem]) -> list[dict[str, Any
                 "ids": None if layout == previous else list(one.ids),
                 "output": None,
                 "attempt": 0,
+                "outcome": None,
             }
         )
         previous = layout
     return rows
+
+
+def attempt_rows(attempts: Iterable[Attempt]) -> list[dict[str, Any]]:
+    """Return a row for each attempt at a generated item, with the columns of `example_rows`."""
+    return [
+        {
+            "item": one.item.id,
+            "place": one.item.place,
+            "group": one.item.group,
+            "form": "generated",
+            "control": None,
+            "rule": "pass@1",
+            "scores": None,
+            "answer": None,
+            "chosen": None,
+            "correct": float(one.correct),
+            "ids": list(one.ids),
+            "output": one.output,
+            "attempt": one.number,
+            "outcome": one.outcome,
+        }
+        for one in attempts
+    ]
 
 
 def counts_of(items: FittedItems) -> dict[str, int]:

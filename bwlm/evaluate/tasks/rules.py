@@ -20,7 +20,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Rule = Literal["conditional", "joint", "normalised", "answer_first", "exact"]
+Rule = Literal["conditional", "joint", "normalised", "answer_first", "exact", "pass@1", "pass@k"]
+"""Rules of choices; `exact` of continuations, `pass@1` and `pass@k` of generated outputs."""
 RULES: tuple[Rule, ...] = ("conditional", "joint", "normalised", "answer_first")
 
 Floats = NDArray[np.float64]

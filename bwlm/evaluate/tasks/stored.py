@@ -13,7 +13,7 @@ import torch
 from bwlm.directions import evaluated_readings
 from bwlm.errors import UserError
 from bwlm.evaluate.tasks.choices import count_passes
-from bwlm.evaluate.tasks.request import LoadedTask, TaskRequest
+from bwlm.evaluate.tasks.request import Items, LoadedTask, TaskRequest
 from bwlm.evaluate.tasks.results import TaskScore
 from bwlm.evaluate.tasks.run import Evaluated, ShowDone, evaluate_reading
 from bwlm.evaluate.tasks.seen import count_seen
@@ -32,6 +32,7 @@ from bwlm.record.task_results import (
 )
 from bwlm.text.tokenizer import Tokenizer
 from bwlm.trained.load import LoadedModel, load_model
+from tasks.items import ChoiceItem
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ class RunEvaluation:
         config = self.folder.config()
         for request in self.requests:
             own = config.experiment.tasks.get(request.name)
-            task = read_task(request if request.path or not own else request.with_path(own.path))
-            for reading in self.readings or evaluated_readings(config.experiment.direction):
-                yield _Part(self.folder, config, self._step, task, reading)
+            for task in read_tasks(request if request.path or not own else request.with_path(own.path)):
+                for reading in self.readings or evaluated_readings(config.experiment.direction):
+                    yield _Part(self.folder, config, self._step, task, reading)
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ class ShownItem:
     answer: int
     scores: Mapping[str, tuple[float, ...]]
     """Scores of the choices by rule."""
+    outputs: tuple[str, ...] = ()
+    """Generated outputs, each with what became of it."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,11 @@ class _Part:
         return result
 
     def texts(self) -> int:
-        return sum(len(items) * count_passes(items, self.reading) for items in self.task.items.values())
+        return sum(self._passes(items) for items in self.task.items.values())
+
+    def _passes(self, items: Items) -> int:
+        choices = [item for item in items if isinstance(item, ChoiceItem)]
+        return len(choices) * count_passes(choices, self.reading) if choices else len(items)
 
     def shown(self, count: int, tokenizer: Tokenizer) -> Iterator[ShownItem]:
         table = read_examples(self._folder, self._name)
@@ -143,12 +150,14 @@ class _Part:
                 mine = [row for row in rows if (row["item"], row["form"]) == (item.id, form)]
                 if not mine:
                     continue  # it did not fit
+                choices, answer = (item.choices, item.answer) if isinstance(item, ChoiceItem) else ((), 0)
                 yield ShownItem(
                     title=f"{self.task.request.name}, {form}, {self.reading}: {item.place}",
                     text="".join(tokenizer.decode([token]) for token in mine[0]["ids"]),
-                    choices=item.choices,
-                    answer=item.answer,
-                    scores={row["rule"]: tuple(row["scores"]) for row in mine},
+                    choices=choices,
+                    answer=answer,
+                    scores={row["rule"]: tuple(row["scores"] or ()) for row in mine},
+                    outputs=tuple(f"{row['outcome']}: {row['output']}" for row in mine if row["output"] is not None),
                 )
 
     @property
@@ -167,8 +176,8 @@ class _Part:
 
 
 @cache
-def read_task(request: TaskRequest) -> LoadedTask:
-    """Return the items of a task, which a process reads once for all its runs."""
+def read_tasks(request: TaskRequest) -> list[LoadedTask]:
+    """Return a task, or the tasks of a suite, with their items, which a process reads once for all its runs."""
     return LoadedTask.read(request)
 
 

@@ -47,12 +47,17 @@ def arc(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _read_anew() -> None:
-    stored.read_task.cache_clear()
+    stored.read_tasks.cache_clear()
 
 
 def evaluate(folder: ExperimentFolder, path: Path, **fields: Any) -> list[dict[str, Any]]:
     request = TaskRequest("arc_easy", str(path), **fields)
     return [vars(score) for score in RunEvaluation(folder.path.parent, folder.id, (request,)).scores()]
+
+
+def read_one(request: TaskRequest) -> LoadedTask:
+    [task] = LoadedTask.read(request)
+    return task
 
 
 def test_every_form_control_rule_and_reading_has_a_score(new_family: NewFamily, arc: Path) -> None:
@@ -98,11 +103,11 @@ def test_what_was_scored_is_not_scored_again(new_family: NewFamily, arc: Path, m
     assert json.dumps(evaluate(folder, arc)) == json.dumps(first)
     for changed in ("rows", "version", "damage"):
         if changed == "rows":
-            stored.read_task.cache_clear()
+            stored.read_tasks.cache_clear()
             write(arc.parent, [row(n) for n in range(11)])
         elif changed == "version":
             write(arc.parent, [row(n) for n in range(12)])
-            stored.read_task.cache_clear()
+            stored.read_tasks.cache_clear()
             monkeypatch.setattr(stored, "HARNESS_VERSION", 99)
         else:
             monkeypatch.setattr(stored, "HARNESS_VERSION", 1)
@@ -153,7 +158,7 @@ def test_items_that_the_run_was_trained_on_are_counted(
     folder = new_family("forward")
     assert {one["seen"] for one in evaluate(folder, arc)} == {0}  # a base run reads no conversations
     child = new_child(folder, "mid")
-    items = LoadedTask.read(TaskRequest("arc_easy", str(arc))).conversations
+    items = read_one(TaskRequest("arc_easy", str(arc))).conversations
     tokenizer = load_model(folder.path.parent, folder.id).tokenizer
     known = list(TASKS["builtin:arithmetic"].conversations("train"))
     assert seen.count_seen(child, tokenizer, items) == 0
@@ -179,7 +184,7 @@ def test_evaluate_task_is_the_command_in_python(new_family: NewFamily, arc: Path
 
 
 def test_the_sample_of_items_does_not_depend_on_their_order(arc: Path) -> None:
-    items = LoadedTask.read(TaskRequest("arc_easy", str(arc))).items["cloze"]
+    items = read_one(TaskRequest("arc_easy", str(arc))).items["cloze"]
     some = sample(items, 5)
     assert {item.id for item in sample(items[::-1], 5)} == {item.id for item in some}
     assert [item.id for item in items if item in some] == [item.id for item in some]
@@ -188,7 +193,7 @@ def test_the_sample_of_items_does_not_depend_on_their_order(arc: Path) -> None:
 
 def test_rows_that_are_equal_have_ids_of_their_own(tmp_path: Path) -> None:
     path = write(tmp_path, [row(0), row(1), row(0), row(0)])
-    ids = [item.id for item in LoadedTask.read(TaskRequest("arc_easy", str(path))).items["lettered"]]
+    ids = [item.id for item in read_one(TaskRequest("arc_easy", str(path))).items["lettered"]]
     assert ids[2:] == [f"{ids[0]}-2", f"{ids[0]}-3"]
 
 
@@ -198,11 +203,11 @@ def test_groups_of_mmlu_and_their_examples(tmp_path: Path) -> None:
 
     write(tmp_path / "all", [question(n, "law" if n < 5 else "art") for n in range(8)])
     write(tmp_path / "all", [question(n + 10, "art") for n in range(2)], "dev.jsonl")
-    task = LoadedTask.read(TaskRequest("mmlu", str(tmp_path)))
+    task = read_one(TaskRequest("mmlu", str(tmp_path)))
     shots = {item.group: [shot.stem[10:13] for shot in item.shots] for item in task.items["lettered"]}
     assert shots == {"law": [], "art": ["Q10", "Q11"]}
-    assert len(LoadedTask.read(TaskRequest("mmlu:law", str(tmp_path))).items["cloze"]) == 5
-    from_test = LoadedTask.read(TaskRequest("mmlu:law", str(tmp_path / "all" / "test.jsonl"), shots=2)).items["cloze"]
+    assert len(read_one(TaskRequest("mmlu:law", str(tmp_path))).items["cloze"]) == 5
+    from_test = read_one(TaskRequest("mmlu:law", str(tmp_path / "all" / "test.jsonl"), shots=2)).items["cloze"]
     assert [[shot.stem[10:12] for shot in item.shots] for item in from_test] == [
         ["Q1", "Q2"], ["Q0", "Q2"], ["Q0", "Q1"], ["Q0", "Q1"], ["Q0", "Q1"]
     ]  # fmt: skip
