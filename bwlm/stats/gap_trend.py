@@ -11,8 +11,8 @@ from scipy.stats import t as student_t
 
 from bwlm.errors import UserError
 from bwlm.format import counted
+from bwlm.stats.columns import FloatArray, Size
 from bwlm.stats.gaps import CONFIDENCE, FEWEST_SEEDS, Gap, Interval, has_seeds_enough, holm
-from bwlm.stats.loss_table import FloatArray, Size
 
 Trend = Literal["grows", "shrinks", "changes sign", "moves", "cannot be told"]
 

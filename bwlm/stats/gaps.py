@@ -26,7 +26,8 @@ from scipy.stats import t as student_t
 from bwlm.directions import DIRECTIONS, is_marked, rank
 from bwlm.errors import UserError, nearest
 from bwlm.format import counted, listed
-from bwlm.stats.loss_table import FloatArray, LossRun, LossRuns, Size, loss_runs, plain_size
+from bwlm.stats.columns import FloatArray, Size, plain_size
+from bwlm.stats.loss_table import LossRun, LossRuns, loss_runs
 
 Interval = tuple[float, float]
 Verdict = Literal["different", "no difference seen", "too few seeds to tell", "too few seeds chose the rate"]

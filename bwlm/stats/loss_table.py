@@ -7,20 +7,25 @@ tokens. Errors are `UserError` and name the row, run or document at fault.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from bwlm.directions import DIRECTIONS
-from bwlm.errors import UserError, nearest
+from bwlm.errors import UserError
 from bwlm.format import listed
-
-Size = int | str
-FloatArray = npt.NDArray[np.float64]
+from bwlm.stats.columns import (
+    FloatArray,
+    Size,
+    plain_directions,
+    plain_size,
+    refuse_blanks,
+    refuse_spellings,
+    require_columns,
+    stripped,
+    whole_seeds,
+)
 
 COLUMNS: Final = ("run", "direction", "seed", "size", "document", "nll", "tokens", "bytes")
 TOKEN_BYTES: Final = "token_bytes"
@@ -78,52 +83,22 @@ def checked_rows(losses: pd.DataFrame) -> pd.DataFrame:
     require_columns(losses, COLUMNS, "the losses")
     if losses.empty:
         raise UserError("the losses hold no rows: give a row for each run and document")
-    for name in ("run", "direction", "seed", "size", "document"):
-        blank = losses[name].isna() | (_stripped(losses[name]) == "")
-        if blank.any():
-            row = int(blank.to_numpy().argmax()) + 1
-            raise UserError(f"the losses' row {row} has no {name}: fill it in or leave the row out")
+    refuse_blanks(losses, ("run", "direction", "seed", "size", "document"), "the losses")
     rows = pd.DataFrame(
         {
-            "run": _stripped(losses["run"]).to_numpy(),
-            "direction": [_plain_direction(name) for name in _stripped(losses["direction"])],
-            "seed": _whole_seeds(losses),
+            "run": stripped(losses["run"]).to_numpy(),
+            "direction": plain_directions(losses["direction"]),
+            "seed": whole_seeds(losses),
             "size": [plain_size(size) for size in losses["size"]],
-            "document": _stripped(losses["document"]).to_numpy(),
+            "document": stripped(losses["document"]).to_numpy(),
         }
         | {name: _finite(losses, name) for name in ("nll", "tokens", "bytes")}
     )
     for name in ("direction", "size"):
-        _refuse_spellings(rows, name)
+        refuse_spellings(rows, name)
     if TOKEN_BYTES in losses.columns:
         rows[TOKEN_BYTES] = losses[TOKEN_BYTES].fillna("").to_numpy()
     return rows
-
-
-def _stripped(names: pd.Series[Any]) -> pd.Series[str]:
-    return names.astype(object).map(lambda name: str(name).strip())
-
-
-def _plain_direction(name: str) -> str:
-    return name.lower() if name.lower() in DIRECTIONS else name
-
-
-def _refuse_spellings(rows: pd.DataFrame, column: str) -> None:
-    """Raise `UserError` for two names that differ in case alone: each would group only a part of the runs."""
-    known: dict[str, str] = {}
-    for name in dict.fromkeys(map(str, rows[column])):
-        if (other := known.setdefault(name.casefold(), name)) != name:
-            raise UserError(f"column '{column}' has both '{other}' and '{name}': write one name one way")
-
-
-def require_columns(table: pd.DataFrame, needed: Sequence[str], rows: str) -> None:
-    """Raise `UserError` that names the first column that `rows`, the table in words, lack."""
-    missing = [name for name in needed if name not in table.columns]
-    if missing:
-        raise UserError(
-            f"{rows} lack column '{missing[0]}'{nearest(missing[0], map(str, table.columns))}; "
-            f"needed: {', '.join(needed)}"
-        )
 
 
 def _finite(losses: pd.DataFrame, name: str) -> FloatArray:
@@ -146,23 +121,6 @@ def _finite(losses: pd.DataFrame, name: str) -> FloatArray:
                 f"{advice}"
             )
     return values
-
-
-def _whole_seeds(losses: pd.DataFrame) -> npt.NDArray[np.int64]:
-    seeds = pd.to_numeric(losses["seed"], errors="coerce")
-    values = seeds.to_numpy(dtype=np.float64, na_value=np.nan)
-    wrong = ~np.isfinite(values) | (values != np.rint(values))
-    if wrong.any():
-        row = losses.iloc[int(wrong.argmax())]
-        raise UserError(f"seed of run '{row['run']}' is {row['seed']}: seeds must be whole numbers")
-    return seeds.to_numpy(dtype=np.int64)
-
-
-def plain_size(size: object) -> Size:
-    """Return a size as an int if it is a whole number, else as text."""
-    if isinstance(size, int | float | np.integer | np.floating) and float(size).is_integer():
-        return int(size)
-    return str(size).strip()
 
 
 def with_counts(losses: pd.DataFrame) -> list[str]:

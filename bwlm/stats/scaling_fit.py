@@ -23,8 +23,8 @@ import pandas as pd
 
 from bwlm.errors import UserError, nearest
 from bwlm.format import counted
+from bwlm.stats.columns import FloatArray, require_columns
 from bwlm.stats.gaps import QUANTILES, Interval
-from bwlm.stats.loss_table import FloatArray, require_columns
 from bwlm.stats.scaling_law import Law, Term, fit_law, unknowns
 
 COLUMNS: Final = ("run", "direction", "seed", "parameters", "tokens", "loss")

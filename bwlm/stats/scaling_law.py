@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize, nnls
 
-from bwlm.stats.loss_table import FloatArray
+from bwlm.stats.columns import FloatArray
 
 CONVENTION: Final = "N counts the matrices of the blocks and the output layer, without the token embedding"
 DELTA: Final = 1e-3  # threshold of the Huber loss, in log loss: beyond 0.1 % a run counts as an outlier

@@ -19,8 +19,8 @@ from scipy.stats import binom
 
 from bwlm.errors import UserError
 from bwlm.stats import gaps as stats
+from bwlm.stats.columns import FloatArray
 from bwlm.stats.gaps import Gap, Verdict, crossed_bootstrap, gap, gaps, holm, judge, noise_floor, paired_t
-from bwlm.stats.loss_table import FloatArray
 from bwlm.stats.power import t_test_power
 
 Nll = Mapping[str, Mapping[int, Sequence[float]]]  # direction -> seed -> nll of each document

@@ -20,9 +20,9 @@ from bwlm.errors import UserError
 from bwlm.format import counted, short_number
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.labels import varying_settings
+from bwlm.stats.columns import FloatArray, Size
 from bwlm.stats.gap_trend import GapTrend, gap_by_size
 from bwlm.stats.gaps import PER_DIRECTION, QUANTILES, Gap
-from bwlm.stats.loss_table import FloatArray, Size
 from bwlm.stats.scaling_fit import HeldOut, ScalingFit, checked_runs, fit, hold_out
 from bwlm.stats.scaling_law import (
     COEFFICIENT_AND_EXPONENT,

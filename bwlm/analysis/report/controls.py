@@ -19,8 +19,8 @@ from bwlm.config import CONTROL_SOURCES, NULL, PRODUCTS
 from bwlm.directions import BASELINE, DIRECTIONS, TEXT_READINGS
 from bwlm.record.experiment import ExperimentFolder, list_experiments
 from bwlm.record.health import readable
+from bwlm.stats.columns import Size
 from bwlm.stats.gaps import DIFFERENT, Gap
-from bwlm.stats.loss_table import Size
 from bwlm.text.controls import null_floor, null_nll_of_rows
 from bwlm.text.packing import PackedRows
 

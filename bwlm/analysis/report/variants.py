@@ -22,8 +22,8 @@ from bwlm.record.catalog.select import without_seed
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.fingerprint import OF_ONE_PARENT
 from bwlm.record.labels import setting_of, varying_settings
+from bwlm.stats.columns import FloatArray
 from bwlm.stats.gaps import FEWEST_SEEDS, holm, paired_t
-from bwlm.stats.loss_table import FloatArray
 
 _FIGURES = {
     "val_loss_written": "loss of what it writes",
