@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from bwlm.analysis.commands.result import Analysis
     from bwlm.record.experiment import ExperimentFolder
     from bwlm.stats.gaps import Gap
+    from bwlm.stats.scores import Scores
 
 _LONGEST = 80
 """Most characters of a folder's name, without the digest at its end."""
@@ -135,6 +136,72 @@ def _gaps_of_runs(runs: list[str], storage: str | None) -> tuple[list[Gap], list
     if not findings.gaps:
         raise UserError("; ".join(["no pair of directions could be compared", *notes]))
     return findings.gaps, notes
+
+
+@analyze_app.command()
+def scores(
+    sources: Annotated[
+        list[str],
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Table of scores (.parquet, .csv): run, direction, seed, task, item, correct. Or lm-eval's samples of "
+            "one model: DIRECTION:SEED=PATH, a samples_*.jsonl or a folder of these. Repeatable.",
+            show_default=False,
+        ),
+    ],
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Compare accuracies on tasks: intervals over seeds and items, a verdict for each task and pair of arms.
+
+    An arm is a direction, or any label of models that differ in their seeds alone. Arms are paired by seed and item.
+    Files are written only if you give --output.
+
+    Example: `bwlm analyze scores --from scores.csv --output scores.svg`
+
+    Example: `bwlm analyze scores --from a:0=out/a-0 --from a:1=out/a-1 --from b:0=out/b-0 --from b:1=out/b-1`
+    """
+    with loading():
+        from bwlm.analysis.commands.scores import score_analysis, score_figures
+        from bwlm.stats.score_file import read_scores
+        from bwlm.stats.scores import compare_scores
+    from bwlm.format import counted
+
+    _check(output)
+    name = readable(Path(sources[0]).name) if len(sources) == 1 else counted(len(sources), "file")
+    with working(f"comparing the scores of {name}"):
+        found = compare_scores(read_scores(sources))
+        analysis = score_analysis(found, name)
+    for line in analysis.notes:
+        say(line)
+    _write(analysis, output, None)
+    if as_json:
+        return print_json(score_figures(found))
+    show_scores(found, name)
+    show("")
+    show_sentences(*analysis.findings)
+    return None
+
+
+def show_scores(found: Scores, title: str) -> None:
+    """Print the tables of accuracies and differences, and what their figures say."""
+    from bwlm.analysis.commands.scores import (
+        ARM_HEADER,
+        ARM_NAMES,
+        PAIR_HEADER,
+        PAIR_NAMES,
+        SIGN,
+        arm_columns,
+        pair_columns,
+    )
+
+    show_table(ARM_HEADER, [arm_columns(arm) for arm in found.arms], f"{title}: accuracies", names=ARM_NAMES)
+    if found.differences:
+        show("")
+        rows = [pair_columns(one) for one in found.differences]
+        show_table(PAIR_HEADER, rows, "Differences", names=PAIR_NAMES)
+        show_sentences(SIGN)
 
 
 @analyze_app.command()

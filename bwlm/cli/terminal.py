@@ -66,7 +66,10 @@ def whole_option(
 
 
 _WIDEST = 1000  # columns
-_LEFT = ("", "id", "cell", "phase", "parent", "direction", "state", "size", "pair", "verdict", "task")
+_LEFT = (
+    "", "id", "cell", "phase", "parent", "direction", "state", "size", "pair", "verdict", "task", "rule", "reading",
+    "form",
+)  # fmt: skip
 """Headings of left-aligned columns: words. Figures are aligned on the right."""
 _LEADS = {"parent": "child of ", **dict.fromkeys(("id", "cell", "direction", "size", "pair", "verdict", "task"), "")}
 """Words before a value in the title of a row, by heading; elsewhere the heading itself."""

@@ -11,6 +11,9 @@ import pandas as pd
 PALETTE = {"forward": "#2a6fbb", "backward": "#c8553d", "bidirectional": "#5b8c5a", "permuted": "#8a7f98"}
 """Colour of each direction, the same in every chart."""
 
+OTHER = "#4b5563"
+"""Colour of an arm that is none of these directions."""
+
 WIDTHS = {"forward": 3.2, "backward": 1.2, "bidirectional": 1.2, "permuted": 1.2}
 """Width of each direction's lines in pixels: forward is drawn first, and shows on both sides of a line on top of it."""
 SIZES = {"forward": 70, "backward": 20, "bidirectional": 20, "permuted": 20}

@@ -1,0 +1,56 @@
+"""Chart of accuracies: each arm with its interval and its seeds, and the chance of a guess."""
+
+from __future__ import annotations
+
+import altair as alt
+import pandas as pd
+
+from bwlm.analysis.charts.style import OTHER, PALETTE, panel_title, styled
+
+
+def score_chart(arms: pd.DataFrame, seeds: pd.DataFrame, title: str) -> alt.TopLevelMixin:
+    """Draw the accuracy of each arm with its interval, and a dot for each seed; a panel for each setting.
+
+    `arms`: setting, direction, accuracy, low, high, chance (may be missing). `seeds`: setting, direction, accuracy, a
+    row for each run.
+    """
+    settings = list(arms["setting"].unique())
+    panels = [
+        _panel(arms[arms["setting"] == name], seeds[seeds["setting"] == name], name, is_last=name == settings[-1])
+        for name in settings
+    ]
+    note = alt.TitleParams(
+        title,
+        subtitle=[
+            "points: mean over seeds; bars: 95 % over seeds and items (with one seed over items alone)",
+            "circles: seeds; dashed: chance",
+        ],
+    )
+    joined = alt.vconcat(*panels, spacing=14).resolve_scale(color="independent")
+    return styled(joined.properties(title=note))
+
+
+def _panel(arms: pd.DataFrame, seeds: pd.DataFrame, setting: str, is_last: bool) -> alt.LayerChart:
+    """Draw the arms of one setting; settings differ in difficulty, so each has an axis of its own."""
+    names = list(arms["direction"])
+    color = alt.Color(
+        "direction:N",
+        scale=alt.Scale(domain=names, range=[PALETTE.get(name, OTHER) for name in names]),
+        legend=None,
+    )
+    y = alt.Y("direction:N", title=None, sort=names, axis=alt.Axis(labelLimit=300))
+
+    def x(field: str) -> alt.X:
+        axis = alt.Axis(tickCount=6, format=".2~f", labelFlush=False)
+        return alt.X(
+            f"{field}:Q", title="accuracy" if is_last else None, scale=alt.Scale(zero=False, padding=14), axis=axis
+        )
+
+    chance = alt.Chart(arms[["chance"]].dropna().drop_duplicates()).mark_rule(color="#888", strokeDash=[4, 3])
+    base = alt.Chart(arms).encode(y=y, color=color)
+    interval = base.mark_rule(strokeWidth=2.5).encode(x=x("low"), x2="high:Q")
+    point = base.mark_point(filled=True, size=90, opacity=1).encode(x=x("accuracy"))
+    single = alt.Chart(seeds).mark_point(filled=False, size=24, strokeWidth=1.2, opacity=0.9, yOffset=9)
+    single = single.encode(x=x("accuracy"), y=y, color=color)
+    layered = alt.layer(chance.encode(x=x("chance")), interval, single, point)
+    return layered.properties(width=460, height=alt.Step(34), title=panel_title(setting))
