@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import binomtest, nct, norm
-from scipy.stats import t as student_t
+from scipy.special import bdtr, stdtr, stdtrit  # those of scipy.stats, without its overhead
+from scipy.stats import nct, norm
 
 from bwlm.stats.columns import FloatArray
 from bwlm.stats.gaps import CONFIDENCE, Interval
 from bwlm.stats.power import POWER
+
+_LEAST_P: Final = 1e-100  # below it quantiles of t overflow
 
 
 def wilson(correct: float, n: int, level: float = CONFIDENCE) -> Interval:
@@ -97,8 +100,8 @@ class Crossed:
         Gurland 1975, J. Amer. Statist. Assoc. 70:933-941), where Satterthwaite's t with `freedom` degrees of freedom
         covers as little as 92 % of the truths with three seeds.
         """
-        quantiles = student_t.isf(alpha / 2, np.array([self.seeds - 1, self.items - 1]))
-        return float(np.average(quantiles, weights=[self.by_seeds, self.by_items]))
+        by_few, by_many = (-float(stdtrit(n - 1, alpha / 2)) for n in (self.seeds, self.items))
+        return (self.by_seeds * by_few + self.by_items * by_many) / (self.by_seeds + self.by_items)
 
     @property
     def interval(self) -> Interval:
@@ -121,12 +124,16 @@ class Crossed:
         distance = abs(self.mean) / self.error
         if distance == 0:
             return 1.0
-        few, many = (max(2 * float(student_t.sf(distance, n - 1)), 1e-300) for n in (self.seeds, self.items))
-        if many >= few or not self.by_items:
-            return few
-        # the weighted quantile lies between the two, and so does its p
-        log_p = brentq(lambda log_p: self.critical(math.exp(log_p)) - distance, math.log(many), math.log(few))
-        return math.exp(log_p)
+        few, many = (2 * float(stdtr(n - 1, -distance)) for n in (self.seeds, self.items))
+        low, high = max(min(few, many), _LEAST_P), max(few, many, _LEAST_P)
+
+        # the quantile of a weighted mean lies between the two, and so does its p
+        def beyond(log_p: float) -> float:
+            return self.critical(math.exp(log_p)) - distance
+
+        if beyond(math.log(low)) <= 0:
+            return low
+        return high if beyond(math.log(high)) >= 0 else math.exp(brentq(beyond, math.log(low), math.log(high)))
 
     def detectable(self, family: int = 1, alpha: float = 0.05, power: float = POWER) -> float:
         """Return the smallest true mean whose p falls below alpha / family with a chance of `power`.
@@ -164,8 +171,8 @@ def one_seed(difference_i: FloatArray) -> OneSeed:
     items and two more, on one of which each arm alone is right. `detectable` is (1.96 + 0.84) of these errors: the
     smallest true difference that the items would show with a chance of 80 %, were there no other seed.
     """
-    better, differing = int((difference_i > 0).sum()), int((difference_i != 0).sum())
-    p = float(binomtest(better, differing).pvalue) if differing else 1.0
+    better, worse = int((difference_i > 0).sum()), int((difference_i < 0).sum())
+    p = min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5)))
     with_two = np.append(difference_i, (-1.0, 1.0))
     error = float(with_two.std()) / math.sqrt(len(with_two))
     centre, half_width = float(with_two.mean()), float(norm.ppf((1 + CONFIDENCE) / 2)) * error

@@ -1,0 +1,190 @@
+"""Intervals and tests of accuracies: golden values, and how often they hold the truth."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom, binomtest
+
+from bwlm.stats.proportions import Crossed, one_seed, wilson
+from tests.stats.coverage import DRAWS, ITEMS, SEEDS, SPREADS, Case, coverage, row, simulated
+
+# Two seeds, three items. Mean 1/2, means of seeds 2/3 and 1/3, of items 1, 0 and 1/2.
+# MS_seed = 3 (1/36 + 1/36) = 1/6; MS_item = 2 (1/4 + 1/4 + 0) / 2 = 1/2.
+# The rest is -1/6 -1/6 1/3 in the first row and the opposite in the second: MS_rest = 1/3 over 1 x 2 = 1/6.
+TABLE = np.array([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+
+
+def test_wilsons_interval_by_hand_and_by_scipy() -> None:
+    # p = 0.8, z = 1.959964, z^2 = 3.841459: (0.8 + 0.192073 -+ 1.959964 sqrt(0.016 + 0.0096036)) / 1.3841459
+    assert wilson(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)
+    for correct, n in ((0, 5), (5, 5), (1, 300), (217, 400)):
+        expected = binomtest(correct, n).proportion_ci(method="wilson")
+        assert wilson(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_wilsons_interval_takes_shares_and_levels() -> None:
+    low, high = wilson(2.5, 10)
+    assert wilson(2, 10)[0] < low < wilson(3, 10)[0] < high
+    assert wilson(2.5, 10, level=0.5)[0] > low
+    for wrong in ((-0.1, 10, 0.95), (11, 10, 0.95), (0, 0, 0.95), (1, 2, 1.0), (math.nan, 2, 0.95)):
+        with pytest.raises(ValueError, match="needs 0 <= correct <= n"):
+            wilson(*wrong)
+
+
+def test_crossed_variance_by_hand() -> None:
+    found = Crossed.from_scores(TABLE)
+    assert found.mean == 0.5
+    assert found.by_seeds == pytest.approx(1 / 36)  # MS_seed / 6
+    assert found.by_items == pytest.approx(1 / 18)  # (MS_item - MS_rest) / 6
+    assert found.error == pytest.approx(math.sqrt(1 / 12))
+    assert found.freedom == pytest.approx(3)  # (1/12)^2 / ((1/36)^2 / 1 + (1/18)^2 / 2)
+    # a third of t_{0.975, 1} = 12.706205 and two thirds of t_{0.975, 2} = 4.302653
+    assert found.critical() == pytest.approx(7.103837, abs=1e-6)
+    half_width = 7.103837 * 0.2886751
+    assert found.interval == pytest.approx((0.5 - half_width, 0.5 + half_width), abs=1e-6)
+
+
+def test_an_accuracys_interval_by_hand() -> None:
+    # n = 0.5 x 0.5 x 12 = 3, c = 7.103837 in place of z: centre 1/2, half width c sqrt(1/12 + c^2/36) / (1 + c^2/3)
+    low, high = Crossed.from_scores(TABLE).accuracy_interval()
+    assert (low, high) == pytest.approx((0.5 - 0.4857695, 0.5 + 0.4857695), abs=1e-6)
+
+
+def test_the_interval_just_reaches_zero_at_its_own_p() -> None:
+    rng = np.random.default_rng(3)
+    for seeds, shift in ((2, 0.3), (3, 0.1), (5, 0.02), (8, 0.5)):
+        found = Crossed.from_scores(rng.normal(shift, 0.5, (seeds, 40)) + rng.normal(0, 0.3, 40))
+        assert found.critical(found.p) * found.error == pytest.approx(abs(found.mean), rel=1e-6)
+        low, high = found.interval
+        assert (found.p < 0.05) == (low > 0 or high < 0)
+
+
+def test_a_mean_of_zero_has_p_1_and_a_sure_one_a_tiny_p() -> None:
+    assert Crossed(0.0, 0.01, 0.01, 3, 100).p == 1.0
+    assert Crossed(1.0, 1e-6, 0.0, 3, 100).p == pytest.approx(1e-6, rel=0.01)  # t of 1000 with 2 degrees of freedom
+    assert 0 < Crossed(1.0, 1e-12, 1e-6, 3, 2000).p < 1e-6
+
+
+def test_seeds_that_agree_by_coincidence_are_not_certain() -> None:
+    """Three seeds whose means are equal have no spread; it is 0 only up to the grid on which means of 0 and 1 lie."""
+    agree = np.array([[1.0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]])
+    found = Crossed.from_scores(agree)
+    assert found.by_seeds == pytest.approx(1 / (12 * 4) / 12)  # 1 / (12 I) over S I
+    assert found.by_items == 0
+    assert found.p > 1e-3
+
+
+@given(st.integers(2, 6), st.integers(2, 30), st.integers(0, 2**32 - 1))
+@settings(max_examples=50, deadline=None)
+def test_parts_add_up_to_the_variance_of_scheffe(seeds: int, items: int, seed: int) -> None:
+    score_si = np.random.default_rng(seed).normal(size=(seeds, items))
+    found = Crossed.from_scores(score_si)
+    ms_seed = items * score_si.mean(axis=1).var(ddof=1)
+    ms_item = seeds * score_si.mean(axis=0).var(ddof=1)
+    total = np.square(score_si - score_si.mean()).sum()
+    rest = (total - (seeds - 1) * ms_seed - (items - 1) * ms_item) / ((seeds - 1) * (items - 1))
+    plain = max(ms_seed, 1 / (12 * items)) + max(0.0, ms_item - rest)
+    assert found.error**2 == pytest.approx(plain / (seeds * items))
+    assert min(seeds, items) - 1 <= found.freedom + 1e-9
+
+
+@pytest.mark.parametrize("seeds", SEEDS)
+@pytest.mark.parametrize("of_seeds", [0.1, 0.5, 1.0])
+def test_a_detectable_difference_is_seen_in_80_percent(seeds: int, of_seeds: float) -> None:
+    """Normal studies whose true difference is the detectable one; `of_seeds` is the seeds' share of the variance."""
+    rng, items, draws = np.random.default_rng(seeds), 500, 2000
+    truth = Crossed(0.0, of_seeds * 1e-4, (1 - of_seeds) * 1e-4, seeds, items)
+    distance = truth.detectable(family=3)
+    seen = 0
+    for _ in range(draws):
+        by_seeds = truth.by_seeds * rng.chisquare(seeds - 1) / (seeds - 1)
+        by_items = truth.by_items * rng.chisquare(items - 1) / (items - 1)
+        seen += Crossed(rng.normal(distance, truth.error), by_seeds, by_items, seeds, items).p < 0.05 / 3
+    assert seen / draws == pytest.approx(0.8, abs=0.06)
+
+
+# One seed
+
+
+def test_one_seed_as_others_compute_it() -> None:
+    """R's statpsych documents ci.prop.ps(.05, 12, 4, 26, 6): 0.2548067 .. 0.6251933."""
+    found = one_seed(np.array([0.0] * 18 + [-1.0] * 4 + [1.0] * 26))
+    assert found.interval == pytest.approx((0.2548067, 0.6251933), abs=1e-7)
+    assert found.mean == pytest.approx(22 / 48)
+    # 1 + 30 + 435 + 4060 + 27405 = 31931 of 2^30 ways have at most 4 of 30 one way; twice that
+    assert found.p == pytest.approx(2 * 31931 / 2**30)
+    # standard error 0.09448809, times 1.959964 + 0.841621
+    assert found.detectable == pytest.approx(0.2647164, abs=1e-6)
+
+
+def test_one_seed_without_a_differing_item() -> None:
+    found = one_seed(np.zeros(100))
+    assert (found.mean, found.p) == (0, 1)
+    assert found.interval[0] < 0 < found.interval[1]
+
+
+def test_shares_count_by_their_sign() -> None:
+    assert one_seed(np.array([0.5, 0.25, 0.5, 0.5, 0.5, 0.25])).p == pytest.approx(2 / 64)
+
+
+@pytest.mark.parametrize(("a", "b", "items"), [(0.25, 0.25, 100), (0.5, 0.6, 100), (0.9, 0.9, 100), (0.8, 0.9, 1000)])
+def test_the_interval_of_one_seed_holds_the_truth_over_items(a: float, b: float, items: int) -> None:
+    """Items are right for both arms together more often than by chance, as hard and easy ones are."""
+    rng, draws, held = np.random.default_rng(0), 2000, 0
+    both = (a * b + min(a, b)) / 2
+    kinds = [(both, 0.0), (b - both, 1.0), (a - both, -1.0)]
+    rest = 1 - sum(share for share, _ in kinds)
+    for counts in rng.multinomial(items, [*(share for share, _ in kinds), rest], size=draws):
+        difference_i = np.repeat([*(value for _, value in kinds), 0.0], counts)
+        low, high = one_seed(difference_i).interval
+        held += low <= b - a <= high
+    assert 0.935 <= held / draws <= 0.975
+
+
+# Coverage
+
+LOWEST, HIGHEST = 93.0, 97.5  # percent of studies whose interval holds the truth
+NOISE = 1.3  # percentage points: four standard errors of a share of 95 % over 2000 draws, rarer than 1 in 15,000
+
+
+@pytest.mark.parametrize("seeds", SEEDS)
+@pytest.mark.parametrize("spread", SPREADS)
+def test_intervals_hold_the_truth_of_further_seeds_and_items(seeds: int, spread: int) -> None:
+    draws = 2000
+    assert pytest.approx(100 * 2.6 * math.sqrt(0.05 * 0.95 / draws), abs=0.1) == NOISE
+    for found in coverage(Case(seeds, 100, spread, (0.5, 0.6)), draws):
+        assert LOWEST - NOISE <= found <= HIGHEST + NOISE
+
+
+def test_an_interval_over_items_alone_would_not() -> None:
+    """The field's usual interval, of one run or of all runs' answers as if each were an item of its own."""
+
+    held = 0
+    for study in simulated(Case(3, 500, 1, (0.5, 0.5)), 1000, np.random.default_rng(0)):
+        low, high = wilson(float(study[0].sum()), study[0].size)
+        held += low <= 0.5 <= high
+    assert held / 1000 < 0.8
+
+
+def test_most_false_differences_are_five_percent() -> None:
+    rng, draws = np.random.default_rng(1), 2000
+    for seeds in SEEDS:
+        studies = simulated(Case(seeds, 100, 1, (0.35, 0.35)), draws, rng)
+        wrong = sum(Crossed.from_scores(study[1] - study[0]).p < 0.05 for study in studies)
+        assert wrong <= binom.ppf(0.99, draws, 0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("items", ITEMS)
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_the_docs_show_the_coverage(seeds: int, items: int) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "statistics.md").read_text()
+    assert DRAWS[items] >= 4000
+    for spread in SPREADS:
+        assert row(seeds, items, spread) in page
