@@ -29,6 +29,7 @@ ELSEWHERE = {
     "bwlm grid run grids/reversal.yaml": "planned in tests/plan/test_load.py",
     "bwlm eval reversal ": "the items are scored in tests/evaluate/tasks/test_reversal.py",
     **dict.fromkeys(["ray ", "export RAY_AUTH_MODE=token"], "tests/cluster/test_job.py"),
+    "bwlm analyze scores --from forward:0=": "tests/test_cli_scores.py",
     "python benchmarks/": "tests/test_benchmarks.py",
 }
 

@@ -164,14 +164,13 @@ def scores(
     """
     with loading():
         from bwlm.analysis.commands.scores import score_analysis, score_figures
-        from bwlm.stats.score_file import read_scores
-        from bwlm.stats.scores import compare_scores
+        from bwlm.stats.score_file import scores_from
     from bwlm.format import counted
 
     _check(output)
     name = readable(Path(sources[0]).name) if len(sources) == 1 else counted(len(sources), "file")
     with working(f"comparing the scores of {name}"):
-        found = compare_scores(read_scores(sources))
+        found = scores_from(sources)
         analysis = score_analysis(found, name)
     for line in analysis.notes:
         say(line)

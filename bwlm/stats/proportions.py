@@ -114,8 +114,10 @@ class Crossed:
 
         Wilson's interval with the effective sample size n = p (1 - p) / error^2 and `critical` in place of z, as for
         clustered samples (Korn and Graubard 1998, Survey Methodology 24:193-201; Dean and Pagano 2015, J. Surv. Stat.
-        Methodol. 3:484-503). The interval mean -+ critical x error covers too little near 0 and 1.
+        Methodol. 3:484-503). The interval mean -+ critical x error covers too little near 0 and 1. Scores that are all
+        0 or all 1 have none.
         """
+        assert 0 < self.mean < 1, "a task that is all right or all wrong has no interval"
         return _wilson(self.mean, self.mean * (1 - self.mean) / self.error**2, self.critical())
 
     @property

@@ -17,6 +17,7 @@ import pandas as pd
 from bwlm.errors import UserError, first_line
 from bwlm.format import json_kind
 from bwlm.stats.score_table import COLUMNS, NAMES, OPTIONAL, checked_scores
+from bwlm.stats.scores import Scores, compare_scores
 from bwlm.stats.table_file import Columns, read_table
 
 _COLUMNS: Final = Columns("scores", COLUMNS, OPTIONAL, NAMES)
@@ -32,6 +33,16 @@ class Source(NamedTuple):
     path: Path
     direction: str = ""
     seed: int | None = None
+
+
+def scores_from(sources: Sequence[str]) -> Scores:
+    """Return the judged scores of all sources together. Raises `UserError`, which names the file or run at fault."""
+    rows = read_scores(sources)
+    try:
+        return compare_scores(rows)
+    except UserError as error:
+        at = f"{sources[0]}: " if len(sources) == 1 else ""
+        raise UserError(f"{at}{error}") from None
 
 
 def read_scores(sources: Sequence[str]) -> pd.DataFrame:
@@ -69,9 +80,9 @@ def _read_samples(source: Source) -> pd.DataFrame:
 
 
 def _sample_files(path: Path) -> dict[str, Path]:
-    """Return the files of samples by task."""
+    """Return the files of samples by task; lm-eval writes them to a folder of the model below its `--output_path`."""
     files: dict[str, Path] = {}
-    for file in sorted(path.glob("samples_*.jsonl")) if path.is_dir() else [path]:
+    for file in sorted(path.rglob("samples_*.jsonl")) if path.is_dir() else [path]:
         if not (name := _SAMPLES.fullmatch(file.name)):
             raise UserError(f"{file}: no samples of lm-eval: their names are samples_TASK_DATE.jsonl")
         if other := files.get(name["task"]):

@@ -300,10 +300,17 @@ def _judged(one: Difference, p_adjusted: float | None, family: int, alpha: float
 
 
 def _detectable(one: Difference, family: int, alpha: float) -> float | None:
-    """Return the smallest true difference that would be seen; None with two seeds or copies, which tell none."""
+    """Return the smallest true difference that would be seen; None where no pair of accuracies is that far apart.
+
+    Pairs of several seeds that are not tested have none either.
+    """
     if isinstance(one.measure, OneSeed):
-        return one.measure.detectable
-    return None if _why_not_tested(one) else one.measure.detectable(family, alpha)
+        found = one.measure.detectable
+    elif _why_not_tested(one):
+        return None
+    else:
+        found = one.measure.detectable(family, alpha)
+    return found if found < 1 else None
 
 
 def _dropped_words(one: Difference) -> str:

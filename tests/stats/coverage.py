@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from scipy.optimize import brentq
@@ -40,6 +41,7 @@ class Case:
     accuracies: tuple[float, float]
 
 
+@cache
 def seed_deviation(accuracy: float, variance: float) -> float:
     """Standard deviation of the seed's parts at which the true accuracies of seeds have this variance."""
     if not variance:
@@ -76,15 +78,21 @@ def simulated(case: Case, draws: int, rng: np.random.Generator) -> Iterator[Floa
 
 
 def coverage(case: Case, draws: int, seed: int = 0) -> tuple[float, float, float]:
-    """Percent of studies whose 95 % interval holds the truth: of each arm's accuracy, and of their difference."""
+    """Percent of studies whose 95 % interval holds the truth: of each arm's accuracy, and of their difference.
+
+    Studies with an arm that is right or wrong on every item are left out, as the analysis refuses such an arm.
+    """
     a, b = case.accuracies
-    held = np.zeros(3)
+    held, kept = np.zeros(3), 0
     for study in simulated(case, draws, np.random.default_rng(seed)):
-        arms = [Crossed.from_scores(arm).accuracy_interval() for arm in study]
-        intervals = [*arms, Crossed.from_scores(study[1] - study[0]).interval]
-        held += [low <= truth <= high for (low, high), truth in zip(intervals, (a, b, b - a), strict=True)]
-    of_a, of_b, of_difference = 100 * held / draws
-    return float(of_a), float(of_b), float(of_difference)
+        of_arms = [Crossed.from_scores(arm) for arm in study]
+        if all(0 < arm.mean < 1 for arm in of_arms):
+            of_difference = Crossed.from_scores(study[1] - study[0]).interval
+            intervals = [*(arm.accuracy_interval() for arm in of_arms), of_difference]
+            held += [low <= truth <= high for (low, high), truth in zip(intervals, (a, b, b - a), strict=True)]
+            kept += 1
+    in_percent = 100 * held / kept
+    return float(in_percent[0]), float(in_percent[1]), float(in_percent[2])
 
 
 def row(seeds: int, items: int, spread: int) -> str:

@@ -113,9 +113,10 @@ def _ahead(one: Difference) -> str:
 
 
 def _could_see(one: Difference) -> str:
-    if one.detectable is None:
-        return ""
-    return f"; 80 % power from {one.detectable:.4f} on{'' if len(one.seeds) > 1 else ', of the items alone'}"
+    alone = "" if len(one.seeds) > 1 else ", of the items alone"
+    if one.detectable is not None:
+        return f"; 80 % power from {one.detectable:.4f} on{alone}"
+    return "" if one.p_adjusted is None else "; 80 % power at no difference"
 
 
 def arm_figures(arm: Arm) -> dict[str, Any]:
