@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from bwlm.analysis.commands.result import Analysis
+    from bwlm.analysis.runs.task_scores import Wanted
     from bwlm.record.experiment import ExperimentFolder
     from bwlm.stats.gaps import Gap
     from bwlm.stats.scores import Scores
@@ -140,8 +141,14 @@ def _gaps_of_runs(runs: list[str], storage: str | None) -> tuple[list[Gap], list
 
 @analyze_app.command()
 def scores(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN...]", help="Scored runs: ids, globs over ids, or names of grids.", show_default=False
+        ),
+    ] = None,
     sources: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--from",
             metavar="FILE",
@@ -149,14 +156,28 @@ def scores(
             "one model: DIRECTION:SEED=PATH, a samples_*.jsonl or a folder of these. Repeatable.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Results of runs to compare, such as arc_easy,mmlu.n200. Default: all.", show_default=False),
+    ] = None,
+    readings: Annotated[
+        str, typer.Option(help="Readings of runs: own, forward, backward. own: each direction's own.")
+    ] = "own",
+    rules: Annotated[
+        str, typer.Option(help="Rules of runs: conditional, joint, normalised, answer_first, exact, pass@1.")
+    ] = "conditional,exact,pass@1",
     output: Output = None,
+    storage: Storage = None,
     as_json: Json = False,
 ) -> None:
     """Compare accuracies on tasks: intervals over seeds and items, a verdict for each task and pair of arms.
 
     An arm is a direction, or any label of models that differ in their seeds alone. Arms are paired by seed and item.
-    Files are written only if you give --output.
+    Runs are those that `bwlm eval --tasks` has scored, each direction at its best learning rate. Every further rule and
+    reading makes the family of comparisons larger. With --from, files are written only if you give --output.
+
+    Example: `bwlm analyze scores demo --tasks arc_easy`
 
     Example: `bwlm analyze scores --from scores.csv --output scores.svg`
 
@@ -164,23 +185,47 @@ def scores(
     """
     with loading():
         from bwlm.analysis.commands.scores import score_analysis, score_figures
+        from bwlm.analysis.runs.task_scores import Wanted
         from bwlm.stats.score_file import scores_from
     from bwlm.format import counted
 
     _check(output)
-    name = readable(Path(sources[0]).name) if len(sources) == 1 else counted(len(sources), "file")
-    with working(f"comparing the scores of {name}"):
-        found = scores_from(sources)
-        analysis = score_analysis(found, name)
+    if bool(runs) == bool(sources):
+        raise UserError("analyze scores: give either runs or --from with scores")
+    if sources:
+        name, default = readable(Path(sources[0]).name) if len(sources) == 1 else counted(len(sources), "file"), None
+        with working(f"comparing the scores of {name}"):
+            found = scores_from(sources)
+    else:
+        name, default = " ".join(runs or []), _default(storage, runs or []) / "scores"
+        found = _scores_of_runs(runs or [], storage, Wanted(_list(tasks or ""), _list(readings), _list(rules)))
+    analysis = score_analysis(found, name)
     for line in analysis.notes:
         say(line)
-    _write(analysis, output, None)
+    _write(analysis, output, default)
     if as_json:
         return print_json(score_figures(found))
     show_scores(found, name)
     show("")
     show_sentences(*analysis.findings)
     return None
+
+
+def _list(names: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+
+
+def _scores_of_runs(runs: list[str], storage: str | None, wanted: Wanted) -> Scores:
+    from bwlm.analysis.runs.task_scores import at_best_rates, load_task_scores
+    from bwlm.paths import storage_root
+    from bwlm.record.catalog.select import choose
+    from bwlm.stats.score_table import checked_scores
+    from bwlm.stats.scores import compare_scores
+
+    chosen, left_out = choose(storage_root(storage), runs)
+    for line in left_out:
+        say(line)
+    return compare_scores(checked_scores(load_task_scores(at_best_rates(chosen), wanted)))
 
 
 def show_scores(found: Scores, title: str) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from bwlm.analysis.runs.findings import best_rates
+from bwlm.analysis.runs.labels import sizes
 from bwlm.directions import TEXT_READINGS, own_readings
 from bwlm.errors import UserError, nearest
 from bwlm.paths import read_json
@@ -32,15 +34,28 @@ class Wanted:
     tasks: tuple[str, ...] = ()
     """Names of results, such as `arc_easy`; empty: of each task the result that most of the runs have."""
     readings: tuple[str, ...] = (OWN,)
-    rules: tuple[str, ...] = ("conditional",)
+    rules: tuple[str, ...] = ("conditional", "exact", "pass@1")
+    """`exact` and `pass@1` are the rules of tasks without choices."""
     forms: tuple[str, ...] = ("cloze", "generated")
+
+
+def at_best_rates(folders: Sequence[ExperimentFolder]) -> list[ExperimentFolder]:
+    """Return the runs at the best learning rate of their direction and size, and all where only one was tried."""
+    labels = sizes(list(folders))
+    best = {(rate.size, rate.direction): rate.lr for rate in best_rates(list(folders))}
+    kept = []
+    for folder in folders:
+        experiment = folder.config().experiment
+        if best.get((labels[folder.id], experiment.direction), experiment.lr) == experiment.lr:
+            kept.append(folder)
+    return kept
 
 
 def load_task_scores(folders: Sequence[ExperimentFolder], wanted: Wanted) -> pd.DataFrame:
     """Return the scores of runs. Raises `UserError` if no run has a result that is asked for."""
-    names = _names(folders, wanted.tasks)
+    names, labels = _names(folders, wanted.tasks), sizes(list(folders))
     found = [
-        _scores(folder, name, wanted)
+        _scores(folder, name, wanted).assign(size=labels[folder.id])
         for folder in track(folders, "reading scores", "runs")
         for name in names
         if (_folder(folder, TEXT_READINGS[0]) / f"{name}.json").exists()
@@ -90,9 +105,7 @@ def _scores(folder: ExperimentFolder, name: str, wanted: Wanted) -> pd.DataFrame
         run=config.id,
         direction=experiment.direction,
         seed=experiment.seed,
-        size=experiment.depth,
         task=name,
-        digest=rows["item"] if len(rows) else [],
     )
 
 
