@@ -167,6 +167,9 @@ def scores(
     rules: Annotated[
         str, typer.Option(help="Rules of runs: conditional, joint, normalised, answer_first, exact, pass@1.")
     ] = "conditional,exact,pass@1",
+    by_group: Annotated[
+        bool, typer.Option("--by-group", help="Compare each group of a task by itself, such as MMLU's subjects.")
+    ] = False,
     output: Output = None,
     storage: Storage = None,
     as_json: Json = False,
@@ -184,7 +187,7 @@ def scores(
     Example: `bwlm analyze scores --from a:0=out/a-0 --from a:1=out/a-1 --from b:0=out/b-0 --from b:1=out/b-1`
     """
     with loading():
-        from bwlm.analysis.commands.scores import score_analysis, score_figures
+        from bwlm.analysis.commands.scores import score_analysis, score_figures, score_sentences, without_shared
         from bwlm.analysis.runs.task_scores import Wanted
         from bwlm.stats.score_file import scores_from
     from bwlm.format import counted
@@ -198,16 +201,18 @@ def scores(
             found = scores_from(sources)
     else:
         name, default = " ".join(runs or []), _default(storage, runs or []) / "scores"
-        found = _scores_of_runs(runs or [], storage, Wanted(_list(tasks or ""), _list(readings), _list(rules)))
+        wanted = Wanted(_list(tasks or ""), _list(readings), _list(rules), by_group)
+        found = _scores_of_runs(runs or [], storage, wanted)
     analysis = score_analysis(found, name)
     for line in analysis.notes:
         say(line)
     _write(analysis, output, default)
     if as_json:
         return print_json(score_figures(found))
-    show_scores(found, name)
+    short, shared = without_shared(found)
+    show_scores(short, f"{name} ({shared})" if shared else name)
     show("")
-    show_sentences(*analysis.findings)
+    show_sentences(*score_sentences(short))
     return None
 
 

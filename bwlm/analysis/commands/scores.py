@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -165,6 +166,18 @@ def score_figures(scores: Scores) -> dict[str, Any]:
         "best": sets,
         "left_out": scores.left_out,
     }
+
+
+def without_shared(scores: Scores) -> tuple[Scores, str]:
+    """Return the scores without the parts of their settings that all of them share, and these parts in words."""
+    settings = {arm.setting for arm in scores.arms}
+    values = {name: {getattr(setting, name) for setting in settings} for name in _SETTING[1:]}
+    shared = {name: found.pop() for name, found in values.items() if len(found) == 1}
+    left_out: dict[str, Any] = dict.fromkeys(shared, "")
+    arms = [replace(arm, setting=arm.setting._replace(**left_out)) for arm in scores.arms]
+    pairs = [replace(one, setting=one.setting._replace(**left_out)) for one in scores.differences]
+    words = ", ".join(f"{name} {value}" for name, value in shared.items() if value != "")
+    return replace(scores, arms=arms, differences=pairs), words
 
 
 def score_analysis(scores: Scores, title: str) -> Analysis:

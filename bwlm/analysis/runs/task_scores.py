@@ -24,7 +24,7 @@ from bwlm.record.task_results import read_examples
 
 OWN = "own"
 READINGS = (OWN, *TEXT_READINGS)
-_ITEM = ["item", "form", "rule"]
+_ITEM = ["item", "group", "form", "rule"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,13 @@ class Wanted:
     """Scores to compare. Each further rule or reading makes the family of comparisons larger."""
 
     tasks: tuple[str, ...] = ()
-    """Names of results, such as `arc_easy`; empty: of each task the result that most of the runs have."""
+    """Tasks, or names of results such as `mmlu.n200`; empty: all tasks. Of a task's results the one counts that most
+    of the runs have."""
     readings: tuple[str, ...] = (OWN,)
     rules: tuple[str, ...] = ("conditional", "exact", "pass@1")
     """`exact` and `pass@1` are the rules of tasks without choices."""
+    by_group: bool = False
+    """True: each group of a task's items is a task of its own."""
     forms: tuple[str, ...] = ("cloze", "generated")
 
 
@@ -75,16 +78,15 @@ def _names(folders: Sequence[ExperimentFolder], tasks: tuple[str, ...]) -> list[
     for folder in folders:
         files = _folder(folder, TEXT_READINGS[0]).glob("*.json")
         counts.update(file.stem for file in files if "scores" in read_json(file))
-    for task in tasks:
-        if task not in counts:
-            raise UserError(f"--tasks: no run has a result {task!r}{nearest(task, counts)}: see bwlm runs show")
-    if tasks:
-        return list(tasks)
     best: dict[str, str] = {}
     for name in sorted(counts, key=lambda name: (-counts[name], len(name))):  # the shortest name: the whole task
         if "@" not in name:
             best.setdefault(name.partition(".")[0], name)
-    return sorted(best.values())
+    known = {**{name: name for name in counts}, **best}
+    for task in tasks:
+        if task not in known:
+            raise UserError(f"--tasks: no run has a result {task!r}{nearest(task, known)}: see bwlm runs show")
+    return [known[task] for task in tasks] or sorted(best.values())
 
 
 def _scores(folder: ExperimentFolder, name: str, wanted: Wanted) -> pd.DataFrame:
@@ -105,7 +107,7 @@ def _scores(folder: ExperimentFolder, name: str, wanted: Wanted) -> pd.DataFrame
         run=config.id,
         direction=experiment.direction,
         seed=experiment.seed,
-        task=name,
+        task=f"{name}:" + rows["group"] if wanted.by_group and len(rows) else name,
     )
 
 
