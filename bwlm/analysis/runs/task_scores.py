@@ -95,13 +95,10 @@ def _scores(folder: ExperimentFolder, name: str, wanted: Wanted) -> pd.DataFrame
     by_reading = {reading: _examples(folder, reading, name, wanted) for reading in TEXT_READINGS}
     tables = []
     for reading in wanted.readings:
-        parts = [
-            by_reading[one]
-            for one in (own_readings(experiment.direction) if reading == OWN else (reading,))
-            if one in by_reading
-        ]
-        if parts:
-            tables.append(pd.concat(parts).groupby(_ITEM, sort=False, as_index=False).mean().assign(reading=reading))
+        own = own_readings(experiment.direction) if reading == OWN else (reading,)
+        both = pd.concat([by_reading[one] for one in own if one in by_reading] or [pd.DataFrame()])
+        if not both.empty:
+            tables.append(both.groupby(_ITEM, sort=False, as_index=False).mean().assign(reading=reading))
     rows = pd.concat(tables) if tables else pd.DataFrame()
     return rows.assign(
         run=config.id,
