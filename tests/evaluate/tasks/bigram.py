@@ -55,4 +55,5 @@ def _log(table: Mapping[str, Mapping[str, float]], previous: str, following: str
 
 
 def _id(character: str) -> int:
-    return LETTERS.bos if character == "^" else character.encode()[0]
+    """Id of a character, of `^` for BOS, or of a special token by its name."""
+    return {**LETTERS.specials, "^": LETTERS.bos}.get(character, character.encode()[0])
