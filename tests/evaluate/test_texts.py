@@ -146,7 +146,7 @@ def test_a_permuted_model_is_evaluated_in_its_own_order_too(shell: Shell, new_fa
 def test_mistakes_are_told_in_one_line(shell: Shell, new_family: NewFamily, tmp_path: Path) -> None:
     storage = ("--storage", str(tmp_path))
     folder = new_family("forward")
-    check_mistake(shell("eval", "forwrd", *storage), "forwrd: no such experiment in")
+    check_mistake(shell("eval", "forwrd", *storage), "forwrd: no such experiment or grid in")
     told = "--directions: 'backwards' is not one of forward, backward, permuted (did you mean 'backward'?)"
     check_mistake(shell("eval", "forward", "--directions", "backwards", *storage), told)
     check_mistake(shell("train", "--phase", "eval", *storage), "--parent: missing: name the run to evaluate")
