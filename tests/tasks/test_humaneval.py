@@ -99,6 +99,7 @@ def test_what_stands_before_the_function_is_kept() -> None:
     assert before.startswith("import math")
     assert before.endswith("return x / 2\n\n\n")
     assert before_function("def f(): pass\ndef f_2(): pass\n", "f") == ""
+    assert before_function("def f(): pass\ndef f(): return 1\n", "f") == "def f(): pass\n"
 
 
 def test_a_model_of_conversations_is_asked_for_the_whole_function(item: GeneratedItem) -> None:

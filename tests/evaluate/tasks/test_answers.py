@@ -13,11 +13,12 @@ from bwlm.config import Experiment
 from bwlm.errors import UserError
 from bwlm.evaluate.tasks import answers
 from bwlm.evaluate.tasks.answers import Generated, NotApplicable, evaluate_generated
-from bwlm.evaluate.tasks.writers import Sampling, TextWriter
+from bwlm.evaluate.tasks.writers import Output, Sampling, TextWriter
 from bwlm.model.compute import Compute
 from bwlm.model.gpt import GPT
 from bwlm.model.shape import GPTConfig
 from bwlm.record.run_config import RunConfig
+from bwlm.text.conversation import Prompt
 from bwlm.trained.load import LoadedModel
 from tasks.items import Example, GeneratedItem
 from tasks.task import exchange
@@ -258,6 +259,7 @@ def test_a_task_that_mostly_does_not_fit_is_refused() -> None:
     assert result.refusal == "1 of 19 items do not fit into a row"
     assert result.attempts == ()
     assert evaluated(items[1:]).refusal == ""
+    assert evaluated([*items, item(name="18")]).refusal == "", "1 of 20 may be left out"
 
 
 def test_an_output_has_at_most_half_of_a_row() -> None:
@@ -280,6 +282,18 @@ def test_samples_depend_on_item_number_and_seed_alone(lively: GPT, monkeypatch: 
     assert outputs(several(), seed=1) != together
     monkeypatch.setattr(answers, "_ROWS_AT_ONCE", 2)
     assert outputs(several()) == together
+
+
+def test_each_part_of_a_sample_is_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ids are equally likely here: equal draws would write equal parts."""
+    from bwlm.evaluate.tasks import writers
+
+    monkeypatch.setattr(writers, "_FIRST_PART", 4)
+    writer, written = TextWriter("forward", "forward", LETTERS, ("no such text",)), []
+    monkeypatch.setattr(TextWriter, "_read", lambda self, ids: written.append(list(ids)) or Output("", False))
+    writer.write(bigram_model({}), [Prompt([LETTERS.bos], LETTERS.bos)], [0], Sampling(12, temperature=1.0))
+    assert len(written[-1]) == 12
+    assert written[-1][:4] != written[-1][4:8]
 
 
 def test_samples_of_a_conversation_likewise(lively: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
