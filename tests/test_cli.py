@@ -370,7 +370,10 @@ def test_every_option_that_is_an_integer_takes_it_in_any_form() -> None:
         for place, kind in options_of(cli.app)
         if get_origin(kind) is Annotated and int in (kind.__origin__, *get_args(kind.__origin__))
     }
-    assert {place.split()[-1] for place in integers} == {"depth", "seed", "rows", "resamples"}
+    assert {place.split()[-1] for place in integers} == {
+        *("depth", "seed", "rows", "resamples"),
+        *("max_examples", "shots", "samples", "shown"),
+    }
     for place, option in integers.items():
         assert option.parser is not None, place
         assert {option.parser(text) for text in ("2000", "2e3", "2_000", "2.0e3")} == {2000}, place

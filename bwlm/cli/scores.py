@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from bwlm.evaluate.tasks.results import TaskScore
     from bwlm.evaluate.tasks.stored import ShownItem
 
+_MOST_GROUPS = 20
+"""Most groups of items that get a table."""
 CONTROLS: tuple[Control, ...] = ("shuffled", "no_context", "prior")
 
 
@@ -51,6 +53,25 @@ def show_scores(scores: Sequence[TaskScore]) -> None:
         if rows:
             show_table(header, rows, title, names=("form", "direction"), least=("prior", "no context", "shuffled"))
         show_sentences(*notes, *_counts(scored))
+        _show_groups(task, [score for score in scored if score.control is None])
+
+
+def _show_groups(task: str, scored: Sequence[TaskScore]) -> None:
+    """Print a table of the groups of a task's items; of many groups the way to see them."""
+    groups = list(dict.fromkeys(group for score in scored for group in score.groups))
+    if not groups:
+        return
+    if len(groups) > _MOST_GROUPS:
+        show_sentences(f"{len(groups)} groups of {task}: --json has them, and bwlm analyze scores RUN --by-group.")
+        return
+    rows = [
+        [group, str(of["n"]), score.form, score.direction, score.rule, f"{of['accuracy']:.1%}"]
+        for group in groups
+        for score in scored
+        if score.native and (of := score.groups.get(group))
+    ]
+    header = ["group", "items", "form", "direction", "rule", "accuracy"]
+    show_table(header, rows, f"{task} by group, in the model's own direction", names=("group",))
 
 
 def _counts(scored: Sequence[TaskScore]) -> list[str]:
