@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bwlm.cli.scores import show_items, show_scores
-from bwlm.cli.terminal import Json, Set, Storage, print_json, say, show_table, whole_option
+from bwlm.cli.scores import HEADLINES, show_items, show_scores
+from bwlm.cli.terminal import Json, Set, Storage, print_json, say, show_sentences, show_table, whole_option
 from bwlm.directions import READINGS
 from bwlm.errors import UserError, nearest
 from bwlm.progress import loading, working
@@ -90,6 +90,8 @@ def evaluate(
     if as_json:
         return print_json([asdict(score) for score in scores])
     show_scores(scores)
+    for evaluation in evaluations:
+        show_sentences(*(metrics.words for metrics in evaluation.direction_metrics() if metrics.rule in HEADLINES))
     if shown:
         show_items([item for evaluation in evaluations for item in evaluation.shown(shown)])
     return None

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from bwlm.evaluate.tasks.results import TaskScore
     from bwlm.evaluate.tasks.stored import ShownItem
 
+HEADLINES = ("conditional", "pass@1")
+"""Rules of the sentences on directions."""
 _MOST_GROUPS = 20
 """Most groups of items that get a table."""
 CONTROLS: tuple[Control, ...] = ("shuffled", "no_context", "prior")

@@ -13,6 +13,7 @@ import torch
 from bwlm.directions import evaluated_readings
 from bwlm.errors import UserError
 from bwlm.evaluate.tasks.choices import count_passes
+from bwlm.evaluate.tasks.directions import DirectionMetrics, direction_metrics
 from bwlm.evaluate.tasks.request import Items, LoadedTask, TaskRequest
 from bwlm.evaluate.tasks.results import TaskScore
 from bwlm.evaluate.tasks.run import Evaluated, ShowDone, evaluate_reading
@@ -67,6 +68,14 @@ class RunEvaluation:
         """Return the first items of each task, form and reading as the model read them, from saved results."""
         tokenizer = Tokenizer.load(Path(self.folder.config().tokenizer))
         return [item for one in self._parts() for item in one.shown(count, tokenizer)]
+
+    def direction_metrics(self) -> list[DirectionMetrics]:
+        """Return how the saved scores of each task differ between the two readings of its text."""
+        examples: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for one in self._parts():
+            examples.setdefault(one.task.request.name, {})[one.reading] = one.examples()
+        direction = self.folder.config().experiment.direction
+        return [one for task, of in examples.items() for one in direction_metrics(task, direction, of)]
 
     @cached_property
     def folder(self) -> ExperimentFolder:
@@ -142,9 +151,12 @@ class _Part:
         choices = [item for item in items if isinstance(item, ChoiceItem)]
         return len(choices) * count_passes(choices, self.reading) if choices else len(items)
 
+    def examples(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = read_examples(self._folder, self._name).to_pylist()
+        return rows
+
     def shown(self, count: int, tokenizer: Tokenizer) -> Iterator[ShownItem]:
-        table = read_examples(self._folder, self._name)
-        rows = [row for row in table.to_pylist() if row["control"] is None]
+        rows = [row for row in self.examples() if row["control"] is None]
         for form, items in self.task.items.items():
             for item in items[:count]:
                 mine = [row for row in rows if (row["item"], row["form"]) == (item.id, form)]
