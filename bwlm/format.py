@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -72,3 +73,22 @@ def duration(seconds: float) -> str:
 def listed(items: Iterable[object]) -> str:
     """Return the distinct items in a fixed order, numbers first: `2, 10, a, b`."""
     return ", ".join(map(str, sorted(set(items), key=lambda item: (isinstance(item, str), item))))
+
+
+def wrapped(text: str, width: int, first: str = "", others: str = "  ") -> str:
+    """Return a text in lines of at most `width` columns, with no word cut; `first` and `others` begin the lines.
+
+    Lines that the text has already stay apart, each with its own indentation.
+    """
+    lines = []
+    for line in text.split("\n"):
+        margin = line[: len(line) - len(line.lstrip())]
+        lines += textwrap.wrap(
+            line,
+            width,
+            initial_indent=first,
+            subsequent_indent=margin + others,
+            break_long_words=False,
+            break_on_hyphens=False,
+        ) or [""]
+    return "\n".join(lines)

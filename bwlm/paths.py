@@ -86,6 +86,16 @@ def readable(text: str) -> str:
         return text.encode("utf-8", "replace").decode()
 
 
+def relative(text: str) -> str:
+    """Return a text for a person, in which the paths below the working folder begin there, also in SQLite's URIs."""
+    try:
+        here = re.escape(str(Path.cwd()).rstrip("/"))
+    except OSError:  # the folder was deleted
+        return text
+    begins = r"(?:(?<=sqlite:///)|(?<![^\s'\"(=,;]))"
+    return re.sub(rf"{begins}{here}/(?=[^\s/])", "", text) if here else text
+
+
 def sync(path: Path) -> None:
     """Make a file's content durable, or the names inside a folder."""
     descriptor = os.open(path, os.O_RDONLY)

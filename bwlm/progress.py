@@ -36,10 +36,12 @@ class _Work:
         done = self.done() if self.noun else 0
         if not done:
             return f"{self.doing}: {clock(gone)}"
+        counted = max(done, self.total)
+        noun = self.noun.removesuffix("s") if counted == 1 else self.noun
         if done >= self.total:
-            return f"{self.doing}: {done:,} {self.noun}, {clock(gone)}"
+            return f"{self.doing}: {done:,} {noun}, {clock(gone)}"
         left = gone * (self.total - done) / done
-        return f"{self.doing}: {done:,} of {self.total:,} {self.noun}, about {clock(left)} left"
+        return f"{self.doing}: {done:,} of {self.total:,} {noun}, about {clock(left)} left"
 
     def line_if_due(self, gone: float) -> str:
         """Return the line that is due, else ''."""

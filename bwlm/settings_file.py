@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -37,6 +38,8 @@ class Document:
     def where(self, field: str) -> str:
         """Return `file:line: field`, `--set field` or `--field`, to begin an error message."""
         place = self.place(field)
+        if place == "--set":  # not given: a setting of `bwlm train` that has no flag
+            return f"--set {field}"
         return place if place in (f"--set {field}", f"--{field}") else f"{place}: {field}"
 
 
@@ -264,6 +267,42 @@ def written_settings(content: Mapping[str, Any], section: str = "") -> list[str]
 
 T = TypeVar("T", bound=Settings)
 
+_KINDS = {
+    "list_type": "a list, such as [1, 2]",
+    "dict_type": "fields (name: value)",
+    "float_type": "a number, such as 0.5",
+    "bool_type": "true or false",
+    "string_type": "a word or a text",
+}
+"""Words for pydantic's types of errors."""
+_SYNONYMS = {
+    "depth": ("layers", "n_layer", "n_layers", "num_layers"),
+    "model.sequence_length": ("context", "context_length", "block_size", "max_seq_len"),
+    "budget.batch_tokens": ("total_batch_size", "tokens_per_batch"),
+    "budget.steps": ("iterations", "max_steps", "num_iterations"),
+    "data.source": ("dataset", "corpus"),
+}
+"""Names that other programs give to fields."""
+
+
+def meant_field(name: str, model: type[BaseModel], beside: Sequence[str] = ()) -> str:
+    """Return the dotted field that a person may mean by an unknown name; '' if none is near.
+
+    It is the field with this synonym or these initials (`learning_rate`: `lr`), else one of the fields `beside` it,
+    else the one with the nearest name.
+    """
+    fields = list(field_names(model))
+    settings = [field for field in fields if not any(other.startswith(f"{field}.") for other in fields)]
+    by_name = {field.rpartition(".")[2]: field for field in reversed(settings)} | {field: field for field in settings}
+    synonyms = {other: field for field, others in _SYNONYMS.items() if field in settings for other in others}
+    initials = "".join(word[:1] for word in name.split("_"))
+    if exact := synonyms.get(name) or by_name.get(initials):
+        return exact
+    for known in ({field: field for field in beside}, by_name):
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
+            return known[near[0]]
+    return ""
+
 
 def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Yield every dotted field of a settings class, sections included."""
@@ -302,10 +341,17 @@ def validate(model: type[T], content: Mapping[str, Any], document: Document) -> 
 
 
 def explain(error: ValidationError, model: type[BaseModel], document: Document) -> str:
-    """Return a validation error in one line: file, line, field, what is wrong and the nearest valid name."""
+    """Return a validation error in one line: file, line, field, what is wrong and the nearest valid name.
+
+    All unknown fields are named, else the first error: a misspelt field counts as missing too, and the hint at its
+    spelling helps more.
+    """
     errors = error.errors()
-    # a misspelt field counts as missing too; the hint at its spelling helps more
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    unknown = [one for one in errors if one["type"] == "extra_forbidden"]
+    return "; ".join(_explain(one, model, document) for one in unknown or errors[:1])
+
+
+def _explain(first: Any, model: type[BaseModel], document: Document) -> str:
     field = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if not field:  # a check over several sections names the field in its message
@@ -314,9 +360,13 @@ def explain(error: ValidationError, model: type[BaseModel], document: Document) 
     if first["type"] == "extra_forbidden":
         section, _, name = field.rpartition(".")
         siblings = [f.rpartition(".")[2] for f in field_names(model) if f.rpartition(".")[0] == section]
-        return f"{where}: unknown field{nearest(name, siblings) or ' (known: ' + ', '.join(siblings) + ')'}"
+        meant = meant_field(name, model, siblings)
+        hint = f"did you mean '{meant}'?" if meant else f"known: {', '.join(siblings)}"
+        return f"{where}: unknown field ({hint})"
     if first["type"] == "int_type":
         return f"{where}: must be {WHOLE_NUMBERS} (found {first['input']!r})"
+    if first["type"] in _KINDS:
+        return f"{where}: must be {_KINDS[first['type']]} (found {first['input']!r})"
     if first["type"] == "missing":
         return f"{where}: missing: add it"
     if first["type"] == "literal_error":

@@ -175,7 +175,7 @@ def test_a_run_with_a_damaged_link_hides_no_other(command: str, family: Path, sh
     answer = shell("runs", command)
     assert answer.code == 0
     assert answer.err.startswith(
-        f"talk-mid is left out: {family}/talk-mid/parent_link.json: not the link of a run to its parent"
+        "talk-mid is left out: runs/talk-mid/parent_link.json: not the link of a run to its parent"
     )
     assert answer.err.count("\n") == 1
     assert {"talk-base", "talk-sft", "talk-two", "alone"} <= set(answer.out.split())
@@ -239,7 +239,7 @@ def test_an_unknown_run_has_no_tree(family: Path, shell: Shell) -> None:
 
 
 def test_no_runs_have_an_empty_tree(shell: Shell) -> None:
-    assert shell("runs", "tree").out == f"0 experiments in {shell.storage}\n"
+    assert shell("runs", "tree").out == "0 experiments in runs\n"
     assert shell.json("runs", "tree") == []
     assert not shell.storage.exists()
 
@@ -275,18 +275,18 @@ def test_all_that_is_known_of_a_run(family: Path, shell: Shell) -> None:
         "  lr                  1 -> 0.5",
         "  optim.init_lr_frac  1 -> 0.02",
         "",
-        "figures",
+        "figures (all of them: --json)",
     ]
-    assert told[18:20] == ["  val_bpb          2", "  val_bpb_forward  3.5"]
+    assert told[18:20] == ["  validation  2.0000 bits per byte (read forward 3.5000)", ""]
     kept = told[told.index("kept") + 1 :]
     size = sum(path.stat().st_size for path in folder.checkpoints.glob("*/*"))
-    assert re.fullmatch(rf"  folder +{folder.path} \([\d.]+ kB\)", kept[0])
+    assert re.fullmatch(r"  folder +runs/talk-sft \([\d.]+ kB\)", kept[0])
     assert kept[1:] == [
         f"  checkpoints   step 12 ({size / 1000:.1f} kB)",
         "  research log  sft.h5 (1.5 kB)",
         "  report        RESEARCH_REPORT.md",
         "  evaluations   sft/forward/validation",
-        "  besides       config.json, metrics.jsonl, mlflow.json, parent_link.json, status.json",
+        "  besides       config.json, metrics.jsonl",
         "  MLflow run    5f73",
     ]
     made_from = " ".join(told[told.index("made from") : told.index("kept")])
@@ -348,7 +348,7 @@ def test_a_narrow_terminal_wraps_beside_the_names(family: Path, shell: Shell, mo
     versions = next(number for number, line in enumerate(told) if line.startswith("  versions"))
     assert told[versions + 1].startswith("               ")
     kept = told[told.index("kept") + 1]
-    assert str(family / "talk-mid") in kept  # in one piece, to be copied
+    assert "runs/talk-mid" in kept  # in one piece, to be copied
     assert max(len(line) for line in told if line != kept) <= 60
 
 
@@ -371,10 +371,10 @@ def test_a_list_has_phases_and_parents(family: Path, shell: Shell) -> None:
         ["talk-base", "base", "finished", "12", "2.5000"],
     ]
     assert told[5].split()[:5] == ["talk-sft", "talk-mid", "sft", "finished", "12"]
-    assert told[-1] == f"5 experiments in {family}"
+    assert told[-1] == "5 experiments in runs"
     bases = shell("runs", "list", "--where", "phase=base").out
     assert "parent" not in bases
-    assert f"2 of 5 experiments in {family}" in bases
+    assert "2 of 5 experiments in runs" in bases
 
 
 def test_a_list_is_filtered_and_sorted(family: Path, shell: Shell) -> None:
@@ -385,6 +385,7 @@ def test_a_list_is_filtered_and_sorted(family: Path, shell: Shell) -> None:
     assert ids("--where", "parent=talk-mid", "--sort", "-seed") == ["talk-two", "talk-sft"]
     assert ids("--sort", "-val_bpb") == ["talk-base", "talk-mid", "talk-sft", "alone", "talk-two"]
     assert ids("--sort", "val_bpb", "--where", "id=talk-*") == ["talk-sft", "talk-mid", "talk-base", "talk-two"]
+    assert ids("--sort", "bpb", "--where", "bpb<2.9") == ids("--sort", "val_bpb", "--where", "val_bpb<2.9")
     told = shell("runs", "list", "--sort", "val_bpb").out
     assert re.findall(r"^(\S+) ", told, re.MULTILINE)[1:-1] == [
         "talk-sft", "talk-mid", "talk-base", "alone", "talk-two"
@@ -405,11 +406,14 @@ def test_a_listed_run_has_the_fields_that_scripts_rely_on(family: Path, shell: S
 def test_a_list_in_a_narrow_terminal(family: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow(monkeypatch, 50)
     told = plain(shell("runs", "list").out)
-    assert told[0].split()[:4] == ["phase", "state", "step", "bpb"]
+    rows = {line.split()[0]: line.split()[1:] for line in told if line}
+    assert rows["talk-sft"] == ["sft", "finished", "12", "2.0000", "3.5000"], "a line a run, as long as they fit"
+    assert rows["alone"][:2] == ["base", "failed"]
+    assert max(map(len, told[:-1])) <= 50
+    narrow(monkeypatch, 40)
+    told = plain(shell("runs", "list").out)
     at = told.index("talk-sft, child of talk-mid")
     assert told[at + 1].split() == ["sft", "finished", "12", "2.0000", "3.5000"]
-    assert told[2] == "alone"
-    assert max(map(len, told[:-1])) <= 50
 
 
 # ---- delete ----
@@ -441,6 +445,25 @@ def test_a_damaged_run_can_be_deleted(family: Path, shell: Shell) -> None:
         (family / "alone" / name).write_text("{")
     assert re.fullmatch(r"alone is deleted \([\d.]+ k?B\)\n", shell("runs", "delete", "alone", "--yes").out)
     assert not (family / "alone").exists()
+
+
+def test_several_runs_are_deleted_by_a_glob_children_first(family: Path, shell: Shell) -> None:
+    check_mistake(shell("runs", "delete", "talk-base", "alone", "--yes"), "talk-base: talk-mid begins from it")
+    assert len(shell.json("runs", "list")) == 5, "all of them or none"
+    answer = shell("runs", "delete", "talk-*", "--yes")
+    assert answer.code == 0
+    assert [line.split()[0] for line in answer.out.splitlines() if " is deleted (" in line] == [
+        "talk-sft", "talk-two", "talk-mid", "talk-base"
+    ]  # fmt: skip
+    assert [run["id"] for run in shell.json("runs", "list")] == ["alone"]
+
+
+def test_a_grid_is_deleted_by_its_name(family: Path, shell: Shell) -> None:
+    """Of its cells those that exist; names that stand for nothing are told as elsewhere."""
+    write_cells(family, "bars", ["alone", "talk-two", "never_begun"])
+    assert shell("runs", "delete", "bars", "--yes").code == 0
+    assert [run["id"] for run in shell.json("runs", "list")] == ["talk-base", "talk-mid", "talk-sft"]
+    check_mistake(shell("runs", "delete", "bras*", "--yes"), "bras*: no experiment in runs matches")
 
 
 def test_a_deletion_that_was_killed_is_finished(family: Path, shell: Shell) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from bwlm.cli.terminal import show_fields, show_sentences, show_table
+from bwlm.cli.terminal import LogLines, say, show, show_fields, show_sentences, show_table
 from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.grids import write_cells
 from tests.analysis.storage import finish, make_cell
 from tests.families import untrained_child, validated
-from tests.shell import Shell
+from tests.shell import Shell, check_mistake
 from tests.test_cli import GOOD, make_run
 
 WIDTH = 80
@@ -116,6 +119,75 @@ def test_sentences_and_fields_are_wrapped_between_words(
         "            3.17.2, numpy",
         "            2.4.6",
     ]
+
+
+# ---- messages on stderr ----
+
+
+class Terminal(io.StringIO):
+    """Standard error of a person."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def said(message: str, monkeypatch: pytest.MonkeyPatch, terminal: io.StringIO) -> str:
+    monkeypatch.setattr(sys, "stderr", terminal)
+    say(message)
+    return terminal.getvalue()
+
+
+def test_a_message_is_wrapped_between_words_on_a_terminal_and_one_line_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    message = "bwlm: data.source: /a/path/longer/than/the/line.parquet holds one document\n  and a second line"
+    assert said(message, monkeypatch, io.StringIO()) == f"{message}\n"
+    assert said(message, monkeypatch, Terminal()).splitlines() == [
+        "bwlm: data.source:",
+        "  /a/path/longer/than/the/line.parquet",
+        "  holds one document",
+        "  and a second line",
+    ]
+
+
+def test_paths_begin_in_the_working_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = tmp_path / "runs"
+    show(f"report  {here}/x.md", f"mlflow ui --backend-store-uri sqlite:///{here}/mlflow.db")
+    show(f"file://{here}/x and /elsewhere{here}/x and {tmp_path.parent}/x stay, and so does {tmp_path} itself")
+    assert shown(capsys) == [
+        "report  runs/x.md",
+        "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db",
+        f"file://{here}/x and /elsewhere{here}/x and {tmp_path.parent}/x stay, and so does {tmp_path} itself",
+    ]
+
+
+def test_a_log_record_is_a_message_that_waits_for_no_line_of_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The handler looks for standard error at each record: a line of progress replaces it while it is shown."""
+    handler = LogLines()
+    for name, level in (("bwlm.record", logging.WARNING), ("bwlm.record", logging.INFO), ("alembic", logging.ERROR)):
+        handler.handle(logging.LogRecord(name, level, "", 0, "it is %s", ("moved",), None))
+    assert capsys.readouterr().err == "warning: it is moved\nit is moved\nerror: alembic: it is moved\n"
+
+
+def test_a_number_that_is_none_is_named(shell: Shell) -> None:
+    train = ("train", "--direction", "forward", "--depth", "1")
+    for text, told in (("1,5", "(found 1,5): write 1.5"), ("high", "(found high)"), ("1,000,5", "(found 1,000,5)")):
+        answer = shell(*train, "--lr", text)
+        check_mistake(answer, "'--lr': must be a number, such as 0.5 ")
+        assert answer.err.endswith(f"{told}\n")
+
+
+def test_no_command_prints_its_help_and_no_empty_error(shell: Shell) -> None:
+    answer = shell()
+    assert answer.code == 2
+    assert "Usage: " in answer.out + answer.err
+    assert "bwlm:" not in answer.err
 
 
 # ---- every command ----

@@ -21,7 +21,7 @@ from bwlm.cli.export import export
 from bwlm.cli.grid import grid_app
 from bwlm.cli.runs import runs_app
 from bwlm.cli.streams import finish_writing, tolerate_any_text
-from bwlm.cli.terminal import say
+from bwlm.cli.terminal import LogLines, say
 from bwlm.cli.train import train
 from bwlm.cluster.environment import check_ray_settings, prepare_environment
 from bwlm.credentials import masked
@@ -83,7 +83,8 @@ def main() -> NoReturn:
 
 
 def _main() -> NoReturn:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, handlers=[LogLines()])
+    logging.getLogger("bwlm").setLevel(logging.INFO)
     for chatty in ("mlflow", "alembic", "ray"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the launch prints its own line for a failed cell
@@ -97,7 +98,8 @@ def _main() -> NoReturn:
         say(f"bwlm: {masked(str(error))}")
         sys.exit(error.exit_code)
     except typer.TyperException as error:
-        say(f"bwlm: {masked(error.format_message().replace('Value error, ', ''))}")
+        if message := error.format_message():  # none where a command is missing: its help is printed
+            say(f"bwlm: {masked(message.replace('Value error, ', ''))}")
         sys.exit(2)
     except SystemExit as end:
         if end.code == TERMINATED:

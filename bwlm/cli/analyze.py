@@ -44,6 +44,9 @@ analyze_app = App(help="Analyze runs: print findings, draw a chart, write tables
 Runs = Annotated[
     list[str], typer.Argument(metavar="RUN...", help="Ids, globs over ids, or names of grids.", show_default=False)
 ]
+Analyse = Callable[[list["ExperimentFolder"]], "Analysis"]
+"""Analysis of runs."""
+
 Output = Annotated[
     list[Path] | None,
     typer.Option(
@@ -84,20 +87,25 @@ def gap(
 
     Example: `bwlm analyze gap --from losses.csv --output gaps.svg`
     """
+    from bwlm.paths import storage_root
+    from bwlm.record.catalog.select import choose
+
+    if bool(runs) == bool(losses):
+        raise UserError("analyze gap: give either runs or --from with a table of losses")
+    chosen = choose(storage_root(storage), runs) if runs else None  # first, since libraries take seconds to load
     with loading():
         from bwlm.analysis.commands.gap import gap_analysis, gap_figures
         from bwlm.stats.loss_file import gaps_from
 
-    _check(output)  # first, since reading and resampling take long
-    if bool(runs) == bool(losses):
-        raise UserError("analyze gap: give either runs or --from with a table of losses")
-    if losses is not None:
+        _check(output)  # before losses are read and resampled
+    if chosen is None:
+        assert losses is not None
         with working(f"resampling {losses.name}"):
             gaps, notes = gaps_from(losses, resamples)
         name, default = readable(losses.name), None
     else:
         with working("reading and resampling losses"):
-            gaps, notes = _gaps_of_runs(runs or [], storage)
+            gaps, notes = _gaps_of_runs(*chosen)
         name, default = " ".join(runs or []), _default(storage, runs or []) / "gap"
     analysis = gap_analysis(gaps, name, notes)
     for line in notes:
@@ -119,15 +127,13 @@ def show_gaps(gaps: list[Gap], title: str) -> None:
     show_sentences(SIGN)
 
 
-def _gaps_of_runs(runs: list[str], storage: str | None) -> tuple[list[Gap], list[str]]:
+def _gaps_of_runs(chosen: list[ExperimentFolder], left_out: list[str]) -> tuple[list[Gap], list[str]]:
     with loading():
         from bwlm.analysis.runs.audit import audit
         from bwlm.analysis.runs.findings import find
     from bwlm.format import counted
-    from bwlm.paths import storage_root
-    from bwlm.record.catalog.select import begun, choose
+    from bwlm.record.catalog.select import begun
 
-    chosen, left_out = choose(storage_root(storage), runs)
     folders, notes = begun(chosen, left_out)
     findings = find(chosen)  # all cells: a rate with a cell that has not begun cannot be the best yet
     compared = [folder for folder in folders if PHASES[folder.config().experiment.phase].compared]
@@ -259,10 +265,13 @@ def compare(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
     Example: `bwlm analyze compare demo --output curves.svg`
     """
-    with loading():
+
+    def load() -> Analyse:
         from bwlm.analysis.commands.compare import compare
 
-    _run(compare, runs, output, storage, as_json, rates=True)
+        return compare
+
+    _run(load, runs, output, storage, as_json, rates=True)
 
 
 @analyze_app.command()
@@ -271,10 +280,13 @@ def transfer(runs: Runs, output: Output = None, storage: Storage = None, as_json
 
     Example: `bwlm analyze transfer demo`
     """
-    with loading():
+
+    def load() -> Analyse:
         from bwlm.analysis.commands.transfer import transfer
 
-    _run(transfer, runs, output, storage, as_json)
+        return transfer
+
+    _run(load, runs, output, storage, as_json)
 
 
 @analyze_app.command()
@@ -283,10 +295,13 @@ def positions(runs: Runs, output: Output = None, storage: Storage = None, as_jso
 
     Example: `bwlm analyze positions 'demo_*_d1_lr4_s*'`
     """
-    with loading():
+
+    def load() -> Analyse:
         from bwlm.analysis.commands.positions import positions
 
-    _run(positions, runs, output, storage, as_json)
+        return positions
+
+    _run(load, runs, output, storage, as_json)
 
 
 @analyze_app.command()
@@ -295,10 +310,13 @@ def gradients(runs: Runs, output: Output = None, storage: Storage = None, as_jso
 
     Example: `bwlm analyze gradients mine`
     """
-    with loading():
+
+    def load() -> Analyse:
         from bwlm.analysis.commands.layers import over_time
 
-    _run(lambda folders: over_time("gradients", folders), runs, output, storage, as_json)
+        return partial(over_time, "gradients")
+
+    _run(load, runs, output, storage, as_json)
 
 
 @analyze_app.command()
@@ -307,10 +325,13 @@ def activations(runs: Runs, output: Output = None, storage: Storage = None, as_j
 
     Example: `bwlm analyze activations mine`
     """
-    with loading():
+
+    def load() -> Analyse:
         from bwlm.analysis.commands.layers import over_time
 
-    _run(lambda folders: over_time("activations", folders), runs, output, storage, as_json)
+        return partial(over_time, "activations")
+
+    _run(load, runs, output, storage, as_json)
 
 
 @analyze_app.command()
@@ -319,10 +340,13 @@ def representations(runs: Runs, output: Output = None, storage: Storage = None, 
 
     Example: `bwlm analyze representations demo`
     """
-    with loading():
+
+    def load() -> Analyse:
         from bwlm.analysis.commands.representations import representations
 
-    _run(representations, runs, output, storage, as_json)
+        return representations
+
+    _run(load, runs, output, storage, as_json)
 
 
 @analyze_app.command()
@@ -331,10 +355,13 @@ def scaling(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
     Example: `bwlm analyze scaling demo`
     """
-    with loading():
+
+    def load() -> Analyse:
         from bwlm.analysis.commands.scaling import scaling
 
-    _run(scaling, runs, output, storage, as_json, rates=True)
+        return scaling
+
+    _run(load, runs, output, storage, as_json, rates=True)
 
 
 @analyze_app.command()
@@ -343,10 +370,13 @@ def rewards(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
     Example: `bwlm analyze rewards arithmetic_rl`
     """
-    with loading():
+
+    def load() -> Analyse:
         from bwlm.analysis.commands.rewards import rewards
 
-    _run(rewards, runs, output, storage, as_json)
+        return rewards
+
+    _run(load, runs, output, storage, as_json)
 
 
 @analyze_app.command()
@@ -370,18 +400,19 @@ def report(
 
     Example: `bwlm analyze report demo --output demo.html`
     """
-    with loading():
-        from bwlm.analysis.report.output import ENDINGS, write_report
-        from bwlm.analysis.report.study import write_experiment_report
     from bwlm.paths import storage_root
     from bwlm.record.catalog.select import choose
     from bwlm.record.grids import grid_names
 
-    _check([output] if output else None, ENDINGS)
     root = storage_root(storage)
+    chosen = {name: choose(root, [name]) for name in names}  # first, since libraries take seconds to load
+    with loading():
+        from bwlm.analysis.report.output import ENDINGS, write_report
+        from bwlm.analysis.report.study import write_experiment_report
+
+        _check([output] if output else None, ENDINGS)
     makers: list[Callable[[Path | None], list[Path]]] = []
-    for name in names:
-        folders, left_out = choose(root, [name])
+    for name, (folders, left_out) in chosen.items():
         for line in left_out:
             say(line)
         if name in grid_names(root):
@@ -409,7 +440,7 @@ def _grid_files(root: Path, name: str, into: Path | None) -> list[Path]:
 
 
 def _run(
-    analyse: Callable[[list[ExperimentFolder]], Analysis],
+    load: Callable[[], Analyse],
     runs: list[str],
     output: list[Path] | None,
     storage: str | None,
@@ -418,15 +449,18 @@ def _run(
 ) -> None:
     """Run an analysis, write its files and print its findings.
 
-    With `rates` the analysis chooses learning rates, so it also gets the cells that have not begun.
+    `load` imports the analysis, which takes seconds: a wrong name of a run is told before. With `rates` the analysis
+    chooses learning rates, so it also gets the cells that have not begun.
     """
     from bwlm.format import counted
     from bwlm.paths import storage_root
     from bwlm.record.catalog.select import begun, choose
 
-    _check(output)
     chosen, left_out = choose(storage_root(storage), runs)
     folders, notes = begun(chosen, left_out)
+    with loading():
+        _check(output)
+        analyse = load()
     with working(f"analysing {counted(len(folders), 'run')}"):
         analysis = analyse(chosen if rates else folders)
     for note in [*notes, *analysis.notes]:

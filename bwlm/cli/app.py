@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -58,23 +57,12 @@ class App(typer.Typer):
 
 def _hint(unknown: str, options: list[str]) -> str:
     """Return the option or the setting whose name is nearest, and how a setting is set."""
-    name = unknown.lstrip("-").replace("-", "_")
-    names = _settings_by_name()
-    initials = "".join(word[:1] for word in name.split("_"))  # learning_rate: lr
-    near = [initials] if initials in names else difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if not near:
+    from bwlm.config import Experiment
+    from bwlm.settings_file import meant_field
+
+    field = meant_field(unknown.lstrip("-").replace("-", "_"), Experiment)
+    if not field:
         return ": settings are changed by --set FIELD=VALUE, and docs/grids.md lists them"
-    field = names[near[0]]
     if f"--{field}" in options:
         return f" (did you mean --{field}?); other settings are changed by --set FIELD=VALUE"
     return f" (did you mean --set {field}=VALUE?)"
-
-
-def _settings_by_name() -> dict[str, str]:
-    """Return every setting by its dotted name, and the first of each last part by that."""
-    from bwlm.config import Experiment
-    from bwlm.settings_file import field_names
-
-    fields = list(field_names(Experiment))
-    settings = [field for field in fields if not any(other.startswith(f"{field}.") for other in fields)]
-    return {field.rpartition(".")[2]: field for field in reversed(settings)} | {field: field for field in settings}

@@ -75,9 +75,12 @@ def evaluate(
     """
     from bwlm.evaluate.tasks.request import TaskRequest
     from bwlm.paths import storage_root
+    from bwlm.record.experiment import find_checkpoint
 
     readings, root = _readings(directions), storage_root(storage)
     checkpoints = _checkpoints(root, runs)
+    for checkpoint in checkpoints:
+        find_checkpoint(root, checkpoint)
     if tasks is None:
         return _evaluate_texts(root, checkpoints, readings, as_json)
     options = (max_examples, shots, samples, allow_code_execution)

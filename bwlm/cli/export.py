@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bwlm.cli.terminal import Storage, say
+from bwlm.cli.terminal import Storage, say, show_sentences
 from bwlm.progress import loading, working
 
 
@@ -30,18 +30,21 @@ def export(
     Example: `bwlm export demo_forward_d1_lr4_s0 --format hf demo-forward`
     """
     from bwlm.paths import storage_root
+    from bwlm.record.experiment import find_checkpoint
 
-    with loading():
+    root = storage_root(storage)
+    find_checkpoint(root, checkpoint)
+    with loading():  # torch takes seconds: mistakes are reported first
         from bwlm.trained.export_hf import check_target, export_hf
         from bwlm.trained.load import load_model
 
-    check_target(target)  # first, since loading takes long
+    check_target(target)
     with working(f"exporting {checkpoint}"):
-        loaded = load_model(storage_root(storage), checkpoint)
+        loaded = load_model(root, checkpoint)
         export_hf(loaded, target)
     run, direction = loaded.config.id, loaded.config.experiment.direction
     if loaded.step < loaded.config.steps:
         say(f"{run}: step {loaded.step:,} of {loaded.config.steps:,}: the model has not finished training")
-    print(f"{run}, step {loaded.step}, reads {direction}: {target / 'README.md'} says how to use it")
+    show_sentences(f"{run}, step {loaded.step}, reads {direction}: {target / 'README.md'} says how to use it")
     print(f'model = transformers.AutoModelForCausalLM.from_pretrained("{target}")')
     print(f'tokenizer = transformers.AutoTokenizer.from_pretrained("{target}")')

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +10,19 @@ import typer
 
 from bwlm.cli.app import App
 from bwlm.cli.launch import launch, show_places, warnings_of
-from bwlm.cli.terminal import AcceptCode, Json, Set, Storage, print_json, say, show, show_sentences, show_table
-from bwlm.errors import UserError
+from bwlm.cli.terminal import (
+    AcceptCode,
+    Json,
+    Set,
+    Storage,
+    number_option,
+    print_json,
+    say,
+    show,
+    show_sentences,
+    show_table,
+)
+from bwlm.errors import UserError, nearest
 from bwlm.format import first_of
 from bwlm.phases import PHASES
 from bwlm.progress import loading, working
@@ -26,15 +34,33 @@ if TYPE_CHECKING:
 
 grid_app = App(help="Plan, run and watch a grid of cells.", no_args_is_help=True)
 
-GridFile = Annotated[Path, typer.Argument(metavar="GRID.yaml", help="Grid file.", show_default=False)]
+GridFile = Annotated[
+    Path,
+    typer.Argument(metavar="GRID.yaml", help="Grid file, or the name of a grid that was run.", show_default=False),
+]
 
 
 def _load(grid: Path, settings: list[str] | None, storage: str | None) -> tuple[Plan, Path]:
     from bwlm.paths import storage_root
     from bwlm.plan.load import load_grid
 
-    plan = load_grid(grid, settings or [], storage)
+    plan = load_grid(_grid_file(grid, storage_root(storage)), settings or [], storage)
     return plan, storage_root(storage or plan.launch.storage)
+
+
+def _grid_file(grid: Path, root: Path) -> Path:
+    """Return the grid file, or the copy that a launch kept of it if `grid` is the name of a grid.
+
+    Raises `UserError` if it is neither, with the nearest file or name.
+    """
+    from bwlm.record.grids import GRID_FILE, grid_folder, grid_names
+
+    if grid.exists():
+        return grid
+    if str(grid) in (names := grid_names(root)):
+        return grid_folder(root, str(grid)) / GRID_FILE
+    files = map(str, grid.parent.glob("*.yaml"))
+    raise UserError(f"{grid}: no such file, and no grid of this name in {root}{nearest(str(grid), [*files, *names])}")
 
 
 @grid_app.command("plan")
@@ -42,10 +68,10 @@ def grid_plan(
     grid: GridFile,
     seed_noise: Annotated[
         float | None,
-        typer.Option(
-            metavar="NATS",
-            help="How much the gap varies over seeds (standard deviation, nats per token), from a pilot study. The "
+        number_option(
+            "How much the gap varies over seeds (standard deviation, nats per token), from a pilot study. The "
             "plan then prints the smallest gap in nats.",
+            metavar="NATS",
             show_default=False,
         ),
     ] = None,
@@ -77,12 +103,12 @@ def grid_plan(
         return print_json(_status_document(plan, root) | {"detectable": seen, "warnings": warnings})
     cells = _status_document(plan, root)["cells"]
     costs = ("params", "tokens", "flops", "log_bytes")
-    rows = [[c["id"], *(short_number(c[cost]) for cost in costs), c["state"]] for c in cells]
+    rows = [[c["id"], *(short_number(c[cost]) for cost in costs), _state(c)] for c in cells]
     header = ["cell", "params", "tokens", "FLOPs", "log (bytes)", "state"]
     show_table(header, rows, f"{plan.name}: {len(cells)} cells", names=("cell",))
-    show_sentences(*_reasons(cells))
+    show_sentences(*_reasons(cells), *_text_words(plan))
     total = sum(c["flops"] for c in cells)
-    left = sum(c["flops"] for c in cells if not c["done"] and c["reason"] != _STOPPED_ABOVE)
+    left = sum(c["flops"] for c in cells if not (c["done"] or c["changed"]) and c["reason"] != _STOPPED_ABOVE)
     show(f"{short_number(total)} FLOPs in all, {short_number(left)} to do; storage {root}")
     show_sentences(detectable_words(seen), *(f"warning: {line}" for line in warnings))
     return None
@@ -105,8 +131,12 @@ def grid_status(grid: GridFile, set_: Set = None, storage: Storage = None, as_js
     if as_json:
         return print_json(_status_document(plan, root))
     shown = ["state", *FIGURES]
-    rows = [[c.id, *cell_columns(c, shown)] for c in known]
-    show_table(["id", *shown], rows, plan.name, names=("id",), least=("loss",))
+    rows = {c.id: [c.id, *cell_columns(c, shown)] for c in known}
+    rows |= {p.cell.id: [p.cell.id, p.status.state, *[""] * len(FIGURES)] for p in planned if not p.folder.exists()}
+    in_order = [rows[p.cell.id] for p in planned if p.cell.id in rows]
+    show_table(["id", *shown], in_order, plan.name, names=("id",), least=("loss",))
+    if not any(p.folder.exists() for p in planned):
+        show(f"no cell of {plan.name} has begun in {root}{'' if root.exists() else ', which does not exist'}")
     show(f"{sum(c.state == 'finished' for c in known)} of {len(planned)} cells finished")
     return None
 
@@ -128,7 +158,7 @@ def grid_run(
     if as_json:
         print_json(_status_document(plan, root))
     else:
-        _show_result(plan, root, result, _submit_line(grid, set_ or [], root))
+        _show_result(plan, root, result)
     if not result.complete:
         raise typer.Exit(1)
 
@@ -158,11 +188,39 @@ def _status_document(plan: Plan, root: Path) -> dict[str, Any]:
             "id": p.cell.id, "params": p.cell.parameters, "tokens": p.cell.tokens, "flops": p.cell.flops,
             "log_bytes": bytes_of_log(p.cell.experiment, p.cell.shape, p.cell.steps),
             "state": p.status.state, "reason": _STOPPED_ABOVE if p.cell.id in out else _reason(p),
-            "done": p.is_done, "step": p.status.step, "steps": p.cell.steps, "metrics": p.status.metrics,
+            "changed": p.changed, "done": p.is_done,
+            "step": p.status.step, "steps": p.cell.steps, "metrics": p.status.metrics,
         }
         for p in planned
     ]  # fmt: skip
     return {"grid": plan.name, "cells": cells}
+
+
+def _state(cell: dict[str, Any]) -> str:
+    return "other settings" if cell["changed"] else str(cell["state"])
+
+
+def _text_words(plan: Plan) -> list[str]:
+    """Return a line on each source of text that the cells read: the number of its files, or what a launch would say.
+
+    Sources on other machines are not looked at, and no file is read.
+    """
+    from bwlm.format import counted
+    from bwlm.paths import local_path
+    from bwlm.text.corpus import BUILTINS
+    from bwlm.text.listing import JSON_LINES, PARQUET, TEXTS, list_files
+
+    words = []
+    for source in dict.fromkeys(c.experiment.data.source for c in plan.cells if PHASES[c.experiment.phase].is_first):
+        if source in BUILTINS or local_path(source) is None:
+            words.append(f"text: {source}")
+            continue
+        try:
+            files = list_files(source, "data.source", (*PARQUET, *JSON_LINES, *TEXTS))
+            words.append(f"text: {source}, {counted(len(files), 'file')}")
+        except UserError as error:
+            words.append(f"warning: {error}")
+    return words
 
 
 def _reasons(cells: list[dict[str, Any]]) -> list[str]:
@@ -180,7 +238,7 @@ def _reason(planned: PlannedCell) -> str:
     return planned.other_code or planned.status.reason
 
 
-def _show_result(plan: Plan, root: Path, result: LaunchResult, submit: str) -> None:
+def _show_result(plan: Plan, root: Path, result: LaunchResult) -> None:
     from bwlm.analysis.commands.gap import gap_caption
     from bwlm.analysis.report.study import dropped_cells, dropped_words
     from bwlm.analysis.report.variants import variants
@@ -192,14 +250,15 @@ def _show_result(plan: Plan, root: Path, result: LaunchResult, submit: str) -> N
     folders = [ExperimentFolder(root, cell.id) for cell in result.cells]
     with working("comparing the directions"):
         findings = find(folders)
+    brief = result.was_over and bool(findings.gaps)  # nothing is new: the verdict and its report
     bases = [cell_columns(cell) for cell in result.cells if PHASES[cell.phase].is_first]
-    if bases:
+    if bases and not brief:
         show_table(CELL_HEADER, bases, f"{plan.name}: cells", names=AXES, least=("loss",))
     for one in variants(folders):
         show("")
         show_table(one.header, one.rows, f"{plan.name}: {one.phase}", names=one.settings)
         show_sentences(*one.comparisons)
-    if findings.best:
+    if findings.best and not brief:
         show("")
         best = [best_columns(rate) for rate in findings.best]
         show_table(BEST_HEADER, best, "Best learning rate (chosen on the tuning half)", names=("size", "direction"))
@@ -210,19 +269,3 @@ def _show_result(plan: Plan, root: Path, result: LaunchResult, submit: str) -> N
     show_sentences(*(f"no result: {line}" for line in findings.skipped))
     show_sentences(*findings.at_edge, *dropped_words(dropped_cells(root, plan.name)))
     show_places(result)
-    show(f"dashboard  {_dashboard_hint(result, submit)}")
-
-
-def _submit_line(grid: Path, overrides: list[str], root: Path) -> str:
-    """Return the command that runs the same grid as a job; a job's own default storage is another one."""
-    words = ["jobs/run_grid.py", str(grid), *(word for one in overrides for word in ("--set", one))]
-    words += ["--storage", str(root.absolute())]
-    return f"ray job submit --working-dir . --runtime-env jobs/env.yaml -- python {shlex.join(words)}"
-
-
-def _dashboard_hint(result: LaunchResult, submit: str) -> str:
-    if os.environ.get("RAY_ADDRESS"):
-        return f"http://{result.dashboard}" if result.dashboard else os.environ["RAY_ADDRESS"]
-    where = f"http://{result.dashboard} while it ran; " if result.dashboard else ""
-    head = f"export PATH={Path(sys.executable).parent}:$PATH RAY_AUTH_MODE=token; ray get-auth-token --generate"
-    return f"{where}one that stays, at http://127.0.0.1:8265: {head}; ray start --head && {submit}"

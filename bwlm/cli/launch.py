@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,4 +46,9 @@ def show_places(result: LaunchResult) -> None:
     """Print where the report is, and the command that opens MLflow."""
     from bwlm.record.mlflow_store import ui_command
 
-    show(f"report     {result.report}", f"MLflow     {ui_command(result.tracking_uri, Path(sys.executable).parent)}")
+    bin_folder = Path(sys.executable).parent
+    is_on_path = shutil.which("mlflow") == str(bin_folder / "mlflow")
+    command = ui_command(result.tracking_uri, Path() if is_on_path else bin_folder)
+    show(f"report  {result.report}", f"MLflow  {command}")
+    if result.dashboard and os.environ.get("RAY_ADDRESS"):  # the cluster stays
+        show(f"Ray     http://{result.dashboard}")

@@ -5,8 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from bwlm.directions import TEXT_READINGS
 from bwlm.format import file_size
 from bwlm.phases import PHASES
+
+_INTERNAL = ("lock", "lease.json", "mlflow.json", "parent_link.json", "status.json")
+"""Files that commands read; this overview has what they say."""
 
 Fields = list[tuple[str, str]]
 """Names and values of a section's lines."""
@@ -18,8 +22,9 @@ def sections(run: dict[str, Any]) -> list[tuple[str, Fields]]:
         (_headline(run), _itself(run)),
         ("family", _family(run)),
         (f"set otherwise than in {run['parent']}", _changes(run["changed"] or {})),
-        ("figures", [(name, f"{value:.6g}") for name, value in sorted(run["metrics"].items())]),
+        ("figures (all of them: --json)", _figures(run["metrics"])),
         ("made from", _made_from(run)),
+        ("computes", list(run["compute"]["reasons"].items())),
         ("kept", _kept(run)),
     ]
     return [(title, fields) for title, fields in titled if fields]
@@ -44,6 +49,20 @@ def _itself(run: dict[str, Any]) -> Fields:
         ("damaged", "; ".join(run["damage"])),
     ]
     return [(name, value) for name, value in fields if value]
+
+
+def _figures(metrics: dict[str, float]) -> Fields:
+    """Return the figures that a person compares, with their units."""
+    readings = [f"{name} {metrics[f'val_bpb_{name}']:.4f}" for name in TEXT_READINGS if f"val_bpb_{name}" in metrics]
+    read = f" (read {', '.join(readings)})" if readings else ""
+    units = {
+        "val_bpb": ("validation", "{:.4f} bits per byte" + read),
+        "val_loss": ("", "{:.4f} nats per token"),
+        "val_reward": ("reward", "{:.4f} on validation problems"),
+        "train_loss_smooth": ("training", "{:.4f} nats per token, averaged over the last steps"),
+        "tokens_per_second": ("speed", "{:,.0f} tokens/s"),
+    }
+    return [(name, words.format(metrics[key])) for key, (name, words) in units.items() if key in metrics]
 
 
 def _holder(holder: dict[str, Any] | None) -> str:
@@ -86,11 +105,10 @@ def _value(value: Any) -> str:
 
 
 def _made_from(run: dict[str, Any]) -> Fields:
-    data, tokenizer, compute = run["data"], run["tokenizer"], run["compute"]
+    data, tokenizer = run["data"], run["tokenizer"]
     texts = data.get("source") or _value(data["mixture"])
     if data.get("skip_invalid"):
         texts += ", invalid conversations left out"
-    compiled = "compiled" if compute["compile"] else "not compiled"
     versions = ", ".join(f"{name} {version}" for name, version in sorted(run["versions"].items()))
     created = run["created"]
     fields = [
@@ -98,7 +116,6 @@ def _made_from(run: dict[str, Any]) -> Fields:
         ("tokenizer", f"{tokenizer['vocab_size']:,} ids (digest {tokenizer['digest'][:12]})"),
         ("code", run["code"]),
         ("today's code", run["other_code"].removeprefix("code: ")),
-        ("computes", f"{compute['precision']}, {compute['attention']} attention, {compiled}"),
         ("fingerprint", run["fingerprint"]),
         ("created", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(created)) if created else ""),
         ("versions", versions),
@@ -109,14 +126,15 @@ def _made_from(run: dict[str, Any]) -> Fields:
 def _kept(run: dict[str, Any]) -> Fields:
     checkpoints = [f"step {saved['step']:,} ({file_size(saved['bytes'])})" for saved in run["checkpoints"]]
     files = run["files"]
-    logs = [f"{name} ({file_size(size)})" for name, size in files.items() if name.endswith(".h5")]
+    logs = {name: f"{name} ({file_size(size)})" for name, size in files.items() if name.endswith(".h5")}
     reports = [name for name in files if name.startswith("RESEARCH_REPORT")]
+    told = [*logs, *reports]
     return [
         ("folder", f"{run['folder']} ({file_size(run['bytes'])})"),
         ("checkpoints", ", ".join(checkpoints) or "none"),
-        ("research log", ", ".join(logs) or "none"),
+        ("research log", ", ".join(logs.values()) or "none"),
         ("report", ", ".join(reports) or "none"),
         ("evaluations", ", ".join(run["evaluations"]) or "none"),
-        ("besides", ", ".join(name for name in files if not name.endswith(".h5") and name not in reports)),
+        ("besides", ", ".join(name for name in files if name not in (*told, *_INTERNAL))),
         ("MLflow run", run["mlflow_run"] or "none"),
     ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -67,9 +69,11 @@ def runs_list(
         say(line)
     if as_json:
         return print_json([cell.to_json() for cell in cells])
-    _show_list(cells)
+    if cells:
+        _show_list(cells)
     shown = f"{len(cells)} of {len(known)}" if where else f"{len(cells)}"
-    show(f"{shown} experiment{'s' * (len(known) != 1)} in {root}")
+    missing = "" if root.exists() else ", which does not exist: --storage or BWLM_STORAGE names another folder"
+    show(f"{shown} experiment{'s' * (len(known) != 1)} in {root}{missing}")
     return None
 
 
@@ -78,7 +82,7 @@ def _show_list(cells: list[CellRow]) -> None:
 
     header = ["phase", "state", "step", *FIGURES]
     rows = [[cell.id, cell.parent or "", *cell_columns(cell, header), _figure(cell, "val_reward")] for cell in cells]
-    show_table(["id", "parent", *header, "reward"], rows, names=("id", "parent"), least=("tokens/s", "loss"))
+    show_table(["id", "parent", *header, "reward"], rows, names=("id", "parent"), least=("tokens/s", "loss", "parent"))
 
 
 def _figure(cell: CellRow, metric: str) -> str:
@@ -159,33 +163,72 @@ def runs_show(run: RunId, storage: Storage = None, as_json: Json = False) -> Non
 
 @runs_app.command("delete")
 def runs_delete(
-    run: RunId,
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Ids, globs over ids, or names of grids.", show_default=False),
+    ],
     yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
     storage: Storage = None,
 ) -> None:
-    """Delete the folder of a run: checkpoints, research log, evaluations, report. Its MLflow run stays.
+    """Delete the folders of runs: checkpoints, research log, evaluations, report. Their MLflow runs stay.
 
-    A run that has children, or that is being trained, cannot be deleted. A cell of a grid can: the next launch of the
-    grid trains it again. If this command is interrupted, run it again to complete the deletion.
+    A run that has children that stay, or that is being trained, cannot be deleted. A cell of a grid can: the next
+    launch of the grid trains it again. If this command is interrupted, run it again to complete the deletion.
 
     Example: `bwlm runs delete mine --yes`
+
+    Example: `bwlm runs delete 'mine-*'`
     """
     from bwlm.paths import storage_root
-    from bwlm.record.experiment import ExperimentFolder, open_experiment
-    from bwlm.record.removal import check_deletable, delete, discard_deleted, unfinished_deletions
+    from bwlm.record.removal import (
+        check_deletable,
+        children_first,
+        delete,
+        discard_deleted,
+        is_unfinished,
+    )
 
     root = storage_root(storage)
-    if not ExperimentFolder(root, run).path.exists() and unfinished_deletions(root, run):
+    for run in [name for name in names if is_unfinished(root, name)]:
         discard_deleted(root)
-        return show(f"{run} is deleted: what an earlier deletion had left of it is gone")
-    folder = open_experiment(root, run)
-    check_deletable(folder)
-    what, besides = _what_goes(folder), _what_stays(folder)
-    if not yes and not confirmed(f"Delete {folder.path} ({what})?"):
-        say(f"{run} is left as it was")
+        names.remove(run)
+        show(f"{run} is deleted: what an earlier deletion had left of it is gone")
+    folders = children_first(_folders_to_delete(root, names))
+    for number, folder in enumerate(folders):
+        check_deletable(folder, [other.id for other in folders[:number]])
+    told = {folder.id: (_what_goes(folder), _what_stays(folder)) for folder in folders}
+    if folders and not yes and not confirmed(_deletion_question(folders, told[folders[0].id][0])):
+        one = len(folders) == 1
+        say(f"{folders[0].id} is left as it was" if one else "all of them are left as they were")
         raise typer.Exit(1)
-    delete(folder)
-    return show(f"{run} is deleted ({what})", *besides)
+    for folder in folders:
+        delete(folder)
+        what, besides = told[folder.id]
+        show(f"{folder.id} is deleted ({what})", *besides)
+
+
+def _folders_to_delete(root: Path, names: list[str]) -> list[ExperimentFolder]:
+    from bwlm.record.catalog.select import named
+    from bwlm.record.experiment import list_experiments, open_experiment
+    from bwlm.record.grids import grid_names
+
+    known = [folder.id for folder in list_experiments(root)]
+    folders = []
+    for name in names:
+        is_several = glob.has_magic(name) or (name in grid_names(root) and name not in known)
+        ids = [run for run in named(root, name, known) if run in known] if is_several else [name]
+        folders += [open_experiment(root, run) for run in ids]
+    return folders
+
+
+def _deletion_question(folders: list[ExperimentFolder], what: str) -> str:
+    if len(folders) == 1:
+        return f"Delete {folders[0].path} ({what})?"
+    from bwlm.format import file_size
+    from bwlm.record.catalog.describe import bytes_in
+
+    size = file_size(sum(bytes_in(folder.path) for folder in folders))
+    return f"Delete {len(folders)} runs ({size}): {', '.join(folder.id for folder in folders)}?"
 
 
 def _what_goes(folder: ExperimentFolder) -> str:

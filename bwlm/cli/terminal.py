@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import re
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from bwlm.errors import UserError
-from bwlm.format import WHOLE_NUMBERS, whole_number
+from bwlm.format import WHOLE_NUMBERS, whole_number, wrapped
+from bwlm.paths import relative
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,6 +68,20 @@ def whole_option(
     return typer.Option(*names, parser=parse, metavar="<int>", help=help, min=lowest, max=highest, **options)
 
 
+def number_option(help: str, **options: Any) -> Any:
+    """Return an option that takes a number."""
+
+    def parse(text: Any) -> float:
+        try:
+            return float(text)
+        except ValueError:
+            written = text.replace(",", ".", 1)
+            point = f": write {written}" if re.fullmatch(r"\d+\.\d+", written) else ""
+            raise ValueError(f"must be a number, such as 0.5 (found {text}){point}") from None
+
+    return typer.Option(parser=parse, help=help, **{"metavar": "<float>", **options})
+
+
 _WIDEST = 1000  # columns
 _LEFT = (
     "", "id", "cell", "phase", "parent", "direction", "state", "size", "pair", "verdict", "task", "rule", "reading",
@@ -76,8 +93,25 @@ _LEADS = {"parent": "child of ", **dict.fromkeys(("id", "cell", "direction", "si
 
 
 def say(message: str) -> None:
-    """Print a message on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """Print a message on stderr, on a terminal wrapped between words; elsewhere it is one line for scripts."""
+    shown = relative(message)
+    print(wrapped(shown, _width_of_stderr()) if sys.stderr.isatty() else shown, file=sys.stderr, flush=True)
+
+
+class LogLines(logging.Handler):
+    """Handler that prints log records as other messages, so that a line of progress on stderr makes room for them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print `warning: ..`, with the logger's name where it is another library's."""
+        name = "" if record.name.split(".")[0] == "bwlm" else f"{record.name}: "
+        lead = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        say(f"{lead}{name}{self.format(record)}")
+
+
+def _width_of_stderr() -> int:
+    from rich.console import Console
+
+    return Console(stderr=True).width
 
 
 def print_json(content: Any) -> None:
@@ -122,33 +156,21 @@ def _needed(console: Console, renderable: Any) -> int:
 
 
 def show(*lines: str) -> None:
-    """Print lines on stdout as they are: a path or a command is copied in one piece."""
+    """Print lines on stdout, unwrapped: a path or a command is copied in one piece."""
     for line in lines:
-        print(line)
+        print(relative(line))
 
 
 def show_sentences(*sentences: str) -> None:
     """Print sentences on stdout, wrapped between words; what follows the first line of each is indented."""
     for sentence in sentences:
-        print(_wrapped(sentence, _console().width, "", "  "))
-
-
-def _wrapped(text: str, width: int, first: str, others: str) -> str:
-    """Return a text in lines of at most `width` columns, with no word cut; `first` and `others` begin the lines."""
-    return textwrap.fill(
-        text,
-        width,
-        initial_indent=first,
-        subsequent_indent=others,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+        print(wrapped(relative(sentence), _console().width))
 
 
 def show_heading(text: str) -> None:
     """Print a line in bold."""
     console = _console()
-    console.print(_wrapped(text, console.width, "", ""), style="bold", markup=False, soft_wrap=True)
+    console.print(wrapped(text, console.width, "", ""), style="bold", markup=False, soft_wrap=True)
 
 
 def show_text(spans: Iterable[tuple[str, bool]]) -> None:
@@ -249,7 +271,7 @@ def show_fields(title: str, fields: Sequence[tuple[str, str]]) -> None:
     show_heading(title)
     width, room = _console().width, max(len(name) for name, _ in fields)
     for name, value in fields:
-        print(_wrapped(value, width, f"  {name:{room}}  ", " " * (room + 4)))
+        print(wrapped(relative(value), width, f"  {name:{room}}  ", " " * (room + 4)))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from bwlm.cli.terminal import (
     Json,
     Set,
     Storage,
+    number_option,
     print_json,
     show_sentences,
     show_table,
@@ -45,7 +46,7 @@ def train(
         ),
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Multiplier of the learning rates of all parameter groups. Default: 1.")
+        float | None, number_option("Multiplier of the learning rates of all parameter groups. Default: 1.")
     ] = None,
     seed: Annotated[
         int | None,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from bwlm.config import Experiment
 from bwlm.errors import UserError
 from bwlm.model.compute import Compute
+from bwlm.phases import PHASES
 from bwlm.plan.spec import Cell, Plan
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.code import IDENTITY_VERSION, changed_modules
@@ -89,27 +91,58 @@ def other_settings(known: Mapping[str, Any], planned: Mapping[str, Any]) -> list
     return differences({**known, "code": ""}, {**planned, "code": ""})
 
 
-def check_same(planned: PlannedCell, changed: list[str], plan: Plan, accept_code: bool) -> None:
+def changes(known: RunConfig, requested: RunConfig) -> list[str]:
+    """List the fields besides the code in which a launch differs from an existing run, its text by name.
+
+    The tokenizer of another text is another one, and is not listed beside it.
+    """
+    one, other = known.identity, requested.identity
+    if one["data"] == other["data"]:
+        return [re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", field) for field in other_settings(one, other)]
+    places = [text_of(config.experiment) for config in (known, requested)]
+    digests = f"digest {one['data'][:12]} -> {other['data'][:12]}"
+    text = f"text: {' -> '.join(places)}" if places[0] != places[1] else f"text of {places[0]}: {digests}"
+    return [text, *other_settings(one | {"data": "", "tokenizer": ""}, other | {"data": "", "tokenizer": ""})]
+
+
+def text_of(experiment: Experiment) -> str:
+    """Return the places of a run's text, as its settings name them."""
+    if PHASES[experiment.phase].reads_documents:
+        return ", validation ".join(filter(None, [experiment.data.source, experiment.data.validation]))
+    return ", ".join(f"{name} x {weight:g}" for name, weight in experiment.data.mixture.items())
+
+
+def check_same(
+    planned: PlannedCell, changed: list[str], plan: Plan, accept_code: bool, beside: Sequence[str] = ()
+) -> None:
     """Raise `UserError` if the cell's folder holds a run with other settings, or one that other code has begun.
+
+    `beside` are the ids of other cells that have changed too: the message says how to delete all of them.
 
     `accept_code` lets today's code resume a run that other code has begun. A run that other code finished stays as it
     is, and a run without a checkpoint is trained by today's code: neither is an error.
     """
-    remove = f"remove {planned.folder.path}"
+    ids = [planned.cell.id, *(other for other in beside if other != planned.cell.id)]
+    is_whole = plan.is_grid and {*ids} == {cell.id for cell in plan.cells}
+    delete = f"delete {'it' if len(ids) == 1 else 'them'}: bwlm runs delete {plan.name if is_whole else ' '.join(ids)}"
     if not changed:
         if planned.other_code and planned.has_begun and not accept_code:
             how = planned.other_code.removeprefix("code: ")
             raise UserError(
                 f"{plan.name}: {planned.cell.id} was begun by other code ({how}): go back to that code, resume with "
-                f"this one by --accept-code, after which no report compares it with runs of one version, or {remove}"
+                f"this one by --accept-code, after which no report compares it with runs of one version, or {delete}"
             )
         return
     if plan.is_grid:
         raise UserError(
-            f"{plan.name}: cell {planned.cell.id} exists with other settings ({'; '.join(changed)}): "
-            f"give the grid another name, or {remove}"
+            f"{plan.name}: {_cells_of(ids)} with other settings ({'; '.join(changed)}): "
+            f"give the grid another name, or {delete}"
         )
-    raise UserError(f"{plan.name}: exists with other settings ({'; '.join(changed)}): take another --id, or {remove}")
+    raise UserError(f"{plan.name}: exists with other settings ({'; '.join(changed)}): take another --id, or {delete}")
+
+
+def _cells_of(ids: list[str]) -> str:
+    return f"cell {ids[0]} exists" if len(ids) == 1 else f"cell {ids[0]} and {len(ids) - 1} more exist"
 
 
 def resume_config(known: RunConfig, requested: RunConfig, begun: bool = True) -> RunConfig:

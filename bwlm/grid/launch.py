@@ -20,10 +20,10 @@ from urllib.parse import urlsplit
 from bwlm.format import counted, first_of
 from bwlm.grid.cells import (
     PlannedCell,
+    changes,
     check_same,
     counts_files_by_time,
     find_cells,
-    other_settings,
     resume_config,
     run_config,
     waiting_cells,
@@ -43,7 +43,7 @@ from bwlm.record.mlflow_store import tracking_uri
 from bwlm.record.mlflow_view import GridResult, GridSettings
 from bwlm.record.parent import link_to
 from bwlm.record.run_config import RunConfig
-from bwlm.record.tracking import Tracking
+from bwlm.record.tracking import Tracking, is_closed
 from bwlm.text.packing import Job, PackResult
 from bwlm.text.prepare import Prepared
 
@@ -62,6 +62,8 @@ class LaunchResult:
     report: Path
     tracking_uri: str
     dashboard: str | None
+    was_over: bool
+    """True if nothing was left to train."""
 
     @property
     def complete(self) -> bool:
@@ -76,11 +78,11 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     `UserError`, before anything is made, for a plan that can never work. Raises `SystemExit` with `TERMINATED`, or
     `KeyboardInterrupt`, if this process is asked to end meanwhile.
     """
+    is_new = not storage.exists()
     planned_cells = _checked_cells(plan, storage, accept_code)
     _tell_other_code(planned_cells, show)
     _tell_unchecked_text(planned_cells, show)
-    if is_over := _is_over(planned_cells):
-        show(_over_words(plan, planned_cells))
+    is_over = _is_over(planned_cells)
     with loading():
         from bwlm.grid.texts import prepare_texts
         from tasks.sources import check_sources
@@ -93,7 +95,10 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     grid_run: str | None = None
     with _only_launch(plan, storage), _no_cluster() if is_over else _cluster(plan) as capacity:
         _tell_capacity(capacity, show)
-        prepared = prepare_texts(plan, storage, partial(_run_on_cluster, plan), show)
+        if is_new:
+            show(f"new storage: {storage.name} in {storage.parent}")
+        tell = show if capacity is not None else lambda words: None  # of text that nothing is trained on
+        prepared = prepare_texts(plan, storage, partial(_run_on_cluster, plan), tell)
         home.mkdir(parents=True, exist_ok=True)
         tracking = _open_tracking(uri, storage, plan)
         for part in _ready_generations(plan, storage, show):
@@ -104,7 +109,8 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
             if capacity is not None:
                 _introduce(plan, cells, show)
                 _train(part, cells, capacity, storage, tracking, grid_run or runs[0], show)
-        show("writing the report")
+        # not before: another text under the same name is found out last
+        show(_over_words(plan, planned_cells) if is_over else "writing the report")
         with exclusive(home / "lock"):  # since another launch may end at the same moment
             return _conclude(plan, storage, tracking, grid_run, capacity)
 
@@ -116,8 +122,9 @@ def _checked_cells(plan: Plan, storage: Path, accept_code: bool) -> list[Planned
     """Return the plan's cells; raise `UserError` if a folder holds another run or an outside parent is unfinished."""
     check_writable(storage)
     planned_cells = find_cells(plan, storage)
+    changed = [planned.cell.id for planned in planned_cells if planned.changed]
     for planned in planned_cells:
-        check_same(planned, planned.changed, plan, accept_code)
+        check_same(planned, planned.changed, plan, accept_code, changed)
     ids = {cell.id for cell in plan.cells}
     for cell in plan.cells:
         if (parent := cell.experiment.parent) is not None and cell.parent not in ids:
@@ -267,7 +274,8 @@ def _open_tracking(uri: str, storage: Path, plan: Plan) -> Tracking:
 
 def _tell_capacity(capacity: Capacity | None, show: Callable[[str], None]) -> None:
     if capacity is not None:
-        dashboard = f", dashboard at http://{capacity.dashboard}" if capacity.dashboard else ""
+        asks = "it asks for the token that `ray get-auth-token` prints"
+        dashboard = f", dashboard at http://{capacity.dashboard} ({asks})" if capacity.dashboard else ""
         show(f"Ray on {capacity.cluster}, {counted(capacity.concurrency, 'cell')} at once{dashboard}")
 
 
@@ -286,15 +294,17 @@ class _Resolved:
 
 def _resolved(plan: Plan, storage: Path, prepared: dict[str, Prepared], accept_code: bool) -> list[_Resolved]:
     """Raise `UserError` where a cell exists with other settings, or a parent is not what it was."""
-    resolved = []
-    for planned in find_cells(plan, storage):
+    resolved, found = [], find_cells(plan, storage)
+    for planned in found:
         cell, parent = planned.cell, planned.cell.experiment.parent
         link = link_to(storage, parent, cell.experiment.phase, cell.id) if parent else None
         config = run_config(plan, cell, prepared[cell.id], storage, link, _compute_of(planned))
         if planned.folder.exists():
             known = planned.folder.config()
             config = resume_config(known, config, begun=planned.status.step > 0)
-            check_same(planned, other_settings(known.identity, config.identity), plan, accept_code)
+            is_text = known.identity["data"] != config.identity["data"]  # then it is that of the other cells too
+            beside = [other.cell.id for other in found if is_text and other.folder.exists()]
+            check_same(planned, changes(known, config), plan, accept_code, beside)
             config = with_code_of(known, config, planned)
         if not planned.is_done:
             from bwlm.grid.hardware import compiled_if_it_can
@@ -385,19 +395,22 @@ def _introduce_experiment(planned: PlannedCell, show: Callable[[str], None]) -> 
     """Print what a single experiment is about to do, and how it computes."""
     cell, saved = planned.cell, checkpoint_steps(planned.folder.checkpoints)
     step = planned.status.step
-    ahead = f"goes on from its checkpoint of step {saved[-1]:,}" if saved else "begins again: it has no checkpoint yet"
+    at = f"resumes from step {saved[-1]:,}" if saved else "begins again: it has no checkpoint yet"
+    stopped = "" if saved and saved[-1] == step else f", {planned.status.state} at step {step:,}"
     show(
         f"{cell.id}: {cell.experiment.direction}, depth {cell.experiment.depth}, {cell.parameters:,} parameters, "
         f"{cell.steps:,} steps of {cell.experiment.budget.batch_tokens:,} tokens"
-        + (f", {planned.status.state} at step {step:,}, {ahead}" if step and not planned.is_done else "")
+        + (f"{stopped}, {at}" if step and not planned.is_done else "")
     )
-    for line in _compute_lines(planned.folder.config()):
-        show(line)
+    show(f"  {_compute_words(planned.folder.config())}")
 
 
-def _compute_lines(config: RunConfig) -> list[str]:
-    """Return lines on how the run computes on its hardware, each with its reason."""
-    return [f"  {choice}: {reason}" for choice, reason in config.compute.reasons.items()]
+def _compute_words(config: RunConfig) -> str:
+    """Return how the run computes; `bwlm runs show` has the reasons."""
+    compute, resources = config.compute, config.experiment.resources
+    device = f"{resources.gpus_per_worker:g} GPU" if resources.gpus_per_worker else counted(compute.threads, "thread")
+    compiled = "compiled" if compute.compile else "not compiled"
+    return f"{compute.precision}, {compute.attention} attention, {compiled}, {device} a worker"
 
 
 # ---- [4] train ----
@@ -425,27 +438,41 @@ def _conclude(
     plan: Plan, storage: Path, tracking: Tracking, grid_run: str | None, capacity: Capacity | None
 ) -> LaunchResult:
     """Write the reports, close the MLflow runs and return the result."""
-    with loading():
-        from bwlm.analysis.report.study import write_experiment_report, write_grid_report
-
     planned_cells = find_cells(plan, storage)
-    for planned in track(planned_cells, "writing the reports", "runs"):
-        if planned.status.step or planned.status.ended:
-            artifacts = write_experiment_report(planned.folder, insides=not plan.is_grid)
-            artifacts += sorted((planned.folder.path / SAMPLES).glob("*.json"))
-            tracking.close_child(planned.folder, planned.status, artifacts)
+    begun = [planned for planned in planned_cells if planned.status.step or planned.status.ended]
+    # where nothing was trained, the runs and what they are compared with are as they were
+    _report([one for one in begun if capacity is not None or not _is_reported(one)], tracking, insides=not plan.is_grid)
     ids = [planned.cell.id for planned in planned_cells if planned.folder.exists()]
     home = folder_of(plan, storage) if plan.is_grid or not ids else storage / ids[-1]
     waiting = waiting_cells(planned_cells)
     dashboard = capacity.dashboard if capacity else None
-    result = LaunchResult(load_cells(storage, ids), waiting, home / REPORT, tracking.uri, dashboard)
+    cells = load_cells(storage, ids)
+    result = LaunchResult(cells, waiting, home / REPORT, tracking.uri, dashboard, was_over=capacity is None)
     if grid_run is not None:
+        with loading():
+            from bwlm.analysis.report.study import write_grid_report
         with working("writing the grid's report"):
             report = write_grid_report(storage, plan.name)
             files = [*report.files, home / GRID_FILE]
             files += [home / EARLIER] if (home / EARLIER).exists() else []
             tracking.close_parent(home, files, result.complete, _grid_result(report))
     return result
+
+
+def _is_reported(planned: PlannedCell) -> bool:
+    return (planned.folder.path / REPORT).exists() and is_closed(planned.folder, planned.status)
+
+
+def _report(cells: list[PlannedCell], tracking: Tracking, insides: bool) -> None:
+    """Write the reports of runs, and close the runs in MLflow."""
+    if not cells:
+        return
+    with loading():
+        from bwlm.analysis.report.study import write_experiment_report
+    for planned in track(cells, "writing the reports", "runs"):
+        artifacts = write_experiment_report(planned.folder, insides)
+        artifacts += sorted((planned.folder.path / SAMPLES).glob("*.json"))
+        tracking.close_child(planned.folder, planned.status, artifacts)
 
 
 def _grid_result(report: GridReport) -> GridResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bwlm.directions import TEXT_READINGS, own_readings
-from bwlm.format import clock, short_number
+from bwlm.format import clock, short_number, wrapped
 from bwlm.plan.spec import Cell
 from bwlm.progress import working
 from bwlm.record.experiment import Status
@@ -25,6 +26,12 @@ _GRID_SECONDS = 300.0
 """Least seconds between two lines of a grid, outside a terminal; cells that end get a line at once."""
 _REPORT_SECONDS = 1.0
 """Seconds that the report of a cell takes, and that of the grid, about: charts on two busy cores."""
+
+_NO_STEP = "workers start, no step yet"
+_BAR, _SHORTEST_BAR = 20, 5
+"""Columns of a cell's bar; in a narrow terminal it is shorter, and left out below the shortest."""
+_GAP = 2
+"""Columns between those of the table."""
 
 _DETAILS = (
     (
@@ -61,20 +68,22 @@ class ProgressDisplay:
         self._ended = {name: status for name, status in states.items() if status.ended}
         self._running: dict[str, dict[str, Any]] = {}
         self._console = Console(stderr=True)
-        self._began = self._told = time.monotonic()
+        self._began = self._told = self._newest = self._paced_from = time.monotonic()
+        self._heard: dict[str, float] = {}
+        """Time of each cell's newest report."""
         self._done_before = self._flops_done()
-        self._until_first_step = contextlib.ExitStack()
+        self._until_report = contextlib.ExitStack()
         self._live = Live(console=self._console, get_renderable=self._picture, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> ProgressDisplay:
         if self._console.is_terminal:
             self._live.start()
         else:
-            self._until_first_step.enter_context(working("workers start, no step yet"))
+            self._until_report.enter_context(working(_NO_STEP))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._until_first_step.close()
+        self._until_report.close()
         if self._console.is_terminal:
             self._live.stop()
 
@@ -87,13 +96,18 @@ class ProgressDisplay:
 
     def moved(self, cell: str, result: dict[str, Any]) -> None:
         """Show a cell's newest step."""
-        self._until_first_step.close()
+        self._until_report.close()
         self._running[cell] = self._running.get(cell, {}) | result
+        if not self._heard:  # the pace of steps, without the start of workers and the warm-up of the first step
+            self._paced_from, self._done_before = time.monotonic(), self._flops_done()
+        self._newest = self._heard[cell] = time.monotonic()
         if len(self._cells) == 1 and ("val_bpb" in result or time.monotonic() - self._told > _LINE_SECONDS):
             self._line(_step_words(result, self._cells[cell].steps), below=_details(self._running[cell]))
         elif len(self._cells) > 1 and time.monotonic() - self._told > _GRID_SECONDS:
             at = [f"{name} at step {now['step']}/{self._cells[name].steps}" for name, now in self._running.items()]
             self._line(f"{len(self._ended)}/{len(self._cells)} {', '.join(at)}")
+        if len(self._cells) == 1 and not self._console.is_terminal and self._validates_after(cell, result["step"]):
+            self._until_report.enter_context(working(f"step {result['step'] + 1:,} and its validation"))
 
     def broke_off(self, cell: str, step: int) -> None:
         """Show that a cell's worker died or was asked to end: another worker resumes from its last checkpoint."""
@@ -107,6 +121,7 @@ class ProgressDisplay:
         """Show how a cell ended."""
         self._running.pop(cell, None)
         self._ended[cell] = status
+        self._newest = time.monotonic()
         bpb = f", val_bpb {status.metrics['val_bpb']:.4f}" if "val_bpb" in status.metrics else ""
         bpb += f", val_reward {status.metrics['val_reward']:.3f}" if "val_reward" in status.metrics else ""
         reason = f" ({status.reason})" if status.reason else ""
@@ -119,7 +134,8 @@ class ProgressDisplay:
         left = self._seconds_left()
         remaining = f", about {clock(left)} left" if left else ""
         for line in (text + remaining, *(f"  {detail}" for detail in below)):
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            shown = wrapped(line, self._console.width) if self._console.is_terminal else line
+            self._console.print(shown, highlight=False, markup=False, soft_wrap=True)
 
     def _flops_done(self) -> float:
         steps = {name: self._cells[name].steps for name in self._ended}
@@ -127,43 +143,83 @@ class ProgressDisplay:
         return sum(_flops(self._cells[name], step) for name, step in steps.items())
 
     def _seconds_left(self) -> float | None:
+        """Return the time left at the pace from the first report to the newest; None before, and once it is over."""
         total = sum(_flops(cell, cell.steps) for cell in self._cells.values())
         done = self._flops_done()
         fresh = done - self._done_before
         if fresh <= 0 or len(self._ended) == len(self._cells):
             return None
-        reports = _REPORT_SECONDS * (len(self._cells) + 1)
-        return (time.monotonic() - self._began) * (total - done) / fresh + reports
+        ahead = (self._newest - self._paced_from) * (total - done) / fresh + _REPORT_SECONDS * (len(self._cells) + 1)
+        left = ahead - (time.monotonic() - self._newest)
+        return left if left > 0 else None
 
     def _picture(self) -> Group:
         running = dict(self._running)
+        learnt = "reward" if any("reward" in result for result in running.values()) else "loss"
+        header = ("cell", "step", learnt, "val bpb", "tokens/s")
+        rows = [self._row(name, result) for name, result in running.items()]
+        lengths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        bar = min(_BAR, self._console.width - sum(lengths) - _GAP * (len(header) + 1))
+        if bar < _SHORTEST_BAR:  # figures are never cut, and the ends of ids differ
+            bar, room = 0, self._console.width - sum(lengths[1:]) - _GAP * len(header)
+            rows = [(_ending(name, room), *figures) for name, *figures in rows]
+        table = Table(box=None, padding=(0, _GAP, 0, 0), header_style="dim")
+        for name in ("cell", "step", *([""] if bar else []), learnt, "val bpb", "tokens/s"):
+            table.add_column(name, justify="left" if name == "cell" else "right", no_wrap=True)
+        for (name, step, *figures), result in zip(rows, running.items(), strict=True):
+            drawn = [ProgressBar(self._cells[result[0]].steps, result[1]["step"], width=bar)] if bar else []
+            table.add_row(Text(name), step, *drawn, *figures)
+        single = running.values() if len(self._cells) == 1 else ()
+        details = [_fitting(detail, self._console.width) for result in single for detail in _details(result)]
+        return Group(self._head(running), table, *(Text(detail, style="dim") for detail in details))
+
+    def _head(self, running: Mapping[str, dict[str, Any]]) -> Text:
+        """Return the first line: the number of cells in each state, unless there is one cell, and the time."""
+        left, gone = self._seconds_left(), f"{clock(time.monotonic() - self._began)} gone"
+        times = [gone, *([f"about {clock(left)} left"] if left is not None else [])]
+        if not self._heard and len(self._ended) < len(self._cells):
+            times.append(_NO_STEP)
+        if len(self._cells) == 1:
+            return Text(" · ".join(times))
         failed = sum(status.state == "failed" for status in self._ended.values())
         waiting = len(self._cells) - len(self._ended) - len(running)
-        left = self._seconds_left()
-        head = Text.assemble(
+        return Text.assemble(
             (f"{len(self._ended) - failed} done", "green"),
             (f" · {failed} failed" if failed else "", "red"),
-            f" · {len(running)} running · {waiting} waiting · {clock(time.monotonic() - self._began)} gone",
-            f" · about {clock(left)} left" if left is not None else "",
+            " · ".join([f" · {len(running)} running", f"{waiting} waiting", *times]),
         )
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        learnt = "reward" if any("reward" in result for result in running.values()) else "loss"
-        for name in ("cell", "step", "", learnt, "val bpb", "tokens/s"):
-            table.add_column(name, justify="left" if name == "cell" else "right", no_wrap=True)
-        for name, result in running.items():
-            table.add_row(*self._row(name, result))
-        single = running.values() if len(self._cells) == 1 else ()
-        details = [Text(detail, style="dim") for result in single for detail in _details(result)]
-        return Group(head, table, *details)
 
-    def _row(self, name: str, result: dict[str, Any]) -> tuple[Any, ...]:
-        steps = self._cells[name].steps
-        bar = ProgressBar(total=steps, completed=result["step"], width=20)
+    def _row(self, name: str, result: dict[str, Any]) -> tuple[str, ...]:
         shown = [
             format(result[key], style) if key in result else "–"
             for key, style in ((_learnt(result), ".3f"), ("val_bpb", ".4f"), ("tokens_per_second", ",.0f"))
         ]
-        return (name, f"{result['step']}/{steps}", bar, *shown)
+        if self._is_validating(name, result):
+            shown[1] = "validating"
+        return (name, f"{result['step']}/{self._cells[name].steps}", *shown)
+
+    def _is_validating(self, name: str, result: dict[str, Any]) -> bool:
+        """Return whether the step after a cell's newest report is over, as far as its pace tells, and is validated."""
+        silent = time.monotonic() - self._heard.get(name, self._began)
+        return silent > result.get("step_seconds", math.inf) and self._validates_after(name, result["step"])
+
+    def _validates_after(self, name: str, step: int) -> bool:
+        """Return whether the next step of a cell ends with a validation."""
+        cell = self._cells[name]
+        every = cell.experiment.evaluation.every
+        return step + 1 == cell.steps or (step < cell.steps and bool(every) and (step + 1) % every == 0)
+
+
+def _ending(name: str, room: int) -> str:
+    """Return the last characters of a name that is too long for `room` columns."""
+    return name if len(name) <= room else f"…{name[1 - max(room, 2) :]}"
+
+
+def _fitting(parts: str, width: int) -> str:
+    """Return a line without its last parts, if it is too long with them."""
+    while len(parts) > width and " · " in parts:
+        parts = parts.rpartition(" · ")[0]
+    return parts
 
 
 def _flops(cell: Cell, step: int) -> float:

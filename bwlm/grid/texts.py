@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from bwlm.config import Experiment
+from bwlm.errors import UserError
+from bwlm.grid.cells import text_of
 from bwlm.phases import PHASES
 from bwlm.plan.spec import Cell, Plan, text_key
 from bwlm.record.experiment import ExperimentFolder
@@ -36,17 +38,22 @@ def prepare_texts(plan: Plan, storage: Path, run: RunJobs, show: Callable[[str],
                 known[key] = _prepare(cell.experiment, tokenizer, storage, run, show)
             except NoSource as error:
                 known[key] = _packed_before(plan, cell, storage, error)
-                show(f"{error}; using the text that was packed before")
+                show(f"note: the text that was packed before is used ({error})")
         prepared[cell.id] = known[key]
     return prepared
 
 
 def _packed_before(plan: Plan, cell: Cell, storage: Path, error: NoSource) -> Prepared:
-    """Return the text that a run with the same text has packed, for a cell whose source is gone; else raise `error`."""
+    """Return the text that a run with the same text has packed, for a cell whose source is gone; else raise `error`.
+
+    A source that is gone and that no run of the plan has read is a slip of the pen, not a text that was packed.
+    """
     for other in plan.cells:
         folder = ExperimentFolder(storage, other.id)
         if text_key(other.experiment) == text_key(cell.experiment) and folder.exists():
             config = folder.config()
+            if text_of(config.experiment) != text_of(cell.experiment):
+                raise UserError(f"{error}; {other.id} was trained on {text_of(config.experiment)}") from None
             if (packed := find_packed(storage, Path(config.corpus), config.identity["data"])) is not None:
                 tokenizer = Path(config.tokenizer)
                 loaded = Tokenizer.load(tokenizer, config.identity["tokenizer"])

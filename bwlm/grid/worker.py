@@ -21,8 +21,18 @@ from bwlm.record.lease import LeaseLost
 class RaySession:
     """Session of a worker, for the training loop. A cell with one worker reports to Tune, with several to Train."""
 
-    def __init__(self, steps: int, resources: ResourceSettings, lost_lease: Callable[[], bool] = lambda: False) -> None:
-        """Find this worker's rank and device; `steps` are the run's, `lost_lease` tells if its lease is lost."""
+    def __init__(
+        self,
+        steps: int,
+        resources: ResourceSettings,
+        lost_lease: Callable[[], bool] = lambda: False,
+        evaluate_every: int = 0,
+    ) -> None:
+        """Find this worker's rank and device.
+
+        `steps` are the run's, `evaluate_every` are those between its validations, `lost_lease` tells if its lease is
+        lost.
+        """
         import ray.train
         import ray.train.torch
         import torch
@@ -40,20 +50,24 @@ class RaySession:
             self.device = torch.device("cpu")
         self._steps = steps
         self._every = max(1, steps // 50)
+        self._evaluate_every = evaluate_every
         self._lost_lease = lost_lease
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
-        """Report every validation, the last step and about 50 further steps, the same on all ranks.
+        """Report every validation, the step before it, and about 50 further steps, the same on all ranks.
 
-        Each report costs milliseconds.
+        The step before, so that the launch can tell that a validation runs. Each report costs milliseconds.
         """
-        if step % self._every and step != self._steps and "val_bpb" not in metrics:
+        if step % self._every and "val_bpb" not in metrics and not self._is_validated(step + 1):
             return
         import ray.train
         import ray.tune
 
         send: Any = ray.tune.report if self.world == 1 else ray.train.report
         send({"step": step, **metrics})
+
+    def _is_validated(self, step: int) -> bool:
+        return step == self._steps or bool(self._evaluate_every and step % self._evaluate_every == 0)
 
     def stopping(self) -> bool:
         """Return true if this process was asked to end, or if another process has taken the run."""
@@ -131,7 +145,9 @@ def train_worker(config: dict[str, Any]) -> None:
     folder = ExperimentFolder(Path(config["storage"]), config["cell"])
     resources = ResourceSettings(**config["resources"])
     torch.set_num_threads(resources.cpus_per_worker)
-    session = RaySession(folder.config().steps, resources, lambda: folder.lost_lease)
+    own = folder.config()
+    evaluate_every = own.experiment.evaluation.every
+    session = RaySession(own.steps, resources, lambda: folder.lost_lease, evaluate_every)
     # a process that waits for the lease stops when it is asked to end, unless other workers would wait for it in turn
     give_up = session.stopping if session.world == 1 else lambda: False
     writer = folder.lease(give_up=give_up) if session.rank == 0 else contextlib.nullcontext()

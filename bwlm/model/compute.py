@@ -175,8 +175,8 @@ def _compile(wanted: bool | None, hardware: Hardware, seconds: float) -> tuple[b
     if math.isnan(seconds):
         return True, f"on: the speed of {hardware.name} is unknown, and it seldom costs more than it saves"
     saved, cost = seconds * (1 - 1 / _COMPILE_GAIN[hardware.device]), _COMPILE_SECONDS[hardware.device]
-    estimate = f"about {saved:.0f} s of {seconds:.0f} s saved, at most {cost:.0f} s spent"
-    return (True, f"on: {estimate}") if saved > 2 * cost else (False, f"off: {estimate}")
+    estimate = f"about {saved:.0f} of the {seconds:.0f} s that the steps take, and takes up to {cost:.0f} s itself"
+    return (True, f"on: it saves {estimate}") if saved > 2 * cost else (False, f"off: it would save {estimate}")
 
 
 # ---- looking at the machine ----

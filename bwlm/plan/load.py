@@ -43,6 +43,10 @@ def load_grid(path: Path, settings: list[str], storage: str | None = None) -> Pl
     return Plan(grid.name, cells, grid.launch, grid.scheduler, text)
 
 
+_FLAGS = ("phase", "parent", "direction", "depth", "lr", "seed")
+"""Settings of `bwlm train` that have a flag of their own, so that an error names the flag also where it is missing."""
+
+
 def plan_experiment(
     flags: Mapping[str, Any], settings: list[str], chosen_id: str | None, storage: str | None = None
 ) -> Plan:
@@ -52,7 +56,7 @@ def plan_experiment(
     """
     first, *following = split_phases(flags["phase"], "--phase")
     flags = dict(flags) | {"phase": first, **({"phases": {phase: {} for phase in following}} if following else {})}
-    document = override(Document("--set", flags, {name: f"--{name}" for name in flags}), settings)
+    document = override(Document("--set", flags, {name: f"--{name}" for name in (*_FLAGS, *flags)}), settings)
     document = with_whole_numbers(document, Experiment)
     for name in ("direction", "depth"):
         if PHASES[first].is_first and name not in document.content:

@@ -23,7 +23,7 @@ from bwlm.errors import UserError, nearest
 from bwlm.model.compute import Compute
 from bwlm.paths import atomic_folder, check_id, discard_unfinished, is_id, read_json, write_json
 from bwlm.phases import PHASES
-from bwlm.record.checkpoint_name import run_of
+from bwlm.record.checkpoint_name import CheckpointName, run_of
 from bwlm.record.health import DIGEST, RECORDS, check_agrees, check_seal, damage, records_of, sealed
 from bwlm.record.journal import last_entry
 from bwlm.record.lease import LEASE_SECONDS, Holder, Lease, living_holder, take, take_at_once
@@ -394,6 +394,13 @@ def open_experiment(storage: Path, experiment_id: str) -> ExperimentFolder:
             f"{experiment_id}: no such experiment in {storage}{nearest(experiment_id, known)}; see: bwlm runs list"
         )
     return folder
+
+
+def find_checkpoint(storage: Path, text: str) -> tuple[ExperimentFolder, int]:
+    """Return the run and the step of a checkpoint's name. Raises `UserError` if there is no such run or checkpoint."""
+    name = CheckpointName.parse(text)
+    folder = open_experiment(storage, name.run)
+    return folder, name.step_in(folder)
 
 
 def open_finished(storage: Path, parent: str) -> ExperimentFolder:

@@ -57,7 +57,7 @@ def follow_storage(database: Path, known: str, here: str) -> None:
         connection.execute("UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (here, known))
         below = "artifact_uri = ? || substr(artifact_uri, ?) WHERE substr(artifact_uri, 1, ?) = ?"
         connection.execute(f"UPDATE runs SET {below}", (here, len(known) + 1, len(known) + 1, f"{known}/"))
-    log.warning("the storage was moved: MLflow now finds artifacts in %s", database.parent / "mlartifacts")
+    log.info("the storage was moved: MLflow now finds artifacts in %s", database.parent / "mlartifacts")
 
 
 def ui_command(uri: str, bin_folder: Path) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
 from bwlm.errors import UserError
-from bwlm.paths import sync
+from bwlm.paths import is_id, sync
 from bwlm.record.experiment import LAUNCH, LEASE, ExperimentFolder, parents_in
 from bwlm.record.lease import Holder, take_at_once
 from bwlm.record.lineage import Lineage
@@ -22,16 +23,35 @@ _NAMED = 3
 """Number of children that an error names."""
 
 
-def check_deletable(folder: ExperimentFolder) -> None:
-    """Raise `UserError` if runs begin from this one, if a process trains it, or if its folder is a symbolic link."""
+def check_deletable(folder: ExperimentFolder, besides: Collection[str] = ()) -> None:
+    """Raise `UserError` if runs begin from this one, if a process trains it, or if its folder is a symbolic link.
+
+    `besides` are runs that are deleted before this one.
+    """
     if folder.path.is_symlink():
         raise UserError(f"{folder.path}: a symbolic link to {folder.path.readlink()}: delete link and folder by hand")
-    if children := Lineage(parents_in(folder.path.parent)).children(folder.id):
+    if children := [c for c in Lineage(parents_in(folder.path.parent)).children(folder.id) if c not in besides]:
         more = f" and {len(children) - _NAMED} more" if len(children) > _NAMED else ""
         begin = "begins from it: delete that" if len(children) == 1 else "begin from it: delete those"
         raise UserError(f"{folder.id}: {', '.join(children[:_NAMED])}{more} {begin} first")
     if holder := folder.busy_with():
         raise _is_busy(folder, holder)
+
+
+def children_first(folders: Iterable[ExperimentFolder]) -> list[ExperimentFolder]:
+    """Return the runs in an order in which they can be deleted."""
+    chosen = {folder.id: folder for folder in folders}
+    ordered: dict[str, ExperimentFolder] = {}
+
+    def add(folder: ExperimentFolder) -> None:
+        for child in Lineage(parents_in(folder.path.parent)).children(folder.id):
+            if child in chosen and child not in ordered:
+                add(chosen[child])
+        ordered.setdefault(folder.id, folder)
+
+    for folder in chosen.values():
+        add(folder)
+    return list(ordered.values())
 
 
 def delete(folder: ExperimentFolder) -> None:
@@ -60,6 +80,15 @@ def delete(folder: ExperimentFolder) -> None:
 def unfinished_deletions(storage: Path, experiment_id: str = "*") -> list[Path]:
     """Return the folders that killed processes left of runs that they deleted."""
     return sorted(storage.glob(f".{experiment_id}.{'[0-9a-f]' * 8}.deleted"))
+
+
+def is_unfinished(storage: Path, experiment_id: str) -> bool:
+    """Return whether a run is gone, but files of it are left by a deletion that was cut off."""
+    return (
+        is_id(experiment_id)
+        and not (storage / experiment_id).exists()
+        and bool(unfinished_deletions(storage, experiment_id))
+    )
 
 
 def discard_deleted(storage: Path) -> None:

@@ -231,7 +231,7 @@ class Tracking:
 
         The first failure is this launch's last attempt: the next launch makes up for all of them.
         """
-        if _noted(folder.path).get("closed") == asdict(status):
+        if is_closed(folder, status):
             return True
         return self._attempt_end(lambda: self._close_child(folder, status, artifacts))
 
@@ -406,6 +406,11 @@ def _noted(folder: Path) -> dict[str, Any]:
     """Return the content of mlflow.json: what the store has, as far as we know."""
     path = folder / "mlflow.json"
     return dict(read_json(path)) if path.exists() else {}
+
+
+def is_closed(folder: ExperimentFolder, status: Status) -> bool:
+    """Return whether the run was closed in MLflow with this end, its artifacts attached."""
+    return bool(_noted(folder.path).get("closed") == asdict(status))
 
 
 def noted_run(folder: Path) -> str | None:

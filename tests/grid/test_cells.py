@@ -11,11 +11,11 @@ import pytest
 from bwlm.config import Experiment
 from bwlm.errors import UserError
 from bwlm.grid import hardware
-from bwlm.grid.cells import PlannedCell, other_settings, resume_config, with_code_of
+from bwlm.grid.cells import PlannedCell, changes, check_same, other_settings, resume_config, with_code_of
 from bwlm.grid.hardware import compiled_if_it_can
 from bwlm.grid.launch import _tell_unchecked_text
 from bwlm.model.compute import Compute
-from bwlm.plan.spec import Cell
+from bwlm.plan.spec import Cell, LaunchSettings, Plan, SchedulerSettings
 from bwlm.record.code import IDENTITY_VERSION
 from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.fingerprint import differences, identity
@@ -99,6 +99,35 @@ def test_a_begun_run_whose_text_counted_by_time_says_that_its_text_cannot_be_che
     _tell_unchecked_text([PlannedCell(Cell("x", config.experiment, 5), folder, status, [])], lines.append)
     assert [line.partition(":")[0] for line in lines] == ["x"] * told
     assert all("data.mixture has changed since then cannot be checked" in line for line in lines)
+
+
+def test_another_text_is_told_by_name_and_the_same_name_by_short_digests() -> None:
+    known = run(data={"source": "notes"})
+    digests = known.identity | {"data": "a" * 64, "tokenizer": "b" * 64}
+    other = known.identity | {"data": "c" * 64, "tokenizer": "d" * 64}
+    known, edited = replace(known, identity=digests), replace(known, identity=other)
+    assert changes(known, edited) == ["text of notes: digest aaaaaaaaaaaa -> cccccccccccc"]
+    moved = replace(edited, experiment=run(data={"source": "letters", "validation": "held"}).experiment)
+    assert changes(known, moved) == ["text: notes -> letters, validation held"]
+    assert changes(known, replace(known, identity=digests | {"tokenizer": "d" * 64, "lr": 2.0})) == [
+        "lr: 1.0 -> 2.0",
+        "tokenizer: bbbbbbbbbbbb -> dddddddddddd",
+    ]
+
+
+def test_a_refused_launch_names_the_command_that_deletes_what_differs(tmp_path: Path) -> None:
+    planned = [
+        PlannedCell(Cell(name, run().experiment, 5), ExperimentFolder(tmp_path, name), Status(), ["lr: 1 -> 2"])
+        for name in ("a", "b", "c")
+    ]
+    plan = Plan("g", tuple(one.cell for one in planned), LaunchSettings(), SchedulerSettings(), "name: g")
+    for beside, told in (
+        ([], r"^g: cell a exists with .* or delete it: bwlm runs delete a$"),
+        (["a", "b"], r"^g: cell a and 1 more exist with .* or delete them: bwlm runs delete a b$"),
+        (["a", "b", "c"], r"^g: cell a and 2 more exist with .* or delete them: bwlm runs delete g$"),
+    ):
+        with pytest.raises(UserError, match=told):
+            check_same(planned[0], planned[0].changed, plan, accept_code=False, beside=beside)
 
 
 def test_a_compiled_run_goes_on_where_the_compiler_fails_unless_compiling_was_set(

@@ -187,7 +187,7 @@ def test_children_wait_for_a_parent_that_has_not_finished(shell: Shell, train: T
     assert answer.code == 0
     assert "talk-sft is not trained: its parent talk-base is stopped\n" in answer.err
     assert "talk-rl is not trained: its parent talk-sft is waiting\n" in answer.err
-    assert f"report     {shell.storage / 'talk-base' / 'RESEARCH_REPORT.md'}\n" in answer.out
+    assert "report  runs/talk-base/RESEARCH_REPORT.md\n" in answer.out
     assert (shell.storage / "talk-base" / "RESEARCH_REPORT.md").exists()
     assert left_in(shell.storage) == before
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,16 +25,28 @@ def cells() -> tuple[Cell, ...]:
 
 
 def seen(progress: ProgressDisplay, width: int = 120) -> str:
-    console = Console(file=io.StringIO(), force_terminal=False, width=width)
+    console = progress._console = Console(file=io.StringIO(), force_terminal=False, width=width)
     console.print(progress._picture())
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
-def test_the_picture_counts_cells_and_shows_the_running_ones(cells: tuple[Cell, ...]) -> None:
+@pytest.fixture
+def clock_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Set the time that the display sees."""
+    now = [0.0]
+    monkeypatch.setattr("bwlm.grid.progress.time.monotonic", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, seconds)
+
+
+def test_the_picture_counts_cells_and_shows_the_running_ones(
+    cells: tuple[Cell, ...], clock_at: Callable[[float], None]
+) -> None:
     before = {cell.id: Status("finished") for cell in cells[:3]} | {cells[3].id: Status("stopped", "by the scheduler")}
     progress = ProgressDisplay(cells, before)
     progress.began(cells[4].id, 0)
+    progress.moved(cells[4].id, {"step": 10})
+    clock_at(10.0)
     progress.moved(cells[4].id, {"step": 20, "train_loss_smooth": 4.5, "val_bpb": 2.3, "tokens_per_second": 23456.7})
     progress.began(cells[5].id, 0)
     progress.ended(cells[6].id, Status("failed", "loss nan"))
@@ -43,6 +57,71 @@ def test_the_picture_counts_cells_and_shows_the_running_ones(cells: tuple[Cell, 
     assert f"{cells[5].id}   0/40" in shown
     assert "left" in shown
     assert all(len(line.rstrip()) <= 80 for line in seen(progress, width=80).splitlines())
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_no_figure_is_cut_and_rows_stay_apart_in_a_narrow_terminal(width: int) -> None:
+    """Ids of a grid differ at their ends; the bar gives its room first."""
+    cells = load_grid(ROOT / "grids" / "tour.yaml", []).cells
+    pair = [cell for cell in cells if cell.id.endswith(("backward_d2_lr1_s0-sft_init_lr_frac0.05", "_init_lr_frac0.5"))]
+    progress = ProgressDisplay(cells, {})
+    for cell in pair[:2]:
+        progress.began(cell.id, 0)
+        progress.moved(cell.id, {"step": 1, "train_loss_smooth": 4.5, "val_bpb": 2.3, "tokens_per_second": 123456.7})
+    heading, *rows = seen(progress, width).splitlines()[-3:]
+    assert heading.split() == ["cell", "step", "loss", "val", "bpb", "tokens/s"]
+    assert all(row.split()[-3:] == ["4.500", "2.3000", "123,457"] for row in rows)
+    assert len({row.split()[0] for row in rows}) == len(rows) == 2
+    assert all(len(row.rstrip()) <= width for row in (heading, *rows))
+
+
+def test_one_model_has_no_counts_and_its_validation_is_named(
+    cells: tuple[Cell, ...], clock_at: Callable[[float], None]
+) -> None:
+    progress = ProgressDisplay(cells[:1], {})
+    assert seen(progress).startswith("0:00 gone · workers start, no step yet\n")
+    progress.began(cells[0].id, 0)
+    progress.moved(cells[0].id, {"step": 38, "step_seconds": 2.0})
+    clock_at(2.0)
+    progress.moved(cells[0].id, {"step": 39, "step_seconds": 2.0})
+    clock_at(3.0)
+    assert "validating" not in seen(progress), "its last step runs"
+    clock_at(5.0)
+    assert "39/40" in seen(progress)
+    assert "validating" in seen(progress)
+    progress.moved(cells[0].id, {"step": 40, "step_seconds": 2.0, "val_bpb": 2.3})
+    assert "validating" not in seen(progress)
+
+
+def test_outside_a_terminal_a_validation_is_named_too(cells: tuple[Cell, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("bwlm.grid.progress.working", lambda doing: contextlib.nullcontext(told.append(doing)))
+    with ProgressDisplay(cells[:1], {}) as progress:
+        progress.began(cells[0].id, 0)
+        for step in (18, 38, 39):
+            progress.moved(cells[0].id, {"step": step})
+    assert told == ["workers start, no step yet", "step 40 and its validation"]
+
+
+def test_the_time_left_never_grows_while_nothing_is_heard(
+    cells: tuple[Cell, ...], clock_at: Callable[[float], None]
+) -> None:
+    """A long validation lets no report come: the estimate runs down, and then there is none."""
+    progress = ProgressDisplay(cells[:1], {})
+    progress.began(cells[0].id, 0)
+    assert progress._seconds_left() is None
+    clock_at(100.0)  # workers started
+    progress.moved(cells[0].id, {"step": 1})
+    assert progress._seconds_left() is None, "a single report tells no pace"
+    clock_at(138.0)
+    progress.moved(cells[0].id, {"step": 39})
+    left = progress._seconds_left()
+    assert left is not None
+    for gone in (1.0, 5.0):
+        clock_at(138.0 + gone)
+        assert progress._seconds_left() == pytest.approx(left - gone)
+    clock_at(138.0 + left)
+    assert progress._seconds_left() is None
 
 
 def test_elsewhere_a_line_for_each_cell_that_ends(cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,6 +137,7 @@ def test_elsewhere_a_line_for_each_cell_that_ends(cells: tuple[Cell, ...], capsy
 def test_a_cell_that_is_taken_up_again_is_told(cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressDisplay(cells, {}) as progress:
         progress.began(cells[0].id, 0)
+        progress.moved(cells[0].id, {"step": 10})
         progress.moved(cells[0].id, {"step": 20, "val_bpb": 2.5})
         progress.broke_off(cells[0].id, 20)
         progress.began(cells[0].id, 20)
@@ -103,7 +183,8 @@ def test_what_an_earlier_launch_did_is_not_counted_as_speed(
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     progress = ProgressDisplay(cells[:1], {})
-    progress.began(cells[0].id, 20)
+    progress.began(cells[0].id, 10)
+    progress.moved(cells[0].id, {"step": 20})
     now[0] = 60.0
     progress.moved(cells[0].id, {"step": 30})  # ten of its forty steps in a minute, ten are left
     left = progress._seconds_left()
@@ -142,3 +223,5 @@ def test_the_picture_of_a_single_experiment_has_its_figures_below(cells: tuple[C
     *_, learns, takes = seen(progress).splitlines()
     assert learns.strip() == "grad norm 0.5"
     assert takes.strip() == "MFU 25.0% · 2.05k tokens"
+    *_, takes = seen(progress, width=20).splitlines()
+    assert takes.strip() == "MFU 25.0%", "the last figures go first"

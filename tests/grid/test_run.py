@@ -100,7 +100,11 @@ def test_a_grid_trains_compares_reports_and_runs_once(
         without_ray.setattr("bwlm.cluster.session.open_cluster", None)
         plan = load_grid(path, ["compute.compile=true"])  # nothing is left that a compiler is needed for
         again = run_plan(plan, storage, told.append)
-    assert again.cells == result.cells
+        slip = load_grid(path, ["data.source=/nowhere"])  # its packed text is not used instead: it is another's
+        with pytest.raises(UserError, match=r"/nowhere does not exist: .*; g_forward_d1_lr1_s0 was trained on /"):
+            run_plan(slip, storage, told.append)
+    assert (again.cells, again.was_over, result.was_over) == (result.cells, True, False)
+    assert len(told) == 1
     assert told[0].startswith("g: already finished, 9 cells. To train all anew, take another name in its file; ")
     assert files(storage) == before
     assert len(next(iter(mlflow_children(storage).values()))) == 9

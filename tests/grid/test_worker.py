@@ -109,6 +109,18 @@ def test_a_part_of_a_gpu_has_its_part_of_the_memory(new_run: NewRun, monkeypatch
     assert limited == [(0.1, "cuda:0")]
 
 
+@pytest.mark.parametrize(("every", "told"), [(0, [100, 149, 150]), (40, [39, 40, 79, 80, 100, 119, 120, 149, 150])])
+def test_the_step_before_a_validation_is_reported(every: int, told: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a person sees that a validation runs, also where steps are reported seldom."""
+    heard: list[int] = []
+    monkeypatch.setattr("ray.tune.report", lambda result: heard.append(result["step"]))
+    session = worker.RaySession(150, ResourceSettings(), evaluate_every=every)
+    session._every = 100
+    for step in range(1, 151):
+        session.report(step, {"val_bpb": 1.0} if step == 150 or (every and step % every == 0) else {})
+    assert heard == told
+
+
 def test_an_end_that_cannot_be_noted_is_raised_for_tune_to_count(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

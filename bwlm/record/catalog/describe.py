@@ -26,6 +26,10 @@ _OF_THE_PHASE = {"phase", "parent"}
 """Settings in which a child differs from its parent in any case."""
 
 
+_OF_DOCUMENTS = {f"data.{name}" for name in ("source", "text_column", "validation", "shuffle")}
+_OF_CONVERSATIONS = {f"data.{name}" for name in ("mixture", "skip_invalid", "reversal")}
+"""Settings that phases of the other kind of text do not read."""
+
 _TOO_MANY = 4
 """Number of a grid's leaves from which they are shown as one, beside other families."""
 
@@ -190,16 +194,18 @@ def _readable_config(storage: Path, run: str) -> RunConfig | None:
 
 
 def _changed(parent: RunConfig, child: RunConfig) -> dict[str, dict[str, Any]]:
-    """Return the settings that differ from the parent's, by name."""
+    """Return the settings that differ from the parent's, by name: of those that the child's phase reads."""
     old, new = (_settings(config) for config in (parent, child))
-    names = sorted(old.keys() | new.keys())
+    phase = PHASES[child.experiment.phase]
+    unread = _OF_CONVERSATIONS if phase.reads_documents else _OF_DOCUMENTS
+    names = sorted(name for name in old.keys() | new.keys() if name not in unread)
     return {n: {"parent": old.get(n), "own": new.get(n)} for n in names if old.get(n) != new.get(n)}
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     """Return the settings flat, with the steps as they were resolved."""
     flat: dict[str, Any] = {"steps": config.steps}
-    for name, value in config.experiment.model_dump(exclude=_OF_THE_PHASE).items():
+    for name, value in config.experiment.model_dump(exclude=_OF_THE_PHASE | {"resources"}).items():
         flat |= {f"{name}.{inner}": value[inner] for inner in value} if isinstance(value, dict) else {name: value}
     return flat
 

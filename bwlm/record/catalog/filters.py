@@ -14,13 +14,16 @@ from typing import get_args
 from bwlm.directions import DIRECTIONS
 from bwlm.errors import UserError, nearest
 from bwlm.phases import PHASES, order
-from bwlm.record.catalog.rows import CellRow
+from bwlm.record.catalog.rows import FIGURES, CellRow
 from bwlm.record.experiment import State
 
 WORDS = ("id", "phase", "direction", "parent", "state")
 NUMBERS = ("depth", "lr", "seed", "step")
 METRICS = ("val_bpb", "val_bpb_forward", "val_bpb_backward", "val_loss", "val_reward", "tokens_per_second")
 """Metrics that are known also if no run has them yet."""
+
+_METRIC_OF = {heading: metric for heading, (metric, _) in FIGURES.items()} | {"reward": "val_reward"}
+"""Metrics by the headings that lists of runs give them."""
 
 _ONE_OF = {"phase": tuple(PHASES), "direction": tuple(DIRECTIONS), "state": get_args(State)}
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -53,7 +56,7 @@ def value_of(cell: CellRow, field: str) -> str | float | None:
     if field in WORDS or field in NUMBERS:
         value: str | float = getattr(cell, field)
         return value
-    return cell.metrics.get(field)
+    return cell.metrics.get(_METRIC_OF.get(field, field))
 
 
 def choose_cells(cells: list[CellRow], where: Iterable[str], sort: str | None) -> list[CellRow]:
@@ -116,7 +119,7 @@ def _number(text: str, value: str) -> float:
 
 
 def _check_field(option: str, field: str, metrics: Iterable[str]) -> None:
-    known = [*WORDS, *NUMBERS, *sorted(metrics)]
+    known = [*WORDS, *NUMBERS, *_METRIC_OF, *sorted(metrics)]
     if field not in known:
         besides = ", ".join((*WORDS, *NUMBERS))
         raise UserError(f"{option} {field}: unknown field{nearest(field, known)}: use one of {besides}, or a metric")

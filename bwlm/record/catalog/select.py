@@ -22,14 +22,15 @@ def choose(storage: Path, names: list[str], damaged: bool = False) -> tuple[list
     match, and if none can be read.
     """
     known = [folder.id for folder in list_experiments(storage)]
-    ids = dict.fromkeys(run for name in names for run in _named(storage, name, known))
+    ids = dict.fromkeys(run for name in names for run in named(storage, name, known))
     chosen, left_out = readable((ExperimentFolder(storage, run) for run in ids), damaged)
     if not chosen:
         raise UserError("; ".join(left_out) or f"{', '.join(names)}: holds no cell: name another grid or run")
     return chosen, left_out
 
 
-def _named(storage: Path, name: str, known: list[str]) -> list[str]:
+def named(storage: Path, name: str, known: list[str]) -> list[str]:
+    """Return the ids that a name stands for, of the `known` runs or of a grid's cells. Raises `UserError` for none."""
     if name in known:
         return [name]
     grids = grid_names(storage)
