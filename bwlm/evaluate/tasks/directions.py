@@ -1,4 +1,4 @@
-"""What a model loses in the other direction: its scores in two readings of the same items, paired item by item."""
+"""Difference between the scores of two readings of the same items, paired item by item: what a direction costs."""
 
 from __future__ import annotations
 
