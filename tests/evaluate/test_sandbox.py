@@ -8,15 +8,16 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from bwlm.errors import RunError, UserError
-from bwlm.evaluate import sandbox
+from bwlm.evaluate import sandbox, sandbox_supervisor
 from bwlm.evaluate.sandbox import Isolation, Limits, ProgramRun, find_isolation, run_program, run_programs
 
 LIMITS = Limits(cpu_seconds=1, wall_seconds=20, memory_bytes=2**28, file_bytes=2**20, processes=8)
@@ -270,6 +271,21 @@ def test_files_of_others_are_not_there(run: Run, isolation: Isolation, tmp_path:
         assert run(f"open({folder!r} + '/mine', 'w')").outcome == "failed"
 
 
+def test_a_folder_that_all_may_write_to_is_read_only_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An ordinary user's Python may lie in a folder of that user, and a program is that user."""
+    isolation = find_isolation()
+    if not isolation.own_files:
+        pytest.skip("this protection does not hold, and says so")
+    if not _OF_THE_SYSTEM.exists():
+        pytest.skip(f"needs {_OF_THE_SYSTEM}")
+    tmp_path.chmod(0o777)
+    monkeypatch.setattr(sandbox, "_python", lambda: str(_OF_THE_SYSTEM.resolve()))
+    monkeypatch.setattr(sandbox, "_prefix", lambda: str(tmp_path))
+    ran = run_program(f"import os; os.listdir({str(tmp_path)!r}); open('{tmp_path}/mine', 'w')", LIMITS, isolation)
+    assert "Read-only file system" in ran.detail
+    assert not list(tmp_path.iterdir())
+
+
 def test_memory_hunger_ends(run: Run) -> None:
     ran = run("x = [bytearray(2**24) for _ in range(1000)]")
     assert (ran.outcome, ran.detail) in [("failed", "MemoryError"), ("failed", "too much: memory")]
@@ -310,8 +326,14 @@ def test_sigterm_can_be_ignored_and_changes_nothing(run: Run) -> None:
 
 
 def test_a_sleeper_ends(run: Run) -> None:
-    ran = run("import time; time.sleep(600)", wall_seconds=0.5)
+    program = """
+        import signal, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(60)
+    """
+    ran = run(program, wall_seconds=0.5)
     assert (ran.outcome, ran.detail) == ("timeout", "over 0.5 s")
+    assert ran.wall_seconds < 30
 
 
 def test_a_huge_file_is_not_written(run: Run) -> None:
@@ -363,6 +385,51 @@ def test_a_program_ends_when_the_evaluation_dies(isolation: Isolation, marker: s
         os.sched_yield()
 
 
+@pytest.mark.parametrize(
+    ("processes", "cpu_seconds", "memory", "seconds", "told"),
+    [
+        (8, 0.9, 2**28, 19, ""),
+        (9, 0.9, 2**28, 19, "processes"),
+        (8, 1.0, 2**28, 19, "CPU time"),
+        (8, 0.9, 2**28 + 1, 19, "memory"),
+        (8, 0.9, 2**28, 20, "time"),
+    ],
+)
+def test_each_limit_is_watched(
+    processes: int, cpu_seconds: float, memory: int, seconds: float, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's own limits come first in most cases, but not on every machine."""
+    use = sandbox_supervisor._Use(processes, cpu_seconds, memory)
+    monkeypatch.setattr(sandbox_supervisor, "_use_below", lambda pid, helpers: use)
+    job = sandbox_supervisor.Job("", "", "", "", **asdict(LIMITS), namespaces=True, own_files=True)
+    reading, writing = os.pipe()
+    try:
+        watch = sandbox_supervisor._Watch(job, os.getpid(), reading, time.monotonic() - seconds)
+        assert watch._limit() == told
+        os.close(watch._ended)
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_all_processes_below_are_counted() -> None:
+    """A child and its own child, which burn no CPU time; a helper does not count."""
+    inner = "import sys; print(1, flush=True); sys.stdin.read()"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {inner!r}])"
+    command = [sys.executable, "-S", "-c", outer]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.read(1) == b"1"
+        below = sandbox_supervisor._below(child.pid)
+        assert len(below) == 1
+        assert {child.pid, *below} <= set(sandbox_supervisor._below(os.getpid()))
+        use = sandbox_supervisor._use_below(child.pid, 0)
+        assert (use.processes, sandbox_supervisor._use_below(child.pid, 1).processes) == (1, 0)
+        assert use.memory_bytes > 2**20
+        assert child.stdin is not None
+        child.stdin.close()
+
+
 # ---- many programs ----
 
 
@@ -382,12 +449,14 @@ def test_a_program_that_waited_runs_once_more_alone(monkeypatch: pytest.MonkeyPa
 
     def ran(program: str, limits: Limits, isolation: Isolation) -> ProgramRun:
         started.append(program)
-        return {"slow": worked, "idle": waited}.get(program, waited if started.count(program) == 1 else passed)
+        return {"fine": passed, "slow": worked, "idle": waited}.get(
+            program, waited if started.count(program) == 1 else passed
+        )
 
     monkeypatch.setattr(sandbox, "run_program", ran)
-    runs = run_programs(["busy", "slow", "idle"], LIMITS, workers=1)
-    assert [run.outcome for run in runs] == ["passed", "timeout", "timeout"]
-    assert started == ["busy", "slow", "idle", "busy", "idle"]
+    runs = run_programs(["fine", "busy", "slow", "idle"], LIMITS, workers=1)
+    assert [run.outcome for run in runs] == ["passed", "passed", "timeout", "timeout"]
+    assert started == ["fine", "busy", "slow", "idle", "busy", "idle"]
 
 
 def test_a_machine_that_allows_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,6 +470,11 @@ def test_a_machine_that_allows_nothing_is_refused(monkeypatch: pytest.MonkeyPatc
             find_isolation()
     finally:
         find_isolation.cache_clear()
+
+
+def test_what_is_said_to_hold_was_measured(isolation: Isolation) -> None:
+    devices = {name for _, name in socket.if_nameindex()}
+    assert isolation.no_network == (isolation.namespaces or devices <= {"lo"})
 
 
 def test_what_does_not_hold_is_said() -> None:
