@@ -152,17 +152,17 @@ def test_the_interval_of_one_seed_holds_the_truth_over_items(a: float, b: float,
 
 # Coverage
 
-LOWEST, HIGHEST = 93.0, 97.5  # percent of studies whose interval holds the truth
-NOISE = 1.3  # percentage points: four standard errors of a share of 95 % over 2000 draws, rarer than 1 in 15,000
+# Percent of studies whose interval holds the truth. In 10,000 draws the cases below lie in 94.8 .. 97.4; the error of a
+# share over 2,000 draws is 0.5 and 0.4 there, and the bounds are three of these away.
+LOWEST, HIGHEST = 93.3, 98.6
 
 
 @pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("spread", SPREADS)
 def test_intervals_hold_the_truth_of_further_seeds_and_items(seeds: int, spread: int) -> None:
-    draws = 2000
-    assert pytest.approx(100 * 2.6 * math.sqrt(0.05 * 0.95 / draws), abs=0.1) == NOISE
-    for found in coverage(Case(seeds, 100, spread, (0.5, 0.6)), draws):
-        assert LOWEST - NOISE <= found <= HIGHEST + NOISE
+    """Small tasks, where the approximation is worst; docs/statistics.md has all cases, from the slow test below."""
+    for found in coverage(Case(seeds, 100, spread, (0.5, 0.6)), 2000):
+        assert LOWEST <= found <= HIGHEST
 
 
 def test_an_interval_over_items_alone_would_not() -> None:
