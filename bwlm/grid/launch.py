@@ -95,10 +95,10 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     grid_run: str | None = None
     with _only_launch(plan, storage), _no_cluster() if is_over else _cluster(plan) as capacity:
         _tell_capacity(capacity, show)
-        if is_new:
-            show(f"new storage: {storage.name} in {storage.parent}")
         tell = show if capacity is not None else lambda words: None  # of text that nothing is trained on
         prepared = prepare_texts(plan, storage, partial(_run_on_cluster, plan), tell)
+        if is_new:  # now that it is made: a fault of the text leaves none
+            show(f"new storage: {storage.name} in {storage.parent}")
         home.mkdir(parents=True, exist_ok=True)
         tracking = _open_tracking(uri, storage, plan)
         for part in _ready_generations(plan, storage, show):

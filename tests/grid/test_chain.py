@@ -157,9 +157,12 @@ def test_a_malformed_conversation_is_told_and_nothing_is_half_made(
         file.writelines(f"{json.dumps(line)}\n" for line in lines)
     answer = train("base,mid", "talk")
     assert (answer.code, answer.out) == (2, "")
-    assert f"bwlm: data.mixture: {talks}: {len(lines)} of {80 + len(lines)} conversations cannot be used:" in answer.err
+    assert (
+        f"bwlm: data.mixture: {talks.name}: {len(lines)} of {80 + len(lines)} conversations cannot be used:"
+        in answer.err
+    )
     [fault] = [line for line in answer.err.splitlines() if told in line]
-    assert str(talks) in fault
+    assert talks.name in fault
     assert answer.err.splitlines()[-1].startswith("repair the file, or set data.skip_invalid=true")
     assert "Traceback" not in answer.err
     assert left_in(shell.storage) == set()

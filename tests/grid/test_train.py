@@ -74,6 +74,7 @@ def test_an_experiment_is_a_cell_without_a_grid(
     first = next(index for index, line in enumerate(told) if line.startswith("step 6/12, loss "))
     assert re.fullmatch(r"\w+, \w+ attention, (not )?compiled, \d+ threads? a worker", told[begin + 1])
     assert first > begin + 1
+    assert told.count(f"new storage: storage in {tmp_path}") == 1
     assert ", val_bpb " in told[first]
     assert " tokens/s" in told[first]
     assert "finished" in out
