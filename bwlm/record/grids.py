@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import time
 from pathlib import Path
@@ -60,7 +61,9 @@ def keep_report(storage: Path, name: str, ids: list[str]) -> None:
                 shutil.copyfile(file, folder / file.name)
         for page in folder.glob(f"{Path(REPORT).stem}.*"):  # its command repeats the grid of that launch
             own = f"grids/{name}/{EARLIER}/{kept.name}/{GRID_FILE}"
-            page.write_bytes(page.read_bytes().replace(f"grids/{name}/{GRID_FILE}".encode(), own.encode()))
+            text = page.read_text("utf-8").replace(f"grids/{name}/{GRID_FILE}", own)
+            text = re.sub(rf'(\]\(|href="){EARLIER}/', r"\1../", text)  # links to still earlier reports
+            page.write_text(text, "utf-8")
 
 
 def _known_cells(storage: Path, name: str) -> list[str]:

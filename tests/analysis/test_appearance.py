@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bwlm.analysis.charts.losses import gap_chart, learning_curves, transfer_chart
 from bwlm.analysis.charts.style import WIDTHS, layers_in_order, write_chart
-from bwlm.analysis.commands.gap import GAP_HEADER, gap_columns, gap_frame, gap_line, gap_sentence
+from bwlm.analysis.commands.gap import GAP_HEADER, gap_columns, gap_frame, gap_sentence
 from bwlm.analysis.commands.layers import over_time
 from bwlm.analysis.commands.representations import representations
 from bwlm.analysis.commands.result import frame_to_markdown, markdown_table
@@ -48,14 +48,14 @@ def test_sentence_table_and_chart_tell_a_gap_with_one_sign(losses: tuple[list[fl
     [bar] = gap_frame([found]).to_dict("records")
     assert bar["gap"] == pytest.approx(truth)
     ahead = "forward" if truth > 0 else "backward"
-    for sentence in (gap_sentence(found), gap_line(found, 3)):
-        assert first_number(sentence) == float(row["gap (nats)"])
-        assert f"({row['gap (%)']} %)" in sentence
-        assert row["pair"] in sentence
-        if found.seed_interval:
-            assert row["95 % over seeds"] in sentence
-        if abs(truth) > 1e-9:
-            assert f"{ahead} has the lower loss" in sentence
+    sentence = gap_sentence(found)
+    assert first_number(sentence) == float(row["gap (nats)"])
+    assert f"({row['gap (%)']} %)" in sentence
+    assert row["pair"] in sentence
+    if found.seed_interval:
+        assert row["95 % over seeds"] in sentence
+    if abs(truth) > 1e-9:
+        assert f"{ahead} has the lower loss" in sentence
 
 
 def test_the_axis_of_gaps_says_which_direction_is_ahead_on_which_side() -> None:
@@ -133,6 +133,7 @@ def test_transfer_has_no_row_without_a_point(folders: list[ExperimentFolder], tm
     path = write_chart(transfer_chart(pd.DataFrame(rows), "Transfer"), tmp_path / "transfer.svg")
     labels = [text.text for text in ET.parse(path).getroot().iter("{http://www.w3.org/2000/svg}text")]
     models = [label for label in labels if label and " model" in label]
+    assert {"read", "forward", "backward"} <= set(labels)  # the legend of the points' colours
     assert models == ["forward model", "backward model", "forward model, lr 2", "backward model, lr 4"]
     assert all("||" not in line.replace(" ", "") for table in transfer(folders).tables() for line in table.splitlines())
 
@@ -160,6 +161,26 @@ def test_charts_follow_a_readers_dark_mode(tmp_path: Path) -> None:
     used = set(re.findall(r'(?:fill|stroke)="(#\w+|white)"', svg.split("</style>")[1]))
     assert used <= set(dark)  # else it would be black on black
     assert '<meta name="viewport"' in page
+    style = page.index("@media (prefers-color-scheme:dark)")
+    assert style < page.index("<script"), "inside a script no browser reads it"
+    assert "svg.marks{background:none!important;max-width:100%" in page
+
+
+@pytest.mark.parametrize("size", ["d1", "d12 model.sequence_length=4096"])
+def test_a_wider_font_does_not_cut_the_label_of_a_gap(size: str, tmp_path: Path) -> None:
+    """A browser without Arial draws a letter up to 1.2 pixels wider than the chart was laid out for."""
+    found = gaps(flat_table({"forward": [3.0], "bidirectional": [3.1]}, size), resamples=2)
+    root = ET.parse(write_chart(gap_chart(gap_frame(found), "g"), tmp_path / "g.svg")).getroot()
+    label = f"{size}: forward → bidirectional"
+    assert label in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    narrow = gap_chart(gap_frame(found).assign(pair="d"), "g")
+    less = ET.parse(write_chart(narrow, tmp_path / "narrow.svg")).getroot()
+    wider = float(root.attrib["width"]) - float(less.attrib["width"])
+    assert wider > _ARIAL * len(label) + 1.2 * len(label) - 16 - 20
+
+
+_ARIAL = 5.2
+"""Mean width of a letter of Arial at 11 pixels."""
 
 
 def test_the_page_fits_narrow_and_dark_screens(tmp_path: Path) -> None:
@@ -173,3 +194,22 @@ def test_the_page_fits_narrow_and_dark_screens(tmp_path: Path) -> None:
     assert '<div class="wide"><table>' in page
     assert re.search(r'<div class="wide"><img src="data:image/svg\+xml;base64,[^>]*></div>', page)
     assert ".wide{overflow-x:auto" in page
+
+
+def test_the_page_links_to_its_sections_and_folds_those_that_few_need(tmp_path: Path) -> None:
+    text = "# T\n\nA line.\n\n## Verdict\n\none\n\n## Rates & more\n\ntwo\n\n## Cost\n\nthree\n"
+    page = to_page(text, tmp_path, "T", folded=["Rates & more"])
+    nav = re.search(r"<nav>(.*?)</nav>", page, re.DOTALL)
+    assert nav
+    assert page.index("A line.") < nav.start() < page.index("<h2")
+    assert re.findall(r'<a href="#([^"]+)">([^<]+)</a>', nav[1]) == [
+        (anchor, name)
+        for anchor, name in zip(
+            re.findall(r'<h2 id="([^"]+)"', page), ("Verdict", "Rates &amp; more", "Cost"), strict=True
+        )
+    ]
+    [folded] = re.findall(r"<details><summary>(.*?)</details>", page, re.DOTALL)
+    assert ">Rates &amp; more</h2></summary>" in folded
+    assert "two" in folded
+    assert "three" not in folded
+    assert "<nav>" not in to_page("# T\n\nno section\n", tmp_path, "T")

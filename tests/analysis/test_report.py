@@ -21,7 +21,7 @@ from bwlm.analysis.charts.style import save_chart
 from bwlm.analysis.commands.gap import GAP_HEADER, gap_columns, gap_metrics
 from bwlm.analysis.commands.result import frame_to_markdown, markdown_table
 from bwlm.analysis.report.output import write_report
-from bwlm.analysis.report.sections import cost_section, data_section
+from bwlm.analysis.report.sections import configuration_section, cost_section, data_section
 from bwlm.analysis.report.study import LOSSES, PAGE, write_experiment_report, write_grid_report
 from bwlm.analysis.runs.audit import crossing_words
 from bwlm.analysis.runs.findings import find
@@ -136,12 +136,12 @@ def test_seeds_that_chose_the_rate_are_counted(tmp_path: Path, choosers: int, ve
 def test_the_report_gives_verdicts_in_words(written: tuple[str, list[Path]]) -> None:
     text, files = written
     assert files[0].name == REPORT
-    assert re.search(r"- d1, forward → backward: \*\*different\*\* \(paired t over 4 seeds, p = ", text)
+    assert re.search(r"- d1, forward → backward: \*\*different\*\*, paired t over 4 seeds, p = ", text)
     assert re.search(r"- d1, forward → bidirectional: \*\*different\*\*", text)
-    assert "- d2, forward → backward: **too few seeds to tell** (1 paired seed, a verdict needs 3)" in text
+    assert "- d2, forward → backward: **too few seeds to tell**, 1 paired seed, a verdict needs 3\n" in text
     # (1.0 + 1.1 + 1.0 + 1.1) / 4 nats a window of 10 tokens
     row = next(line for line in text.splitlines() if line.startswith("| d1 | forward → backward"))
-    assert "| 4 | +0.1050 |" in row
+    assert "| **different** | 4 | +0.1050 |" in row
     charts = {"curves.svg", "curves.html", "gaps.svg", "gaps.html", "compare.svg", "transfer.svg"}
     assert {file.name for file in files} == {REPORT, PAGE, LOSSES, *charts}
     assert all(f"({name})" in text for name in charts)
@@ -185,7 +185,7 @@ def test_a_verdict_says_how_few_seeds_chose_its_rate(
     assert (found.choosing_seeds, found.verdict) == (choosing_seeds, verdict)
     few = verdict == "too few seeds chose the rate"
     seeds = "1 seed" if choosing_seeds == 1 else f"{choosing_seeds} seeds"
-    assert (f"**{verdict}** (the rate was chosen by {seeds}, a verdict needs 3)" in text) is few
+    assert (f"**{verdict}**, the rate was chosen by {seeds}, a verdict needs 3" in text) is few
     assert ("but without the choice of rates" in text) is few
     assert f"**{verdict}** |" in text
 
@@ -255,6 +255,25 @@ def test_the_report_tells_audit_cost_and_how_to_repeat_it(written: tuple[str, li
     assert "<table>" in page
     assert 'src="c' not in page
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)
+
+
+def test_settings_stand_in_a_column_for_each_phase(tmp_path: Path) -> None:
+    """And a setting that nobody gave is told in words; digests of parents say nothing to a reader."""
+    none = {"model.kv_heads": None, "optim.warmup_steps": None}
+    base, rl = (
+        make_cell(tmp_path, "forward", **none),
+        make_cell(tmp_path, "forward", phase="rl", **none | {"rl.samples": 8}),
+    )
+    [title, lineage, table] = configuration_section([base, rl])
+    assert title == "## Configuration and lineage"
+    assert lineage.startswith("2 runs (base, rl), children of the MLflow run g; `bwlm runs tree` shows")
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert rows[0] == ["setting", "base", "rl"]
+    by_name = {name: values for name, *values in rows}
+    assert by_name["model.kv_heads"] == ["as many as query heads"] * 2
+    assert by_name["optim.warmup_steps"] == ["40, but at most a tenth of the run"] * 2
+    assert by_name["rl.samples"] == ["–", "8"]
+    assert "parent" not in by_name
 
 
 def test_no_difference_is_said_where_the_seeds_disagree(tmp_path: Path) -> None:
@@ -401,7 +420,6 @@ def test_a_cell_of_other_text_silences_its_own_pairs_only(tmp_path: Path) -> Non
 
 def test_the_report_says_on_how_much_text_it_stands(written: tuple[str, list[Path]]) -> None:
     text, _ = written
-    assert re.search(r"- d1, forward → backward: .*\), on 12 documents in 12 windows: gap ", text)
     assert "Verdict (on the test half: d1 on 12 documents in 12 windows, d2 on 12 documents in 12 windows)" in text
     assert "a long document can have windows in\nboth" in text
     assert "too few to resample" not in text
@@ -495,13 +513,16 @@ def test_a_launch_of_other_cells_keeps_the_report_before_it(tmp_path: Path) -> N
     second = launch(many, "many")
     [kept] = earlier_reports(tmp_path, "g")
     assert kept.read_text() == first.replace("grids/g/grid.yaml", f"grids/g/earlier/{kept.parent.name}/grid.yaml")
-    assert f"`grids/g/earlier/{kept.parent.name}/RESEARCH_REPORT.md`" in second
+    assert f"[{kept.parent.name}](earlier/{kept.parent.name}/RESEARCH_REPORT.md)" in second
+    assert f'href="earlier/{kept.parent.name}/RESEARCH_REPORT.html"' in (home / PAGE).read_text()
     assert {path.name for path in kept.parent.iterdir()} == {path.name for path in home.iterdir() if path.is_file()}
     assert ((kept.parent / "grid.yaml").read_text(), (home / "grid.yaml").read_text()) == ("few", "many")
     assert cells_of(tmp_path, "g") == ids(many)
     for _ in range(2):  # cut off, and launched again
         keep_report(tmp_path, "g", ids(few))
-    assert len(earlier_reports(tmp_path, "g")) == 2
+    _, then = sorted(earlier_reports(tmp_path, "g"))
+    assert f"[{kept.parent.name}](../{kept.parent.name}/RESEARCH_REPORT.md)" in then.read_text()
+    assert f'href="../{kept.parent.name}/RESEARCH_REPORT.html"' in then.with_name(PAGE).read_text()
     assert kept in earlier_reports(tmp_path, "g")
 
 
@@ -511,7 +532,7 @@ def test_the_report_of_one_experiment(grid: list[ExperimentFolder]) -> None:
     assert text.startswith(f"# {grid[0].id}\n\nA forward model of depth 1, finished at step 20 of 20.")
     assert read_json(grid[0].path / "config.json")["fingerprint"] in text
     assert "| lr | 1.0 |" in text
-    assert {file.name for file in files} == {REPORT, PAGE, "curves.svg", "curves.html", "compare.svg"}
+    assert {file.name for file in files} == {REPORT, PAGE, "curves.svg", "curves.html"}
     assert "parent: none" in text
     assert "a cell of the grid g" in text
     brief = write_experiment_report(grid[0], insides=False)
@@ -526,8 +547,7 @@ def test_one_runs_report_audits_its_own_pairs(grid: list[ExperimentFolder]) -> N
     assert audit == (
         "- 5 pairs of runs agree in data, tokenizer, code, precision, budget, row order and validation windows."
     )
-    alone = write_experiment_report(grid[-2], insides=False)[0].read_text()  # the only one of seed 9
-    assert "- No pair of runs of two directions has the same depth and the same seed" in alone
+    assert "## Audit" not in write_experiment_report(grid[-2], insides=False)[0].read_text()  # the only one of seed 9
 
 
 def test_a_report_says_where_attention_crosses_segments(tmp_path: Path) -> None:
@@ -586,7 +606,7 @@ def test_a_cell_whose_config_is_lost_or_damaged_is_named_and_the_rest_goes_on(tm
     lost.unlink()
     damaged.write_text('{"id": ')
     text, _ = write(tmp_path, runs)
-    assert "2 seeds" in text.split("\n\n")[2]
+    assert "2 paired seeds" in text.split("\n\n")[2]
     assert f"- {runs[0].id} is left out: {lost.relative_to(tmp_path)}: no such file: put back the file" in text
     assert f"- {runs[5].id} is left out: {damaged.relative_to(tmp_path)}: not valid JSON" in text
 
@@ -619,7 +639,7 @@ def test_an_experiment_stands_beside_its_forward_baseline(tmp_path: Path) -> Non
     assert ", 95 % over seeds +0.0" in section
     assert "forward has the lower loss" in section
     assert "4 seeds" in section
-    assert "| d1 | forward → backward | 4 | +0.0500 |" in section
+    assert "| d1 | forward → backward | **different** | 4 | +0.0500 |" in section
 
     assert "This run reads forward: it is the baseline" in write_experiment_report(forward[0])[0].read_text()
     alone = write_experiment_report(backward[4])[0].read_text()

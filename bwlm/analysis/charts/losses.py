@@ -142,7 +142,7 @@ def gap_chart(gaps: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     point = base.mark_point(filled=True, size=90, opacity=1).encode(x=x, color=color)
     layered = alt.layer(floor, zero, interval.encode(x="low:Q", x2="high:Q", color=color), point)
     notes = alt.TitleParams(title, subtitle="points: gaps; bars: 95 % over seeds; grey: noise floor between seeds")
-    return styled(layered.properties(width=460, height=alt.Step(26), title=notes))
+    return styled(layered.properties(width=460, height=alt.Step(26), title=notes), gaps["pair"])
 
 
 def transfer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
@@ -156,7 +156,7 @@ def transfer_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     ends = pd.concat([table["loss"], table["low"], table["high"]])
     panels = [_readings(table[table["size"] == size], str(size), ends) for size in sorted(table["size"].unique())]
     note = alt.TitleParams(title, subtitle="points: mean over seeds; bars: 95 % over seeds")
-    return styled(alt.vconcat(*panels).properties(title=note))
+    return styled(alt.vconcat(*panels).properties(title=note), table["model"])
 
 
 def _readings(table: pd.DataFrame, size: str, ends: pd.Series[float]) -> alt.LayerChart:
@@ -168,7 +168,7 @@ def _readings(table: pd.DataFrame, size: str, ends: pd.Series[float]) -> alt.Lay
 
     base = alt.Chart(table.sort_values("reading", key=lambda names: names.map(readings.index))).encode(
         y=alt.Y("model:N", title=None, sort=list(table["model"].unique())),
-        color=alt.Color("reading:N", title="reading", scale=scale(PALETTE)),
+        color=alt.Color("reading:N", title="read", scale=scale(PALETTE), legend=alt.Legend(symbolOpacity=1)),
     )
     domain = alt.Scale(zero=False, padding=12, domain=[ends.min(), ends.max()])
     x = {"title": "loss (nats per token)", "scale": domain}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ _DARK = {
 _FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
 _PADDING = {"left": 16, "right": 28, "top": 8, "bottom": 8}
 """Padding in pixels: a browser without these fonts takes wider ones, and a legend must not lose its last letters."""
+_WIDER = 1.3
+"""Pixels by which a letter of a label is wider in such a browser, at most: the label begins as much further left."""
 
 
 def direction_color(directions: pd.Series[str], **legend: Any) -> alt.Color:
@@ -81,10 +84,11 @@ def layers_in_order(layers: pd.Series[str]) -> list[str]:
     return sorted(set(layers), key=lambda layer: place[layer] if layer in place else float(layer))
 
 
-def styled(chart: Any) -> Any:
-    """Return a chart with the common fonts, grid and margins."""
+def styled(chart: Any, labels: Iterable[str] = ()) -> Any:
+    """Return a chart with the common fonts, grid and margins; `labels` are the texts left of its first axis."""
+    longest = max(map(len, labels), default=0)
     return (
-        chart.configure(font=_FONT, padding=_PADDING)
+        chart.configure(font=_FONT, padding={**_PADDING, "left": max(_PADDING["left"], _WIDER * longest)})
         .configure_view(stroke=None)
         .configure_axis(grid=True, gridColor="#eee", labelFontSize=11, titleFontSize=12, titleFontWeight="normal")
         .configure_title(fontSize=14, anchor="start", offset=12, subtitleColor="#666")
@@ -104,12 +108,14 @@ def _dark_svg(text: str) -> str:
 
 
 def _dark_page(text: str) -> str:
-    body = "body{background:white}@media (prefers-color-scheme:dark){body{background:#14171c}}"
+    body = "body{background:white}@media (prefers-color-scheme:dark){body{background:#14171c}}" + _FITTED
     head = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head += f'<meta name="color-scheme" content="light dark"><style>{body}</style>{_dark_style()}'
-    return text.replace("</head>", f"{head}</head>", 1)
+    return text.replace("<head>", f"<head>{head}", 1)  # the end tag stands in Vega's code first
 
 
+_FITTED = "svg.marks{background:none!important;max-width:100%;height:auto}"
+"""CSS by which a chart shows the page behind it, and is no wider than the window; Vega sets styles of its own."""
 _DARKENED = {".svg": _dark_svg, ".html": _dark_page}
 
 

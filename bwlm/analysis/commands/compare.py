@@ -15,7 +15,7 @@ from bwlm.analysis.runs.labels import sizes
 from bwlm.analysis.runs.losses import load_curves
 from bwlm.directions import DIRECTIONS
 from bwlm.errors import UserError
-from bwlm.format import counted
+from bwlm.format import counted, short_number
 from bwlm.phases import PHASES
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.stats.gaps import FEWEST_SEEDS, paired_t
@@ -276,7 +276,7 @@ def _sentences(table: pd.DataFrame) -> list[str]:
 def _sentence(row: pd.Series[Any]) -> str:
     level = f"{row['loss']:.3f} nats per token (training loss, averaged over {row['averaged']:,.0f} tokens)"
     if row["direction"] == row["against"]:
-        needs = f"{row['tokens']:,.0f} tokens and {row['flops']:.3g} FLOPs"
+        needs = f"{row['tokens']:,.0f} tokens and {short_number(row['flops'])} FLOPs"
         return f"{row['size']}: {row['direction']} needs {needs} to reach {level}: {counted(int(row['seeds']), 'seed')}"
     if not row["seeds"]:
         return f"{row['size']}: {row['direction']} and {row['against']} share no seed, so they are not compared"

@@ -17,14 +17,15 @@ from bwlm.stats.gaps import FEWEST_DOCUMENTS, Gap
 GAP_HEADER = [
     "size",
     "pair",
+    "verdict",
     "seeds",
     "gap (nats)",
     "gap (%)",
     "95 % over seeds",
     "95 % bootstrap",
     "noise floor",
-    "verdict",
 ]
+"""Header of the verdict table. The verdict stands where no narrow screen cuts it off."""
 
 
 _LONGEST_NAME = 200
@@ -36,13 +37,13 @@ def gap_columns(gap: Gap) -> list[str]:
     return [
         str(gap.size),
         gap.pair,
+        f"**{gap.verdict}**",
         str(len(gap.seeds)),
         f"{gap.gap_nats:+.4f}",
         f"{gap.gap_percent:+.2f}",
         _interval(gap.seed_interval),
         _interval(gap.bootstrap if _resampled(gap) else None),
         f"{gap.noise_floor:.4f}" if gap.noise_floor is not None else "–",
-        f"**{gap.verdict}**",
     ]
 
 
@@ -149,11 +150,10 @@ def verdict_line(gap: Gap) -> str:
     return f"{gap.size} {gap.a} → {gap.b}: **{gap.verdict}**, {gap.gap_nats:+.4f} nats/token"
 
 
-def gap_line(gap: Gap, windows: int) -> str:
-    """Tell a judged gap as an item of a Markdown list, with the documents and windows it was measured on."""
-    few = "" if _resampled(gap) else f" ({counted(gap.documents, 'document')}: too few to resample)"
-    text = _text_words(gap, windows)
-    return f"- {gap.size}, {gap.pair}: **{gap.verdict}** ({gap.reason}), on {text}{few}: {_amount(gap)}"
+def gap_line(gap: Gap) -> str:
+    """Return a verdict and its reason as an item of a Markdown list; the table below it has the figures."""
+    few = "" if _resampled(gap) else f"; {counted(gap.documents, 'document')}: too few to resample"
+    return f"- {gap.size}, {gap.pair}: **{gap.verdict}**, {gap.reason}{few}"
 
 
 def gap_caption(findings: Findings) -> str:

@@ -139,15 +139,21 @@ def controls_section(folders: list[ExperimentFolder], findings: Findings) -> lis
         result = find(of)
         floor = above_floor(of, result.best) if source == NULL else pd.DataFrame()
         controls = judge_control(source, result.gaps, finest, _farther(floor))
-        rows += [[c.name, grid, *gap_columns(c.gap)[:6], _CONTROL[c.passed], c.why] for c in controls]
+        rows += [[c.name, grid, *_figures(gap_columns(c.gap)), _CONTROL[c.passed], c.why] for c in controls]
         notes += [f"{source}: no pair was compared"] if not controls else []
         notes += result.skipped + _of_other_code(source, of, folders) + _floor_words(floor)
     lacking = [name for name in CONTROL_SOURCES if name not in {source for source, _ in runs}]
     parts = ["## Controls"]
-    parts += [markdown_table(["control", "grid", *GAP_HEADER[:6], "result", "why"], rows)] if rows else []
+    parts += [markdown_table(["control", "grid", *_figures(GAP_HEADER), "result", "why"], rows)] if rows else []
     parts += ["\n".join(f"- {note}" for note in notes)] if notes else []
     not_run = " and ".join(_NO_CONTROL[name] for name in lacking)
     return [*parts, f"Not run: {not_run}. {_RUN_CONTROLS}"] if lacking else parts
+
+
+def _figures(columns: list[str]) -> list[str]:
+    """Return those columns of the verdict table that the table of controls has: a control has a result of its own."""
+    wanted = ("size", "pair", "seeds", "gap (nats)", "gap (%)", "95 % over seeds")
+    return [column for name, column in zip(GAP_HEADER, columns, strict=True) if name in wanted]
 
 
 def _of_other_code(source: str, of: list[ExperimentFolder], study: list[ExperimentFolder]) -> list[str]:

@@ -20,13 +20,14 @@ from bwlm.analysis.commands.rewards import rewards
 from bwlm.analysis.commands.transfer import transfer
 from bwlm.analysis.runs.audit import audit, crossing_words
 from bwlm.analysis.runs.losses import load_curves
-from bwlm.config import DataSettings
+from bwlm.config import DataSettings, Experiment, Settings
 from bwlm.errors import UserError
 from bwlm.format import counted
 from bwlm.paths import read_json
 from bwlm.phases import PHASES
 from bwlm.record.catalog.select import begun
 from bwlm.record.experiment import ExperimentFolder
+from bwlm.record.run_config import RunConfig
 
 Analyse = Callable[[list[ExperimentFolder]], Analysis]
 
@@ -44,6 +45,8 @@ _ANALYSES: dict[str, tuple[str, Analyse, bool]] = {
     "representations": ("Representations and attention", representations, True),
 }
 """Title, analysis and whether its tables are for reading, by command."""
+FOLDED = ("Gradients", "Activations", "Representations and attention", "Configuration and lineage", "Settings")
+"""Titles of long sections that few readers need: in the HTML page they open at a click."""
 
 
 def analyses_of(folders: list[ExperimentFolder]) -> list[str]:
@@ -88,26 +91,56 @@ def analysis_sections(
 
 
 def audit_section(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -> list[str]:
-    """Return the audit of all pairs among the runs, or of the pairs of one run."""
-    words = audit(folders, of).words() + crossing_words([of] if of else folders)
-    return ["## Audit", "\n".join(f"- {line}" for line in words)]
+    """Return the audit of all pairs among the runs; or of the pairs of one run, and nothing if it is in none."""
+    audited = audit(folders, of)
+    words = (audited.words() if audited.pairs or not of else []) + crossing_words([of] if of else folders)
+    return ["## Audit", "\n".join(f"- {line}" for line in words)] if words else []
 
 
 def configuration_section(folders: list[ExperimentFolder]) -> list[str]:
-    """Return the section on every setting that decides what the cells learn, with all its values."""
-    identities = [folder.config().compared for folder in folders]
-    names = sorted({name for fields in identities for name in fields})
-    rows = [(name, ", ".join(dict.fromkeys(_setting(fields.get(name)) for fields in identities))) for name in names]
+    """Return the section on every setting that decides what the cells learn, with all its values in each phase."""
+    by_phase: dict[str, list[dict[str, Any]]] = {}
+    for config in (folder.config() for folder in folders):
+        by_phase.setdefault(config.experiment.phase, []).append(config.compared)
+    names = sorted({name for of in by_phase.values() for fields in of for name in fields} - _PARENTS)
+    rows = [(name, *(_values(name, of) for of in by_phase.values())) for name in names]
     grid = folders[0].config().grid if folders else None
-    phases = ", ".join(dict.fromkeys(folder.config().experiment.phase for folder in folders))
-    lineage = f"{counted(len(folders), 'run')} ({phases})" + (f", children of the MLflow run {grid}" if grid else "")
-    return ["## Configuration and lineage", f"{lineage}.", markdown_table(["setting", "values"], rows)]
+    lineage = f"{counted(len(folders), 'run')} ({', '.join(by_phase)})"
+    lineage += f", children of the MLflow run {grid}" if grid else ""
+    lineage += "; `bwlm runs tree` shows the parent of each" if len(by_phase) > 1 else ""
+    columns = list(by_phase) if len(by_phase) > 1 else ["values"]
+    return ["## Configuration and lineage", f"{lineage}.", markdown_table(["setting", *columns], rows)]
 
 
-def _setting(value: Any) -> str:
-    """Return a setting as people read it: of a digest only its beginning, and a dash for none."""
-    text = "–" if value is None else str(value)
+_PARENTS = {"parent", "parent_recipe"}
+"""Settings that are digests of the parent runs."""
+
+
+def settings_section(config: RunConfig) -> list[str]:
+    """Return the section on every setting that decides what one run learns."""
+    rows = [(name, _setting(name, value)) for name, value in sorted(config.compared.items())]
+    return ["## Settings", f"Fingerprint `{config.fingerprint}`.", markdown_table(["setting", "value"], rows)]
+
+
+def _values(name: str, identities: list[dict[str, Any]]) -> str:
+    """Return the values that a setting has in the runs of a phase; a dash if the phase has no such setting."""
+    return ", ".join(dict.fromkeys(_setting(name, of[name]) for of in identities if name in of)) or "–"
+
+
+def _setting(name: str, value: Any) -> str:
+    """Return a setting as people read it: of a digest only its beginning, and for none what it stands for."""
+    if value is None:
+        return _default_words(name) or "–"
+    text = str(value)
     return text[:_DIGITS] if _DIGEST.fullmatch(text) else text
+
+
+def _default_words(name: str) -> str:
+    """Return what the description of a setting says of its default: `40, but at most a tenth of the run`."""
+    section, _, leaf = name.partition(".")
+    kind = Experiment.model_fields[section].annotation if leaf else None
+    field = kind.model_fields.get(leaf) if isinstance(kind, type) and issubclass(kind, Settings) else None
+    return str(field.description).partition("default: ")[2] if field else ""
 
 
 def _order_words(data: DataSettings) -> str:

@@ -15,6 +15,7 @@ from bwlm.analysis.report.baseline import baseline_section
 from bwlm.analysis.report.controls import controls_section
 from bwlm.analysis.report.page import to_page
 from bwlm.analysis.report.sections import (
+    FOLDED,
     analyses_of,
     analysis_sections,
     audit_section,
@@ -22,6 +23,7 @@ from bwlm.analysis.report.sections import (
     cost_section,
     data_section,
     repeat_section,
+    settings_section,
 )
 from bwlm.analysis.report.variants import variants_section
 from bwlm.analysis.runs.audit import comparable
@@ -66,7 +68,7 @@ def write_grid_report(storage: Path, name: str, into: Path | None = None) -> Gri
         charts += save_chart(gap_chart(gap_frame(findings.gaps), f"{name}: gaps between directions"), folder, "gaps")
         charts.append(write_losses(findings.losses, folder / LOSSES))
     sections, pictures = _grid_sections(name, folders, findings, folder, storage)
-    notes = [*dropped_words(dropped_cells(storage, name)), *_earlier_words(storage, name)]
+    notes = dropped_words(dropped_cells(storage, name)) + ([] if into else _earlier_words(storage, name))
     text = _grid_text(name, folders, findings, notes)
     text += "\n".join(["", *(f"{part}\n" for part in sections)])
     files = [*_write(text, folder, storage, f"bwlm: {name}"), *charts, *pictures]
@@ -108,11 +110,13 @@ def _grid_sections(
         *variants_section(folders),
         *controls_section(folders, findings),
         *audit_section(compared),
-        *configuration_section(folders),
         *data_section(folders),
+        *analyses,
+        *cost_section(folders),
+        *configuration_section(folders),
+        *repeat_section(folders, command),
     ]
-    parts += [*analyses, *cost_section(folders)]
-    return [*parts, *repeat_section(folders, command)], pictures
+    return parts, pictures
 
 
 def _at_best_rates(folders: list[ExperimentFolder], best: list[BestRate]) -> list[ExperimentFolder]:
@@ -125,7 +129,7 @@ def _write(text: str, folder: Path, storage: Path, title: str) -> list[Path]:
     """Write the report as Markdown and as an HTML page; paths in it start at the storage, which may be moved."""
     text = re.sub(rf"(?<![\w.~/-]){re.escape(f'{storage}/')}", "", text)
     write_text(folder / REPORT, text)
-    write_text(folder / PAGE, to_page(text, folder, title))
+    write_text(folder / PAGE, to_page(text, folder, title, FOLDED))
     return [folder / REPORT, folder / PAGE]
 
 
@@ -140,10 +144,9 @@ def write_experiment_report(folder: ExperimentFolder, insides: bool = True, into
     learnt, charts = _learning(folder, home)
     more, pictures = [_WITHOUT_INSIDES.format(run=folder.id)], list[Path]()
     if insides:
-        commands = [command for command in analyses_of([folder]) if command != "rewards"]
+        commands = [command for command in analyses_of([folder]) if command not in _SHOWN]
         analyses, pictures = analysis_sections(commands, [folder], home, [folder.id])
         more = [*baseline_section(folder), *analyses]
-    settings = markdown_table(["setting", "value"], [(k, v) for k, v in sorted(config.compared.items())])
     text = "\n\n".join(
         [
             f"# {folder.id}",
@@ -158,11 +161,15 @@ def write_experiment_report(folder: ExperimentFolder, insides: bool = True, into
             *(audit_section(comparable(folder), of=folder) if PHASES[config.experiment.phase].compared else []),
             *more,
             *cost_section([folder]),
-            f"## Settings\n\nFingerprint `{config.fingerprint}`.\n\n{settings}",
+            *settings_section(config),
             *repeat_section([folder], repeat_command(folder.config())),
         ]
     )
     return [*_write(f"{text}\n", home, folder.path.parent, f"bwlm: {folder.id}"), *charts, *pictures]
+
+
+_SHOWN = ("rewards", "compare")
+"""Analyses that a run's report has at its top, as the learning curve, or that need several runs."""
 
 
 def _learning(folder: ExperimentFolder, home: Path) -> tuple[list[str], list[Path]]:
@@ -192,9 +199,10 @@ def dropped_words(runs: list[str]) -> list[str]:
 
 
 def _earlier_words(storage: Path, name: str) -> list[str]:
-    """Return a line that names the reports of launches with other cells, if there are any."""
-    paths = [f"`{path.relative_to(storage)}`" for path in earlier_reports(storage, name)]
-    return [f"Earlier launches of this grid had other cells; their reports: {', '.join(paths)}."] if paths else []
+    """Return a line with links to the reports of launches with other cells, if there are any."""
+    paths = [path.relative_to(grid_folder(storage, name)) for path in earlier_reports(storage, name)]
+    links = ", ".join(f"[{path.parent.name}]({path})" for path in paths)
+    return [f"Earlier launches of this grid had other cells; their reports: {links}."] if paths else []
 
 
 def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings, notes: list[str]) -> str:
@@ -203,7 +211,7 @@ def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings, n
     parts = [f"# {name}" if own_text else f"# {name}: which way should a language model read?", "## Verdict"]
     parts += [_OWN_TEXT] if own_text else []
     if findings.gaps:
-        parts += ["\n".join(map(gap_line, findings.gaps, findings.windows))]
+        parts += ["\n".join(map(gap_line, findings.gaps))]
         parts += [markdown_table(GAP_HEADER, [gap_columns(gap) for gap in findings.gaps])]
         parts += [f"{gap_caption(findings)}. {_READING}"]
         parts += ["![gaps](gaps.svg) ([in the browser](gaps.html))"]

@@ -27,9 +27,14 @@ class Audit:
     refused: list[str]
     """Pairs that differ in more than they may, with these fields."""
 
+    @property
+    def pairs(self) -> bool:
+        """Return whether there was a pair to audit."""
+        return bool(self.passed or self.doubled or self.refused)
+
     def words(self) -> list[str]:
         """Return the audit as lines of a report."""
-        if not (self.passed or self.doubled or self.refused):
+        if not self.pairs:
             return ["No pair of runs of two directions has the same depth and the same seed, so nothing is compared."]
         equal = "data, tokenizer, code, precision, budget, row order and validation windows"
         doubled = f"{self.doubled} more agree except that the bidirectional run has twice the steps."
