@@ -74,6 +74,11 @@ def for_mlflow(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def final_for_mlflow(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return how a run ended under MLflow's names: `final/bpb` for `val_bpb`, `final/train_loss_smooth`, .."""
+    """Return how a run ended under MLflow's names: `val/final/bpb` for `val_bpb`, in a section after the curves."""
     ordered = sorted(metrics, key=lambda name: _PLACES.get(name, len(_PLACES)))
-    return {f"final/{name.removeprefix('val_')}": metrics[name] for name in ordered}
+    return {_final(METRICS[name].mlflow if name in METRICS else name): metrics[name] for name in ordered}
+
+
+def _final(name: str) -> str:
+    section, _, metric = name.rpartition("/")
+    return f"{section}/final/{metric}".lstrip("/")

@@ -55,7 +55,7 @@ def run_tags(folder: ExperimentFolder, parent: str | None, resumed: list[int]) -
         tags["mlflow.parentRunId"] = parent
     if resumed:
         tags["bwlm.resumed"] = f"from step {', '.join(map(str, resumed))}"
-    return tags | checkpoint_tag(folder)
+    return {name: value for name, value in tags.items() if value} | checkpoint_tag(folder)
 
 
 def began(folder: Path) -> int | None:

@@ -47,7 +47,7 @@ _METRICS_PER_CALL = 1000  # MLflow's own limit
 _LONGEST_DIGEST = 36  # of a dataset, in MLflow's database
 _MARK = "bwlm.mark"
 _NOTE = "mlflow.note.content"
-_NAMES = 2
+_NAMES = 3
 """Version of the metrics' names; a run that has others gets its whole journal again under these."""
 _DIVERGED = "bwlm.diverged"
 _STATES: dict[State, str] = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
@@ -244,13 +244,20 @@ class Tracking:
             # with the entry's time stamp, so that MLflow drops them where they were sent before
             final = Entry(last.step, last.time, status.metrics)
             self._client.log_batch(run, metrics=points([final], final_for_mlflow))
-        end = {"bwlm.state": status.state, "bwlm.reason": status.reason} | checkpoint_tag(folder)
-        for name, value in end.items():
-            self._client.set_tag(run, name, value)
+        self._set_tags(run, {"bwlm.state": status.state, "bwlm.reason": status.reason} | checkpoint_tag(folder))
         self._tag_divergence(folder.path, run, status.diverged)
         shown = _STATES.get(status.state, "KILLED")
         self._close(run, artifacts, shown, last.time if last else None)
         _note(folder.path, status=shown, closed=asdict(status))
+
+    def _set_tags(self, run: str, tags: Mapping[str, str]) -> None:
+        """Set tags; an empty value removes the tag of an earlier end."""
+        present = self._client.get_run(run).data.tags
+        for name, value in tags.items():
+            if value:
+                self._client.set_tag(run, name, value)
+            elif name in present:
+                self._client.delete_tag(run, name)
 
     def _tag_divergence(self, folder: Path, run: str, step: int | None) -> None:
         """Mark a diverged run, so that a search finds it; remove the mark when the run is tried again."""

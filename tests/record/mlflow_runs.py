@@ -21,7 +21,7 @@ COMPUTE = Compute("float32", "sdpa", 0, False, 8, 1)
 DATASET = {"name": "corpus", "digest": "0123456789abcdef" * 4, "source": "/data/corpus/shard_00000.parquet"}
 
 SETTINGS = GridSettings(1, {"lr": "0.5"}, {"direction": "forward, backward"})
-RESULT = GridResult("- d2: **different**", "d2 forward → backward: different", {"gap/d2_forward-backward/nats": 0.25})
+RESULT = GridResult("- d2: **different**", "d2 forward → backward: different", {"gap/d2_forward-backward": 0.25})
 
 
 def make(storage: Path, name: str = "g_backward_d2_lr0.5_s3") -> ExperimentFolder:

@@ -40,10 +40,10 @@ def test_a_cell_is_a_run_below_its_grids(store: Tracking, client: MlflowClient, 
     assert {
         "mlflow.parentRunId": parent,
         "bwlm.experiment_id": folder.id,
-        "bwlm.parent_experiment": "",
         "bwlm.fingerprint": folder.config().fingerprint,
         "bwlm.grid": "g",
     }.items() <= run.data.tags.items()
+    assert all(run.data.tags.values()), "a tag without a value says nothing"
     assert run.data.params == {"direction": "backward", "lr": "0.5", "model.kv_heads": "None", "data": "d" * 64}
     [used] = run.inputs.dataset_inputs
     assert (used.dataset.name, used.dataset.digest) == ("corpus", DATASET["digest"][:36])
@@ -116,7 +116,7 @@ def test_the_end_of_a_run(store: Tracking, client: MlflowClient, tmp_path: Path)
     assert run.info.status == "FINISHED"
     assert run.data.tags["bwlm.state"] == "finished"
     assert delivered(client, child) == expected(4)
-    assert delivered(client, child, "final/bpb") == [(4, 1.5)]
+    assert delivered(client, child, "val/final/bpb") == [(4, 1.5)]
     assert {item.path for item in client.list_artifacts(child)} == {"config.json", "RESEARCH_REPORT.md"}
     assert client.get_run(parent).info.status == "FINISHED"
     names = ("RESEARCH_REPORT.md", "earlier/then/RESEARCH_REPORT.md")
@@ -256,6 +256,7 @@ def test_a_diverged_run_is_found_by_its_tag_and_keeps_its_last_figures(
     assert "bwlm.diverged" not in client.get_run(child).data.tags
     assert store.close_child(folder, Status("finished", "", 6, {"loss": 1 / 6}), [])
     assert client.get_run(child).data.metrics["final/loss"] == 1 / 6
+    assert "bwlm.reason" not in client.get_run(child).data.tags, "an earlier end's"
     assert "bwlm.diverged" not in client.get_run(child).data.tags
 
 

@@ -52,7 +52,9 @@ def test_metrics_stand_in_groups_with_losses_first() -> None:
         ("train/loss", 4.0), ("val/bpb", 2.0), ("train/optim/grad_norm", 1.0), ("worker/mfu", 0.5), ("my_own", 3.0)
     ]  # fmt: skip
     end = {"train_loss_smooth": 1.0, "val_bpb_forward": 2.0, "val_bpb": 3.0}
-    assert final_for_mlflow(end) == {"final/train_loss_smooth": 1.0, "final/bpb": 3.0, "final/bpb_forward": 2.0}
+    assert final_for_mlflow(end | {"my_own": 4.0}) == {
+        "train/final/loss_smooth": 1.0, "val/final/bpb": 3.0, "val/final/bpb_forward": 2.0, "final/my_own": 4.0
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -219,14 +221,14 @@ def test_a_grid_that_grew_shows_its_new_values(store: Tracking, client: MlflowCl
         assert store.close_parent(home, [], True, RESULT)
     grown = GridSettings(2, {"data": "d", "lr": "1.0"}, {"lr": "0.5, 1.0", "direction": "forward, backward"})
     assert store.parent_run(home, "g", "name: g\n", grown) == parent
-    better = replace(RESULT, text="other", metrics={"gap/d2_forward-backward/nats": -0.5})
+    better = replace(RESULT, text="other", metrics={"gap/d2_forward-backward": -0.5})
     assert store.close_parent(home, [], True, better)
     data = client.get_run(parent).data
     assert data.params == {"lr": "0.5", "data": "d"}
     assert (data.tags["bwlm.axis.lr"], data.tags["bwlm.cells"]) == ("0.5, 1.0", "2")
     assert data.tags["mlflow.note.content"] == "other"
-    assert delivered(client, parent, "gap/d2_forward-backward/nats") == [(0, 0.25), (0, -0.5)]
-    assert data.metrics["gap/d2_forward-backward/nats"] == -0.5
+    assert delivered(client, parent, "gap/d2_forward-backward") == [(0, 0.25), (0, -0.5)]
+    assert data.metrics["gap/d2_forward-backward"] == -0.5
 
 
 def test_a_description_that_a_person_wrote_stays(store: Tracking, client: MlflowClient, tmp_path: Path) -> None:

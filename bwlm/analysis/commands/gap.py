@@ -106,14 +106,18 @@ def gap_figures(gap: Gap) -> dict[str, Any]:
 
 
 def gap_metrics(gap: Gap) -> dict[str, float]:
-    """Return a gap's figures as metrics: `gap/d4_forward-backward/nats`, and with it the ends of its intervals."""
+    """Return a gap's figures as metrics: `gap/d4_forward-backward` in nats, `gap/seeds_low/d4_forward-backward`, ..
+
+    MLflow makes a section of charts of what stands before the last slash: the gaps of all pairs, then each end.
+    """
     name = re.sub(r"[^\w .-]", "_", f"{gap.size}_{gap.a}-{gap.b}")[:_LONGEST_NAME]
-    figures: dict[str, float | None] = {"nats": gap.gap_nats}
+    figures: dict[str, float | None] = {}
     for interval, ends in (("seeds", gap.seed_interval), ("bootstrap", gap.bootstrap)):
         if ends is not None and (interval == "seeds" or _resampled(gap)):
             figures |= {f"{interval}_low": ends[0], f"{interval}_high": ends[1]}
     figures |= {"noise_floor": gap.noise_floor, "percent": gap.gap_percent}
-    return {f"gap/{name}/{figure}": value for figure, value in figures.items() if value is not None}
+    others = {f"gap/{figure}/{name}": value for figure, value in figures.items() if value is not None}
+    return {f"gap/{name}": gap.gap_nats} | others
 
 
 def gap_analysis(gaps: list[Gap], title: str, notes: list[str]) -> Analysis:

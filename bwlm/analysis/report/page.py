@@ -16,10 +16,12 @@ _STYLE = """
 @media (prefers-color-scheme:dark){:root{--link:#7db3f5;--edge:#fff4}}
 body{max-width:1100px;margin:2rem auto;padding:0 1rem;font:16px/1.5 system-ui,sans-serif}
 body{color:var(--text);background:var(--page);overflow-wrap:break-word}a{color:var(--link)}
-nav{line-height:1.8}nav a{margin-right:1.1rem;white-space:nowrap;text-decoration:none}nav a:hover{text-decoration:underline}
+nav{line-height:1.8}nav a{margin-right:1.1rem;white-space:nowrap;text-decoration:none}
+nav a:hover{text-decoration:underline}
 h1{font-size:1.7rem}h2{margin-top:2.2rem;border-bottom:1px solid var(--line);padding-bottom:.2rem}
 summary{cursor:pointer}summary h2{display:inline-block;width:calc(100% - 1.5rem)}
-.wide{overflow-x:auto;margin:1rem 0;background:linear-gradient(90deg,var(--page) 30%,#0000) 0 0/3rem 100% no-repeat local,
+.wide{overflow-x:auto;margin:1rem 0;background:
+linear-gradient(90deg,var(--page) 30%,#0000) 0 0/3rem 100% no-repeat local,
 linear-gradient(270deg,var(--page) 30%,#0000) 100% 0/3rem 100% no-repeat local,
 linear-gradient(90deg,var(--edge),#0000) 0 0/.7rem 100% no-repeat scroll,
 linear-gradient(270deg,var(--edge),#0000) 100% 0/.7rem 100% no-repeat scroll}
@@ -61,9 +63,8 @@ def _with_contents(body: str, folded: Collection[str]) -> str:
     if not titles:
         return body
     links = "\n".join(f'<a href="#{_anchor(name)}">{name}</a>' for name in titles)
-    start, first, rest = body.partition("<h2>")
-    sections = _SECTION.sub(lambda found: _section(found[1], found[2], folded), first + rest)
-    return f"{start}<nav>{links}</nav>\n{sections}"
+    body = _SECTION.sub(lambda found: _section(found[1], found[2], folded), body)
+    return body.replace("</h1>", f"</h1>\n<nav>{links}</nav>", 1)
 
 
 def _section(title: str, content: str, folded: Collection[str]) -> str:
