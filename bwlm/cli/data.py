@@ -61,7 +61,7 @@ def _prepared(settings: list[str] | None, storage: str | None) -> Prepared:
         from bwlm.plan.spec import LaunchSettings
         from bwlm.text.stream import pack_corpus
 
-        with open_cluster([recipe.resources], LaunchSettings(), 1):
+        with open_cluster([recipe.resources], LaunchSettings(), 1, "bwlm data"):
             return pack_corpus(*arguments)
 
     return prepare(recipe, root, pack, say)

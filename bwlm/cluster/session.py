@@ -38,10 +38,12 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def open_cluster(needs: Collection[ResourceSettings], launch: LaunchSettings, cells: int) -> Iterator[Capacity]:
+def open_cluster(
+    needs: Collection[ResourceSettings], launch: LaunchSettings, cells: int, job: str
+) -> Iterator[Capacity]:
     """Connect to the cluster at RAY_ADDRESS, or starts a private one on this machine for the time of the block.
 
-    `needs` are the resources of the cells, each kind once. Yields the capacity. Raises `UserError` if Ray does not
+    `job` is the name of the launch in Ray's dashboard. `needs` are the resources of the cells, each kind once. Yields the capacity. Raises `UserError` if Ray does not
     start or the address does not answer, if the cluster can never place a cell, or if it cannot place
     `launch.concurrency` cells at once: Ray itself would wait for ever without a word.
     """
@@ -55,7 +57,7 @@ def open_cluster(needs: Collection[ResourceSettings], launch: LaunchSettings, ce
     try:
         if address:
             with working(f"connecting to Ray at {address}"):
-                context = _connect(address)
+                context = _connect(address, job)
             yield capacity_of_cluster(needs, concurrency, cells, context.dashboard_url)
         else:
             # a private cluster never drains its node, so Train needs no watcher process for each group of workers.
@@ -67,14 +69,14 @@ def open_cluster(needs: Collection[ResourceSettings], launch: LaunchSettings, ce
             # Ray Data's tasks and the trials need logical CPUs besides the workers', or nothing would ever start
             logical = math.ceil(chosen * (max(map(cpus_of_cell, needs)) + TRIAL_CPUS) + SPARE_CPUS)
             with working("starting Ray"):
-                context = _start(logical, launch.ray_start_seconds)
+                context = _start(logical, launch.ray_start_seconds, job)
             yield Capacity(chosen, context.dashboard_url, "this machine")
     finally:
         with working("stopping Ray"):
             ray.shutdown()
 
 
-def _start(logical_cpus: int, seconds: float) -> Any:
+def _start(logical_cpus: int, seconds: float, job: str) -> Any:
     """Start a cluster on this machine; if Ray gives up after its own 30 s, try again until `seconds` are over.
 
     Raises `UserError` if Ray does not start.
@@ -83,7 +85,7 @@ def _start(logical_cpus: int, seconds: float) -> Any:
     began = time.monotonic()
     while True:
         try:
-            return _init(address="local", num_cpus=logical_cpus, include_dashboard=True)
+            return _init(job, address="local", num_cpus=logical_cpus, include_dashboard=True)
         except Exception as error:  # Ray has no exception class for a failed start
             ray.shutdown()
             if "timed out during startup" not in str(error):
@@ -122,7 +124,7 @@ def _first_line(error: BaseException) -> str:
     return (lines or [type(error).__name__])[0].rstrip(".")
 
 
-def _connect(address: str) -> Any:
+def _connect(address: str, job: str) -> Any:
     """Join a cluster. Raises `UserError` with one line if that cannot work: Ray itself would try for minutes."""
     if address.startswith(("http://", "https://")):
         raise UserError(
@@ -133,7 +135,7 @@ def _connect(address: str) -> Any:
         check_answers(host, int(port), f"RAY_ADDRESS: {address}", "start the cluster, or unset RAY_ADDRESS")
     try:
         _check_token(address)
-        return _init(address=address)
+        return _init(job, address=address)
     except ray.exceptions.AuthenticationError as error:
         raise UserError(f"RAY_ADDRESS: {address}: {_first_line(error)}: {_TOKEN}") from None
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -172,7 +174,7 @@ _ANSWER_SECONDS = 10.0
 _TOKEN = "export RAY_AUTH_MODE=token, and copy the head's ~/.ray/auth_token here, or set RAY_AUTH_TOKEN"
 
 
-def _init(**options: Any) -> Any:
+def _init(job: str, **options: Any) -> Any:
     """Call `ray.init`, and keep this process's SIGTERM handler, which `ray.init` replaces.
 
     Ray's workers import from the working folder of this call first. In a user's folder, a `tasks.py` or `numpy.py`
@@ -180,7 +182,9 @@ def _init(**options: Any) -> Any:
     """
     ours = signal.getsignal(signal.SIGTERM)
     with contextlib.chdir(Path(bwlm.__file__).parents[1]):
-        context = ray.init(**options, logging_level="warning", log_to_driver=False)
+        # the name that a submitted job was given has precedence, in Ray
+        named = ray.job_config.JobConfig(metadata={"job_name": job})
+        context = ray.init(**options, job_config=named, logging_level="warning", log_to_driver=False)
     if callable(ours) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, ours)
     return context

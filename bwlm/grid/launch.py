@@ -168,7 +168,7 @@ def _cluster(plan: Plan) -> AbstractContextManager[Capacity]:
     with loading():
         from bwlm.cluster.session import open_cluster
     needs = {cell.experiment.resources for cell in plan.cells}
-    return open_cluster(needs, plan.launch, len(plan.cells))
+    return open_cluster(needs, plan.launch, len(plan.cells), plan.name)
 
 
 def _no_cluster() -> AbstractContextManager[None]:

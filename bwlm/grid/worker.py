@@ -145,6 +145,7 @@ def train_worker(config: dict[str, Any]) -> None:
     folder = ExperimentFolder(Path(config["storage"]), config["cell"])
     resources = ResourceSettings(**config["resources"])
     torch.set_num_threads(resources.cpus_per_worker)
+    print(f"trains {folder.id}", flush=True)  # to this worker's log in Ray's dashboard
     own = folder.config()
     evaluate_every = own.experiment.evaluation.every
     session = RaySession(own.steps, resources, lambda: folder.lost_lease, evaluate_every)

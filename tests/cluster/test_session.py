@@ -27,7 +27,7 @@ def closed_port() -> int:
 
 def test_a_cluster_that_is_not_there() -> None:
     with pytest.raises(UserError, match=r"RAY_ADDRESS: 127.0.0.1:\d+ does not answer .*unset RAY_ADDRESS"):
-        _connect(f"127.0.0.1:{closed_port()}")
+        _connect(f"127.0.0.1:{closed_port()}", "g")
 
 
 @pytest.fixture
@@ -44,33 +44,41 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return errors
 
 
+def test_a_launch_has_its_name_in_rays_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, object]] = []
+    monkeypatch.setattr(cluster.ray, "init", lambda **options: given.append(options))
+    cluster._start(2, 60, "my-grid")
+    [config] = [options["job_config"] for options in given]
+    assert config.metadata == {"job_name": "my-grid"}  # type: ignore[attr-defined]
+
+
 TIMED_OUT = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
 
 
 def test_a_machine_too_busy_for_ray_tries_again_and_then_tells(starts: list[str]) -> None:
     starts += [TIMED_OUT] * 2
-    assert cluster._start(2, seconds=60) == "started"
+    assert cluster._start(2, 60, "g") == "started"
     starts += [TIMED_OUT]
     with pytest.raises(UserError, match=r"Ray did not start within 0 s.*launch\.ray_start_seconds.*the same command"):
-        cluster._start(2, seconds=0)
+        cluster._start(2, 0, "g")
 
 
 def test_anything_else_that_keeps_ray_from_starting_is_told_in_a_line(starts: list[str]) -> None:
     starts += ["\n  /dev/shm is full.\nTraceback"]
     with pytest.raises(UserError, match=r"^Ray does not start on this machine: /dev/shm is full: .*RAY_.*$"):
-        cluster._start(2, seconds=60)
+        cluster._start(2, 60, "g")
 
 
 def test_a_temporary_folder_that_ray_cannot_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"^TMPDIR: .*gone is not a folder: make it, or set RAY_TMPDIR=/tmp"):
-        cluster._start(2, seconds=60)
+        cluster._start(2, 60, "g")
     long = tmp_path / ("x" * 60)
     long.mkdir()
     monkeypatch.setenv("RAY_TMPDIR", str(long))
     with pytest.raises(UserError, match=r"^RAY_TMPDIR: .* is too long for Ray's sockets"):
-        cluster._start(2, seconds=60)
+        cluster._start(2, 60, "g")
 
 
 def test_settings_with_which_ray_cannot_be_imported_are_named(tmp_path: Path) -> None:
@@ -90,7 +98,7 @@ def test_settings_with_which_ray_cannot_be_imported_are_named(tmp_path: Path) ->
 
 def test_the_address_for_jobs_is_not_the_cluster() -> None:
     with pytest.raises(UserError, match="takes jobs only: use `ray job submit`"):
-        _connect("http://127.0.0.1:8265")
+        _connect("http://127.0.0.1:8265", "g")
 
 
 def test_a_tracking_server_that_is_not_there(tmp_path: Path) -> None:

@@ -26,13 +26,14 @@ from tests.runs import NewRun
 
 
 def test_a_worker_that_waits_for_its_run_leaves_when_it_is_asked_to_end(
-    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = new_run()
     monkeypatch.setattr(worker.RaySession, "stopping", lambda self: True)
     with folder.lease():
         train_worker({"storage": str(folder.path.parent), "cell": folder.id, "resources": {}})
     assert folder.status().state == "waiting"
+    assert f"trains {folder.id}\n" in capsys.readouterr().out  # for its log in Ray's dashboard
 
 
 def test_a_worker_whose_run_was_taken_leaves_its_end_to_the_taker(
