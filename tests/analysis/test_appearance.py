@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bwlm.analysis.charts.insides import position_chart
 from bwlm.analysis.charts.losses import gap_chart, learning_curves, transfer_chart
 from bwlm.analysis.charts.style import WIDTHS, layers_in_order, write_chart
 from bwlm.analysis.commands.gap import GAP_HEADER, gap_columns, gap_frame, gap_sentence
 from bwlm.analysis.commands.layers import over_time
+from bwlm.analysis.commands.positions import positions
 from bwlm.analysis.commands.representations import representations
 from bwlm.analysis.commands.result import frame_to_markdown, markdown_table
 from bwlm.analysis.commands.transfer import transfer
@@ -85,6 +87,12 @@ def test_a_log_of_zeros_has_a_chart(folders: list[ExperimentFolder], monkeypatch
     """Every gradient is zero where all samples of an RL step earn the same reward."""
     monkeypatch.setattr("bwlm.analysis.commands.layers._long", lambda run, group: _zeros())
     assert "all values are zero" in str(over_time("gradients", folders).chart.to_dict())
+
+
+def test_a_text_of_two_lines_has_a_chart_by_place(folders: list[ExperimentFolder], tmp_path: Path) -> None:
+    table = positions(folders).table.assign(tokens=29.0)
+    drawn = write_chart(position_chart(table, "by place"), tmp_path / "place.svg").read_text()
+    assert "fewer than 30 tokens at every place" in drawn
 
 
 def _zeros() -> pd.DataFrame:

@@ -39,6 +39,8 @@ def position_chart(table: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     `_high`.
     """
     table = forward_first(table[table["tokens"] >= _FEWEST_TOKENS])
+    if table.empty:
+        return nothing(f"fewer than {_FEWEST_TOKENS} tokens at every place: the table has them", title)
     table = table.assign(of=table["series"].str.partition(", ")[2])  # size and learning rate, if there are several
     panels = [
         alt.hconcat(*(_by_place(table[table["kind"] == kind], kind, what) for what in ("loss", "accuracy")))
