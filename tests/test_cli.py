@@ -225,11 +225,35 @@ def test_a_plan_tells_a_changed_setting_first_and_the_text_that_is_read(shell: S
     assert "\ntext: notes, 2 files\n" in shell("grid", "plan", grid).out
     missing = shell("grid", "plan", grid, "--set", "data.source=nots")
     assert missing.code == 0
-    assert "\nwarning: data.source: nots does not exist: " in missing.out
+    assert f"\nwarning: data.source: nots (from the working folder, {shell.folder}) does not exist: " in missing.out
     assert "\ntext: builtin:pydocs\n" in shell("grid", "plan", grid, "--set", "data.source=builtin:pydocs").out
     changed = shell("grid", "plan", grid, "--set", "budget.steps=6").out
     first = next(line for line in changed.splitlines() if line.startswith("bars_forward_d1"))
     assert first.endswith("  other settings")
+    other = "bars_forward_d1_lr0.5_s0: its run read builtin:pydocs, and the grid names notes: refused unless both hold"
+    assert other in shell("grid", "plan", grid).out
+    assert "its run read" not in shell("grid", "plan", grid, "--set", "data.source=builtin:pydocs").out
+
+
+def test_the_faults_of_a_text_are_told_before_ray_starts(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bwlm.cluster.session.open_cluster", None)
+    (shell.folder / "notes").mkdir()
+    for name in "ab":
+        (shell.folder / "notes" / f"{name}.txt").write_text("a note")
+    answer = shell("grid", "run", shell.file(GOOD + "data: {source: notes}\n"))
+    assert answer.code == 2
+    assert "the text to train on (1 document, 6 B) yields only " in answer.err
+    assert not (shell.storage / "grids").exists()
+
+
+def test_a_run_whose_text_is_being_prepared_is_listed_as_starting(shell: Shell) -> None:
+    with ExperimentFolder(shell.storage, "early").only_launch():
+        assert "\nstarting, text not ready yet: early\n" in shell("runs", "list").out
+        for command in ("show", "delete"):
+            answer = shell("runs", command, "early")
+            assert answer.code == 2
+            assert "starts it since " in answer.err
+    assert "starting" not in shell("runs", "list").out
 
 
 def test_a_storage_that_does_not_exist_is_named(shell: Shell) -> None:

@@ -235,7 +235,19 @@ def _reason(planned: PlannedCell) -> str:
     """Return why a cell ended as it did, or why `grid run` would refuse it."""
     if planned.changed:
         return f"exists with other settings ({'; '.join(planned.changed)})"
-    return planned.other_code or planned.status.reason
+    return _other_text(planned) or planned.other_code or planned.status.reason
+
+
+def _other_text(planned: PlannedCell) -> str:
+    """Return how the source of a cell's text differs from what its run read; '' if it does not."""
+    from bwlm.grid.cells import text_of
+
+    if not planned.folder.exists():
+        return ""
+    read, named = (text_of(one.experiment) for one in (planned.folder.config(), planned.cell))
+    return (
+        f"its run read {read}, and the grid names {named}: refused unless both hold the same" if read != named else ""
+    )
 
 
 def _show_result(plan: Plan, root: Path, result: LaunchResult) -> None:

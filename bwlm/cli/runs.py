@@ -60,7 +60,7 @@ def runs_list(
     from bwlm.paths import storage_root
     from bwlm.record.catalog.filters import choose_cells
     from bwlm.record.catalog.rows import load_readable
-    from bwlm.record.experiment import list_experiments
+    from bwlm.record.experiment import list_experiments, list_starting
 
     root = storage_root(storage)
     known, left_out = load_readable(list_experiments(root))
@@ -74,6 +74,8 @@ def runs_list(
     shown = f"{len(cells)} of {len(known)}" if where else f"{len(cells)}"
     missing = "" if root.exists() else ", which does not exist: --storage or BWLM_STORAGE names another folder"
     show(f"{shown} experiment{'s' * (len(known) != 1)} in {root}{missing}")
+    if starting := list_starting(root):
+        show(f"starting, text not ready yet: {', '.join(starting)}")
     return None
 
 

@@ -37,15 +37,34 @@ from bwlm.progress import working
 log = logging.getLogger(__name__)
 
 
+def check_room(needs: Collection[ResourceSettings], launch: LaunchSettings, cells: int) -> None:
+    """Raise `UserError` at once for what `open_cluster` would refuse, as far as it shows before Ray starts."""
+    if ray.is_initialized():
+        capacity_of_cluster(needs, launch.concurrency, cells, None)
+    elif address := os.environ.get("RAY_ADDRESS"):
+        _check_address(address)
+    else:
+        _check_temporary_folder()
+        _concurrency_here(needs, launch, cells)
+
+
+def _concurrency_here(needs: Collection[ResourceSettings], launch: LaunchSettings, cells: int) -> int:
+    """Return the number of cells that this machine runs at once."""
+    # a trial that drives workers sleeps: it needs a share of a logical CPU to be placed, but no core
+    cores = available_cores() + TRIAL_CPUS
+    return choose_concurrency(needs, launch.concurrency, cells, cores, count_gpus(), "this machine")
+
+
 @contextlib.contextmanager
 def open_cluster(
     needs: Collection[ResourceSettings], launch: LaunchSettings, cells: int, job: str
 ) -> Iterator[Capacity]:
     """Connect to the cluster at RAY_ADDRESS, or starts a private one on this machine for the time of the block.
 
-    `job` is the name of the launch in Ray's dashboard. `needs` are the resources of the cells, each kind once. Yields the capacity. Raises `UserError` if Ray does not
-    start or the address does not answer, if the cluster can never place a cell, or if it cannot place
-    `launch.concurrency` cells at once: Ray itself would wait for ever without a word.
+    `needs` are the resources of the cells, each kind once; `job` is the name of the launch in Ray's dashboard. Yields
+    the capacity. Raises `UserError` if Ray does not start or the address does not answer, if the cluster can never
+    place a cell, or if it cannot place `launch.concurrency` cells at once: Ray itself would wait for ever without a
+    word.
     """
     concurrency = launch.concurrency
     if ray.is_initialized():
@@ -63,9 +82,7 @@ def open_cluster(
             # a private cluster never drains its node, so Train needs no watcher process for each group of workers.
             # Set here and not at import: the workers of a real cluster import this module too
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            # a trial that drives workers sleeps: it needs a share of a logical CPU to be placed, but no core
-            cores = available_cores() + TRIAL_CPUS
-            chosen = choose_concurrency(needs, concurrency, cells, cores, count_gpus(), "this machine")
+            chosen = _concurrency_here(needs, launch, cells)
             # Ray Data's tasks and the trials need logical CPUs besides the workers', or nothing would ever start
             logical = math.ceil(chosen * (max(map(cpus_of_cell, needs)) + TRIAL_CPUS) + SPARE_CPUS)
             with working("starting Ray"):
@@ -126,13 +143,7 @@ def _first_line(error: BaseException) -> str:
 
 def _connect(address: str, job: str) -> Any:
     """Join a cluster. Raises `UserError` with one line if that cannot work: Ray itself would try for minutes."""
-    if address.startswith(("http://", "https://")):
-        raise UserError(
-            f"RAY_ADDRESS: {address} takes jobs only: use `ray job submit`, or RAY_ADDRESS=auto on the cluster"
-        )
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit():
-        check_answers(host, int(port), f"RAY_ADDRESS: {address}", "start the cluster, or unset RAY_ADDRESS")
+    _check_address(address)
     try:
         _check_token(address)
         return _init(job, address=address)
@@ -140,6 +151,17 @@ def _connect(address: str, job: str) -> Any:
         raise UserError(f"RAY_ADDRESS: {address}: {_first_line(error)}: {_TOKEN}") from None
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"RAY_ADDRESS: {address}: {_first_line(error)}: check it, or unset RAY_ADDRESS") from None
+
+
+def _check_address(address: str) -> None:
+    """Raise `UserError` if nothing listens at the address, or no cluster that can be joined."""
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"RAY_ADDRESS: {address} takes jobs only: use `ray job submit`, or RAY_ADDRESS=auto on the cluster"
+        )
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        check_answers(host, int(port), f"RAY_ADDRESS: {address}", "start the cluster, or unset RAY_ADDRESS")
 
 
 def _check_token(address: str) -> None:

@@ -25,7 +25,7 @@ def evaluate_on_workers(evaluations: Sequence[RunEvaluation]) -> list[TaskScore]
     Raises the first error, after the other evaluations have ended: their results are saved, and not made again.
     """
     needs = ResourceSettings(gpus_per_worker=_GPU_SHARE if count_gpus() else 0)
-    with open_cluster([needs], LaunchSettings(), len(evaluations)):
+    with open_cluster([needs], LaunchSettings(), len(evaluations), "eval"):
         # Ray gives a worker of one CPU one thread
         worker = ray.remote(num_cpus=1, num_gpus=needs.gpus_per_worker)(RunEvaluation.scores)
         places = {worker.remote(evaluation): place for place, evaluation in enumerate(evaluations)}

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -50,6 +49,7 @@ from bwlm.text.prepare import Prepared
 if TYPE_CHECKING:
     from bwlm.analysis.report.study import GridReport
     from bwlm.cluster.capacity import Capacity
+    from bwlm.config import ResourceSettings
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,15 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     _check_tracking(uri, storage, plan.launch.experiment)
     home = folder_of(plan, storage)
     grid_run: str | None = None
-    with _only_launch(plan, storage), _no_cluster() if is_over else _cluster(plan) as capacity:
-        _tell_capacity(capacity, show)
-        tell = show if capacity is not None else lambda words: None  # of text that nothing is trained on
-        prepared = prepare_texts(plan, storage, partial(_run_on_cluster, plan), tell)
+    if not is_over:
+        _check_room(plan)
+    with _only_launch(plan, storage), contextlib.ExitStack() as until_the_end:
+        cluster = cache(partial(_open_cluster, plan, until_the_end, show))  # its first call starts Ray
+        tell = (lambda words: None) if is_over else show  # of text that nothing is trained on
+        prepared = prepare_texts(plan, storage, partial(_run_on, cluster), tell)
         if is_new:  # now that it is made: a fault of the text leaves none
             show(f"new storage: {storage.name} in {storage.parent}")
+        capacity = None if is_over else cluster()
         home.mkdir(parents=True, exist_ok=True)
         tracking = _open_tracking(uri, storage, plan)
         for part in _ready_generations(plan, storage, show):
@@ -164,23 +167,32 @@ def _ended_words(planned_cells: list[PlannedCell], noun: str) -> str:
     )
 
 
-def _cluster(plan: Plan) -> AbstractContextManager[Capacity]:
+def _check_room(plan: Plan) -> None:
+    """Raise `UserError`, before a text is read, for what Ray would refuse."""
+    with loading():
+        from bwlm.cluster.session import check_room
+    check_room(_needs(plan), plan.launch, len(plan.cells))
+
+
+def _needs(plan: Plan) -> set[ResourceSettings]:
+    return {cell.experiment.resources for cell in plan.cells}
+
+
+def _open_cluster(plan: Plan, until: contextlib.ExitStack, show: Callable[[str], None]) -> Capacity:
+    """Start Ray, or connect to a cluster, until `until` is closed."""
     with loading():
         from bwlm.cluster.session import open_cluster
-    needs = {cell.experiment.resources for cell in plan.cells}
-    return open_cluster(needs, plan.launch, len(plan.cells), plan.name)
+    capacity = until.enter_context(open_cluster(_needs(plan), plan.launch, len(plan.cells), plan.name))
+    _tell_capacity(capacity, show)
+    return capacity
 
 
-def _no_cluster() -> AbstractContextManager[None]:
-    return contextlib.nullcontext()
-
-
-def _run_on_cluster(plan: Plan, jobs: list[Job], work: Callable[[Job], PackResult]) -> list[PackResult]:
-    """Run the work with Ray Data, and start Ray for it where only the text of finished cells is gone."""
+def _run_on(cluster: Callable[[], Capacity], jobs: list[Job], work: Callable[[Job], PackResult]) -> list[PackResult]:
+    """Run the work with Ray Data. Ray starts here, so that the faults of a text are told before it."""
     from bwlm.text.stream import with_ray
 
-    with _cluster(plan):
-        return with_ray(jobs, work)
+    cluster()
+    return with_ray(jobs, work)
 
 
 def _tell_other_code(cells: list[PlannedCell], show: Callable[[str], None]) -> None:
@@ -272,11 +284,10 @@ def _open_tracking(uri: str, storage: Path, plan: Plan) -> Tracking:
         return Tracking(uri, storage, plan.launch.experiment)
 
 
-def _tell_capacity(capacity: Capacity | None, show: Callable[[str], None]) -> None:
-    if capacity is not None:
-        asks = "it asks for the token that `ray get-auth-token` prints"
-        dashboard = f", dashboard at http://{capacity.dashboard} ({asks})" if capacity.dashboard else ""
-        show(f"Ray on {capacity.cluster}, {counted(capacity.concurrency, 'cell')} at once{dashboard}")
+def _tell_capacity(capacity: Capacity, show: Callable[[str], None]) -> None:
+    asks = "it asks for the token that `ray get-auth-token` prints"
+    dashboard = f", dashboard at http://{capacity.dashboard} ({asks})" if capacity.dashboard else ""
+    show(f"Ray on {capacity.cluster}, {counted(capacity.concurrency, 'cell')} at once{dashboard}")
 
 
 # ---- [3] enlist ----

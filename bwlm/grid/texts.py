@@ -15,7 +15,7 @@ from bwlm.record.experiment import ExperimentFolder
 from bwlm.text.corpus import Corpus
 from bwlm.text.listing import NoSource
 from bwlm.text.mixture import prepare_mixture
-from bwlm.text.packing import Manifest, RunJobs
+from bwlm.text.packing import Manifest, PackedSplit, RunJobs
 from bwlm.text.prepare import Prepared, find_packed, prepare
 from bwlm.text.tokenizer import Tokenizer
 from tasks.sources import sources_of
@@ -36,11 +36,37 @@ def prepare_texts(plan: Plan, storage: Path, run: RunJobs, show: Callable[[str],
         if key not in known:
             try:
                 known[key] = _prepare(cell.experiment, tokenizer, storage, run, show)
+                show(_amount_of(known[key]))
+                if plan.is_grid and (warning := _warning_of(known[key], cell.experiment)):
+                    show(f"warning: {warning}")
             except NoSource as error:
                 known[key] = _packed_before(plan, cell, storage, error)
                 show(f"note: the text that was packed before is used ({error})")
         prepared[cell.id] = known[key]
     return prepared
+
+
+def _amount_of(prepared: Prepared) -> str:
+    """Return how much text a run trains and validates on, in words."""
+    manifest = prepared.manifest
+    noun = "conversation" if manifest.sources else "document"
+    train, validation = (_amount_words(split, noun) for split in (manifest.train, manifest.validation))
+    return f"text: {train} to train on, {validation} for validation"
+
+
+def _amount_words(split: PackedSplit, noun: str) -> str:
+    documents = split.total("documents")
+    return f"{documents:,} {noun}{'s' * (documents != 1)} of {split.total('tokens'):,} tokens"
+
+
+def _warning_of(prepared: Prepared, experiment: Experiment) -> str:
+    """Return why directions get no verdict on this text; '' if they may get one."""
+    if not PHASES[experiment.phase].compared or prepared.manifest.validation.total("rows") > 1:
+        return ""
+    return (
+        f"the validation text fills one row of {experiment.model.sequence_length:,} tokens, which leaves none to "
+        "compare directions on: give more text"
+    )
 
 
 def _packed_before(plan: Plan, cell: Cell, storage: Path, error: NoSource) -> Prepared:

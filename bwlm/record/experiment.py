@@ -358,6 +358,14 @@ def list_experiments(storage: Path) -> list[ExperimentFolder]:
     return [ExperimentFolder(storage, path.name) for path in sorted(storage.iterdir()) if _is_experiment(path)]
 
 
+def list_starting(storage: Path) -> list[str]:
+    """Return the ids of experiments whose launch still prepares their text, so that they have no config yet."""
+    if not storage.is_dir():
+        return []
+    folders = [path for path in sorted(storage.iterdir()) if is_id(path.name) and (path / LAUNCH).exists()]
+    return [p.name for p in folders if not _is_experiment(p) and ExperimentFolder(storage, p.name).busy_with()]
+
+
 def _is_experiment(path: Path) -> bool:
     """Return whether a folder is a run's, also if its config or status is gone: its reader then names the file.
 
@@ -389,6 +397,8 @@ def open_experiment(storage: Path, experiment_id: str) -> ExperimentFolder:
     """Return the folder of an experiment. Raises `UserError` naming the nearest ids if there is no such experiment."""
     folder = ExperimentFolder(storage, experiment_id)
     if not folder.exists() and not _is_experiment(folder.path):
+        if holder := folder.busy_with():
+            raise UserError(f"{experiment_id}: {holder} starts it {holder.since_words}: wait until it trains")
         known = [other.id for other in list_experiments(storage)]
         raise UserError(
             f"{experiment_id}: no such experiment in {storage}{nearest(experiment_id, known)}; see: bwlm runs list"

@@ -76,13 +76,21 @@ def _local(path: Path, source: str, field: str, endings: tuple[str, ...]) -> lis
         root = Path(_fixed_part(str(path)))
         paths, pattern = [Path(found) for found in sorted(_glob(str(path)))], _below(str(path), str(root))
     else:
-        raise NoSource(f"{field}: {source} does not exist: {_give(endings)}{_on_the_hub(source, endings)}")
+        raise NoSource(f"{field}: {_placed(source)} does not exist: {_give(endings)}{_on_the_hub(source, endings)}")
     names = {found: _below(str(found), str(root)) for found in paths}
     chosen = {found: name for found, name in names.items() if name.endswith(endings) and not is_hidden(name, pattern)}
     if not chosen:
-        raise UserError(f"{field}: no {any_of(endings)} file in {source}: {deeper(source, endings) or _give(endings)}")
+        give = deeper(source, endings) or _give(endings)
+        raise UserError(f"{field}: no {any_of(endings)} file in {_placed(source)}: {give}")
     own = _own_split(root)
     return [_local_shard(found, _split_of(name, own)) for found, name in chosen.items()]
+
+
+def _placed(source: str) -> str:
+    """Return a source as it is written, with the folder from which a relative path is read."""
+    path = local_path(source)
+    is_relative = path is not None and not path.is_absolute()
+    return f"{source} (from the working folder, {Path.cwd()})" if is_relative else source
 
 
 def _local_shard(path: Path, split: FileSplit) -> Shard:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from bwlm.config import Recipe
 from bwlm.errors import UserError
+from bwlm.format import counted, file_size
 from bwlm.paths import atomic_folder, local_path
 from bwlm.progress import track, working
 from bwlm.text.corpus import Corpus, checked, find_corpus, read_texts
@@ -192,13 +193,19 @@ def _trained_tokenizer(wanted: int, corpus: Corpus, cache: Path, progress: ShowP
         trained = train_tokenizer(_training_texts(corpus, _TRAINING_CHARACTERS), wanted)
     if trained.vocab_size != wanted:
         raise UserError(
-            f"tokenizer.vocab_size: the text yields only {trained.vocab_size} tokens, not {wanted}: "
-            f"set tokenizer.vocab_size={trained.vocab_size} or give more text"
+            f"tokenizer.vocab_size: the text to train on ({_amount(corpus)}) yields only {trained.vocab_size} tokens, "
+            f"not {wanted}: give more text, or set tokenizer.vocab_size={trained.vocab_size}"
         )
     folder = _tokenizer_folder(wanted, corpus, cache)
     with atomic_folder(folder) as temporary:
         trained.save(temporary)
     return folder, Tokenizer.load(folder)
+
+
+def _amount(corpus: Corpus) -> str:
+    """Return the amount of training text in words: `1 document, 24 B`."""
+    sizes = [len(text.encode()) for text in _training_documents(corpus)]
+    return f"{counted(len(sizes), 'document')}, {file_size(sum(sizes))}"
 
 
 def _training_documents(corpus: Corpus) -> Iterator[str]:

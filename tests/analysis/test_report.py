@@ -24,7 +24,7 @@ from bwlm.analysis.report.output import write_report
 from bwlm.analysis.report.sections import configuration_section, cost_section, data_section
 from bwlm.analysis.report.study import LOSSES, PAGE, write_experiment_report, write_grid_report
 from bwlm.analysis.runs.audit import crossing_words
-from bwlm.analysis.runs.findings import find
+from bwlm.analysis.runs.findings import find, one_window
 from bwlm.cli.analyze import _gaps_of_runs
 from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
@@ -338,9 +338,14 @@ def test_one_direction_alone_is_told_so(tmp_path: Path) -> None:
 def test_one_window_leaves_nothing_to_compare_on(tmp_path: Path) -> None:
     cells = [finish(make_cell(tmp_path, d), {d: [20.0]}) for d in ("forward", "backward")]
     text, _ = write(tmp_path, cells)
-    assert "one validation window leaves none to compare on: raise evaluation.tokens" in text
+    short = "one validation window leaves none to compare on: the validation text fills no second one, give more text"
+    assert short in text
     own = write_experiment_report(cells[1])[0].read_text()
-    assert "Nothing yet: one validation window leaves none to compare on: raise evaluation.tokens." in own
+    assert f"Nothing yet: {short}." in own
+    known = read_json(cells[0].path / "config.json")["experiment"]
+    one_row = known["evaluation"] | {"tokens": known["model"]["sequence_length"]}
+    rewrite_config(cells[0], experiment=known | {"evaluation": one_row})
+    assert one_window(cells[0]).endswith(": raise evaluation.tokens")
 
 
 def test_one_window_of_the_other_half_leaves_nothing_to_choose_by(tmp_path: Path) -> None:

@@ -59,6 +59,15 @@ def test_hidden_files_are_passed_over_on_other_file_systems(tmp_path: Path) -> N
         filesystem.rm("/_hidden", recursive=True)
 
 
+@pytest.mark.parametrize("source", ["nots", "notes/*.md"])
+def test_a_relative_path_is_told_with_the_folder_that_it_is_read_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert f"{source} (from the working folder, {tmp_path})" in refusal(source)
+    assert "working folder" not in refusal(f"{tmp_path}/{source}")
+
+
 @pytest.mark.parametrize("file", ["a/b/0.parquet", "a/0.jsonl.gz", "a/notes.md"])
 def test_a_folder_of_folders_is_told_with_the_glob_that_reads_them(tmp_path: Path, file: str) -> None:
     folder = touch(tmp_path / "data", file, ".hidden/0.parquet")

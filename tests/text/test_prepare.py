@@ -207,9 +207,11 @@ def test_a_vocabulary_too_large_for_the_text_is_refused_with_the_size_that_fits(
     source: Path, recipe_for: RecipeFor, packer: Packer, tmp_path: Path
 ) -> None:
     recipe = with_(recipe_for(source), "tokenizer", vocab_size=60_000)
-    with pytest.raises(
-        UserError, match=r"^tokenizer\.vocab_size: the text yields only \d+ tokens, not 60000: set "
-    ) as told:
+    amount = r"\d+ documents, [\d.]+ k?B"
+    only = (
+        rf"^tokenizer\.vocab_size: the text to train on \({amount}\) yields only \d+ tokens, not 60000: give more text"
+    )
+    with pytest.raises(UserError, match=only) as told:
         prepare(recipe, tmp_path / "storage", packer, quiet)
     assert not (tmp_path / "storage").exists()
     fits = int(str(told.value).split("tokenizer.vocab_size=")[1].split()[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bwlm.analysis.commands.gap import GAP_HEADER, gap_columns, gap_sentence
 from bwlm.analysis.commands.result import markdown_table
-from bwlm.analysis.runs.findings import ONE_WINDOW
+from bwlm.analysis.runs.findings import one_window
 from bwlm.analysis.runs.labels import sizes
 from bwlm.analysis.runs.losses import load_gap_table, with_losses
 from bwlm.directions import BASELINE
@@ -65,7 +65,7 @@ def gap_to_forward(folder: ExperimentFolder) -> Gap:
     table = load_gap_table(runs, sizes(runs))
     test = table[table["half"].eq("test")].drop(columns="half")
     if test.empty:
-        raise UserError(ONE_WINDOW)
+        raise UserError(one_window(folder))
     [judged] = judge([gap(test, *pair, str(test["size"].iloc[0]))])
     return judged
 

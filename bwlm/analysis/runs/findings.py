@@ -26,7 +26,13 @@ from bwlm.record.experiment import ExperimentFolder
 from bwlm.stats.gaps import PER_DIRECTION, Gap, gap, is_pair, judge
 from bwlm.stats.loss_table import COLUMNS, with_counts
 
-ONE_WINDOW = "one validation window leaves none to compare on: raise evaluation.tokens"
+
+def one_window(folder: ExperimentFolder) -> str:
+    """Return why runs like this one cannot be compared if they were validated on one window, and the mend."""
+    experiment = folder.config().experiment
+    is_short = experiment.evaluation.tokens >= 2 * experiment.model.sequence_length
+    mend = "the validation text fills no second one, give more text" if is_short else "raise evaluation.tokens"
+    return f"one validation window leaves none to compare on: {mend}"
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def find(folders: list[ExperimentFolder]) -> Findings:
     losses = best_on_test(table, best)
     test = pd.concat([losses, equal_per_direction(losses, finished, labels)], ignore_index=True)
     can_choose = best or any(rate.qualifies for rate in tried)
-    compared, problems = _compare(test) if can_choose else ([], [])
+    compared, problems = _compare(test, one_window(finished[0])) if can_choose else ([], [])
     problems += _codes(finished)
     windows = [_windows(test, one) for one in compared]
     at_edge = _at_edge(best, tried)
@@ -149,10 +155,13 @@ def _at_edge(best: list[BestRate], tried: list[TriedRate]) -> list[str]:
     return [f"{said}: {', '.join(directions)}" for said, directions in lines.items()]
 
 
-def _compare(test: pd.DataFrame) -> tuple[list[Gap], list[str]]:
-    """Return the gaps of all pairs that can be measured, judged as one family, and why others have none."""
+def _compare(test: pd.DataFrame, no_window: str) -> tuple[list[Gap], list[str]]:
+    """Return the gaps of all pairs that can be measured, judged as one family, and why others have none.
+
+    `no_window` says why `test` may be empty.
+    """
     if test.empty:
-        return [], [ONE_WINDOW]
+        return [], [no_window]
     measured, problems = [], []
     for size, rows in test.groupby("size"):
         present = [name for name in DIRECTIONS if name in set(rows["direction"])]

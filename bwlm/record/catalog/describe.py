@@ -29,6 +29,8 @@ _OF_THE_PHASE = {"phase", "parent"}
 _OF_DOCUMENTS = {f"data.{name}" for name in ("source", "text_column", "validation", "shuffle")}
 _OF_CONVERSATIONS = {f"data.{name}" for name in ("mixture", "skip_invalid", "reversal")}
 """Settings that phases of the other kind of text do not read."""
+_HORIZONS = {f"budget.{name}" for name in ("steps", "tokens", "flops", "tokens_per_parameter")}
+"""Settings that are resolved to the number of steps, which is told."""
 
 _TOO_MANY = 4
 """Number of a grid's leaves from which they are shown as one, beside other families."""
@@ -198,7 +200,7 @@ def _changed(parent: RunConfig, child: RunConfig) -> dict[str, dict[str, Any]]:
     old, new = (_settings(config) for config in (parent, child))
     phase = PHASES[child.experiment.phase]
     unread = _OF_CONVERSATIONS if phase.reads_documents else _OF_DOCUMENTS
-    names = sorted(name for name in old.keys() | new.keys() if name not in unread)
+    names = sorted((old.keys() | new.keys()) - unread - _HORIZONS)
     return {n: {"parent": old.get(n), "own": new.get(n)} for n in names if old.get(n) != new.get(n)}
 
 
