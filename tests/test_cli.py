@@ -222,7 +222,7 @@ def test_a_plan_tells_a_changed_setting_first_and_the_text_that_is_read(shell: S
     for name in "ab":
         (shell.folder / "notes" / f"{name}.txt").write_text("a note")
     grid = shell.file(GOOD + "data: {source: notes}\n")
-    assert "\ntext: notes, 2 files\n" in shell("grid", "plan", grid).out
+    assert "\ntext: notes, 2 files, 12 B\n" in shell("grid", "plan", grid).out
     missing = shell("grid", "plan", grid, "--set", "data.source=nots")
     assert missing.code == 0
     assert f"\nwarning: data.source: nots (from the working folder, {shell.folder}) does not exist: " in missing.out
@@ -235,11 +235,18 @@ def test_a_plan_tells_a_changed_setting_first_and_the_text_that_is_read(shell: S
     assert "its run read" not in shell("grid", "plan", grid, "--set", "data.source=builtin:pydocs").out
 
 
+def test_an_unknown_command_is_told_with_those_that_there_are(shell: Shell) -> None:
+    check_mistake(
+        shell("runs", "rename", "a", "b"), "runs rename: no such command: give one of list, tree, show, delete"
+    )
+    check_mistake(shell("analyse"), "bwlm: analyse: no such command: give one of train, ")
+
+
 def test_the_faults_of_a_text_are_told_before_ray_starts(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bwlm.cluster.session.open_cluster", None)
     (shell.folder / "notes").mkdir()
     for name in "ab":
-        (shell.folder / "notes" / f"{name}.txt").write_text("a note")
+        (shell.folder / "notes" / f"{name}.txt").write_text(f"note {name}")
     answer = shell("grid", "run", shell.file(GOOD + "data: {source: notes}\n"))
     assert answer.code == 2
     assert "the text to train on (1 document, 6 B) yields only " in answer.err

@@ -41,7 +41,14 @@ class Command(_PlainFlags, TyperCommand):
 
 
 class Group(_PlainFlags, TyperGroup):
-    """Group of commands."""
+    """Group of commands, which names them all where one is unknown."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that the arguments begin with. Raises `UserError` if there is none of this name."""
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            given = " ".join([*ctx.command_path.split()[1:], args[0]])
+            raise UserError(f"{given}: no such command: give one of {', '.join(self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
 
 
 class App(typer.Typer):

@@ -201,11 +201,11 @@ def _state(cell: dict[str, Any]) -> str:
 
 
 def _text_words(plan: Plan) -> list[str]:
-    """Return a line on each source of text that the cells read: the number of its files, or what a launch would say.
+    """Return a line on each source of text that the cells read: number and size of its files, or what a launch would say.
 
     Sources on other machines are not looked at, and no file is read.
     """
-    from bwlm.format import counted
+    from bwlm.format import counted, file_size
     from bwlm.paths import local_path
     from bwlm.text.corpus import BUILTINS
     from bwlm.text.listing import JSON_LINES, PARQUET, TEXTS, list_files
@@ -217,7 +217,7 @@ def _text_words(plan: Plan) -> list[str]:
             continue
         try:
             files = list_files(source, "data.source", (*PARQUET, *JSON_LINES, *TEXTS))
-            words.append(f"text: {source}, {counted(len(files), 'file')}")
+            words.append(f"text: {source}, {counted(len(files), 'file')}, {file_size(sum(f.size for f in files))}")
         except UserError as error:
             words.append(f"warning: {error}")
     return words
