@@ -201,7 +201,7 @@ def _state(cell: dict[str, Any]) -> str:
 
 
 def _text_words(plan: Plan) -> list[str]:
-    """Return a line on each source of text that the cells read: number and size of its files, or what a launch would say.
+    """Return a line on each source of text that the cells read: its files, or what a launch would say.
 
     Sources on other machines are not looked at, and no file is read.
     """

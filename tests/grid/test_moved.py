@@ -69,7 +69,7 @@ def test_a_moved_storage_lists_evaluates_exports_branches_and_resumes(
     assert "talk" in bwlm("runs", "tree")
     assert json.loads(bwlm("eval", "talk", "--json")) == before
     bwlm("export", "talk", str(shell.folder / "hf"))
-    assert "using the text that was packed before" in shell("grid", "run", grid, "--storage", str(new)).err
+    assert "note: the text that was packed before is used" in shell("grid", "run", grid, "--storage", str(new)).err
     assert ExperimentFolder(new, BACKWARD).status().state == "finished"
     assert [entry.metrics["train_loss"] for entry in read_journal(new / BACKWARD)] == losses
     bwlm("train", "--phase", "sft", "--parent", BACKWARD, "--id", "more", *SFT)
