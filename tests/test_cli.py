@@ -230,7 +230,9 @@ def test_a_plan_tells_a_changed_setting_first_and_the_text_that_is_read(shell: S
     changed = shell("grid", "plan", grid, "--set", "budget.steps=6").out
     first = next(line for line in changed.splitlines() if line.startswith("bars_forward_d1"))
     assert first.endswith("  other settings")
-    other = "bars_forward_d1_lr0.5_s0: its run read builtin:pydocs, and the grid names notes: refused unless both hold"
+    other = (
+        "bars_forward_d1_lr0.5_s0: its run read builtin:pydocs, and the grid names notes: refused unless its content is"
+    )
     assert other in shell("grid", "plan", grid).out
     assert "its run read" not in shell("grid", "plan", grid, "--set", "data.source=builtin:pydocs").out
 

@@ -246,7 +246,9 @@ def _other_text(planned: PlannedCell) -> str:
         return ""
     read, named = (text_of(one.experiment) for one in (planned.folder.config(), planned.cell))
     return (
-        f"its run read {read}, and the grid names {named}: refused unless both hold the same" if read != named else ""
+        f"its run read {read}, and the grid names {named}: refused unless its content is the same"
+        if read != named
+        else ""
     )
 
 

@@ -86,13 +86,6 @@ def _local(path: Path, source: str, field: str, endings: tuple[str, ...]) -> lis
     return [_local_shard(found, _split_of(name, own)) for found, name in chosen.items()]
 
 
-def _placed(source: str) -> str:
-    """Return a source as it is written, with the folder from which a relative path is read."""
-    path = local_path(source)
-    is_relative = path is not None and not path.is_absolute()
-    return f"{source} (from the working folder, {Path.cwd()})" if is_relative else source
-
-
 def _local_shard(path: Path, split: FileSplit) -> Shard:
     """Return a local file as a shard.
 
@@ -220,6 +213,13 @@ def any_of(endings: Iterable[str]) -> str:
 
 def _give(endings: Iterable[str]) -> str:
     return f"give a folder, glob, file or URI of {any_of(endings)} files"
+
+
+def _placed(source: str) -> str:
+    """Return a source as it is written, with the folder from which a relative path is read."""
+    path = local_path(source)
+    is_relative = path is not None and not path.is_absolute()
+    return f"{source} (from the working folder, {Path.cwd()})" if is_relative else source
 
 
 def deeper(source: str, endings: Iterable[str]) -> str:

@@ -85,12 +85,12 @@ def test_a_moved_storage_lists_evaluates_exports_branches_and_resumes(
     gone = shell("eval", FORWARD, "--storage", str(new))
     assert gone.code == 2
     assert len(gone.err.strip().splitlines()) == 1
-    assert str(Path(ExperimentFolder(new, FORWARD).config().corpus)) in gone.err
+    assert str(Path(ExperimentFolder(new, FORWARD).config().corpus).relative_to(shell.folder)) in gone.err
     told = re.search(r"bwlm (grid run .*)", gone.err)
     assert told
     answer = shell(*shlex.split(told[1]))
     assert answer.code == 2, "its source is gone too"
-    assert f"data.source: {source} does not exist" in answer.err
+    assert "data.source: source does not exist" in answer.err
     (shell.folder / "put away").rename(source)
     assert shell(*shlex.split(told[1])).code == 0
     assert json.loads(bwlm("eval", "talk", "--json")) == before
