@@ -50,6 +50,17 @@ def test_decoding_is_compared_with_rereading() -> None:
     assert [row["ratio_to_rereading"] for row in found if row["rows"] == 0] == [1, 1]
 
 
+def test_answers_are_written_in_batches(tmp_path: Path) -> None:
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    rows = [{"question": f"What is {n} and {n}?", "answer": f"#### {2 * n}"} for n in range(20)]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = ("--depth", "1", "--time", "128", "--vocab", "300", "--items", "4", "--new", "8", "--rounds", "1")
+    [row] = json.loads(run("generate_answers.py", "--data", str(tmp_path), *sizes, "--json"))["rows"]
+    assert (row["variant"], row["answers"], row["equal_answers"], row["bwlm_is_faster"]) == ("bwlm", 4, 1, 1)
+    assert row["answers_per_second"] > 0
+
+
 @pytest.mark.slow
 def test_what_rays_loop_costs_is_printed() -> None:
     shown = run("loop_overhead.py", "--steps", "12", "--seconds", "2", "--batch-tokens", "512")

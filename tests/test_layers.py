@@ -173,6 +173,7 @@ def test_no_circles() -> None:
         ("bwlm.record.catalog.filters", ["torch", "pandas", "scipy"]),
         ("bwlm.cli", ["torch", "ray", "mlflow", "pandas", "altair"]),
         ("bwlm.plan.load", ["torch", "ray", "mlflow", "pandas"]),
+        ("bwlm.evaluate.sandbox", ["torch", "ray", "mlflow", "pandas", "numpy", "pydantic"]),
     ],
 )
 def test_an_import_does_not_pull_in_what_it_does_not_need(module: str, absent: list[str]) -> None:

@@ -11,6 +11,7 @@ Only callers that the user has allowed to may run programs: the permission is th
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -26,6 +27,8 @@ from typing import Literal
 from bwlm.errors import RunError, UserError
 from bwlm.evaluate import sandbox_supervisor
 from bwlm.evaluate.sandbox_supervisor import Job, Report
+
+log = logging.getLogger(__name__)
 
 Outcome = Literal["passed", "failed", "timeout"]
 PAGE = "docs/security.md"
@@ -80,8 +83,19 @@ class Isolation:
     no_home: bool
     """True if a program was seen to be unable to list the user's home folder."""
 
+    @property
+    def is_whole(self) -> bool:
+        """True if every protection holds."""
+        return all(vars(self).values())
+
     def __str__(self) -> str:
-        held = {"no network": self.no_network, "home folder hidden": self.no_home, "own files": self.own_files}
+        """Return a line for people."""
+        held = {
+            "processes of its own": self.namespaces,
+            "files of its own": self.own_files,
+            "no network": self.no_network,
+            "home folder hidden": self.no_home,
+        }
         missing = [name for name, holds in held.items() if not holds]
         return f"sandbox without: {', '.join(missing)} ({PAGE})" if missing else "sandbox with all its protections"
 
@@ -192,16 +206,20 @@ print(json.dumps([[name for _, name in socket.if_nameindex()], names]))
 
 @cache
 def find_isolation() -> Isolation:
-    """Return what holds on this machine, found out by a program that tries it.
+    """Return what holds on this machine, found out by a program that tries it; a warning says what does not.
 
     Raises `UserError` where not even an unprivileged program can be run.
     """
     faults = []
     for namespaces, own_files in ((True, True), (True, False), (False, False)):
         try:
-            return _measured(namespaces, own_files)
+            isolation = _measured(namespaces, own_files)
         except RunError as error:
             faults.append(str(error))
+            continue
+        if not isolation.is_whole:
+            log.warning("%s", isolation)
+        return isolation
     raise UserError(f"--allow-code-execution: programs cannot be run safely here ({faults[-1]}): see {PAGE}")
 
 
@@ -214,3 +232,7 @@ def _measured(namespaces: bool, own_files: bool) -> Isolation:
     prefix = Path(_prefix())
     shown = prefix.relative_to(home).parts[:1] if prefix.is_relative_to(home) else ()  # Python's own folder in it
     return Isolation(namespaces, own_files, no_network=set(devices) <= {"lo"}, no_home=set(names) <= set(shown))
+
+
+if __name__ == "__main__":
+    print(find_isolation())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import socket
@@ -13,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -479,5 +481,34 @@ def test_what_is_said_to_hold_was_measured(isolation: Isolation) -> None:
 
 def test_what_does_not_hold_is_said() -> None:
     assert str(Isolation(True, True, True, True)) == "sandbox with all its protections"
-    weak = str(Isolation(False, False, False, True))
-    assert weak == "sandbox without: no network, own files (docs/security.md)"
+    weak = str(Isolation(True, False, False, True))
+    assert weak == "sandbox without: files of its own, no network (docs/security.md)"
+
+
+def test_a_warning_says_what_does_not_hold(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(sandbox, "_measured", lambda *wanted: Isolation(*wanted, True, False))
+    find_isolation.cache_clear()
+    try:
+        find_isolation()
+        find_isolation()
+    finally:
+        find_isolation.cache_clear()
+    assert caplog.messages == ["sandbox without: home folder hidden (docs/security.md)"]
+
+
+def test_the_page_on_security_tells_how_to_see_it() -> None:
+    command = "python -m bwlm.evaluate.sandbox"
+    root = Path(__file__).parents[2]
+    assert f"    {command}\n" in (root / "docs" / "security.md").read_text()
+    done = subprocess.run([sys.executable, *command.split()[1:]], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{find_isolation()}\n"
+
+
+@pytest.mark.parametrize("module", [sandbox, sandbox_supervisor])
+def test_it_imports_the_standard_library_and_our_errors_alone(module: ModuleType) -> None:
+    tree = ast.parse(Path(str(module.__file__)).read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    others = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
+    ours = {"bwlm.errors", "bwlm.evaluate", "bwlm.evaluate.sandbox_supervisor"} if module is sandbox else set[str]()
+    assert others <= ours
