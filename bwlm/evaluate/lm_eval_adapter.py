@@ -18,6 +18,7 @@ import torch
 
 from bwlm.directions import TEXT_READINGS, is_marked, own_readings
 from bwlm.errors import UserError, nearest
+from bwlm.evaluate.tasks.rules import FORWARD
 from bwlm.evaluate.tasks.scores import Row, Scored, score
 from bwlm.model.generate import generate
 from bwlm.trained.load import load_model
@@ -55,7 +56,7 @@ class BwlmLM(LM):  # type: ignore[misc]
                 raise UserError(f"{name}: {value!r} is not one of {', '.join(known)}{nearest(value, known)}")
         self.rule = rule
         tokenizer = self.loaded.tokenizer
-        marker = tokenizer.forward if self.reading == "forward" else tokenizer.backward
+        marker = tokenizer.forward if self.reading == FORWARD else tokenizer.backward
         self._head: Ids = (tokenizer.bos, marker) if is_marked(direction) else (tokenizer.bos,)
         self._room = self.loaded.model.config.sequence_length + 1 - len(self._head)
 
@@ -96,7 +97,7 @@ class BwlmLM(LM):  # type: ignore[misc]
 
         Raises `UserError` for a backward reading, which writes what stands before a text, and for sampling.
         """
-        if self.reading != "forward":
+        if self.reading != FORWARD:
             raise UserError("reading: backward: a model that reads backward cannot continue a text from its end")
         texts, tokenizer = [], self.loaded.tokenizer
         stop = {tokenizer.bos}
@@ -116,7 +117,7 @@ class BwlmLM(LM):  # type: ignore[misc]
         return tuple(self.loaded.tokenizer.encode(text).tolist())
 
     def _arranged(self, ids: Ids) -> Ids:
-        return ids if self.reading == "forward" else ids[::-1]
+        return ids if self.reading == FORWARD else ids[::-1]
 
     def _parts(self, context: str, continuation: str) -> tuple[Ids, Ids]:
         """Return the ids of the part that is read first, and of the part that is scored."""
@@ -130,7 +131,7 @@ class BwlmLM(LM):  # type: ignore[misc]
             )
         cut = max(0, len(whole) - self._room)
         before, after = whole[cut:border], whole[border:]
-        return (before, after) if self.reading == "forward" else (after[::-1], before[::-1])
+        return (before, after) if self.reading == FORWARD else (after[::-1], before[::-1])
 
 
 def _answer(scored: Scored) -> tuple[float, bool]:

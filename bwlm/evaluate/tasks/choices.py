@@ -18,7 +18,7 @@ import numpy as np
 
 from bwlm.errors import UserError
 from bwlm.evaluate.tasks.layout import Fitted, LaidOut, Layout
-from bwlm.evaluate.tasks.rules import RULES, Floats, Judged, Parts, Rule, judge
+from bwlm.evaluate.tasks.rules import BACKWARD, FORWARD, RULES, Floats, Judged, Parts, Rule, judge
 from bwlm.evaluate.tasks.scores import Row, Scored, score
 from bwlm.model.gpt import GPT
 from tasks.items import ChoiceItem
@@ -144,12 +144,12 @@ class _Pass:
 def _passes(items: Sequence[ChoiceItem], reading: str) -> list[_Pass]:
     by_reading = tuple(rule for rule in RULES if rule != "answer_first")
     # backward, the conditional scores the stem, and a choice alone has none
-    of_choice = tuple(rule for rule in by_reading if (reading, rule) != ("backward", "conditional"))
+    of_choice = tuple(rule for rule in by_reading if (reading, rule) != (BACKWARD, "conditional"))
     framed = [_without_question(item) for item in items] if any(item.frame for item in items) else None
     passes = [_Pass(None, items, by_reading), _Pass("prior", [*map(_alone, items)], of_choice)]
     if framed:
         passes.append(_Pass("no_context", framed, by_reading))
-    if reading == "forward":
+    if reading == FORWARD:
         passes.append(_Pass(None, items, ("answer_first",), answer_first=True))
         if framed:
             passes.append(_Pass("no_context", framed, ("answer_first",), answer_first=True))
@@ -178,7 +178,7 @@ def _score_parts(
 ) -> Iterator[Parts]:
     """Yield the log-probabilities of stems and choices of each item."""
     rows = [Row(row.trunk, tuple(branch.ids for branch in row.branches)) for row in laid_out]
-    stem_first = reading == "forward" and not one.answer_first
+    stem_first = reading == FORWARD and not one.answer_first
     for item, row, scored in zip(one.items, laid_out, score(model, rows, progress), strict=True):
         first, second = _sums(row, scored)
         stem, choice = (first, second) if stem_first else (second, first)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from bwlm.evaluate.tasks.choices import JudgedItem
 from bwlm.evaluate.tasks.layout import Layout
-from bwlm.evaluate.tasks.rules import Judged
+from bwlm.evaluate.tasks.rules import FORWARD, Judged
 from bwlm.evaluate.tasks.scores import Row, score
 from bwlm.model.gpt import GPT
 from tasks.items import ChoiceItem, ContinuationItem
@@ -34,7 +34,7 @@ def judge_continuations(
     model: GPT, layout: Layout, items: Sequence[ChoiceItem], progress: Callable[[int], object] = lambda items: None
 ) -> Iterator[JudgedItem]:
     """Yield whether a model predicts each continuation; the score is its log-probability in nats."""
-    laid_out = [layout.lay_out(item, "forward") for item in items]
+    laid_out = [layout.lay_out(item, FORWARD) for item in items]
     rows = [Row(row.trunk, (row.branches[0].ids,), row.branches[0].border) for row in laid_out]
     for item, row, [scored] in zip(items, laid_out, score(model, rows, progress), strict=True):
         total = float(scored.log_p.sum())

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from bwlm.directions import is_marked
+from bwlm.evaluate.tasks.rules import FORWARD
 from bwlm.text.tokenizer import Tokenizer
 from tasks.items import ChoiceItem, Example
 
@@ -91,14 +92,14 @@ class Layout:
 
     def lay_out(self, item: ChoiceItem, reading: str, answer_first: bool = False) -> LaidOut:
         """Return the rows of a fitted item. `answer_first` is for the forward reading."""
-        assert not answer_first or reading == "forward", "backward, the answer is read first anyway"
+        assert not answer_first or reading == FORWARD, "backward, the answer is read first anyway"
         trunk = [self.tokenizer.bos]
         if is_marked(self.direction):
-            trunk.append(self.tokenizer.forward if reading == "forward" else self.tokenizer.backward)
+            trunk.append(self.tokenizer.forward if reading == FORWARD else self.tokenizer.backward)
         for shot in item.shots:
             first, second = self._parts(shot.stem, shot.answer, reading, answer_first)
             separator = self._encode(SEPARATOR)
-            trunk += [*first, *second, *(separator if reading == "forward" else separator[::-1])]
+            trunk += [*first, *second, *(separator if reading == FORWARD else separator[::-1])]
         branches = []
         for n in _each(item):
             first, second = self._parts(item.context + item.stems[n], item.choices[n], reading, answer_first)
@@ -114,7 +115,7 @@ class Layout:
         if answer_first:
             return self._encode(f"{choice.strip()}\n"), self._encode(stem)
         whole, border = self._encode(stem + choice), self._border(stem, choice)
-        if reading == "forward":
+        if reading == FORWARD:
             return whole[:border], whole[border:]
         return whole[border:][::-1], whole[:border][::-1]
 
@@ -134,7 +135,7 @@ class Layout:
         return self._length(shot.stem, shot.answer) + len(self._encode(SEPARATOR))
 
     def _length(self, stem: str, choice: str) -> int:
-        return max(sum(map(len, self._parts(stem, choice, "forward", first))) for first in (False, True))
+        return max(sum(map(len, self._parts(stem, choice, FORWARD, first))) for first in (False, True))
 
     def _cut(self, item: ChoiceItem, room: int) -> ChoiceItem | None:
         """Return the item with the longest end of its context that fits; None if no end does."""

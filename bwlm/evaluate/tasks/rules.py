@@ -20,9 +20,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from bwlm.directions import TEXT_READINGS
+
 Rule = Literal["conditional", "joint", "normalised", "answer_first", "exact", "pass@1", "pass@k"]
 """Rules of choices; `exact` of continuations, `pass@1` and `pass@k` of generated outputs."""
 RULES: tuple[Rule, ...] = ("conditional", "joint", "normalised", "answer_first")
+
+FORWARD, BACKWARD = TEXT_READINGS
 
 Floats = NDArray[np.float64]
 
@@ -43,7 +47,7 @@ class Parts:
             return self.stem + self.choice
         if rule == "answer_first":
             return self.stem
-        if reading == "forward":
+        if reading == FORWARD:
             return self.choice if rule == "conditional" else self.choice / self.choice_bytes
         return self.stem if rule == "conditional" else self.stem / np.maximum(self.stem_tokens, 1) + self.choice
 

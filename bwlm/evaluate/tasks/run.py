@@ -21,7 +21,7 @@ from bwlm.evaluate.tasks.results import (
     example_rows,
     score_of,
 )
-from bwlm.evaluate.tasks.rules import Rule
+from bwlm.evaluate.tasks.rules import BACKWARD, FORWARD, Rule
 from bwlm.trained.load import LoadedModel
 from tasks.items import CentredTask, ChoiceItem, ContinuationItem, Form, GeneratedItem, GeneratedTask
 
@@ -64,7 +64,7 @@ def _evaluate_texts(loaded: LoadedModel, items: Items, blank: TaskScore, result:
     layout = Layout(loaded.tokenizer, loaded.config.experiment.direction, model.config.sequence_length)
     exact = [as_choice(item) for item in items if isinstance(item, ContinuationItem)]
     choices = [item for item in items if isinstance(item, ChoiceItem)]
-    if exact and reading != "forward":
+    if exact and reading != FORWARD:
         reason = "its context would have to be predicted word for word"
         result.scores.append(replace(blank, rule="exact", reason=reason))
         return
@@ -143,7 +143,7 @@ def _scores(blank: TaskScore, judged: Sequence[JudgedItem]) -> list[TaskScore]:
         replace(blank, control=control, rule=rule, status="scored", **score_of(of))
         for (control, rule), of in by_rule(judged).items()
     ]
-    if blank.direction == "backward":  # continuations are not read backward
+    if blank.direction == BACKWARD:  # continuations are not read backward
         scores.append(replace(blank, rule="answer_first", reason="backward, conditional reads the answer first anyway"))
     return scores
 
