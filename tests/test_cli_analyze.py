@@ -226,8 +226,8 @@ def test_output_is_what_its_ending_says(shell: Shell) -> None:
     assert {key: row[key] for key in same} == {key: found[key] for key in same}
     title, _, sentence, _, header, _, line = content["t.md"].decode().splitlines()
     assert title == "# l.csv"
-    assert header.startswith("| size | pair | seeds | gap (nats) |")
-    assert line.startswith("| 4 | forward → backward | 3 | +0.2000 |")
+    assert header.startswith("| size | pair | verdict | seeds | gap (nats) |")
+    assert line.startswith(f"| 4 | forward → backward | **{found['verdict']}** | 3 | +0.2000 |")
     assert sentence.startswith("- size 4, forward → backward: gap +0.2000 nats per token (+10.00 %)")
 
 
