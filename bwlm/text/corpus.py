@@ -2,7 +2,7 @@
 
 Validation text is never trained on. It is the files of `data.validation`, else the files whose names hold them out
 (`bwlm.text.splits`), else, by nanochat's convention, the last shard; of text files, which hold one document each,
-one in 20. Test files are left alone.
+one in 20, and of a file that is alone one document in 20. Test files are left alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ from bwlm.errors import UserError, first_line, nearest
 from bwlm.format import json_kind
 from bwlm.paths import local_path
 from bwlm.progress import track, working
-from bwlm.text.documents import are_documents, hold_out, write_documents
+from bwlm.text.documents import (
+    HELD_OUT,
+    are_documents,
+    hold_out,
+    read_documents,
+    split_documents,
+    write_documents,
+)
 from bwlm.text.json_lines import read_json_lines
 from bwlm.text.listing import JSON_LINES, PARQUET, TEXTS, deeper, list_files, unreachable
 from bwlm.text.splits import Shard, listed, split_by_name, without_copies, without_repeats
@@ -90,18 +97,20 @@ def find_corpus(data: DataSettings, cache: Path, progress: Callable[[str], None]
         held_out, why = _named_validation(data.validation, progress), "data.validation"
         if unused := without_copies(named.validation, held_out)[0]:
             progress(f"{listed(unused)}: neither trained nor validated on: data.validation names other files")
+    elif not held_out and len(train) == 1:
+        return _split_file(train[0], data, corpora, progress)
     elif not held_out and are_documents(train):
         (train, held_out), why = hold_out(train), "about 1 document in 20, chosen by content"
     elif not held_out:
         train, held_out, why = train[:-1], train[-1:], "the last shard"
     kept, copies = without_copies(train, held_out)
     if not kept:
-        raise UserError(_nothing_left(data, len(train), held_out))
+        raise UserError(_nothing_left(data, held_out))
     for note in copies:
         progress(note)
     progress(f"validation: {listed(held_out)} ({why})")
     kept, held_out = (
-        write_documents(files, data.text_column, corpora, progress) if are_documents(files) else files
+        write_documents(files, data.text_column, corpora) if are_documents(files) else files
         for files in (kept, held_out)
     )
     return Corpus(kept, held_out, data.text_column, data.shuffle, str(corpora))
@@ -129,19 +138,31 @@ def _named_validation(address: str, progress: Callable[[str], None]) -> tuple[Sh
     return tuple(file for file in files if file.split == "validation") or files
 
 
-def _nothing_left(data: DataSettings, shards: int, held_out: Sequence[Shard]) -> str:
+def _split_file(file: Shard, data: DataSettings, corpora: Path, progress: Callable[[str], None]) -> Corpus:
+    """Return the corpus of one file alone, some of whose documents validate."""
+    is_text = are_documents([file])
+    if is_text and (hint := deeper(data.source, sum(_KINDS, ()))):
+        raise UserError(
+            f"data.source: {data.source} holds one text file; {hint}; to read that file alone, name {file.uri}"
+        )
+
+    def documents() -> Iterator[str]:
+        if is_text:
+            return read_documents(file)
+        return itertools.chain.from_iterable(read_texts(file.uri, data.text_column))
+
+    progress(f"validation: about 1 document in {HELD_OUT} of {file.uri}, chosen by content")
+    train, held_out = split_documents(file, documents, data.text_column, corpora)
+    return Corpus(train, held_out, data.text_column, data.shuffle, str(corpora))
+
+
+def _nothing_left(data: DataSettings, held_out: Sequence[Shard]) -> str:
     if data.validation is not None:
         return f"data.validation: {data.validation} leaves no file of data.source to train on: name fewer files"
     if are_documents(held_out):
-        hint = deeper(data.source, sum(_KINDS, ()))
         return (
             f"data.source: {data.source} holds one document, {held_out[0].uri}, and validation needs another: "
-            f"add a file, or name one in data.validation{f'; {hint}' if hint else ''}"
-        )
-    if not shards:
-        return (
-            f"data.source: {data.source} holds one shard to train on, and the last shard is validation: "
-            "add a second or name one in data.validation"
+            "add a file, or name one in data.validation"
         )
     return (
         f"data.source: {data.source}: no shard has other text than the validation text: "
@@ -205,20 +226,22 @@ def checked(corpus: Corpus) -> Corpus:
             continue
         with open_parquet(shard.uri) as file:
             documents.append(file.metadata.num_rows)
-            schema = file.schema_arrow
-            refuse_repeated(corpus.text_column, schema.names, f"{shard.uri}: data.text_column")
-            if corpus.text_column not in schema.names:
-                raise UserError(
-                    f"{shard.uri}: data.text_column: no column {corpus.text_column!r}"
-                    f"{nearest(corpus.text_column, schema.names)}: name one of {', '.join(schema.names)}"
-                )
-            kind = schema.field(corpus.text_column).type
-            if not any(is_kind(kind) for is_kind in _TEXT_TYPES):
-                raise UserError(
-                    f"{shard.uri}: data.text_column: {corpus.text_column!r} holds {kind}: name a column of strings"
-                )
+            _check_column(file, corpus.text_column, shard.uri)
     train = len(corpus.train)
     return replace(corpus, documents=(sum(documents[:train]), sum(documents[train:])))
+
+
+def _check_column(file: pq.ParquetFile, column: str, uri: str) -> None:
+    """Raise `UserError` if the file has no such column of strings."""
+    schema, where = file.schema_arrow, f"{uri}: data.text_column"
+    refuse_repeated(column, schema.names, where)
+    if column not in schema.names:
+        raise UserError(
+            f"{where}: no column {column!r}{nearest(column, schema.names)}: name one of {', '.join(schema.names)}"
+        )
+    kind = schema.field(column).type
+    if not any(is_kind(kind) for is_kind in _TEXT_TYPES):
+        raise UserError(f"{where}: {column!r} holds {kind}: name a column of strings")
 
 
 _TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
@@ -268,6 +291,7 @@ def _text(value: Any, column: str, place: str) -> str:
 
 def _read_parquet_texts(uri: str, column: str) -> Iterator[list[str]]:
     with open_parquet(uri) as file:
+        _check_column(file, column, uri)
         row = 0
         try:
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[column]):

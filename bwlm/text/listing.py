@@ -26,6 +26,8 @@ TEXTS = (".txt", ".md")
 
 _PASSED_OVER = (".", "_")
 """First characters of names that are no data, as in pyarrow's data sets: `._a.parquet`, `.DS_Store`, `_SUCCESS`."""
+_DATA = "data"
+"""Folder in which a data set of the hub keeps its files, beside a README."""
 _MOST_LOOKED_AT = 10_000
 """Most paths below a folder among which a file is searched for a hint."""
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created", "blob_id")
@@ -49,8 +51,9 @@ class NoSource(UserError):
 def list_files(source: str, field: str, endings: tuple[str, ...] = PARQUET) -> list[Shard]:
     """Return the files of a folder, glob, path or URI whose names have one of these endings, sorted by name.
 
-    Hidden files are passed over. A path of one file is taken whatever its name. Raises `UserError` that names `field`
-    if there is no file.
+    Hidden files are passed over. A path of one file is taken whatever its name. A folder that holds none, or a README
+    alone, is read as a data set of the hub: its folder `data`. Raises `UserError` that names `field` if there is no
+    file.
     """
     refuse_secret(source, field)
     path = local_path(source)
@@ -69,7 +72,7 @@ def is_hidden(name: str, pattern: str = "") -> bool:
 def _local(path: Path, source: str, field: str, endings: tuple[str, ...]) -> list[Shard]:
     root, paths, pattern = path, [path], ""
     if path.is_dir():
-        paths = sorted(path.iterdir())
+        paths = _in_folder(path, endings)
     elif path.exists():
         return [_local_shard(path, _split_of(path.name, _own_split(path.parent)))]
     elif glob.has_magic(str(path)):
@@ -84,6 +87,19 @@ def _local(path: Path, source: str, field: str, endings: tuple[str, ...]) -> lis
         raise UserError(f"{field}: no {any_of(endings)} file in {_placed(source)}: {give}")
     own = _own_split(root)
     return [_local_shard(found, _split_of(name, own)) for found, name in chosen.items()]
+
+
+def _in_folder(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    """Return what lies in a folder or, where that is a README at most, the files of data in its folder `data`."""
+    own, data = sorted(folder.iterdir()), folder / _DATA
+    documents = [path for path in own if path.name.endswith(endings) and not is_hidden(path.name)]
+    if not data.is_dir() or not all(path.name.lower().startswith("readme.") for path in documents):
+        return own
+    return [path for path in sorted(data.iterdir()) if path.name.endswith(_data_of(endings))] or own
+
+
+def _data_of(endings: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(ending for ending in endings if ending not in TEXTS)
 
 
 def _local_shard(path: Path, split: FileSplit) -> Shard:
@@ -135,6 +151,8 @@ def _remote(source: str, field: str, endings: tuple[str, ...]) -> list[Shard]:
         pattern = path if glob.has_magic(path) else f"{path.rstrip('/')}/*"
         root = path.rpartition("/")[0] if single else _fixed_part(pattern)
         names = [path] if single else _listed(filesystem, pattern, root, endings)
+        if not names and not glob.has_magic(path):
+            names = _listed(filesystem, f"{root}/{_DATA}/*", root, _data_of(endings))
         infos = [filesystem.info(name) for name in names]
         own = root.rpartition("/")[2] if is_split_folder(root, filesystem.isdir) else ""
         has_folders = not names and not glob.has_magic(path) and _has_folders(filesystem, path)

@@ -348,12 +348,15 @@ def test_a_test_file_is_neither_trained_nor_validated_on(shards: Path) -> None:
     ]
 
 
-def test_a_training_and_a_test_file_are_no_corpus(shards: Path) -> None:
+def test_documents_of_a_training_file_alone_validate_and_none_of_a_test_file(shards: Path, tmp_path: Path) -> None:
     renamed(shards, "train.parquet", "test.parquet", "below/other.parquet")
-    with pytest.raises(
-        UserError, match=r"holds one shard to train on, .*: add a second or name one in data\.validation"
-    ):
-        told(shards)
+    found = find_corpus(DataSettings(source=str(shards)), tmp_path / "cache", print)
+    train, validation = (
+        [text for shard in split for some in read_texts(shard.uri, "text") for text in some]
+        for split in (found.train, found.validation)
+    )
+    assert sorted(train + validation) == sorted(TEXTS[:40])
+    assert validation
     found, _ = told(shards, shards / "below")
     assert names(found) == (["train.parquet"], ["other.parquet"])
 
@@ -475,11 +478,12 @@ def test_validation_that_is_not_there(try_to_prepare: Prepare, shards: Path) -> 
         try_to_prepare(shards, validation=str(shards / "none*.parquet"))
 
 
-def test_a_single_shard_without_validation(try_to_prepare: Prepare, shards: Path) -> None:
-    with pytest.raises(
-        UserError, match=rf"^data\.source: {shards / FIRST} holds one shard to train on, .*: add a second or name one"
-    ):
-        try_to_prepare(shards / FIRST)
+@pytest.mark.parametrize("memory_too", [False, True], ids=["local", "remote"])
+def test_a_single_shard_is_divided(try_to_prepare: Prepare, shards: Path, memory: str, memory_too: bool) -> None:
+    found = try_to_prepare(f"{memory}/{FIRST}" if memory_too else shards / FIRST).manifest
+    counted = [split.total("documents") for split in (found.train, found.validation)]
+    assert sum(counted) == 40
+    assert counted[1] >= 1
 
 
 def test_a_protocol_that_nobody_knows(try_to_prepare: Prepare) -> None:
@@ -521,6 +525,15 @@ def test_two_columns_of_one_name(try_to_prepare: Prepare, shards: Path) -> None:
     assert str(refusal.value) == (
         f"{shards / SECOND}: data.text_column: 2 columns are called 'text': rename all but one"
     )
+
+
+def test_a_wrong_column_is_no_damage_where_a_head_is_read(shards: Path) -> None:
+    """The first rows of a corpus are read without a look at its other files."""
+    wanted = rf"^{shards / FIRST}: data\.text_column: no column 'body': name one of number, text$"
+    with pytest.raises(UserError, match=wanted):
+        next(read_texts(str(shards / FIRST), "body"))
+    with pytest.raises(UserError, match=r"'number' holds int64: name a column of strings$"):
+        next(read_texts(str(shards / FIRST), "number"))
 
 
 def test_a_text_column_of_numbers(try_to_prepare: Prepare, shards: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -64,8 +66,7 @@ def test_each_file_is_a_document_and_one_in_20_validates(notes: Path, cache: Pat
     assert 4 <= len(validation) <= 20
     assert lines[0].startswith(f"validation: {notes}/note-")
     assert lines[0].endswith("(about 1 document in 20, chosen by content)")
-    assert lines[1:] == [f"reading {len(train)} text files", f"reading {len(validation)} text files"]
-    assert find(notes, cache)[1] == lines[:1], "written once"
+    assert len(lines) == 1
 
 
 def test_the_content_decides_and_not_place_or_time(notes: Path, cache: Path, tmp_path: Path) -> None:
@@ -99,6 +100,15 @@ def test_few_documents_leave_one_to_validate_on(cache: Path, tmp_path: Path) -> 
     train, validation = texts_of(find(write_notes(tmp_path / "a", ["one", "two"], ".txt"), cache)[0])
     assert sorted(train + validation) == ["one", "two"]
     assert len(train) == 1
+
+
+def test_all_documents_are_never_held_out(cache: Path, tmp_path: Path) -> None:
+    """Each of the two texts is one of the 20th."""
+    chosen = [
+        text for text in map(str, range(200)) if int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) % 20 == 0
+    ]
+    train, validation = texts_of(find(write_notes(tmp_path / "a", chosen[:2]), cache)[0])
+    assert sorted(train + validation) == sorted(chosen[:2])
 
 
 def test_folders_and_data_validation_say_the_split(notes: Path, cache: Path, tmp_path: Path) -> None:
@@ -142,16 +152,111 @@ def test_large_folders_become_several_shards(
     assert sorted(train + validation) == sorted(TEXTS)
 
 
-def test_one_document_is_told_with_what_its_folders_hold(cache: Path, tmp_path: Path) -> None:
-    path = write_notes(tmp_path / "notes", TEXTS[:1]) / "note-000.md"
+def test_copies_of_one_document_leave_none_to_train_on(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds one document, .*: add a file, or name one in data\.validation$"):
+        find(write_notes(tmp_path / "notes", ["the same", "the same"]), cache)
+
+
+# ---- one file alone ----
+
+BETWEEN = {
+    "blank lines": "\n\n",
+    "lines of spaces": "\n \t\n\n",
+    "marks": "<|endoftext|>",
+    "marked lines": "\n<|endoftext|>\n",
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
+@pytest.mark.parametrize("is_named", [True, False], ids=["named", "in a folder"])
+def test_a_text_file_alone_is_cut_into_documents(cache: Path, tmp_path: Path, between: str, is_named: bool) -> None:
+    path = tmp_path / "corpus" / "all.txt"
+    path.parent.mkdir()
+    paragraphs = [text.partition("\n\n")[2].strip("\n") for text in TEXTS]
+    paragraphs[3] = "  an indented line\nand another"
+    path.write_text(between.join(["", *paragraphs, ""]))
+    found, lines = find(path if is_named else path.parent, cache)
+    train, validation = texts_of(found)
+    assert sorted(train + validation) == sorted(paragraphs)
+    assert train == [text for text in paragraphs if text in train], "in the order of the file"
+    assert 4 <= len(validation) <= 20
+    assert lines == [f"validation: about 1 document in 20 of {path}, chosen by content"]
+
+
+def test_a_mark_keeps_blank_lines_inside_of_a_document(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "all.txt").write_text("one\n\nand more<|endoftext|>two\n<|endoftext|>\n\n<|endoftext|>")
+    train, validation = texts_of(find(tmp_path / "all.txt", cache)[0])
+    assert sorted(train + validation) == ["one\n\nand more", "two"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_file_of_documents_alone_holds_out_one_in_20(cache: Path, tmp_path: Path, kind: str) -> None:
+    path, texts = tmp_path / f"all.{kind}", [*TEXTS, "", *TEXTS[:9]]
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": texts}), path)
+    else:
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found, lines = find(path, cache)
+    train, validation = texts_of(found)
+    assert sorted(train + validation) == sorted(texts)
+    assert not set(train) & set(validation), "equal documents are on one side"
+    assert 4 <= len(validation) <= 20
+    assert lines == [f"validation: about 1 document in 20 of {path}, chosen by content"]
+    notes = texts_of(find(write_notes(tmp_path / "notes"), cache)[0])
+    assert set(notes[1]) == set(validation), "the same documents as of a folder of text files"
+
+
+def test_the_split_of_a_file_is_written_once_and_anew_where_the_file_changed(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "all.txt"
+    path.write_text("\n\n".join(TEXTS))
+    found, _ = find(path, cache)
+    written = {file: file.stat().st_mtime_ns for file in cache.rglob("*.parquet")}
+    assert find(path, cache)[0] == found
+    assert {file: file.stat().st_mtime_ns for file in cache.rglob("*.parquet")} == written
+    moved = cache.parent.rename(tmp_path / "moved")
+    assert find(path, moved / "cache")[0].listing() == found.listing(), "a storage that was moved finds its rows"
+    path.write_text("\n\n".join(TEXTS[:50]))
+    assert find(path, moved / "cache")[0].listing() != found.listing()
+
+
+def test_a_large_file_becomes_several_shards(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(documents, "_SHARD_BYTES", 20_000)
+    (tmp_path / "all.txt").write_text("<|endoftext|>".join(TEXTS))
+    found, _ = find(tmp_path / "all.txt", cache)
+    assert len(found.train) > 1
+    assert max(shard.size for shard in found.train) < 30_000
+
+
+def test_a_file_of_one_document_is_told_how_to_make_more(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "all.txt"
+    path.write_text("one\ndocument\n")
     with pytest.raises(UserError) as caught:
         find(path, cache)
-    wanted = f"holds one document, {path}, and validation needs another: add a file, or name one in data.validation"
-    assert str(caught.value) == f"data.source: {path} {wanted}"
-    write_notes(tmp_path / "notes" / "below", TEXTS[:1])
-    with pytest.raises(UserError, match=r"; its folders are not read: to read them too, name .*/notes/\*\*/\*\.md$"):
-        find(tmp_path / "notes", cache)
+    assert str(caught.value) == (
+        f"data.source: {path} holds one document, and validation needs another: "
+        "put a blank line or <|endoftext|> between documents, or name another file in data.validation"
+    )
+    path.write_text("\n \n")
+    with pytest.raises(UserError, match=r"all\.txt holds no text: give documents that are not empty$"):
+        find(path, cache)
+    lines = tmp_path / "all.jsonl"
+    lines.write_text('{"text": "the same"}\n' * 2)
+    with pytest.raises(UserError, match=r"another: add documents, or name another file in data\.validation$"):
+        find(lines, cache)
     assert not cache.exists()
+
+
+def test_a_text_file_beside_folders_of_text_is_not_taken_for_the_corpus(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "index.md").write_text("one\n\ntwo")
+    write_notes(tmp_path / "below", TEXTS[:1])
+    with pytest.raises(UserError) as caught:
+        find(tmp_path, cache)
+    assert str(caught.value) == (
+        f"data.source: {tmp_path} holds one text file; its folders are not read: to read them too, name "
+        f"{tmp_path}/**/*.md; to read that file alone, name {tmp_path}/index.md"
+    )
+    train, validation = texts_of(find(tmp_path / "index.md", cache)[0])
+    assert sorted(train + validation) == ["one", "two"]
 
 
 def test_text_files_elsewhere_are_refused_with_the_way_out(cache: Path) -> None:

@@ -88,6 +88,29 @@ def test_a_folder_of_folders_elsewhere_is_told_with_the_glob(tmp_path: Path) -> 
         filesystem.rm("/bwlm-folders", recursive=True)
 
 
+HUB = ("README.md", ".gitattributes", "data/train-00000.parquet", "data/validation.parquet", "data/.x.parquet")
+
+
+@pytest.mark.parametrize("files", [HUB, HUB[1:], (*HUB, "data/info.json", "data/NOTES.md")], ids=["", "no README", "+"])
+def test_a_folder_as_on_the_hub_is_read_from_its_folder_data(tmp_path: Path, files: tuple[str, ...]) -> None:
+    folder = touch(tmp_path / "hub", *files)
+    assert names(folder) == ["train-00000.parquet", "validation.parquet"]
+    filesystem = fsspec.filesystem("memory")
+    filesystem.put(str(folder), "/bwlm-hub", recursive=True)
+    try:
+        found = list_files("memory://bwlm-hub", "data.source", (*PARQUET, *JSON_LINES))
+        assert [Path(file.uri).name for file in found] == names(folder)
+        assert [file.split for file in found] == ["train", "validation"]
+    finally:
+        filesystem.rm("/bwlm-hub", recursive=True)
+
+
+def test_a_folder_with_files_of_its_own_is_not_read_from_its_folder_data(tmp_path: Path) -> None:
+    assert names(touch(tmp_path / "a", "data/0.parquet", "1.parquet", "README.md")) == ["1.parquet", "README.md"]
+    assert names(touch(tmp_path / "b", "data/0.parquet", "README.md", "one.md")) == ["README.md", "one.md"]
+    assert names(touch(tmp_path / "c", "data/0.md", "README.md")) == ["README.md"]
+
+
 def test_an_owner_and_a_name_may_be_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(touch(tmp_path, "mine/a.parquet"))
     hint = "; a data set of the hub is hf://datasets/karpathy/fineweb-edu-100b-shuffle"
