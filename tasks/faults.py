@@ -45,7 +45,9 @@ class Faults:
         lines = [f"data.mixture: {self.source}: {self.share()} cannot be used:"]
         for kind in self.kinds:
             lines += [f"  {kind}: {self.counts[kind]:,}", *(f"    {example}" for example in self.examples[kind])]
-        return "\n".join([*lines, "repair the file, or set data.skip_invalid=true to leave these conversations out"])
+        some_are_usable = sum(self.counts.values()) < self.conversations
+        leave_out = ", or set data.skip_invalid=true to leave these conversations out" if some_are_usable else ""
+        return "\n".join([*lines, f"repair the file{leave_out}"])
 
     def note(self) -> str:
         """Return a line that tells how many conversations of each kind are left out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from bwlm.config import Recipe
 from bwlm.text.prepare import Pack, Prepared, prepare
 from bwlm.text.tokenizer import Tokenizer
 from tests.conftest import WriteShards
+from tests.families import untrained_child
+from tests.runs import make_run
 
 Bwlm = Callable[..., tuple[int, str, str]]
 SMALL = ["--set", "tokenizer.vocab_size=400", "--set", "model.sequence_length=64"]
@@ -83,7 +86,9 @@ def test_inspect_shows_a_person_the_reversal(bwlm: Bwlm, write_shards: WriteShar
     byte_tokens = ["--set", "tokenizer.vocab_size=264", "--set", "model.sequence_length=16"]
     code, out, err = bwlm("data", "inspect", "--rows", "1", "--set", f"data.source={folder}", *byte_tokens)
     assert code == 0
-    assert "not prepared yet: the first rows of" in err
+    assert "a preview: the first documents of shard_00000.parquet; a run shuffles its rows\n" in err
+    assert "permuted" not in out, "a control, shown where it is named"
+    assert "row 0, forward: 16 positions, 3 segments\n" in out
     bos, none = "<|bos|>", "·"
     assert positions(out, "row 0, forward")[:4] == [(bos, "a"), ("a", "b"), ("b", bos), (bos, "c")]
     assert "segment 1, positions 0 to 2\n" in out
@@ -124,13 +129,15 @@ def test_inspect_shows_the_rows_of_a_run_once_they_are_prepared(
 ) -> None:
     prepare(recipe_for(corpus), tmp_path / "storage", pack_in_process, lambda _: None)
     _, out, err = bwlm("data", "inspect", "--rows", "1", "--direction", "forward", *source(corpus))
-    assert "not prepared yet" not in err
+    assert "preview" not in err
     row = json.loads(bwlm("data", "inspect", "--json", "--rows", "1", "--direction", "forward", *source(corpus))[1])
     [row] = row["rows"]
     shown = positions(out, "row 0, forward")
     assert [target == "·" for _, target in shown] == [target < 0 for target in row["targets"][: len(shown)]]
     assert [at for at, (read, _) in enumerate(shown) if read == "<|bos|>"][: len(row["segments"])] == row["segments"]
-    assert f"{len(row['segments'])} segments" in out
+    assert len(row["segments"]) == 1
+    assert "row 0, forward: 64 positions, 1 segment\n" in out
+    assert "padding, position 63\n" in out
 
 
 def test_tokenizer_train_show_and_use(bwlm: Bwlm, corpus: Path, tmp_path: Path) -> None:
@@ -165,10 +172,53 @@ def test_a_sharegpt_file_is_shown_and_its_faults_are_told(bwlm: Bwlm, corpus: Pa
     )  # a row of 84 columns
 
 
+def headings(out: str) -> list[str]:
+    return re.findall(r"(/\S+\.jsonl \d+, \w+)", " ".join(out.split()))
+
+
+def write_talks(folder: Path, name: str) -> str:
+    talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": f"Of {name}."}]
+    (folder / f"{name}.jsonl").write_text(f"{json.dumps({'messages': talk})}\n" * 3)
+    return f"{folder}/{name}.jsonl"
+
+
+def test_conversations_of_all_sources_come_in_turn_under_a_legend(bwlm: Bwlm, corpus: Path, tmp_path: Path) -> None:
+    one, two = write_talks(tmp_path, "one"), write_talks(tmp_path, "two")
+    words = ["data", "inspect", "--phase", "sft", "--direction", "forward", *source(corpus)]
+    mixture = ["--set", f"data.mixture={{{one}: 1.0, {two}: 1.0}}"]
+    code, out, err = bwlm(*words, "--rows", "3", *mixture)
+    assert code == 0
+    assert headings(out) == [f"{one} 0, forward", f"{two} 0, forward", f"{one} 1, forward"]
+    assert out.startswith("between « and »: what a model is trained to write\n")
+    assert "«Of two.<|assistant_end|>»" in out.replace("\n", "")
+    assert "validation" not in err
+    assert headings(bwlm(*words, "--rows", "1", *mixture)[1]) == [f"{one} 0, forward"]
+
+
+def test_conversations_as_a_child_of_a_run_reads_them(bwlm: Bwlm, prepared: Prepared, tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    base = make_run(prepared, storage, "base", direction="backward")
+    untrained_child(base, "sft", "sft", data={"reversal": "turns"})
+    mixture = f"{{{write_talks(tmp_path, 'one')}: 1.0}}"
+    words = ["data", "inspect", "--phase", "sft", "--rows", "1", "--set", f"data.mixture={mixture}"]
+    code, out, err = bwlm(*words, "--parent", "base")
+    assert (code, [line for line in err.splitlines() if "checking the conversations of" not in line]) == (0, [])
+    assert [heading.rpartition(", ")[2] for heading in headings(out)] == ["backward"]
+    assert not (storage / "cache").exists()
+    assert "<|assistant_start|>" in out.partition("<|user_start|>")[0], "reversed as a whole"
+    turns = bwlm(*words, "--parent", "base", "--set", "data.reversal=turns")[1]
+    assert "<|assistant_start|>" not in turns.partition("<|user_start|>")[0]
+    assert bwlm(*words, "--parent", "sft")[1] == turns, "the parent's reversal"
+    code, _, err = bwlm(*words, "--parent", "bas")
+    assert code == 2
+    assert "bas: no such experiment" in err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["data", "inspect", "--direction", "backwards"], "did you mean 'backward'"),
+        (["data", "inspect", "--parent", "mine"], "--parent: rows of base have none: leave it out, or name a later"),
         (["data", "inspect", "--rows", "0"], "rows"),
         (["data", "inspect", "--json"], "--direction"),
         (["data", "prepare", "--set", "data.source=/no/such/folder"], "data.source: /no/such/folder does not exist"),

@@ -120,11 +120,11 @@ def gap(
 
 
 def show_gaps(gaps: list[Gap], title: str) -> None:
-    """Print the verdict table, and what the sign of a gap says."""
-    from bwlm.analysis.commands.gap import GAP_HEADER, SIGN, gap_columns
+    """Print the verdict table, what the sign of a gap says, and where too few documents were compared."""
+    from bwlm.analysis.commands.gap import GAP_HEADER, SIGN, few_documents, gap_columns
 
     show_table(GAP_HEADER, [gap_columns(one) for one in gaps], title, names=("size", "pair", "verdict"))
-    show_sentences(SIGN)
+    show_sentences(SIGN, *few_documents(gaps))
 
 
 def _gaps_of_runs(chosen: list[ExperimentFolder], left_out: list[str]) -> tuple[list[Gap], list[str]]:
@@ -353,7 +353,9 @@ def representations(runs: Runs, output: Output = None, storage: Storage = None, 
 def scaling(runs: Runs, output: Output = None, storage: Storage = None, as_json: Json = False) -> None:
     """Fit a scaling law for each direction, predict the loss of the largest size from the others, show the gap by size.
 
-    Example: `bwlm analyze scaling demo`
+    A law needs three sizes or more, such as `depth: [2, 4, 8]`.
+
+    Example: `bwlm analyze scaling 'study_*'`
     """
 
     def load() -> Analyse:
@@ -447,7 +449,7 @@ def _run(
     as_json: bool,
     rates: bool = False,
 ) -> None:
-    """Run an analysis, write its files and print its findings.
+    """Run an analysis, print its findings and write its files.
 
     `load` imports the analysis, which takes seconds: a wrong name of a run is told before. With `rates` the analysis
     chooses learning rates, so it also gets the cells that have not begun.
@@ -465,6 +467,8 @@ def _run(
         analysis = analyse(chosen if rates else folders)
     for note in [*notes, *analysis.notes]:
         say(f"note: {note}")
+    if not as_json:
+        show_sentences(*analysis.findings)
     _write(analysis, output, _default(storage, runs) / analysis.name)
     if as_json:
         more = {name: _records(table) for name, table in analysis.more.items()}
@@ -473,9 +477,7 @@ def _run(
             "notes": [*notes, *analysis.notes],
             "table": _records(analysis.table),
         }
-        return print_json(document | ({"more": more} if more else {}))
-    show_sentences(*analysis.findings)
-    return None
+        print_json(document | ({"more": more} if more else {}))
 
 
 def _records(table: pd.DataFrame) -> list[Any]:
@@ -517,5 +519,7 @@ def _write(analysis: Analysis, output: list[Path] | None, default: Path | None) 
             analysis.write(path)
         except OSError as error:
             raise UserError(f"--output: {path} cannot be written ({error.strerror}): choose another path") from None
-    for path in output or files:
+    for path in output or []:
         say(f"written: {path}")
+    if files:
+        say(f"written: {files[0].parent}/: {', '.join(path.name for path in files)}")

@@ -15,6 +15,7 @@ from bwlm.cli.terminal import (
     Json,
     Set,
     Storage,
+    marked_spans,
     print_json,
     say,
     show,
@@ -26,10 +27,13 @@ from bwlm.cli.terminal import (
 from bwlm.directions import is_marked
 from bwlm.errors import UserError, nearest
 from bwlm.phases import FIRST, PHASES
+from bwlm.progress import working
 
 if TYPE_CHECKING:
     from bwlm.config import Recipe
+    from bwlm.text.conversation import Conversation
     from bwlm.text.prepare import Prepared
+    from bwlm.text.tokenizer import Tokenizer
 
 tokenizer_app = App(help="Train or show a tokenizer.", no_args_is_help=True)
 data_app = App(help="Tokenize and pack text, or print the rows that a model reads.", no_args_is_help=True)
@@ -80,7 +84,8 @@ def _prepared_or_head(settings: list[str] | None, storage: str | None, rows: int
     if (prepared := find_prepared(recipe, corpus, root / "cache")) is not None:
         yield prepared
         return
-    say(f"not prepared yet: the first rows of {corpus.train[0].uri}, not those that a run reads first")
+    head = Path(corpus.train[0].uri).name
+    say(f"a preview: the first documents of {head}; a run shuffles its rows")
     with TemporaryDirectory(prefix="bwlm-head-") as folder:
         yield prepare_head(recipe, corpus, root / "cache", rows, Path(folder))
 
@@ -114,14 +119,27 @@ def _figure(value: float) -> str:
 
 @data_app.command("inspect")
 def data_inspect(
-    direction: Annotated[str | None, typer.Option(help="Show only this direction. Default: all.")] = None,
-    rows: Annotated[int, whole_option("Number of rows, or of conversations per source.", 1, 10_000)] = 2,
+    direction: Annotated[
+        str | None,
+        typer.Option(
+            help="Show only this direction. Default: all but permuted, or that of --parent.", show_default=False
+        ),
+    ] = None,
+    rows: Annotated[int, whole_option("Number of rows, or of conversations.", 1, 10_000)] = 2,
     phase: Annotated[
         str,
         typer.Option(
             help="base: rows of documents. mid, sft, rl: conversations, with the tokens that count in the loss marked."
         ),
     ] = FIRST,
+    parent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="With --phase mid, sft or rl: use the tokenizer of this run. Default: the one of data.source.",
+            show_default=False,
+        ),
+    ] = None,
     set_: Set = None,
     storage: Storage = None,
     as_json: Json = False,
@@ -136,7 +154,7 @@ def data_inspect(
 
     Example: `bwlm data inspect --direction backward --rows 1`
 
-    Example: `bwlm data inspect --phase sft --rows 1 --set data.reversal=turns`
+    Example: `bwlm data inspect --phase sft --parent mine --rows 1 --set data.reversal=turns`
     """
     from bwlm.directions import DIRECTIONS
     from bwlm.phases import PHASES
@@ -145,12 +163,15 @@ def data_inspect(
 
     if phase not in PHASES:
         raise UserError(f"--phase: {phase!r} is not one of {', '.join(PHASES)}{nearest(phase, PHASES)}")
-    known = [name for name, one in DIRECTIONS.items() if PHASES[phase].reads_documents or not one.is_control]
-    wanted = [check_direction(direction)] if direction else known
+    if parent is not None and PHASES[phase].is_first:
+        raise UserError(f"--parent: rows of {phase} have none: leave it out, or name a later --phase")
+    wanted = [check_direction(direction)] if direction else [n for n, one in DIRECTIONS.items() if not one.is_control]
     if as_json and direction is None:
         raise UserError("--json: shows one direction: name it with --direction")
     if not PHASES[phase].reads_documents:
-        return _inspect_conversations(wanted, rows, phase, set_, storage, as_json)
+        recipe, tokenizer, own = _for_conversations(phase, parent, set_, storage)
+        ways = wanted if direction or own is None else [own]
+        return _inspect_conversations(ways, rows, recipe, phase, tokenizer, as_json)
     if as_json:
         return print_json(inspect_rows(_prepared(set_, storage), wanted[0], rows))
     with _prepared_or_head(set_, storage, rows) as prepared:
@@ -162,42 +183,75 @@ def data_inspect(
     return None
 
 
-def _inspect_conversations(
-    directions: list[str], count: int, phase: str, settings: list[str] | None, storage: str | None, as_json: bool
-) -> None:
-    from itertools import islice
-
+def _for_conversations(
+    phase: str, parent: str | None, settings: list[str] | None, storage: str | None
+) -> tuple[Recipe, Tokenizer, str | None]:
+    """Return the settings of a phase and a tokenizer; of a parent its own ones, and its direction."""
+    from bwlm.paths import storage_root
     from bwlm.plan.inherit import with_defaults
-    from bwlm.text.conversation import check_conversation
-    from bwlm.text.inspect import inspect_conversation
+    from bwlm.record.experiment import open_experiment
     from bwlm.text.prepare import get_tokenizer
+    from bwlm.text.tokenizer import Tokenizer
+
+    if parent is None:
+        recipe, root = _recipe(settings, storage, lambda content: with_defaults(content, phase))
+        with working("preparing a tokenizer"):
+            return recipe, get_tokenizer(recipe, root / "cache", lambda _: None)[2], None
+    config = open_experiment(storage_root(storage), parent).config()
+    experiment = config.experiment
+
+    def filled(content: dict[str, Any]) -> dict[str, Any]:
+        if PHASES[experiment.phase].reads_documents:  # it has no reversal: the child may choose
+            return with_defaults(content, phase)
+        data = {"reversal": experiment.data.reversal} | content.get("data", {})
+        return with_defaults(content | {"data": data}, phase)
+
+    tokenizer = Tokenizer.load(Path(config.tokenizer), config.identity["tokenizer"])
+    return _recipe(settings, storage, filled)[0], tokenizer, experiment.direction
+
+
+def _inspect_conversations(
+    directions: list[str], count: int, recipe: Recipe, phase: str, tokenizer: Tokenizer, as_json: bool
+) -> None:
+    from bwlm.text.inspect import inspect_conversation
+
+    with working("reading conversations"):
+        chosen = _first_conversations(recipe, count)
+    supervised = PHASES[phase].supervised == "written"
+    shown = [
+        (
+            title,
+            {way: inspect_conversation(one, way, recipe.data.reversal, supervised, tokenizer) for way in directions},
+        )
+        for title, one in chosen
+    ]
+    if as_json:
+        return print_json([readings[directions[0]] for _, readings in shown])
+    show(f"{marked_spans()}: what a model is trained to write")
+    for title, readings in shown:
+        for name, reading in ((name, reading) for name, of in readings.items() for reading in of):
+            marked = f", marked {reading['reading']}" if is_marked(name) else ""
+            show_heading(f"{title}, {name}{marked}")
+            _show_supervised(reading["text"], reading["supervised"])
+    return None
+
+
+def _first_conversations(recipe: Recipe, count: int) -> list[tuple[str, Conversation]]:
+    """Return the first `count` training conversations, from the sources of the mixture in turn, each with a title."""
+    from itertools import chain, islice, repeat, zip_longest
+
+    from bwlm.text.conversation import check_conversation
     from tasks.sources import sources_of
 
-    recipe, root = _recipe(settings, storage, lambda content: with_defaults(content, phase))
-    _, _, tokenizer = get_tokenizer(recipe, root / "cache", say)
     sources = sources_of(recipe)
     for source in sources:
         source.check(say)
-    conversations = [
-        check_conversation(messages, f"{source.name}: train conversation {index}: messages")
-        for source in sources
-        for index, messages in enumerate(islice(source.read("train"), count))
+    numbered = [zip(repeat(source.name), enumerate(source.read("train"))) for source in sources]
+    in_turn = filter(None, chain.from_iterable(zip_longest(*numbered)))
+    return [
+        (f"{name} {index}", check_conversation(messages, f"{name}: train conversation {index}: messages"))
+        for name, (index, messages) in islice(in_turn, count)
     ]
-    supervised = PHASES[phase].supervised == "written"
-    shown = [
-        {name: inspect_conversation(one, name, recipe.data.reversal, supervised, tokenizer) for name in directions}
-        for one in conversations
-    ]
-    if as_json:
-        return print_json([one[directions[0]] for one in shown])
-    for number, one in enumerate(shown):
-        for name, readings in one.items():
-            for reading in readings:
-                marked = f", marked {reading['reading']}" if is_marked(name) else ""
-                show_heading(f"conversation {number}, {name}{marked}")
-                _show_supervised(reading["text"], reading["supervised"])
-    show("in green on a terminal, else between « and »: what a model is trained to write")
-    return None
 
 
 def _show_supervised(texts: list[str], supervised: list[bool]) -> None:

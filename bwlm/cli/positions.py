@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from bwlm.cli.terminal import show_heading
+from bwlm.format import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,18 +28,23 @@ def show_positions(title: str, row: Mapping[str, Any], tokenizer: Tokenizer) -> 
     from rich.console import Console
 
     console = Console(highlight=False)
-    show_heading(f"{title}: {len(row['ids'])} positions, {len(row['segments'])} segments")
+    segments = counted(len(row["segments"]), "segment")
+    show_heading(f"{title}: {len(row['ids'])} positions, {segments}")
     read = [_visible(tokenizer, token) for token in row["ids"]]
     targets = [NO_TARGET if token < 0 else _visible(tokenizer, token) for token in row["targets"]]
     room = max(map(cell_len, read)), max(map(cell_len, targets))
     end = _end(row["ids"], tokenizer.pad)
     for number, (first, last) in enumerate(pairwise([*row["segments"], end]), start=1):
-        console.print(f"segment {number}, positions {first} to {last - 1}", style="dim", soft_wrap=True)
+        console.print(f"segment {number}, {_span(first, last)}", style="dim", soft_wrap=True)
         cells = [_cell(at, read[at], targets[at], room, tokenizer) for at in range(first, last)]
         for line in _lines(cells, console):
             console.print(line, soft_wrap=True)
     if end < len(row["ids"]):
-        console.print(f"padding, positions {end} to {len(row['ids']) - 1}", style="dim", soft_wrap=True)
+        console.print(f"padding, {_span(end, len(row['ids']))}", style="dim", soft_wrap=True)
+
+
+def _span(first: int, end: int) -> str:
+    return f"position {first}" if end == first + 1 else f"positions {first} to {end - 1}"
 
 
 def _end(ids: list[int], pad: int) -> int:

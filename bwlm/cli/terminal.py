@@ -174,14 +174,24 @@ def show_heading(text: str) -> None:
 
 
 def show_text(spans: Iterable[tuple[str, bool]]) -> None:
-    """Print a text, wrapped between words; the marked spans are green on a terminal, and elsewhere between « and »."""
+    """Print a text, wrapped between words; `marked_spans` says how the marked ones look."""
     from rich.text import Text
 
     console, line = _console(), Text()
     for text, is_marked in spans:
         shown = text.replace("\n", "⏎")
-        line.append(f"«{shown}»" if is_marked and not console.is_terminal else shown, "bold green" if is_marked else "")
+        line.append(f"«{shown}»" if is_marked and not _has_colors() else shown, "bold green" if is_marked else "")
     console.print(line)
+
+
+def marked_spans() -> str:
+    """Return how a marked span looks here: green, or without colors between « and »."""
+    return "green" if _has_colors() else "between « and »"
+
+
+def _has_colors() -> bool:
+    console = _console()
+    return console.is_terminal and not console.no_color
 
 
 Columns = dict[str, list[str]]

@@ -194,14 +194,24 @@ def _render_part(
         yield first + index, ids, is_whole
 
 
+_ADVICE = ": begin from a run with a longer model.sequence_length"
+"""What to do where most conversations of a source were cut."""
+
+
 def _lost(name: str, manifest: Manifest) -> Iterator[str]:
     for split in SPLITS:
         counted: PackedSplit = getattr(manifest, split)
         cut_short, left_out = counted.total("cut"), counted.total("left_out")
-        if cut_short or left_out:
+        total, width = counted.total("documents"), manifest.sequence_length
+        if cut_short:
             yield (
-                f"{name}: of {counted.total('documents'):,} {split} conversations {cut_short:,} were cut to the length "
-                f"of a row, and {left_out:,} left out, of which nothing to learn would have been left"
+                f"{name}: {cut_short:,} of {total:,} {split} conversations are longer than a row of {width:,} tokens "
+                f"and were cut{_ADVICE if cut_short > total / 2 else ''}"
+            )
+        if left_out:
+            yield (
+                f"{name}: {left_out:,} of {total:,} {split} conversations left out: nothing to learn of them fits into "
+                f"a row of {width:,} tokens"
             )
 
 

@@ -643,7 +643,7 @@ def test_an_experiment_stands_beside_its_forward_baseline(tmp_path: Path) -> Non
     section = text.split("## Against the forward baseline\n\n")[1].split("\n## ")[0]
     assert section.startswith("Size d1, forward → backward: gap +0.0500 nats per token (")  # 0.5 a window of ten tokens
     assert ", 95 % over seeds +0.0" in section
-    assert "forward has the lower loss" in section
+    assert ("forward has the lower loss" in section) == ("**different**" in section)
     assert "4 seeds" in section
     assert "| d1 | forward → backward | **different** | 4 | +0.0500 |" in section
 

@@ -324,7 +324,7 @@ GOOD = said("hi", "hello")
         ([{"role": "user", "content": ["hi"]}], "messages[0].content: must be a string (found a list)"),
         ([{"role": "user"}], "messages[0].content: must be a string (found nothing)"),
         (["hi"], "messages[0]: must be an object"),
-        (said("hi"), "from user to user: begin with the user and end with the assistant"),
+        (said("hi"), "ends with the user: add the assistant's answer"),
         (said("hi", "  "), "messages[1].content: empty"),
     ],
     ids=str,
@@ -391,6 +391,14 @@ def test_a_split_of_which_nothing_fits_is_refused(mix: Mixer) -> None:
 # ---- what is too long ----
 
 
+def test_if_most_conversations_are_cut_the_way_out_is_told(mix: Mixer) -> None:
+    mix(source("talks", train=[GOOD, *[said("why", "long " * 200)] * 2]))
+    assert mix.told[-1] == (
+        "talks: 2 of 3 train conversations are longer than a row of 128 tokens and were cut: "
+        "begin from a run with a longer model.sequence_length"
+    )
+
+
 def test_a_megabyte_is_cut_or_left_out_counted_and_told(mix: Mixer) -> None:
     megabyte = english(random.Random(0), 250_000)
     assert len(megabyte.encode()) > 10**6
@@ -399,10 +407,10 @@ def test_a_megabyte_is_cut_or_left_out_counted_and_told(mix: Mixer) -> None:
     mixed = mix(source("talks", train=[GOOD, long_answer, long_question, long_end, GOOD]))
     counted = mixed.manifest.train
     assert [counted.total(name) for name in ("documents", "cut", "left_out", "segments")] == [5, 2, 1, 4]
-    assert mix.told[-1] == (
-        "talks: of 5 train conversations 2 were cut to the length of a row, and 1 left out, of which nothing to learn "
-        "would have been left"
-    )
+    assert mix.told[-2:] == [
+        "talks: 2 of 5 train conversations are longer than a row of 128 tokens and were cut",
+        "talks: 1 of 5 train conversations left out: nothing to learn of them fits into a row of 128 tokens",
+    ]
     turns, tokenizer = TurnIds.from_tokenizer(mixed.tokenizer), mixed.tokenizer
     found = {document & 0xFFFFFFFF: ids for _, document, ids in segments(mixed, "train")}
     assert sorted(found) == [0, 1, 3, 4]

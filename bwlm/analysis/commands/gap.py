@@ -12,7 +12,7 @@ from bwlm.analysis.charts.losses import gap_chart
 from bwlm.analysis.commands.result import Analysis
 from bwlm.analysis.runs.findings import Findings
 from bwlm.format import counted
-from bwlm.stats.gaps import FEWEST_DOCUMENTS, Gap
+from bwlm.stats.gaps import DIFFERENT, FEWEST_DOCUMENTS, Gap
 
 GAP_HEADER = [
     "size",
@@ -59,21 +59,28 @@ def gap_sentence(gap: Gap) -> str:
 
 
 def _amount(gap: Gap) -> str:
-    """Return the gap in words with the table's signs: its interval, the noise floor and the direction that is ahead."""
+    """Return the gap in words with the table's signs: its interval, the noise floor and, where it is
+    different, the direction that is ahead.
+    """
     parts = [f"gap {gap.gap_nats:+.4f} nats per token ({gap.gap_percent:+.2f} %)"]
     if gap.seed_interval is not None:
         parts.append(f"95 % over seeds {_interval(gap.seed_interval)}")
     parts.append(counted(len(gap.seeds), "seed"))
     if gap.noise_floor is not None:
         parts.append(f"noise floor {gap.noise_floor:.4f}")
-    return ", ".join([*parts, _ahead(gap)])
+    if gap.verdict == DIFFERENT:
+        parts.append(f"{gap.a if gap.gap_nats > 0 else gap.b} has the lower loss")
+    return ", ".join(parts)
 
 
-def _ahead(gap: Gap) -> str:
-    """Return which direction has the lower loss, by the sign of the gap alone."""
-    if not gap.gap_nats:
-        return "both have the same loss"
-    return f"{gap.a if gap.gap_nats > 0 else gap.b} has the lower loss"
+def few_documents(gaps: list[Gap]) -> list[str]:
+    """Return a sentence for each size that too few documents validate, so that no interval can be resampled."""
+    few = {str(one.size): one.documents for one in gaps if not _resampled(one)}
+    return [
+        f"{size}: only {counted(documents, 'document')} to compare on: that says little of other text, and a bootstrap "
+        f"needs {FEWEST_DOCUMENTS}. Give more validation text or, if there is more, raise evaluation.tokens."
+        for size, documents in few.items()
+    ]
 
 
 def _interval(pair: tuple[float, float] | None) -> str:
