@@ -107,6 +107,15 @@ def test_findings_in_words(shell: Shell) -> None:
     assert "+0.0185 .. +0.0235" in answer.out  # the table
 
 
+def test_too_few_documents_are_told(shell: Shell) -> None:
+    def told(documents: int) -> str:
+        losses = pd.concat([LOSSES.assign(document=f"{number}") for number in range(documents)])
+        return " ".join(shell("analyze", "gap", "--from", write(losses, shell.folder / "few.csv")).out.split())
+
+    assert "4: only 3 documents to compare on: that says little of other text, and a bootstrap needs 10." in told(3)
+    assert "documents to compare on" not in told(10)
+
+
 def test_a_terminal_hears_what_is_being_done(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     write(LOSSES, shell.folder / "[b]l.csv")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)

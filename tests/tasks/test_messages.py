@@ -21,7 +21,7 @@ from bwlm.record.repeat import train_command
 from bwlm.text.conversation import Message, check_conversation
 from bwlm.text.mixture import ConversationSource
 from tasks import rows
-from tasks.faults import EXAMPLES
+from tasks.faults import EXAMPLES, Faults
 from tasks.messages import FileTask
 from tasks.sources import sources_of
 from tasks.task import exchange
@@ -382,3 +382,10 @@ def test_a_run_tells_that_it_leaves_conversations_out() -> None:
     assert "data.skip_invalid=true" in train_command("mine", left_out)
     assert given_all.data.mixture_words == "talks.json x 2"
     assert left_out.data.mixture_words == "talks.json x 2, invalid conversations left out"
+
+
+def test_a_file_without_a_usable_conversation_is_not_told_to_leave_them_out() -> None:
+    faults = Faults("talks", 2, {"no list of messages": 2}, {"no list of messages": ["talks: row 0: x"]})
+    assert faults.refusal().endswith("\nrepair the file")
+    faults.conversations = 3
+    assert faults.refusal().endswith("or set data.skip_invalid=true to leave these conversations out")
