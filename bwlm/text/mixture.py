@@ -195,7 +195,7 @@ def _render_part(
 
 
 _ADVICE = ": begin from a run with a longer model.sequence_length"
-"""What to do where most conversations of a source were cut."""
+"""Advice if most conversations of a source were cut."""
 
 
 def _lost(name: str, manifest: Manifest) -> Iterator[str]:
