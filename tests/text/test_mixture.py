@@ -324,7 +324,7 @@ GOOD = said("hi", "hello")
         ([{"role": "user", "content": ["hi"]}], "messages[0].content: must be a string (found a list)"),
         ([{"role": "user"}], "messages[0].content: must be a string (found nothing)"),
         (["hi"], "messages[0]: must be an object"),
-        (said("hi"), "ends with the user: add the assistant's answer"),
+        (said("hi"), "from user to user: begin with the user and end with the assistant"),
         (said("hi", "  "), "messages[1].content: empty"),
     ],
     ids=str,
