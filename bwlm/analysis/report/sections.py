@@ -22,7 +22,7 @@ from bwlm.analysis.runs.audit import audit, crossing_words
 from bwlm.analysis.runs.losses import load_curves
 from bwlm.config import DataSettings, Experiment, Settings
 from bwlm.errors import UserError
-from bwlm.format import counted
+from bwlm.format import counted, duration
 from bwlm.paths import read_json
 from bwlm.phases import PHASES
 from bwlm.record.catalog.select import begun
@@ -205,8 +205,8 @@ def cost_section(folders: list[ExperimentFolder]) -> list[str]:
                     "runs": 1,
                     "tokens": float(last["tokens"]),
                     "FLOPs": float(last["flops"]),
-                    "hours of steps": curve["step_seconds"].sum() * workers / 3600,
-                    "hours of validation": validation * workers / 3600,
+                    "time of steps": curve["step_seconds"].sum() * workers,
+                    "time of validation": validation * workers,
                     "kWh of GPUs": _energy(folder, curve),
                 }
             )
@@ -217,6 +217,8 @@ def cost_section(folders: list[ExperimentFolder]) -> list[str]:
     # the sum over some of the runs would be too little
     table["kWh of GPUs"] = by_direction["kWh of GPUs"].agg(lambda of_runs: of_runs.sum(skipna=False))
     table = table.reset_index()
+    for name in ("time of steps", "time of validation"):
+        table[name] = table[name].map(duration)
     unknown = table["kWh of GPUs"].isna().all()
     energy = (
         "not known: no GPU reported its power"
@@ -224,7 +226,7 @@ def cost_section(folders: list[ExperimentFolder]) -> list[str]:
         else "that of GPUs during steps: rank 0's power for every GPU; of a shared GPU, the run's part"
     )
     table = table.drop(columns="kWh of GPUs") if unknown else table
-    return ["## Cost", frame_to_markdown(table), f"Hours are those of all workers of all runs. Energy is {energy}."]
+    return ["## Cost", frame_to_markdown(table), f"Times are those of all workers of all runs, added up. Energy is {energy}."]
 
 
 def _energy(folder: ExperimentFolder, curve: pd.DataFrame) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from bwlm.directions import TEXT_READINGS, is_marked
+from bwlm.directions import TEXT_READINGS, is_marked, rank
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.labels import double_budget_pairs
 from bwlm.stats.gaps import PER_DIRECTION
@@ -81,7 +81,7 @@ def best_learning_rates(table: pd.DataFrame, tried: Sequence[TriedRate]) -> list
         choosing_seeds = int(of_rate.min()) if tried_here > 1 else None
         bpb, seeds = float(means.min()), int(of_rate[lr])
         best.append(BestRate(str(size), str(direction), lr, tried_here, seeds, bpb, choosing_seeds))
-    return best
+    return sorted(best, key=lambda rate: (rate.size, rank(rate.direction)))
 
 
 def best_on_test(table: pd.DataFrame, best: list[BestRate]) -> pd.DataFrame:
