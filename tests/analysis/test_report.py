@@ -296,8 +296,8 @@ def test_the_best_rate_and_not_another_is_compared(
 def test_a_best_rate_beyond_which_none_was_tried_is_told(grid: list[ExperimentFolder], tmp_path: Path) -> None:
     assert find(grid).at_edge == [  # forward was tried at 4 too; at depth 2 there is no other
         "d1: the best lr, 1, is the lowest that was tried, and a lower one may be better still: "
-        "backward, bidirectional, forward",
-        "d2: lr 1 is the only one that was tried: backward, forward",
+        "forward, backward, bidirectional",
+        "d2: lr 1 is the only one that was tried: forward, backward",
     ]
     rates = [cell(tmp_path, "forward", 0, loss, lr=lr) for lr, loss in ((0.5, 1.0), (1.0, 0.0), (2.0, 1.0))]
     assert find(rates).at_edge == []
@@ -379,8 +379,8 @@ def test_a_rate_that_diverged_at_some_seeds_is_excluded_and_named(tmp_path: Path
     cells += [diverged(tmp_path, "forward", s, 4.0) for s in (1, 2)]
     found = find(cells)
     assert [(rate.direction, rate.lr, rate.candidates) for rate in found.best] == [
-        ("backward", 1.0, 1),
         ("forward", 1.0, 2),
+        ("backward", 1.0, 1),
     ]
     assert [one.seeds for one in found.gaps] == [[0, 1, 2]]
     assert "excluded: forward d1 lr 4: 2 of 3 cells gave no result" in found.skipped

@@ -226,7 +226,8 @@ def cost_section(folders: list[ExperimentFolder]) -> list[str]:
         else "that of GPUs during steps: rank 0's power for every GPU; of a shared GPU, the run's part"
     )
     table = table.drop(columns="kWh of GPUs") if unknown else table
-    return ["## Cost", frame_to_markdown(table), f"Times are those of all workers of all runs, added up. Energy is {energy}."]
+    words = f"Times are those of all workers of all runs, added up. Energy is {energy}."
+    return ["## Cost", frame_to_markdown(table), words]
 
 
 def _energy(folder: ExperimentFolder, curve: pd.DataFrame) -> float:
