@@ -61,6 +61,18 @@ def test_each_direction_is_scored_in_its_own_reading(scored: list[ExperimentFold
             assert correct == pytest.approx(sum(each) / len(each))
 
 
+def test_a_reading_that_has_no_meaning_leaves_no_scores(new_family: NewFamily) -> None:
+    """A base model that reads backward cannot answer: the backward direction has no score, and nothing fails."""
+    stored.read_tasks.cache_clear()
+    folders = [new_family(direction) for direction in ("forward", "backward", "bidirectional")]
+    request = TaskRequest("builtin:arithmetic", max_examples=3, shots=0)
+    for folder in folders:
+        found = RunEvaluation(folder.path.parent, folder.id, (request,)).scores()
+        assert [one.status for one in found] == ["scored", "not_applicable"]
+    rows = load_task_scores(folders, Wanted())
+    assert set(rows["direction"]) == {"forward", "bidirectional"}
+
+
 def test_readings_rules_and_groups_are_settings_of_their_own(scored: list[ExperimentFolder]) -> None:
     wanted = Wanted(readings=("own", "forward"), rules=("conditional", "joint"), by_group=True)
     rows = load_task_scores(scored, wanted)

@@ -112,11 +112,12 @@ def _examples(folder: ExperimentFolder, reading: str, name: str, wanted: Wanted)
     """Return item, form, rule, correct and chance of every item in one reading."""
     where = _folder(folder, reading)
     path = where / f"{name}.json"
-    if not path.exists():
+    table = read_examples(where, name) if path.exists() else None
+    if table is None or not table.num_rows:  # a reading without a meaning, or a task that did not fit
         return pd.DataFrame(columns=[*_ITEM, "correct", "chance"])
     chances = {score["form"]: score["chance"] for score in read_json(path)["scores"] if score["chance"] is not None}
-    table: pd.DataFrame = read_examples(where, name).select([*_ITEM, "control", "correct"]).to_pandas()
-    kept = table[table["control"].isna() & table["rule"].isin(wanted.rules) & table["form"].isin(wanted.forms)]
+    rows: pd.DataFrame = table.select([*_ITEM, "control", "correct"]).to_pandas()
+    kept = rows[rows["control"].isna() & rows["rule"].isin(wanted.rules) & rows["form"].isin(wanted.forms)]
     return kept.drop(columns="control").assign(chance=kept["form"].map(chances))
 
 

@@ -13,6 +13,11 @@ from bwlm.stats.proportions import wilson
 from tasks.items import Form
 
 Interval = tuple[float, float]
+EXAMPLE_COLUMNS = (
+    *("item", "place", "group", "form", "control", "rule", "scores", "answer", "chosen", "correct"),
+    *("ids", "output", "attempt", "outcome"),
+)
+"""Columns of the examples of a result, also of one without examples."""
 
 
 @dataclass(frozen=True)

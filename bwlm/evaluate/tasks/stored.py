@@ -15,7 +15,7 @@ from bwlm.errors import UserError
 from bwlm.evaluate.tasks.choices import count_passes
 from bwlm.evaluate.tasks.directions import DirectionMetrics, direction_metrics
 from bwlm.evaluate.tasks.request import Items, LoadedTask, TaskRequest
-from bwlm.evaluate.tasks.results import TaskScore
+from bwlm.evaluate.tasks.results import EXAMPLE_COLUMNS, TaskScore
 from bwlm.evaluate.tasks.run import Evaluated, ShowDone, evaluate_reading
 from bwlm.evaluate.tasks.seen import count_seen
 from bwlm.progress import working
@@ -209,8 +209,7 @@ class _Lazily:
 
 
 def _columns(evaluated: Evaluated) -> dict[str, list[Any]]:
-    names = evaluated.examples[0] if evaluated.examples else {}
-    return {name: [row[name] for row in evaluated.examples] for name in names}
+    return {name: [row[name] for row in evaluated.examples] for name in EXAMPLE_COLUMNS}
 
 
 def evaluate_here(evaluation: RunEvaluation) -> list[TaskScore]:
