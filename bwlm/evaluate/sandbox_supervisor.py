@@ -239,7 +239,7 @@ def _below(pid: int) -> list[int]:
         parent = pending.pop()
         try:
             tasks = Path(f"/proc/{parent}/task").iterdir()
-            children = [int(n) for task in tasks for n in (task / "children").read_text().split()]
+            children = [int(n) for task in tasks for n in (task / "children").read_text("ascii").split()]
         except (FileNotFoundError, ProcessLookupError):
             continue
         found += children

@@ -83,7 +83,7 @@ def test_how_far_directions_are_apart_along_the_training_by_hand() -> None:
 def test_a_direction_alone_is_told_what_it_needs_and_how_finely(folders: list[ExperimentFolder]) -> None:
     [alone] = compare([folder for folder in folders if folder.id == "f_s0"]).findings
     assert re.fullmatch(
-        r"d2: forward needs [\d,]+ tokens and [\d.e+]+ FLOPs to reach [\d.]+ nats per token "
+        r"d2: forward needs [\d,]+ tokens and [\d.]+[KMGT] FLOPs to reach [\d.]+ nats per token "
         r"\(training loss, averaged over 512 tokens\): 1 seed",
         alone,
     )

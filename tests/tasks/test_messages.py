@@ -322,7 +322,7 @@ def test_all_faults_are_told_at_once_the_most_frequent_kind_first(tmp_path: Path
 def test_parquet_names_its_row_and_a_file_without_the_column_is_refused_whole(tmp_path: Path) -> None:
     path = as_parquet(tmp_path / "talks.parquet", [ultrachat(0), UNUSABLE["ends with the user"]])
     with pytest.raises(
-        UserError, match=rf"  ends with the user: 1\n    {path}: row 1: messages: ends with the user: add"
+        UserError, match=rf"  ends with the user: 1\n    {path}: row 1: messages: from user to user: begin"
     ):
         checked(source_of(path))
     path = as_parquet(tmp_path / "messages.parquet", [{"message_id": "1", "parent_id": None, "text": "a"}])  # oasst2
