@@ -21,7 +21,7 @@ from typing import Any
 
 from bwlm.credentials import masked
 from bwlm.errors import UserError
-from bwlm.paths import read_json, write_json
+from bwlm.paths import exclusive, read_json, write_json
 from bwlm.record.database import database_of, prepare_database
 from bwlm.record.experiment import ExperimentFolder, State, Status
 from bwlm.record.journal import Entry, entries_after, last_entry
@@ -46,6 +46,7 @@ EXPERIMENT = "bwlm"
 _METRICS_PER_CALL = 1000  # MLflow's own limit
 _LONGEST_DIGEST = 36  # of a dataset, in MLflow's database
 _MARK = "bwlm.mark"
+_LOCK = ".mlflow.lock"
 _NOTE = "mlflow.note.content"
 _NAMES = 3
 """Version of the metrics' names; a run that has others gets its whole journal again under these."""
@@ -131,11 +132,12 @@ class Tracking:
 
     def child_run(self, folder: ExperimentFolder, parent: str | None, dataset: Mapping[str, str]) -> str:
         """Return an experiment's run, with parameters, tags, data and config; below its grid's run if it is a cell."""
+        seen = _noted(folder.path).get("run_id")
         known = self._known_run(folder.path)
         if known is not None:
             _catch_up(folder.path, known)
         with self._answering():
-            return self._child_run(folder, parent, dataset, known)
+            return self._child_run(folder, parent, dataset, known, seen)
 
     def expect(self, folder: ExperimentFolder, parent: str, dataset: Mapping[str, str]) -> None:
         """Bring the run of a cell up to date, or make it once the cell has trained a step.
@@ -147,22 +149,29 @@ class Tracking:
         if _noted(folder.path).get("run_id") is not None:
             self.child_run(folder, parent, dataset)
 
-    def _child_run(self, folder: ExperimentFolder, parent: str | None, dataset: Mapping[str, str], known: Any) -> str:
+    def _child_run(
+        self, folder: ExperimentFolder, parent: str | None, dataset: Mapping[str, str], known: Any, seen: str | None
+    ) -> str:
         tags = run_tags(folder, parent, _noted(folder.path).get("resumed", []))
         for name, value in tags.items() if known is not None else ():
             if known.data.tags.get(name) != value:  # another grid's run above, or other code that goes on
                 self._client.set_tag(known.info.run_id, name, value)
-        run = known or self._make_child(folder, parent, tags)
+        run = known or self._make_child(folder, parent, tags, seen)
         if not _is_enlisted(folder.path):
             self._describe(run, folder, dataset)
             _note(folder.path, enlisted=True)
         return str(run.info.run_id)
 
-    def _make_child(self, folder: ExperimentFolder, parent: str | None, tags: dict[str, str]) -> Any:
+    def _make_child(self, folder: ExperimentFolder, parent: str | None, tags: dict[str, str], seen: str | None) -> Any:
+        """Return a new run, or the one that another launch made since this one saw the run's id as `seen`."""
         experiment = self._client.get_run(parent).info.experiment_id if parent else self._experiment
         new = {_NOTE: f"`{folder.id}`: `bwlm runs show {folder.id}` prints all that is known of it."}
         name = run_name(folder.config())
-        return self._make_run(folder.path, name, tags | new | provenance(), experiment, began(folder.path))
+        with exclusive(folder.path / _LOCK):  # two launches of a grid deliver the same cells
+            made = _noted(folder.path).get("run_id")
+            if made is not None and made != seen:
+                return self._client.get_run(made)
+            return self._make_run(folder.path, name, tags | new | provenance(), experiment, began(folder.path))
 
     def resumed(self, folder: ExperimentFolder, step: int) -> None:
         """Note that a run which had begun resumes from the checkpoint of a step; 0 if it begins again."""
@@ -216,7 +225,7 @@ class Tracking:
             return True
         if expected is None or not (ended or last_entry(folder.path)):
             return False
-        self._child_run(folder, *expected, known=self._client.get_run(run) if run else None)
+        self._child_run(folder, *expected, known=self._client.get_run(run) if run else None, seen=run)
         return True
 
     def try_deliver(self, folder: ExperimentFolder) -> bool:

@@ -7,6 +7,7 @@ import os
 import signal
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,15 +290,17 @@ def test_a_grid_that_can_never_be_placed_is_refused(
 
 
 def test_two_launches_of_one_grid_share_the_work(grid_file: GridFile, tmp_path: Path) -> None:
-    path, storage = grid_file(budget={"steps": 40, "batch_tokens": 512}), tmp_path / "storage"
+    path, storage = grid_file(budget={"steps": 120, "batch_tokens": 512}), tmp_path / "storage"
     results: list[LaunchResult] = []
     other = threading.Thread(target=lambda: results.append(run(path, storage)))
     other.start()
+    while other.is_alive() and not list(storage.glob("*/metrics.jsonl")):  # Tune starts one at a time
+        time.sleep(0.05)
     results.append(run(path, storage))
     other.join()
     assert results[0].cells == results[1].cells
     for cell in results[0].cells:
-        assert [entry.step for entry in read_journal(storage / cell.id)] == list(range(1, 41))
+        assert [entry.step for entry in read_journal(storage / cell.id)] == list(range(1, 121))
     assert [len(children) for children in mlflow_children(storage).values()] == [2]
 
 

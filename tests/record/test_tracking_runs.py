@@ -68,6 +68,20 @@ def test_a_second_launch_finds_the_same_runs(store: Tracking, client: MlflowClie
     assert [run.info.run_id for run in found] == [first[1]]
 
 
+def test_two_launches_that_deliver_a_cell_at_once_make_one_run(
+    store: Tracking, client: MlflowClient, tmp_path: Path
+) -> None:
+    """Both have seen that the cell has no run yet; the second of them finds the first one's."""
+    folder = make(tmp_path)
+    parent = open_grid(store, tmp_path)
+    launches = [store, Tracking(store.uri, tmp_path)]
+    made = {launch._child_run(folder, parent, DATASET, known=None, seen=None) for launch in launches}
+    assert len(made) == 1
+    experiment = client.get_run(parent).info.experiment_id
+    found = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert [run.info.run_id for run in found] == list(made)
+
+
 def test_a_run_that_was_deleted_is_made_anew(store: Tracking, client: MlflowClient, tmp_path: Path) -> None:
     folder = make(tmp_path)
     parent, child = enlist(store, folder)

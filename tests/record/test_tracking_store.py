@@ -264,6 +264,7 @@ def test_artifacts_of_a_moved_storage_are_found_and_new_ones_lie_beside_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A copy leaves those of its original alone."""
+    caplog.set_level("INFO", logger="bwlm.record.mlflow_store")
     old, new = tmp_path / "old, 100% #1", tmp_path / "new"
     before = Tracking(tracking_uri(old, None), old)
     parent, child = enlist(before, make(old))
