@@ -132,6 +132,7 @@ def _named(names: str, paths: dict[str, str]) -> list[tuple[str, str | None]]:
 
 def _paths(settings: list[str]) -> dict[str, str]:
     """Return the path of each task that is set. Raises `UserError` for any other setting."""
+    from bwlm.paths import local_path
     from bwlm.settings_file import parse_setting
 
     paths = {}
@@ -141,7 +142,8 @@ def _paths(settings: list[str]) -> dict[str, str]:
         name, _, last = rest.rpartition(".")
         if (section, last) != ("tasks", "path") or not isinstance(value, str):
             raise UserError(f"--set {field}: only the files of a task can be set here: tasks.arc_easy.path=FOLDER")
-        paths[name] = value
+        here = local_path(value)
+        paths[name] = value if here is None else str(here.absolute())  # workers have another working folder
     return paths
 
 

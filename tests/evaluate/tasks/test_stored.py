@@ -265,7 +265,7 @@ def test_wrong_rows_are_named(
         (["--tasks", " , "], "names no task"),
         (
             ["--tasks", "arc_easy", "--set", "tasks.arc_easy.path=gone"],
-            "tasks.arc_easy.path: gone (from the working folder, ",
+            "gone does not exist",
         ),
         (["--tasks", "arc_easy", "--max-examples", "0"], "must be at least 1"),
     ],
