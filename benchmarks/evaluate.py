@@ -1,6 +1,6 @@
 """Questions per second of multiple choice, against nanochat's way and lm-eval's `hf`, side by side in one run.
 
-    python benchmarks/evaluate.py --data DIR [--peer NANOCHAT] [--lm-eval] [--json]
+    python benchmarks/evaluate.py --data DIR [--peer NANOCHAT] [--run STORAGE:ID --lm-eval]
 
 DIR holds `mmlu/` and `ai2_arc/` as on the hub. Depth 4, vocabulary 4096; random weights, equal for all (speed does not
 depend on them), or `--run STORAGE:ID` for a trained run. Each variant scores the choices of the same items with the
@@ -8,7 +8,7 @@ same examples before them, in rounds in which all take turns; log-probabilities 
 
 - `bwlm`: `bwlm.evaluate.tasks`, the pass that serves the rules conditional, joint and normalised.
 - `nanochat`: the functions of `nanochat/core_eval.py` around the same model: a padded batch for each question.
-- `lm-eval`: `HFLM.loglikelihood` on the exported folder, with a batch of 16 requests (its best of 1, 4, 16, 64 here).
+- `lm-eval`: `HFLM.loglikelihood` on the exported folder, with a batch of 16 requests.
 
 Peak memory is that of a process that runs one variant alone: `--variants bwlm`.
 """
@@ -109,14 +109,17 @@ def load(arguments: argparse.Namespace) -> tuple[GPT, Tokenizer]:
     return model.eval(), tokenizer
 
 
-def export(model: GPT, tokenizer: Tokenizer, folder: str) -> Any:
-    """Return lm-eval's `hf` model on the exported weights."""
+def export(run: str, folder: str) -> Any:
+    """Return lm-eval's `hf` model on the exported weights of a run."""
     from lm_eval.models.huggingface import HFLM
 
-    from bwlm.trained.export_hf import write_weights_and_tokenizer
+    from bwlm.trained.export_hf import export_hf
+    from bwlm.trained.load import load_model
 
-    write_weights_and_tokenizer(model, tokenizer, Path(folder))
-    return HFLM(pretrained=folder, device="cpu", batch_size=16, add_bos_token=True, dtype="float32")
+    storage, _, name = run.rpartition(":")
+    target = Path(folder) / "hf"
+    export_hf(load_model(Path(storage), name), target)
+    return HFLM(pretrained=str(target), device="cpu", batch_size=16, add_bos_token=True, dtype="float32")
 
 
 def measure(arguments: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
@@ -130,7 +133,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
 
         ways["nanochat"] = lambda items: nanochat_way(core_eval, model, tokenizer, items)
     if arguments.lm_eval:
-        harness = export(model, tokenizer, folder)
+        harness = export(arguments.run, folder)
         ways["lm-eval"] = lambda items: lm_eval_way(harness, items)
     if arguments.variants:
         ways = {name: ways[name] for name in arguments.variants.split(",")}
@@ -180,6 +183,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.lm_eval and not arguments.run:
+        parser.error("--lm-eval: needs --run STORAGE:ID, a run to export")
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(arguments, folder)

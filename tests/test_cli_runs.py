@@ -459,7 +459,7 @@ def test_several_runs_are_deleted_by_a_glob_children_first(family: Path, shell: 
 
 
 def test_a_grid_is_deleted_by_its_name(family: Path, shell: Shell) -> None:
-    """Of its cells those that exist; names that stand for nothing are told as elsewhere."""
+    """The cells of a grid that exist are meant; a name that stands for nothing is told as elsewhere."""
     write_cells(family, "bars", ["alone", "talk-two", "never_begun"])
     assert shell("runs", "delete", "bars", "--yes").code == 0
     assert [run["id"] for run in shell.json("runs", "list")] == ["talk-base", "talk-mid", "talk-sft"]

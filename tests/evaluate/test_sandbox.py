@@ -29,7 +29,7 @@ _OF_THE_SYSTEM = Path("/usr/bin/python3")
 
 
 def _readable_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As root without namespaces a program is another user's, and needs a Python that all users can read."""
+    """A program of root without namespaces runs as another user, and needs a Python that all users can read."""
     if os.geteuid() != 0:
         return
     shown = subprocess.run(

@@ -138,7 +138,7 @@ def real_items() -> Sequence[GeneratedItem]:
 
 
 def written(text: str) -> str:
-    """What is left of a text that a base model wrote."""
+    """Rest of a text that a base model wrote."""
     writer = TextWriter("forward", "forward", LETTERS, TASK.stops)
     return writer._read(LETTERS.encode(text).tolist()).text
 

@@ -1,4 +1,4 @@
-"""What a model loses in the other direction, by hand."""
+"""Metrics of a model in its own and in the other direction, worked out by hand."""
 
 from __future__ import annotations
 
