@@ -158,7 +158,7 @@ def test_each_size_and_direction_chooses_for_itself() -> None:
         )
     )  # fmt: skip
     assert [(b.size, b.direction, b.lr) for b in found] == [
-        ("d1", "backward", 0.5), ("d1", "forward", 1.0), ("d2", "forward", 0.5)
+        ("d1", "forward", 1.0), ("d1", "backward", 0.5), ("d2", "forward", 0.5)
     ]  # fmt: skip
 
 
