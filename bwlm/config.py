@@ -171,6 +171,11 @@ class EvaluationSettings(Settings):
 
     every: int = Field(250, ge=0, description="steps between validations; 0: only at the end")
     tokens: int = Field(2**18, ge=1, description="maximum number of validation tokens")
+    tasks: list[str] = Field(
+        default_factory=list,
+        description="tasks that score each checkpoint saved at a validation, and the last: [arc_easy, mmlu:anatomy]",
+    )
+    max_examples: int | None = Field(None, ge=1, description="items of each of these tasks; default: all")
 
 
 class CheckpointSettings(Settings):

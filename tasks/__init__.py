@@ -76,11 +76,11 @@ SUITES: Mapping[str, Suite] = {suite.name: suite for suite in (Core(),)}
 """Sets of tasks that are evaluated together."""
 
 
-def find_evaluated(name: str) -> tuple[EvaluatedTask | Suite, str]:
+def find_evaluated(name: str, where: str = "--tasks") -> tuple[EvaluatedTask | Suite, str]:
     """Return the task or suite of a name, and the group that is asked for, or an empty text.
 
-    `mmlu:anatomy` asks for a group of a task, `core:boolq` for a task of a suite. Raises `UserError` with the nearest
-    name if there is no such task.
+    `mmlu:anatomy` asks for a group of a task, `core:boolq` for a task of a suite. Raises `UserError` with `where` the
+    name stands and the nearest name if there is no such task.
     """
     known: dict[str, EvaluatedTask | Suite] = {**EVALUATED, **SUITES}
     if name in known:
@@ -89,5 +89,5 @@ def find_evaluated(name: str) -> tuple[EvaluatedTask | Suite, str]:
     if task in known:
         return known[task], group
     raise UserError(
-        f"--tasks: {name!r} is not a task with a test split{nearest(name, known)}: name some of {', '.join(known)}"
+        f"{where}: {name!r} is not a task with a test split{nearest(name, known)}: name some of {', '.join(known)}"
     )

@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import ray
 
 from bwlm.cluster.session import open_cluster
 from bwlm.config import ResourceSettings
 from bwlm.errors import BwlmError, RunError
+from bwlm.evaluate.tasks.request import read_tasks, requests_of
 from bwlm.evaluate.tasks.results import TaskScore
 from bwlm.evaluate.tasks.stored import RunEvaluation
 from bwlm.model.compute import count_gpus
-from bwlm.plan.spec import LaunchSettings
+from bwlm.plan.spec import LaunchSettings, Plan
 from bwlm.progress import track
+from bwlm.record.experiment import ExperimentFolder
 
 _GPU_SHARE = 0.25
 """Share of a GPU for each evaluation: a small model leaves most of it idle."""
+
+
+def unscored(plan: Plan, storage: Path) -> list[RunEvaluation]:
+    """Return what is left to score of the finished cells of a plan: a cell that trains scores itself."""
+    evaluations = [
+        RunEvaluation(storage, cell.id, requests_of(cell.experiment))
+        for cell in plan.cells
+        if cell.experiment.evaluation.tasks and _has_finished(storage, cell.id)
+    ]
+    return [evaluation for evaluation in evaluations if evaluation.texts()]
+
+
+def _has_finished(storage: Path, run: str) -> bool:
+    folder = ExperimentFolder(storage, run)
+    return folder.exists() and folder.status().state == "finished"
+
+
+def check_tasks(plan: Plan) -> None:
+    """Read the tasks of a plan's cells. Raises `UserError` for one that cannot be read, before anything is trained."""
+    for request in {request for cell in plan.cells for request in requests_of(cell.experiment)}:
+        read_tasks(request)
 
 
 def evaluate_on_workers(evaluations: Sequence[RunEvaluation]) -> list[TaskScore]:
@@ -24,18 +48,26 @@ def evaluate_on_workers(evaluations: Sequence[RunEvaluation]) -> list[TaskScore]
 
     Raises the first error, after the other evaluations have ended: their results are saved, and not made again.
     """
-    needs = ResourceSettings(gpus_per_worker=_GPU_SHARE if count_gpus() else 0)
-    with open_cluster([needs], LaunchSettings(), len(evaluations), "eval"):
-        # Ray gives a worker of one CPU one thread
-        worker = ray.remote(num_cpus=1, num_gpus=needs.gpus_per_worker)(RunEvaluation.scores)
-        places = {worker.remote(evaluation): place for place, evaluation in enumerate(evaluations)}
-        ended = dict(track(_as_they_end(places), "evaluating", "models", len(places)))
+    with open_cluster([_needs()], LaunchSettings(), len(evaluations), "eval"):
+        return evaluate_on_cluster(evaluations)
+
+
+def evaluate_on_cluster(evaluations: Sequence[RunEvaluation]) -> list[TaskScore]:
+    """Return the scores of some checkpoints as `evaluate_on_workers`, where Ray runs already."""
+    # Ray gives a worker of one CPU one thread
+    worker = ray.remote(num_cpus=1, num_gpus=_needs().gpus_per_worker)(RunEvaluation.scores)
+    places = {worker.remote(evaluation): place for place, evaluation in enumerate(evaluations)}
+    ended = dict(track(_as_they_end(places), "evaluating", "models", len(places)))
     scores = []
     for _, outcome in sorted(ended.items()):
         if isinstance(outcome, BwlmError):
             raise outcome
         scores += outcome
     return scores
+
+
+def _needs() -> ResourceSettings:
+    return ResourceSettings(gpus_per_worker=_GPU_SHARE if count_gpus() else 0)
 
 
 def _as_they_end(places: dict[ray.ObjectRef, int]) -> Iterator[tuple[int, list[TaskScore] | BwlmError]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from bwlm.errors import BwlmError
 from bwlm.format import counted, first_of
 from bwlm.grid.cells import (
     PlannedCell,
@@ -89,6 +90,8 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
 
     for cell in plan.cells:
         check_sources(cell.experiment)
+    if asks_for_scores := any(cell.experiment.evaluation.tasks for cell in plan.cells):
+        _check_tasks(plan)
     uri = tracking_uri(storage, plan.launch.tracking_uri)
     _check_tracking(uri, storage, plan.launch.experiment)
     home = folder_of(plan, storage)
@@ -112,8 +115,10 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
             if capacity is not None:
                 _introduce(plan, cells, show)
                 _train(part, cells, capacity, storage, tracking, grid_run or runs[0], show)
+        if asks_for_scores:
+            capacity = _score_rest(plan, storage, cluster, show) or capacity
         # not before: another text under the same name is found out last
-        show(_over_words(plan, planned_cells) if is_over else "writing the report")
+        show("writing the report" if capacity else _over_words(plan, planned_cells))
         with exclusive(home / "lock"):  # since another launch may end at the same moment
             return _conclude(plan, storage, tracking, grid_run, capacity)
 
@@ -440,6 +445,34 @@ def _train(
     from bwlm.grid.training import train_cells  # imports Ray Tune, which a launch with nothing to train does not need
 
     train_cells(plan, [cell.planned for cell in cells], capacity.concurrency, storage, tracking, run, show)
+
+
+def _check_tasks(plan: Plan) -> None:
+    """Raise `UserError`, before anything is made, for tasks of `evaluation.tasks` that cannot be read."""
+    with loading():
+        from bwlm.grid.evaluation import check_tasks
+    check_tasks(plan)
+
+
+def _score_rest(
+    plan: Plan, storage: Path, cluster: Callable[[], Capacity], show: Callable[[str], None]
+) -> Capacity | None:
+    """Score what finished cells lack, and return the cluster that did it; None if they lack nothing.
+
+    A cell that trains scores itself: these are cells that finished before tasks were asked for, or whose scoring
+    failed. What cannot be scored now is told, since the cells stay as they are.
+    """
+    from bwlm.grid.evaluation import evaluate_on_cluster, unscored
+
+    capacity = None
+    try:
+        if evaluations := unscored(plan, storage):
+            show(f"scoring {counted(len(evaluations), 'finished cell')} on tasks")
+            capacity = cluster()
+            evaluate_on_cluster(evaluations)
+    except BwlmError as error:
+        show(f"tasks: {error}; the same command tries it again")
+    return capacity
 
 
 # ---- [5] report ----

@@ -106,7 +106,14 @@ class ProgressDisplay:
         elif len(self._cells) > 1 and time.monotonic() - self._told > _GRID_SECONDS:
             at = [f"{name} at step {now['step']}/{self._cells[name].steps}" for name, now in self._running.items()]
             self._line(f"{len(self._ended)}/{len(self._cells)} {', '.join(at)}")
-        if len(self._cells) == 1 and not self._console.is_terminal and self._validates_after(cell, result["step"]):
+        if len(self._cells) == 1 and not self._console.is_terminal:
+            self._say_what_takes_long(cell, result)
+
+    def _say_what_takes_long(self, cell: str, result: Mapping[str, Any]) -> None:
+        """Show until the next report what a single experiment does besides its steps."""
+        if result.get("scoring"):
+            self._until_report.enter_context(working(f"scoring the checkpoint of step {result['step']:,} on tasks"))
+        elif self._validates_after(cell, result["step"]):
             self._until_report.enter_context(working(f"step {result['step'] + 1:,} and its validation"))
 
     def broke_off(self, cell: str, step: int) -> None:
@@ -194,7 +201,9 @@ class ProgressDisplay:
             format(result[key], style) if key in result else "–"
             for key, style in ((_learnt(result), ".3f"), ("val_bpb", ".4f"), ("tokens_per_second", ",.0f"))
         ]
-        if self._is_validating(name, result):
+        if result.get("scoring"):
+            shown[1] = "scoring"
+        elif self._is_validating(name, result):
             shown[1] = "validating"
         return (name, f"{result['step']}/{self._cells[name].steps}", *shown)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ class RaySession:
         resources: ResourceSettings,
         lost_lease: Callable[[], bool] = lambda: False,
         evaluate_every: int = 0,
+        after_step: Callable[[int, Callable[[bool], object]], object] = lambda step, announce: None,
     ) -> None:
         """Find this worker's rank and device.
 
         `steps` are the run's, `evaluate_every` are those between its validations, `lost_lease` tells if its lease is
-        lost.
+        lost. `after_step` is called after each step, with a function that says whether tasks are being scored.
         """
         import ray.train
         import ray.train.torch
@@ -52,14 +54,22 @@ class RaySession:
         self._every = max(1, steps // 50)
         self._evaluate_every = evaluate_every
         self._lost_lease = lost_lease
+        self._after_step = after_step
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """Report every validation, the step before it, and about 50 further steps, the same on all ranks.
 
         The step before, so that the launch can tell that a validation runs. Each report costs milliseconds.
         """
-        if step % self._every and "val_bpb" not in metrics and not self._is_validated(step + 1):
-            return
+        if step % self._every == 0 or "val_bpb" in metrics or self._is_validated(step + 1):
+            self._send(step, metrics)
+        self._after_step(step, partial(self.scoring, step))
+
+    def scoring(self, step: int, begins: bool) -> None:
+        """Report that tasks are being scored after a step, or not any more."""
+        self._send(step, {"scoring": begins})
+
+    def _send(self, step: int, metrics: Mapping[str, float | bool]) -> None:
         import ray.train
         import ray.tune
 
@@ -138,6 +148,7 @@ def train_worker(config: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
+    from bwlm.grid.scoring import CheckpointScorer
     from bwlm.record.experiment import ExperimentFolder
     from bwlm.text.stream import stream_batches
     from bwlm.train.run import run_phase
@@ -148,14 +159,19 @@ def train_worker(config: dict[str, Any]) -> None:
     print(f"trains {folder.id}", flush=True)  # to this worker's log in Ray's dashboard
     own = folder.config()
     evaluate_every = own.experiment.evaluation.every
-    session = RaySession(own.steps, resources, lambda: folder.lost_lease, evaluate_every)
+    scorer = CheckpointScorer(folder, lambda: session.stopping())
+    session = RaySession(own.steps, resources, lambda: folder.lost_lease, evaluate_every, scorer.step_over)
     # a process that waits for the lease stops when it is asked to end, unless other workers would wait for it in turn
     give_up = session.stopping if session.world == 1 else lambda: False
     writer = folder.lease(give_up=give_up) if session.rank == 0 else contextlib.nullcontext()
     with process_termination(), contextlib.suppress(Interrupted, LeaseLost), _warnings_to(folder.warnings), writer:
         if session.world > 1:
             dist.barrier()
+        scorer.resumed()
         end = run_phase(folder, session, stream_batches)
+        if session.rank == 0 and end.state == "finished":
+            # of several workers, only all together could report
+            scorer.finished(*([partial(session.scoring, own.steps)] if session.world == 1 else []))
         if session.rank == 0 and end.ended and not folder.status().ended:
             # Tune counts this failure, and gives up after its retries
             raise RunError(f"{end.reason}; nor can its status: free space in {folder.path} or make it writable")

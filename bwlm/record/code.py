@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +46,8 @@ NO_RESULT: Mapping[str, str] = {
 """Modules that training imports and that change no result, each with the reason."""
 NO_SETTINGS = frozenset({"CheckpointSettings", "ComputeSettings", "ResearchLogSettings", "ResourceSettings"})
 """Classes of `bwlm.config` that say where or how fast a run trains, or what is kept of it."""
+NO_SETTING_FIELDS = frozenset({"EvaluationSettings.tasks", "EvaluationSettings.max_examples"})
+"""Fields of its other classes that ask for scores of what was trained."""
 
 
 @cache
@@ -67,7 +69,8 @@ def module_digests(phase: str, mixture: tuple[str, ...] = (), root: Path = REPOS
         pending += sorted(module for module in imported if module.startswith(_FOLLOWED))
         if "tasks" in imported:
             pending += _tasks_named(mixture, root)
-    return {name: _digest(tree, NO_SETTINGS if name == "bwlm.config" else ()) for name, tree in sorted(trees.items())}
+    left_out = NO_SETTINGS | NO_SETTING_FIELDS
+    return {name: _digest(tree, left_out if name == "bwlm.config" else ()) for name, tree in sorted(trees.items())}
 
 
 def _file_of(name: str, root: Path) -> Path | None:
@@ -125,10 +128,25 @@ def _tasks_named(mixture: Iterable[str], root: Path) -> list[str]:
 # ---- the encoding ----
 
 
-def _digest(tree: ast.Module, left_out: Iterable[str] = ()) -> str:
-    """Return the digest of a module without the classes `left_out`."""
-    body = [node for node in tree.body if not (isinstance(node, ast.ClassDef) and node.name in left_out)]
+def _digest(tree: ast.Module, left_out: Collection[str] = ()) -> str:
+    """Return the digest of a module without the classes `left_out`, and the fields of classes: `Class.field`."""
+    body = [_without(node, left_out) for node in tree.body if _name(node) not in left_out]
     return hashlib.sha256(encoded(ast.Module(body, [])).encode()).hexdigest()[:16]
+
+
+def _without(node: ast.stmt, left_out: Collection[str]) -> ast.stmt:
+    """Return a class without its fields that are `left_out`; any other statement as it is."""
+    if not isinstance(node, ast.ClassDef):
+        return node
+    body = [one for one in node.body if f"{node.name}.{_name(one)}" not in left_out]
+    return ast.ClassDef(**{**dict(ast.iter_fields(node)), "body": body})
+
+
+def _name(node: ast.stmt) -> str:
+    """Return the name of a class or of a field; '' for another statement."""
+    if isinstance(node, ast.ClassDef):
+        return node.name
+    return node.target.id if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) else ""
 
 
 _SILENT = frozenset({"ctx", "kind", "type_comment", "type_ignores", "returns", "simple"})

@@ -30,6 +30,7 @@ _NOT_IDENTITY: Any = {
     "compute": True,
     "resources": True,
     "tokenizer": {"path"},
+    "evaluation": {"tasks", "max_examples"},
 }
 
 INHERITED = ("parent", "parent_seed", "parent_recipe", "parent_checkpoint")

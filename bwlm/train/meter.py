@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +46,30 @@ class TrainingProgress:
         return self.average / (1 - _SMOOTHING**self.step) if self.step else 0.0
 
 
+class TrainingClock:
+    """Clock of a process that trains; it stands still while the process does something else."""
+
+    def __init__(self) -> None:
+        self._paused = 0.0
+
+    def now(self) -> float:
+        """Return seconds since some point in time, without the pauses."""
+        return time.monotonic() - self._paused
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stop the clock until the block ends."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - began
+
+
+CLOCK = TrainingClock()
+"""Clock of this process, which trains one run at a time."""
+
+
 class Meter:
     """Measures one rank's process; figures of speed and tokens are those of all ranks."""
 
@@ -67,7 +93,7 @@ class Meter:
         self._looked = 0.0
         self.resources: dict[str, float] = {}
         """Result of the last look at memory, disk and power."""
-        self._timed_from = self._last = time.monotonic()
+        self._timed_from = self._last = CLOCK.now()
         self._seconds = 0.0
         self._tokens = 0
         if device.type == "cuda":
@@ -79,7 +105,7 @@ class Meter:
         Speeds are those of this process since it began, including all that a step waits for: data, and the copy for a
         checkpoint.
         """
-        progress, now = self._progress, time.monotonic()
+        progress, now = self._progress, CLOCK.now()
         progress.step += 1
         progress.tokens += tokens
         progress.average = _SMOOTHING * progress.average + (1 - _SMOOTHING) * loss
@@ -111,7 +137,7 @@ class Meter:
 
     def validated(self) -> None:
         """Leave the time since the last step out of the speeds: it was not training."""
-        self._last = time.monotonic()
+        self._last = CLOCK.now()
 
     def _look(self) -> dict[str, float]:
         """Return memory, size of the run's records and free disk in bytes, and on a GPU its watts.

@@ -9,8 +9,7 @@ import pytest
 
 from bwlm.analysis.runs.task_scores import Wanted, at_best_rates, load_task_scores
 from bwlm.errors import UserError
-from bwlm.evaluate.tasks import stored
-from bwlm.evaluate.tasks.request import TaskRequest
+from bwlm.evaluate.tasks.request import TaskRequest, read_tasks
 from bwlm.evaluate.tasks.stored import RunEvaluation
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.task_results import read_examples
@@ -26,7 +25,7 @@ WORDS = ("sun", "sea", "sky", "ice")
 @pytest.fixture
 def scored(new_family: NewFamily, tmp_path: Path) -> list[ExperimentFolder]:
     """A run of each direction, scored on questions of two subjects."""
-    stored.read_tasks.cache_clear()
+    read_tasks.cache_clear()
     path = tmp_path / "all" / "test.jsonl"
     path.parent.mkdir()
     rows = [
@@ -63,7 +62,7 @@ def test_each_direction_is_scored_in_its_own_reading(scored: list[ExperimentFold
 
 def test_a_reading_that_has_no_meaning_leaves_no_scores(new_family: NewFamily) -> None:
     """A base model that reads backward cannot answer: the backward direction has no score, and nothing fails."""
-    stored.read_tasks.cache_clear()
+    read_tasks.cache_clear()
     folders = [new_family(direction) for direction in ("forward", "backward", "bidirectional")]
     request = TaskRequest("builtin:arithmetic", max_examples=3, shots=0)
     for folder in folders:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tasks
-from bwlm.evaluate.tasks import stored
+from bwlm.evaluate.tasks import request
 from tests.runs import NewFamily
 from tests.shell import Shell
 from tests.shell import shell as shell
@@ -20,9 +20,9 @@ PAGE = (Path(__file__).parents[2] / "docs" / "add-a-task.md").read_text()
 
 @pytest.fixture(autouse=True)
 def _read_anew() -> Iterator[None]:
-    stored.read_tasks.cache_clear()
+    request.read_tasks.cache_clear()
     yield
-    stored.read_tasks.cache_clear()
+    request.read_tasks.cache_clear()
 
 
 def test_the_task_of_the_page_is_scored(

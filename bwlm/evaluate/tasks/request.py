@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
+from bwlm.config import Experiment
 from bwlm.errors import UserError, nearest
 from tasks import find_evaluated
 from tasks.items import (
@@ -14,6 +15,7 @@ from tasks.items import (
     ChoiceTask,
     ContinuationTask,
     EvaluatedTask,
+    ExecutedTask,
     Form,
     GeneratedTask,
     Item,
@@ -102,6 +104,36 @@ class LoadedTask:
     def conversations(self) -> list[RawConversation | None]:
         """Items in the form in which the task is learned."""
         return [getattr(item, "conversation", None) for item in next(iter(self.items.values()))]
+
+
+@cache
+def read_tasks(request: TaskRequest) -> list[LoadedTask]:
+    """Return a task, or the tasks of a suite, with their items, which a process reads once for all its runs."""
+    return LoadedTask.read(request)
+
+
+def requests_of(experiment: Experiment) -> tuple[TaskRequest, ...]:
+    """Return the tasks that score a run's checkpoints: its `evaluation.tasks`.
+
+    Raises `UserError` for an unknown task, and for a task that runs programs, which a person has to allow each time.
+    """
+    where, settings = "evaluation.tasks", experiment.evaluation
+    requests = []
+    for name in dict.fromkeys(settings.tasks):
+        task, _ = find_evaluated(name, where)
+        if isinstance(task, ExecutedTask):
+            raise UserError(
+                f"{where}: {name} runs programs that a model writes, which a grid never does: "
+                f"bwlm eval RUN --tasks {name} --allow-code-execution"
+            )
+        requests.append(TaskRequest(name, path_of(experiment, name), settings.max_examples))
+    return tuple(requests)
+
+
+def path_of(experiment: Experiment, name: str) -> str | None:
+    """Return the files of a task, or of the task of a group, that a run's settings name; None if they name none."""
+    own = experiment.tasks.get(name) or experiment.tasks.get(find_evaluated(name)[0].name)
+    return own.path if own else None
 
 
 def _read_items(task: EvaluatedTask, shots: int, path: str | None) -> dict[Form, Items]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from bwlm.directions import evaluated_readings
 from bwlm.errors import UserError
 from bwlm.evaluate.tasks.choices import count_passes
 from bwlm.evaluate.tasks.directions import DirectionMetrics, direction_metrics
-from bwlm.evaluate.tasks.request import Items, LoadedTask, TaskRequest
+from bwlm.evaluate.tasks.request import Items, LoadedTask, TaskRequest, path_of, read_tasks
 from bwlm.evaluate.tasks.results import EXAMPLE_COLUMNS, TaskScore
 from bwlm.evaluate.tasks.run import Evaluated, ShowDone, evaluate_reading
 from bwlm.evaluate.tasks.seen import count_seen
@@ -46,6 +47,8 @@ class RunEvaluation:
     requests: tuple[TaskRequest, ...]
     readings: tuple[str, ...] | None = None
     """None: forward and backward, and a permuted model's own."""
+    held: ExperimentFolder | None = None
+    """Folder of the run, if this process holds its lease already."""
 
     def scores(self, progress: ShowDone = lambda items: None) -> list[TaskScore]:
         """Return the scores, and save them in the run's folder; scores that are there are read.
@@ -80,7 +83,7 @@ class RunEvaluation:
     @cached_property
     def folder(self) -> ExperimentFolder:
         """Folder of the run. Raises `UserError` if there is none."""
-        return open_experiment(self.storage, CheckpointName.parse(self.checkpoint).run)
+        return self.held or open_experiment(self.storage, CheckpointName.parse(self.checkpoint).run)
 
     @property
     def _checkpoint(self) -> str:
@@ -99,8 +102,8 @@ class RunEvaluation:
     def _parts(self) -> Iterator[_Part]:
         config = self.folder.config()
         for request in self.requests:
-            own = config.experiment.tasks.get(request.name)
-            for task in read_tasks(request if request.path or not own else request.with_path(own.path)):
+            path = request.path or path_of(config.experiment, request.name)
+            for task in read_tasks(request.with_path(path)):
                 for reading in self.readings or evaluated_readings(config.experiment.direction):
                     yield _Part(self.folder, config, self._step, task, reading)
 
@@ -140,7 +143,7 @@ class _Part:
         seen = count_seen(self.run, loaded.tokenizer, self.task.conversations)
         scores = [asdict(score) | {"seen": seen} for score in evaluated.scores]
         result = TaskResult(self._key, scores, evaluated.about)
-        with self.run.lease():
+        with nullcontext() if self.run.held else self.run.lease():
             write_result(self._folder, self._name, result, _columns(evaluated), self.run.check_lease)
         return result
 
@@ -185,12 +188,6 @@ class _Part:
     def _key(self) -> dict[str, Any]:
         weights = weights_digest(self.run.checkpoints, self.step)
         return {"harness": HARNESS_VERSION, "weights": weights, "reading": self.reading, **self.task.key}
-
-
-@cache
-def read_tasks(request: TaskRequest) -> list[LoadedTask]:
-    """Return a task, or the tasks of a suite, with their items, which a process reads once for all its runs."""
-    return LoadedTask.read(request)
 
 
 @dataclass

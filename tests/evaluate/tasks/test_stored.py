@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from bwlm.evaluate.tasks import stored
+from bwlm.evaluate.tasks import request, stored
 from bwlm.evaluate.tasks.request import LoadedTask, TaskRequest, sample
 from bwlm.evaluate.tasks.run import evaluate_task
 from bwlm.evaluate.tasks.stored import RunEvaluation
@@ -47,7 +47,7 @@ def arc(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _read_anew() -> None:
-    stored.read_tasks.cache_clear()
+    request.read_tasks.cache_clear()
 
 
 def evaluate(folder: ExperimentFolder, path: Path, **fields: Any) -> list[dict[str, Any]]:
@@ -103,11 +103,11 @@ def test_what_was_scored_is_not_scored_again(new_family: NewFamily, arc: Path, m
     assert json.dumps(evaluate(folder, arc)) == json.dumps(first)
     for changed in ("rows", "version", "damage"):
         if changed == "rows":
-            stored.read_tasks.cache_clear()
+            request.read_tasks.cache_clear()
             write(arc.parent, [row(n) for n in range(11)])
         elif changed == "version":
             write(arc.parent, [row(n) for n in range(12)])
-            stored.read_tasks.cache_clear()
+            request.read_tasks.cache_clear()
             monkeypatch.setattr(stored, "HARNESS_VERSION", 99)
         else:
             monkeypatch.setattr(stored, "HARNESS_VERSION", 1)
