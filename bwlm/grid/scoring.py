@@ -55,14 +55,14 @@ class CheckpointScorer:
 
     def step_over(self, step: int, announce: Announce = _silently) -> None:
         """Score the checkpoint of the last validation once it is saved; every rank calls this after every step."""
-        if self._is_due(step):
-            self._waiting = step
         if self._waiting is not None and self._agreed(self._waiting in checkpoint_steps(self._folder.checkpoints)):
             announce(True)
             self._score(self._waiting)
             announce(False)
             self._agreed(True)  # the other ranks wait here
             self._waiting = None
+        if self._is_due(step):
+            self._waiting = step
 
     def resumed(self) -> None:
         """Score the checkpoint that the run resumes from, if it should have been and the run was cut off before."""
