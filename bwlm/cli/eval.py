@@ -77,6 +77,8 @@ def evaluate(
     from bwlm.paths import storage_root
     from bwlm.record.experiment import find_checkpoint
 
+    if set_ and tasks is None:
+        raise UserError(f"--set {set_[0]}: sets the files of a task: name it with --tasks")
     readings, root = _readings(directions), storage_root(storage)
     checkpoints = _checkpoints(root, runs)
     for checkpoint in checkpoints:

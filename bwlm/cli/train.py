@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +23,12 @@ from bwlm.directions import DIRECTIONS
 from bwlm.errors import UserError
 from bwlm.phases import FIRST, PHASES
 
+if TYPE_CHECKING:
+    from bwlm.config import EvaluationSettings
+
+EVALUATE = "eval"
+"""Last phase of a chain, which trains nothing."""
+
 
 def train(
     direction: Annotated[
@@ -35,7 +41,10 @@ def train(
     ] = None,
     phase: Annotated[
         str,
-        typer.Option(help=f"{', '.join(PHASES)}; or several: base,mid,sft. To evaluate a run: `bwlm eval`."),
+        typer.Option(
+            help=f"{', '.join(PHASES)}; or several: base,mid,sft. With {EVALUATE} as the last one the runs are then "
+            f"evaluated, as by `bwlm eval`; alone, {EVALUATE} evaluates --parent."
+        ),
     ] = FIRST,
     parent: Annotated[
         str | None,
@@ -77,18 +86,21 @@ def train(
     from bwlm.paths import storage_root
     from bwlm.plan.load import plan_experiment
 
-    if phase == "eval":
+    phases = [name.strip() for name in phase.split(",")]
+    if evaluates := phases[-1] == EVALUATE:
+        phase = ",".join(phases[:-1])
+    if not phase:
         if parent is None:
             raise UserError("--parent: missing: name the run to evaluate")
-        return evaluate([parent], storage=storage, as_json=as_json)
+        return _evaluate([parent], *_evaluation(set_ or []), storage, as_json)
     flags = {"phase": phase, "parent": parent, "direction": direction, "depth": depth, "lr": lr, "seed": seed}
     flags_set = {name: value for name, value in flags.items() if value is not None}
     plan, root = plan_experiment(flags_set, set_ or [], id_, storage), storage_root(storage)
     result = launch(plan, root, accept_code)
-    if as_json:
+    if as_json and not evaluates:
         cells = [cell.to_json() for cell in result.cells]
         print_json(cells if len(plan.cells) > 1 else cells[0])
-    else:
+    elif not as_json:
         from bwlm.record.catalog.rows import AXES, CELL_HEADER, cell_columns
 
         rows = [[cell.id, *cell_columns(cell)] for cell in result.cells]
@@ -97,4 +109,31 @@ def train(
         show_places(result)
     if not result.complete:
         raise typer.Exit(1)
+    if evaluates:
+        settings = plan.cells[-1].experiment.evaluation
+        _evaluate([cell.id for cell in result.cells], settings, [], storage, as_json)
     return None
+
+
+def _evaluation(settings: list[str]) -> tuple[EvaluationSettings, list[str]]:
+    """Return the tasks that `--set` names for a run that is only evaluated, and its other settings: files of tasks.
+
+    Raises `UserError` for a setting that evaluates nothing.
+    """
+    from bwlm.config import EvaluationSettings, Recipe
+    from bwlm.settings_file import Document, override, parse_setting, validate, with_whole_numbers
+
+    own = [setting for setting in settings if parse_setting(setting)[0].startswith("evaluation.")]
+    document = with_whole_numbers(override(Document("--set", {}, {}), own), Recipe)
+    content = document.content.get("evaluation", {})
+    if unused := sorted(content.keys() - {"tasks", "max_examples"}):
+        raise UserError(f"--set evaluation.{unused[0]}: a setting of training, and nothing is trained here")
+    return validate(EvaluationSettings, content, document), [one for one in settings if one not in own]
+
+
+def _evaluate(
+    runs: list[str], settings: EvaluationSettings, files: list[str], storage: str | None, as_json: bool
+) -> None:
+    """Evaluate runs on the tasks of their settings, or on texts where these name no task."""
+    names = ",".join(settings.tasks) or None
+    return evaluate(runs, tasks=names, max_examples=settings.max_examples, set_=files, storage=storage, as_json=as_json)

@@ -148,10 +148,10 @@ def train_worker(config: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from bwlm.grid.scoring import CheckpointScorer
     from bwlm.record.experiment import ExperimentFolder
     from bwlm.text.stream import stream_batches
     from bwlm.train.run import run_phase
+    from bwlm.train.scoring import CheckpointScorer
 
     folder = ExperimentFolder(Path(config["storage"]), config["cell"])
     resources = ResourceSettings(**config["resources"])

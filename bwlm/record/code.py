@@ -41,6 +41,7 @@ NO_RESULT: Mapping[str, str] = {
     "bwlm.model.compute": "chooses how fast; the precision that it chooses is in the identity",
     "bwlm.train.meter": "tells speed, memory and time left",
     "bwlm.train.records": "writes down what others computed",
+    "bwlm.train.scoring": "scores saved checkpoints on tasks",
     "bwlm.train.termination": "ends a run, which then resumes as it was",
 }
 """Modules that training imports and that change no result, each with the reason."""

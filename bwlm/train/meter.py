@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -90,7 +91,7 @@ class Meter:
         self._peak = peak
         self._device = device
         self._folder = folder
-        self._looked = 0.0
+        self._looked = -math.inf
         self.resources: dict[str, float] = {}
         """Result of the last look at memory, disk and power."""
         self._timed_from = self._last = CLOCK.now()

@@ -99,6 +99,11 @@ def test_a_chain_runs_to_its_end_and_is_nested_below_its_base(shell: Shell, trai
     before = {run: (shell.storage / run / "metrics.jsonl").stat().st_mtime_ns for run in ids}
     again = train(phases, "talk", "--json")
     assert (again.code, json.loads(again.out)) == (0, shown)
+    evaluated = train(f"{phases},eval", "talk", "--json")
+    assert evaluated.code == 0, evaluated.err
+    assert [row["id"] for row in json.loads(evaluated.out) if row["task"] == "documents"] == [
+        run for run in ids for _ in ("forward", "backward")
+    ]
     other = train(phases, "talk", phases__sft__seed=3)
     assert (other.code, other.out) == (2, "")
     assert other.err.startswith("bwlm: talk: exists with other settings (seed: 0 -> 3): ")

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from bwlm.phases import PHASES
-from bwlm.record import code
+from bwlm.record import code, fingerprint
 from bwlm.record.code import (
     NO_RESULT,
+    NO_SETTING_FIELDS,
     NO_SETTINGS,
     REPOSITORY,
     changed_modules,
@@ -72,6 +73,11 @@ def means(source: str) -> str:
         ("bwlm/text/plan.py", "    rows_per_step: int\n", "    rows_per_step: int\n    more: int = 0\n"),  # a field
         ("bwlm/config.py", 'Literal["muon", "adamw"]', 'Literal["muon", "adamw", "sgd"]'),  # a Literal
         ("bwlm/config.py", "ge=8, le=2**17", "ge=8, le=2**18"),  # a bound
+        (
+            "bwlm/config.py",
+            "tokens: int = Field(2**18, ge=1",
+            "tokens: int = Field(2**18, ge=2",
+        ),  # beside one left out
         ("bwlm/config.py", 'Literal["whole", "turns"]', 'Literal["whole", "turns", "none"]'),
         ("bwlm/record/parent.py", "return load_weights(checkpoints, link.step)[0]", "return {}"),
     ],
@@ -90,6 +96,7 @@ def test_what_can_change_a_result_changes_its_module_alone(changed: Changed, nam
         ("bwlm/text/plan.py", ") -> tuple[NDArray[np.int64], NDArray[np.int64]]:", ") -> object:"),
         ("bwlm/config.py", 'description="T, tokens of a row"', 'description="tokens of a row, T"'),
         ("bwlm/config.py", 'description="steps between checkpoints; 0: only at the end"', 'gt=-1, description="x"'),
+        ("bwlm/config.py", "    max_examples: int | None = Field(None, ge=1", "    max_examples: int = Field(5, ge=0"),
         ("bwlm/train/meter.py", "import time", "import time\n\nMORE = 1"),
         ("bwlm/text/corpus.py", "_ROWS_AT_ONCE = 256", "_ROWS_AT_ONCE = 512"),
         ("bwlm/grid/launch.py", "import contextlib", "import contextlib\n\nMORE = 1"),
@@ -198,6 +205,8 @@ def test_packages_that_decide_a_result_hold_no_code_of_their_own() -> None:
 def test_settings_that_are_left_out_are_those_that_the_identity_leaves_out() -> None:
     source = (REPOSITORY / "bwlm" / "config.py").read_text()
     assert set(re.findall(r"^class (\w+)\(", source, re.MULTILINE)) >= NO_SETTINGS
+    left_out = {f"EvaluationSettings.{name}" for name in fingerprint._NOT_IDENTITY["evaluation"]}
+    assert left_out == NO_SETTING_FIELDS
 
 
 def test_of_the_tasks_those_count_that_the_mixture_names(root: Path) -> None:

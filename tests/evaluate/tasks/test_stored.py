@@ -134,6 +134,20 @@ def test_an_earlier_checkpoint_has_its_own_result(new_family: NewFamily, arc: Pa
     assert (folder.evaluation("base", "backward") / f"arc_easy@{steps[0]}.json").exists()
 
 
+def test_a_phase_that_only_evaluates_scores_the_tasks_that_are_set(
+    new_family: NewFamily, arc: Path, shell: Shell
+) -> None:
+    folder = new_family("forward")
+    alone = ("train", "--phase", "eval", "--parent", folder.id, "--storage", str(folder.path.parent))
+    files = ("--set", f"tasks.arc_easy.path={arc}")
+    tasks = ("--set", "evaluation.tasks=[arc_easy]", "--set", "evaluation.max_examples=4", *files)
+    scores = shell.json(*alone, *tasks)
+    assert {score["n"] for score in scores if score["status"] == "scored"} == {4}
+    assert (folder.evaluation("base", "backward") / "arc_easy.n4.json").exists()
+    check_mistake(shell(*alone, *files), "--tasks")
+    check_mistake(shell(*alone, "--set", "evaluation.every=3"), "--set evaluation.every: a setting of training")
+
+
 def test_the_run_keeps_its_lease_while_a_result_is_written(
     new_family: NewFamily, arc: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
