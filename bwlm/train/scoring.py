@@ -65,10 +65,11 @@ class CheckpointScorer:
             self._waiting = step
 
     def resumed(self) -> None:
-        """Score the checkpoint that the run resumes from, if it should have been and the run was cut off before."""
-        saved = checkpoint_steps(self._folder.checkpoints)
-        if saved and self._is_due(saved[-1]):
-            self._waiting = saved[-1]
+        """Score what the run was cut off from; every rank calls this before the first step. What is scored stays."""
+        for step in checkpoint_steps(self._folder.checkpoints):
+            if self._is_due(step):
+                self._score(step)
+        self._agreed(True)  # the other ranks wait here
 
     def finished(self, announce: Announce = _silently) -> None:
         """Score the last checkpoint of a run that has finished; only rank 0 calls this."""

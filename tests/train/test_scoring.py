@@ -159,9 +159,9 @@ def test_a_run_that_is_stopped_while_it_scores_scores_that_checkpoint_when_it_re
         session.stopping = lambda: bool(session.announced)  # type: ignore[method-assign]
         assert run_phase(folder, session, in_process).state == "stopped"
     assert not results(folder)
-    assert max(checkpoint_steps(folder.checkpoints)) < STEPS
+    assert 4 < max(checkpoint_steps(folder.checkpoints)) < 8
     train(folder)
-    assert "arc_easy@8.json" in results(folder)
+    assert "arc_easy@4.json" in results(folder)
 
 
 def test_tasks_are_named_and_checked_with_the_settings(new_run: NewRun, arc: Path) -> None:
