@@ -92,6 +92,7 @@ def evaluate(
 
     evaluations = [RunEvaluation(root, checkpoint, tuple(requests), readings) for checkpoint in checkpoints]
     scores = _evaluate_tasks(evaluations)
+    _deliver(root, evaluations)
     if as_json:
         return print_json([asdict(score) for score in scores])
     show_scores(scores)
@@ -169,6 +170,17 @@ def _evaluate_tasks(evaluations: Sequence[RunEvaluation]) -> list[TaskScore]:
     from bwlm.evaluate.tasks.stored import evaluate_here
 
     return [score for evaluation in evaluations for score in evaluate_here(evaluation)]
+
+
+def _deliver(root: Path, evaluations: Sequence[RunEvaluation]) -> None:
+    """Send the scores to MLflow, and say why if some could not be sent."""
+    from bwlm.record.score_delivery import deliver_scores
+
+    folders = {evaluation.folder.id: evaluation.folder for evaluation in evaluations}
+    with working("sending scores to MLflow"):
+        sentences = deliver_scores(root, list(folders.values()))
+    for sentence in sentences:
+        say(sentence)
 
 
 # ---- texts ----

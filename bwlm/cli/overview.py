@@ -9,7 +9,7 @@ from bwlm.directions import TEXT_READINGS
 from bwlm.format import file_size
 from bwlm.phases import PHASES
 
-_INTERNAL = ("lock", "lease.json", "mlflow.json", "parent_link.json", "status.json")
+_INTERNAL = ("lock", "lease.json", "mlflow.json", "mlflow_scores.json", "parent_link.json", "status.json")
 """Files that commands read; this overview has what they say."""
 
 Fields = list[tuple[str, str]]

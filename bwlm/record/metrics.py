@@ -1,7 +1,8 @@
-"""Names of metrics: in a run's journal and `runs list`, and in MLflow. `docs/mlflow.md` is made from this table."""
+"""Names of metrics: in a run's journal and `runs list`, and in MLflow. `docs/mlflow.md` is made from these tables."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ class Metric:
     """Metric of a step, as MLflow shows it.
 
     MLflow makes a section of charts of what stands before the last slash. It shows sections by the alphabet, and
-    `system/`, which is for its own measurements, above all others; so losses come first with these names.
+    `system/`, which is for its own measurements, above all others; so scores and losses come first with these names.
     """
 
     mlflow: str
@@ -64,6 +65,25 @@ METRICS: Mapping[str, Metric] = {
 }
 """Metrics of a step by their names in the journal, in the order in which MLflow gets them: losses first."""
 
+TASK_METRICS: Mapping[str, Metric] = {
+    "native": Metric("tasks/TASK/native", "share", "accuracy in the own reading; bidirectional: mean of both"),
+    "crossed": Metric("tasks/TASK/crossed", "share", "cross-direction accuracy: in the reading that is not the own"),
+    "direction_gap": Metric("tasks/TASK/direction_gap", "share", "`native` minus `crossed`"),
+    "bidirectional_balance": Metric(
+        "tasks/TASK/bidirectional_balance", "share", "bidirectional: accuracy read forward minus accuracy read backward"
+    ),
+    "RULE_READING": Metric(
+        "tasks/TASK/RULE_READING", "share", "accuracy by one rule in one reading: `tasks/arc_easy/conditional_forward`"
+    ),
+    "FORM/RULE_READING": Metric(
+        "tasks/TASK/FORM/RULE_READING", "share", "the same in another form of the questions: `tasks/mmlu/lettered/..`"
+    ),
+}
+"""Metrics of a checkpoint on a task, by step of the checkpoint; capitals stand for names."""
+
+TASKS = "tasks/"
+"""Beginning of the names of all of them."""
+
 _PLACES = {name: place for place, name in enumerate(METRICS)}
 
 
@@ -82,3 +102,9 @@ def final_for_mlflow(metrics: Mapping[str, float]) -> dict[str, float]:
 def _final(name: str) -> str:
     section, _, metric = name.rpartition("/")
     return f"{section}/final/{metric}".lstrip("/")
+
+
+def task_metric(task: str, figure: str) -> str:
+    """Return the name of a task's metric, `tasks/arc_easy/native`; what MLflow allows in no name becomes `-`."""
+    name = figure.replace("@", "_at_")  # pass@1
+    return re.sub(r"[^\w./ -]", "-", f"{TASKS}{task}/{name}")

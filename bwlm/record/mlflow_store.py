@@ -10,6 +10,7 @@ import shlex
 import sqlite3
 import textwrap
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from bwlm.credentials import masked, refuse_secret
@@ -33,6 +34,30 @@ def tracking_uri(storage: Path, chosen: str | None) -> str:
     except ValueError as error:
         raise UserError(f"{named}: {uri} is no address ({error}): give http://host:port, or unset it") from None
     return uri
+
+
+def open_client(uri: str) -> Any:
+    """Return a client of a store, which gives up soon and warns once: training and scoring do not wait for it."""
+    for name, value in (("MAX_RETRIES", "2"), ("TIMEOUT", "10")):
+        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # a warning per retry; we say it once
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def active_run(client: Any, run: str) -> str | None:
+    """Return the id of a run if the store has it; None if it is deleted or elsewhere."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client.get_run(run)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return run if found.info.lifecycle_stage == "active" else None
 
 
 def sqlite_uri(path: Path) -> str:

@@ -10,6 +10,9 @@ made twice.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,10 @@ from bwlm.paths import Check, read_json, unchecked, write_atomic, write_json
 
 HARNESS_VERSION = 1
 """Version of the scores, raised whenever an unchanged model would get other scores for the same items."""
+MAIN_RULES = ("conditional", "exact", "pass@1")
+"""Rules that are compared if none is named; `exact` and `pass@1` are those of tasks without choices."""
+MAIN_FORMS = ("cloze", "generated")
+"""Forms that are compared if none is named."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +51,38 @@ def result_name(task: str, step: int | None = None, settings: Mapping[str, int |
     return ".".join([task.replace(":", "-").replace("/", "-") + at, *named])
 
 
+def task_of(name: str) -> str:
+    """Return the task and settings of a result's name, without its step: `mmlu.n200` for `mmlu@400.n200`."""
+    return re.sub(r"@\d+", "", name)
+
+
+def results_digest(folder: Path) -> str:
+    """Return a digest of what all results below a run's `evaluations/<phase>` follow from; empty without results."""
+    keys = {
+        f"{path.parent.name}/{path.stem}": content["key"]
+        for path in sorted(folder.glob("*/*.json"))
+        if "scores" in (content := read_result(path))
+    }
+    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest() if keys else ""
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Return the content of a result; empty if it is damaged."""
+    try:
+        return dict(read_json(path))
+    except UserError:
+        return {}
+
+
 def find_result(folder: Path, name: str, key: Mapping[str, Any]) -> TaskResult | None:
     """Return the result in a folder if it has this key and its examples are there; None if it has to be made."""
     path = folder / f"{name}.json"
     if not path.exists() or not path.with_suffix(".parquet").exists():
         return None
-    try:
-        content = read_json(path)
-    except UserError:  # damaged: made again
+    content = read_result(path)
+    if content.get("key") != dict(key):  # also where it is damaged: made again
         return None
-    known = TaskResult(content["key"], content["scores"], content["about"])
-    return known if dict(known.key) == dict(key) else None
+    return TaskResult(content["key"], content["scores"], content["about"])
 
 
 def write_result(

@@ -26,7 +26,7 @@ from bwlm.record.database import database_of, prepare_database
 from bwlm.record.experiment import ExperimentFolder, State, Status
 from bwlm.record.journal import Entry, entries_after, last_entry
 from bwlm.record.metrics import final_for_mlflow, for_mlflow
-from bwlm.record.mlflow_store import follow_storage, reason, refusal, sqlite_uri
+from bwlm.record.mlflow_store import follow_storage, open_client, reason, refusal, sqlite_uri, tracking_uri
 from bwlm.record.mlflow_view import (
     GridResult,
     GridSettings,
@@ -39,6 +39,8 @@ from bwlm.record.mlflow_view import (
     shortened,
 )
 from bwlm.record.provenance import provenance
+from bwlm.record.task_metrics import forget_scores, is_score, send_scores
+from bwlm.record.task_results import results_digest
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +60,6 @@ class Tracking:
     """Client of one MLflow store. Raises `UserError` on construction if the store cannot be reached at all."""
 
     def __init__(self, uri: str, storage: Path, experiment: str | None = None) -> None:
-        for name, value in (("MAX_RETRIES", "2"), ("TIMEOUT", "10")):
-            os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("urllib3").setLevel(logging.ERROR)  # a warning per retry; we say it once
-        from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
         self.uri = uri
@@ -70,12 +67,13 @@ class Tracking:
         self._storage = storage
         self._expected: dict[str, tuple[str | None, Mapping[str, str]]] = {}
         self._away = False  # an end could not be delivered: the others are not tried, each would wait as long
+        self._store = None if uri == sqlite_uri(storage / "mlflow.db") else uri  # None: the storage's, which may move
         self._failures: tuple[type[Exception], ...] = (MlflowException, OSError)
         try:
             artifacts = (storage / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
             if artifacts is not None and (path := database_of(uri)) is not None:
                 prepare_database(path, uri, artifacts)
-            self._client = MlflowClient(uri)
+            self._client = open_client(uri)
             self._experiment = self._find_experiment() or self._make_experiment(artifacts)
         except UserError:
             raise
@@ -136,6 +134,8 @@ class Tracking:
         known = self._known_run(folder.path)
         if known is not None:
             _catch_up(folder.path, known)
+            if _noted(folder.path).get("store") != self._store:
+                _note(folder.path, store=self._store)
         with self._answering():
             return self._child_run(folder, parent, dataset, known, seen)
 
@@ -199,7 +199,10 @@ class Tracking:
         self._client.log_artifact(run_id, str(folder.path / "config.json"))
 
     def deliver(self, folder: ExperimentFolder) -> int:
-        """Send the journal's new entries, and return how many metrics. Nothing is lost if the server is away."""
+        """Send the journal's new entries and the new scores on tasks, and return how many metrics.
+
+        Nothing is lost if the server is away.
+        """
         if not self._has_run(folder):
             return 0
         run, delivered = self._settle(folder.path)
@@ -216,7 +219,7 @@ class Tracking:
             self._client.log_batch(run, metrics=sent)
             _note(folder.path, delivered_step=step, pending=None)
             count += len(sent)
-        return count
+        return count + send_scores(self._client, folder, run)
 
     def _has_run(self, folder: ExperimentFolder, ended: bool = False) -> bool:
         """Return whether a run has its MLflow run; makes it if it is expected and has trained a step or ended."""
@@ -257,7 +260,7 @@ class Tracking:
         self._tag_divergence(folder.path, run, status.diverged)
         shown = _STATES.get(status.state, "KILLED")
         self._close(run, artifacts, shown, last.time if last else None)
-        _note(folder.path, status=shown, closed=asdict(status))
+        _note(folder.path, status=shown, closed=asdict(status), results=_results(folder))
 
     def _set_tags(self, run: str, tags: Mapping[str, str]) -> None:
         """Set tags; an empty value removes the tag of an earlier end."""
@@ -337,7 +340,8 @@ class Tracking:
             mark = uuid.uuid4().hex
             write_json(folder / "mlflow.json", {"run_id": None, "mark": mark, "resumed": noted.get("resumed", [])})
         run = found or self._client.create_run(home, start, tags | {_MARK: mark}, name)
-        _note(folder, run_id=run.info.run_id, delivered_step=0, pending=None, enlisted=False, names=_NAMES)
+        new = {"delivered_step": 0, "pending": None, "enlisted": False, "names": _NAMES, "store": self._store}
+        _note(folder, run_id=run.info.run_id, **new)
         return run
 
     def _close(self, run: str, artifacts: list[Path], state: str, end: int | None = None) -> None:
@@ -425,14 +429,24 @@ def _noted(folder: Path) -> dict[str, Any]:
 
 
 def is_closed(folder: ExperimentFolder, status: Status) -> bool:
-    """Return whether the run was closed in MLflow with this end, its artifacts attached."""
-    return bool(_noted(folder.path).get("closed") == asdict(status))
+    """Return whether the run was closed in MLflow with this end and these scores, its artifacts attached."""
+    noted = _noted(folder.path)
+    return bool(noted.get("closed") == asdict(status) and noted.get("results", "") == _results(folder))
+
+
+def _results(folder: ExperimentFolder) -> str:
+    return results_digest(folder.path / "evaluations" / folder.config().experiment.phase)
 
 
 def noted_run(folder: Path) -> str | None:
     """Return the id of the MLflow run of an experiment, which may be gone by now; None if it got none."""
     found = _noted(folder).get("run_id")
     return str(found) if found else None
+
+
+def noted_store(folder: Path, storage: Path) -> str:
+    """Return the address of the store that has the run of an experiment."""
+    return tracking_uri(storage, _noted(folder).get("store"))
 
 
 def _note(folder: Path, **changes: Any) -> None:
@@ -446,7 +460,9 @@ def _catch_up(folder: Path, run: Any) -> None:
     """
     noted = _noted(folder)
     delivered = noted.get("delivered_step", 0)
-    last = max((metric.step for metric in run.data.to_proto().metrics), default=0)
+    last = max((metric.step for metric in run.data.to_proto().metrics if not is_score(metric.key)), default=0)
+    if forget_scores(folder, run):
+        _note(folder, closed=None)
     if noted.get("names") != _NAMES:
         _note(folder, delivered_step=0, pending=None, closed=None, names=_NAMES)
     elif last < delivered:

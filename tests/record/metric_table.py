@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bwlm.record.metrics import METRICS
+from bwlm.record.metrics import METRICS, TASK_METRICS
 
 PAGE = Path(__file__).parents[2] / "docs" / "mlflow.md"
 MARK = "<!-- from bwlm/record/metrics.py, by `python -m tests.record.metric_table` -->\n"
@@ -12,9 +12,11 @@ MARK = "<!-- from bwlm/record/metrics.py, by `python -m tests.record.metric_tabl
 
 def table() -> str:
     head = "| in MLflow | unit | in `metrics.jsonl` | meaning |\n| --- | --- | --- | --- |\n"
-    return head + "".join(
+    steps = "".join(
         f"| `{metric.mlflow}` | {metric.unit} | `{name}` | {metric.meaning} |\n" for name, metric in METRICS.items()
     )
+    tasks = "".join(f"| `{one.mlflow}` | {one.unit} | | {one.meaning} |\n" for one in TASK_METRICS.values())
+    return head + steps + tasks
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from mlflow import MlflowClient
 
 from bwlm.evaluate.tasks import request, stored
 from bwlm.evaluate.tasks.request import LoadedTask, TaskRequest, sample
@@ -17,6 +18,8 @@ from bwlm.evaluate.tasks.stored import RunEvaluation
 from bwlm.paths import read_json
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder
+from bwlm.record.mlflow_store import tracking_uri
+from bwlm.record.tracking import Tracking
 from bwlm.trained.load import load_model
 from tasks import TASKS
 from tests.runs import NewChild, NewFamily
@@ -303,3 +306,23 @@ def test_a_training_folder_without_a_test_file_is_refused(new_family: NewFamily,
         "--storage", str(folder.path.parent),
     )  # fmt: skip
     check_mistake(answer, "no test file")
+
+
+def test_scores_go_to_mlflow_and_a_run_without_one_is_said_once(new_family: NewFamily, arc: Path, shell: Shell) -> None:
+    tracked, alone = new_family("forward"), new_family("backward")
+    storage = tracked.path.parent
+    store = Tracking(tracking_uri(storage, None), storage)
+    run = store.child_run(tracked, None, {"name": "c", "digest": "0" * 8, "source": "s"})
+    scores = evaluate(tracked, arc)
+    evaluate(alone, arc)
+    for last in (tracked.id, alone.id):
+        command = ("eval", last, "--tasks", "arc_easy", "--set", f"tasks.arc_easy.path={arc}")
+        answer = shell(*command, "--storage", str(storage))
+        assert answer.code == 0
+        lonely = "tracking: backward has no MLflow run: the scores are in the run's folder only\n"
+        assert answer.err.count("MLflow run") == (last == alone.id)
+        assert (lonely in answer.err) == (last == alone.id)
+    [point] = MlflowClient(store.uri).get_metric_history(run, "tasks/arc_easy/conditional_forward")
+    key = ("cloze", None, "forward", "conditional")
+    [mine] = [s for s in scores if (s["form"], s["control"], s["direction"], s["rule"]) == key]
+    assert (point.step, point.value) == (mine["step"], mine["accuracy"])
