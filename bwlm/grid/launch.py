@@ -521,8 +521,9 @@ def _report(cells: list[PlannedCell], tracking: Tracking, insides: bool) -> None
 
 def _grid_result(report: GridReport) -> GridResult:
     from bwlm.analysis.commands.gap import gap_metrics, verdict_line
+    from bwlm.analysis.report.tasks import task_metrics
 
     gaps = report.findings.gaps
     verdict = "; ".join(verdict_line(gap).replace("**", "") for gap in gaps)
     metrics = {name: value for gap in gaps for name, value in gap_metrics(gap).items()}
-    return GridResult(report.summary, verdict or "none", metrics)
+    return GridResult(report.summary, verdict or "none", metrics | task_metrics(report.tasks))

@@ -101,6 +101,22 @@ def compare_scores(rows: pd.DataFrame, alpha: float = 0.05) -> Scores:
     return Scores(arms, judge(differences, alpha), left_out)
 
 
+def measure_arms(rows: pd.DataFrame) -> tuple[list[Arm], list[str]]:
+    """Return every arm in every setting, also those that cannot be ranked, since all their answers are right or wrong.
+
+    `rows` are those of `checked_scores`. Arms with other items, or without finite scores, are left out with the reason.
+    """
+    runs, arms, left_out = score_runs(rows), [], []
+    for setting in sorted(runs, key=_order):
+        for direction in sorted(runs[setting], key=rank):
+            by_seed = dict(sorted(runs[setting][direction].items()))
+            if reason := _why_not_measured(list(by_seed.values())):
+                left_out.append(f"{setting}: {direction} is left out: {reason}")
+            else:
+                arms.append(_arm(setting, direction, by_seed))
+    return arms, left_out
+
+
 def judge(family: Sequence[Difference], alpha: float = 0.05) -> list[Difference]:
     """Return the differences with p_adjusted, detectable, verdict and reason, judged as one family.
 
@@ -151,6 +167,18 @@ def _arms_to_rank(
 
 
 def _why_not_ranked(runs: list[ScoreRun]) -> str:
+    if reason := _why_not_measured(runs):
+        return reason
+    scores = np.stack([run.score_i for run in runs])
+    if np.ptp(scores) <= _ROUNDING:
+        return (
+            f"each score of its {counted(len(runs[0].items), 'item')} is {scores[0, 0]:g}, which tells nothing about "
+            "other items: check how its answers are read"
+        )
+    return ""
+
+
+def _why_not_measured(runs: list[ScoreRun]) -> str:
     for run in runs:
         missing = ~np.isfinite(run.score_i)
         if missing.any():
@@ -164,12 +192,6 @@ def _why_not_ranked(runs: list[ScoreRun]) -> str:
             return reason
     if len(runs[0].items) < 2:
         return "it has one item: give more"
-    scores = np.stack([run.score_i for run in runs])
-    if np.ptp(scores) <= _ROUNDING:
-        return (
-            f"each score of its {counted(len(runs[0].items), 'item')} is {scores[0, 0]:g}, which tells nothing about "
-            "other items: check how its answers are read"
-        )
     return ""
 
 
@@ -196,10 +218,10 @@ def _arm(setting: Setting, direction: str, by_seed: dict[int, ScoreRun]) -> Arm:
     score_si = np.stack([run.score_i for run in runs])
     per_seed = score_si.mean(axis=1)
     items = score_si.shape[1]
-    if len(runs) > 1:
+    if len(runs) > 1 and np.ptp(score_si) > _ROUNDING:
         interval = Crossed.from_scores(score_si).accuracy_interval()
-    else:
-        interval = wilson(float(score_si.sum()), items)
+    else:  # seeds that are all right or all wrong say no more than one of them
+        interval = wilson(float(score_si.mean() * items), items)
     return Arm(
         setting=setting,
         direction=direction,
@@ -226,20 +248,27 @@ def _measured_pairs(setting: Setting, arms: dict[str, dict[int, ScoreRun]]) -> t
     """Return the differences of all pairs without verdicts, and a reason for each pair that cannot be compared."""
     measured, problems = [], []
     for a, b in combinations(arms, 2):
-        if reason := _why_not_compared(a, arms[a], b, arms[b]):
+        if reason := why_not_compared(a, arms[a], b, arms[b]):
             problems.append(f"{setting}: {a} and {b} are not compared: {reason}")
         else:
-            measured.append(_measure(setting, a, arms[a], b, arms[b]))
+            measured.append(measure_difference(setting, a, arms[a], b, arms[b]))
     return measured, problems
 
 
-def _why_not_compared(a: str, runs_a: dict[int, ScoreRun], b: str, runs_b: dict[int, ScoreRun]) -> str:
+def why_not_compared(a: str, runs_a: dict[int, ScoreRun], b: str, runs_b: dict[int, ScoreRun]) -> str:
+    """Return why two arms cannot be paired; empty if they can."""
+    for runs in (runs_a, runs_b):
+        if reason := _why_not_measured(list(runs.values())):
+            return reason
     if not runs_a.keys() & runs_b.keys():
         return f"{a} (seeds {listed(runs_a)}) and {b} (seeds {listed(runs_b)}) share no seed: runs are paired by seed"
     return _why_not_paired(next(iter(runs_a.values())), next(iter(runs_b.values())))
 
 
-def _measure(setting: Setting, a: str, runs_a: dict[int, ScoreRun], b: str, runs_b: dict[int, ScoreRun]) -> Difference:
+def measure_difference(
+    setting: Setting, a: str, runs_a: dict[int, ScoreRun], b: str, runs_b: dict[int, ScoreRun]
+) -> Difference:
+    """Return the accuracy of b minus that of a over the seeds that both have, without a verdict."""
     seeds = sorted(runs_a.keys() & runs_b.keys())
     own = {a: runs_a, b: runs_b}
     score_a_si, score_b_si = (np.stack([runs[seed].score_i for seed in seeds]) for runs in own.values())

@@ -34,7 +34,7 @@ def arm_columns(arm: Arm) -> list[str]:
         str(len(arm.seeds)),
         str(arm.items),
         f"{arm.accuracy:.4f}",
-        _interval(arm.interval),
+        interval_words(arm.interval),
         "" if arm.chance is None else f"{arm.chance:.4f}",
     ]
 
@@ -47,14 +47,15 @@ def pair_columns(one: Difference) -> list[str]:
         str(len(one.seeds)),
         str(one.items),
         f"{one.difference:+.4f}",
-        _interval(one.interval, "+"),
+        interval_words(one.interval, "+"),
         "–" if one.p_adjusted is None else f"{one.p_adjusted:.3g}",
         "–" if one.detectable is None else f"{one.detectable:.4f}",
         f"**{one.verdict}**",
     ]
 
 
-def _interval(ends: Interval, sign: str = "") -> str:
+def interval_words(ends: Interval, sign: str = "") -> str:
+    """Return both ends of an interval in words."""
     return f"{ends[0]:{sign}.4f} .. {ends[1]:{sign}.4f}"
 
 
@@ -62,18 +63,23 @@ def score_sentences(scores: Scores) -> list[str]:
     """Tell in words, for each setting, the best arm, the arms at chance, each pair, and what is odd about the seeds."""
     sentences = []
     for setting in dict.fromkeys(arm.setting for arm in scores.arms):
-        arms = [arm for arm in scores.arms if arm.setting == setting]
         pairs = [one for one in scores.differences if one.setting == setting]
-        sentences += [_best_sentence(scores, setting), *_chance_sentences(arms), *map(pair_sentence, pairs)]
-        sentences += [f"{setting}, {arm.direction}: {remark}" for arm in arms for remark in arm.remarks]
+        sentences += [*arm_sentences(scores, setting), *map(pair_sentence, pairs)]
         sentences += [f"{setting}, {one.pair}: {remark}" for one in pairs for remark in one.remarks]
     return sentences
+
+
+def arm_sentences(scores: Scores, setting: Setting) -> list[str]:
+    """Tell in words the best arm of a setting, the arms at chance, and what is odd about their seeds."""
+    arms = [arm for arm in scores.arms if arm.setting == setting]
+    remarks = [f"{setting}, {arm.direction}: {remark}" for arm in arms for remark in arm.remarks]
+    return [_best_sentence(scores, setting), *_chance_sentences(arms), *remarks]
 
 
 def _best_sentence(scores: Scores, setting: Setting) -> str:
     best, untold, worse = best_of(scores, setting)
     [arm] = [arm for arm in scores.arms if (arm.setting, arm.direction) == (setting, best)]
-    shown = f"{arm.accuracy:.4f}, {_over(len(arm.seeds))} {_interval(arm.interval)}"
+    shown = f"{arm.accuracy:.4f}, {_over(len(arm.seeds))} {interval_words(arm.interval)}"
     if not (untold or worse):
         return f"{setting}: {best} has accuracy {shown}"
     parts = [f"{setting}: {best} has the highest accuracy ({shown})"]
@@ -98,7 +104,7 @@ def pair_sentence(one: Difference) -> str:
     """Tell a judged pair in words: `arc_easy, forward → backward: difference -0.0121, 95 % -0.0302 .. +0.0060, ..`."""
     parts = [
         f"difference {one.difference:+.4f}",
-        f"{_over(len(one.seeds))} {_interval(one.interval, '+')}",
+        f"{_over(len(one.seeds))} {interval_words(one.interval, '+')}",
         counted(len(one.seeds), "seed"),
         counted(one.items, "item"),
         _ahead(one),

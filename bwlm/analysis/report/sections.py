@@ -45,7 +45,14 @@ _ANALYSES: dict[str, tuple[str, Analyse, bool]] = {
     "representations": ("Representations and attention", representations, True),
 }
 """Title, analysis and whether its tables are for reading, by command."""
-FOLDED = ("Gradients", "Activations", "Representations and attention", "Configuration and lineage", "Settings")
+FOLDED = (
+    "Tasks by every rule",
+    "Gradients",
+    "Activations",
+    "Representations and attention",
+    "Configuration and lineage",
+    "Settings",
+)
 """Titles of long sections that few readers need: in the HTML page they open at a click."""
 
 

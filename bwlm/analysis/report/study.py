@@ -25,11 +25,13 @@ from bwlm.analysis.report.sections import (
     repeat_section,
     settings_section,
 )
+from bwlm.analysis.report.tasks import tasks_section, tasks_summary
 from bwlm.analysis.report.variants import variants_section
 from bwlm.analysis.runs.audit import comparable
 from bwlm.analysis.runs.findings import BEST_HEADER, Findings, best_columns, find
 from bwlm.analysis.runs.labels import sizes
 from bwlm.analysis.runs.rates import BestRate
+from bwlm.analysis.runs.task_findings import TaskFindings, find_tasks
 from bwlm.paths import write_text
 from bwlm.phases import PHASES
 from bwlm.record.catalog.rows import CELL_HEADER, cell_columns, load_cell
@@ -51,6 +53,8 @@ class GridReport:
 
     files: list[Path]
     findings: Findings
+    tasks: TaskFindings | None
+    """Scores of its runs on tasks; None if they have none."""
     summary: str
     """Verdict and best learning rates in Markdown, without pictures."""
 
@@ -67,15 +71,17 @@ def write_grid_report(storage: Path, name: str, into: Path | None = None) -> Gri
     if findings.gaps:
         charts += save_chart(gap_chart(gap_frame(findings.gaps), f"{name}: gaps between directions"), folder, "gaps")
         charts.append(write_losses(findings.losses, folder / LOSSES))
+    tasks = find_tasks(folders)
     sections, pictures = _grid_sections(name, folders, findings, folder, storage)
+    scored, score_charts = tasks_section(tasks, folder, name)
     notes = dropped_words(dropped_cells(storage, name)) + ([] if into else _earlier_words(storage, name))
     text = _grid_text(name, folders, findings, notes)
-    text += "\n".join(["", *(f"{part}\n" for part in sections)])
-    files = [*_write(text, folder, storage, f"bwlm: {name}"), *charts, *pictures]
-    return GridReport(files, findings, _summary(findings))
+    text += "\n".join(["", *(f"{part}\n" for part in [*scored, *sections])])
+    files = [*_write(text, folder, storage, f"bwlm: {name}"), *charts, *score_charts, *pictures]
+    return GridReport(files, findings, tasks, _summary(findings, tasks))
 
 
-def _summary(findings: Findings) -> str:
+def _summary(findings: Findings, tasks: TaskFindings | None) -> str:
     """Return the verdict and the best learning rates for a reader who has not opened the report."""
     parts = []
     if findings.gaps:
@@ -83,6 +89,7 @@ def _summary(findings: Findings) -> str:
         parts += [markdown_table(GAP_HEADER, [gap_columns(found) for found in findings.gaps])]
     if findings.best:
         parts += ["Best learning rates", markdown_table(BEST_HEADER, [best_columns(rate) for rate in findings.best])]
+    parts += tasks_summary(tasks)
     lines = [*findings.skipped, *findings.at_edge]
     parts += ["\n".join(f"- {line}" for line in lines)] if lines else []
     parts += [f"The whole report is {REPORT}, among the artifacts."]
@@ -142,6 +149,7 @@ def write_experiment_report(folder: ExperimentFolder, insides: bool = True, into
     cell, config = load_cell(folder), folder.config()
     home = into or folder.path
     learnt, charts = _learning(folder, home)
+    scored, score_charts = tasks_section(find_tasks([folder]), home, folder.id)
     more, pictures = [_WITHOUT_INSIDES.format(run=folder.id)], list[Path]()
     if insides:
         commands = [command for command in analyses_of([folder]) if command not in _SHOWN]
@@ -156,6 +164,7 @@ def write_experiment_report(folder: ExperimentFolder, insides: bool = True, into
             markdown_table(CELL_HEADER, [cell_columns(cell)]),
             "Loss is in nats per token, bpb in bits per UTF-8 byte of the validation windows.",
             *learnt,
+            *scored,
             _lineage(folder),
             *data_section([folder]),
             *(audit_section(comparable(folder), of=folder) if PHASES[config.experiment.phase].compared else []),
@@ -165,7 +174,7 @@ def write_experiment_report(folder: ExperimentFolder, insides: bool = True, into
             *repeat_section([folder], repeat_command(folder.config())),
         ]
     )
-    return [*_write(f"{text}\n", home, folder.path.parent, f"bwlm: {folder.id}"), *charts, *pictures]
+    return [*_write(f"{text}\n", home, folder.path.parent, f"bwlm: {folder.id}"), *charts, *score_charts, *pictures]
 
 
 _SHOWN = ("rewards", "compare")

@@ -20,7 +20,7 @@ from bwlm.errors import UserError, nearest
 from bwlm.paths import read_json
 from bwlm.progress import track
 from bwlm.record.experiment import ExperimentFolder
-from bwlm.record.task_results import read_examples
+from bwlm.record.task_results import MAIN_FORMS, MAIN_RULES, read_examples, read_result
 
 OWN = "own"
 READINGS = (OWN, *TEXT_READINGS)
@@ -35,11 +35,12 @@ class Wanted:
     """Tasks, or names of results such as `mmlu.n200`; empty: all tasks. Of a task's results the one counts that most
     of the runs have."""
     readings: tuple[str, ...] = (OWN,)
-    rules: tuple[str, ...] = ("conditional", "exact", "pass@1")
-    """`exact` and `pass@1` are the rules of tasks without choices."""
+    rules: tuple[str, ...] = MAIN_RULES
+    """Empty: all rules."""
     by_group: bool = False
     """True: each group of a task's items is a task of its own."""
-    forms: tuple[str, ...] = ("cloze", "generated")
+    forms: tuple[str, ...] = MAIN_FORMS
+    """Empty: all forms."""
 
 
 def at_best_rates(folders: Sequence[ExperimentFolder]) -> list[ExperimentFolder]:
@@ -61,7 +62,7 @@ def load_task_scores(folders: Sequence[ExperimentFolder], wanted: Wanted) -> pd.
         _scores(folder, name, wanted).assign(size=labels[folder.id])
         for folder in track(folders, "reading scores", "runs")
         for name in names
-        if (_folder(folder, TEXT_READINGS[0]) / f"{name}.json").exists()
+        if any((_folder(folder, reading) / f"{name}.json").exists() for reading in TEXT_READINGS)
     ]
     rows = pd.concat(found) if found else pd.DataFrame()
     if rows.empty:
@@ -74,10 +75,7 @@ def load_task_scores(folders: Sequence[ExperimentFolder], wanted: Wanted) -> pd.
 
 def _names(folders: Sequence[ExperimentFolder], tasks: tuple[str, ...]) -> list[str]:
     """Return the names of the results to read: of a task that has several, the one that most runs have."""
-    counts: Counter[str] = Counter()
-    for folder in folders:
-        files = _folder(folder, TEXT_READINGS[0]).glob("*.json")
-        counts.update(file.stem for file in files if "scores" in read_json(file))
+    counts = Counter(name for folder in folders for name in result_names(folder))
     best: dict[str, str] = {}
     for name in sorted(counts, key=lambda name: (-counts[name], len(name))):  # the shortest name: the whole task
         if "@" not in name:
@@ -87,6 +85,30 @@ def _names(folders: Sequence[ExperimentFolder], tasks: tuple[str, ...]) -> list[
         if task not in known:
             raise UserError(f"--tasks: no run has a result {task!r}{nearest(task, known)}: see bwlm runs show")
     return [known[task] for task in tasks] or sorted(best.values())
+
+
+def result_names(folder: ExperimentFolder) -> set[str]:
+    """Return the names of a run's results on tasks, in any reading."""
+    files = [file for reading in TEXT_READINGS for file in _folder(folder, reading).glob("*.json")]
+    return {file.stem for file in files if "scores" in read_result(file)}
+
+
+def load_results(folders: Sequence[ExperimentFolder]) -> pd.DataFrame:
+    """Return the saved scores of the results that are compared, a row each: also controls, and what was not scored.
+
+    Columns are those of `TaskScore`, with the result's name as `task`; `direction` is the run's, `reading` the score's.
+    `left_out` counts the items of the form that did not fit.
+    """
+    names, labels, rows = _names(folders, ()), sizes(list(folders)), []
+    for folder in folders:
+        own = {"run": folder.id, "size": labels[folder.id], "direction": folder.config().experiment.direction}
+        for path in (_folder(folder, reading) / f"{name}.json" for name in names for reading in TEXT_READINGS):
+            content = read_result(path) if path.exists() else {}
+            for score in content.get("scores", []):
+                left_out = content["about"].get(score["form"], {}).get("does_not_fit", 0)
+                about = {"task": path.stem, "reading": score["direction"], "left_out": left_out}
+                rows.append(score | own | about)
+    return pd.DataFrame(rows)
 
 
 def _scores(folder: ExperimentFolder, name: str, wanted: Wanted) -> pd.DataFrame:
@@ -117,7 +139,9 @@ def _examples(folder: ExperimentFolder, reading: str, name: str, wanted: Wanted)
         return pd.DataFrame(columns=[*_ITEM, "correct", "chance"])
     chances = {score["form"]: score["chance"] for score in read_json(path)["scores"] if score["chance"] is not None}
     rows: pd.DataFrame = table.select([*_ITEM, "control", "correct"]).to_pandas()
-    kept = rows[rows["control"].isna() & rows["rule"].isin(wanted.rules) & rows["form"].isin(wanted.forms)]
+    kept = rows[rows["control"].isna()]
+    for name, chosen in (("rule", wanted.rules), ("form", wanted.forms)):
+        kept = kept[kept[name].isin(chosen)] if chosen else kept
     return kept.drop(columns="control").assign(chance=kept["form"].map(chances))
 
 
