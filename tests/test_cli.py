@@ -136,7 +136,7 @@ def test_an_unknown_option_names_the_nearest_setting(words: str, told: str, shel
 
 def test_a_plan_as_json(shell: Shell) -> None:
     document = shell.json("grid", "plan", shell.file(GOOD))
-    assert document.keys() == {"grid", "cells", "detectable", "warnings"}
+    assert document.keys() == {"grid", "cells", "detectable", "time", "warnings"}
     assert document["grid"] == "bars"
     assert [cell["id"] for cell in document["cells"]] == [
         f"bars_{direction}_d{depth}_lr0.5_s0" for direction in ("forward", "backward") for depth in (1, 2)

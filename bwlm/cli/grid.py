@@ -79,7 +79,9 @@ def grid_plan(
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Print each cell with its parameters, tokens, FLOPs, log size and state; then the smallest gap that can be seen.
+    """Print each cell with its parameters, tokens, FLOPs, log size and state; the time; the smallest gap that is seen.
+
+    The time follows from the speed of runs in this storage that finished on this machine.
 
     A gap is the difference in loss between two directions. How small a gap can be seen depends on the number of seeds.
 
@@ -95,13 +97,15 @@ def grid_plan(
     for cell in plan.cells:
         check_sources(cell.experiment)
     from bwlm.format import short_number
+    from bwlm.plan.estimate import time_words
 
     with loading():  # scipy takes a second: mistakes are reported first
         from bwlm.plan.power import detectable, detectable_words
-    seen, warnings = detectable(plan, seed_noise), warnings_of(plan, root)
+    seen, warnings, time = detectable(plan, seed_noise), warnings_of(plan, root), _time_of(plan, root)
+    document = _status_document(plan, root)
     if as_json:
-        return print_json(_status_document(plan, root) | {"detectable": seen, "warnings": warnings})
-    cells = _status_document(plan, root)["cells"]
+        return print_json(document | {"detectable": seen, "time": time, "warnings": warnings})
+    cells = document["cells"]
     costs = ("params", "tokens", "flops", "log_bytes")
     rows = [[c["id"], *(short_number(c[cost]) for cost in costs), _state(c)] for c in cells]
     header = ["cell", "params", "tokens", "FLOPs", "log (bytes)", "state"]
@@ -110,7 +114,9 @@ def grid_plan(
     total = sum(c["flops"] for c in cells)
     left = sum(c["flops"] for c in cells if not (c["done"] or c["changed"]) and c["reason"] != _STOPPED_ABOVE)
     show(f"{short_number(total)} FLOPs in all, {short_number(left)} to do; storage {root}")
-    show_sentences(detectable_words(seen), *(f"warning: {line}" for line in warnings))
+    show_sentences(
+        *filter(None, [time_words(time), detectable_words(seen)]), *(f"warning: {line}" for line in warnings)
+    )
     return None
 
 
@@ -194,6 +200,19 @@ def _status_document(plan: Plan, root: Path) -> dict[str, Any]:
         for p in planned
     ]  # fmt: skip
     return {"grid": plan.name, "cells": cells}
+
+
+def _time_of(plan: Plan, root: Path) -> dict[str, Any]:
+    """Return how long the cells take that a launch would train."""
+    from bwlm.grid.cells import find_cells, without_parent
+    from bwlm.plan.estimate import estimate_time
+    from bwlm.plan.machine import machine_of
+
+    planned = find_cells(plan, root)
+    out = without_parent(planned)
+    left = [p for p in planned if not (p.is_done or p.changed or p.cell.id in out)]
+    machine = machine_of([p.cell for p in left])
+    return estimate_time([(p.cell, p.status.step) for p in left], plan.launch, root, machine)
 
 
 def _state(cell: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import ray
 
 from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
+from bwlm.plan.machine import ROUNDING, parts_of_gpus
 
 log = logging.getLogger(__name__)
 
@@ -20,9 +21,6 @@ _LOOK_SECONDS = 1.0
 
 SPARE_CPUS = 1.0
 """Logical CPUs left for Ray Data's tasks: without a free CPU, a cell waits for its first batch for ever."""
-
-
-_ROUNDING = 1e-6  # 10 x 0.1 GPUs fit on one GPU, whatever floats make of it
 
 
 TRIAL_CPUS = 0.1
@@ -75,7 +73,7 @@ def _free_now(cpus: float, gpus: float) -> int:
     while True:
         free = ray.available_resources()
         fits = (free.get("CPU", 0) - SPARE_CPUS) // cpus
-        fits = min(fits, free.get("GPU", 0) / gpus + _ROUNDING) if gpus else fits
+        fits = min(fits, free.get("GPU", 0) / gpus + ROUNDING) if gpus else fits
         if fits >= 1:
             return int(fits)
         _tell_once(f"waiting until {cpus + SPARE_CPUS:g} CPUs and {gpus:g} GPUs of the cluster are free")
@@ -91,13 +89,8 @@ def _places(node: dict[str, float], resources: ResourceSettings) -> float:
     """Return how many workers fit on one node."""
     places = node.get("CPU", 0) // resources.cpus_per_worker
     if resources.gpus_per_worker:
-        places = min(places, _parts(node.get("GPU", 0), resources.gpus_per_worker))
+        places = min(places, parts_of_gpus(node.get("GPU", 0), resources.gpus_per_worker))
     return places
-
-
-def _parts(gpus: float, each: float) -> int:
-    """Return how many cells get `each` GPUs, or a part of a GPU, from `gpus`: a part never lies on two GPUs."""
-    return int(gpus) * int(1 / each + _ROUNDING) if each < 1 else int(gpus // each)
 
 
 def choose_concurrency(
@@ -117,7 +110,7 @@ def _fitting(resources: ResourceSettings, cpus: float, gpus: float, where: str) 
     fits = int(cpus // cpus_of_cell(resources))
     need = f"{resources.workers} x {resources.cpus_per_worker} CPUs"
     if resources.gpus_per_worker:
-        fits = min(fits, _parts(gpus, resources.workers * resources.gpus_per_worker))
+        fits = min(fits, parts_of_gpus(gpus, resources.workers * resources.gpus_per_worker))
         need += f" and {resources.gpus_per_worker:g} GPUs"
     if fits < 1:
         raise UserError(

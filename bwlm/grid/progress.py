@@ -14,7 +14,6 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from bwlm.directions import TEXT_READINGS, own_readings
 from bwlm.format import clock, short_number, wrapped
 from bwlm.plan.spec import Cell
 from bwlm.progress import working
@@ -92,7 +91,7 @@ class ProgressDisplay:
         self._ended.pop(cell, None)
         if cell not in self._running:
             self._running[cell] = {"step": step}
-            self._done_before += _flops(self._cells[cell], step)
+            self._done_before += self._cells[cell].flops_until(step)
 
     def moved(self, cell: str, result: dict[str, Any]) -> None:
         """Show a cell's newest step."""
@@ -147,11 +146,11 @@ class ProgressDisplay:
     def _flops_done(self) -> float:
         steps = {name: self._cells[name].steps for name in self._ended}
         steps |= {name: int(result["step"]) for name, result in dict(self._running).items()}
-        return sum(_flops(self._cells[name], step) for name, step in steps.items())
+        return sum(self._cells[name].flops_until(step) for name, step in steps.items())
 
     def _seconds_left(self) -> float | None:
         """Return the time left at the pace from the first report to the newest; None before, and once it is over."""
-        total = sum(_flops(cell, cell.steps) for cell in self._cells.values())
+        total = sum(cell.flops_until(cell.steps) for cell in self._cells.values())
         done = self._flops_done()
         fresh = done - self._done_before
         if fresh <= 0 or len(self._ended) == len(self._cells):
@@ -229,17 +228,6 @@ def _fitting(parts: str, width: int) -> str:
     while len(parts) > width and " · " in parts:
         parts = parts.rpartition(" · ")[0]
     return parts
-
-
-def _flops(cell: Cell, step: int) -> float:
-    """Return the FLOPs of a cell up to a step: its training, and its validations in all readings."""
-    every, tokens = cell.experiment.evaluation.every, cell.experiment.evaluation.tokens
-    validations = (step // every if every else 0) + (step == cell.steps and not (every and step % every == 0))
-    direction = cell.experiment.direction
-    readings = len({*TEXT_READINGS, *own_readings(direction)})
-    # a forward pass is a third of a training step
-    measured = validations * readings * tokens / 3
-    return cell.flops * (step / cell.steps + measured / cell.tokens)
 
 
 def _learnt(result: Mapping[str, Any]) -> str:

@@ -97,8 +97,7 @@ def _short_of_memory(cells: Sequence[Cell], launch: LaunchSettings, machine: Mac
             return []
         where, has, fix = "a GPU", machine.gpu_memory, "lower depth"
     else:
-        fitting = machine.cores // (resources.workers * resources.cpus_per_worker)
-        at_once = max(1, min(len(cells), launch.concurrency or fitting))
+        at_once = machine.cells_at_once(cells, launch.concurrency)
         fits = machine.memory // (each * resources.workers)
         if at_once <= fits:
             return []

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import psutil
 
+from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
 from bwlm.plan.spec import Cell, generations
 from bwlm.settings_file import Document, holds
+
+ROUNDING = 1e-6
+"""Added to quotients of GPUs: ten cells of 0.1 GPUs fit on one, whatever floats make of it."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,22 @@ class Machine:
     gpus: int = 0
     gpu_memory: int = 0
     """Bytes of one GPU."""
+
+    def cells_at_once(self, cells: Sequence[Cell], concurrency: int | None) -> int:
+        """Return how many of the cells run at once: `concurrency`, or as many of the largest as fit; at least one."""
+        fitting = min((self._room_for(cell.experiment.resources) for cell in cells), default=1)
+        return max(1, min(len(cells), concurrency or fitting))
+
+    def _room_for(self, resources: ResourceSettings) -> int:
+        fits = self.cores // (resources.workers * resources.cpus_per_worker)
+        if resources.gpus_per_worker:
+            fits = min(fits, parts_of_gpus(self.gpus, resources.workers * resources.gpus_per_worker))
+        return fits
+
+
+def parts_of_gpus(gpus: float, each: float) -> int:
+    """Return how many cells get `each` GPUs, or a part of a GPU, from `gpus`: a part never lies on two GPUs."""
+    return int(gpus) * int(1 / each + ROUNDING) if each < 1 else int(gpus // each)
 
 
 def machine_of(cells: Sequence[Cell]) -> Machine | None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from bwlm.config import Depth, Experiment, LearningRate, Recipe, Seed, Settings
-from bwlm.directions import DirectionName
+from bwlm.directions import TEXT_READINGS, DirectionName, own_readings
 from bwlm.model.shape import GPTConfig, count_parameters, flops_per_token
 from bwlm.phases import PHASES
 from bwlm.record.checkpoint_name import run_of
@@ -103,6 +103,15 @@ class Cell:
     def flops(self) -> int:
         """Training FLOPs of all steps."""
         return self.tokens * flops_per_token(self.shape)
+
+    def flops_until(self, step: int) -> float:
+        """Return the FLOPs up to a step: of training, and of the validations in all readings."""
+        every, tokens = self.experiment.evaluation.every, self.experiment.evaluation.tokens
+        validations = (step // every if every else 0) + (step == self.steps and not (every and step % every == 0))
+        readings = len({*TEXT_READINGS, *own_readings(self.experiment.direction)})
+        # a forward pass is a third of a training step
+        measured = validations * readings * tokens / 3
+        return self.flops * (step / self.steps + measured / self.tokens)
 
 
 @dataclass(frozen=True)

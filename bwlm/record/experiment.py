@@ -26,7 +26,7 @@ from bwlm.phases import PHASES
 from bwlm.record.checkpoint_name import CheckpointName, run_of
 from bwlm.record.health import DIGEST, RECORDS, check_agrees, check_seal, damage, records_of, sealed
 from bwlm.record.journal import last_entry
-from bwlm.record.lease import LEASE_SECONDS, Holder, Lease, living_holder, take, take_at_once
+from bwlm.record.lease import LEASE_SECONDS, Holder, Lease, last_holder, living_holder, take, take_at_once
 from bwlm.record.lineage import LINK, ParentLink, read_link, write_link
 from bwlm.record.run_config import RunConfig
 
@@ -299,6 +299,10 @@ class ExperimentFolder:
         """Return `host:pid` of the process that trains this run now; None if there is none, or if it is frozen."""
         holder = living_holder(self.path / LEASE)
         return str(holder) if holder else None
+
+    def last_host(self) -> str:
+        """Return the name of the machine that trained this run last; `?` if none has."""
+        return last_holder(self.path / LEASE).host
 
     def busy_with(self) -> Holder | None:
         """Return the process that launched this run's training, or if that is gone the worker that trains it."""

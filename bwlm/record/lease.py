@@ -160,6 +160,11 @@ def living_holder(path: Path) -> Holder | None:
     return None if _has_run_out(path, seen) else seen[0]
 
 
+def last_holder(path: Path) -> Holder:
+    """Return the holder, or the last one of a lease that was released; of a lease that is not there, host `?`."""
+    return _look(path)[0]
+
+
 def _is_locked(path: Path) -> bool:
     """Return whether a process holds the lock, frozen or not."""
     try:

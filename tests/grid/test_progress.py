@@ -51,7 +51,7 @@ def test_the_picture_counts_cells_and_shows_the_running_ones(
     progress.began(cells[5].id, 0)
     progress.ended(cells[6].id, Status("failed", "loss nan"))
     shown = seen(progress)
-    assert "4 done · 1 failed · 2 running · 17 waiting" in shown
+    assert "4 done · 1 failed · 2 running · 29 waiting" in shown
     assert f"{cells[4].id}  20/40" in shown
     assert "4.500   2.3000    23,457" in shown
     assert f"{cells[5].id}   0/40" in shown
@@ -130,8 +130,8 @@ def test_elsewhere_a_line_for_each_cell_that_ends(cells: tuple[Cell, ...], capsy
         progress.ended(cells[0].id, Status("finished", "", 40, {"val_bpb": 2.25}))
         progress.ended(cells[1].id, Status("failed", "crashed, see error.txt: oh"))
     shown = capsys.readouterr().err.splitlines()
-    assert shown[0].startswith(f"1/24 {cells[0].id}: finished, val_bpb 2.2500, about ")
-    assert shown[1].startswith(f"2/24 {cells[1].id}: failed (crashed, see error.txt: oh)")
+    assert shown[0].startswith(f"1/36 {cells[0].id}: finished, val_bpb 2.2500, about ")
+    assert shown[1].startswith(f"2/36 {cells[1].id}: failed (crashed, see error.txt: oh)")
 
 
 def test_a_cell_that_is_taken_up_again_is_told(cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,7 +156,7 @@ def test_a_grid_tells_now_and_then_where_its_cells_are(
         for now in (10.0, 310.0, 320.0):
             progress.moved(cells[1].id, {"step": int(now) // 10})
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"1/24 {cells[1].id} at step 31/40, {cells[2].id} at step 0/40, about ")
+    assert line.startswith(f"1/36 {cells[1].id} at step 31/40, {cells[2].id} at step 0/40, about ")
 
 
 def test_a_single_experiment_tells_its_validations(cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str]) -> None:
