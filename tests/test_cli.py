@@ -233,8 +233,16 @@ def test_a_plan_tells_a_changed_setting_first_and_the_text_that_is_read(shell: S
     other = (
         "bars_forward_d1_lr0.5_s0: its run read builtin:pydocs, and the grid names notes: refused unless its content is"
     )
-    assert other in shell("grid", "plan", grid).out
-    assert "its run read" not in shell("grid", "plan", grid, "--set", "data.source=builtin:pydocs").out
+    told = shell("grid", "plan", grid).out
+    assert other in told
+    assert next(line for line in told.splitlines() if line.startswith("bars_forward_d1")).endswith(
+        "  finished, on other text"
+    )
+    read = [cell["other_text"] for cell in shell.json("grid", "plan", grid)["cells"]]
+    assert read == ["builtin:pydocs", "", "", ""], "the others have not begun"
+    same = shell("grid", "plan", grid, "--set", "data.source=builtin:pydocs").out
+    assert "its run read" not in same
+    assert "on other text" not in same
 
 
 def test_an_unknown_command_is_told_with_those_that_there_are(shell: Shell) -> None:

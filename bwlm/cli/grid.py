@@ -194,7 +194,7 @@ def _status_document(plan: Plan, root: Path) -> dict[str, Any]:
             "id": p.cell.id, "params": p.cell.parameters, "tokens": p.cell.tokens, "flops": p.cell.flops,
             "log_bytes": bytes_of_log(p.cell.experiment, p.cell.shape, p.cell.steps),
             "state": p.status.state, "reason": _STOPPED_ABOVE if p.cell.id in out else _reason(p),
-            "changed": p.changed, "done": p.is_done,
+            "changed": p.changed, "other_text": p.other_text, "done": p.is_done,
             "step": p.status.step, "steps": p.cell.steps, "metrics": p.status.metrics,
         }
         for p in planned
@@ -216,7 +216,10 @@ def _time_of(plan: Plan, root: Path) -> dict[str, Any]:
 
 
 def _state(cell: dict[str, Any]) -> str:
-    return "other settings" if cell["changed"] else str(cell["state"])
+    """Return a cell's state for the table, and whether a launch may refuse it."""
+    if cell["changed"]:
+        return "other settings"
+    return f"{cell['state']}, on other text" if cell["other_text"] else str(cell["state"])
 
 
 def _text_words(plan: Plan) -> list[str]:
@@ -261,14 +264,10 @@ def _other_text(planned: PlannedCell) -> str:
     """Return how the source of a cell's text differs from what its run read; '' if it does not."""
     from bwlm.grid.cells import text_of
 
-    if not planned.folder.exists():
+    if not (read := planned.other_text):
         return ""
-    read, named = (text_of(one.experiment) for one in (planned.folder.config(), planned.cell))
-    return (
-        f"its run read {read}, and the grid names {named}: refused unless its content is the same"
-        if read != named
-        else ""
-    )
+    named = text_of(planned.cell.experiment)
+    return f"its run read {read}, and the grid names {named}: refused unless its content is the same"
 
 
 def _show_result(plan: Plan, root: Path, result: LaunchResult) -> None:

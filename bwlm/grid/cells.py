@@ -36,6 +36,12 @@ class PlannedCell:
     """Difference between today's code and the code that trained the run; '' if they agree."""
 
     @property
+    def other_text(self) -> str:
+        """The text that the run in the folder read, where the plan names another; '' if it names the same."""
+        read = text_of(self.folder.config().experiment) if self.folder.exists() else ""
+        return read if read != text_of(self.cell.experiment) else ""
+
+    @property
     def is_done(self) -> bool:
         """True for a cell that a launch leaves as it is: finished, or stopped by the scheduler."""
         return self.status.ended and self.status.state != "failed"
