@@ -288,7 +288,8 @@ def _show_result(plan: Plan, root: Path, result: LaunchResult) -> None:
         show_table(CELL_HEADER, bases, f"{plan.name}: cells", names=AXES, least=("loss",))
     for one in variants(folders):
         show("")
-        show_table(one.header, one.rows, f"{plan.name}: {one.phase}", names=one.settings)
+        header, *rows = one.in_short()
+        show_table(header, rows, f"{plan.name}: {one.phase}", names=("id",))
         show_sentences(*one.comparisons)
     if findings.best and not brief:
         show("")

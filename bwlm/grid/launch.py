@@ -114,7 +114,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
                 runs = _enlist(cells, storage, tracking, grid_run)
             if capacity is not None:
                 _introduce(plan, cells, show)
-                _train(part, cells, capacity, storage, tracking, grid_run or runs[0], show)
+                _train(plan, part, cells, capacity, tracking, grid_run or runs[0], show)
         if asks_for_scores:
             capacity = _score_rest(plan, storage, cluster, show) or capacity
         # not before: another text under the same name is found out last
@@ -434,17 +434,22 @@ def _compute_words(config: RunConfig) -> str:
 
 def _train(
     plan: Plan,
+    part: Plan,
     cells: list[_Resolved],
     capacity: Capacity,
-    storage: Path,
     tracking: Tracking,
     run: str,
     show: Callable[[str], None],
 ) -> None:
-    """Train the cells on the cluster; `run` is the MLflow run that gets this machine's system metrics."""
+    """Train the cells of a part of the plan; `run` is the MLflow run that gets this machine's system metrics."""
     from bwlm.grid.training import train_cells  # imports Ray Tune, which a launch with nothing to train does not need
 
-    train_cells(plan, [cell.planned for cell in cells], capacity.concurrency, storage, tracking, run, show)
+    planned = [cell.planned for cell in cells]
+    storage = planned[0].folder.path.parent
+    everything = find_cells(plan, storage)
+    out = without_parent(everything)
+    shown = [one for one in everything if one.cell.id not in out]
+    train_cells(part, planned, shown, capacity.concurrency, storage, tracking, run, show)
 
 
 def _check_tasks(plan: Plan) -> None:

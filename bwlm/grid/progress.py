@@ -62,8 +62,10 @@ _DETAILS = (
 class ProgressDisplay:
     """Table that redraws itself in a terminal; elsewhere lines: one when a cell ends, some while cells run."""
 
-    def __init__(self, cells: tuple[Cell, ...], states: Mapping[str, Status]) -> None:
+    def __init__(self, cells: tuple[Cell, ...], states: Mapping[str, Status], in_detail: bool = False) -> None:
+        """Show the cells of all phases; if `in_detail`, as for one alone, one runs at a time with all its figures."""
         self._cells = {cell.id: cell for cell in cells}
+        self._in_detail = in_detail or len(cells) == 1
         self._ended = {name: status for name, status in states.items() if status.ended}
         self._running: dict[str, dict[str, Any]] = {}
         self._console = Console(stderr=True)
@@ -100,12 +102,12 @@ class ProgressDisplay:
         if not self._heard:  # the pace of steps, without the start of workers and the warm-up of the first step
             self._paced_from, self._done_before = time.monotonic(), self._flops_done()
         self._newest = self._heard[cell] = time.monotonic()
-        if len(self._cells) == 1 and ("val_bpb" in result or time.monotonic() - self._told > _LINE_SECONDS):
+        if self._in_detail and ("val_bpb" in result or time.monotonic() - self._told > _LINE_SECONDS):
             self._line(_step_words(result, self._cells[cell].steps), below=_details(self._running[cell]))
-        elif len(self._cells) > 1 and time.monotonic() - self._told > _GRID_SECONDS:
+        elif not self._in_detail and time.monotonic() - self._told > _GRID_SECONDS:
             at = [f"{name} at step {now['step']}/{self._cells[name].steps}" for name, now in self._running.items()]
             self._line(f"{len(self._ended)}/{len(self._cells)} {', '.join(at)}")
-        if len(self._cells) == 1 and not self._console.is_terminal:
+        if self._in_detail and not self._console.is_terminal:
             self._say_what_takes_long(cell, result)
 
     def _say_what_takes_long(self, cell: str, result: Mapping[str, Any]) -> None:
@@ -175,7 +177,7 @@ class ProgressDisplay:
         for (name, step, *figures), result in zip(rows, running.items(), strict=True):
             drawn = [ProgressBar(self._cells[result[0]].steps, result[1]["step"], width=bar)] if bar else []
             table.add_row(Text(name), step, *drawn, *figures)
-        single = running.values() if len(self._cells) == 1 else ()
+        single = running.values() if self._in_detail else ()
         details = [_fitting(detail, self._console.width) for result in single for detail in _details(result)]
         return Group(self._head(running), table, *(Text(detail, style="dim") for detail in details))
 

@@ -33,9 +33,18 @@ Show = Callable[[str], None]
 
 
 def train_cells(
-    plan: Plan, cells: list[PlannedCell], concurrency: int, storage: Path, tracking: Tracking, run: str, show: Show
+    plan: Plan,
+    cells: list[PlannedCell],
+    shown: list[PlannedCell],
+    concurrency: int,
+    storage: Path,
+    tracking: Tracking,
+    run: str,
+    show: Show,
 ) -> None:
     """Train what is not done; `run` is the MLflow run that gets this machine's system metrics.
+
+    The progress is that of the `shown` cells: with those of earlier and later phases.
 
     If this process is asked to end, by SIGTERM or Ctrl-C, its cells save checkpoints first, within a grace time. Then
     `show` gets the step that each cell resumes from. Raises `SystemExit` with `TERMINATED` after SIGTERM, and
@@ -50,7 +59,11 @@ def train_cells(
         with (
             Termination() as termination,
             _ctrl_c_saves(show) as interrupted,
-            ProgressDisplay(plan.cells, {planned.cell.id: planned.status for planned in cells}) as progress,
+            ProgressDisplay(
+                tuple(planned.cell for planned in shown),
+                {planned.cell.id: planned.status for planned in shown},
+                in_detail=not plan.is_grid,
+            ) as progress,
             _delivery(tracking, folders),
         ):
             _tune(plan, unfinished, concurrency, storage, progress, termination)

@@ -37,6 +37,11 @@ def test_a_variant_is_the_mean_of_its_seeds_and_the_better_one_comes_first(tmp_p
         [good, "backward", "1", "0.5", "3", "2.0000 ± 2.4841", "9.0000 ± 0.0000", "2.0000 ± 0.0000"],
         [bad, "backward", "1", "0.1", "3", "4.0000 ± 4.9683", "9.0000 ± 0.0000", "2.0000 ± 0.0000"],
     ]
+    assert found.in_short() == [
+        ["id", "seeds", "loss of what it writes", "loss of all text", "bpb"],
+        [good, "3", "2.0000 ± 2.4841", "9.0000 ± 0.0000", "2.0000 ± 0.0000"],
+        [bad, "3", "4.0000 ± 4.9683", "9.0000 ± 0.0000", "2.0000 ± 0.0000"],
+    ]
     # mean 2, deviation 1: t = 2 sqrt 3, p = 2 P(T_2 > 3.4641) = 0.0742
     assert found.comparisons == [
         f"`{good}` → `{bad}`: loss of what it writes +2.0000 nats per token, "

@@ -83,6 +83,8 @@ def test_a_chain_runs_to_its_end_and_is_nested_below_its_base(shell: Shell, trai
     answer = train(phases, "talk", "--json")
     assert answer.code == 0, answer.err
     ids = [f"talk-{phase}" for phase in phases.split(",")]
+    for number, run in enumerate(ids, start=1):
+        assert f"{number}/{len(ids)} {run}: finished" in answer.err
     parents = dict(zip(ids, [None, *ids[:-1]], strict=True))
     shown = json.loads(answer.out)
     assert [(run["id"], run["phase"], run["parent"]) for run in shown] == [

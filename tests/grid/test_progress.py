@@ -93,6 +93,28 @@ def test_one_model_has_no_counts_and_its_validation_is_named(
     assert "validating" not in seen(progress)
 
 
+def test_the_cells_of_all_phases_are_counted() -> None:
+    """The tour: 3 bases, 3 mid, 6 sft and 6 rl; two cells of sft run."""
+    cells = load_grid(ROOT / "grids" / "tour.yaml", []).cells
+    done = {cell.id: Status("finished") for cell in cells if cell.experiment.phase in ("base", "mid")}
+    progress = ProgressDisplay(cells, done)
+    for cell in [cell for cell in cells if cell.experiment.phase == "sft"][:2]:
+        progress.began(cell.id, 0)
+    assert seen(progress).startswith("6 done · 2 running · 10 waiting · ")
+
+
+def test_a_chain_counts_its_runs_and_shows_the_figures_of_the_one_that_runs(
+    cells: tuple[Cell, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = ProgressDisplay(cells[:3], {cells[0].id: Status("finished")}, in_detail=True)
+    progress.began(cells[1].id, 0)
+    progress.moved(cells[1].id, {"step": 20, "train_loss_smooth": 4.5, "val_bpb": 2.3, "grad_norm": 0.5})
+    assert capsys.readouterr().err.startswith("step 20/40, loss 4.500, val_bpb 2.3000")
+    shown = seen(progress)
+    assert shown.startswith("1 done · 1 running · 1 waiting · ")
+    assert shown.splitlines()[-1].strip() == "grad norm 0.5"
+
+
 def test_outside_a_terminal_a_validation_is_named_too(cells: tuple[Cell, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr("bwlm.grid.progress.working", lambda doing: contextlib.nullcontext(told.append(doing)))

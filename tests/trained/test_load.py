@@ -201,7 +201,7 @@ def test_the_code_of_models_runs(
 ) -> None:
     run_page("models.md")
     assert "and so it came to an end." in capsys.readouterr().out
-    assert (tmp_path / "tiny-hf" / "config.json").exists()
+    assert (tmp_path / "runs" / "tiny-hf" / "config.json").exists()
 
 
 def test_the_code_of_the_python_page_runs(

@@ -59,6 +59,10 @@ class Variants:
     comparisons: list[str]
     """Sentences on each two variants that can be compared."""
 
+    def in_short(self) -> list[list[str]]:
+        """Return header and rows without the settings after the id: in a grid the id holds their values."""
+        return [[first, *figures[len(self.settings) - 1 :]] for first, *figures in (self.header, *self.rows)]
+
 
 @dataclass(frozen=True)
 class _Variant:
