@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bwlm.config import Experiment
+from bwlm.config import Experiment, TaskSettings
 from bwlm.errors import UserError
 from bwlm.model.shape import batch_tokens_for, count_parameters, flops_per_token
+from bwlm.paths import local_path
 from bwlm.phases import PHASES
 from bwlm.record.run_config import shape_of
 from bwlm.settings_file import Document, holds, validate
@@ -15,7 +16,7 @@ from bwlm.settings_file import Document, holds, validate
 
 def resolve_experiment(content: Mapping[str, Any], document: Document) -> Experiment:
     """Return the experiment. Raises `UserError` if a field is not valid, or fields do not fit together."""
-    experiment = validate(Experiment, content, document)
+    experiment = _with_absolute_files(validate(Experiment, content, document))
     try:
         shape_of(experiment)
     except ValueError as error:
@@ -24,6 +25,13 @@ def resolve_experiment(content: Mapping[str, Any], document: Document) -> Experi
         experiment = _with_batch(experiment)
     _check_batch(experiment, document)
     return experiment
+
+
+def _with_absolute_files(experiment: Experiment) -> Experiment:
+    """Return the experiment with the files of its tasks as absolute paths: workers have another working folder."""
+    found = {name: task.path and local_path(task.path) for name, task in experiment.tasks.items()}
+    tasks = {name: TaskSettings(path=str(path.absolute())) for name, path in found.items() if path}
+    return experiment.model_copy(update={"tasks": dict(experiment.tasks) | tasks})
 
 
 def _with_batch(experiment: Experiment) -> Experiment:

@@ -230,6 +230,15 @@ def test_settings_override_axes_fixed_fields_and_horizon(grid_file: Path) -> Non
     assert plan.cells[0].steps == 10
 
 
+def test_files_of_tasks_are_found_from_any_working_folder(grid_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(grid_file.parent)
+    files = ("tasks.gsm8k.path=near", "tasks.mmlu.path=/far", "tasks.arc_easy.path=s3://bucket/arc", "tasks.core={}")
+    [cell, *_] = load_grid(grid_file, list(files)).cells
+    paths = {name: task.path for name, task in cell.experiment.tasks.items()}
+    near = str(grid_file.parent / "near")
+    assert paths == {"gsm8k": near, "mmlu": "/far", "arc_easy": "s3://bucket/arc", "core": None}
+
+
 def test_whole_axes_can_be_set(grid_file: Path) -> None:
     assert ids(load_grid(grid_file, ["axes={direction: [forward], depth: [1]}"])) == ["bars_forward_d1_lr1_s0"]
     assert len(load_grid(grid_file, ["also=[{direction: [forward], depth: [9]}]"]).cells) == 9
