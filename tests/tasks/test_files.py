@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -406,3 +408,27 @@ def test_damaged_files(tmp_path: Path) -> None:
         assert refusal(tmp_path / name).startswith(f"{tmp_path / name}: ")
     (tmp_path / "talks.jsonl.gz").write_bytes(b"not gzip")
     assert "talks.jsonl.gz: cannot be read after line 0 (zlib inflate failed" in refusal(tmp_path / "talks.jsonl.gz")
+
+
+def test_a_task_to_evaluate_names_the_hub_that_is_out_of_reach(tmp_path: Path) -> None:
+    """A closed port of this machine stands for a network that is not there."""
+    names = ("arc_easy", "mmlu", "gsm8k", "humaneval")
+    script = f"""
+from bwlm.errors import UserError
+from bwlm.evaluate.tasks.request import TaskRequest, read_tasks
+for name in {names}:
+    try:
+        read_tasks(TaskRequest(name))
+    except UserError as error:
+        print(error)
+"""
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-c", script]
+    lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == len(names)
+    for name, line in zip(names, lines, strict=True):
+        assert re.fullmatch(
+            rf"tasks\.{name}\.path: hf://datasets/\S+: the hub \(http://127\.0\.0\.1:9\) cannot be reached "
+            r"\(.*Connection refused\): check the network, or give the path of a copy",
+            line,
+        )
