@@ -17,35 +17,27 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from bwlm.errors import BwlmError
-from bwlm.format import counted, first_of
+from bwlm.format import counted
+from bwlm.grid.announce import introduce, over_words, tell_capacity, tell_other_code, tell_unchecked_text
 from bwlm.grid.cells import (
     PlannedCell,
-    changes,
     check_same,
-    counts_files_by_time,
     find_cells,
-    resume_config,
-    run_config,
     waiting_cells,
-    with_code_of,
     without_parent,
 )
-from bwlm.model.compute import Compute
-from bwlm.paths import check_writable, exclusive, write_text
+from bwlm.grid.enlist import ResolvedCell, enlist_cells, enlist_grid, folder_of, resolved_cells
+from bwlm.paths import check_writable, exclusive
 from bwlm.plan.spec import Cell, Plan, generations
 from bwlm.progress import loading, track, working
 from bwlm.record.catalog.rows import CellRow, load_cells
-from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import SAMPLES, ExperimentFolder
-from bwlm.record.grids import EARLIER, GRID_FILE, REPORT, grid_folder, keep_report, write_cells
-from bwlm.record.lineage import ParentLink
+from bwlm.record.grids import EARLIER, GRID_FILE, REPORT
 from bwlm.record.mlflow_store import tracking_uri
-from bwlm.record.mlflow_view import GridResult, GridSettings
+from bwlm.record.mlflow_view import GridResult
 from bwlm.record.parent import link_to
-from bwlm.record.run_config import RunConfig
 from bwlm.record.tracking import Tracking, is_closed
 from bwlm.text.packing import Job, PackResult
-from bwlm.text.prepare import Prepared
 
 if TYPE_CHECKING:
     from bwlm.analysis.report.study import GridReport
@@ -81,8 +73,8 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     """
     is_new = not storage.exists()
     planned_cells = _checked_cells(plan, storage, accept_code)
-    _tell_other_code(planned_cells, show)
-    _tell_unchecked_text(planned_cells, show)
+    tell_other_code(planned_cells, show)
+    tell_unchecked_text(planned_cells, show)
     is_over = _is_over(planned_cells)
     with loading():
         from bwlm.grid.texts import prepare_texts
@@ -109,16 +101,16 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
         tracking = _open_tracking(uri, storage, plan)
         for part in _ready_generations(plan, storage, show):
             with exclusive(home / "lock"):  # so that two launches of one plan make its folders and runs only once
-                cells = _resolved(part, storage, prepared, accept_code)
-                grid_run = grid_run or _enlist_grid(plan, storage, tracking, cells)
-                runs = _enlist(cells, storage, tracking, grid_run)
+                cells = resolved_cells(part, storage, prepared, accept_code)
+                grid_run = grid_run or enlist_grid(plan, storage, tracking, cells)
+                runs = enlist_cells(cells, storage, tracking, grid_run)
             if capacity is not None:
-                _introduce(plan, cells, show)
+                introduce(plan, cells, show)
                 _train(plan, part, cells, capacity, tracking, grid_run or runs[0], show)
         if asks_for_scores:
             capacity = _score_rest(plan, storage, cluster, show) or capacity
         # not before: another text under the same name is found out last
-        show("writing the report" if capacity else _over_words(plan, planned_cells))
+        show("writing the report" if capacity else over_words(plan, planned_cells))
         with exclusive(home / "lock"):  # since another launch may end at the same moment
             return _conclude(plan, storage, tracking, grid_run, capacity)
 
@@ -146,32 +138,6 @@ def _is_over(planned_cells: list[PlannedCell]) -> bool:
     return all(planned.is_done or planned.cell.id in out for planned in planned_cells)
 
 
-def _over_words(plan: Plan, planned_cells: list[PlannedCell]) -> str:
-    """Return a line for a launch that has nothing to train, with the way to train anew."""
-    [first, *others] = [planned.cell.id for planned in planned_cells]
-    if not plan.is_grid and not others:
-        return f"{first}: already finished. To train it anew, take another --id, or first: bwlm runs delete {first}"
-    name = "name in its file" if plan.is_grid else "--id"
-    return (
-        f"{plan.name}: {_ended_words(planned_cells, 'cell' if plan.is_grid else 'run')}. "
-        f"To train all anew, take another {name}; to train one anew, delete it first: bwlm runs delete {first}"
-    )
-
-
-def _ended_words(planned_cells: list[PlannedCell], noun: str) -> str:
-    """Return how many cells finished, and the names of the cells that the scheduler kept from it."""
-    finished = counted(sum(planned.status.state == "finished" for planned in planned_cells), noun)
-    stopped = [planned.cell.id for planned in planned_cells if planned.is_done and planned.status.state == "stopped"]
-    never = [planned.cell.id for planned in planned_cells if not planned.is_done]
-    if not stopped and not never:
-        return f"already finished, {finished}"
-    return (
-        f"nothing left to train, {finished} finished"
-        + (f"; stopped early by the scheduler: {first_of(stopped)}" if stopped else "")
-        + (f"; not trained, since an ancestor was stopped early: {first_of(never)}" if never else "")
-    )
-
-
 def _check_room(plan: Plan) -> None:
     """Raise `UserError`, before a text is read, for what Ray would refuse."""
     with loading():
@@ -188,7 +154,7 @@ def _open_cluster(plan: Plan, until: contextlib.ExitStack, show: Callable[[str],
     with loading():
         from bwlm.cluster.session import open_cluster
     capacity = until.enter_context(open_cluster(_needs(plan), plan.launch, len(plan.cells), plan.name))
-    _tell_capacity(capacity, show)
+    tell_capacity(capacity, show)
     return capacity
 
 
@@ -198,37 +164,6 @@ def _run_on(cluster: Callable[[], Capacity], jobs: list[Job], work: Callable[[Jo
 
     cluster()
     return with_ray(jobs, work)
-
-
-def _tell_other_code(cells: list[PlannedCell], show: Callable[[str], None]) -> None:
-    """Print a line for each way in which the code of finished cells differs; they are not trained again.
-
-    If cells remain to be trained, one more line says that they get no verdict together with those.
-    """
-    by_code: dict[str, list[str]] = {}
-    for planned in cells:
-        if planned.other_code and planned.is_done:
-            by_code.setdefault(planned.other_code, []).append(planned.cell.id)
-    for how, ids in by_code.items():
-        show(f"{counted(len(ids), 'cell')} stay as they are ({ids[0]}, ..), finished by other code ({how})")
-    if by_code and not all(planned.is_done for planned in cells):
-        show("reports judge the runs of each version of the code apart: cells trained now get no verdict with those")
-
-
-def _tell_unchecked_text(cells: list[PlannedCell], show: Callable[[str], None]) -> None:
-    """Print the cells that an earlier version began on conversations of which it kept no digest by content."""
-    begun = [planned for planned in cells if planned.folder.exists() and not planned.is_done]
-    found = [one.cell.id for one in begun if counts_files_by_time(one.folder.config(), one.cell.experiment)]
-    if found:
-        show(
-            f"{first_of(found)}: an earlier version named the conversations by the times of their files: whether the "
-            "content of data.mixture has changed since then cannot be checked"
-        )
-
-
-def folder_of(plan: Plan, storage: Path) -> Path:
-    """Return the folder of a launch's lock: the grid's folder, or that of the first experiment."""
-    return grid_folder(storage, plan.name) if plan.is_grid else storage / plan.cells[0].id
 
 
 @contextlib.contextmanager
@@ -289,153 +224,13 @@ def _open_tracking(uri: str, storage: Path, plan: Plan) -> Tracking:
         return Tracking(uri, storage, plan.launch.experiment)
 
 
-def _tell_capacity(capacity: Capacity, show: Callable[[str], None]) -> None:
-    asks = "it asks for the token that `ray get-auth-token` prints"
-    dashboard = f", dashboard at http://{capacity.dashboard} ({asks})" if capacity.dashboard else ""
-    show(f"Ray on {capacity.cluster}, {counted(capacity.concurrency, 'cell')} at once{dashboard}")
-
-
-# ---- [3] enlist ----
-
-
-@dataclass(frozen=True)
-class _Resolved:
-    """Cell that can be trained now, with the config, parent and data of its run."""
-
-    planned: PlannedCell
-    config: RunConfig
-    link: ParentLink | None
-    dataset: dict[str, str]
-
-
-def _resolved(plan: Plan, storage: Path, prepared: dict[str, Prepared], accept_code: bool) -> list[_Resolved]:
-    """Raise `UserError` where a cell exists with other settings, or a parent is not what it was."""
-    resolved, found = [], find_cells(plan, storage)
-    for planned in found:
-        cell, parent = planned.cell, planned.cell.experiment.parent
-        link = link_to(storage, parent, cell.experiment.phase, cell.id) if parent else None
-        config = run_config(plan, cell, prepared[cell.id], storage, link, _compute_of(planned))
-        if planned.folder.exists():
-            known = planned.folder.config()
-            config = resume_config(known, config, begun=planned.status.step > 0)
-            is_text = known.identity["data"] != config.identity["data"]  # then it is that of the other cells too
-            beside = [other.cell.id for other in found if is_text and other.folder.exists()]
-            check_same(planned, changes(known, config), plan, accept_code, beside)
-            config = with_code_of(known, config, planned)
-        if not planned.is_done:
-            from bwlm.grid.hardware import compiled_if_it_can
-
-            config = compiled_if_it_can(config)
-        resolved.append(_Resolved(planned, config, link, _dataset(prepared[cell.id])))
-    return resolved
-
-
-def _compute_of(planned: PlannedCell) -> Compute:
-    """Return how a cell computes on its workers; of a cell that is done, how it did: its hardware may be gone."""
-    if planned.is_done:
-        return planned.folder.config().compute
-    from bwlm.grid.hardware import plan_compute
-
-    return plan_compute(planned.cell.experiment, planned.cell.shape, planned.cell.steps)
-
-
-def _enlist_grid(plan: Plan, storage: Path, tracking: Tracking, first: list[_Resolved]) -> str | None:
-    """Write the list of the grid's cells and its grid file; return the grid's MLflow run, the parent of its cells'.
-
-    The report of an earlier launch of other cells is kept. Without a grid there is nothing to write, and no run.
-    """
-    if plan.grid_text is None:
-        return None
-    home, ids = folder_of(plan, storage), [cell.id for cell in plan.cells]
-    keep_report(storage, plan.name, ids)
-    write_cells(storage, plan.name, ids)
-    write_text(home / GRID_FILE, plan.grid_text)
-    return tracking.parent_run(
-        home, plan.name, plan.grid_text, _settings([cell.config for cell in first], len(plan.cells))
-    )
-
-
-def _settings(first: list[RunConfig], cells: int) -> GridSettings:
-    """Return what the cells of a grid's first phase share, and the values in which they differ."""
-    names = sorted({name for config in first for name in config.identity})
-    values = {name: list(dict.fromkeys(str(config.identity.get(name)) for config in first)) for name in names}
-    common = {name: found[0] for name, found in values.items() if len(found) == 1}
-    return GridSettings(cells, common, {name: ", ".join(found) for name, found in values.items() if len(found) > 1})
-
-
-def _enlist(cells: list[_Resolved], storage: Path, tracking: Tracking, grid_run: str | None) -> list[str]:
-    """Make the folders that do not exist yet, and the MLflow runs outside of a grid; return these runs.
-
-    The MLflow run of a phase after base is a child of its base's run, every other run a child of the grid's.
-    """
-    runs = []
-    for cell in cells:
-        folder, done = cell.planned.folder, cell.planned.is_done
-        folder.keep_tokenizer(Path(cell.config.tokenizer))
-        if not folder.exists():
-            folder.create(cell.config, cell.link)
-        elif not done and folder.lease_holder() is None:
-            folder.reconfigure(cell.config)
-            if cell.planned.status.step:
-                tracking.resumed(folder, max(checkpoint_steps(folder.checkpoints), default=0))
-        base = ExperimentFolder(storage, cell.link.chain[0]) if cell.link else None
-        above = (tracking.run_of(base) if base else None) or grid_run
-        if grid_run is None:
-            runs.append(tracking.child_run(folder, above, cell.dataset))
-        else:
-            tracking.expect(folder, above or grid_run, cell.dataset)
-    return runs
-
-
-def _dataset(prepared: Prepared) -> dict[str, str]:
-    digest = prepared.manifest.digest
-    if prepared.manifest.sources:
-        parts = [f"{source.name} x {source.weight:g}" for source in prepared.manifest.sources]
-        return {"name": "conversations", "digest": digest, "source": ", ".join(parts)}
-    if prepared.corpus is None:  # the source is gone: the text was packed before
-        return {"name": "text", "digest": digest, "source": str(prepared.folder)}
-    first = prepared.corpus.train[0].uri
-    return {"name": Path(first).parent.name or "text", "digest": digest, "source": first}
-
-
-def _introduce(plan: Plan, cells: list[_Resolved], show: Callable[[str], None]) -> None:
-    """Print what is about to be trained: the phase of a grid's cells, or all of a single experiment."""
-    if not plan.is_grid:
-        _introduce_experiment(cells[0].planned, show)
-    elif len(cells) < len(plan.cells):
-        phase = cells[0].planned.cell.experiment.phase
-        show(f"{phase}: {counted(len(cells), 'cell')} of {len(plan.cells)}")
-
-
-def _introduce_experiment(planned: PlannedCell, show: Callable[[str], None]) -> None:
-    """Print what a single experiment is about to do, and how it computes."""
-    cell, saved = planned.cell, checkpoint_steps(planned.folder.checkpoints)
-    step = planned.status.step
-    at = f"resumes from step {saved[-1]:,}" if saved else "begins again: it has no checkpoint yet"
-    stopped = "" if saved and saved[-1] == step else f", {planned.status.state} at step {step:,}"
-    show(
-        f"{cell.id}: {cell.experiment.direction}, depth {cell.experiment.depth}, {cell.parameters:,} parameters, "
-        f"{cell.steps:,} steps of {cell.experiment.budget.batch_tokens:,} tokens"
-        + (f"{stopped}, {at}" if step and not planned.is_done else "")
-    )
-    show(f"  {_compute_words(planned.folder.config())}")
-
-
-def _compute_words(config: RunConfig) -> str:
-    """Return how the run computes; `bwlm runs show` has the reasons."""
-    compute, resources = config.compute, config.experiment.resources
-    device = f"{resources.gpus_per_worker:g} GPU" if resources.gpus_per_worker else counted(compute.threads, "thread")
-    compiled = "compiled" if compute.compile else "not compiled"
-    return f"{compute.precision}, {compute.attention} attention, {compiled}, {device} a worker"
-
-
 # ---- [4] train ----
 
 
 def _train(
     plan: Plan,
     part: Plan,
-    cells: list[_Resolved],
+    cells: list[ResolvedCell],
     capacity: Capacity,
     tracking: Tracking,
     run: str,

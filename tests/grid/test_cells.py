@@ -11,9 +11,9 @@ import pytest
 from bwlm.config import Experiment
 from bwlm.errors import UserError
 from bwlm.grid import hardware
+from bwlm.grid.announce import tell_unchecked_text
 from bwlm.grid.cells import PlannedCell, changes, check_same, other_settings, resume_config, with_code_of
 from bwlm.grid.hardware import compiled_if_it_can
-from bwlm.grid.launch import _tell_unchecked_text
 from bwlm.model.compute import Compute
 from bwlm.plan.spec import Cell, LaunchSettings, Plan, SchedulerSettings
 from bwlm.record.code import IDENTITY_VERSION
@@ -96,7 +96,7 @@ def test_a_begun_run_whose_text_counted_by_time_says_that_its_text_cannot_be_che
     folder = ExperimentFolder(tmp_path, "x")
     folder.create(config, ParentLink("p", "base", "step_000020", 20, "5a" * 32, ["p"]))
     lines: list[str] = []
-    _tell_unchecked_text([PlannedCell(Cell("x", config.experiment, 5), folder, status, [])], lines.append)
+    tell_unchecked_text([PlannedCell(Cell("x", config.experiment, 5), folder, status, [])], lines.append)
     assert [line.partition(":")[0] for line in lines] == ["x"] * told
     assert all("data.mixture has changed since then cannot be checked" in line for line in lines)
 

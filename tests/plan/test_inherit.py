@@ -13,8 +13,9 @@ import pytest
 
 from bwlm.config import Experiment
 from bwlm.errors import UserError
+from bwlm.grid.announce import over_words
 from bwlm.grid.cells import find_cells, waiting_cells
-from bwlm.grid.launch import _is_over, _over_words, run_plan
+from bwlm.grid.launch import _is_over, run_plan
 from bwlm.phases import BUILTIN_MIXTURE
 from bwlm.plan.inherit import inherit, with_defaults
 from bwlm.plan.load import load_grid, plan_experiment
@@ -408,12 +409,12 @@ def test_phases_follow_each_other_in_the_order_of_training_however_the_file_list
 
 def test_the_tasks_of_a_phase_are_one_value(tmp_path: Path) -> None:
     """They replace those of the file, as a mixture does."""
-    tasks = "tasks: {gsm8k: {path: a}, mmlu: {path: b}}\n"
-    plan = grid(tmp_path, f"{GRID}{tasks}phases: {{mid: {{tasks: {{gsm8k: {{path: c}}}}}}, sft: {{}}}}\n")
+    tasks = "tasks: {gsm8k: {path: /a}, mmlu: {path: /b}}\n"
+    plan = grid(tmp_path, f"{GRID}{tasks}phases: {{mid: {{tasks: {{gsm8k: {{path: /c}}}}}}, sft: {{}}}}\n")
     paths = {
         cell.experiment.phase: {name: at.path for name, at in cell.experiment.tasks.items()} for cell in plan.cells
     }
-    assert (paths["mid"], paths["sft"]) == ({"gsm8k": "c"}, {"gsm8k": "a", "mmlu": "b"})
+    assert (paths["mid"], paths["sft"]) == ({"gsm8k": "/c"}, {"gsm8k": "/a", "mmlu": "/b"})
 
 
 def test_parents_stand_before_their_children_and_generations_go_by_them(tmp_path: Path) -> None:
@@ -450,7 +451,7 @@ def test_a_grid_with_nothing_left_counts_finished_cells_and_names_the_others(tmp
     plan = grid(tmp_path, GRID + FAMILY)
     done = [replace(one, status=Status("finished")) for one in find_cells(plan, tmp_path / "runs")]
     anew = "To train all anew, take another name in its file; to train one anew, delete it first: bwlm runs delete g_"
-    assert _over_words(plan, done).startswith(f"g: already finished, 16 cells. {anew}")
+    assert over_words(plan, done).startswith(f"g: already finished, 16 cells. {anew}")
 
     stopped = Status("stopped", "by the scheduler at step 3", 3)
     ended = [
@@ -458,7 +459,7 @@ def test_a_grid_with_nothing_left_counts_finished_cells_and_names_the_others(tmp
         for one in done
     ]
     assert _is_over(ended)
-    assert _over_words(plan, ended).startswith(
+    assert over_words(plan, ended).startswith(
         "g: nothing left to train, 8 cells finished; stopped early by the scheduler: g_forward_d1_lr1_s0-base; not "
         f"trained, since an ancestor was stopped early: g_forward_d1_lr1_s0-mid and 6 more. {anew}"
     )
