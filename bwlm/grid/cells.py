@@ -152,14 +152,15 @@ def _cells_of(ids: list[str]) -> str:
 
 
 def resume_config(known: RunConfig, requested: RunConfig, begun: bool = True) -> RunConfig:
-    """Return the config of an existing run, with this launch's settings of where and how fast it resumes.
+    """Return the config of an existing run, with what this launch may set: where and how fast it resumes, its tasks.
 
     Kernels, batch size and compilation were chosen when the run was planned, maybe on another machine. Unless this
     launch sets `compute` otherwise, they stay once the run has begun, or if this machine would choose another
     precision. Precision is part of the run's identity: it stays unless this launch names one.
     """
     settings = requested.experiment
-    update = {"resources": settings.resources, "checkpoint": settings.checkpoint, "compute": settings.compute}
+    changing = ("resources", "checkpoint", "compute", "evaluation", "tasks")
+    update = {name: getattr(settings, name) for name in changing}
     # batch size and kernels are chosen for a precision: a choice for another precision does not fit this run
     stays = begun or requested.compute.precision != known.compute.precision
     compute = known.compute if stays and settings.compute == known.experiment.compute else requested.compute

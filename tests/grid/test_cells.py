@@ -50,6 +50,14 @@ def test_where_it_runs_and_what_it_keeps_is_taken_over_and_how_it_computes_stays
     assert taken.fingerprint == known.fingerprint
 
 
+def test_the_tasks_that_score_a_run_are_those_of_the_newest_launch() -> None:
+    known = run(evaluation={"tasks": ["mmlu"], "max_examples": 400}, tasks={"mmlu": {"path": "/a"}})
+    asked = run(evaluation={"tasks": ["arc_easy"]}, tasks={"arc_easy": {"path": "/b"}})
+    taken = resume_config(known, asked).experiment
+    assert (taken.evaluation, taken.tasks) == (asked.experiment.evaluation, asked.experiment.tasks)
+    assert known.fingerprint == asked.fingerprint
+
+
 def test_a_run_that_has_not_begun_computes_as_this_machine_does_best() -> None:
     """Unless that would be in another precision, which is part of what the run is and which sizes were chosen for."""
     known, asked = run(), replace(run(), compute=Compute("bfloat16", "sdpa", 0, False, 2, 1))
