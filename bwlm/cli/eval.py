@@ -88,6 +88,7 @@ def evaluate(
     options = (max_examples, shots, samples, allow_code_execution)
     requests = [TaskRequest(name, path, *options) for name, path in _named(tasks, _paths(set_ or []))]
     with loading():  # torch takes seconds: mistakes are reported first
+        from bwlm.evaluate.tasks.results import centred_means
         from bwlm.evaluate.tasks.stored import RunEvaluation
 
     evaluations = [RunEvaluation(root, checkpoint, tuple(requests), readings) for checkpoint in checkpoints]
@@ -96,6 +97,7 @@ def evaluate(
     if as_json:
         return print_json([asdict(score) for score in scores])
     show_scores(scores)
+    show_sentences(*(mean.words for mean in centred_means(scores)))
     for evaluation in evaluations:
         show_sentences(*(metrics.words for metrics in evaluation.direction_metrics() if metrics.rule in HEADLINES))
     if shown:

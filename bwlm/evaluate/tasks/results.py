@@ -10,6 +10,7 @@ from bwlm.evaluate.tasks.answers import Attempt
 from bwlm.evaluate.tasks.choices import Control, FittedItems, JudgedItem
 from bwlm.evaluate.tasks.rules import Rule
 from bwlm.stats.proportions import wilson
+from tasks import SUITES
 from tasks.items import Form
 
 Interval = tuple[float, float]
@@ -57,6 +58,54 @@ class TaskScore:
     """CORE: accuracy as a share of the way from the task's baseline to 1."""
     groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Accuracy, interval and n of each group of items, such as a subject."""
+
+
+@dataclass(frozen=True)
+class CentredMean:
+    """Mean of a model's centred accuracies over the tasks of a suite, by one rule in one reading."""
+
+    id: str
+    step: int
+    suite: str
+    direction: str
+    rule: Rule
+    centred: float
+    tasks: int
+    missing: int
+    """Tasks of the suite that have no score by this rule."""
+
+    @property
+    def words(self) -> str:
+        """Return the mean as a sentence."""
+        left = f"; {self.missing} without a score" if self.missing else ""
+        mean = f"centred mean {self.centred:.4f} over {self.tasks} tasks"
+        return f"{self.suite}, {self.direction}, {self.rule}: {mean}{left}"
+
+
+def centred_means(scores: Iterable[TaskScore]) -> list[CentredMean]:
+    """Return the means over the tasks of each suite that was scored, for each checkpoint, reading and rule.
+
+    Continuations have one rule, `exact`, and count in the mean of every other rule.
+    """
+    by_reading: dict[tuple[str, int, str, str], list[TaskScore]] = {}
+    for score in scores:
+        suite, colon, _ = score.task.partition(":")
+        if colon and suite in SUITES and score.control is None:
+            by_reading.setdefault((score.id, score.step, suite, score.direction), []).append(score)
+    means = []
+    for place, of_reading in by_reading.items():
+        tasks = {score.task for score in of_reading}
+        found: dict[Rule, dict[str, float]] = {}
+        for score in of_reading:
+            if score.centred is not None:
+                found.setdefault(score.rule, {})[score.task] = score.centred
+        exact = found.pop("exact", {})
+        for rule, centred in (found or {"exact": {}}).items():
+            every = [*centred.values(), *exact.values()]
+            if len(tasks) > 1 and every:
+                mean = sum(every) / len(every)
+                means.append(CentredMean(*place, rule, mean, len(every), len(tasks) - len(every)))
+    return means
 
 
 def score_of(judged: Sequence[JudgedItem]) -> dict[str, Any]:
