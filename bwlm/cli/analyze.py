@@ -150,7 +150,9 @@ def scores(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN...]", help="Scored runs: ids, globs over ids, or names of grids.", show_default=False
+            metavar="[RUN...]",
+            help="Scored runs: ids, globs over ids, or names of grids. ID@all: a curve over the scored checkpoints.",
+            show_default=False,
         ),
     ] = None,
     sources: Annotated[
@@ -168,8 +170,13 @@ def scores(
         typer.Option(help="Results of runs to compare, such as arc_easy,mmlu.n200. Default: all.", show_default=False),
     ] = None,
     readings: Annotated[
-        str, typer.Option(help="Readings of runs: own, forward, backward. own: each direction's own.")
-    ] = "own",
+        str | None,
+        typer.Option(
+            help="Readings of runs: own, forward, backward. Default: own, each direction's own; with ID@all forward "
+            "and backward.",
+            show_default=False,
+        ),
+    ] = None,
     rules: Annotated[
         str, typer.Option(help="Rules of runs: conditional, joint, normalised, answer_first, exact, pass@1.")
     ] = "conditional,exact,pass@1",
@@ -186,7 +193,11 @@ def scores(
     Runs are those that `bwlm eval --tasks` has scored, each direction at its best learning rate. Every further rule and
     reading makes the family of comparisons larger. With --from, files are written only if you give --output.
 
+    With ID@all each task's accuracy is drawn over the checkpoints that `bwlm eval ID@all --tasks` has scored.
+
     Example: `bwlm analyze scores demo --tasks arc_easy`
+
+    Example: `bwlm analyze scores demo@all --output curve.svg`
 
     Example: `bwlm analyze scores --from scores.csv --output scores.svg`
 
@@ -201,13 +212,17 @@ def scores(
     _check(output)
     if bool(runs) == bool(sources):
         raise UserError("analyze scores: give either runs or --from with scores")
+    options = (_list(rules), by_group)
+    if any("@" in run for run in runs or []):
+        wanted = Wanted(_list(tasks or ""), _list(readings or "forward,backward"), *options)
+        return _run(lambda: _score_curves(wanted), _without_all(runs or []), output, storage, as_json)
     if sources:
         name, default = readable(Path(sources[0]).name) if len(sources) == 1 else counted(len(sources), "file"), None
         with working(f"comparing the scores of {name}"):
             found = scores_from(sources)
     else:
         name, default = " ".join(runs or []), _default(storage, runs or []) / "scores"
-        wanted = Wanted(_list(tasks or ""), _list(readings), _list(rules), by_group)
+        wanted = Wanted(_list(tasks or ""), _list(readings or "own"), *options)
         found = _scores_of_runs(runs or [], storage, wanted)
     analysis = score_analysis(found, name)
     for line in analysis.notes:
@@ -224,6 +239,22 @@ def scores(
 
 def _list(names: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+
+
+def _score_curves(wanted: Wanted) -> Analyse:
+    from bwlm.analysis.commands.score_curves import score_curves
+
+    return partial(score_curves, wanted=wanted)
+
+
+def _without_all(runs: list[str]) -> list[str]:
+    """Return the runs of `ID@all`. Raises `UserError` if one is named otherwise: a curve has all checkpoints."""
+    for run in runs:
+        if not run.endswith("@all"):
+            raise UserError(
+                f"analyze scores: {run}: a curve is over all checkpoints: write {run.partition('@')[0]}@all"
+            )
+    return [run.removesuffix("@all") for run in runs]
 
 
 def _scores_of_runs(runs: list[str], storage: str | None, wanted: Wanted) -> Scores:

@@ -17,7 +17,7 @@ from bwlm.grid.launch import _grid_result
 from bwlm.paths import read_json
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.grids import write_cells
-from bwlm.record.task_results import TaskResult, write_result
+from bwlm.record.task_results import TaskResult, result_name, write_result
 from tests.analysis.storage import finish, make_cell
 from tests.shell import Shell
 from tests.shell import shell as shell
@@ -31,18 +31,21 @@ def cell(storage: Path, direction: str, seed: int) -> ExperimentFolder:
     return finish(folder, {reading: [2.0 + seed / 9, 2.1, 2.3, 2.2] for reading in TEXT_READINGS})
 
 
-def score(folder: ExperimentFolder, task: str, correct: Callable[[str, str], list[float]]) -> None:
+def score(
+    folder: ExperimentFolder, task: str, correct: Callable[[str, str], list[float]], step: int | None = None
+) -> None:
     """Write the result of a task of choices in both readings; `correct` says what is right, by reading and rule."""
     config = folder.config()
+    name = result_name(task, step)
     for reading in TEXT_READINGS:
         scores, examples = [], []
         rules = ("conditional", "joint")
         for rule in rules:
             right = correct(reading, rule)
             row = {
-                "id": folder.id, "step": config.steps, "task": task, "form": "cloze", "control": None, "rule": rule,
+                "id": folder.id, "step": step or config.steps, "task": task, "form": "cloze", "rule": rule,
                 "direction": reading, "native": is_native(config.experiment.direction, reading), "status": "scored",
-                "reason": "", "accuracy": sum(right) / ITEMS, "chance": 0.25, "n": ITEMS,
+                "reason": "", "accuracy": sum(right) / ITEMS, "chance": 0.25, "n": ITEMS, "control": None,
             }  # fmt: skip
             scores += [row, row | {"control": "shuffled", "accuracy": 0.3}, row | {"control": "prior", "accuracy": 0.2}]
             for n, share in enumerate(right):
@@ -52,8 +55,8 @@ def score(folder: ExperimentFolder, task: str, correct: Callable[[str, str], lis
                       | {"accuracy": None})  # fmt: skip
         columns: dict[str, list[Any]] = {name: [row[name] for row in examples] for name in examples[0]}
         columns["control"] = [None] * len(examples)
-        result = TaskResult({"weights": folder.id, "right": columns["correct"]}, scores, about)
-        write_result(folder.evaluation("base", reading), task, result, columns)
+        result = TaskResult({"weights": f"{folder.id}@{step}", "right": columns["correct"]}, scores, about)
+        write_result(folder.evaluation("base", reading), name, result, columns)
 
 
 def drawn(folder: ExperimentFolder) -> Callable[[str, str], list[float]]:

@@ -20,7 +20,7 @@ from bwlm.errors import UserError, nearest
 from bwlm.paths import read_json
 from bwlm.progress import track
 from bwlm.record.experiment import ExperimentFolder
-from bwlm.record.task_results import MAIN_FORMS, MAIN_RULES, read_examples, read_result
+from bwlm.record.task_results import MAIN_FORMS, MAIN_RULES, read_examples, read_result, task_of
 
 OWN = "own"
 READINGS = (OWN, *TEXT_READINGS)
@@ -64,6 +64,36 @@ def load_task_scores(folders: Sequence[ExperimentFolder], wanted: Wanted) -> pd.
         for name in names
         if any((_folder(folder, reading) / f"{name}.json").exists() for reading in TEXT_READINGS)
     ]
+    return _joined(found, folders)
+
+
+def load_score_curves(folders: Sequence[ExperimentFolder], wanted: Wanted) -> pd.DataFrame:
+    """Return the scores of every scored checkpoint of runs, with the column `step`.
+
+    Raises `UserError` if no checkpoint has a result that is asked for.
+    """
+    by_run = {folder.id: result_names(folder) for folder in folders}
+    names, labels = (
+        _chosen(Counter(task_of(name) for of in by_run.values() for name in of), wanted.tasks),
+        sizes([*folders]),
+    )
+    found = [
+        _scores(folder, name, wanted).assign(size=labels[folder.id], task=task_of(name), step=_step(folder, name))
+        for folder in track(folders, "reading scores", "runs")
+        for name in sorted(by_run[folder.id])
+        if task_of(name) in names
+    ]
+    return _joined(found, folders)
+
+
+def _step(folder: ExperimentFolder, name: str) -> int:
+    paths = [_folder(folder, reading) / f"{name}.json" for reading in TEXT_READINGS]
+    [step, *_] = [score["step"] for path in paths if path.exists() for score in read_json(path)["scores"]]
+    return int(step)
+
+
+def _joined(found: list[pd.DataFrame], folders: Sequence[ExperimentFolder]) -> pd.DataFrame:
+    """Return the rows of all tables. Raises `UserError` if there are none."""
     rows = pd.concat(found) if found else pd.DataFrame()
     if rows.empty:
         raise UserError(
@@ -74,8 +104,12 @@ def load_task_scores(folders: Sequence[ExperimentFolder], wanted: Wanted) -> pd.
 
 
 def _names(folders: Sequence[ExperimentFolder], tasks: tuple[str, ...]) -> list[str]:
-    """Return the names of the results to read: of a task that has several, the one that most runs have."""
-    counts = Counter(name for folder in folders for name in result_names(folder))
+    """Return the names of the results to read."""
+    return _chosen(Counter(name for folder in folders for name in result_names(folder)), tasks)
+
+
+def _chosen(counts: Counter[str], tasks: tuple[str, ...]) -> list[str]:
+    """Return the named results, or one of each task: of several, the one that most runs have."""
     best: dict[str, str] = {}
     for name in sorted(counts, key=lambda name: (-counts[name], len(name))):  # the shortest name: the whole task
         if "@" not in name:
