@@ -105,6 +105,18 @@ def test_the_readme_leaves_what_it_says(new_user: NewUser) -> None:
     assert (new_user.folder / "runs" / "grids" / "tiny" / "RESEARCH_REPORT.md").exists()
 
 
+@pytest.mark.faults
+def test_the_python_of_the_readme_runs(new_user: NewUser) -> None:
+    for command in commands(ROOT / "README.md"):
+        new_user.run(command)
+    (program,) = blocks(ROOT / "README.md", "python")
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=new_user.folder, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+
+
 def test_the_grid_of_the_readme_is_valid(corpus: Path, tmp_path: Path) -> None:
     (text,) = blocks(ROOT / "README.md", "yaml")
     path = tmp_path / "mine.yaml"
