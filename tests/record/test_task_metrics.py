@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -154,9 +155,9 @@ def test_scores_whose_answer_was_lost_arrive_once(
     _, child = enlist(store, folder)
     write(folder, "backward", {"conditional": 0.5})
     monkeypatch.setattr(store._client, "log_batch", broken(store._client.log_batch))
-    log_steps(folder, 1, 1)
     assert not store.try_deliver(folder)
     monkeypatch.undo()
+    time.sleep(0.002)  # so that a second time stamp would be another
     assert store.try_deliver(folder)
     assert delivered(client, child, NATIVE) == [(10, 0.5)]
 

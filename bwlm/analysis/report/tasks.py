@@ -21,7 +21,7 @@ from bwlm.analysis.commands.scores import (
     score_analysis,
     without_shared,
 )
-from bwlm.analysis.runs.task_findings import CONTROLS, TaskFindings
+from bwlm.analysis.runs.task_findings import CONTROLS, TaskFindings, is_main
 from bwlm.analysis.runs.task_scores import OWN
 from bwlm.directions import is_native, own_readings
 from bwlm.format import counted
@@ -96,6 +96,7 @@ def _arm_table(found: TaskFindings, arms: list[Arm]) -> str:
 
 def _columns(found: TaskFindings, arm: Arm) -> list[str]:
     columns = dict(zip(ARM_HEADER, arm_columns(arm), strict=True)) | {"reading": _reading(arm)}
+    columns["form"] = "" if is_main(arm) else arm.setting.form  # the rule tells it
     names, figures = ([columns[name] for name in wanted] for wanted in (_NAMES, ARM_HEADER[len(ARM_NAMES) :]))
     return [*names, *figures, *(_share(found.control(arm, control)) for control in CONTROLS)]
 
