@@ -58,6 +58,8 @@ SAYS_WHERE_OR_HOW_FAST: dict[str, Any] = {
     "budget.tokens": 5,
     "budget.flops": 5.0,
     "budget.tokens_per_parameter": 5.0,
+    "evaluation.tasks": ["arc_easy"],  # they score what was trained
+    "evaluation.max_examples": 5,
     "checkpoint.every": 3,
     "checkpoint.keep": 9,
     "research_log.scalars": 2,

@@ -6,6 +6,7 @@ import altair as alt
 import pandas as pd
 
 from bwlm.analysis.charts.style import OTHER, PALETTE, SHORT_NUMBER, panel_title, styled
+from bwlm.directions import TEXT_READINGS
 
 
 def score_chart(arms: pd.DataFrame, seeds: pd.DataFrame, title: str) -> alt.TopLevelMixin:
@@ -89,7 +90,7 @@ def score_curve_chart(points: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     return styled(alt.vconcat(*panels, spacing=18).properties(title=note))
 
 
-_DASHES = {"forward": [1, 0], "backward": [7, 4]}
+_DASHES = dict(zip(TEXT_READINGS, ([1, 0], [7, 4]), strict=True))
 """Dashes of a line by reading."""
 
 

@@ -30,9 +30,7 @@ def score_curves(folders: list[ExperimentFolder], wanted: Wanted) -> Analysis:
         measured, left_out = measure_arms(checked_scores(of_step))
         arms += [(int(str(step)), arm) for arm in measured]
         notes += [f"step {step}: {line}" for line in left_out]
-    arms.sort(
-        key=lambda one: (one[1].setting.task, rank(one[1].direction), one[1].setting.reading != "forward", one[0])
-    )
+    arms.sort(key=lambda one: (one[1].setting.task, rank(one[1].direction), rank(one[1].setting.reading), one[0]))
     title = ", ".join(dict.fromkeys(folder.config().grid or folder.id for folder in folders))
     return Analysis(
         name="score-curves",
