@@ -262,18 +262,22 @@ class ExperimentFolder:
 
     @contextmanager
     def lease(
-        self, wait: float = 0.5, give_up: Callable[[], bool] = lambda: False, seconds: float = LEASE_SECONDS
+        self,
+        wait: float = 0.5,
+        give_up: Callable[[], bool] = lambda: False,
+        seconds: float = LEASE_SECONDS,
+        trains: bool = True,
     ) -> Iterator[None]:
         """Hold the run for this process while the block runs; wait while another process trains it.
 
         The wait ends when the other process has released the lease, is dead, or is frozen. Raises `Interrupted` if
         `give_up` becomes true during the wait. A failed run that is free is tried again, so its status is reset; if
-        the run was waited for, its status stands.
+        the run was waited for, or is not to be trained (`trains`), its status stands.
         """
         self.held, waited = take(self.path / LEASE, seconds, wait, give_up)
         try:
             discard_unfinished(self.path, _WRITTEN)  # before anything is read: a holder that wakes could rename them
-            if not waited and self.exists() and self._noted_status().state == "failed":
+            if trains and not waited and self.exists() and self._noted_status().state == "failed":
                 self.write_status(Status())
             yield
         finally:

@@ -143,7 +143,7 @@ class _Part:
         seen = count_seen(self.run, loaded.tokenizer, self.task.conversations)
         scores = [asdict(score) | {"seen": seen} for score in evaluated.scores]
         result = TaskResult(self._key, scores, evaluated.about)
-        with nullcontext() if self.run.held else self.run.lease():
+        with nullcontext() if self.run.held else self.run.lease(trains=False):
             write_result(self._folder, self._name, result, _columns(evaluated), self.run.check_lease)
         return result
 

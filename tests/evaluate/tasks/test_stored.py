@@ -17,7 +17,7 @@ from bwlm.evaluate.tasks.run import evaluate_task
 from bwlm.evaluate.tasks.stored import RunEvaluation
 from bwlm.paths import read_json
 from bwlm.record.checkpoint import checkpoint_steps
-from bwlm.record.experiment import ExperimentFolder
+from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.mlflow_store import tracking_uri
 from bwlm.record.tracking import Tracking
 from bwlm.trained.load import load_model
@@ -326,3 +326,12 @@ def test_scores_go_to_mlflow_and_a_run_without_one_is_said_once(new_family: NewF
     key = ("cloze", None, "forward", "conditional")
     [mine] = [s for s in scores if (s["form"], s["control"], s["direction"], s["rule"]) == key]
     assert (point.step, point.value) == (mine["step"], mine["accuracy"])
+
+
+def test_a_run_that_failed_is_still_failed_after_its_checkpoint_is_scored(new_family: NewFamily, arc: Path) -> None:
+    folder = new_family("forward")
+    failed = Status("failed", "loss nan at step 9", 9)
+    folder.write_status(failed)
+    [step, *_] = checkpoint_steps(folder.checkpoints)
+    assert RunEvaluation(folder.path.parent, f"{folder.id}@{step}", (TaskRequest("arc_easy", str(arc)),)).scores()
+    assert folder.status() == failed
