@@ -7,6 +7,7 @@ MLflow drops those that it has.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -29,13 +30,14 @@ Points = dict[str, float]
 """Values by metric and step: `tasks/arc_easy/native@400`."""
 
 
-class _Accuracy(NamedTuple):
+class _Score(NamedTuple):
     task: str
     step: int
     form: str
     rule: str
     reading: str
     value: float
+    """NaN where the task has no meaning, or does not fit."""
     items: int
 
 
@@ -46,33 +48,46 @@ def score_points(folder: ExperimentFolder) -> Points:
     """Return the accuracies of a run's results, without controls, and what follows for its directions."""
     experiment = folder.config().experiment
     results = sorted((folder.path / "evaluations" / experiment.phase).glob("*/*.json"))
-    measured = [one for path in results for one in _accuracies(path, path.stat().st_mtime_ns)]
-    by_task: dict[tuple[str, int], dict[str, _Accuracy]] = {}
+    scored = [one for path in results for one in _scores(path, path.stat().st_mtime_ns)]
+    own, read = own_readings(experiment.direction), {(one.task, one.step, one.reading) for one in scored}
+    by_task: dict[tuple[str, int], dict[str, _Score]] = {}
     found: Points = {}
-    for one in measured:
+    for one in scored:
+        if math.isnan(one.value):
+            continue
         main = by_task.setdefault((one.task, one.step), {})
         if one.form in MAIN_FORMS and one.rule in MAIN_RULES:
             main[one.reading] = one
         form = "" if one.form in MAIN_FORMS else f"{one.form}/"
         found[f"{task_metric(one.task, f'{form}{one.rule}_{one.reading}')}@{one.step}"] = one.value
     for (task, step), main in by_task.items():
+        if len(own) > 1 and not all((task, step, reading) in read for reading in own):
+            continue  # a mean over readings waits for the last of them
         figures = direction_figures(experiment.direction, main)
         found |= {f"{task_metric(task, name)}@{step}": value for name, value in figures.items()}
     return found
 
 
 @lru_cache(maxsize=4096)
-def _accuracies(path: Path, _written: int) -> list[_Accuracy]:
-    """Return the accuracies of a result; a launch asks again and again, so a file is read once as long as it stays."""
+def _scores(path: Path, _written: int) -> list[_Score]:
+    """Return the scores of a result; a launch asks again and again, so a file is read once as long as it stays."""
     scores = read_result(path).get("scores", [])
     return [
-        _Accuracy(task_of(path.stem), *(one[name] for name in ("step", "form", "rule", "direction", "accuracy", "n")))
+        _Score(
+            task=task_of(path.stem),
+            step=one["step"],
+            form=one["form"],
+            rule=one["rule"],
+            reading=one["direction"],
+            value=math.nan if one["accuracy"] is None else one["accuracy"],
+            items=one["n"],
+        )
         for one in scores
-        if one["control"] is None and one["accuracy"] is not None
+        if one["control"] is None
     ]
 
 
-def direction_figures(direction: str, accuracies: Mapping[str, _Accuracy]) -> dict[str, float]:
+def direction_figures(direction: str, accuracies: Mapping[str, _Score]) -> dict[str, float]:
     """Return native and cross-direction accuracy, direction gap and bidirectional balance, as far as they are known.
 
     `accuracies` are those of one model on one task by reading.
@@ -92,7 +107,7 @@ def direction_figures(direction: str, accuracies: Mapping[str, _Accuracy]) -> di
     return figures
 
 
-def _mean(accuracies: list[_Accuracy]) -> float:
+def _mean(accuracies: list[_Score]) -> float:
     return sum(one.value for one in accuracies) / len(accuracies)
 
 

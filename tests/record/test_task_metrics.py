@@ -105,6 +105,18 @@ def test_a_figure_is_left_out_where_readings_have_other_items_or_none(tmp_path: 
     }
 
 
+def test_a_mean_over_readings_waits_until_all_of_them_are_scored(tmp_path: Path) -> None:
+    """Else a delivery between the two results would send one reading's accuracy as the mean, and the mean after it."""
+    folder = run_of("bidirectional", tmp_path)
+    write(folder, "forward", {"conditional": 0.75}, "arc_easy@5", 5)
+    assert score_points(folder) == {"tasks/arc_easy/conditional_forward@5": 0.75}
+    write(folder, "backward", {"conditional": 0.25}, "arc_easy@5", 5)
+    assert score_points(folder)[f"{NATIVE}@5"] == 0.5
+    crossed = run_of("backward", tmp_path)
+    write(crossed, "forward", {"conditional": 0.75})
+    assert score_points(crossed)["tasks/arc_easy/crossed@10"] == 0.75
+
+
 def test_settings_steps_and_forms_have_points_of_their_own(tmp_path: Path) -> None:
     folder = run_of("forward", tmp_path)
     write(folder, "forward", {"conditional": 0.5}, "mmlu-law@4.n8", 4)
