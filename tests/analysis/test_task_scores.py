@@ -72,6 +72,16 @@ def test_a_reading_that_has_no_meaning_leaves_no_scores(new_family: NewFamily) -
     assert set(rows["direction"]) == {"forward", "bidirectional"}
 
 
+def test_a_mean_over_readings_needs_all_of_them(scored: list[ExperimentFolder]) -> None:
+    """Of a bidirectional model that was scored forward alone no score is its own."""
+    both = scored[2]
+    (both.evaluation("base", "backward") / "mmlu.shots0.json").unlink()
+    assert set(load_task_scores(scored, Wanted())["direction"]) == {"forward", "backward"}
+    assert set(load_task_scores(scored, Wanted(readings=("forward",)))["run"]) == {folder.id for folder in scored}
+    with pytest.raises(UserError, match="no scores of this kind"):
+        load_task_scores([both], Wanted())
+
+
 def test_readings_rules_and_groups_are_settings_of_their_own(scored: list[ExperimentFolder]) -> None:
     wanted = Wanted(readings=("own", "forward"), rules=("conditional", "joint"), by_group=True)
     rows = load_task_scores(scored, wanted)

@@ -152,6 +152,8 @@ def _scores(folder: ExperimentFolder, name: str, wanted: Wanted) -> pd.DataFrame
     tables = []
     for reading in wanted.readings:
         own = own_readings(experiment.direction) if reading == OWN else (reading,)
+        if len(own) > 1 and not all("scores" in read_result(_folder(folder, one) / f"{name}.json") for one in own):
+            continue  # a mean over readings needs all of them
         both = pd.concat([by_reading[one] for one in own if one in by_reading] or [pd.DataFrame()])
         if not both.empty:
             tables.append(both.groupby(_ITEM, sort=False, as_index=False).mean().assign(reading=reading))
