@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import jsonschema
@@ -32,7 +33,7 @@ from bwlm.record.fingerprint import identity
 from bwlm.record.grids import write_cells
 from bwlm.record.journal import Journal
 from bwlm.record.run_config import RunConfig
-from bwlm.settings_file import parse_yaml
+from bwlm.settings_file import parse_setting, parse_yaml
 from bwlm.stats.power import detectable_gap
 from tests.shell import Answer, Shell, check_mistake
 
@@ -607,3 +608,22 @@ def test_a_figure_that_is_not_finite_is_null(capsys: pytest.CaptureFixture[str])
     """JSON knows neither NaN nor infinity, and its readers refuse the document."""
     print_json({"a": [math.nan, 1.5, (math.inf,)], "b": {"c": -math.inf, "d": "NaN"}})
     assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5, [None]], "b": {"c": None, "d": "NaN"}}
+
+
+def test_the_files_of_tasks_are_those_of_this_command_also_for_a_run_that_had_finished(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The config of a run that is done stays as it is, and may name no files, or others."""
+    called: list[dict[str, Any]] = []
+    result = SimpleNamespace(cells=[SimpleNamespace(id="mine")], complete=True)
+    module = sys.modules["bwlm.cli.train"]  # `cli.train` is the command
+    monkeypatch.setattr(module, "launch", lambda *_: result)
+    monkeypatch.setattr(module, "evaluate", lambda runs, **options: called.append(options))
+    file = shell.folder / "a: #b.jsonl"
+    tasks = ["--set", "evaluation.tasks=[arc_easy, 'core:x']", "--set", f"tasks.arc_easy.path='{file}'"]
+    run = ["--phase", "base,eval", "--id", "mine", "--direction", "forward", "--depth", "1"]
+    answer = shell("train", *run, *tasks, "--set", "tasks.mmlu.path=other", "--json")
+    assert answer.code == 0, answer.err
+    [options] = called
+    assert options["tasks"] == "arc_easy,core:x"
+    assert dict(map(parse_setting, options["set_"])) == {"tasks.arc_easy.path": str(file)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,7 +25,7 @@ from bwlm.errors import UserError
 from bwlm.phases import FIRST, PHASES
 
 if TYPE_CHECKING:
-    from bwlm.config import EvaluationSettings
+    from bwlm.config import EvaluationSettings, Experiment
 
 EVALUATE = "eval"
 """Last phase of a chain, which trains nothing."""
@@ -110,9 +111,18 @@ def train(
     if not result.complete:
         raise typer.Exit(1)
     if evaluates:
-        settings = plan.cells[-1].experiment.evaluation
-        _evaluate([cell.id for cell in result.cells], settings, [], storage, as_json)
+        experiment = plan.cells[-1].experiment
+        _evaluate([cell.id for cell in result.cells], experiment.evaluation, _files(experiment), storage, as_json)
     return None
+
+
+def _files(experiment: Experiment) -> list[str]:
+    """Return the files of the tasks that score a run, as `--set` takes them: a run that had finished knows none."""
+    from tasks import find_evaluated
+
+    names = {find_evaluated(name)[0].name for name in experiment.evaluation.tasks}
+    paths = {name: own.path for name, own in experiment.tasks.items() if name in names and own.path}
+    return [f"tasks.{name}.path={json.dumps(path, ensure_ascii=False)}" for name, path in paths.items()]
 
 
 def _evaluation(settings: list[str]) -> tuple[EvaluationSettings, list[str]]:
