@@ -11,6 +11,7 @@ from bwlm.analysis.runs.task_scores import Wanted, at_best_rates, load_task_scor
 from bwlm.errors import UserError
 from bwlm.evaluate.tasks.request import TaskRequest, read_tasks
 from bwlm.evaluate.tasks.stored import RunEvaluation
+from bwlm.paths import read_json, write_json
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.task_results import read_examples
 from bwlm.stats.score_table import checked_scores
@@ -80,6 +81,16 @@ def test_a_mean_over_readings_needs_all_of_them(scored: list[ExperimentFolder]) 
     assert set(load_task_scores(scored, Wanted(readings=("forward",)))["run"]) == {folder.id for folder in scored}
     with pytest.raises(UserError, match="no scores of this kind"):
         load_task_scores([both], Wanted())
+
+
+def test_runs_that_were_shown_other_examples_are_not_compared(scored: list[ExperimentFolder]) -> None:
+    """The items are the same, but the files of the examples before them have changed in between."""
+    path = scored[1].evaluation("base", "backward") / "mmlu.shots0.json"
+    content = read_json(path)
+    write_json(path, content | {"key": content["key"] | {"texts": "other"}})
+    found = compare_scores(checked_scores(load_task_scores(scored, Wanted())))
+    assert [one.pair for one in found.differences] == ["forward → bidirectional"]
+    assert sum("other content under the same name" in line for line in found.left_out) == 2
 
 
 def test_readings_rules_and_groups_are_settings_of_their_own(scored: list[ExperimentFolder]) -> None:

@@ -152,11 +152,14 @@ def _scores(folder: ExperimentFolder, name: str, wanted: Wanted) -> pd.DataFrame
     tables = []
     for reading in wanted.readings:
         own = own_readings(experiment.direction) if reading == OWN else (reading,)
-        if len(own) > 1 and not all("scores" in read_result(_folder(folder, one) / f"{name}.json") for one in own):
+        results = [read_result(_folder(folder, one) / f"{name}.json") for one in own]
+        if len(own) > 1 and not all("scores" in result for result in results):
             continue  # a mean over readings needs all of them
+        # of what was asked, with the examples before it: equal items may stand behind others
+        digest = " ".join(dict.fromkeys(str(result.get("key", {}).get("texts", "")) for result in results))
         both = pd.concat([by_reading[one] for one in own if one in by_reading] or [pd.DataFrame()])
         if not both.empty:
-            tables.append(both.groupby(_ITEM, sort=False, as_index=False).mean().assign(reading=reading))
+            tables.append(both.groupby(_ITEM, sort=False, as_index=False).mean().assign(reading=reading, digest=digest))
     rows = pd.concat(tables) if tables else pd.DataFrame()
     return rows.assign(
         run=config.id,
