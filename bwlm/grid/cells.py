@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bwlm.config import Experiment
+from bwlm.config import Experiment, TaskSettings
 from bwlm.errors import UserError
 from bwlm.model.compute import Compute
 from bwlm.phases import PHASES
@@ -185,13 +185,18 @@ def resume_config(known: RunConfig, requested: RunConfig, begun: bool = True) ->
 
 
 def counts_files_by_time(known: RunConfig, settings: Experiment) -> bool:
-    """Return true for a run of the same mixture and tasks whose digest of rows holds the times of its files.
+    """Return true for a run of the same mixture and files whose digest of rows holds the times of its files.
 
     Before identity version 3 the ids of conversations held those times. The ids order no rows and are no targets, so
     they change no result. Nothing says whether the files still hold what they held then.
     """
-    one, other = ((of.data.mixture, of.data.skip_invalid, of.tasks) for of in (settings, known.experiment))
+    one, other = ((of.data.mixture, of.data.skip_invalid, _files_read(of)) for of in (settings, known.experiment))
     return known.identity_version < 3 and bool(settings.data.mixture) and one == other
+
+
+def _files_read(experiment: Experiment) -> dict[str, TaskSettings]:
+    """Return the files of the tasks that are trained on: those of tasks that score a run are another thing."""
+    return {name: files for name, files in experiment.tasks.items() if name in experiment.data.mixture}
 
 
 def with_code_of(known: RunConfig, config: RunConfig, planned: PlannedCell) -> RunConfig:

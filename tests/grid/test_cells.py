@@ -92,6 +92,18 @@ def test_a_run_whose_text_counted_by_time_stays_the_same_run_launch_after_launch
     assert known.identity["code"] == asked.identity["code"]
 
 
+def test_tasks_that_are_to_score_a_run_whose_text_counted_by_time_leave_it_the_same_run() -> None:
+    talks = {"phase": "sft", "parent": "p", "data": {"mixture": {"talks": 1.0}}, "tasks": {"talks": {"path": "a"}}}
+    known = replace(run(**talks), identity_version=2)
+    for tasks, is_same in (
+        ({"talks": {"path": "a"}, "arc_easy": {"path": "arc"}}, True),
+        ({"talks": {"path": "b"}}, False),
+    ):
+        asked = run(**talks | {"tasks": tasks, "evaluation": {"tasks": ["arc_easy"]}})
+        asked = replace(asked, identity=asked.identity | {"data": "e"}, identity_version=IDENTITY_VERSION)
+        assert (other_settings(known.identity, resume_config(known, asked).identity) == []) == is_same
+
+
 @pytest.mark.parametrize(
     ("version", "status", "told"),
     [(2, Status("stopped", "", 3), True), (2, Status("finished", "", 5), False), (3, Status("stopped", "", 3), False)],
