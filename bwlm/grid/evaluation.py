@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import ray
@@ -16,25 +16,33 @@ from bwlm.evaluate.tasks.stored import RunEvaluation
 from bwlm.model.compute import count_gpus
 from bwlm.plan.spec import LaunchSettings, Plan
 from bwlm.progress import track
+from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder
+from bwlm.train.scoring import has_both
 
 _GPU_SHARE = 0.25
 """Share of a GPU for each evaluation: a small model leaves most of it idle."""
 
 
-def unscored(plan: Plan, storage: Path) -> list[RunEvaluation]:
-    """Return what is left to score of the finished cells of a plan: a cell that trains scores itself."""
-    evaluations = [
-        RunEvaluation(storage, cell.id, requests_of(cell.experiment))
-        for cell in plan.cells
-        if cell.experiment.evaluation.tasks and _has_finished(storage, cell.id)
-    ]
-    return [evaluation for evaluation in evaluations if evaluation.texts()]
+def unscored(plan: Plan, storage: Path, faulty: Callable[[BwlmError], object]) -> list[RunEvaluation]:
+    """Return what is left to score of the finished cells of a plan: a cell that trains scores itself.
 
-
-def _has_finished(storage: Path, run: str) -> bool:
-    folder = ExperimentFolder(storage, run)
-    return folder.exists() and folder.status().state == "finished"
+    That is the last checkpoint of each, and of the others that were kept those that are saved at a validation.
+    `faulty` is told why a checkpoint cannot be scored.
+    """
+    left = []
+    for cell in plan.cells:
+        folder = ExperimentFolder(storage, cell.id)
+        if not cell.experiment.evaluation.tasks or not folder.exists() or folder.status().state != "finished":
+            continue
+        others = [step for step in checkpoint_steps(folder.checkpoints)[:-1] if has_both(step, cell.experiment)]
+        for name in (cell.id, *(f"{cell.id}@{step}" for step in others)):
+            evaluation = RunEvaluation(storage, name, requests_of(cell.experiment))
+            try:
+                left += [evaluation] if evaluation.texts() else []
+            except BwlmError as error:
+                faulty(error)
+    return left
 
 
 def check_tasks(plan: Plan) -> None:

@@ -264,14 +264,18 @@ def _score_rest(
     """
     from bwlm.grid.evaluation import evaluate_on_cluster, unscored
 
+    def tell(error: BwlmError) -> None:
+        show(f"tasks: {error}; the same command tries it again")
+
     capacity = None
     try:
-        if evaluations := unscored(plan, storage):
-            show(f"scoring {counted(len(evaluations), 'finished cell')} on tasks")
+        if evaluations := unscored(plan, storage, tell):
+            cells = len({evaluation.folder.id for evaluation in evaluations})
+            show(f"scoring {counted(cells, 'finished cell')} on tasks")
             capacity = cluster()
             evaluate_on_cluster(evaluations)
     except BwlmError as error:
-        show(f"tasks: {error}; the same command tries it again")
+        tell(error)
     return capacity
 
 

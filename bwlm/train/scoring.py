@@ -48,7 +48,7 @@ class CheckpointScorer:
         self._stopping = stopping
         self._requests = _requests_of(config.experiment)
         self._steps = config.steps
-        self._every = (config.experiment.evaluation.every, config.experiment.checkpoint.every)
+        self._experiment = config.experiment
         self._waiting: int | None = None
         several = bool(self._requests) and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._ranks = dist.new_group(timeout=_LONGEST_SCORING, backend="gloo") if several else None
@@ -78,8 +78,8 @@ class CheckpointScorer:
             self._score(self._steps)
 
     def _is_due(self, step: int) -> bool:
-        """Return whether a step that is not the last has a validation and a checkpoint."""
-        return bool(self._requests) and step < self._steps and all(every and step % every == 0 for every in self._every)
+        """Return whether a step that is not the last is to be scored."""
+        return bool(self._requests) and step < self._steps and has_both(step, self._experiment)
 
     def _agreed(self, answer: bool) -> bool:
         """Return rank 0's answer on every rank."""
@@ -108,6 +108,11 @@ class CheckpointScorer:
     def _go_on(self, items: int) -> None:
         if self._stopping():
             raise Interrupted("stopped on request while a checkpoint was scored")
+
+
+def has_both(step: int, experiment: Experiment) -> bool:
+    """Return whether a step that is not the last has a validation and a checkpoint."""
+    return all(every and step % every == 0 for every in (experiment.evaluation.every, experiment.checkpoint.every))
 
 
 def _requests_of(experiment: Experiment) -> tuple[TaskRequest, ...]:

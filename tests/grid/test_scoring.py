@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,9 +46,21 @@ def test_a_grid_scores_its_cells_and_those_that_finished_before(grid_file: GridF
     result = run_plan(load_grid(path, []), storage, said.append)
     assert result.complete
     assert "scoring 1 finished cell on tasks" in said
-    assert scores_of(storage, other) == ["arc_easy.n3.json"] * 2
+    assert scores_of(storage, other) == names
     assert {cell: (storage / cell / "metrics.jsonl").read_bytes() for cell in (one, other)} == trained
     assert run_plan(load_grid(path, []), storage, said.append).was_over
+
+
+def test_a_cell_whose_checkpoints_are_gone_keeps_no_other_from_being_scored(
+    grid_file: GridFile, arc: Path, tmp_path: Path
+) -> None:
+    path, storage, said = grid_file(tasks={"arc_easy": {"path": str(arc)}}), tmp_path / "storage", list[str]()
+    one, other = (f"g_{direction}_d1_lr1_s0" for direction in ("forward", "backward"))
+    assert run_plan(load_grid(path, []), storage, said.append).complete
+    shutil.rmtree(storage / one / "checkpoints")
+    assert run_plan(load_grid(path, ["evaluation.tasks=[arc_easy]"]), storage, said.append).complete
+    assert len(scores_of(storage, other)) == 2
+    assert [line for line in said if line.startswith(f"tasks: {one}: no checkpoint in ")]
 
 
 def test_tasks_that_cannot_be_read_stop_a_launch_before_anything_is_made(grid_file: GridFile, tmp_path: Path) -> None:
