@@ -61,9 +61,10 @@ class Records:
             self._log = ResearchLog(path, step, about, fixed, lease=folder.held)
         except OSError as error:
             raise cannot_write(path, error) from None
-        self._saver = CheckpointSaver(
-            folder.checkpoints, KeepPolicy(settings.keep, settings.keep_best, settings.keep_every), self._check
-        )
+        # the next save must not delete the checkpoint that is being scored on tasks
+        fewest = 2 if folder.config().experiment.evaluation.tasks else 1
+        policy = KeepPolicy(max(settings.keep, fewest), settings.keep_best, settings.keep_every)
+        self._saver = CheckpointSaver(folder.checkpoints, policy, self._check)
         self._failure: RunError | None = None
 
     def log(self, step: int, metrics: dict[str, float], entries: Entries) -> None:

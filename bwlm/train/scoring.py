@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from bwlm.errors import BwlmError, Interrupted
+from bwlm.errors import BwlmError, Interrupted, first_line
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.lease import LeaseLost
@@ -102,8 +102,8 @@ class CheckpointScorer:
                 evaluation.scores(self._go_on)
         except (Interrupted, LeaseLost):
             return  # the loop asks the same at its next step, and ends the run
-        except (BwlmError, OSError) as error:
-            log.warning("step %d is not scored (%s): bwlm eval %s --tasks ..", step, error, name)
+        except (BwlmError, OSError, torch.OutOfMemoryError) as error:  # the model that is trained holds memory too
+            log.warning("step %d is not scored (%s): bwlm eval %s --tasks ..", step, first_line(error), name)
 
     def _go_on(self, items: int) -> None:
         if self._stopping():

@@ -87,6 +87,14 @@ def test_validations_without_a_checkpoint_are_not_scored(new_run: NewRun, arc: P
     assert results(folder) == ["arc_easy.json", "arc_easy@6.json"]
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_checkpoint_is_scored_before_the_next_save_deletes_it(new_run: NewRun, arc: Path, every: int) -> None:
+    folder = new_run("run", **asking(arc) | {"checkpoint": {"every": every, "keep": 1}})
+    train(folder)
+    assert results(folder) == ["arc_easy.json", "arc_easy@4.json", "arc_easy@8.json"]
+    assert len(checkpoint_steps(folder.checkpoints)) == 2
+
+
 def test_what_a_run_scored_is_what_eval_would_score(
     new_run: NewRun, arc: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +155,19 @@ def test_a_task_that_cannot_be_read_any_more_is_a_warning_and_training_goes_on(
     assert len(warned) == 3
     assert str(arc) in warned[0]
     assert "bwlm eval run@4 --tasks" in warned[0]
+
+
+def test_a_model_that_does_not_fit_beside_the_trained_one_is_a_warning_and_training_goes_on(
+    new_run: NewRun, arc: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+
+    folder = new_run("run", **asking(arc))
+    monkeypatch.setattr(stored, "load_model", load)
+    end, _ = train(folder)
+    assert end.state == "finished"
+    assert "step 4 is not scored (CUDA out of memory)" in caplog.text
 
 
 def test_a_run_that_is_stopped_while_it_scores_scores_that_checkpoint_when_it_resumes(
