@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from bwlm.errors import UserError
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.text.conversation import check_conversation, render
 from bwlm.text.overlap import DocumentHashes, count_overlap
@@ -20,7 +21,7 @@ def count_seen(folder: ExperimentFolder, tokenizer: Tokenizer, items: Iterable[R
     """Return how many of the items stand in the training conversations of a run or of its ancestors.
 
     An item is found if it stands there word for word, in the form in which its task is learned. None where the packed
-    text of a mixture is gone, so that it cannot be known.
+    text of a mixture, or an ancestor, is gone, so that it cannot be known.
     """
     shards = _training_shards(folder)
     if shards is None:
@@ -39,7 +40,10 @@ def _training_shards(folder: ExperimentFolder) -> Sequence[Path] | None:
     storage, link = folder.path.parent, folder.link()
     shards: list[Path] = []
     for run in (*(link.chain if link else ()), folder.id):
-        config = ExperimentFolder(storage, run).config()
+        try:
+            config = ExperimentFolder(storage, run).config()
+        except UserError:  # an ancestor that was deleted, or stayed behind when the run was moved
+            return None
         if not config.experiment.data.mixture:
             continue
         packed = find_packed(storage, Path(config.corpus), config.identity["data"])

@@ -180,7 +180,10 @@ def test_items_that_the_run_was_trained_on_are_counted(
     known = list(TASKS["builtin:arithmetic"].conversations("train"))
     assert seen.count_seen(child, tokenizer, items) == 0
     assert seen.count_seen(child, tokenizer, [*items, known[0], known[5]]) == 2
-    monkeypatch.setattr(seen, "find_packed", lambda *_: None)  # its packed text is gone
+    with monkeypatch.context() as gone:
+        gone.setattr(seen, "find_packed", lambda *_: None)  # its packed text is gone
+        assert seen.count_seen(child, tokenizer, items) is None
+    folder.path.rename(folder.path.with_name("archived"))
     assert seen.count_seen(child, tokenizer, items) is None
 
 
