@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,10 @@ def test_runs_without_scores_and_unknown_results_are_named(
 ) -> None:
     assert at_best_rates(scored) == scored
     assert set(load_task_scores(scored, Wanted(tasks=("mmlu",)))["task"]) == {"mmlu.shots0"}
+    path = scored[0].evaluation("base", "forward") / "mmlu.shots0.json"
+    for file in (path, path.with_suffix(".parquet")):
+        shutil.copy(file, file.with_stem("mmlu-law"))
+    assert set(load_task_scores(scored, Wanted(tasks=("mmlu:law",)))["task"]) == {"mmlu-law"}
     with pytest.raises(UserError, match=r"--tasks: no run has a result 'mmlo' \(did you mean 'mmlu'\?\)"):
         load_task_scores(scored, Wanted(tasks=("mmlo",)))
     with pytest.raises(UserError, match=r"no scores of this kind: make some with bwlm eval"):

@@ -20,7 +20,7 @@ from bwlm.errors import UserError, nearest
 from bwlm.paths import read_json
 from bwlm.progress import track
 from bwlm.record.experiment import ExperimentFolder
-from bwlm.record.task_results import MAIN_FORMS, MAIN_RULES, read_examples, read_result, task_of
+from bwlm.record.task_results import MAIN_FORMS, MAIN_RULES, read_examples, read_result, result_name, task_of
 
 OWN = "own"
 READINGS = (OWN, *TEXT_READINGS)
@@ -115,6 +115,7 @@ def _chosen(counts: Counter[str], tasks: tuple[str, ...]) -> list[str]:
         if "@" not in name:
             best.setdefault(name.partition(".")[0], name)
     known = {**{name: name for name in counts}, **best}
+    tasks = tuple(task if task in known else result_name(task) for task in tasks)  # mmlu:law is mmlu-law there
     for task in tasks:
         if task not in known:
             raise UserError(f"--tasks: no run has a result {task!r}{nearest(task, known)}: see bwlm runs show")
