@@ -93,6 +93,9 @@ def train(
     if not phase:
         if parent is None:
             raise UserError("--parent: missing: name the run to evaluate")
+        flags = {"direction": direction, "depth": depth, "lr": lr, "seed": seed, "id": id_}
+        if unused := [f"--{name}" for name, value in flags.items() if value is not None]:
+            raise UserError(f"{unused[0]}: a setting of training, and nothing is trained here")
         return _evaluate([parent], *_evaluation(set_ or []), storage, as_json)
     flags = {"phase": phase, "parent": parent, "direction": direction, "depth": depth, "lr": lr, "seed": seed}
     flags_set = {name: value for name, value in flags.items() if value is not None}

@@ -91,7 +91,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     if not is_over:
         _check_room(plan)
     with _only_launch(plan, storage), contextlib.ExitStack() as until_the_end:
-        cluster = cache(partial(_open_cluster, plan, until_the_end, show))  # its first call starts Ray
+        cluster = cache(partial(_open_cluster, plan, is_over, until_the_end, show))  # its first call starts Ray
         tell = (lambda words: None) if is_over else show  # of text that nothing is trained on
         prepared = prepare_texts(plan, storage, partial(_run_on, cluster), tell)
         if is_new:  # now that it is made: a fault of the text leaves none
@@ -149,11 +149,14 @@ def _needs(plan: Plan) -> set[ResourceSettings]:
     return {cell.experiment.resources for cell in plan.cells}
 
 
-def _open_cluster(plan: Plan, until: contextlib.ExitStack, show: Callable[[str], None]) -> Capacity:
+def _open_cluster(plan: Plan, is_over: bool, until: contextlib.ExitStack, show: Callable[[str], None]) -> Capacity:
     """Start Ray, or connect to a cluster, until `until` is closed."""
     with loading():
         from bwlm.cluster.session import open_cluster
-    capacity = until.enter_context(open_cluster(_needs(plan), plan.launch, len(plan.cells), plan.name))
+        from bwlm.config import ResourceSettings
+
+    needs = {ResourceSettings()} if is_over else _needs(plan)  # text and scores need not what training needed
+    capacity = until.enter_context(open_cluster(needs, plan.launch, len(plan.cells), plan.name))
     tell_capacity(capacity, show)
     return capacity
 

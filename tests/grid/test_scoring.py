@@ -43,7 +43,8 @@ def test_a_grid_scores_its_cells_and_those_that_finished_before(grid_file: GridF
     assert run_plan(load_grid(path, unscored), storage, said.append).complete
     assert not scores_of(storage, other)
     trained = {cell: (storage / cell / "metrics.jsonl").read_bytes() for cell in (one, other)}
-    result = run_plan(load_grid(path, []), storage, said.append)
+    with_gpus = ["resources.gpus_per_worker=1"]  # as if trained elsewhere: scores need none
+    result = run_plan(load_grid(path, with_gpus), storage, said.append)
     assert result.complete
     assert "scoring 1 finished cell on tasks" in said
     assert scores_of(storage, other) == names

@@ -149,6 +149,7 @@ def test_a_phase_that_only_evaluates_scores_the_tasks_that_are_set(
     assert (folder.evaluation("base", "backward") / "arc_easy.n4.json").exists()
     check_mistake(shell(*alone, *files), "--tasks")
     check_mistake(shell(*alone, "--set", "evaluation.every=3"), "--set evaluation.every: a setting of training")
+    check_mistake(shell(*alone, "--seed", "3"), "--seed: a setting of training")
 
 
 def test_the_run_keeps_its_lease_while_a_result_is_written(
