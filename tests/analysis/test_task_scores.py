@@ -75,7 +75,7 @@ def test_a_reading_that_has_no_meaning_leaves_no_scores(new_family: NewFamily) -
 
 
 def test_a_mean_over_readings_needs_all_of_them(scored: list[ExperimentFolder]) -> None:
-    """Of a bidirectional model that was scored forward alone no score is its own."""
+    """A bidirectional model that was scored forward alone has no score of its own."""
     both = scored[2]
     (both.evaluation("base", "backward") / "mmlu.shots0.json").unlink()
     assert set(load_task_scores(scored, Wanted())["direction"]) == {"forward", "backward"}

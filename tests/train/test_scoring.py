@@ -127,7 +127,7 @@ def test_random_states_are_put_back(new_run: NewRun, arc: Path, monkeypatch: pyt
 
 
 def test_time_for_scores_is_no_time_of_training(new_run: NewRun, arc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that only scoring moves: the speeds of a run whose steps take no time know no seconds."""
+    """The clock moves by scoring alone, so a run whose steps take no time has no seconds of training."""
     clock, own = [0.0], TrainingClock()
     for module in ("meter", "scoring"):
         monkeypatch.setattr(f"bwlm.train.{module}.CLOCK", own)
