@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bwlm.model.attention import AttentionKernel, Mask, attend
-from bwlm.model.gpt import GPT, KVState
+from bwlm.model.gpt import GPT, KVState, norm
+from bwlm.model.loss import softcap
 
 
 class KVCache:
@@ -79,10 +80,46 @@ class KVCache:
         del self.rows[0][known:]
         return self._go_on([row[known:]])
 
+    def reserve(self, rows: int, room: int) -> None:
+        """Forget all rows and make place for this many empty ones, of at most `room` ids each."""
+        self.rows, self._kept = [[] for _ in range(rows)], self._empty(rows, room)
+
+    @torch.inference_mode()
+    def extend(self, row: int, ids: Sequence[int]) -> Tensor:
+        """Read further ids of one row; return logits [1, V] for the id after them."""
+        return self._go_on([ids], row)
+
+    @torch.inference_mode()
+    def extend_scored(self, row: int, ids: Sequence[int]) -> Tensor:
+        """Read further ids of one row; return logits [T, V] for the id after each of them."""
+        past = self._past(row, 1, len(ids))
+        for x in self._model.states(torch.tensor([ids], device=self.device), None, past):
+            last = x
+        self.rows[row].extend(ids)
+        return softcap(self._model.lm_head(norm(last)))[0]
+
     @torch.inference_mode()
     def follow(self, ids: Sequence[int]) -> Tensor:
-        """Read one further id of each row; return logits [B, V] for the id after it."""
+        """Read one further id of each of the first rows, [B]; return logits [B, V] for the id after it."""
         return self._go_on([[new] for new in ids])
+
+    def cut(self, row: int, length: int) -> None:
+        """Forget the ids of a row from place `length` on."""
+        del self.rows[row][length:]
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make a row the first `length` ids of another one."""
+        self._kept[:, :, target, :, :length] = self._kept[:, :, source, :, :length]
+        self.rows[target] = self.rows[source][:length]
+
+    @torch.inference_mode()
+    def swap(self, first: int, second: int) -> None:
+        """Exchange two rows."""
+        if first != second:
+            longest = max(len(self.rows[first]), len(self.rows[second]))
+            self._kept[:, :, [first, second], :, :longest] = self._kept[:, :, [second, first], :, :longest]
+            self.rows[first], self.rows[second] = self.rows[second], self.rows[first]
 
     @torch.inference_mode()
     def drop(self, ended: Collection[int]) -> list[int]:
@@ -101,27 +138,28 @@ class KVCache:
         self.rows = [self.rows[row] for row in order]
         return order
 
-    def _go_on(self, more: Sequence[Sequence[int]]) -> Tensor:
-        """Read further ids of each row; return logits [B, V] for the id after the last of them."""
+    def _go_on(self, more: Sequence[Sequence[int]], first: int = 0) -> Tensor:
+        """Read further ids of the rows from `first` on; return logits [B, V] for the id after the last of them."""
         time = max(map(len, more))
         ids = torch.tensor([[*row, *[0] * (time - len(row))] for row in more], device=self.device)
         last = torch.tensor([len(row) - 1 for row in more], device=self.device)
-        logits = self._model.next_logits(ids, last, self._past(time))
-        for row, new in zip(self.rows, more, strict=True):
+        logits = self._model.next_logits(ids, last, self._past(first, len(more), time))
+        for row, new in zip(self.rows[first:], more, strict=False):
             row.extend(new)
         return logits
 
-    def _past(self, time: int) -> KVState:
-        """Return the state for reading `time` further ids of each row."""
-        lengths = torch.tensor([len(row) for row in self.rows], device=self.device)
-        places = lengths[:, None] + torch.arange(time, device=self.device)
-        seen = max(map(len, self.rows)) + time
+    def _past(self, first: int, rows: int, time: int) -> KVState:
+        """Return the state for reading `time` further ids of each of `rows` rows from `first` on."""
+        read = [len(row) for row in self.rows[first : first + rows]]
+        places = torch.tensor(read, device=self.device)[:, None] + torch.arange(time, device=self.device)
+        seen = max(read) + time
         mask = None
         if seen > time:
             groups = self.config.heads // self.config.kv_heads
             mask = _mask(places, seen, self._kept.dtype).repeat(1, 1, groups, 1)
         rope = self._model.cos[places][:, None], self._model.sin[places][:, None]
-        return KVState(rope, [partial(_attend, kept, _Step(places, seen, mask)) for kept in self._kept])
+        step = _Step(places, seen, mask)
+        return KVState(rope, [partial(_attend, kept[:, first : first + rows], step) for kept in self._kept])
 
     def _empty(self, rows: int, places: int) -> Tensor:
         """Return zeros [L, 2, B, K, S, D], not uninitialised memory: hidden places are multiplied too, by 0."""

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bwlm.model.attention import AttentionKernel
-from bwlm.model.generate import _draw, generate, stream
+from bwlm.model.generate import generate, stream
+from bwlm.model.sampling import draw
 from bwlm.model.gpt import GPT
 from bwlm.model.kv_cache import KVCache
 from bwlm.model.shape import GPTConfig
@@ -176,7 +177,7 @@ def test_banned_ids_are_never_said(model: GPT, top_k: int | None) -> None:
 
 def test_only_what_has_a_probability_is_drawn_at_the_very_edges() -> None:
     probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).expand(5, -1)
-    assert _draw(probabilities, [0.0, 0.499999, 0.5, 0.999999, 1 - 2**-53]).flatten().tolist() == [1, 1, 3, 3, 3]
+    assert draw(probabilities, [0.0, 0.499999, 0.5, 0.999999, 1 - 2**-53]).flatten().tolist() == [1, 1, 3, 3, 3]
 
 
 def test_one_id_that_is_left_is_said(model: GPT) -> None:

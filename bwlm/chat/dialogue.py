@@ -1,0 +1,202 @@
+"""What a person and a model say in turn, and what the model is given to write its next message.
+
+A model writes in one of three manners, which follow from how it was trained:
+
+- `goes_on`: a model of documents. All that was said is one text, joined by blank lines; read forward the model goes on
+  with it, read backward it writes what came before it.
+- `answers`: it answers the person; with `reversal: turns` also read backward, each answer from its end.
+- `asks`: it reads whole conversations backward. What the person writes is an answer, the ending, and the model writes
+  the question that came before it. The next turn goes further back.
+
+So the order of the talk is not always that of the conversation: `Dialogue.messages` puts what was said into the order
+of time. A bidirectional model may change its reading at every turn; its prompt is then laid out anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from bwlm.config import Experiment, Reversal
+from bwlm.directions import DIRECTIONS, TEXT_READINGS, is_marked, is_native
+from bwlm.errors import UserError
+from bwlm.phases import PHASES
+from bwlm.text.conversation import Conversation, Message, Prompt, build_prompt, predicts_user_turn
+from bwlm.text.direction import arrange, is_mirrored
+from bwlm.text.tokenizer import Tokenizer
+
+Manner = Literal["goes_on", "answers", "asks"]
+Speaker = Literal["person", "model"]
+
+SEPARATOR = "\n\n"
+"""Text between two messages to a model of documents."""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How a model talks, as its checkpoint says."""
+
+    direction: str
+    reversal: Reversal
+    on_documents: bool
+    """True for a model that was trained on documents alone."""
+
+    @classmethod
+    def from_experiment(cls, experiment: Experiment) -> Voice:
+        """Return the voice of a run. Raises `UserError` for a control direction, in which nothing can be written."""
+        if DIRECTIONS[experiment.direction].is_control:
+            raise UserError(f"direction {experiment.direction}: a control, in an order in which nobody writes")
+        return cls(experiment.direction, experiment.data.reversal, PHASES[experiment.phase].reads_documents)
+
+    @property
+    def readings(self) -> tuple[str, ...]:
+        """Return the readings in which the model writes, its default first."""
+        return DIRECTIONS[self.direction].readings
+
+    def check(self, reading: str) -> str:
+        """Return a reading in which the model can write. Raises `UserError` for any other."""
+        if reading not in TEXT_READINGS:
+            raise UserError(f"direction: {reading[:40]!r} is not one of {', '.join(TEXT_READINGS)}")
+        if not is_native(self.direction, reading):
+            raise UserError(f"direction: this model was trained {self.direction} and cannot write {reading}")
+        return reading
+
+    def manner(self, reading: str) -> Manner:
+        """Return how the model writes in a reading."""
+        if self.on_documents:
+            return "goes_on"
+        return "asks" if predicts_user_turn(reading, self.reversal) else "answers"
+
+    def writes_at_front(self, reading: str) -> bool:
+        """Return true if what the model writes comes before what was said so far."""
+        return is_mirrored(reading) if self.on_documents else predicts_user_turn(reading, self.reversal)
+
+
+class Turn(NamedTuple):
+    """Message of a dialogue, in the order of the talk."""
+
+    speaker: Speaker
+    text: str
+    reading: str
+    """Reading in which the model wrote it, or in which it was asked to write next."""
+
+
+class Fitted(NamedTuple):
+    """Prompt, and what was left out so that it fits."""
+
+    prompt: Prompt
+    dropped: int
+    """Messages that were left out; of documents: tokens."""
+
+
+@dataclass
+class Dialogue:
+    """Turns of a person and a model, who speak alternately; the person begins."""
+
+    voice: Voice
+    tokenizer: Tokenizer
+    turns: list[Turn] = field(default_factory=list)
+
+    # ---- what was said ----
+
+    def say(self, text: str, reading: str) -> None:
+        """Add the person's message, after which the model will write in a reading.
+
+        Raises `UserError` if the message is empty, the model cannot write so, or the model has not yet spoken.
+        """
+        if self.turns and self.turns[-1].speaker == "person":
+            raise UserError("the model has not written its message: retry, or undo")
+        if not text.strip():
+            raise UserError("the message is empty: write some text")
+        self.turns.append(Turn("person", text, self.voice.check(reading)))
+
+    def reply(self, text: str) -> None:
+        """Add what the model wrote, also if it was stopped."""
+        assert self.turns[-1].speaker == "person", "the model speaks after the person"
+        self.turns.append(Turn("model", text, self.turns[-1].reading))
+
+    def retract_reply(self) -> None:
+        """Take the model's last message back, so that it writes another. Raises `UserError` if there is none."""
+        if not self.turns:
+            raise UserError("nothing was said yet")
+        if self.turns[-1].speaker == "model":
+            self.turns.pop()
+
+    def undo(self) -> str:
+        """Take the last message of the person back, with the reply; return it. Raises `UserError` if there is none."""
+        self.retract_reply()
+        return self.turns.pop().text
+
+    def clear(self) -> None:
+        """Forget all that was said."""
+        self.turns.clear()
+
+    @property
+    def in_order(self) -> list[Turn]:
+        """Return what was said in the order of time: turns that were written at the front come first, last said first.
+
+        Of two turns of one exchange at the front, the model's comes before the person's.
+        """
+        front = [turn for turn in self.turns if self.voice.writes_at_front(turn.reading)]
+        return [*reversed(front), *(turn for turn in self.turns if not self.voice.writes_at_front(turn.reading))]
+
+    @property
+    def messages(self) -> Conversation:
+        """Return what was said as a conversation, in the order of time.
+
+        Where the model asks, what the person wrote are answers.
+        """
+        return [Message(self._role(turn), turn.text) for turn in self.in_order]
+
+    def _role(self, turn: Turn) -> Literal["user", "assistant"]:
+        asks = self.voice.manner(turn.reading) == "asks"
+        return "assistant" if (turn.speaker == "model") != asks else "user"
+
+    # ---- what the model is given ----
+
+    def prompt(self, room: int) -> Fitted:
+        """Return the prompt for the model's next message, in at most `room` ids.
+
+        Messages that do not fit are left out in whole turns, those farthest from where the model writes first; in
+        direction of time the oldest where it answers, the latest where it asks. Of a document the tokens farthest from
+        there are left out. Raises `UserError` if the person's last message alone does not fit.
+        """
+        assert self.turns[-1].speaker == "person", "the person has not spoken"
+        reading = self.turns[-1].reading
+        if self.voice.on_documents:
+            return self._document(reading, room)
+        messages = self.messages
+        for dropped in range(0, len(messages), 2):
+            front = self.voice.writes_at_front(reading)
+            kept = messages[: len(messages) - dropped] if front else messages[dropped:]
+            prompt = build_prompt(kept, reading, self.voice.direction, self.voice.reversal, self.tokenizer)
+            if len(prompt.ids) <= room:
+                return Fitted(prompt, dropped)
+        raise UserError(f"the message takes {len(prompt.ids)} tokens, and the model has room for {room}: shorten it")
+
+    def _document(self, reading: str, room: int) -> Fitted:
+        head = [self.tokenizer.bos]
+        if is_marked(self.voice.direction):
+            head.append(getattr(self.tokenizer, reading))
+        text = self.tokenizer.encode(SEPARATOR.join(turn.text for turn in self.in_order)).astype(np.int64)
+        dropped = max(0, len(text) - (room - len(head)))
+        kept = text[: len(text) - dropped] if is_mirrored(reading) else text[dropped:]
+        return Fitted(Prompt(head + arrange(kept, reading, len(kept)).tolist(), self.tokenizer.bos), dropped)
+
+    def banned(self, prompt: Prompt) -> frozenset[int]:
+        """Return the special tokens that no message holds: all but the one that closes it."""
+        return frozenset(self.tokenizer.specials.values()) - {prompt.stop}
+
+
+def from_talk(voice: Voice, tokenizer: Tokenizer, turns: Sequence[Turn]) -> Dialogue:
+    """Return the dialogue of turns, given in the order of the talk. Raises `UserError` as `Dialogue.say` does."""
+    dialogue = Dialogue(voice, tokenizer)
+    for turn in turns:
+        if turn.speaker == "person":
+            dialogue.say(turn.text, turn.reading)
+        else:
+            dialogue.reply(turn.text)
+    return dialogue
