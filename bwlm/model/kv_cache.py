@@ -12,7 +12,6 @@ group, D head dimension, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import takewhile
@@ -22,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bwlm.model.attention import AttentionKernel, Mask, attend
-from bwlm.model.gpt import GPT, KVState, norm
-from bwlm.model.loss import softcap
+from bwlm.model.attention import AttentionKernel, attend
+from bwlm.model.decoder import Decoder
+from bwlm.model.gpt import GPT
 
 
 class KVCache:
@@ -39,7 +38,7 @@ class KVCache:
         self.device = model.embedding.weight.device
         self.rows: list[list[int]] = []
         """Ids of each row that has been read."""
-        self._model = _in_compute_dtype(model)
+        self._decoder = Decoder(model)
         self._kept = self._empty(0, 0)
 
     @torch.inference_mode()
@@ -92,11 +91,7 @@ class KVCache:
     @torch.inference_mode()
     def extend_scored(self, row: int, ids: Sequence[int]) -> Tensor:
         """Read further ids of one row; return logits [T, V] for the id after each of them."""
-        past = self._past(row, 1, len(ids))
-        for x in self._model.states(torch.tensor([ids], device=self.device), None, past):
-            last = x
-        self.rows[row].extend(ids)
-        return softcap(self._model.lm_head(norm(last)))[0]
+        return self._decoder.logits(self._states([ids], row)[0])
 
     @torch.inference_mode()
     def follow(self, ids: Sequence[int]) -> Tensor:
@@ -140,32 +135,41 @@ class KVCache:
 
     def _go_on(self, more: Sequence[Sequence[int]], first: int = 0) -> Tensor:
         """Read further ids of the rows from `first` on; return logits [B, V] for the id after the last of them."""
-        time = max(map(len, more))
-        ids = torch.tensor([[*row, *[0] * (time - len(row))] for row in more], device=self.device)
+        states = self._states(more, first)
+        if states.size(1) == 1:
+            return self._decoder.logits(states[:, 0])
         last = torch.tensor([len(row) - 1 for row in more], device=self.device)
-        logits = self._model.next_logits(ids, last, self._past(first, len(more), time))
+        return self._decoder.logits(states[torch.arange(len(more), device=self.device), last])
+
+    def _states(self, more: Sequence[Sequence[int]], first: int) -> Tensor:
+        """Read further ids of the rows from `first` on; return the states [B, T, C] after each of them."""
+        read, time = [len(row) for row in self.rows[first : first + len(more)]], max(map(len, more))
+        ids = torch.tensor([[*row, *[0] * (time - len(row))] for row in more], device=self.device)
+        places = torch.tensor([[*range(length, length + time)] for length in read], device=self.device)
+        step = self._step(first, places, max(read) + time, len(set(read)) == 1)
+        states = self._decoder.states(ids, places, partial(_attend, self._kept, step, self._decoder.kernel))
         for row, new in zip(self.rows[first:], more, strict=False):
             row.extend(new)
-        return logits
+        return states
 
-    def _past(self, first: int, rows: int, time: int) -> KVState:
-        """Return the state for reading `time` further ids of each of `rows` rows from `first` on."""
-        read = [len(row) for row in self.rows[first : first + rows]]
-        places = torch.tensor(read, device=self.device)[:, None] + torch.arange(time, device=self.device)
-        seen = max(read) + time
+    def _step(self, first: int, places: Tensor, seen: int, alike: bool) -> _Step:
+        """Return what all layers share when ids at these places [B, T] are read; `alike`: all rows are as long."""
+        rows, time = places.shape
+        _, _, all_rows, heads, room, _ = self._kept.shape
+        row = torch.arange(first, first + rows, device=self.device)[:, None, None]
+        head = torch.arange(heads, device=self.device)[:, None]
+        keys = (row * heads + head) * room + places[:, None]  # [B, K, T]
         mask = None
-        if seen > time:
-            groups = self.config.heads // self.config.kv_heads
-            mask = _mask(places, seen, self._kept.dtype).repeat(1, 1, groups, 1)
-        rope = self._model.cos[places][:, None], self._model.sin[places][:, None]
-        step = _Step(places, seen, mask)
-        return KVState(rope, [partial(_attend, kept[:, first : first + rows], step) for kept in self._kept])
+        if seen > time and not (time == 1 and alike):
+            mask = _mask(places, seen, self._kept.dtype).repeat(1, 1, self.config.heads // heads, 1)
+        stored = torch.stack([keys, keys + all_rows * heads * room]).flatten()
+        return _Step(stored, slice(first, first + rows), seen, seen > time, mask)
 
     def _empty(self, rows: int, places: int) -> Tensor:
         """Return zeros [L, 2, B, K, S, D], not uninitialised memory: hidden places are multiplied too, by 0."""
         config = self.config
         # CPUs multiply single queries by keys in float32 two to five times as fast as in bfloat16
-        dtype = torch.float32 if self.device.type == "cpu" else self._model.compute_dtype
+        dtype = torch.float32 if self.device.type == "cpu" else self._decoder.dtype
         shape = (config.depth, 2, rows, config.kv_heads, places, config.head_dim)
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
@@ -173,12 +177,15 @@ class KVCache:
 class _Step(NamedTuple):
     """Arguments that all layers share when rows grow."""
 
-    places: Tensor
-    """[B, T] place of each id that is read"""
+    stored: Tensor
+    """[2 B K T] places of the keys, then of the values, among all places of a layer"""
+    rows: slice
     seen: int
     """Places up to the last id that is read, in any row"""
+    goes_on: bool
+    """False where rows begin: they see only what is read now"""
     mask: Tensor | None
-    """[B, 1, G T, S], added to the scores; None where rows begin"""
+    """[B, 1, G T, S], added to the scores; None where every id sees all places, or where rows begin"""
 
 
 def _mask(places: Tensor, seen: int, dtype: torch.dtype) -> Tensor:
@@ -187,28 +194,21 @@ def _mask(places: Tensor, seen: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(later.shape, dtype=dtype, device=places.device).masked_fill_(later, -torch.inf)[:, None]
 
 
-def _attend(kept: Tensor, step: _Step, q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: AttentionKernel) -> Tensor:
+def _attend(
+    all_kept: Tensor, step: _Step, kernel: AttentionKernel, layer: int, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
     """Return what `attend` does for queries that also see earlier ids; store k and v [B, K, T, D] in the cache."""
-    keys, values = kept
-    rows = torch.arange(len(q), device=q.device)[:, None]
-    keys[rows, :, step.places] = k.transpose(1, 2).to(keys.dtype)
-    values[rows, :, step.places] = v.transpose(1, 2).to(values.dtype)
-    if step.mask is None:
-        return attend(q, k, v, mask, kernel)
+    kept = all_kept[layer]
+    new = torch.stack([k, v]).to(kept.dtype)
+    kept.view(-1, kept.size(-1)).index_copy_(0, step.stored, new.view(-1, kept.size(-1)))
+    if not step.goes_on:
+        return attend(q, k, v, None, kernel)
+    keys, values = kept[:, step.rows, :, : step.seen]
     # the queries of a group see the same keys, so they are multiplied as if they belonged to one head
     y = F.scaled_dot_product_attention(
         q.reshape(len(q), k.size(1), -1, q.size(-1)).to(keys.dtype),  # [B, K, G T, D]
-        keys[: len(q), :, : step.seen],
-        values[: len(q), :, : step.seen],
+        keys,
+        values,
         attn_mask=step.mask,
     )
-    return y.view_as(q).to(q.dtype)
-
-
-def _in_compute_dtype(model: GPT) -> GPT:
-    """Return the model with its weights cast once to the compute dtype, not again at every id: the same numbers.
-
-    It is in evaluation mode, not compiled, and shares memory with the model where no cast is needed.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor.detach().to(model.compute_dtype) for tensor in tensors}).eval()
+    return y.view_as(q)

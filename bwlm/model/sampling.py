@@ -13,6 +13,8 @@ from random import Random
 import torch
 from torch import Tensor
 
+_LEAST_TEMPERATURE = 1e-30
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -71,9 +73,9 @@ def choose(
     kept = None
     if sampling.top_k is not None:
         logits, kept = logits.topk(min(sampling.top_k, logits.size(1)))
-    # the largest becomes 0 first: divided by a tiny temperature, it would be infinite
-    best = logits.amax(-1, keepdim=True)
-    probabilities = _filtered(torch.softmax((logits - best) / sampling.temperature, -1), sampling)
+    # divided by a smaller temperature, logits would be infinite
+    warmth = max(sampling.temperature, _LEAST_TEMPERATURE)
+    probabilities = _filtered(torch.softmax(logits / warmth, -1), sampling)
     drawn = draw(probabilities, [random.random() for random in randoms])
     if kept is not None:
         drawn = kept.gather(1, drawn)
@@ -94,7 +96,7 @@ def draw(probabilities: Tensor, uniform: list[float]) -> Tensor:
 def _penalised(logits: Tensor, rows: Sequence[Collection[int]], penalty: float) -> Tensor:
     logits = logits.clone()
     for row, ids in zip(logits, rows, strict=True):
-        seen = torch.tensor(sorted(set(ids)), device=logits.device)
+        seen = torch.tensor(sorted(set(ids)), dtype=torch.long, device=logits.device)
         row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
     return logits
 

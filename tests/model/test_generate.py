@@ -10,9 +10,9 @@ import torch
 
 from bwlm.model.attention import AttentionKernel
 from bwlm.model.generate import generate, stream
-from bwlm.model.sampling import draw
 from bwlm.model.gpt import GPT
 from bwlm.model.kv_cache import KVCache
+from bwlm.model.sampling import draw
 from bwlm.model.shape import GPTConfig
 from tests.model.test_kv_cache import SHAPES, lively
 from tests.model.test_kv_cache import reads as reads

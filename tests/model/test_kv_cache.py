@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from random import Random
 
 import pytest
 import torch
 from torch import Tensor
 
 from bwlm.model.attention import AttentionKernel
-from bwlm.model.gpt import GPT, KVState
+from bwlm.model.decoder import CachedAttention, Decoder
+from bwlm.model.gpt import GPT
 from bwlm.model.kv_cache import KVCache
 from bwlm.model.shape import GPTConfig
 
@@ -52,13 +54,13 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> No
 def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     """The shapes [B, T] of what models read."""
     shapes: list[tuple[int, ...]] = []
-    inner = GPT.next_logits
+    inner = Decoder.states
 
-    def spy(self: GPT, ids: Tensor, last: Tensor, past: KVState) -> Tensor:
+    def spy(self: Decoder, ids: Tensor, places: Tensor, attention: CachedAttention) -> Tensor:
         shapes.append(tuple(ids.shape))
-        return inner(self, ids, last, past)
+        return inner(self, ids, places, attention)
 
-    monkeypatch.setattr(GPT, "next_logits", spy)
+    monkeypatch.setattr(Decoder, "states", spy)
     return shapes
 
 
@@ -165,12 +167,50 @@ def test_the_model_is_left_as_it_was_and_nothing_is_compiled(training: bool) -> 
     assert_close(found[0], whole(lively(), ROWS))
 
 
-def test_a_float32_model_is_not_copied() -> None:
-    model = lively()
-    reader = KVCache(model)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_decodes_with_the_weights_of_the_moment_when_it_was_made(dtype: torch.dtype) -> None:
+    model = lively(compute_dtype=dtype)
+    reader, before = KVCache(model), KVCache(model).read(ROWS, T)
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    assert not reader.read(ROWS, T).any()
+    assert torch.equal(reader.read(ROWS, T), before)
+
+
+# ---- slots: rows that are read, copied and exchanged one by one ----
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_that_are_read_in_parts_and_moved_stay_what_they_are(shape: str) -> None:
+    """Random operations on slots; after each, the logits of what is read next are those of the whole row."""
+    model, random = lively(SHAPES[shape]), Random(0)
+    cache = KVCache(model)
+    cache.reserve(4, T)
+    rows: list[list[int]] = [[] for _ in range(4)]
+    for _ in range(60):
+        slot, other = random.randrange(4), random.randrange(4)
+        match random.choice(["extend", "scored", "cut", "copy", "swap", "follow"]):
+            case "extend" if new := [random.randrange(V) for _ in range(min(5, T - len(rows[slot])))]:
+                rows[slot] += new
+                assert_close(cache.extend(slot, new), whole(model, [rows[slot]]))
+            case "scored" if new := [random.randrange(V) for _ in range(min(3, T - len(rows[slot])))]:
+                rows[slot] += new
+                with torch.no_grad():
+                    expected = model(torch.tensor([rows[slot]]))[0, -len(new) :]
+                assert_close(cache.extend_scored(slot, new), expected)
+            case "cut":
+                rows[slot] = rows[slot][: random.randrange(len(rows[slot]) + 1)]
+                cache.cut(slot, len(rows[slot]))
+            case "copy" if slot != other:
+                rows[other] = rows[slot][: random.randrange(len(rows[slot]) + 1)]
+                cache.copy(slot, other, len(rows[other]))
+            case "swap":
+                rows[slot], rows[other] = rows[other], rows[slot]
+                cache.swap(slot, other)
+            case "follow" if all(len(row) < T for row in rows[: slot + 1]):
+                new = [random.randrange(V) for _ in rows[: slot + 1]]
+                rows = [[*row, *new[n : n + 1]] for n, row in enumerate(rows)]
+                assert_close(cache.follow(new), whole(model, rows[: slot + 1]))
+        assert cache.rows == rows
 
 
 @pytest.mark.parametrize(("rows", "room"), [([], T), ([[1], []], T), ([[1, 2, 3]], 2), ([[1]], T + 1)])
