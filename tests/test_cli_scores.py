@@ -58,12 +58,12 @@ def test_findings_in_words(shell: Shell) -> None:
     answer = shell("analyze", "scores", "--from", name)
     assert (answer.code, answer.err) == (0, "")
     lines = answer.out.splitlines()
-    # worked out in tests/stats/test_scores.py; the interval is -1/6 -+ 4.302653 / 12, and noncentral t of 5.6535 with
-    # 2 degrees of freedom exceeds 4.302653 with a chance of 0.8
+    # worked out in tests/stats/test_scores.py; the interval is -1/6 -+ 4.302653 / 12, and 8.7735 estimated errors are
+    # seen with a chance of 0.8 where 2 degrees of freedom estimate them: 8.7735 / 12
     assert (
         "arc, forward → backward: difference -0.1667, 95 % -0.5252 .. +0.1919, 3 seeds, 4 items, forward has the "
         "higher accuracy: no difference seen (seeds crossed with items, p = 0.184 (Holm over 1)); 80 % power from "
-        "0.4711 on"
+        "0.7311 on"
     ) in lines
     assert "arc, backward: cannot be told from chance (0.5000)" in lines
     [best] = [line for line in lines if "has the highest accuracy (0.5000, 95 % 0." in line]

@@ -150,6 +150,16 @@ def test_the_next_turn_of_a_chat_is_read_from_where_it_differs(reads: list[tuple
     assert reads == [(1, 3)], "the last id of the answer, which nobody had to read, and two new ones"
 
 
+def test_a_turn_goes_on_in_its_own_slot_and_leaves_the_other_chats_theirs(reads: list[tuple[int, ...]]) -> None:
+    engine = Engine(MODEL, slots=2)
+    for chat in (1, 2):
+        list(engine.stream(Request("a", [chat, 3, 4, 5], 1)))
+    for chat in (2, 1):  # the last one first: the slot that was used least lately is the other one's
+        reads.clear()
+        list(engine.stream(Request("a", [chat, 3, 4, 5, 6], 1)))
+        assert reads == [(1, 1)]
+
+
 def test_equal_prompts_are_read_once(reads: list[tuple[int, ...]]) -> None:
     engine = Engine(MODEL, slots=4)
     for number in range(4):

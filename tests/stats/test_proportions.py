@@ -46,7 +46,6 @@ def test_crossed_variance_by_hand() -> None:
     assert found.by_seeds == pytest.approx(1 / 36)  # MS_seed / 6
     assert found.by_items == pytest.approx(1 / 18)  # (MS_item - MS_rest) / 6
     assert found.error == pytest.approx(math.sqrt(1 / 12))
-    assert found.freedom == pytest.approx(3)  # (1/12)^2 / ((1/36)^2 / 1 + (1/18)^2 / 2)
     # a third of t_{0.975, 1} = 12.706205 and two thirds of t_{0.975, 2} = 4.302653
     assert found.critical() == pytest.approx(7.103837, abs=1e-6)
     half_width = 7.103837 * 0.2886751
@@ -94,22 +93,25 @@ def test_parts_add_up_to_the_variance_of_scheffe(seeds: int, items: int, seed: i
     rest = (total - (seeds - 1) * ms_seed - (items - 1) * ms_item) / ((seeds - 1) * (items - 1))
     plain = max(ms_seed, 1 / (12 * items)) + max(0.0, ms_item - rest)
     assert found.error**2 == pytest.approx(plain / (seeds * items))
-    assert min(seeds, items) - 1 <= found.freedom + 1e-9
 
 
 @pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("of_seeds", [0.1, 0.5, 1.0])
 def test_a_detectable_difference_is_seen_in_80_percent(seeds: int, of_seeds: float) -> None:
-    """Normal studies whose true difference is the detectable one; `of_seeds` is the seeds' share of the variance."""
-    rng, items, draws = np.random.default_rng(seeds), 500, 2000
+    """A study tells what is detectable, by its own estimate of the error; then that is the truth of the next one.
+
+    Normal studies; `of_seeds` is the seeds' share of the variance.
+    """
+    rng, items, draws = np.random.default_rng(seeds), 500, 1500
     truth = Crossed(0.0, of_seeds * 1e-4, (1 - of_seeds) * 1e-4, seeds, items)
-    distance = truth.detectable(family=3)
-    seen = 0
-    for _ in range(draws):
+
+    def study(mean: float) -> Crossed:
         by_seeds = truth.by_seeds * rng.chisquare(seeds - 1) / (seeds - 1)
         by_items = truth.by_items * rng.chisquare(items - 1) / (items - 1)
-        seen += Crossed(rng.normal(distance, truth.error), by_seeds, by_items, seeds, items).p < 0.05 / 3
-    assert seen / draws == pytest.approx(0.8, abs=0.06)
+        return Crossed(rng.normal(mean, truth.error), by_seeds, by_items, seeds, items)
+
+    seen = sum(study(study(0.0).detectable(family=3)).p < 0.05 / 3 for _ in range(draws))
+    assert 0.73 <= seen / draws <= 0.87
 
 
 # One seed
@@ -180,7 +182,8 @@ def test_satterthwaites_t_would_cover_too_little() -> None:
     for distance, by_seeds in zip(rng.standard_normal(draws), rng.chisquare(2, draws) / 2, strict=True):
         found = Crossed(distance, 0.9 * by_seeds, 0.1, 3, 2000)
         ours += abs(distance) <= found.critical() * found.error
-        satterthwaite += abs(distance) <= stdtrit(found.freedom, 0.975) * found.error
+        freedom = 1 / ((0.9 * by_seeds) ** 2 / 2 + 0.1**2 / 1999) * found.error**4
+        satterthwaite += abs(distance) <= stdtrit(freedom, 0.975) * found.error
     assert f"covers only {100 * satterthwaite / draws:.0f} %" in " ".join(PAGE.read_text().split())
     assert 0.945 <= ours / draws <= 0.965
 

@@ -21,8 +21,8 @@ PAIR_NAMES = [*_SETTING, "pair", "verdict"]
 PAIR_HEADER = [*_SETTING, "pair", "seeds", "items", "difference", "95 %", "p (Holm)", "seen from", "verdict"]
 SIGN = (
     "A difference is the second arm's accuracy minus the first's. Intervals are over seeds and items; with one seed "
-    "over items alone. `seen from` is the smallest true difference that would be called different with 80 % power; "
-    "with one seed, that the items alone would show."
+    "over items alone. `seen from` is the smallest true difference that a further study like this one would call "
+    "different with 80 % power; with one seed, that the items alone would show."
 )
 
 

@@ -161,9 +161,8 @@ judges the same scores by the answers of other items and must be at chance; `no 
 choice alone."""
 
 _DIFFERENCE = """A difference is the second direction's accuracy minus the first's, each in its own reading. `different`
-is said only if p, Holm-adjusted over all pairs of this table, is below 0.05. `seen from` is roughly the smallest true
-difference that would be called different with 80 % power. With three or five seeds it is too small: in simulations the
-power there was 0.6 to 0.7."""
+is said only if p, Holm-adjusted over all pairs of this table, is below 0.05. `seen from` is the smallest true
+difference that a further study like this one would call different with 80 % power."""
 
 _COST = """The direction gap is the native minus the cross-direction accuracy of the same models; of bidirectional
 models, which own both readings, the balance is the accuracy read forward minus the accuracy read backward. Intervals
