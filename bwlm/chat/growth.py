@@ -21,7 +21,7 @@ class TextGrowth:
     """Text that grows with each id, up to a stop text, which is left out.
 
     `text` is what has been given out. Joined at its side, all that `add` and `close` return is the text of the ids,
-    as `Tokenizer.decode` gives it, up to the stop text nearest to where the model began.
+    as `Tokenizer.decode` gives it, up to the stop text that is complete first.
     """
 
     def __init__(self, tokenizer: Tokenizer, reading: str, stops: Sequence[str] = ()) -> None:
@@ -65,19 +65,21 @@ class TextGrowth:
     def _grow(self, new: str) -> str:
         """Take new characters; return those that cannot be part of a stop text."""
         self._held = new + self._held if self.at_front else self._held + new
-        found = [(at, stop) for stop in self._stops if (at := self._find(stop)) >= 0]
+        found = [span for stop in self._stops if (span := self._find(stop))]
         if found:
             self.stopped = True
-            kept = min(self._kept(at, stop) for at, stop in found)
+            # the one that was complete first, however many characters came at once; of two, the longer one
+            _, kept = min(found)
             return self._release(len(self._held) - kept)
         return self._release(max((self._overlap(stop) for stop in self._stops), default=0))
 
-    def _find(self, stop: str) -> int:
-        return self._held.rfind(stop) if self.at_front else self._held.find(stop)
-
-    def _kept(self, at: int, stop: str) -> int:
-        """Return the characters that came before a stop text at `at` in what is held."""
-        return len(self._held) - at - len(stop) if self.at_front else at
+    def _find(self, stop: str) -> tuple[int, int] | None:
+        """Return the characters of what is held up to the end of a stop text, and those that come before it."""
+        at = self._held.rfind(stop) if self.at_front else self._held.find(stop)
+        if at < 0:
+            return None
+        before = len(self._held) - at - len(stop) if self.at_front else at
+        return before + len(stop), before
 
     def _overlap(self, stop: str) -> int:
         """Return the length of the longest part of a stop text at the growing side of what is held."""
