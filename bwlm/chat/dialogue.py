@@ -34,6 +34,13 @@ Speaker = Literal["person", "model"]
 SEPARATOR = "\n\n"
 """Text between two messages to a model of documents."""
 
+_DOES: dict[Manner, tuple[str, str]] = {
+    "goes_on": ("goes on with your text", "writes what came before your text"),
+    "answers": ("answers you", "answers you, each answer from its end"),
+    "asks": ("", "writes the message that yours answers"),
+}
+"""What a model does when it reads forward, and when it reads backward."""
+
 
 @dataclass(frozen=True)
 class Voice:
@@ -69,6 +76,11 @@ class Voice:
         if self.on_documents:
             return "goes_on"
         return "asks" if predicts_user_turn(reading, self.reversal) else "answers"
+
+    def does(self, reading: str) -> str:
+        """Return what the model does in a reading, in words."""
+        words = _DOES[self.manner(reading)]
+        return words[is_mirrored(reading)]
 
     def writes_at_front(self, reading: str) -> bool:
         """Return true if what the model writes comes before what was said so far."""
@@ -167,7 +179,8 @@ class Dialogue:
         assert self.turns[-1].speaker == "person", "the person has not spoken"
         reading = self.turns[-1].reading
         if self.voice.on_documents:
-            return self._document(reading, room)
+            text = SEPARATOR.join(turn.text for turn in self.in_order)
+            return document_prompt(text, reading, self.voice.direction, self.tokenizer, room)
         messages = self.messages
         for dropped in range(0, len(messages), 2):
             front = self.voice.writes_at_front(reading)
@@ -177,18 +190,29 @@ class Dialogue:
                 return Fitted(prompt, dropped)
         raise UserError(f"the message takes {len(prompt.ids)} tokens, and the model has room for {room}: shorten it")
 
-    def _document(self, reading: str, room: int) -> Fitted:
-        head = [self.tokenizer.bos]
-        if is_marked(self.voice.direction):
-            head.append(getattr(self.tokenizer, reading))
-        text = self.tokenizer.encode(SEPARATOR.join(turn.text for turn in self.in_order)).astype(np.int64)
-        dropped = max(0, len(text) - (room - len(head)))
-        kept = text[: len(text) - dropped] if is_mirrored(reading) else text[dropped:]
-        return Fitted(Prompt(head + arrange(kept, reading, len(kept)).tolist(), self.tokenizer.bos), dropped)
-
     def banned(self, prompt: Prompt) -> frozenset[int]:
         """Return the special tokens that no message holds: all but the one that closes it."""
         return frozenset(self.tokenizer.specials.values()) - {prompt.stop}
+
+
+def document_prompt(text: str, reading: str, direction: str, tokenizer: Tokenizer, room: int) -> Fitted:
+    """Return the prompt for a model of documents, in at most `room` ids: the text that it goes on from.
+
+    Tokens that do not fit are left out, those farthest from where the model writes. Without text, it writes a document
+    from nothing.
+    """
+    head = [tokenizer.bos]
+    if is_marked(direction):
+        head.append(getattr(tokenizer, reading))
+    ids = tokenizer.encode(text).astype(np.int64)
+    dropped = max(0, len(ids) - (room - len(head)))
+    kept = ids[: len(ids) - dropped] if is_mirrored(reading) else ids[dropped:]
+    return Fitted(Prompt(head + arrange(kept, reading, len(kept)).tolist(), tokenizer.bos), dropped)
+
+
+def prompt_room(sequence_length: int, max_tokens: int) -> int:
+    """Return the most ids of a prompt, so that the row has room for the answer: `max_tokens`, or half of the row."""
+    return sequence_length + 1 - max(1, min(max_tokens, sequence_length // 2))
 
 
 def from_talk(voice: Voice, tokenizer: Tokenizer, turns: Sequence[Turn]) -> Dialogue:

@@ -131,9 +131,7 @@ def test_stop_texts_by_hand(tokenizer: Tokenizer, text: str, reading: str, stops
 
 @law
 @given(st.text("ab東\n", max_size=14), st.lists(st.text("ab東\n", max_size=4), max_size=3), st.sampled_from(READINGS))
-def test_no_part_of_a_stop_text_is_ever_shown(
-    tokenizer: Tokenizer, text: str, stops: list[str], reading: str
-) -> None:
+def test_no_part_of_a_stop_text_is_ever_shown(tokenizer: Tokenizer, text: str, stops: list[str], reading: str) -> None:
     """The text ends where it would if it came one character at a time, and at no moment shows more than that."""
     kept = cut_by_hand(text, reading, stops)
     for one in (BYTES, tokenizer, MERGED):
