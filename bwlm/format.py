@@ -92,3 +92,15 @@ def wrapped(text: str, width: int, first: str = "", others: str = "  ") -> str:
             break_on_hyphens=False,
         ) or [""]
     return "\n".join(lines)
+
+
+def visible(text: str) -> str:
+    """Return a text in which control characters are pictures of themselves: a model's text steers no terminal."""
+    return "".join(_picture(character) for character in text)
+
+
+def _picture(character: str) -> str:
+    code = ord(character)
+    if character in "\n\t" or 0x20 <= code < 0x7F or code > 0x9F:
+        return character
+    return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else "�"

@@ -1,4 +1,4 @@
-"""The command line `bwlm grid|train|eval|runs|analyze|export|tokenizer|data`: a thin layer over all other packages."""
+"""The command line `bwlm`: a thin layer over all other packages."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 from bwlm import __version__
 from bwlm.cli.analyze import analyze_app
 from bwlm.cli.app import App
+from bwlm.cli.chat import chat, sample
 from bwlm.cli.data import data_app, tokenizer_app
 from bwlm.cli.eval import evaluate
 from bwlm.cli.export import export
@@ -56,6 +57,8 @@ app.command("train")(train)
 app.add_typer(runs_app, name="runs")
 app.add_typer(analyze_app, name="analyze")
 app.command("eval")(evaluate)
+app.command("chat")(chat)
+app.command("sample")(sample)
 app.command("export")(export)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
