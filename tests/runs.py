@@ -31,6 +31,7 @@ STEPS = 12
 NewRun = Callable[..., ExperimentFolder]
 NewFamily = Callable[[str], ExperimentFolder]
 NewChild = Callable[..., ExperimentFolder]
+Answering = Callable[[str, str], ExperimentFolder]
 
 
 def in_process(plan: DirectedPlan, first: int, last: int) -> Iterator[Batch]:
@@ -210,6 +211,44 @@ def new_child(mixture_for: Callable[[str], Prepared]) -> NewChild:
         return make_child(parent, phase, mixture_for(phase), name, **settings)
 
     return make
+
+
+_QUESTIONS = ["the", "river", "stone", "window", "letter", "morning", "captain", "garden", "answer", "shadow"]
+"""Words of the questions, of one to six of them, that all have one answer."""
+ANSWER = "the river"
+
+
+def one_answer(seed: int, count: int) -> list[list[dict[str, str]]]:
+    rng = random.Random(seed)
+    questions = [" ".join(rng.choices(_QUESTIONS, k=rng.randint(1, 6))) for _ in range(count)]
+    return [[{"role": "user", "content": q}, {"role": "assistant", "content": ANSWER}] for q in questions]
+
+
+@pytest.fixture(scope="session")
+def answering(trained_base: NewFamily, prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Answering:
+    """(direction, reversal) -> a finished SFT that has learnt `ANSWER`, or to ask for it, trained once. Read only."""
+    from tests.conftest import run_here  # which reads this module
+
+    held = {"train": one_answer(0, 200), "validation": one_answer(1, 40)}
+    source = ConversationSource("talks.jsonl", 1.0, "7a1c51" + "0" * 10, lambda split: iter(held[split]))
+    width, folder = prepared.manifest.sequence_length, prepared.tokenizer_folder
+    mixtures = tmp_path_factory.mktemp("talks")
+    mixture = prepare_mixture([source], folder, width, True, mixtures, run_here, lambda _: None)
+
+    def trained(direction: str, reversal: str) -> ExperimentFolder:
+        base = trained_base(direction)
+        child = ExperimentFolder(base.path.parent, f"{direction}-{reversal}")
+        if not child.exists():
+            given = {"differs": ["reversal"]} if reversal == "turns" else {}
+            make_child(
+                base, "sft", mixture, child.id, data__reversal=reversal, budget__steps=60, budget__batch_tokens=1024,
+                **given,
+            )  # fmt: skip
+            status = run_phase(child, LocalSession(), in_process)
+            assert status.state == "finished", status.reason
+        return child
+
+    return trained
 
 
 def losses(folder: ExperimentFolder) -> list[float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bwlm.config import Reversal
 from bwlm.model.generate import generate
 from bwlm.text.conversation import Conversation, Message, build_prompt, read_message, render
-from bwlm.text.mixture import ConversationSource, prepare_mixture
-from bwlm.text.packing import run_here
-from bwlm.text.prepare import Prepared
 from bwlm.text.tokenizer import SPECIAL_TOKENS
-from bwlm.train.run import run_phase
-from bwlm.train.session import LocalSession
 from bwlm.trained.chat_template import MARK
 from bwlm.trained.export_hf import export_hf
 from bwlm.trained.load import LoadedModel, load_model
-from tests.runs import NewFamily, in_process, make_child
+from tests.runs import Answering
 
 KINDS = [
     ("forward", "whole"),
@@ -40,36 +34,15 @@ KINDS = [
 Exported = tuple[LoadedModel, Path]
 Export = Callable[[str, str], Exported]
 
-WORDS = ["the", "river", "stone", "window", "letter", "morning", "captain", "garden", "answer", "shadow"]
-
-
-def talks(seed: int, count: int) -> list[list[dict[str, str]]]:
-    """Questions of one to six words that all have one answer, of two words."""
-    rng = random.Random(seed)
-    questions = [" ".join(rng.choices(WORDS, k=rng.randint(1, 6))) for _ in range(count)]
-    return [[{"role": "user", "content": q}, {"role": "assistant", "content": "the river"}] for q in questions]
-
 
 @pytest.fixture(scope="module")
-def exported(trained_base: NewFamily, prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Export:
+def exported(answering: Answering, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """(direction, reversal) -> an SFT that has learnt to answer, or to ask, and its folder; made once."""
-    held = {"train": talks(0, 200), "validation": talks(1, 40)}
-    source = ConversationSource("talks.jsonl", 1.0, "7a1c51" + "0" * 10, lambda split: iter(held[split]))
-    width, folder = prepared.manifest.sequence_length, prepared.tokenizer_folder
-    mixtures = tmp_path_factory.mktemp("talks")
-    mixture = prepare_mixture([source], folder, width, True, mixtures, run_here, lambda _: None)
     made: dict[tuple[str, str], Exported] = {}
 
     def export(direction: str, reversal: str) -> Exported:
         if (direction, reversal) not in made:
-            base = trained_base(direction)
-            given = {"differs": ["reversal"]} if reversal == "turns" else {}
-            child = make_child(
-                base, "sft", mixture, f"{direction}-{reversal}", data__reversal=reversal, budget__steps=60,
-                budget__batch_tokens=1024, **given,
-            )  # fmt: skip
-            status = run_phase(child, LocalSession(), in_process)
-            assert status.state == "finished", status.reason
+            child = answering(direction, reversal)
             loaded = load_model(child.path.parent, child.id)
             target = tmp_path_factory.mktemp("hf") / child.id
             export_hf(loaded, target)
