@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from bwlm.chat.dialogue import Dialogue, Turn, prompt_room
 from bwlm.chat.reply import Reply
 from bwlm.chat.settings import Settings
-from bwlm.errors import UserError, nearest
+from bwlm.errors import UserError, first_line, nearest
 from bwlm.format import counted
 from bwlm.paths import write_json
 
@@ -31,8 +31,8 @@ COMMANDS = {
     "/exit": "",
 }
 _BESIDES = """\
-Ctrl-C stops an answer, which is kept as it is. Alt-Enter begins a new line. A message that begins with / is written
-with // instead."""
+Ctrl-C stops an answer, which is kept as it is. Alt-Enter begins a new line.
+Write // to begin a message with /."""
 
 
 class Outcome(NamedTuple):
@@ -139,13 +139,13 @@ class Talk:
     def _save(self, rest: str) -> Outcome:
         if not rest:
             raise UserError("/save: write the name of a file after it")
-        path = Path(rest).expanduser()
-        if path.exists():
-            raise UserError(f"{rest}: there is such a file already: give another name")
         try:
+            path = Path(rest).expanduser()
+            if path.exists():
+                raise UserError(f"{rest}: there is such a file already: give another name")
             write_json(path, self.to_json())
-        except OSError as error:
-            raise UserError(f"{rest}: cannot be written: {error.strerror}: give another name") from None
+        except (OSError, RuntimeError, ValueError) as error:  # also for a home that is not known, and a NUL
+            raise UserError(f"{rest}: cannot be written: {first_line(error)}") from None
         return Outcome(f"saved in {rest}")
 
     def to_json(self) -> dict[str, Any]:
