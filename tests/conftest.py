@@ -29,7 +29,8 @@ VOCAB_SIZE = 400
 SEQUENCE_LENGTH = 64
 
 _FAULTS = Path(__file__).parent / "faults"
-_WITH_A_HEAD = "test_job"
+_ALONE = ("test_job", "test_pty")
+"""Modules with a Ray head, or a terminal, of their own."""
 _WITH_PROCESSES = ("test_benchmarks", "test_tracking_store", "test_database")
 """Modules that start processes besides Ray's: benchmarks, MLflow servers and clients."""
 
@@ -38,7 +39,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Marks what `make test` runs beside the rest, and what only `make test-faults` runs."""
     if "ray_cluster" in item.fixturenames or item.path.stem in _WITH_PROCESSES:
         item.add_marker(pytest.mark.processes)
-    if item.path.is_relative_to(_FAULTS) or item.path.stem == _WITH_A_HEAD:
+    if item.path.is_relative_to(_FAULTS) or item.path.stem in _ALONE:
         item.add_marker(pytest.mark.faults)
 
 
