@@ -30,6 +30,7 @@ ELSEWHERE = {
     "bwlm eval reversal ": "the items are scored in tests/evaluate/tasks/test_reversal.py",
     **dict.fromkeys(["ray ", "export RAY_AUTH_MODE=token"], "tests/cluster/test_job.py"),
     "bwlm analyze scores --from forward:0=": "tests/test_cli_scores.py",
+    "printf ": "tests/test_cli_chat.py",
     "python benchmarks/": "tests/test_benchmarks.py",
 }
 
@@ -76,8 +77,9 @@ class NewUser:
             words = shlex.split(command)
             assert words[0] == "bwlm", f"{command}: run it here, or say in ELSEWHERE which test does"
             self._done[command] = subprocess.run(
-                words, cwd=self.folder, env=self._environment, capture_output=True, text=True, timeout=300
-            )
+                words, cwd=self.folder, env=self._environment, capture_output=True, text=True, timeout=300,
+                stdin=subprocess.DEVNULL,
+            )  # fmt: skip
         return self._done[command]
 
 
