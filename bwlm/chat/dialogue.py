@@ -1,4 +1,4 @@
-"""What a person and a model say in turn, and what the model is given to write its next message.
+"""Dialogues of a person and a model: their turns, and the prompt for what the model writes next.
 
 A model writes in one of three manners, which follow from how it was trained:
 
@@ -39,12 +39,12 @@ _DOES: dict[Manner, tuple[str, str]] = {
     "answers": ("answers you", "answers you, each answer from its end"),
     "asks": ("", "writes the message that yours answers"),
 }
-"""What a model does when it reads forward, and when it reads backward."""
+"""Words for what a model does when it reads forward, and when it reads backward."""
 
 
 @dataclass(frozen=True)
 class Voice:
-    """How a model talks, as its checkpoint says."""
+    """Way in which a model talks, as its checkpoint says."""
 
     direction: str
     reversal: Reversal

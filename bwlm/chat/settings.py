@@ -15,7 +15,7 @@ _OFF = ("off", "none")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model writes its messages; temperature and `top_k` are nanochat's. Raises `UserError` for a wrong value."""
+    """Settings of a model's messages; temperature and `top_k` are nanochat's. Raises `UserError` for a wrong value."""
 
     temperature: float = 0.6
     top_k: int | None = 50

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from bwlm.chat.dialogue import Dialogue, Turn, prompt_room
 from bwlm.chat.reply import Reply
 from bwlm.chat.settings import Settings
+from bwlm.directions import TEXT_READINGS
 from bwlm.errors import UserError, first_line, nearest
 from bwlm.format import counted
 from bwlm.paths import write_json
@@ -36,7 +38,7 @@ Write // to begin a message with /."""
 
 
 class Outcome(NamedTuple):
-    """What follows from a line."""
+    """Consequence of a line."""
 
     told: str = ""
     """Lines for the person."""
@@ -96,8 +98,7 @@ class Talk:
         if rest and name not in ("/set", "/save"):
             raise UserError(f"{name}: takes nothing after it (found {rest[:40]!r})")
         does: dict[str, Callable[[], Outcome]] = {
-            "/forward": lambda: self._read("forward"),
-            "/backward": lambda: self._read("backward"),
+            **{f"/{reading}": partial(self._read, reading) for reading in TEXT_READINGS},
             "/retry": self._retry,
             "/undo": self._undo,
             "/clear": self._clear,

@@ -23,7 +23,7 @@ class Talkable:
     created: float
     """Seconds since 1970."""
     does: dict[str, str]
-    """What the model does, by reading."""
+    """Words for what the model does, by reading."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the run as JSON."""

@@ -36,7 +36,7 @@ _HOW_TO_LEAVE = "Ctrl-D or /quit leaves"
 
 
 class Face(Protocol):
-    """Where lines come from, and where answers go."""
+    """Place that lines come from and answers go to."""
 
     def read(self, reading: str) -> str | None:
         """Return the next line of the person, who is asked to be answered in a reading; None at the end."""

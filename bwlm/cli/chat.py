@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,7 +21,7 @@ from bwlm.cli.terminal import (
     show_table,
     whole_option,
 )
-from bwlm.directions import BASELINE, DIRECTIONS
+from bwlm.directions import BASELINE, DIRECTIONS, TEXT_READINGS
 from bwlm.errors import UserError, nearest
 from bwlm.format import counted, visible
 from bwlm.phases import PHASES
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from bwlm.chat.talkable import Talkable
     from bwlm.config import Experiment
     from bwlm.trained.load import LoadedModel
+
+_AUTO = "auto"
+_READINGS = (_AUTO, *TEXT_READINGS)
 
 Temperature = Annotated[float | None, number_option("0: the likeliest token; above 1: more random.")]
 TopK = Annotated[int | None, whole_option("Draw from this many likeliest tokens; 0: from all.", 0)]
@@ -135,11 +138,9 @@ def _load(root: Path, checkpoint: str) -> tuple[LoadedModel, Voice]:
     folder, _ = find_checkpoint(root, checkpoint)
     voice = Voice.from_experiment(folder.config().experiment)
     with loading():
-        import torch
-
-        from bwlm.trained.load import load_model
+        from bwlm.trained.load import best_device, load_model
     with working(f"loading {checkpoint}"):
-        loaded = load_model(root, checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+        loaded = load_model(root, checkpoint, best_device())
     if loaded.step < loaded.config.steps:
         say(f"{checkpoint}: step {loaded.step:,} of {loaded.config.steps:,}: the model has not finished training")
     return loaded, voice
@@ -222,9 +223,12 @@ def sample(
         ),
     ],
     reading: Annotated[
-        Literal["auto", "forward", "backward"],
-        typer.Option(help="Direction in which it writes. auto: the one it was trained in, forward first."),
-    ] = "auto",
+        str,
+        typer.Option(
+            help=f"Direction in which it writes: {', '.join(_READINGS)}. {_AUTO} is the one of its training; of two, "
+            f"{BASELINE}."
+        ),
+    ] = _AUTO,
     num_samples: Annotated[int, whole_option("Number of texts.", 1)] = 4,
     prompt: Annotated[
         str, typer.Option(help="Text that it goes on with, or backward writes before. Default: none.")
@@ -252,6 +256,7 @@ def sample(
     from bwlm.record.experiment import find_checkpoint
 
     root = storage_root(storage)
+    _check_one_of("--reading", reading, _READINGS)
     chosen = _reading(checkpoint, find_checkpoint(root, checkpoint)[0].config().experiment, reading)
     loaded, voice = _load(root, checkpoint)
     from bwlm.chat.engine import Engine
@@ -276,9 +281,9 @@ def _reading(checkpoint: str, experiment: Experiment, asked: str) -> str:
     if not PHASES[experiment.phase].reads_documents:
         raise UserError(f"{checkpoint}: a model of conversations ({experiment.phase}): use bwlm chat {checkpoint}")
     readings = DIRECTIONS[experiment.direction].readings
-    if asked != "auto" and asked not in readings:
+    if asked != _AUTO and asked not in readings:
         raise UserError(f"--reading {asked}: {checkpoint} was trained {experiment.direction} and cannot write {asked}")
-    return readings[0] if asked == "auto" else asked
+    return readings[0] if asked == _AUTO else asked
 
 
 def _as_json(samples: Samples) -> dict[str, Any]:
@@ -296,6 +301,6 @@ def _show_samples(samples: Samples, reading: str, prompt: str) -> None:
 
 
 _ENDS = {"stop": "ended", "length": "cut at the length limit"}
-"""How a text ended, in words."""
+"""Words for the end of a text."""
 _SLOTS = 64
 """Most texts that are decoded together."""

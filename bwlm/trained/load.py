@@ -71,6 +71,11 @@ def load_model(
     return LoadedModel(model.to(device).eval(), tokenizer, config, meta, loaded_step, folder.link())
 
 
+def best_device() -> str:
+    """Return `cuda` where torch sees a GPU, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _read(folder: ExperimentFolder, candidates: list[int], tokenizer: Tokenizer) -> tuple[int, Tensors, dict[str, Any]]:
     """Return step, weights and metadata of the first candidate that is whole."""
     damage: list[str] = []
