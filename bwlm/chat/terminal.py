@@ -176,6 +176,8 @@ class Screen:
         """Draw as much as the screen has room for from the front, where the text grows; at the end all of it."""
         with Live(console=self._console, auto_refresh=False, transient=True, vertical_overflow="crop") as live:
             yield lambda: live.update(drawn(talk.dialogue, reply.text), refresh=True)
+            # rich draws the last state once more, as tall as it is, and then clears only what fits the screen
+            live.update("", refresh=True)
         self._console.print(drawn(talk.dialogue, reply.text))
 
 

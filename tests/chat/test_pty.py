@@ -13,10 +13,13 @@ import pexpect
 import pyte
 import pytest
 
+from bwlm.chat.terminal import converse
+from bwlm.format import visible
 from bwlm.model.gpt import GPT
 from bwlm.record.checkpoint import KeepPolicy, load_newest, write_checkpoint
 from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.text.prepare import Prepared
+from tests.chat.test_terminal import GREEDY, Script, talk_with
 from tests.runs import ANSWER, Answering, NewFamily, make_run
 
 COLUMNS, LINES = 80, 24
@@ -26,21 +29,21 @@ BWLM = Path(sys.executable).parent / "bwlm"
 class Terminal:
     """A terminal of 24 lines in which a command runs, and what stands on its screen."""
 
-    def __init__(self, state: Path, *arguments: str) -> None:
+    def __init__(self, state: Path, *arguments: str, lines: int = LINES, columns: int = COLUMNS) -> None:
         environment = os.environ | {"TERM": "xterm-256color", "XDG_STATE_HOME": str(state), "LANG": "C.UTF-8"}
         for name in ("COLUMNS", "LINES", "NO_COLOR"):
             environment.pop(name, None)
         self.process = pexpect.spawn(
-            str(BWLM), list(arguments), dimensions=(LINES, COLUMNS), env=environment, timeout=60
+            str(BWLM), list(arguments), dimensions=(lines, columns), env=environment, timeout=60
         )
-        self._screen = pyte.HistoryScreen(COLUMNS, LINES, history=500)
+        self._screen = pyte.HistoryScreen(columns, lines, history=500)
         self._screen.write_process_input = lambda data: self.process.send(data)  # answers where the cursor is
         self._stream = pyte.ByteStream(self._screen)
 
     @property
     def lines(self) -> list[str]:
         """What was ever printed and still stands: the lines that were scrolled off, and those of the screen."""
-        above = ["".join(line[x].data for x in range(COLUMNS)) for line in self._screen.history.top]
+        above = ["".join(line[x].data for x in range(self._screen.columns)) for line in self._screen.history.top]
         return [line.rstrip() for line in [*above, *self._screen.display]]
 
     @property
@@ -71,8 +74,8 @@ def terminal(tmp_path: Path) -> Iterator[NewTerminal]:
     """(arguments) -> `bwlm chat` with them, in a terminal; all share one history."""
     opened: list[Terminal] = []
 
-    def start(*arguments: str) -> Terminal:
-        opened.append(Terminal(tmp_path / "state", "chat", *arguments))
+    def start(*arguments: str, **size: int) -> Terminal:
+        opened.append(Terminal(tmp_path / "state", "chat", *arguments, **size))
         return opened[-1]
 
     yield start
@@ -139,6 +142,25 @@ def test_a_backward_talk_grows_upward_in_the_order_of_time(answering: Answering,
         # a screen may be read while a line is drawn, so that its end is missing
         assert all(any(part in question for question in asked) for part in grown), "a wrong text was shown"
         assert any(part and part != asked[0] and asked[0].endswith(part) for part in grown), "it did not grow"
+
+
+def test_a_text_that_is_taller_than_the_screen_stands_there_once(
+    trained_base: NewFamily, terminal: NewTerminal
+) -> None:
+    """While it grows, the screen holds its front alone; of that nothing stays when the whole is printed."""
+    folder = trained_base("backward")
+    talk, engine, _ = talk_with(folder, replace(GREEDY, max_tokens=60))
+    converse(talk, engine, Script(["the river."]))
+    whole = talk.dialogue.turns[-1].text + "the river."
+    options = ("--temperature", "0", "--top-k", "0", "--max-tokens", "60")
+    window = terminal(folder.id, "--storage", str(folder.path.parent), *options, lines=6, columns=20)
+    window.answered("←", 1)
+    window.type("the river.\r")
+    moments = window.answered("←", 2)
+    _, _, shown = window.text.partition("← the river.\n")
+    assert shown.count("\n") > 8, "it is no taller than the screen"
+    assert "".join(shown.removesuffix("←").split()) == "".join(visible(whole).split())
+    assert any(moment.count("\n") > 3 and not moment.endswith("river.") for moment in moments), "it did not grow"
 
 
 def test_a_talk_in_both_directions(answering: Answering, terminal: NewTerminal) -> None:
