@@ -71,7 +71,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Event:
-    """What one step brought to one request."""
+    """Result of one step for one request."""
 
     request: str
     token: Scored | None = None

@@ -18,7 +18,7 @@ _LEAST_TEMPERATURE = 1e-30
 
 @dataclass(frozen=True)
 class Sampling:
-    """How ids are chosen: greedily at temperature 0; else drawn from softmax(logits / temperature), filtered.
+    """Settings of the choice of ids: the best at temperature 0, else drawn from softmax(logits / temperature).
 
     Applied in this order: `repetition_penalty`, `banned`, `temperature`, `top_k`, `top_p`, `min_p`. Raises `ValueError`
     for a value out of its range.
