@@ -167,7 +167,9 @@ class Dialogue:
         assert self.turns[-1].speaker == "person", "the person has not spoken"
         reading = self.turns[-1].reading
         if self.voice.on_documents:
-            return self._document(reading, room)
+            text = SEPARATOR.join(turn.text for turn in self.in_order)
+            prompt, left_out = document_prompt(self.voice, self.tokenizer, text, reading, room)
+            return Fitted(prompt, len(left_out))
         messages = self.messages
         for dropped in range(0, len(messages), 2):
             front = self.voice.writes_at_front(reading)
@@ -177,18 +179,32 @@ class Dialogue:
                 return Fitted(prompt, dropped)
         raise UserError(f"the message takes {len(prompt.ids)} tokens, and the model has room for {room}: shorten it")
 
-    def _document(self, reading: str, room: int) -> Fitted:
-        head = [self.tokenizer.bos]
-        if is_marked(self.voice.direction):
-            head.append(getattr(self.tokenizer, reading))
-        text = self.tokenizer.encode(SEPARATOR.join(turn.text for turn in self.in_order)).astype(np.int64)
-        dropped = max(0, len(text) - (room - len(head)))
-        kept = text[: len(text) - dropped] if is_mirrored(reading) else text[dropped:]
-        return Fitted(Prompt(head + arrange(kept, reading, len(kept)).tolist(), self.tokenizer.bos), dropped)
-
     def banned(self, prompt: Prompt) -> frozenset[int]:
         """Return the special tokens that no message holds: all but the one that closes it."""
         return frozenset(self.tokenizer.specials.values()) - {prompt.stop}
+
+
+def document_prompt(voice: Voice, tokenizer: Tokenizer, text: str, reading: str, room: int) -> tuple[Prompt, list[int]]:
+    """Return the prompt for what follows a text, or read backward for what comes before it, in at most `room` ids.
+
+    Of a longer text the ids farthest from where the model writes are left out; they are returned too.
+    """
+    head = document_head(voice, tokenizer, reading)
+    ids = tokenizer.encode(text).astype(np.int64)
+    extra = max(0, len(ids) - (room - len(head)))
+    cut = len(ids) - extra if is_mirrored(reading) else extra
+    kept, left_out = (ids[:cut], ids[cut:]) if is_mirrored(reading) else (ids[cut:], ids[:cut])
+    return Prompt(head + arrange(kept, reading, len(kept)).tolist(), tokenizer.bos), left_out.tolist()
+
+
+def document_head(voice: Voice, tokenizer: Tokenizer, reading: str) -> list[int]:
+    """Return the ids before a document: BOS, and the marker of the reading if the model has two."""
+    return [tokenizer.bos, getattr(tokenizer, reading)] if is_marked(voice.direction) else [tokenizer.bos]
+
+
+def prompt_room(sequence_length: int, max_tokens: int) -> int:
+    """Return the most ids of a prompt: `max_tokens` stay free for the answer, at most half of the context."""
+    return sequence_length - min(max_tokens, sequence_length // 2)
 
 
 def from_talk(voice: Voice, tokenizer: Tokenizer, turns: Sequence[Turn]) -> Dialogue:

@@ -1,4 +1,4 @@
-"""The command line `bwlm grid|train|eval|runs|analyze|export|tokenizer|data`: a thin layer over all other packages."""
+"""The command line `bwlm grid|train|eval|serve|runs|analyze|export|tokenizer|data`, over all other packages."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from bwlm.cli.eval import evaluate
 from bwlm.cli.export import export
 from bwlm.cli.grid import grid_app
 from bwlm.cli.runs import runs_app
+from bwlm.cli.serve import serve
 from bwlm.cli.streams import finish_writing, tolerate_any_text
 from bwlm.cli.terminal import LogLines, say
 from bwlm.cli.train import train
@@ -56,6 +57,7 @@ app.command("train")(train)
 app.add_typer(runs_app, name="runs")
 app.add_typer(analyze_app, name="analyze")
 app.command("eval")(evaluate)
+app.command("serve")(serve)
 app.command("export")(export)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
