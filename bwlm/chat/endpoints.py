@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -21,7 +22,11 @@ from starlette.types import Receive, Scope, Send
 from bwlm.chat.answer import Answer, Echo
 from bwlm.chat.dialogue import document_head, document_prompt, prompt_room
 from bwlm.chat.engine import Event
-from bwlm.chat.protocol import ChatRequest, CompletionRequest
+from bwlm.chat.engine import Request as EngineRequest
+from bwlm.chat.infill import Infill
+from bwlm.chat.metrics import CONTENT_TYPE, ServerMetrics
+from bwlm.chat.protocol import ChatRequest, CompletionRequest, InfillRequest, RerankRequest
+from bwlm.chat.rerank import rank, results
 from bwlm.chat.served import ServedModel, find
 from bwlm.chat.wire import ChatWire, CompletionWire, Wire, error_object, to_line
 from bwlm.errors import BwlmError, UserError
@@ -47,6 +52,7 @@ class Hub:
     models: Sequence[ServedModel]
     seconds: float
     """Longest time of a request."""
+    metrics: ServerMetrics
     stopping: bool = False
 
     def stop(self) -> None:
@@ -83,6 +89,18 @@ def as_json(content: Any, status: int = 200, headers: Mapping[str, str] | None =
 async def health(request: Request) -> Response:
     """Tell whether requests are taken."""
     return as_json({"status": "stopping"}, 503) if _hub(request).stopping else as_json({"status": "ok"})
+
+
+@router.get("/stats")
+async def stats(request: Request) -> Response:
+    """Tell how busy the models are, and how fast."""
+    return as_json(_hub(request).metrics.stats())
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Give the figures to Prometheus."""
+    return Response(_hub(request).metrics.exposition(), media_type=CONTENT_TYPE)
 
 
 @router.get("/v1/models")
@@ -163,12 +181,80 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
     return await _write(request, model, wire, body.stream)
 
 
-async def _write(request: Request, model: ServedModel, wire: Wire, streamed: bool) -> Response:
-    """Let the model write, and return the whole response, or a stream that has had its first event."""
+@router.post("/v1/rerank")
+@router.post("/v2/rerank")
+@router.post("/rerank")
+async def rerank(request: Request, body: RerankRequest) -> Response:
+    """Order documents by how well a query follows from them."""
+    model, reading = find(_hub(request).models, body.model, body.direction)
+    ranking = rank(model, reading, body.query, body.documents)
+    # one after the other: reading is not faster at once, and others get their turn
+    events = await _all_events(request, model, ranking.requests, at_once=1)
+    scores = [ranking.score(events[one.id][-1]) for one in ranking.requests]
+    most = body.top_n or len(scores)
+    tokens = sum(len(one.ids) for one in ranking.requests)
+    return as_json(
+        {
+            "id": f"rerank-{uuid.uuid4().hex}",
+            "model": body.model or model.name,
+            "direction": reading,
+            "rendered_as": "conversation" if model.voice.manner(reading) == "asks" else "document",
+            "results": results(scores, ranking.query_ids, body.documents, most, body.return_documents),
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+    )
+
+
+@router.post("/infill")
+async def infill(request: Request, body: InfillRequest) -> Response:
+    """Write the middle of a text from both sides, and return the text that makes the whole likeliest."""
+    model, _ = find(_hub(request).models, body.model, None)
+    task = Infill(model, body)
+    written = await _all_events(request, model, task.writing)
+    candidates = task.candidates({id: [e.token.id for e in events if e.token] for id, events in written.items()})
+    scored = await _all_events(request, model, [r for one in candidates for r in one.requests], at_once=1)
+    middles = task.ranked(candidates, {id: events[-1] for id, events in scored.items()})
+    return as_json(
+        {
+            "content": middles[0]["content"],
+            "model": body.model or model.name,
+            "stop": True,
+            "tokens_predicted": len(task.writing) * body.n_predict,
+            "tokens_evaluated": sum(len(one.ids) for one in task.writing),
+            "dropped": task.left_out,
+            "candidates": middles,
+        }
+    )
+
+
+async def _all_events(
+    request: Request, model: ServedModel, requests: Sequence[EngineRequest], at_once: int | None = None
+) -> dict[str, list[Event]]:
+    """Return all that the engine brought, by request."""
+    events: dict[str, list[Event]] = {one.id: [] for one in requests}
+
+    async def collect(stream: AsyncGenerator[Event]) -> None:
+        async with aclosing(stream):
+            async for event in stream:
+                events[event.request].append(event)
+
+    await while_connected(request, collect(_begin(request, model, requests, at_once)))
+    return events
+
+
+def _begin(
+    request: Request, model: ServedModel, requests: Sequence[EngineRequest], at_once: int | None = None
+) -> AsyncGenerator[Event]:
+    """Return what the engine will bring. Raises `Stopping` if no requests are taken any more."""
     hub = _hub(request)
     if hub.stopping:
         raise Stopping("the server stops")
-    events = model.running().stream(*(answer.request for answer in wire.answers), seconds=hub.seconds)
+    return hub.metrics.timed(model, model.running().stream(*requests, at_once=at_once, seconds=hub.seconds))
+
+
+async def _write(request: Request, model: ServedModel, wire: Wire, streamed: bool) -> Response:
+    """Let the model write, and return the whole response, or a stream that has had its first event."""
+    events = _begin(request, model, [answer.request for answer in wire.answers])
     if streamed:
         first = await while_connected(request, anext(events))
         return _EventStream(_closed_by_error(wire.lines(_after(first, events))), events)

@@ -63,23 +63,14 @@ class _Body(BaseModel):
 class Generation(_Body):
     """Fields that say by which model, and how, text is written."""
 
-    default_tokens: ClassVar[int]
-
     model: Name | None = None
     """`ID` or `ID:reading`; without one the first model."""
-    direction: Reading | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_k: Annotated[int, Field(ge=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[list[StopText], Field(max_length=16)] = []
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _as_list(cls, stop: Any) -> Any:
-        return [stop] if isinstance(stop, str) else stop
 
 
 class _StreamOptions(_Body):
@@ -90,10 +81,20 @@ class _StreamOptions(_Body):
 class WritingRequest(Generation):
     """Fields that OpenAI's two endpoints share."""
 
+    default_tokens: ClassVar[int]
+
+    direction: Reading | None = None
+    """Reading in which to write; by default the one that the model's name says, or else its first."""
+    stop: Annotated[list[StopText], Field(max_length=16)] = []
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _as_list(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
 
     @property
     def limit(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from bwlm.chat.answer import Answer, Echo
 from bwlm.chat.dialogue import SEPARATOR, Dialogue, Turn, Voice, from_talk
 from bwlm.chat.engine import Engine, Request
 from bwlm.chat.growth import TextGrowth
-from bwlm.chat.protocol import ChatMessage, Generation
+from bwlm.chat.protocol import ChatMessage, Generation, WritingRequest
 from bwlm.chat.service import EngineService
 from bwlm.errors import UserError, nearest
 from bwlm.model.sampling import Sampling
@@ -54,6 +55,7 @@ class ServedModel:
             "parameters": loaded.config.parameters.total,
             "run": loaded.config.id,
             "step": loaded.step,
+            "created": int(time.time()),
             "fingerprint": loaded.config.fingerprint,
             "tokenizer": loaded.tokenizer.digest,
         }
@@ -103,9 +105,14 @@ class ServedModel:
             turns[0] = turns[0]._replace(text=f"{system}{SEPARATOR}{turns[0].text}")
         return from_talk(self.voice, self.tokenizer, turns)
 
+    def sampling(self, body: Generation, closing: int | None) -> Sampling:
+        """Return how a request wants ids to be chosen; of special tokens `closing` alone may come."""
+        banned = frozenset(self.tokenizer.specials.values()) - {closing}
+        return Sampling(body.temperature, body.top_k, body.top_p, body.min_p, body.repetition_penalty, banned)
+
     def answers(
         self,
-        body: Generation,
+        body: WritingRequest,
         limit: int,
         prompt: Prompt,
         reading: str,
@@ -118,8 +125,7 @@ class ServedModel:
         With `logprobs` the log-probability of each token is given, and this many of the likeliest ones.
         """
         seed = secrets.randbits(63) if body.seed is None else body.seed
-        banned = frozenset(self.tokenizer.specials.values()) - {prompt.stop}
-        sampling = Sampling(body.temperature, body.top_k, body.top_p, body.min_p, body.repetition_penalty, banned)
+        sampling = self.sampling(body, prompt.stop)
         return [
             Answer(
                 index,

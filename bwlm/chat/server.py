@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
@@ -26,6 +27,7 @@ from bwlm.chat.access import LOCAL, Access
 from bwlm.chat.endpoints import FAILED, ClientLeft, Hub, Stopping, as_json, router
 from bwlm.chat.engine import Busy
 from bwlm.chat.guard import SECURITY_HEADERS, Guard
+from bwlm.chat.metrics import Counted, ServerMetrics
 from bwlm.chat.protocol import BODIES
 from bwlm.chat.served import ServedModel, UnknownModel
 from bwlm.chat.service import EngineService, OutOfTime
@@ -38,13 +40,16 @@ PAGE = Path(__file__).parent / "page"
 def build_app(models: Sequence[ServedModel], access: Access = LOCAL, seconds: float = 300.0) -> FastAPI:
     """Return the app, whose engines run as long as it does. A request may take `seconds`."""
     app = FastAPI(title="bwlm", docs_url=None, redoc_url=None, lifespan=_lifespan)
-    app.state.hub = Hub(models, seconds)
+    metrics = ServerMetrics(models)
+    app.state.hub = Hub(models, seconds, metrics)
     for error, answer in _ANSWERS.items():
         app.exception_handler(error)(answer)
     app.include_router(router)
     app.mount("/", StaticFiles(directory=PAGE, html=True))
     files = {f"/{path.relative_to(PAGE)}" for path in PAGE.rglob("*") if path.is_file()}
+    endpoints = frozenset(route.path for route in router.routes if isinstance(route, APIRoute))
     app.add_middleware(Guard, access=access, open_paths=frozenset({"/", "/health", *files}))
+    app.add_middleware(Counted, metrics=metrics, paths=endpoints)
     return app
 
 
