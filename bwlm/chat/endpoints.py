@@ -128,12 +128,12 @@ async def model_info(request: Request, model: str | None = None) -> Response:
 async def chat(request: Request, body: ChatRequest) -> Response:
     """Write the next message of a talk."""
     model, reading = find(_hub(request).models, body.model, body.direction)
-    model.check_limit(body.limit)
+    limit = model.limit(body)
     dialogue = model.dialogue(body.messages, reading)
     reading = dialogue.turns[-1].reading
-    prompt, dropped = dialogue.prompt(prompt_room(model.context, body.limit))
+    prompt, dropped = dialogue.prompt(prompt_room(model.context, limit))
     logprobs = body.top_logprobs if body.logprobs else None
-    answers = model.answers(body, body.limit, prompt, reading, range(body.n), logprobs)
+    answers = model.answers(body, limit, prompt, reading, range(body.n), logprobs)
     wire = ChatWire(
         model=body.model or model.name,
         direction=reading,
@@ -152,7 +152,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
 async def complete(request: Request, body: CompletionRequest) -> Response:
     """Go on with texts, or score them."""
     model, reading = find(_hub(request).models, body.model, body.direction)
-    model.check_limit(body.limit)
+    limit = model.limit(body)
     scored = body.logprobs is not None
     if body.stream and body.echo and scored:
         raise UserError("stream: log-probabilities of an echoed prompt come in one piece: leave stream out")
@@ -160,11 +160,11 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
     answers: list[Answer] = []
     prompt_tokens = dropped = 0
     for text in body.prompt:
-        room = prompt_room(model.context, body.limit)
+        room = prompt_room(model.context, limit)
         prompt, left_out = document_prompt(model.voice, model.tokenizer, text, reading, room)
         indices = range(len(answers), len(answers) + body.n)
         echo = Echo(text, head, left_out) if body.echo else None
-        answers += model.answers(body, body.limit, prompt, reading, indices, body.logprobs, echo)
+        answers += model.answers(body, limit, prompt, reading, indices, body.logprobs, echo)
         prompt_tokens += len(prompt.ids)
         dropped += len(left_out)
     wire = CompletionWire(

@@ -85,7 +85,7 @@ class Guard:
         if self.access.token is None:
             return True
         kind, _, token = authorization.partition(" ")
-        right = hmac.compare_digest(token.strip().encode(), self.access.token.encode())
+        right = hmac.compare_digest(token.strip().encode("latin-1"), self.access.token.encode())
         return kind.lower() == "bearer" and right
 
     async def _body(self, receive: Receive) -> bytes:

@@ -82,6 +82,7 @@ class WritingRequest(Generation):
     """Fields that OpenAI's two endpoints share."""
 
     default_tokens: ClassVar[int]
+    """Most tokens of an answer if nothing is said, and the context has so many."""
 
     direction: Reading | None = None
     """Reading in which to write; by default the one that the model's name says, or else its first."""
@@ -97,9 +98,9 @@ class WritingRequest(Generation):
         return [stop] if isinstance(stop, str) else stop
 
     @property
-    def limit(self) -> int:
-        """Most tokens of an answer."""
-        return self.default_tokens if self.max_tokens is None else self.max_tokens
+    def limit(self) -> int | None:
+        """Most tokens of an answer, None if nothing is said."""
+        return self.max_tokens
 
 
 class ChatMessage(_Body):
@@ -136,9 +137,9 @@ class ChatRequest(WritingRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
 
     @property
-    def limit(self) -> int:
-        """Most tokens of an answer."""
-        return self.max_completion_tokens or super().limit
+    def limit(self) -> int | None:
+        """Most tokens of an answer, None if nothing is said."""
+        return self.max_completion_tokens or self.max_tokens
 
     @field_validator("messages")
     @classmethod

@@ -80,10 +80,13 @@ class ServedModel:
         assert self.service is not None, "the server runs"
         return self.service
 
-    def check_limit(self, max_tokens: int) -> None:
-        """Raise `UserError` for more tokens than the context has."""
-        if max_tokens > self.context:
-            raise UserError(f"max_tokens: {max_tokens}, and the model's context has {self.context}: ask for fewer")
+    def limit(self, body: WritingRequest) -> int:
+        """Return the most tokens of an answer. Raises `UserError` for more than the context has."""
+        if body.limit is None:
+            return min(body.default_tokens, self.context)
+        if body.limit > self.context:
+            raise UserError(f"max_tokens: {body.limit}, and the model's context has {self.context}: ask for fewer")
+        return body.limit
 
     def dialogue(self, messages: Sequence[ChatMessage], reading: str) -> Dialogue:
         """Return the dialogue of messages, in the order of the talk; `reading` is that of messages that name none.

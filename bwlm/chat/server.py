@@ -6,6 +6,7 @@ Not here: what the endpoints do (`endpoints.py`), and who may ask (`guard.py`).
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import signal
 import socket
@@ -58,17 +59,19 @@ def run_server(app: FastAPI, listening: socket.socket, grace: float) -> int | No
 
     After it no request is taken, and those that run have `grace` seconds.
     """
-    config = uvicorn.Config(
+    return _Server(server_config(app, grace), app.state.hub, grace).run_until_signal(listening)
+
+
+def server_config(app: FastAPI, grace: float) -> uvicorn.Config:
+    """Return how uvicorn runs the app; its own limit on the end is a little longer than `grace`."""
+    return uvicorn.Config(
         app,
         log_config=None,
-        log_level="warning",
         access_log=False,
         ws="none",
         server_header=False,
-        # what is left of the streams' time, and a little for their last lines
-        timeout_graceful_shutdown=int(grace) + 2,
+        timeout_graceful_shutdown=math.ceil(grace) + 2,
     )
-    return _Server(config, app.state.hub, grace).run_until_signal(listening)
 
 
 class _Server(uvicorn.Server):
