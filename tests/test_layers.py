@@ -42,7 +42,7 @@ ROOMS: dict[str, set[str]] = {
         "record",
         "text",
         "stats",
-    },  # fmt: skip
+    },
     "jobs": {"cli"},
     "__main__": {"cli"},
 }

@@ -48,8 +48,11 @@ def serve(
     """
     from bwlm.chat.access import LOOPBACK, Access
     from bwlm.paths import storage_root
+    from bwlm.record.experiment import find_checkpoint
 
-    root = storage_root(storage)
+    root, names = storage_root(storage), list(dict.fromkeys(runs))
+    for name in names:
+        find_checkpoint(root, name)
     if host not in LOOPBACK and not token:
         raise UserError(f"--host {host}: others can reach it: set a token with --token or ${TOKEN}")
     listening = _listen(host, port)
@@ -58,7 +61,7 @@ def serve(
             from bwlm.chat.loading import load_served
 
             build_app, run_server = _server()
-        models = load_served(root, list(dict.fromkeys(runs)), slots, waiting, threads, precision)
+        models = load_served(root, names, slots, waiting, threads, precision)
         app = build_app(models, Access(LOOPBACK | {host, *(allow_host or [])}, token))
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         say(f"serving {', '.join(model.name for model in models)} on {address} (Ctrl-C ends it)")
