@@ -19,6 +19,7 @@ import httpx
 import openai
 import psutil
 import pytest
+from openai.types import Completion
 
 from tests.runs import NewFamily
 
@@ -51,15 +52,19 @@ def process(storage: Path, *options: str) -> Iterator[Process]:
         popen.stderr.close()
 
 
+def long_stream(server: Process, model: str) -> openai.Stream[Completion]:
+    """A stream of sixteen texts, one after the other in one slot, of which the first has begun."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    stream = client.completions.create(model=model, prompt="river", n=16, max_tokens=60, stream=True, temperature=0)
+    next(iter(stream))
+    return stream
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_lets_streams_end(number: signal.Signals, code: int, trained_base: NewFamily) -> None:
     run = trained_base("backward")
     with process(run.path.parent, run.id, "--slots", "1") as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-        stream = client.completions.create(
-            model=run.id, prompt="river", n=16, max_tokens=60, stream=True, temperature=0
-        )
-        next(iter(stream))
+        stream = long_stream(server, run.id)
         server.popen.send_signal(number)
         ends = Counter(chunk.choices[0].finish_reason for chunk in stream)
         assert sum(ends[reason] for reason in ("stop", "length")) == 16, "all came to their ends"
@@ -73,11 +78,7 @@ def test_a_signal_lets_streams_end(number: signal.Signals, code: int, trained_ba
 def test_a_stream_that_takes_longer_than_the_grace_ends_with_an_error(trained_base: NewFamily) -> None:
     run = trained_base("forward")
     with process(run.path.parent, run.id, "--slots", "1", "--grace", "0") as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-        stream = client.completions.create(
-            model=run.id, prompt="river", n=16, max_tokens=60, stream=True, temperature=0
-        )
-        next(iter(stream))
+        stream = long_stream(server, run.id)
         server.popen.send_signal(signal.SIGTERM)
         with pytest.raises(openai.APIError, match="the server stops"):
             list(stream)
