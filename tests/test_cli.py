@@ -457,6 +457,7 @@ def test_every_option_that_is_an_integer_takes_it_in_any_form() -> None:
     assert {place.split()[-1] for place in integers} == {
         *("depth", "seed", "rows", "resamples"),
         *("max_examples", "shots", "samples", "shown"),
+        *("port", "slots", "waiting", "threads", "grace"),
     }
     for place, option in integers.items():
         assert option.parser is not None, place

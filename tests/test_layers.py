@@ -75,7 +75,7 @@ HEAVY = {
     "tiktoken": ["text.tokenizer"],
     "typer": ["cli"],
     "fastapi": ["chat.server", "chat.endpoints"],
-    "starlette": ["chat.server", "chat.endpoints", "chat.guard"],
+    "starlette": ["chat.server", "chat.endpoints", "chat.guard", "chat.metrics"],
     "uvicorn": ["chat.server"],
     "lm_eval": ["evaluate.lm_eval_adapter"],
     "transformers": [],  # exports are written by hand; tests alone read them with it

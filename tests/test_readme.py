@@ -30,6 +30,8 @@ ELSEWHERE = {
     "bwlm eval reversal ": "the items are scored in tests/evaluate/tasks/test_reversal.py",
     **dict.fromkeys(["ray ", "export RAY_AUTH_MODE=token"], "tests/cluster/test_job.py"),
     "bwlm analyze scores --from forward:0=": "tests/test_cli_scores.py",
+    "bwlm serve ": "tests/faults/test_serving.py",
+    "curl ": "tests/chat/test_serve_page.py",
     "python benchmarks/": "tests/test_benchmarks.py",
 }
 

@@ -1,4 +1,4 @@
-"""Who may ask the server."""
+"""The right to ask the server: its names, and its token."""
 
 from __future__ import annotations
 

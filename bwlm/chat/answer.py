@@ -24,7 +24,7 @@ class Echo(NamedTuple):
 
 @dataclass
 class Answer:
-    """One of the texts that a request asks for."""
+    """Text that a request asks for, while it is written."""
 
     index: int
     request: Request

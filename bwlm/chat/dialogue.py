@@ -168,8 +168,7 @@ class Dialogue:
         reading = self.turns[-1].reading
         if self.voice.on_documents:
             text = SEPARATOR.join(turn.text for turn in self.in_order)
-            prompt, left_out = document_prompt(self.voice, self.tokenizer, text, reading, room)
-            return Fitted(prompt, len(left_out))
+            return document_prompt(text, reading, self.voice.direction, self.tokenizer, room)
         messages = self.messages
         for dropped in range(0, len(messages), 2):
             front = self.voice.writes_at_front(reading)
@@ -184,27 +183,24 @@ class Dialogue:
         return frozenset(self.tokenizer.specials.values()) - {prompt.stop}
 
 
-def document_prompt(voice: Voice, tokenizer: Tokenizer, text: str, reading: str, room: int) -> tuple[Prompt, list[int]]:
-    """Return the prompt for what follows a text, or read backward for what comes before it, in at most `room` ids.
+def document_prompt(text: str, reading: str, direction: str, tokenizer: Tokenizer, room: int) -> Fitted:
+    """Return the prompt for a model of documents, in at most `room` ids: the text that it goes on from.
 
-    Of a longer text the ids farthest from where the model writes are left out; they are returned too.
+    Tokens that do not fit are left out, those farthest from where the model writes. Without text, it writes a document
+    from nothing.
     """
-    head = document_head(voice, tokenizer, reading)
+    head = [tokenizer.bos]
+    if is_marked(direction):
+        head.append(getattr(tokenizer, reading))
     ids = tokenizer.encode(text).astype(np.int64)
-    extra = max(0, len(ids) - (room - len(head)))
-    cut = len(ids) - extra if is_mirrored(reading) else extra
-    kept, left_out = (ids[:cut], ids[cut:]) if is_mirrored(reading) else (ids[cut:], ids[:cut])
-    return Prompt(head + arrange(kept, reading, len(kept)).tolist(), tokenizer.bos), left_out.tolist()
-
-
-def document_head(voice: Voice, tokenizer: Tokenizer, reading: str) -> list[int]:
-    """Return the ids before a document: BOS, and the marker of the reading if the model has two."""
-    return [tokenizer.bos, getattr(tokenizer, reading)] if is_marked(voice.direction) else [tokenizer.bos]
+    dropped = max(0, len(ids) - (room - len(head)))
+    kept = ids[: len(ids) - dropped] if is_mirrored(reading) else ids[dropped:]
+    return Fitted(Prompt(head + arrange(kept, reading, len(kept)).tolist(), tokenizer.bos), dropped)
 
 
 def prompt_room(sequence_length: int, max_tokens: int) -> int:
-    """Return the most ids of a prompt: `max_tokens` stay free for the answer, at most half of the context."""
-    return sequence_length - min(max_tokens, sequence_length // 2)
+    """Return the most ids of a prompt, so that the row has room for the answer: `max_tokens`, or half of the row."""
+    return sequence_length + 1 - max(1, min(max_tokens, sequence_length // 2))
 
 
 def from_talk(voice: Voice, tokenizer: Tokenizer, turns: Sequence[Turn]) -> Dialogue:

@@ -1,4 +1,4 @@
-"""What the server does for each request.
+"""The endpoints: each takes a checked request, asks a model, and answers.
 
 A request is checked whole before a model is asked. An error before the first token has a status of its own; after it
 the stream ends with an error object. A client that leaves frees its slot.
@@ -19,8 +19,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from bwlm.chat.answer import Answer, Echo
-from bwlm.chat.dialogue import document_head, document_prompt, prompt_room
+from bwlm.chat.answer import Answer
+from bwlm.chat.dialogue import prompt_room
 from bwlm.chat.engine import Event
 from bwlm.chat.engine import Request as EngineRequest
 from bwlm.chat.infill import Infill
@@ -47,7 +47,7 @@ class ClientLeft(Exception):
 
 @dataclass
 class Hub:
-    """What the endpoints share."""
+    """State that the endpoints share."""
 
     models: Sequence[ServedModel]
     seconds: float
@@ -156,17 +156,15 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
     scored = body.logprobs is not None
     if body.stream and body.echo and scored:
         raise UserError("stream: log-probabilities of an echoed prompt come in one piece: leave stream out")
-    head = len(document_head(model.voice, model.tokenizer, reading))
     answers: list[Answer] = []
     prompt_tokens = dropped = 0
     for text in body.prompt:
-        room = prompt_room(model.context, limit)
-        prompt, left_out = document_prompt(model.voice, model.tokenizer, text, reading, room)
+        fitted = model.document(text, reading, prompt_room(model.context, limit))
         indices = range(len(answers), len(answers) + body.n)
-        echo = Echo(text, head, left_out) if body.echo else None
-        answers += model.answers(body, limit, prompt, reading, indices, body.logprobs, echo)
-        prompt_tokens += len(prompt.ids)
-        dropped += len(left_out)
+        echo = model.echo(text, reading, fitted) if body.echo else None
+        answers += model.answers(body, limit, fitted.prompt, reading, indices, body.logprobs, echo)
+        prompt_tokens += len(fitted.prompt.ids)
+        dropped += fitted.dropped
     wire = CompletionWire(
         model=body.model or model.name,
         direction=reading,

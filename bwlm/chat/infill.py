@@ -14,13 +14,13 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bwlm.chat.dialogue import document_head, document_prompt
 from bwlm.chat.engine import Event, Request
 from bwlm.chat.protocol import InfillRequest
 from bwlm.chat.served import ServedModel
 from bwlm.directions import TEXT_READINGS
 from bwlm.errors import UserError
 
+FORWARD, BACKWARD = TEXT_READINGS
 _SPARE = 16
 """Ids by which the joined text may be longer than its parts."""
 
@@ -32,7 +32,7 @@ class Candidate(NamedTuple):
     written: str
     """`forward`, `backward`, or `both`."""
     scoring: dict[str, Request]
-    """By reading, the request that scores the whole text."""
+    """Requests that score the whole text, by reading."""
 
     @property
     def requests(self) -> list[Request]:
@@ -61,19 +61,16 @@ class Infill:
 
         self._sampling = model.sampling(body, closing=None)
         seed = secrets.randbits(63) if body.seed is None else body.seed
-        self._forward = self._writing("forward", self.prefix, seed)
-        self._backward = self._writing("backward", self.suffix, seed)
+        self._forward = self._writing(FORWARD, self.prefix, seed)
+        self._backward = self._writing(BACKWARD, self.suffix, seed)
 
     def _writing(self, reading: str, text: str, seed: int) -> list[Request]:
-        ids = self._ids(text, reading)
+        ids = self.model.document(text, reading).prompt.ids
         indices = range(self.body.n)
         return [
             Request(uuid.uuid4().hex, ids, self.body.n_predict, self._sampling, seed + (index << 64))
             for index in indices
         ]
-
-    def _ids(self, text: str, reading: str) -> list[int]:
-        return document_prompt(self.model.voice, self.model.tokenizer, text, reading, self.model.context)[0].ids
 
     @property
     def writing(self) -> list[Request]:
@@ -87,7 +84,7 @@ class Infill:
         half = self.body.n_predict // 2
         both = [before[:half] + after[half:] for before, after in zip(forward, backward, strict=True)]
         found: dict[str, Candidate] = {}
-        for written, texts in (("forward", forward), ("backward", backward), ("both", both)):
+        for written, texts in ((FORWARD, forward), (BACKWARD, backward), ("both", both)):
             for text in texts:
                 content = _text(self.model, text)
                 scoring = {reading: self._scoring(content, reading) for reading in TEXT_READINGS}
@@ -95,16 +92,15 @@ class Infill:
         return list(found.values())
 
     def _scoring(self, middle: str, reading: str) -> Request:
-        ids = self._ids(self.prefix + middle + self.suffix, reading)
+        ids = self.model.document(self.prefix + middle + self.suffix, reading).prompt.ids
         return Request(uuid.uuid4().hex, ids, max_tokens=0, prompt_logprobs=0)
 
     def ranked(self, candidates: Sequence[Candidate], events: Mapping[str, Event]) -> list[dict[str, Any]]:
         """Return the candidates with their scores, the best first, from what their requests brought."""
-        head = len(document_head(self.model.voice, self.model.tokenizer, "forward"))
         middles = []
         for one in candidates:
             by_reading = {
-                reading: math.fsum(token.logprob or 0.0 for token in events[request.id].prompt[head:])
+                reading: math.fsum(token.logprob or 0.0 for token in events[request.id].prompt[self.model.head :])
                 for reading, request in one.scoring.items()
             }
             score = sum(by_reading.values()) / len(by_reading)

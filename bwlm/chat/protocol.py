@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from bwlm.directions import TEXT_READINGS
 
 MOST_MESSAGES = 500
 MOST_CHARACTERS = 8_000
@@ -32,14 +34,22 @@ _REFUSED = {
     "functions": "the models call none",
     "response_format": "the models write plain text",
 }
-"""What to do instead, by the field of OpenAI's protocol that is not offered."""
+"""Fields of OpenAI's protocol that are not offered, and what to do instead."""
 _NEUTRAL: tuple[Any, ...] = (None, 0, {}, [], {"type": "text"})
 """Values of such fields that ask for nothing."""
 
 Text = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 Name = Annotated[str, Field(max_length=300)]
 StopText = Annotated[str, Field(min_length=1, max_length=200)]
-Reading = Literal["forward", "backward"]
+
+
+def _check_reading(reading: str) -> str:
+    if reading not in TEXT_READINGS:
+        raise ValueError(f"must be one of {', '.join(TEXT_READINGS)} (found {reading[:40]!r})")
+    return reading
+
+
+Reading = Annotated[str, AfterValidator(_check_reading)]
 
 
 class _Body(BaseModel):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bwlm.chat.dialogue import SEPARATOR, document_head, document_prompt
+from bwlm.chat.dialogue import SEPARATOR
 from bwlm.chat.engine import Event, Request
 from bwlm.chat.served import ServedModel
 from bwlm.errors import UserError
@@ -59,12 +59,11 @@ def _request(model: ServedModel, reading: str, document: str, query: list[int]) 
 def _before_query(model: ServedModel, reading: str, document: str) -> tuple[list[int], int]:
     """Return the ids that the model reads before the query, and how many of the first ones are not the document's."""
     voice, tokenizer = model.voice, model.tokenizer
-    head = len(document_head(voice, tokenizer, reading))
     if voice.manner(reading) == "asks":
         answer = [Message("assistant", document)]
-        return build_prompt(answer, reading, voice.direction, voice.reversal, tokenizer).ids, head + 1
+        return build_prompt(answer, reading, voice.direction, voice.reversal, tokenizer).ids, model.head + 1
     text = SEPARATOR + document if is_mirrored(reading) else document + SEPARATOR
-    return document_prompt(voice, tokenizer, text, reading, sys.maxsize)[0].ids, head
+    return model.document(text, reading, sys.maxsize).prompt.ids, model.head
 
 
 def results(scores: Sequence[float], query_ids: int, documents: Sequence[str], most: int, whole: bool) -> list[Any]:

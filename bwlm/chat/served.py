@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from bwlm.chat.answer import Answer, Echo
-from bwlm.chat.dialogue import SEPARATOR, Dialogue, Turn, Voice, from_talk
+from bwlm.chat.dialogue import SEPARATOR, Dialogue, Fitted, Turn, Voice, document_prompt, from_talk
 from bwlm.chat.engine import Engine, Request
 from bwlm.chat.growth import TextGrowth
 from bwlm.chat.protocol import ChatMessage, Generation, WritingRequest
 from bwlm.chat.service import EngineService
+from bwlm.directions import is_marked
 from bwlm.errors import UserError, nearest
 from bwlm.model.sampling import Sampling
 from bwlm.text.conversation import Prompt
+from bwlm.text.direction import is_mirrored
 from bwlm.text.tokenizer import Tokenizer
 from bwlm.trained.load import LoadedModel
 
@@ -35,7 +37,7 @@ class ServedModel:
     tokenizer: Tokenizer
     engine: Engine
     about: dict[str, Any]
-    """What is told about it: phase, direction, depth, ..."""
+    """Facts that clients are told: phase, direction, depth, ..."""
     service: EngineService | None = None
     """Set while the server runs."""
 
@@ -65,6 +67,21 @@ class ServedModel:
     def context(self) -> int:
         """Most ids of a prompt."""
         return self.engine.config.sequence_length
+
+    @property
+    def head(self) -> int:
+        """Number of ids before a text: BOS, and the marker of the reading if the model has two."""
+        return 2 if is_marked(self.voice.direction) else 1
+
+    def document(self, text: str, reading: str, room: int | None = None) -> Fitted:
+        """Return the prompt for a text as a document, in at most `room` ids; by default all of the context."""
+        return document_prompt(text, reading, self.voice.direction, self.tokenizer, room or self.context)
+
+    def echo(self, text: str, reading: str, fitted: Fitted) -> Echo:
+        """Return a text as it is sent back, with the ids that its prompt leaves out."""
+        ids = self.tokenizer.encode(text).tolist()
+        left_out = ids[len(ids) - fitted.dropped :] if is_mirrored(reading) else ids[: fitted.dropped]
+        return Echo(text, self.head, left_out)
 
     @property
     def rendered_as(self) -> str:

@@ -1,4 +1,4 @@
-"""What the server sends: OpenAI's objects and streams of chat and completions, with the fields that a direction adds.
+"""Responses of the server: OpenAI's objects and streams of chat and completions, with the fields that a direction adds.
 
 A text that is written backward grows at its front. A stream then has each new piece in `prepend`, with an empty
 `content` (of completions: `text`), and before its end the whole text there: a client that knows OpenAI's protocol alone

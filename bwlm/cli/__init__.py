@@ -1,4 +1,4 @@
-"""The command line `bwlm grid|train|eval|serve|runs|analyze|export|tokenizer|data`, over all other packages."""
+"""The command line `bwlm`: a thin layer over all other packages."""
 
 from __future__ import annotations
 

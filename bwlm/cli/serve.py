@@ -62,7 +62,7 @@ def serve(
 
             build_app, run_server = _server()
         models = load_served(root, names, slots, waiting, threads, precision)
-        app = build_app(models, Access(LOOPBACK | {host, *(allow_host or [])}, token))
+        app = build_app(models, Access(LOOPBACK | {name.lower() for name in (host, *(allow_host or []))}, token))
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         say(f"serving {', '.join(model.name for model in models)} on {address} (Ctrl-C ends it)")
         ended_by = run_server(app, listening, grace)

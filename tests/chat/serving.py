@@ -71,7 +71,7 @@ class Gate:
 
 
 class GatedEngine(Engine):
-    """Engine whose steps pass a gate; `failure`, if set, is raised by the next one."""
+    """Engine whose steps pass a gate; `failure`, if set, is raised by the next one that has work."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -80,7 +80,7 @@ class GatedEngine(Engine):
 
     def step(self) -> list[Event]:
         self.gate.pass_through()
-        if self.failure is not None:
+        if self.failure is not None and (self.running or self.queued):
             failure, self.failure = self.failure, None
             raise failure
         return super().step()
