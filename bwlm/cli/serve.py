@@ -31,7 +31,7 @@ def serve(
         str | None,
         typer.Option(envvar=TOKEN, help="Token that clients must send: Authorization: Bearer TOKEN."),
     ] = None,
-    slots: Annotated[int, whole_option("Requests of a model that are decoded at once.", 1, 256)] = 8,
+    slots: Annotated[int, whole_option("Requests of a model that are decoded at once.", 1)] = 8,
     waiting: Annotated[int, whole_option("Requests of a model that may wait; more are answered with 429.", 0)] = 64,
     threads: Annotated[int | None, whole_option("CPU threads for the models. Default: all cores.", 1)] = None,
     precision: Annotated[
