@@ -255,7 +255,8 @@ async def _write(request: Request, model: ServedModel, wire: Wire, streamed: boo
     events = _begin(request, model, [answer.request for answer in wire.answers])
     if streamed:
         first = await while_connected(request, anext(events))
-        return _EventStream(_closed_by_error(wire.lines(_after(first, events))), events)
+        # the model's own time is over before the client's
+        return EventStream(_closed_by_error(wire.lines(_after(first, events))), events, 2 * _hub(request).seconds)
     await while_connected(request, _collect(wire, events))
     return as_json(wire.response())
 
@@ -285,17 +286,18 @@ async def _closed_by_error(lines: AsyncIterator[bytes]) -> AsyncGenerator[bytes]
         yield to_line(error_object(FAILED, "server_error"))
 
 
-class _EventStream(StreamingResponse):
+class EventStream(StreamingResponse):
     """Stream of server-sent events. With the connection, it closes the events of the engine that it is made of."""
 
-    def __init__(self, lines: AsyncGenerator[bytes], events: AsyncGenerator[Event]) -> None:
+    def __init__(self, lines: AsyncGenerator[bytes], events: AsyncGenerator[Event], seconds: float) -> None:
         super().__init__(lines, media_type="text/event-stream")
-        self._lines, self._events = lines, events
+        self._lines, self._events, self._seconds = lines, events, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the lines until the last one, or until the client leaves."""
-        async with aclosing(self._events), aclosing(self._lines):
-            await super().__call__(scope, receive, send)
+        """Send the lines until the last one, until the client leaves, or for a client that does not read: in time."""
+        with suppress(TimeoutError):
+            async with aclosing(self._events), aclosing(self._lines), asyncio.timeout(self._seconds):
+                await super().__call__(scope, receive, send)
 
 
 async def while_connected(request: Request, work: Awaitable[_T]) -> _T:

@@ -75,13 +75,13 @@ class EngineService:
         self._begin(stream, requests[:places])
         late = OutOfTime(f"the model did not finish within {seconds} s: ask for fewer tokens")
         timer = self._loop.call_later(seconds, stream.queue.put_nowait, late) if seconds else None
+        left = len(requests)
         try:
-            while stream.unfinished:
+            while left:
                 event = await stream.queue.get()
                 if isinstance(event, Exception):
                     raise event
-                if event.finish is not None:
-                    self._end(stream, event.request)
+                left -= event.finish is not None
                 yield event
         finally:
             if timer:
@@ -108,7 +108,10 @@ class EngineService:
             self._tell(request)
 
     def _end(self, stream: _Stream, request: str) -> None:
-        """Note that a request has ended; the next one of the stream takes its place."""
+        """Give the place of a request that has ended to the next one of the stream, or free it.
+
+        That does not wait for the client to read what came.
+        """
         stream.unfinished.discard(request)
         stream.places = min(stream.places, len(stream.unfinished))
         del self._streams[request]
@@ -126,8 +129,12 @@ class EngineService:
             self.end_all(events)
             return
         for event in events:
-            if event.request in self._streams:
-                self._streams[event.request].queue.put_nowait(event)
+            stream = self._streams.get(event.request)
+            if stream is None:  # it was abandoned
+                continue
+            stream.queue.put_nowait(event)
+            if event.finish is not None:
+                self._end(stream, event.request)
 
     # ---- between the event loop and the thread ----
 
