@@ -20,6 +20,8 @@ import torch
 from bwlm.chat.dialogue import Dialogue, Turn, from_talk
 from bwlm.chat.engine import Engine, Request
 from bwlm.chat.growth import TextGrowth
+from bwlm.chat.infill import Infill
+from bwlm.chat.protocol import InfillRequest
 from bwlm.chat.served import ServedModel
 from bwlm.model.sampling import Sampling
 from bwlm.text.tokenizer import Tokenizer
@@ -113,6 +115,8 @@ def test_a_talk_that_switches_is_laid_out_as_the_dialogue_says(server: Server, c
     assert answer.direction == "forward"
     assert answer.choices[0].message.content == alone(model, prompt.ids, "forward", prompt.stop)
     assert answer.usage.prompt_tokens == len(prompt.ids)
+    messages[-1]["direction"] = "backward"
+    assert client.chat.completions.create(model="answers:forward", messages=messages, **PLAIN).direction == "backward"
 
 
 def test_a_system_message_begins_the_first_message_of_the_user(server: Server, client: openai.OpenAI) -> None:
@@ -239,8 +243,27 @@ def test_a_stop_text_ends_it_and_is_left_out(
         ).choices[0]
     assert choice.text == (" letter" if name == "backward" else "stone ").replace(" letter", "dow letter")
     assert choice.finish_reason == "stop"
-    assert "".join(choice.logprobs.tokens).count(choice.text.strip()[:3]) >= 1
-    assert all(0 <= offset < len(choice.text) for offset in choice.logprobs.text_offset)
+    tokens, joined = choice.logprobs.tokens, "".join(choice.logprobs.tokens)
+    if name == "backward":
+        assert joined.endswith(choice.text) and len(joined) - len(choice.text) < len(tokens[0])  # noqa: PT018
+    else:
+        assert joined.startswith(choice.text) and len(joined) - len(choice.text) < len(tokens[-1])  # noqa: PT018
+    assert choice.logprobs.text_offset[0] == 0
+    assert all(offset < len(choice.text) for offset in choice.logprobs.text_offset)
+
+
+@pytest.mark.parametrize(("name", "stop"), [("forward", "eX"), ("backward", "X s")])
+def test_text_that_might_have_become_a_stop_text_comes_last(
+    name: str, stop: str, client: openai.OpenAI, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one step brings a token and the end, both pieces keep their order."""
+    (one,) = [id for id, piece in enumerate(tokenizer.tokens) if piece == b" stone"]
+    with saying([one], monkeypatch):
+        choice = client.completions.create(model=name, prompt="x", max_tokens=1, stop=stop).choices[0]
+        stream = client.completions.create(model=name, prompt="x", max_tokens=1, stop=stop, stream=True)
+        pieces = [getattr(chunk.choices[0], "prepend", "") or chunk.choices[0].text for chunk in stream]
+    assert (choice.text, choice.finish_reason) == (" stone", "length")
+    assert " stone" in pieces
 
 
 def test_log_probabilities_are_those_of_the_whole_pass(server: Server, client: openai.OpenAI) -> None:
@@ -578,6 +601,23 @@ def test_infilling_chooses_the_middle_that_makes_the_whole_likeliest(server: Ser
     assert answer["content"] == answer["candidates"][0]["content"]
     assert {one["written"] for one in answer["candidates"]} == {"forward", "backward", "both"}
     assert server.post("/infill", asked).json()["candidates"] == answer["candidates"], "a seed decides"
+
+
+def test_candidates_are_texts_of_both_sides_in_reading_order(
+    server: Server, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [int(id) for id in tokenizer.encode(" silver garden")]
+    asked = {"model": "both", "input_prefix": "a", "input_suffix": "b", "n_predict": len(ids), "n": 1}
+    with saying(ids, monkeypatch):
+        answer = server.post("/infill", asked).json()
+    half = len(ids) // 2
+    assert {one["written"]: one["content"] for one in answer["candidates"]} == {
+        "forward": tokenizer.decode(ids),
+        "backward": tokenizer.decode(ids[::-1]),
+        "both": tokenizer.decode(ids[:half] + ids[::-1][half:]),
+    }
+    task = Infill(server.models["both"], InfillRequest.model_validate(asked))
+    assert all(not one.stop and set(tokenizer.specials.values()) == one.sampling.banned for one in task.writing)
 
 
 @pytest.mark.parametrize("name", ["forward", "backward", "asks"])
