@@ -458,6 +458,7 @@ def test_every_option_that_is_an_integer_takes_it_in_any_form() -> None:
         *("depth", "seed", "rows", "resamples"),
         *("max_examples", "shots", "samples", "shown"),
         *("num_samples", "max_tokens", "top_k"),
+        *("port", "slots", "waiting", "threads", "grace"),
     }
     for place, option in integers.items():
         assert option.parser is not None, place

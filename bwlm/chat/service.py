@@ -7,9 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
 
 from bwlm.chat.engine import Busy, Engine, Event, Request
+from bwlm.errors import BwlmError
+
+
+class OutOfTime(BwlmError):
+    """The model did not finish within the time that a stream may take."""
+
+
+@dataclass
+class _Stream:
+    """Requests of one client: those in the engine, and those that wait for one of its places."""
+
+    places: int
+    unfinished: set[str]
+    later: list[Request]
+    queue: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
 
 
 class EngineService:
@@ -17,8 +34,12 @@ class EngineService:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.busy_seconds = 0.0
+        """Seconds that the engine's steps took in all."""
         self._loop = asyncio.get_running_loop()
-        self._streams: dict[str, asyncio.Queue[Event | Exception]] = {}
+        self._live: list[_Stream] = []
+        self._streams: dict[str, _Stream] = {}
+        """Stream of each request that has not ended."""
         self._inbox: list[Request | str] = []
         """New requests, and ids of those that are cancelled, for the next step."""
         self._changed = threading.Condition()
@@ -28,31 +49,49 @@ class EngineService:
 
     @property
     def live(self) -> int:
-        """Number of requests that have not ended."""
-        return len(self._streams)
+        """Number of places that are taken: by requests that run, or wait for a slot."""
+        return sum(stream.places for stream in self._live)
 
-    async def stream(self, request: Request) -> AsyncIterator[Event]:
-        """Yield what the steps bring to a request, up to its end. A stream that is closed early frees its slot.
+    @property
+    def places(self) -> int:
+        """Number of requests that may run or wait at once."""
+        return self.engine.slots + self.engine.waiting
 
-        Raises `ValueError` for a request that the model cannot serve, and `Busy` if too many requests wait.
+    async def stream(
+        self, *requests: Request, at_once: int | None = None, seconds: float | None = None
+    ) -> AsyncGenerator[Event]:
+        """Yield what the steps bring to requests, up to the end of all. A stream that is closed early frees its slots.
+
+        At most `at_once` of them take a place of the engine at a time. Raises, before any work, `ValueError` for a
+        request that the model cannot serve, and `Busy` if there are not enough places; `OutOfTime` after `seconds`.
         """
-        self.engine.check(request)
-        if self.live >= self.engine.slots + self.engine.waiting:
+        for request in requests:
+            self.engine.check(request)
+        places = min(len(requests), at_once or len(requests))
+        if self.live + places > self.places:
             raise Busy("too many requests wait: try again in a second")
-        queue = self._streams[request.id] = asyncio.Queue()
-        self._tell(request)
-        finished = False
+        stream = _Stream(places, {request.id for request in requests}, list(requests[places:]))
+        self._live.append(stream)
+        self._begin(stream, requests[:places])
+        late = OutOfTime(f"the model did not finish within {seconds} s: ask for fewer tokens")
+        timer = self._loop.call_later(seconds, stream.queue.put_nowait, late) if seconds else None
+        left = len(requests)
         try:
-            while not finished:
-                event = await queue.get()
+            while left:
+                event = await stream.queue.get()
                 if isinstance(event, Exception):
                     raise event
-                finished = event.finish is not None
+                left -= event.finish is not None
                 yield event
         finally:
-            del self._streams[request.id]
-            if not finished:
-                self._tell(request.id)
+            if timer:
+                timer.cancel()
+            self._abandon(stream)
+
+    def end_all(self, reason: Exception) -> None:
+        """Raise `reason` in every stream."""
+        for stream in self._live:
+            stream.queue.put_nowait(reason)
 
     def close(self) -> None:
         """End the thread after the current step. Requests that still run get nothing more."""
@@ -60,6 +99,42 @@ class EngineService:
             self._closed = True
             self._changed.notify()
         self._thread.join()
+
+    # ---- in the event loop ----
+
+    def _begin(self, stream: _Stream, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._streams[request.id] = stream
+            self._tell(request)
+
+    def _end(self, stream: _Stream, request: str) -> None:
+        """Give the place of a request that has ended to the next one of the stream, or free it.
+
+        That does not wait for the client to read what came.
+        """
+        stream.unfinished.discard(request)
+        stream.places = min(stream.places, len(stream.unfinished))
+        del self._streams[request]
+        self._begin(stream, stream.later[:1])
+        del stream.later[:1]
+
+    def _abandon(self, stream: _Stream) -> None:
+        self._live.remove(stream)
+        for request in stream.unfinished & self._streams.keys():
+            del self._streams[request]
+            self._tell(request)
+
+    def _deliver(self, events: Sequence[Event] | Exception) -> None:
+        if isinstance(events, Exception):
+            self.end_all(events)
+            return
+        for event in events:
+            stream = self._streams.get(event.request)
+            if stream is None:  # it was abandoned
+                continue
+            stream.queue.put_nowait(event)
+            if event.finish is not None:
+                self._end(stream, event.request)
 
     # ---- between the event loop and the thread ----
 
@@ -75,12 +150,14 @@ class EngineService:
                 if self._closed:
                     return
                 inbox, self._inbox = self._inbox, []
+            began = time.perf_counter()
             try:
                 self._take(inbox)
                 events: Sequence[Event] | Exception = self.engine.step()
             except Exception as error:  # of any request, such as too little memory: none can go on
                 self.engine.cancel_all()
                 events = error
+            self.busy_seconds += time.perf_counter() - began
             if events:
                 self._loop.call_soon_threadsafe(self._deliver, events)
 
@@ -90,12 +167,3 @@ class EngineService:
                 self.engine.add(news)
             else:
                 self.engine.cancel(news)
-
-    def _deliver(self, events: Sequence[Event] | Exception) -> None:
-        if isinstance(events, Exception):
-            for queue in self._streams.values():
-                queue.put_nowait(events)
-            return
-        for event in events:
-            if event.request in self._streams:
-                self._streams[event.request].put_nowait(event)

@@ -1,0 +1,33 @@
+"""Loads the models that are served, for the hardware of this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from bwlm.chat.served import ServedModel
+from bwlm.trained.load import best_device, load_model
+
+
+def load_served(
+    storage: Path,
+    names: Sequence[str],
+    slots: int,
+    waiting: int,
+    threads: int | None,
+    precision: Literal["auto", "float32", "bfloat16"],
+) -> list[ServedModel]:
+    """Return models by the names of their checkpoints, on a GPU if there is one; sets torch's number of threads.
+
+    Raises `UserError` as `load_model` does, and for a control direction.
+    """
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    device = best_device()
+    # a CPU multiplies few rows in bfloat16 no faster, half as fast if there is one (benchmarks/serve.py)
+    chosen = {"cpu": "float32", "cuda": "bfloat16"}[device] if precision == "auto" else precision
+    loaded = (load_model(storage, name, device, getattr(torch, chosen)) for name in names)
+    return [ServedModel.from_loaded(name, one, slots, waiting) for name, one in zip(names, loaded, strict=True)]

@@ -1,0 +1,140 @@
+"""The engine's thread: places are taken at once or not at all, and are free when the engine is done with them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from bwlm.chat.endpoints import EventStream
+from bwlm.chat.engine import Busy, Event, Request
+from bwlm.chat.service import EngineService, OutOfTime
+from bwlm.text.tokenizer import Tokenizer
+from tests.chat.serving import WAIT, GatedEngine, tiny_model
+
+Work = Callable[[EngineService, GatedEngine], Awaitable[Any]]
+
+
+@pytest.fixture
+def run(tokenizer: Tokenizer) -> Callable[[Work], Any]:
+    """Runs work beside a service of two slots, where one more may wait."""
+
+    async def main(work: Work) -> Any:
+        engine = GatedEngine(tiny_model(tokenizer), slots=2, waiting=1)
+        service = EngineService(engine)
+        try:
+            return await asyncio.wait_for(work(service, engine), WAIT)
+        finally:
+            engine.gate.open()
+            service.close()
+
+    return lambda work: asyncio.run(main(work))
+
+
+def requests(*names: str, tokens: int = 3) -> list[Request]:
+    return [Request(name, [1, 2, 3], tokens) for name in names]
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    while not holds():
+        await asyncio.sleep(0.001)
+
+
+def test_requests_of_a_stream_take_their_turns(run: Callable[[Work], Any]) -> None:
+    async def work(service: EngineService, engine: GatedEngine) -> list[Event]:
+        return [event async for event in service.stream(*requests(*"abcde"), at_once=1)]
+
+    events = run(work)
+    assert [event.request for event in events] == [name for name in "abcde" for _ in range(3)]
+
+
+def test_places_are_taken_at_once_or_not_at_all(run: Callable[[Work], Any]) -> None:
+    async def work(service: EngineService, engine: GatedEngine) -> None:
+        engine.gate.close()
+        async with aclosing(service.stream(*requests("a", "b"))) as first:
+            reading = asyncio.ensure_future(anext(first))
+            await until(lambda: service.live == 2)
+            with pytest.raises(Busy):
+                await anext(service.stream(*requests("c", "d")))
+            assert service.live == 2
+            engine.gate.open()
+            await reading
+            assert [event async for event in service.stream(*requests("c", "d"), at_once=1)], "one place is free"
+        assert service.live == 0
+
+    run(work)
+
+
+def test_a_place_is_free_before_the_client_has_read(run: Callable[[Work], Any]) -> None:
+    """A client that does not read keeps no other one out."""
+
+    async def work(service: EngineService, engine: GatedEngine) -> None:
+        async with aclosing(service.stream(*requests("a", "b", "c"))) as slow:
+            await anext(slow)
+            await until(lambda: service.live == 0)
+            assert len([event async for event in service.stream(*requests("d"))]) == 3
+            assert len([event async for event in slow]) == 8, "nothing is lost"
+
+    run(work)
+
+
+def test_a_failure_of_the_engine_reaches_every_stream(run: Callable[[Work], Any]) -> None:
+    async def work(service: EngineService, engine: GatedEngine) -> None:
+        engine.gate.close()
+        streams = [service.stream(*requests(name)) for name in "ab"]
+        reading = [asyncio.ensure_future(anext(stream)) for stream in streams]
+        await until(lambda: service.live == 2)
+        engine.failure = MemoryError("none left")
+        engine.gate.open()
+        assert [str(one) for one in await asyncio.gather(*reading, return_exceptions=True)] == ["none left"] * 2
+        assert len([event async for event in service.stream(*requests("c"))]) == 3, "it goes on"
+
+    run(work)
+
+
+def test_a_stream_that_takes_too_long_ends_and_frees_its_place(run: Callable[[Work], Any]) -> None:
+    async def work(service: EngineService, engine: GatedEngine) -> None:
+        engine.gate.close()
+        with pytest.raises(OutOfTime):
+            await anext(service.stream(*requests("a"), seconds=0.01))
+        assert service.live == 0
+
+    run(work)
+
+
+def test_a_request_that_cannot_be_served_takes_no_place(run: Callable[[Work], Any]) -> None:
+    async def work(service: EngineService, engine: GatedEngine) -> None:
+        with pytest.raises(ValueError, match="the prompt has 0 ids"):
+            await anext(service.stream(Request("a", [], 3)))
+        assert service.live == 0
+
+    run(work)
+
+
+def test_a_client_that_never_reads_is_given_up() -> None:
+    closed: list[str] = []
+
+    async def source(name: str) -> AsyncGenerator[Any]:
+        try:
+            while True:
+                yield b"data: x\n\n"
+        finally:
+            closed.append(name)
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        events = source("events")
+        await anext(events)
+        await EventStream(source("lines"), events, 0.01)({"type": "http"}, receive, send)
+
+    asyncio.run(main())
+    assert closed == ["lines", "events"]
