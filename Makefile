@@ -1,10 +1,10 @@
-# Targets: install, demo, tour, test, test-faults, test-slow, check, format
+# Targets: install, demo, tour, chat, test, test-faults, test-slow, check, format
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install demo tour test test-processes test-rest test-faults test-slow check format clean
+.PHONY: install demo tour chat test test-processes test-rest test-faults test-slow check format clean
 
 install: $(VENV)/.installed
 
@@ -21,6 +21,12 @@ demo: install
 tour: install
 	$(BIN)/bwlm grid run grids/tour.yaml
 	$(BIN)/bwlm runs tree tour
+
+chat: install
+	$(BIN)/bwlm grid run grids/chat.yaml
+	@echo "The models are small: they know the form of an answer and of these docs, spell some words, and seldom add right."
+	$(BIN)/bwlm serve --open $(foreach phase,sft base,$(foreach direction,forward bidirectional,\
+		chat_$(direction)_d4_lr2_s0-$(phase)))
 
 # small matrices wait longer for a second thread than it saves, the more so beside other work
 test test-faults test-slow: export OMP_NUM_THREADS := 1

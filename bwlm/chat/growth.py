@@ -30,7 +30,7 @@ class TextGrowth:
         self.stopped = False
         """True once a stop text came."""
         self.at_front = reading != BASELINE
-        self._tokenizer = tokenizer
+        self._pieces = [*tokenizer.tokens, *(name.encode() for name in tokenizer.specials)]
         self._stops = [stop for stop in stops if stop]
         self._bytes = b""
         """Bytes read backward that may belong to a character that is not whole."""
@@ -40,7 +40,7 @@ class TextGrowth:
 
     def add(self, id: int) -> str:
         """Return the text that an id adds, '' while a character or a stop text may be incomplete, or after a stop."""
-        return "" if self.stopped else self._grow(self._whole(self._tokenizer.decode_bytes([id])))
+        return "" if self.stopped else self._grow(self._whole(self._pieces[id]))
 
     def close(self) -> str:
         """Return what was held back, once no more ids come; bytes that are no character become U+FFFD."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import webbrowser
 from typing import Annotated, Any, Literal
 
 import typer
@@ -37,6 +38,7 @@ def serve(
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: float32 on a CPU, bfloat16 on a GPU.")
     ] = "auto",
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in this machine's browser.")] = False,
     grace: Annotated[int, whole_option("Seconds that streams may go on after SIGTERM or Ctrl-C.", 0)] = 20,
     storage: Storage = None,
 ) -> None:
@@ -65,6 +67,8 @@ def serve(
         app = build_app(models, Access(LOOPBACK | {name.lower() for name in (host, *(allow_host or []))}, token))
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         say(f"serving {', '.join(model.name for model in models)} on {address} (Ctrl-C ends it)")
+        if open_page:
+            webbrowser.open(address)  # it is served as soon as the server runs: the socket listens already
         ended_by = run_server(app, listening, grace)
     if ended_by:
         raise typer.Exit(128 + ended_by)
