@@ -120,7 +120,7 @@ export class Chat {
   /** Let the model write its next turn. Return false, with the turns as they were before, if it wrote nothing. */
   async write(reading, before) {
     const { talk } = this;
-    const drawn = drawSettings();
+    const drawn = drawSettings(talk.model);
     const body = { model: talk.model.id, direction: reading, messages: talk.messages(reading), ...drawn };
     this.running = new AbortController();
     this.followed = true;
@@ -150,7 +150,7 @@ export class Chat {
   draw() {
     this.keep();
     const what = describe(this.talk.model.manners[this.reading], this.reading);
-    if (this.talk.turns.length) draw(byId("transcript"), this.talk, { copy: (text) => this.copy(text), retry: () => this.retry() });
+    if (this.talk.turns.length) draw(byId("transcript"), this.talk, (text) => this.copy(text));
     else byId("transcript").replaceChildren(empty(what));
     this.input.placeholder = this.canGoOn ? "Write more, or send nothing and let it go on" : what.placeholder;
     this.enable();

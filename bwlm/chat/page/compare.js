@@ -110,18 +110,18 @@ export class Compare {
   }
 
   async write() {
-    const settings = drawSettings(); // the same seed on both sides
+    const { seed } = drawSettings(this.voices[0].model); // the same on both sides
     const { signal } = this.running;
-    await Promise.all(this.sides.map((side) => this.writeSide(side, settings, signal)));
+    await Promise.all(this.sides.map((side) => this.writeSide(side, seed, signal)));
   }
 
-  async writeSide(side, settings, signal) {
+  async writeSide(side, seed, signal) {
     const { model, reading } = this.voice(side);
     const text = side.element.querySelector(".text");
     const talk = new Talk(model, [{ speaker: "person", text: this.text.value, reading }]);
-    const body = { model: model.id, direction: reading, messages: talk.messages(reading), ...settings };
+    const body = { model: model.id, direction: reading, messages: talk.messages(reading), ...drawSettings(model), seed };
     const answer = await receive(body, drawGrowing(text, talk, reading), signal, (what) => this.say(what));
-    talk.turns.push({ speaker: "model", reading, seed: settings.seed, ...answer });
+    talk.turns.push({ speaker: "model", reading, seed, ...answer });
     draw(text, talk);
     byId("announcer").textContent = `${model.id}, ${reading}: ${answer.text}`;
   }

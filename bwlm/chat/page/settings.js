@@ -10,9 +10,11 @@ export function settings() {
   return JSON.parse(localStorage.getItem(KEY)) ?? DEFAULTS;
 }
 
-/** Return the settings for one answer: with a seed of its own, so that it can be repeated. */
-export function drawSettings() {
-  return { seed: crypto.getRandomValues(new Uint32Array(1))[0] >>> 1, ...settings() };
+/** Return the settings for one answer of a model, with a seed of its own, so that the answer can be repeated. */
+export function drawSettings({ sequence_length: context }) {
+  const { max_tokens: tokens, ...chosen } = settings();
+  const seed = crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
+  return { seed, ...chosen, ...(tokens && { max_tokens: Math.min(tokens, context) }) };
 }
 
 export function connectSettings() {

@@ -1,5 +1,7 @@
 // Files that hold a talk or a picture, each complete in itself.
 
+import { make } from "./dom.js";
+
 /** Let the browser save a file. */
 export function save(name, type, content) {
   const link = document.createElement("a");
@@ -11,23 +13,14 @@ export function save(name, type, content) {
 
 /** Return a page of one file, with what an element shows and the page's own style. */
 export async function asPage(title, note, element) {
-  const page = document.implementation.createHTMLDocument(title);
   const shown = element.cloneNode(true);
   shown.querySelectorAll("button, fieldset").forEach((one) => one.remove());
-  shown.querySelectorAll("select").forEach((one) => one.replaceWith(one.value));
-  const style = page.createElement("style");
-  style.textContent = (await (await fetch(new URL("style.css", import.meta.url))).text()) + "body { display: block; height: auto; padding: 1.5rem; }";
-  const heading = page.createElement("h2");
-  heading.textContent = title;
-  const footer = page.createElement("p");
-  footer.className = "note";
-  footer.textContent = note;
-  const charset = page.createElement("meta");
-  charset.setAttribute("charset", "utf-8");
-  page.documentElement.lang = "en";
-  page.documentElement.dataset.theme = document.documentElement.dataset.theme ?? "";
-  page.head.prepend(charset);
-  page.head.append(style);
-  page.body.append(heading, shown, footer);
-  return `<!doctype html>\n${page.documentElement.outerHTML}`;
+  const style = await (await fetch(new URL("style.css", import.meta.url))).text();
+  const { theme = "" } = document.documentElement.dataset;
+  return `<!doctype html>
+<html lang="en" data-theme="${theme}">
+<head><meta charset="utf-8">${make("title", "", title).outerHTML}<style>${style}</style></head>
+<body class="file">${make("h2", "", title).outerHTML}${shown.outerHTML}${make("p", "note", note).outerHTML}</body>
+</html>
+`;
 }

@@ -6,7 +6,9 @@
 
 export const ARROWS = { forward: "→", backward: "←", bidirectional: "↔" };
 const SEPARATOR = "\n\n";
-const MOST_CHARACTERS = 8000; // of one message, a limit of the server
+const MOST_CHARACTERS = 8000; // of one message, and of all: limits of the server, beyond what a context holds
+const MOST_IN_ALL = 32000;
+const MOST_MESSAGES = 499;
 
 export class Talk {
   /** `turns`, in the order of the talk: {speaker: "person" | "model", text, reading, seed, note}. */
@@ -36,28 +38,33 @@ export class Talk {
     return this.inOrder.map((turn, at, all) => ({ turn, joint: at ? this.joint(all[at - 1], turn) : "" }));
   }
 
-  /** A model goes on right where the text stops; a person begins a new paragraph. */
+  /** Return what stands between two turns: a model goes on right where a document stops, a person begins a paragraph. */
   joint(before, after) {
+    if (!this.isDocument) return SEPARATOR;
     const later = this.turns.indexOf(before) > this.turns.indexOf(after) ? before : after;
     return later.speaker === "model" ? "" : SEPARATOR;
   }
 
+  /** Return all that was said, in the order of time. */
   get text() {
-    const between = this.isDocument ? null : SEPARATOR;
-    return this.pieces.map(({ turn, joint }, at) => (between !== null && at ? between : joint) + turn.text).join("");
+    return this.pieces.map(({ turn, joint }) => joint + turn.text).join("");
   }
 
   /** Return the messages from which the model writes in a reading; a document is one message. */
   messages(reading) {
     if (this.isDocument) {
-      const text = this.text;
-      const near = reading === "backward" ? text.slice(0, MOST_CHARACTERS) : text.slice(-MOST_CHARACTERS);
-      return [{ role: "user", content: near }];
+      const characters = [...this.text];
+      const near = reading === "backward" ? characters.slice(0, MOST_CHARACTERS) : characters.slice(-MOST_CHARACTERS);
+      return [{ role: "user", content: near.join("") }];
     }
-    return this.turns.map(({ speaker, text, reading }) => (
+    const turns = [...this.turns];
+    while (turns.length > MOST_MESSAGES || characters(turns) > MOST_IN_ALL) turns.splice(0, 2);
+    return turns.map(({ speaker, text, reading }) => (
       { role: speaker === "person" ? "user" : "assistant", content: text, direction: reading }));
   }
 }
+
+const characters = (turns) => turns.reduce((sum, { text }) => sum + text.length, 0);
 
 /** Return what a model does in a reading: in words for a title, a sentence, and a field's placeholder. */
 export function describe(manner, reading) {

@@ -28,7 +28,7 @@ function take(event, answer, growth) {
   if (event.text) growth.add(event.text);
   if (event.whole) answer.text = event.whole;
   if (event.dropped) answer.notes.push(`${event.dropped} left out, so that it fits`);
-  if (event.finish === "length") answer.notes.push("ended at the most tokens");
+  if (event.finish === "length") answer.notes.push("cut at the limit of tokens");
 }
 
 /** Yield what `write` does, from the first try for which the server has room. */
