@@ -274,6 +274,12 @@ def texts(page: Page) -> list[str]:
     return page.locator("#transcript .text").all_text_contents()
 
 
+def bottom_of(page: Page, selector: str) -> float:
+    box = page.locator(selector).bounding_box()
+    assert box is not None
+    return round(box["y"] + box["height"])
+
+
 def status(page: Page) -> Locator:
     return page.locator("#status")
 
@@ -313,6 +319,7 @@ def test_a_backward_text_grows_into_place_from_its_end(page: Page, site: Site, s
     expect(lines.first).to_be_visible()
     last = lines.last.bounding_box()
     before = (lines.last.text_content(), last)
+    bottom = bottom_of(page, ".sheet")
     count = lines.count()
     assert (MIDDLE + ENDING).endswith(said(page))
     shot("growing")
@@ -323,6 +330,7 @@ def test_a_backward_text_grows_into_place_from_its_end(page: Page, site: Site, s
     ended(page)
     assert said(page) == MIDDLE + ENDING
     shot("done")
+    assert bottom_of(page, ".sheet") == bottom
 
 
 def test_the_direction_switches_at_every_turn(page: Page, shot: Shot) -> None:

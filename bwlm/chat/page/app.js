@@ -36,8 +36,7 @@ const view = () => (VIEWS.includes(location.hash.slice(1)) ? location.hash.slice
 function showView() {
   show(view());
   for (const one of VIEWS) {
-    byId(`to-${one}`).toggleAttribute("aria-current", one === view());
-    if (one === view()) byId(`to-${one}`).setAttribute("aria-current", "page");
+    byId(`to-${one}`).ariaCurrent = one === view() ? "page" : "false";
   }
   field().focus();
 }

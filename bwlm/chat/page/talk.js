@@ -73,10 +73,11 @@ export function describe(manner, reading) {
     return { title: "This model answers", sentence: `Write a message, and it answers. ${how}`, placeholder: "Write a message" };
   }
   if (reading === "backward") {
-    const what = manner === "asks" ? "the message that it replies to" : "the text before it";
+    const what = manner === "asks" ? "the message to which it replies" : "the text before it";
+    const hint = manner === "asks" ? "" : "Begin with a space if your text begins with a new word.";
     return {
       title: "This model writes what came before",
-      sentence: `Write an ending, and it writes ${what}, from the last word to the first. Go on, and it goes further back.`,
+      sentence: `Write an ending, and it writes ${what}, from the last word to the first. Go on, and it goes further back. ${hint}`,
       placeholder: "Write an ending",
     };
   }

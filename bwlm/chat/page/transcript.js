@@ -28,7 +28,7 @@ function sheet(talk, copy) {
   for (const { turn, joint } of talk.pieces) text.append(joint, make("span", turn.speaker, turn.text));
   const item = make("article", "turn document");
   item.ariaLabel = "Document; what you wrote is bold";
-  item.append(text, label(note(talk.last), talk.text, copy));
+  item.append(text, label(notes(talk.last).join(" · "), talk.text, copy));
   return item;
 }
 
@@ -37,12 +37,12 @@ function message(turn, copy) {
   const item = make("article", `turn ${turn.speaker}`);
   item.ariaLabel = isModel ? `Model, ${turn.reading}` : "You";
   item.append(make("div", "text", turn.text));
-  if (isModel) item.append(label(`${ARROWS[turn.reading]} ${note(turn)}`, turn.text, copy));
+  if (isModel) item.append(label(`${ARROWS[turn.reading]} ${[turn.reading, ...notes(turn)].join(" · ")}`, turn.text, copy));
   return item;
 }
 
-function note(turn) {
-  return [turn.note, turn.seed !== undefined && `seed ${turn.seed}`].filter(Boolean).join(" · ");
+function notes({ note, seed }) {
+  return [note, seed !== undefined && `seed ${seed}`].filter(Boolean);
 }
 
 function label(about, text, copy) {
