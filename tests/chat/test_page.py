@@ -6,12 +6,8 @@ another address.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import random
-import shutil
 import threading
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -19,21 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from playwright.sync_api import Browser, Locator, Page, Request, Route, expect, sync_playwright
 
-playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-from playwright.sync_api import Browser, Locator, Page, Request, Route, expect  # noqa: E402
-
-from bwlm.chat.dialogue import Dialogue, Turn, Voice  # noqa: E402
-from bwlm.chat.engine import Engine  # noqa: E402
-from bwlm.chat.access import LOCAL, Access  # noqa: E402
-from bwlm.chat.served import ServedModel  # noqa: E402
-from bwlm.chat.server import build_app  # noqa: E402
-from bwlm.model.gpt import GPT  # noqa: E402
-from bwlm.text.tokenizer import Tokenizer  # noqa: E402
-from tests.chat.memorised import SEQUENCE_LENGTH, memorise  # noqa: E402
+from bwlm.chat.access import Access
+from bwlm.chat.dialogue import Dialogue, Turn, Voice
+from bwlm.text.tokenizer import Tokenizer
+from tests.chat.browser import launch
+from tests.chat.memorised import memorise
+from tests.chat.serving import GatedEngine, Server, running, tiny_model, until
 
 pytestmark = pytest.mark.faults
 
@@ -49,53 +40,8 @@ QUESTION, ANSWER = "Where is the river?", "It is behind the garden, at the end o
 EARLIER_QUESTION, EARLIER_ANSWER = "Who are you?", "The captain of the island."
 
 
-# ---- a server whose models are known by heart, and which a test can hold ----
-
-
-@dataclass
-class Site:
-    """Running server with its models."""
-
-    models: list[ServedModel]
-    weights: dict[str, GPT] = field(default_factory=dict)
-    url: str = ""
-    steps: threading.Semaphore | None = None
-    """Steps that the engines may still take; None: as many as they like."""
-    failure: Exception | None = None
-    """Raised by the next step."""
-    loop: asyncio.AbstractEventLoop | None = None
-
-    def __post_init__(self) -> None:
-        for model in self.models:
-            model.engine.step = self.held(model.engine.step)  # type: ignore[method-assign]
-
-    def held(self, step: Callable[[], Any]) -> Callable[[], Any]:
-        def after_permission() -> Any:
-            if self.steps is not None:
-                self.steps.acquire()
-            if self.failure is not None:
-                failure, self.failure = self.failure, None
-                raise failure
-            return step()
-
-        return after_permission
-
-    def hold(self, steps: int = 0) -> None:
-        """Let the engines take so many steps, and no more."""
-        self.steps = threading.Semaphore(steps)
-
-    def release(self) -> None:
-        held, self.steps = self.steps, None
-        if held is not None:
-            held.release(1000)
-
-    def live(self, name: str) -> int:
-        """Return the number of requests that a model serves."""
-        return next(model for model in self.models if model.name == name).running().live
-
-
 @pytest.fixture(scope="module")
-def site(tokenizer: Tokenizer) -> Iterator[Site]:
+def site(tokenizer: Tokenizer) -> Iterator[Server]:
     person, model = "person", "model"
     base = Voice("bidirectional", "whole", on_documents=True)
     talks: dict[str, tuple[Voice, list[list[Turn]]]] = {
@@ -107,10 +53,16 @@ def site(tokenizer: Tokenizer) -> Iterator[Site]:
                 [Turn(person, BEGINNING + MIDDLE, "backward"), Turn(model, "Long ago. ", "backward")],
             ],
         ),
-        "kotoba": (Voice("backward", "whole", True), [[Turn(person, "おわり。", "backward"), Turn(model, JAPANESE, "backward")]]),
-        "markup": (Voice("forward", "whole", True), [[Turn(person, "Write. ", "forward"), Turn(model, MARKUP, "forward")]]),
+        "kotoba": (
+            Voice("backward", "whole", True),
+            [[Turn(person, "おわり。", "backward"), Turn(model, JAPANESE, "backward")]],
+        ),
+        "markup": (
+            Voice("forward", "whole", True),
+            [[Turn(person, "Write. ", "forward"), Turn(model, MARKUP, "forward")]],
+        ),
         "helper": (
-            Voice("forward", "whole", False),
+            Voice("forward", "whole", on_documents=False),
             [
                 [Turn(person, QUESTION, "forward"), Turn(model, ANSWER, "forward")],
                 [
@@ -122,7 +74,7 @@ def site(tokenizer: Tokenizer) -> Iterator[Site]:
             ],
         ),
         "past": (
-            Voice("backward", "whole", False),
+            Voice("backward", "whole", on_documents=False),
             [
                 [Turn(person, ANSWER, "backward"), Turn(model, QUESTION, "backward")],
                 [
@@ -133,11 +85,13 @@ def site(tokenizer: Tokenizer) -> Iterator[Site]:
                 ],
             ],
         ),
-        "turns": (Voice("backward", "turns", False), [[Turn(person, QUESTION, "backward"), Turn(model, ANSWER, "backward")]]),
+        "turns": (
+            Voice("backward", "turns", on_documents=False),
+            [[Turn(person, QUESTION, "backward"), Turn(model, ANSWER, "backward")]],
+        ),
     }
-    weights = {name: memorise(voice, tokenizer, known) for name, (voice, known) in talks.items()}
-    site = Site([served(name, talks[name][0], tokenizer, model) for name, model in weights.items()], weights)
-    with running(site):
+    models = {name: memorise(voice, tokenizer, known) for name, (voice, known) in talks.items()}
+    with running([served(name, talks[name][0], tokenizer, model) for name, model in models.items()]) as site:
         yield site
 
 
@@ -149,40 +103,10 @@ def served(name: str, voice: Voice, tokenizer: Tokenizer, model: GPT) -> ServedM
         "readings": list(voice.readings),
         "manners": {reading: voice.manner(reading) for reading in voice.readings},
         "reversal": voice.reversal,
-        "sequence_length": SEQUENCE_LENGTH,
+        "sequence_length": model.config.sequence_length,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    return ServedModel(name, voice, tokenizer, Engine(model, slots=2, waiting=0), about)
-
-
-class running:
-    """Context in which a site is served, from a thread."""
-
-    def __init__(self, site: Site, access: Access = LOCAL) -> None:
-        self.site, self.access = site, access
-
-    def __enter__(self) -> Site:
-        started: Future[int] = Future()
-        config = uvicorn.Config(build_app(self.site.models, self.access), port=0, log_level="error")
-        self.server = uvicorn.Server(config)
-
-        async def serve() -> None:
-            self.site.loop = asyncio.get_running_loop()
-            task = asyncio.ensure_future(self.server.serve())
-            while not self.server.started and not task.done():
-                await asyncio.sleep(0)
-            started.set_result(self.server.servers[0].sockets[0].getsockname()[1])
-            await task
-
-        self.thread = threading.Thread(target=lambda: asyncio.run(serve()))
-        self.thread.start()
-        self.site.url = f"http://127.0.0.1:{started.result()}/"
-        return self.site
-
-    def __exit__(self, *_: object) -> None:
-        self.site.release()
-        self.server.should_exit = True
-        self.thread.join()
+    return ServedModel(name, voice, tokenizer, GatedEngine(model, slots=2, waiting=0), about)
 
 
 # ---- a browser that tells what it logs ----
@@ -190,11 +114,8 @@ class running:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with playwright.sync_playwright() as driver:
-        path = shutil.which("chromium") or driver.chromium.executable_path
-        if not Path(path).exists():
-            pytest.skip("no browser: apt-get install chromium, or playwright install chromium")
-        chromium = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with sync_playwright() as driver:
+        chromium = launch(driver)
         yield chromium
         chromium.close()
 
@@ -226,16 +147,17 @@ def log() -> Log:
 
 
 @pytest.fixture
-def page(browser: Browser, site: Site, log: Log) -> Iterator[Page]:
+def page(browser: Browser, site: Server, log: Log) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1000, "height": 720}, color_scheme="light")
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     page = context.new_page()
     page.set_default_timeout(10_000)
     log.follow(page)
-    page.goto(site.url)
+    page.goto(site.url + "/")
     set_settings(page, temperature=0)
     yield page
-    site.release()
+    for name in site.models:
+        site.engine(name).gate.open()
     context.close()
     assert not log.unexpected()
     outside = [one.url for one in log.requests if not one.url.startswith((site.url, "blob:", "data:"))]
@@ -290,30 +212,30 @@ Shot = Callable[[str], None]
 # ---- chat ----
 
 
-def test_a_forward_text_grows_at_its_end(page: Page, site: Site, shot: Shot) -> None:
+def test_a_forward_text_grows_at_its_end(page: Page, site: Server, shot: Shot) -> None:
     choose(page, "tale")
     expect(page.get_by_role("heading", name="This model goes on with a text")).to_be_visible()
     shot("empty")
-    site.hold(30)
+    site.engine("tale").gate.let(30)
     send(page, BEGINNING)
     expect(page.locator("#transcript .model")).to_contain_text("The captain")
     so_far = said(page)
     assert (BEGINNING + MIDDLE).startswith(so_far)
     assert len(so_far) < len(BEGINNING + MIDDLE)
     shot("growing")
-    site.release()
+    site.engine("tale").gate.open()
     ended(page)
     assert said(page) == BEGINNING + MIDDLE
     assert page.locator("#announcer").text_content() == MIDDLE
     shot("done")
 
 
-def test_a_backward_text_grows_into_place_from_its_end(page: Page, site: Site, shot: Shot) -> None:
+def test_a_backward_text_grows_into_place_from_its_end(page: Page, site: Server, shot: Shot) -> None:
     """Lines that were written do not move while more is written in front of them."""
     page.set_viewport_size({"width": 520, "height": 720})
     choose(page, "tale")
     page.get_by_label("← backward").check()
-    site.hold(40)
+    site.engine("tale").gate.let(40)
     send(page, ENDING)
     lines = page.locator("#transcript .line")
     expect(lines.first).to_be_visible()
@@ -323,10 +245,10 @@ def test_a_backward_text_grows_into_place_from_its_end(page: Page, site: Site, s
     count = lines.count()
     assert (MIDDLE + ENDING).endswith(said(page))
     shot("growing")
-    site.steps.release(20)
+    site.engine("tale").gate.let(20)
     expect(lines).not_to_have_count(count)
     assert (lines.last.text_content(), lines.last.bounding_box()) == before
-    site.release()
+    site.engine("tale").gate.open()
     ended(page)
     assert said(page) == MIDDLE + ENDING
     shot("done")
@@ -373,19 +295,19 @@ def test_what_came_before_stands_above(page: Page, log: Log, shot: Shot) -> None
     shot("upward")
 
 
-def test_a_backward_answer_stands_below_and_grows_at_its_front(page: Page, site: Site) -> None:
+def test_a_backward_answer_stands_below_and_grows_at_its_front(page: Page, site: Server) -> None:
     choose(page, "turns")
-    site.hold(14)
+    site.engine("turns").gate.let(14)
     send(page, QUESTION)
     expect(page.locator("#transcript .growing")).to_contain_text(".")
     part = page.locator("#transcript .growing").text_content() or ""
     assert ANSWER.endswith(part)
-    site.release()
+    site.engine("turns").gate.open()
     ended(page)
     assert texts(page) == [QUESTION, ANSWER]
 
 
-def test_no_wrong_character_at_any_moment(page: Page, site: Site, shot: Shot) -> None:
+def test_no_wrong_character_at_any_moment(page: Page, site: Server, shot: Shot) -> None:
     """Each state of the page, while text of many-byte characters grows at its front, is an end of the text."""
     choose(page, "kotoba")
     page.evaluate(
@@ -396,10 +318,10 @@ def test_no_wrong_character_at_any_moment(page: Page, site: Site, shot: Shot) ->
             new MutationObserver(note).observe(transcript, {childList: true, characterData: true, subtree: true});
         }"""
     )
-    site.hold(20)
+    site.engine("kotoba").gate.let(20)
     send(page, "おわり。")
     expect(page.locator("#transcript .model")).to_contain_text("🙂")
-    site.release()
+    site.engine("kotoba").gate.open()
     ended(page)
     whole = JAPANESE + "おわり。"
     assert said(page) == whole
@@ -417,26 +339,26 @@ def test_what_a_model_writes_is_text_not_markup(page: Page, log: Log) -> None:
     assert page.locator("#transcript img, #transcript b").count() == 0
 
 
-def test_a_stopped_answer_stays_and_frees_its_slot(page: Page, site: Site, shot: Shot) -> None:
+def test_a_stopped_answer_stays_and_frees_its_slot(page: Page, site: Server, shot: Shot) -> None:
     choose(page, "tale")
-    site.hold(30)
+    site.engine("tale").gate.let(30)
     send(page, BEGINNING)
     expect(page.locator("#transcript .model")).to_contain_text("The captain")
     page.get_by_label("Message").press("Escape")
     ended(page)
-    site.release()
+    site.engine("tale").gate.open()
     expect(page.locator("#transcript .label")).to_contain_text("stopped")
     assert (BEGINNING + MIDDLE).startswith(said(page))
-    until(lambda: site.live("tale") == 0)
+    until(lambda: site.models["tale"].running().live == 0)
     shot("stopped")
     page.get_by_role("button", name="Go on").click()
     ended(page)
-    assert site.live("tale") == 0
+    assert site.models["tale"].running().live == 0
 
 
-def test_stopped_before_the_first_word_gives_the_message_back(page: Page, site: Site) -> None:
+def test_stopped_before_the_first_word_gives_the_message_back(page: Page, site: Server) -> None:
     choose(page, "helper")
-    site.hold()
+    site.engine("helper").gate.let(0)
     send(page, QUESTION)
     page.get_by_role("button", name="Stop").click()
     expect(status(page)).to_have_text("Stopped before the first word.")
@@ -461,7 +383,7 @@ def test_retry_writes_again_and_clear_forgets(page: Page, log: Log) -> None:
     expect(page.get_by_label("Message")).to_be_focused()
 
 
-def test_a_reload_keeps_the_talk_and_a_new_tab_begins_empty(page: Page, site: Site) -> None:
+def test_a_reload_keeps_the_talk_and_a_new_tab_begins_empty(page: Page, site: Server) -> None:
     choose(page, "past")
     send(page, ANSWER)
     ended(page)
@@ -485,32 +407,32 @@ def test_the_server_s_refusal_is_shown_and_the_message_given_back(page: Page, lo
     shot("error")
 
 
-def test_an_answer_that_breaks_off_is_kept_with_its_error(page: Page, site: Site, shot: Shot) -> None:
+def test_an_answer_that_breaks_off_is_kept_with_its_error(page: Page, site: Server, shot: Shot) -> None:
     choose(page, "tale")
-    site.hold(30)
+    site.engine("tale").gate.let(30)
     send(page, BEGINNING)
     expect(page.locator("#transcript .model")).to_contain_text("The captain")
-    site.failure = RuntimeError("out of memory")
-    site.release()
+    site.engine("tale").failure = RuntimeError("out of memory")
+    site.engine("tale").gate.open()
     ended(page)
     expect(page.locator("#transcript .label")).to_contain_text("broken off")
     assert (BEGINNING + MIDDLE).startswith(said(page))
     shot("broken-off")
 
 
-def test_a_busy_server_is_told_and_asked_again(page: Page, site: Site, log: Log, shot: Shot) -> None:
+def test_a_busy_server_is_told_and_asked_again(page: Page, site: Server, log: Log, shot: Shot) -> None:
     log.expected = ("status of 429",)
     choose(page, "helper")
-    site.hold()
+    site.engine("helper").gate.let(0)
     others = [ask_in_background(site, "helper") for _ in range(2)]
-    until(lambda: site.live("helper") == 2)
+    until(lambda: site.models["helper"].running().live == 2)
     send(page, QUESTION)
     expect(status(page)).to_contain_text("The server is busy. Trying again in")
     shot("busy")
-    site.release()
+    site.engine("helper").gate.open()
     ended(page)
     assert texts(page) == [QUESTION, ANSWER]
-    assert [json.loads(other.result())["choices"][0]["message"]["content"] for other in others] == [ANSWER, ANSWER]
+    assert [other.result() for other in others] == [ANSWER, ANSWER]
 
 
 def test_a_server_that_is_gone_is_told(page: Page, log: Log) -> None:
@@ -537,10 +459,10 @@ def test_models_that_load_are_waited_for(page: Page, shot: Shot) -> None:
     expect(page.locator("#chat")).to_be_visible()
 
 
-def test_a_server_with_a_token_asks_for_it(browser: Browser, site: Site, log: Log, tokenizer: Tokenizer) -> None:
+def test_a_server_with_a_token_asks_for_it(browser: Browser, site: Server, log: Log, tokenizer: Tokenizer) -> None:
     log.expected = ("status of 401",)
-    helper = served("helper", Voice("forward", "whole", False), tokenizer, site.weights["helper"])
-    with running(Site([helper]), Access(token="secret")) as guarded:
+    helper = served("helper", Voice("forward", "whole", on_documents=False), tokenizer, tiny_model(tokenizer))
+    with running([helper], access=Access(token="secret")) as guarded:
         page = browser.new_context().new_page()
         log.follow(page)
         page.goto(guarded.url)
@@ -616,7 +538,7 @@ def texts_of(page: Page) -> list[str]:
 # ---- side by side ----
 
 
-def test_surprise_stands_side_by_side_on_one_scale(page: Page, site: Site, shot: Shot) -> None:
+def test_surprise_stands_side_by_side_on_one_scale(page: Page, site: Server, shot: Shot) -> None:
     """The figures are those of the server's log-probabilities, in bits; both sides have the same pieces."""
     page.get_by_role("link", name="Side by side").click()
     text = BEGINNING + MIDDLE
@@ -643,10 +565,9 @@ def test_surprise_stands_side_by_side_on_one_scale(page: Page, site: Site, shot:
 SHADES = "pieces => pieces.map(one => [one.style.getPropertyValue('--share'), one.classList.contains('less')])"
 
 
-def logprobs(site: Site, model: str, direction: str, text: str) -> list[float]:
+def logprobs(site: Server, model: str, direction: str, text: str) -> list[float]:
     body = {"model": model, "direction": direction, "prompt": text, "echo": True, "max_tokens": 0, "logprobs": 0}
-    answer = json.loads(ask(site, "v1/completions", body))
-    return answer["choices"][0]["logprobs"]["token_logprobs"]
+    return site.post("/v1/completions", body).json()["choices"][0]["logprobs"]["token_logprobs"]
 
 
 def test_surprise_is_told_to_keyboard_and_screen_reader(page: Page) -> None:
@@ -662,7 +583,10 @@ def test_surprise_is_told_to_keyboard_and_screen_reader(page: Page) -> None:
     page.get_by_text("Values as a table").click()
     rows = page.locator("#values tr")
     assert rows.count() == 1 + page.locator(".side").first.locator(".piece").count()
-    assert "".join(row.split("\t")[0] for row in page.locator("#values td:first-child").all_inner_texts()) == "the river 東京"
+    assert (
+        "".join(row.split("\t")[0] for row in page.locator("#values td:first-child").all_inner_texts())
+        == "the river 東京"
+    )
 
 
 def test_two_sides_write_from_one_text(page: Page, shot: Shot) -> None:
@@ -721,37 +645,7 @@ def test_contrast_is_enough(page: Page, theme: str, shot: Shot) -> None:
         shot(colours.lower())
 
 
-CONTRAST = """() => {
-    const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
-    const over = (colours) => {
-        canvas.fillStyle = "#fff";
-        canvas.fillRect(0, 0, 1, 1);
-        for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
-        return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
-    };
-    const luminance = (rgb) => {
-        const [r, g, b] = rgb.map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-    };
-    const dialog = document.querySelector("dialog[open]");
-    const low = [];
-    for (const element of (dialog ?? document.body).querySelectorAll("*")) {
-        const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
-        const box = element.getBoundingClientRect();
-        const isField = element.matches("input, textarea, select");
-        if ((!own && !isField) || !box.width || !element.checkVisibility() || element.disabled || element.closest(".unseen")) continue;
-        const below = [];
-        for (let at = element; at; at = at.parentElement) below.unshift(getComputedStyle(at).backgroundColor);
-        const colours = [getComputedStyle(element).color];
-        if (element.placeholder) colours.push(getComputedStyle(element, "::placeholder").color);
-        for (const colour of colours) {
-            const [a, b] = [luminance(over([...below, colour])), luminance(over(below))].sort((x, y) => y - x);
-            const ratio = (a + 0.05) / (b + 0.05);
-            if (ratio < 4.5) low.push(`${element.tagName} ${element.className} "${element.textContent.slice(0, 30)}" ${ratio.toFixed(2)}`);
-        }
-    }
-    return low;
-}"""
+CONTRAST = Path(__file__).with_name("contrast.js").read_text()
 
 
 def low_contrast(page: Page) -> list[str]:
@@ -805,8 +699,11 @@ def test_every_control_has_a_name_and_shows_its_focus(page: Page) -> None:
     for view in ("#chat", "#compare"):
         page.goto(page.url.partition("#")[0] + view)
         nameless = page.evaluate(
-            """() => [...document.querySelectorAll("button, a, input, select, textarea")].filter((one) =>
-                !(one.ariaLabel || one.labels?.[0]?.textContent.trim() || one.textContent.trim())).map((one) => one.outerHTML)"""
+            """() => {
+                const name = (one) => one.ariaLabel || one.labels?.[0]?.textContent.trim() || one.textContent.trim();
+                const controls = [...document.querySelectorAll("button, a, input, select, textarea")];
+                return controls.filter((one) => !name(one)).map((one) => one.outerHTML);
+            }"""
         )
         assert nameless == []
     page.goto(page.url.partition("#")[0] + "#chat")
@@ -826,15 +723,15 @@ def test_keys_reach_the_field_and_write_lines(page: Page) -> None:
     expect(page.get_by_label("Message")).to_have_value("a/b\nc")
 
 
-def test_the_field_stays_where_it_is(page: Page, site: Site) -> None:
+def test_the_field_stays_where_it_is(page: Page, site: Server) -> None:
     """Nothing jumps: the field for the message has one place, before, while and after an answer is written."""
     choose(page, "helper")
     places = [page.locator(".field").bounding_box()]
-    site.hold(10)
+    site.engine("helper").gate.let(10)
     send(page, QUESTION)
     expect(page.locator("#transcript .growing")).to_contain_text("I")
     places.append(page.locator(".field").bounding_box())
-    site.release()
+    site.engine("helper").gate.open()
     ended(page)
     places.append(page.locator(".field").bounding_box())
     assert places[0] == places[1] == places[2]
@@ -895,21 +792,13 @@ def test_pieces_of_surprise_by_hand(page: Page) -> None:
 # ---- without the browser ----
 
 
-def until(holds: Callable[[], bool]) -> None:
-    """Wait until a condition holds."""
-    while not holds():
-        threading.Event().wait(0.005)
-
-
-def ask(site: Site, path: str, body: dict[str, Any]) -> str:
-    request = urllib.request.Request(site.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        text: str = answer.read().decode()
-        return text
-
-
-def ask_in_background(site: Site, model: str) -> Future[str]:
+def ask_in_background(site: Server, model: str) -> Future[str]:
+    """Ask a model a question, and return what it will have answered."""
     answer: Future[str] = Future()
     body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": QUESTION}]}
-    threading.Thread(target=lambda: answer.set_result(ask(site, "v1/chat/completions", body)), daemon=True).start()
+
+    def ask() -> None:
+        answer.set_result(site.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"])
+
+    threading.Thread(target=ask, daemon=True).start()
     return answer
