@@ -14,7 +14,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from tests.chat.browser import launch
 
 IMAGES = Path(__file__).parent.parent.parent / "docs" / "images"
-SETTINGS = {"temperature": 0.7, "seed": 1, "max_tokens": 120}
+SETTINGS = {"temperature": 0.7, "seed": 3, "max_tokens": 150}
 TEXT = (
     "The war came to an end in 1945, and the people of the city went back to their houses. "
     "Nobody had thought that it would last for so long."
@@ -26,7 +26,7 @@ def main(url: str) -> None:
     with sync_playwright() as driver:
         page = launch(driver).new_page(viewport={"width": 1000, "height": 640}, color_scheme="light")
         page.goto(url)
-        page.evaluate('localStorage.setItem(\'bwlm.settings\', \'{"temperature": 0.7, "seed": 1, "max_tokens": 120}\')')
+        page.evaluate('localStorage.setItem(\'bwlm.settings\', \'{"temperature": 0.7, "seed": 3, "max_tokens": 150}\')')
         backward_in_progress(page)
         wide(page)
         side_by_side(page)
@@ -35,11 +35,14 @@ def main(url: str) -> None:
 
 
 def backward_in_progress(page: Page) -> None:
-    """Take the page while a backward model writes."""
+    """Take the page while a backward model writes; chunks come slowly, so that the picture is not too late."""
+    slow = page.context.new_cdp_session(page)
+    slow.send("Emulation.setCPUThrottlingRate", {"rate": 20})
     page.get_by_label("Model", exact=True).select_option(index=1)
     write(page, " and so the war came to an end.")
     page.locator("#transcript .line").nth(2).wait_for()
     take(page, "backward")
+    slow.send("Emulation.setCPUThrottlingRate", {"rate": 1})
     ended(page)
 
 
@@ -57,6 +60,7 @@ def wide(page: Page) -> None:
 
 def side_by_side(page: Page) -> None:
     """Take the surprise of one text, forward and backward."""
+    page.set_viewport_size({"width": 1000, "height": 720})
     page.get_by_role("link", name="Side by side").click()
     page.get_by_label("Text that both sides read").fill(TEXT)
     page.get_by_role("button", name="Show surprise").click()

@@ -21,6 +21,8 @@ from playwright.sync_api import Browser, Locator, Page, Request, Route, expect, 
 
 from bwlm.chat.access import Access
 from bwlm.chat.dialogue import Dialogue, Turn, Voice
+from bwlm.chat.served import ServedModel
+from bwlm.model.gpt import GPT
 from bwlm.text.tokenizer import Tokenizer
 from tests.chat.browser import launch
 from tests.chat.memorised import memorise
@@ -575,6 +577,7 @@ def test_surprise_is_told_to_keyboard_and_screen_reader(page: Page) -> None:
     page.get_by_label("Text that both sides read").fill("the river 東京")
     page.get_by_role("button", name="Show surprise").click()
     text = page.locator(".side .text").first
+    expect(text.locator(".piece").first).to_be_visible()
     text.focus()
     text.press("ArrowRight")
     expect(page.locator("#readout")).to_contain_text("bits · difference")
@@ -605,6 +608,7 @@ def test_the_picture_is_saved(page: Page, browser: Browser, tmp_path: Path) -> N
     page.goto(page.url.partition("#")[0] + "#compare")
     page.get_by_label("Text that both sides read").fill("the river")
     page.get_by_role("button", name="Show surprise").click()
+    expect(page.get_by_role("button", name="Save picture")).to_be_enabled()
     with page.expect_download() as started:
         page.get_by_role("button", name="Save picture").click()
     started.value.save_as(tmp_path / "picture.html")
@@ -710,6 +714,15 @@ def test_every_control_has_a_name_and_shows_its_focus(page: Page) -> None:
     focus = "() => getComputedStyle(document.activeElement).outlineStyle"
     page.get_by_label("Message").press("Tab")
     assert page.evaluate(focus) == "solid"
+
+
+def test_focus_stays_where_the_button_was(page: Page) -> None:
+    choose(page, "helper")
+    page.get_by_label("Message").fill(QUESTION)
+    page.get_by_role("button", name="Send").focus()
+    page.keyboard.press("Enter")
+    ended(page)
+    expect(page.get_by_label("Message")).to_be_focused()
 
 
 def test_keys_reach_the_field_and_write_lines(page: Page) -> None:

@@ -158,10 +158,10 @@ export class Chat {
 
   enable() {
     const isRunning = this.running !== null;
-    byId("send").hidden = isRunning;
-    byId("stop").hidden = !isRunning;
-    byId("send").disabled = !(this.input.value.trim() || this.canGoOn);
-    byId("send").textContent = this.canGoOn && !this.input.value.trim() ? "Go on" : "Send";
+    const isTyped = this.input.value.trim() !== "";
+    byId("send").disabled = !(isRunning || isTyped || this.canGoOn);
+    byId("send").textContent = this.canGoOn && !isTyped ? "Go on" : "Send";
+    swap(isRunning ? byId("send") : byId("stop"), isRunning ? byId("stop") : byId("send"), this.input);
     byId("retry").disabled = isRunning || this.talk.last?.speaker !== "model";
     byId("clear").disabled = isRunning || !this.talk.turns.length;
     byId("model").disabled = byId("readings").disabled = isRunning;
@@ -184,6 +184,14 @@ export class Chat {
   show(reading) {
     if (this.followed) byId("scroll").scrollTop = this.talk.isAtFront(reading) ? 0 : byId("scroll").scrollHeight;
   }
+}
+
+/** Show a button in the place of another, with its focus; where it cannot have it, `fallback` has. */
+function swap(hidden, shown, fallback) {
+  const hadFocus = document.activeElement === hidden;
+  shown.hidden = false;
+  hidden.hidden = true;
+  if (hadFocus) (shown.disabled ? fallback : shown).focus();
 }
 
 /** Return what a model is, in one line. */

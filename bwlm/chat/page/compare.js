@@ -233,9 +233,9 @@ function span(text, at, value, most) {
   return element;
 }
 
-function figureLine({ perByte, bits, tokens, bytes }) {
+function figureLine({ perByte, bits, tokens }) {
   if (perByte === null) return ["nothing scored"];
-  return [make("strong", "", perByte.toFixed(3)), ` bits per byte · ${(bits / tokens).toFixed(2)} bits per token · ${tokens} tokens, ${bytes} bytes`];
+  return [make("strong", "", perByte.toFixed(3)), ` bits per byte · ${(bits / tokens).toFixed(2)} bits per token · ${tokens} tokens`];
 }
 
 function legend({ label, ticks }) {
