@@ -1,17 +1,23 @@
-"""The pictures of the page in the docs: `python -m tests.chat.screenshots URL` takes them from a running server.
+"""The pictures of the page in the docs, with real models.
 
-The server has a forward and a backward model, in this order, and as third one that is bidirectional:
-`bwlm serve FORWARD BACKWARD BIDIRECTIONAL`.
+`python -m tests.chat.screenshots STORAGE FORWARD BACKWARD BIDIRECTIONAL` takes them anew.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
+from bwlm.chat.served import ServedModel
+from bwlm.trained.load import load_model
 from tests.chat.browser import launch
+from tests.chat.serving import Gate, GatedEngine, running
 
 IMAGES = Path(__file__).parent.parent.parent / "docs" / "images"
 SETTINGS = {"temperature": 0.7, "seed": 3, "max_tokens": 150}
@@ -21,28 +27,33 @@ TEXT = (
 )
 
 
-def main(url: str) -> None:
-    """Take each picture anew."""
-    with sync_playwright() as driver:
+def main(storage: str, *runs: str) -> None:
+    """Serve the runs, and take each picture anew."""
+    with running([gated(Path(storage), run) for run in runs]) as server, sync_playwright() as driver:
         page = launch(driver).new_page(viewport={"width": 1000, "height": 640}, color_scheme="light")
-        page.goto(url)
-        page.evaluate('localStorage.setItem(\'bwlm.settings\', \'{"temperature": 0.7, "seed": 3, "max_tokens": 150}\')')
-        backward_in_progress(page)
+        page.goto(server.url)
+        page.evaluate("settings => localStorage.setItem('bwlm.settings', settings)", json.dumps(SETTINGS))
+        backward_in_progress(page, server.engine(runs[1]).gate)
         wide(page)
         side_by_side(page)
         dark(page)
         narrow(page)
 
 
-def backward_in_progress(page: Page) -> None:
-    """Take the page while a backward model writes; chunks come slowly, so that the picture is not too late."""
-    slow = page.context.new_cdp_session(page)
-    slow.send("Emulation.setCPUThrottlingRate", {"rate": 20})
+def gated(storage: Path, run: str) -> ServedModel:
+    """Return a run as a model that is served, whose steps can be held up."""
+    loaded = load_model(storage, run)
+    return replace(ServedModel.from_loaded(run, loaded, 1, 1), engine=GatedEngine(loaded.model, 1, 1))
+
+
+def backward_in_progress(page: Page, gate: Gate) -> None:
+    """Take the page while a backward model writes."""
     page.get_by_label("Model", exact=True).select_option(index=1)
+    gate.let(90)
     write(page, " and so the war came to an end.")
     page.locator("#transcript .line").nth(2).wait_for()
     take(page, "backward")
-    slow.send("Emulation.setCPUThrottlingRate", {"rate": 1})
+    gate.open()
     ended(page)
 
 
@@ -95,9 +106,11 @@ def ended(page: Page) -> None:
 
 
 def take(page: Page, name: str) -> None:
-    """Keep a picture of the page."""
-    page.screenshot(path=IMAGES / f"chat-{name}.png")
+    """Keep a picture of the page, in 256 colours."""
+    with Image.open(BytesIO(page.screenshot())) as picture:
+        small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        small.save(IMAGES / f"chat-{name}.png", optimize=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -7,6 +7,7 @@ another address.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -552,7 +553,8 @@ def test_surprise_stands_side_by_side_on_one_scale(page: Page, site: Server, sho
     assert left.locator(".piece").count() == right.locator(".piece").count()
     for side, reading in ((0, "forward"), (1, "backward")):
         bits = -sum(logprobs(site, "tale", reading, text)) / 0.6931471805599453
-        expect(page.locator(".figure").nth(side)).to_contain_text(f"{bits / len(text.encode()):.3f} bits per byte")
+        per_byte = f"{bits / len(text.encode()):.3f} bits per byte"
+        expect(page.locator(".figure").nth(side)).to_have_text(re.compile(f"^{re.escape(per_byte)}"))
     left.locator(".piece").nth(3).hover()
     expect(page.locator("#readout")).to_contain_text("left")
     assert left.locator(".here").text_content() == right.locator(".here").text_content()

@@ -3,7 +3,7 @@
 import { byId } from "./dom.js";
 
 const KEY = "bwlm.settings";
-const DEFAULTS = { temperature: 0.8, max_tokens: 200 };
+const DEFAULTS = { temperature: 0.6, top_k: 50, max_tokens: 256 }; // those of the terminal
 
 /** Return the settings that a person chose. */
 export function settings() {
