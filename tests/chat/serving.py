@@ -65,7 +65,7 @@ class Gate:
     def pass_through(self) -> None:
         """Wait until a step may begin."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self._left > 0, WAIT), "the gate stayed closed"
+            assert self._changed.wait_for(lambda: self._left > 0, 10 * WAIT), "the gate stayed closed"
             self._left -= 1
             self.steps += 1
 

@@ -134,7 +134,8 @@ def test_a_client_that_never_reads_is_given_up() -> None:
     async def main() -> None:
         events = source("events")
         await anext(events)
-        await EventStream(source("lines"), events, 0.01)({"type": "http"}, receive, send)
+        await EventStream(lines := source("lines"), events, 0.01)({"type": "http"}, receive, send)
+        assert closed == ["lines", "events"], "not only once nobody holds them"
+        del lines, events
 
     asyncio.run(main())
-    assert closed == ["lines", "events"]
