@@ -24,6 +24,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 ELSEWHERE = {
     "make demo": "the demo grid is planned in tests/plan/test_load.py, and a whole grid runs in tests/grid/test_run.py",
     "make test": "this",
+    "make chat": "the grid is planned in tests/plan/test_load.py; tests/chat talks to models that are made in seconds",
     "make tour": "the grid is planned in tests/plan/test_load.py, and families run in tests/plan/test_inherit.py",
     "bwlm grid run grids/branching.yaml": "planned in tests/plan/test_load.py; tests/grid/test_chain.py runs one",
     "bwlm grid run grids/reversal.yaml": "planned in tests/plan/test_load.py",
