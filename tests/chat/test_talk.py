@@ -153,7 +153,7 @@ def test_a_model_of_one_direction_says_why_it_cannot_switch(direction: str, othe
         ("/set top_k 1.5", "top_k: must be a whole number"),
         ("/set top_p 0", "top_p must be above 0 and at most 1, not 0.0"),
         ("/set min_p 2", "min_p must be 0 to 1, not 2.0"),
-        ("/set repetition_penalty 0", "repetition_penalty must be above 0 and finite, not 0.0"),
+        ("/set repetition_penalty 0", "repetition_penalty must be 0.01 to 100, not 0.0"),
         ("/set max_tokens 0", "max_tokens must be at least 1, not 0"),
         ("/save", "/save: write the name of a file after it"),
         ("/save no/such/folder\0/x", "cannot be written"),
