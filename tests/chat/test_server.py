@@ -339,6 +339,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("top_k", {"top_k": 0}),
     ("min_p", {"min_p": -0.1}),
     ("repetition_penalty", {"repetition_penalty": 0}),
+    ("repetition_penalty", {"repetition_penalty": 1e-300}),
     ("max_tokens", {"max_tokens": -1}),
     ("max_tokens", {"max_tokens": 1.5}),
     ("max_tokens", {"max_tokens": LENGTH + 1}),
@@ -643,8 +644,10 @@ def test_figures_say_what_was_done(tokenizer: Tokenizer) -> None:
             server.client().completions.create(model="forward", prompt="the river rose", max_tokens=4, temperature=0)
         server.post("/v1/completions", {})
         server.get("/nowhere")
+        server.engine("forward").failure = RuntimeError("no memory")
+        server.post("/v1/completions", {"prompt": "x"})
         told = server.get("/stats").json()
-        assert told["responses"] == {"200": 2, "400": 1, "404": 1}
+        assert told["responses"] == {"200": 2, "400": 1, "404": 1, "500": 1}
         (model,) = told["models"]
         assert (model["id"], model["running"], model["waiting"], model["generated_tokens"]) == ("forward", 0, 0, 8)
         assert 0.3 < model["prefix_reuse"] < 0.5, "the second prompt was known but for its last token"
