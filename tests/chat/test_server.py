@@ -266,6 +266,25 @@ def test_text_that_might_have_become_a_stop_text_comes_last(
     assert " stone" in pieces
 
 
+@pytest.mark.parametrize("stop", [[], ["window"], ["letters"]])
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_a_stream_has_the_log_probabilities_of_the_whole_answer(
+    name: str, stop: list[str], client: openai.OpenAI, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of its last token, of characters of several tokens, and of text that might have become a stop text."""
+    ids = [int(id) for id in tokenizer.encode("stone river 東京 window letter")]
+    asked: dict[str, Any] = {"model": name, "prompt": "x", "max_tokens": len(ids), "stop": stop, "logprobs": 1}
+    said = ids[::-1] if name == "backward" else ids
+    with saying(said, monkeypatch):
+        whole = client.completions.create(**asked).choices[0].logprobs
+    with saying(said, monkeypatch):
+        parts = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)]
+    for column in ("tokens", "token_logprobs", "text_offset"):
+        joined = [value for part in parts if part for value in getattr(part, column)]
+        expected = getattr(whole, column)
+        assert joined == (pytest.approx(expected, abs=1e-4) if column == "token_logprobs" else expected)
+
+
 def test_log_probabilities_are_those_of_the_whole_pass(server: Server, client: openai.OpenAI) -> None:
     for name in ("forward", "backward"):
         model = server.models[name]
