@@ -14,6 +14,7 @@ of time. A bidirectional model may change its reading at every turn; its prompt 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -181,14 +182,22 @@ class Dialogue:
         if self.voice.on_documents:
             text = SEPARATOR.join(turn.text for turn in self.in_order)
             return document_prompt(text, reading, self.voice.direction, self.tokenizer, room)
+        whole = self._without(0, reading)
+        if len(whole.ids) <= room:
+            return Fitted(whole, 0)
+        # the more is left out, the shorter: a long talk is laid out a few times, not once for each turn
+        drops = range(2, len(self.turns), 2)
+        at = bisect_left(drops, True, key=lambda dropped: len(self._without(dropped, reading).ids) <= room)
+        if at < len(drops):
+            return Fitted(self._without(drops[at], reading), drops[at])
+        alone = len(self._without(len(self.turns) - 1, reading).ids)
+        raise UserError(f"the message takes {alone} tokens, and the model has room for {room}: shorten it")
+
+    def _without(self, dropped: int, reading: str) -> Prompt:
+        """Return the prompt without the messages that are farthest from where the model writes."""
         messages = self.messages
-        for dropped in range(0, len(messages), 2):
-            front = self.voice.writes_at_front(reading)
-            kept = messages[: len(messages) - dropped] if front else messages[dropped:]
-            prompt = build_prompt(kept, reading, self.voice.direction, self.voice.reversal, self.tokenizer)
-            if len(prompt.ids) <= room:
-                return Fitted(prompt, dropped)
-        raise UserError(f"the message takes {len(prompt.ids)} tokens, and the model has room for {room}: shorten it")
+        kept = messages[: len(messages) - dropped] if self.voice.writes_at_front(reading) else messages[dropped:]
+        return build_prompt(kept, reading, self.voice.direction, self.voice.reversal, self.tokenizer)
 
     def banned(self, prompt: Prompt) -> frozenset[int]:
         """Return the special tokens that no message holds: all but the one that closes it."""

@@ -142,7 +142,7 @@ class Wire:
         return before, after
 
     def _scores_now(self, answer: Answer) -> bool:
-        """Return true if chunks have the log-probabilities of their tokens; they come last where it grows at its front."""
+        """Return true if chunks have log-probabilities; of a text that grows at its front, they come last."""
         return self.logprobs and not answer.growth.at_front
 
     def _grown(self, answer: Answer, new: str) -> bytes:

@@ -13,7 +13,7 @@ from bwlm.chat.dialogue import Dialogue, Turn, Voice, document_prompt, from_talk
 from bwlm.config import Experiment
 from bwlm.directions import DIRECTIONS, READINGS, is_marked
 from bwlm.errors import UserError
-from bwlm.text.conversation import Conversation, Message, TurnIds, TurnLayout, render, row_layout
+from bwlm.text.conversation import Conversation, Message, Prompt, TurnIds, TurnLayout, build_prompt, render, row_layout
 from bwlm.text.direction import HEAD_SLOTS, Rows, SpecialIds, lay_out
 from bwlm.text.tokenizer import Tokenizer
 
@@ -316,6 +316,21 @@ def test_whole_turns_are_left_out_farthest_from_where_the_model_writes(
     fitted = dialogue.prompt(room)
     kept = messages[: len(messages) - fitting[0]] if asks else messages[fitting[0] :]
     assert (fitted.dropped, fitted.prompt.ids) == (fitting[0], prompt_of(kept))
+
+
+def test_a_long_talk_is_not_laid_out_once_for_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server fits talks of 500 messages in its event loop, where all others wait for it."""
+    laid_out = []
+
+    def counted(messages: Conversation, *rest: Any) -> Prompt:
+        laid_out.append(len(messages))
+        return build_prompt(messages, *rest)
+
+    monkeypatch.setattr("bwlm.chat.dialogue.build_prompt", counted)
+    dialogue = talk(Voice("forward", "whole", False), [("forward", "said", "written")] * 249)
+    dialogue.say("last", "forward")
+    assert dialogue.prompt(100).dropped > 400
+    assert len(laid_out) < 12
 
 
 @pytest.mark.parametrize(
