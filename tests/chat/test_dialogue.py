@@ -94,12 +94,12 @@ def shown(ids: list[int]) -> str:
             ["^>(a1)[", "^<(1a)[1A](1b)[", "^>(a1)[A1](b1)[B1](c1)["],
             "aAbBcC",
         ),
-        (Voice("forward", "whole", True), ["forward"] * 2, ["^a1", "^a1\n\nA1\n\nb1"], "aAbB"),
-        (Voice("backward", "whole", True), ["backward"] * 2, ["^1a", "^1a\n\n1A\n\n1b"], "BbAa"),
+        (Voice("forward", "whole", True), ["forward"] * 2, ["^a1", "^a1A1\n\nb1"], "aAbB"),
+        (Voice("backward", "whole", True), ["backward"] * 2, ["^1a", "^1a1A\n\n1b"], "BbAa"),
         (
             Voice("bidirectional", "whole", True),
             ["forward", "backward", "forward"],
-            ["^>a1", "^<1A\n\n1a\n\n1b", "^>B1\n\nb1\n\na1\n\nA1\n\nc1"],
+            ["^>a1", "^<1A1a\n\n1b", "^>B1b1\n\na1A1\n\nc1"],
             "BbaAcC",
         ),
     ],
@@ -179,15 +179,17 @@ def test_every_prompt_of_documents_is_the_beginning_of_a_document(
     case: tuple[Voice, list[tuple[str, str, str]]],
 ) -> None:
     voice, exchanges = case
-    dialogue = Dialogue(voice, BYTES)
+    dialogue, text = Dialogue(voice, BYTES), ""
     for reading, said, written in exchanges:
         dialogue.say(said, reading)
         prompt = dialogue.prompt(ROOM).prompt
-        so_far = BYTES.encode("\n\n".join(turn.text for turn in dialogue.in_order))
+        text = "\n\n".join(filter(None, [said, text] if reading == "backward" else [text, said]))
+        so_far = BYTES.encode(text)
         assert prompt.ids == laid_out(so_far, voice.direction, reading, None)[: len(prompt.ids)]
         assert len(prompt.ids) == len(so_far) + 1 + is_marked(voice.direction)
         assert prompt.stop == BOS
         dialogue.reply(written)
+        text = written + text if reading == "backward" else text + written
 
 
 @law

@@ -21,7 +21,7 @@ from bwlm.chat.dialogue import Dialogue, Turn, from_talk
 from bwlm.chat.engine import Engine, Request
 from bwlm.chat.growth import TextGrowth
 from bwlm.chat.infill import Infill
-from bwlm.chat.protocol import InfillRequest
+from bwlm.chat.protocol import ChatMessage, InfillRequest
 from bwlm.chat.served import ServedModel
 from bwlm.model.sampling import Sampling
 from bwlm.text.tokenizer import Tokenizer
@@ -117,6 +117,14 @@ def test_a_talk_that_switches_is_laid_out_as_the_dialogue_says(server: Server, c
     assert answer.usage.prompt_tokens == len(prompt.ids)
     messages[-1]["direction"] = "backward"
     assert client.chat.completions.create(model="answers:forward", messages=messages, **PLAIN).direction == "backward"
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_messages_to_a_model_of_documents_are_joined_by_blank_lines(name: str, server: Server) -> None:
+    model = server.models[name]
+    messages = [ChatMessage(role=r, content=c) for r, c in (("user", "one"), ("assistant", "two"), ("user", "three"))]
+    text = "three\n\ntwo\n\none" if name == "backward" else "one\n\ntwo\n\nthree"
+    assert model.dialogue(messages, name).prompt(LENGTH) == model.document(text, name)
 
 
 def test_a_system_message_begins_the_first_message_of_the_user(server: Server, client: openai.OpenAI) -> None:

@@ -87,8 +87,8 @@ def test_a_reply_is_asked_for_as_the_settings_say() -> None:
     [
         (BOTH, "2 messages left out at the beginning: the model reads 64 tokens at once"),
         (Voice("backward", "whole", False), "2 messages left out at the end: the model reads 64 tokens at once"),
-        (Voice("forward", "whole", True), "16 tokens left out at the beginning: the model reads 64 tokens at once"),
-        (Voice("backward", "whole", True), "16 tokens left out at the end: the model reads 64 tokens at once"),
+        (Voice("forward", "whole", True), "14 tokens left out at the beginning: the model reads 64 tokens at once"),
+        (Voice("backward", "whole", True), "14 tokens left out at the end: the model reads 64 tokens at once"),
     ],
 )
 def test_what_is_left_out_to_fit_is_told(voice: Voice, told: str) -> None:
