@@ -55,6 +55,17 @@ def test_a_message_that_is_too_long_is_told_and_taken_back() -> None:
     assert texts(talk) == ["a", "b"]
 
 
+def test_an_answer_that_cannot_be_written_anew_is_kept() -> None:
+    """The room of a prompt depends on the settings, which may have changed since."""
+    talk = new_talk(max_tokens=1)
+    exchange(talk, "x" * 50, "yes")
+    talk.enter("/set max_tokens 32")
+    assert talk.enter("/retry").then == "write"
+    with pytest.raises(UserError, match="shorten it"):
+        talk.begin()
+    assert texts(talk) == ["x" * 50, "yes"]
+
+
 def test_every_answer_has_the_next_seed() -> None:
     """So a talk with the same seed, lines and settings is the same, and a second try is another one."""
     talk = new_talk(seed=7)
