@@ -199,10 +199,9 @@ def serve_here(arguments: argparse.Namespace) -> None:
     """Serve a model with random weights on a free port, which is printed; what the server process runs."""
     import pydoc_data.topics
 
+    from bwlm.chat.dialogue import Voice
     from bwlm.chat.served import ServedModel
     from bwlm.chat.server import build_app, run_server
-
-    from bwlm.chat.dialogue import Voice
     from bwlm.text.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(iter(pydoc_data.topics.topics.values()), arguments.vocab)

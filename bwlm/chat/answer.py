@@ -108,16 +108,31 @@ def _echoed(answer: Answer, echo: Echo, tokenizer: Tokenizer) -> list[Placed]:
 
 
 def _starts(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """Return where each token begins in the text of all, in characters, and last the text's length.
+    """Return where each token begins in the text of all, in characters, and last the text's length."""
+    places = Places(tokenizer)
+    return [*(places.add(id) for id in ids), places.end()]
+
+
+class Places:
+    """Characters at which the tokens of a text begin, one token after the other.
 
     A token that goes on with a character begins where that character does.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    starts, length = [], 0
-    for id in ids:
-        piece = tokenizer.decode_bytes([id])
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._length = 0
+
+    def add(self, id: int) -> int:
+        """Return where the next token begins."""
+        piece = self._tokenizer.decode_bytes([id])
         # bytes that are held back are a broken character, unless these bytes go on with it
-        broken = bool(decoder.getstate()[0]) and piece[0] & 0xC0 != 0x80
-        starts.append(length + broken)
-        length += len(decoder.decode(piece))
-    return [*starts, length + len(decoder.decode(b"", final=True))]
+        broken = bool(self._decoder.getstate()[0]) and piece[0] & 0xC0 != 0x80
+        start = self._length + broken
+        self._length += len(self._decoder.decode(piece))
+        return start
+
+    def end(self) -> int:
+        """Return the length of the text."""
+        return self._length + len(self._decoder.decode(b"", final=True))

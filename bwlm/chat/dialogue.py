@@ -2,8 +2,8 @@
 
 A model writes in one of three manners, which follow from how it was trained:
 
-- `goes_on`: a model of documents. All that was said is one text, joined by blank lines; read forward the model goes on
-  with it, read backward it writes what came before it.
+- `goes_on`: a model of documents. All that was said is one text; read forward the model goes on with it, read backward
+  it writes what came before it, right where the text stops. What the person adds begins a paragraph.
 - `answers`: it answers the person; with `reversal: turns` also read backward, each answer from its end.
 - `asks`: it reads whole conversations backward. What the person writes is an answer, the ending, and the model writes
   the question that came before it. The next turn goes further back.
@@ -14,8 +14,10 @@ of time. A bidirectional model may change its reading at every turn; its prompt 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -32,7 +34,7 @@ Manner = Literal["goes_on", "answers", "asks"]
 Speaker = Literal["person", "model"]
 
 SEPARATOR = "\n\n"
-"""Text between two messages to a model of documents."""
+"""Text between two paragraphs of a document."""
 
 _DOES: dict[Manner, tuple[str, str]] = {
     "goes_on": ("goes on with your text", "writes what came before your text"),
@@ -152,8 +154,22 @@ class Dialogue:
 
         Of two turns of one exchange at the front, the model's comes before the person's.
         """
-        front = [turn for turn in self.turns if self.voice.writes_at_front(turn.reading)]
-        return [*reversed(front), *(turn for turn in self.turns if not self.voice.writes_at_front(turn.reading))]
+        return [self.turns[said] for said in self._order]
+
+    @property
+    def document(self) -> list[tuple[str, Turn]]:
+        """Return what was said to a model of documents in the order of time, each with the text that joins it."""
+        order = self._order
+        later = [self.turns[max(pair)] for pair in pairwise(order)]
+        joints = ["", *("" if turn.speaker == "model" else SEPARATOR for turn in later)]
+        return [(joint, self.turns[said]) for joint, said in zip(joints, order, strict=False)]
+
+    @property
+    def _order(self) -> list[int]:
+        """Indices of the turns in the order of time."""
+        at_front = [self.voice.writes_at_front(turn.reading) for turn in self.turns]
+        front = [said for said, first in enumerate(at_front) if first]
+        return [*reversed(front), *(said for said, first in enumerate(at_front) if not first)]
 
     @property
     def messages(self) -> Conversation:
@@ -179,16 +195,24 @@ class Dialogue:
         assert self.turns[-1].speaker == "person", "the person has not spoken"
         reading = self.turns[-1].reading
         if self.voice.on_documents:
-            text = SEPARATOR.join(turn.text for turn in self.in_order)
+            text = "".join(joint + turn.text for joint, turn in self.document)
             return document_prompt(text, reading, self.voice.direction, self.tokenizer, room)
+        whole = self._without(0, reading)
+        if len(whole.ids) <= room:
+            return Fitted(whole, 0)
+        # the more is left out, the shorter: a long talk is laid out a few times, not once for each turn
+        drops = range(2, len(self.turns), 2)
+        at = bisect_left(drops, True, key=lambda dropped: len(self._without(dropped, reading).ids) <= room)
+        if at < len(drops):
+            return Fitted(self._without(drops[at], reading), drops[at])
+        alone = len(self._without(len(self.turns) - 1, reading).ids)
+        raise UserError(f"the message takes {alone} tokens, and the model has room for {room}: shorten it")
+
+    def _without(self, dropped: int, reading: str) -> Prompt:
+        """Return the prompt without the messages that are farthest from where the model writes."""
         messages = self.messages
-        for dropped in range(0, len(messages), 2):
-            front = self.voice.writes_at_front(reading)
-            kept = messages[: len(messages) - dropped] if front else messages[dropped:]
-            prompt = build_prompt(kept, reading, self.voice.direction, self.voice.reversal, self.tokenizer)
-            if len(prompt.ids) <= room:
-                return Fitted(prompt, dropped)
-        raise UserError(f"the message takes {len(prompt.ids)} tokens, and the model has room for {room}: shorten it")
+        kept = messages[: len(messages) - dropped] if self.voice.writes_at_front(reading) else messages[dropped:]
+        return build_prompt(kept, reading, self.voice.direction, self.voice.reversal, self.tokenizer)
 
     def banned(self, prompt: Prompt) -> frozenset[int]:
         """Return the special tokens that no message holds: all but the one that closes it."""

@@ -71,11 +71,12 @@ class Guard:
         if _name(host) not in self.access.hosts:
             raise Refusal(421, f"Host {host[:100]!r}: not a name of this server: add --allow-host NAME", "wrong_host")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _place(origin) != host:
             raise Refusal(403, f"Origin {origin[:100]!r}: another site may not ask this server", "wrong_origin")
         if scope["path"] not in self.open_paths and not self._knows(headers.get("authorization", "")):
             raise Refusal(401, "a token is needed: Authorization: Bearer TOKEN", "invalid_api_key")
-        if scope["method"] == "POST" and headers.get("content-type", "").partition(";")[0] != "application/json":
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if scope["method"] == "POST" and kind != "application/json":
             raise Refusal(415, "the body must be JSON: Content-Type: application/json", "wrong_content_type")
         if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", "0")) > MOST_BYTES:
             raise _TOO_LARGE
@@ -108,6 +109,14 @@ class Guard:
 
 
 _TOO_LARGE = Refusal(413, f"the body is too large: at most {MOST_BYTES} bytes", "too_large")
+
+
+def _place(origin: str) -> str:
+    """Return the host in an Origin header, with its port."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # such as an open bracket
+        return ""
 
 
 def _name(host: str) -> str:

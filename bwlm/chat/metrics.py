@@ -120,10 +120,22 @@ class Counted:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, and count its response."""
 
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"] if scope["path"] in self.paths else "other"
+        is_counted = False
+
         async def counted(message: Message) -> None:
+            nonlocal is_counted
             if message["type"] == "http.response.start":
-                path = scope["path"] if scope["path"] in self.paths else "other"
+                is_counted = True
                 self.metrics.count(path, message["status"])
             await send(message)
 
-        await self.app(scope, receive, counted if scope["type"] == "http" else send)
+        try:
+            await self.app(scope, receive, counted)
+        except Exception:
+            if not is_counted:  # the response to it is sent outside of this middleware
+                self.metrics.count(path, 500)
+            raise

@@ -118,12 +118,18 @@ class ServedModel:
             if message.role == "user":
                 turns.append(Turn("person", message.content, message.direction or reading))
             else:
-                turns.append(Turn("model", message.content, turns[-1].reading))
+                turns.append(Turn("model", self._apart(message.content, turns[-1].reading), turns[-1].reading))
         if system.strip():
             if self.voice.manner(turns[0].reading) == "asks":
                 raise UserError("messages[0]: this model writes the user's messages, which a system message begins")
             turns[0] = turns[0]._replace(text=f"{system}{SEPARATOR}{turns[0].text}")
         return from_talk(self.voice, self.tokenizer, turns)
+
+    def _apart(self, text: str, reading: str) -> str:
+        """Return a message of the model; of a document with the blank line that the protocol puts between messages."""
+        if not self.voice.on_documents:
+            return text
+        return text + SEPARATOR if is_mirrored(reading) else SEPARATOR + text
 
     def sampling(self, body: Generation, closing: int | None) -> Sampling:
         """Return how a request wants ids to be chosen; of special tokens `closing` alone may come."""

@@ -7,7 +7,7 @@ and lets the model write.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -68,6 +68,8 @@ class Talk:
     reading: str
     answers: int = 0
     """Answers that were begun: each has a seed of its own, the next number after that of the one before."""
+    _before: list[Turn] = field(default_factory=list, init=False)
+    """Turns before the message that is to be answered, or with the answer that is to be written anew."""
 
     @property
     def greeting(self) -> str:
@@ -85,6 +87,7 @@ class Talk:
                 return self._command(line)
             if not line.strip():
                 return Outcome()
+            self._before = [*self.dialogue.turns]
             self.dialogue.say(line[1:] if line.startswith("//") else line, self.reading)
             return Outcome(then="write")
         except UserError as error:
@@ -115,6 +118,7 @@ class Talk:
         return Outcome(f"{reading}: it {self.dialogue.voice.does(reading)}")
 
     def _retry(self) -> Outcome:
+        self._before = [*self.dialogue.turns]
         self.dialogue.retract_reply()
         return Outcome(then="write")
 
@@ -159,13 +163,13 @@ class Talk:
     def begin(self) -> tuple[Reply, int]:
         """Return the reply that the model is to write, and the number of messages or tokens that were left out.
 
-        Raises `UserError` if the person's message is too long; it is taken back then.
+        Raises `UserError` if the person's message is too long; the talk is then as it was before.
         """
         try:
             room = prompt_room(self.about.sequence_length, self.settings.max_tokens)
             prompt, dropped = self.dialogue.prompt(room)
         except UserError:
-            self.dialogue.undo()
+            self.dialogue.turns[:] = self._before
             raise
         seed, reading = self.settings.seed + self.answers, self.dialogue.turns[-1].reading
         self.answers += 1

@@ -24,7 +24,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from bwlm.chat.dialogue import SEPARATOR, Dialogue, Turn
+from bwlm.chat.dialogue import Dialogue, Turn
 from bwlm.chat.engine import Engine
 from bwlm.chat.reply import Reply
 from bwlm.chat.talk import COMMANDS, Talk
@@ -189,8 +189,8 @@ def drawn(dialogue: Dialogue, written: str) -> RenderableType:
     """
     reading = dialogue.turns[-1].reading
     if dialogue.voice.on_documents:
-        before = Text(SEPARATOR).join(Text(visible(turn.text), _style(turn)) for turn in dialogue.in_order)
-        return Text.assemble(visible(written), before)
+        before = (Text(joint + visible(turn.text), _style(turn)) for joint, turn in dialogue.document)
+        return Text.assemble(visible(written), *before)
     now = Turn("model", written, reading)
     front = dialogue.voice.writes_at_front(reading)
     shown = Dialogue(dialogue.voice, dialogue.tokenizer, [*dialogue.turns, now]).in_order if front else [now]

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bwlm.chat.answer import Answer, Placed, in_order
+from bwlm.chat.answer import Answer, Placed, Places, in_order
 from bwlm.chat.engine import Event, Scored
 from bwlm.text.tokenizer import Tokenizer
 
@@ -59,6 +59,9 @@ class Wire:
     def __post_init__(self) -> None:
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.model}
         self._around = {answer.index: self._constant(answer) for answer in self.answers}
+        self._places = {answer.index: Places(self.tokenizer) for answer in self.answers}
+        self._unsent: dict[int, list[Placed]] = {answer.index: [] for answer in self.answers}
+        """Tokens whose text is held back; in a stream, log-probabilities come with the text."""
 
     # ---- for the endpoints to say ----
 
@@ -116,8 +119,11 @@ class Wire:
         async for event in events:
             answer = by_request[event.request]
             new = answer.take(event)
-            if new or self._scores_now(answer, event):
-                yield self._grown(answer, event, new)
+            if self._scores_now(answer) and event.token is not None:
+                start = self._places[answer.index].add(event.token.id)
+                self._unsent[answer.index].append(Placed(event.token, start))
+            if new:
+                yield self._grown(answer, new)
             if answer.finish is not None:
                 for choice in self._closing(answer):
                     yield to_line(self._chunk(answer, choice))
@@ -135,16 +141,22 @@ class Wire:
         before, _, after = to_line(self._chunk(answer, growth)).decode().partition(json.dumps(_HOLE))
         return before, after
 
-    def _scores_now(self, answer: Answer, event: Event) -> bool:
-        """Return true if a chunk has the log-probability of its token; a text that grows at its front has all last."""
-        return self.logprobs and not answer.growth.at_front and event.token is not None and not answer.finish
+    def _scores_now(self, answer: Answer) -> bool:
+        """Return true if chunks have log-probabilities; of a text that grows at its front, they come last."""
+        return self.logprobs and not answer.growth.at_front
 
-    def _grown(self, answer: Answer, event: Event, new: str) -> bytes:
-        if event.token is not None and self._scores_now(answer, event):
-            tokens = [Placed(event.token, len(answer.whole) - len(new))]
+    def _grown(self, answer: Answer, new: str) -> bytes:
+        if self._scores_now(answer):
+            tokens = self._sendable(answer)
             return to_line(self._chunk(answer, self.delta(new) | {"logprobs": self.scores(tokens)}))
         before, after = self._around[answer.index]
         return f"{before}{json.dumps(new)}{after}".encode()
+
+    def _sendable(self, answer: Answer) -> list[Placed]:
+        """Return the tokens, not yet sent, that begin in the text so far: those of a stop text never do."""
+        unsent, length = self._unsent[answer.index], len(answer.text)
+        self._unsent[answer.index] = [one for one in unsent if one.offset >= length]
+        return [one for one in unsent if one.offset < length]
 
     def _closing(self, answer: Answer) -> Iterator[Json]:
         if answer.growth.at_front:

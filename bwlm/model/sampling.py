@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 _LEAST_TEMPERATURE = 1e-30
+_PENALTIES = (0.01, 100.0)
+"""Least and greatest penalty: beyond them, penalised logits divided by a small temperature would be infinite."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,9 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be 0 to 1, not {self.min_p}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty must be above 0 and finite, not {self.repetition_penalty}")
+        least, greatest = _PENALTIES
+        if not least <= self.repetition_penalty <= greatest:
+            raise ValueError(f"repetition_penalty must be {least} to {greatest:g}, not {self.repetition_penalty}")
 
     def check_vocabulary(self, size: int) -> None:
         """Raise `ValueError` if banned ids are not of the vocabulary, or are all of it."""

@@ -13,7 +13,7 @@ from bwlm.chat.dialogue import Dialogue, Turn, Voice, document_prompt, from_talk
 from bwlm.config import Experiment
 from bwlm.directions import DIRECTIONS, READINGS, is_marked
 from bwlm.errors import UserError
-from bwlm.text.conversation import Conversation, Message, TurnIds, TurnLayout, render, row_layout
+from bwlm.text.conversation import Conversation, Message, Prompt, TurnIds, TurnLayout, build_prompt, render, row_layout
 from bwlm.text.direction import HEAD_SLOTS, Rows, SpecialIds, lay_out
 from bwlm.text.tokenizer import Tokenizer
 
@@ -94,12 +94,12 @@ def shown(ids: list[int]) -> str:
             ["^>(a1)[", "^<(1a)[1A](1b)[", "^>(a1)[A1](b1)[B1](c1)["],
             "aAbBcC",
         ),
-        (Voice("forward", "whole", True), ["forward"] * 2, ["^a1", "^a1\n\nA1\n\nb1"], "aAbB"),
-        (Voice("backward", "whole", True), ["backward"] * 2, ["^1a", "^1a\n\n1A\n\n1b"], "BbAa"),
+        (Voice("forward", "whole", True), ["forward"] * 2, ["^a1", "^a1A1\n\nb1"], "aAbB"),
+        (Voice("backward", "whole", True), ["backward"] * 2, ["^1a", "^1a1A\n\n1b"], "BbAa"),
         (
             Voice("bidirectional", "whole", True),
             ["forward", "backward", "forward"],
-            ["^>a1", "^<1A\n\n1a\n\n1b", "^>B1\n\nb1\n\na1\n\nA1\n\nc1"],
+            ["^>a1", "^<1A1a\n\n1b", "^>B1b1\n\na1A1\n\nc1"],
             "BbaAcC",
         ),
     ],
@@ -179,15 +179,17 @@ def test_every_prompt_of_documents_is_the_beginning_of_a_document(
     case: tuple[Voice, list[tuple[str, str, str]]],
 ) -> None:
     voice, exchanges = case
-    dialogue = Dialogue(voice, BYTES)
+    dialogue, text = Dialogue(voice, BYTES), ""
     for reading, said, written in exchanges:
         dialogue.say(said, reading)
         prompt = dialogue.prompt(ROOM).prompt
-        so_far = BYTES.encode("\n\n".join(turn.text for turn in dialogue.in_order))
+        text = "\n\n".join(filter(None, [said, text] if reading == "backward" else [text, said]))
+        so_far = BYTES.encode(text)
         assert prompt.ids == laid_out(so_far, voice.direction, reading, None)[: len(prompt.ids)]
         assert len(prompt.ids) == len(so_far) + 1 + is_marked(voice.direction)
         assert prompt.stop == BOS
         dialogue.reply(written)
+        text = written + text if reading == "backward" else text + written
 
 
 @law
@@ -316,6 +318,21 @@ def test_whole_turns_are_left_out_farthest_from_where_the_model_writes(
     fitted = dialogue.prompt(room)
     kept = messages[: len(messages) - fitting[0]] if asks else messages[fitting[0] :]
     assert (fitted.dropped, fitted.prompt.ids) == (fitting[0], prompt_of(kept))
+
+
+def test_a_long_talk_is_not_laid_out_once_for_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server fits talks of 500 messages in its event loop, where all others wait for it."""
+    laid_out = []
+
+    def counted(messages: Conversation, *rest: Any) -> Prompt:
+        laid_out.append(len(messages))
+        return build_prompt(messages, *rest)
+
+    monkeypatch.setattr("bwlm.chat.dialogue.build_prompt", counted)
+    dialogue = talk(Voice("forward", "whole", False), [("forward", "said", "written")] * 249)
+    dialogue.say("last", "forward")
+    assert dialogue.prompt(100).dropped > 400
+    assert len(laid_out) < 12
 
 
 @pytest.mark.parametrize(

@@ -49,11 +49,17 @@ def test_a_page_of_another_site_is_refused(server: Server) -> None:
         "https://evil.example",
         "http://localhost:1",
         "null",
+        "http://[",
         f"http://127.0.0.1:{server.port}.evil.example",
     ):
         assert refused(server.post("/v1/completions", ASKED, headers={"origin": origin}), 403, "wrong_origin")
     own = {"origin": f"http://127.0.0.1:{server.port}"}
     assert server.post("/v1/completions", ASKED, headers=own).status_code == 200
+
+
+def test_json_is_known_however_its_name_is_written(server: Server) -> None:
+    kind = {"content-type": "Application/JSON ; charset=utf-8"}
+    assert server.post("/v1/completions", ASKED, headers=kind).status_code == 200
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])

@@ -21,7 +21,7 @@ from bwlm.chat.dialogue import Dialogue, Turn, from_talk
 from bwlm.chat.engine import Engine, Request
 from bwlm.chat.growth import TextGrowth
 from bwlm.chat.infill import Infill
-from bwlm.chat.protocol import InfillRequest
+from bwlm.chat.protocol import ChatMessage, InfillRequest
 from bwlm.chat.served import ServedModel
 from bwlm.model.sampling import Sampling
 from bwlm.text.tokenizer import Tokenizer
@@ -117,6 +117,14 @@ def test_a_talk_that_switches_is_laid_out_as_the_dialogue_says(server: Server, c
     assert answer.usage.prompt_tokens == len(prompt.ids)
     messages[-1]["direction"] = "backward"
     assert client.chat.completions.create(model="answers:forward", messages=messages, **PLAIN).direction == "backward"
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_messages_to_a_model_of_documents_are_joined_by_blank_lines(name: str, server: Server) -> None:
+    model = server.models[name]
+    messages = [ChatMessage(role=r, content=c) for r, c in (("user", "one"), ("assistant", "two"), ("user", "three"))]
+    text = "three\n\ntwo\n\none" if name == "backward" else "one\n\ntwo\n\nthree"
+    assert model.dialogue(messages, name).prompt(LENGTH) == model.document(text, name)
 
 
 def test_a_system_message_begins_the_first_message_of_the_user(server: Server, client: openai.OpenAI) -> None:
@@ -267,6 +275,25 @@ def test_text_that_might_have_become_a_stop_text_comes_last(
     assert " stone" in pieces
 
 
+@pytest.mark.parametrize("stop", [[], ["window"], ["letters"]])
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_a_stream_has_the_log_probabilities_of_the_whole_answer(
+    name: str, stop: list[str], client: openai.OpenAI, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of its last token, of characters of several tokens, and of text that might have become a stop text."""
+    ids = [int(id) for id in tokenizer.encode("stone river 東京 window letter")]
+    asked: dict[str, Any] = {"model": name, "prompt": "x", "max_tokens": len(ids), "stop": stop, "logprobs": 1}
+    said = ids[::-1] if name == "backward" else ids
+    with saying(said, monkeypatch):
+        whole = client.completions.create(**asked).choices[0].logprobs
+    with saying(said, monkeypatch):
+        parts = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)]
+    for column in ("tokens", "token_logprobs", "text_offset"):
+        joined = [value for part in parts if part for value in getattr(part, column)]
+        expected = getattr(whole, column)
+        assert joined == (pytest.approx(expected, abs=1e-4) if column == "token_logprobs" else expected)
+
+
 def test_log_probabilities_are_those_of_the_whole_pass(server: Server, client: openai.OpenAI) -> None:
     for name in ("forward", "backward"):
         model = server.models[name]
@@ -340,6 +367,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("top_k", {"top_k": 0}),
     ("min_p", {"min_p": -0.1}),
     ("repetition_penalty", {"repetition_penalty": 0}),
+    ("repetition_penalty", {"repetition_penalty": 1e-300}),
     ("max_tokens", {"max_tokens": -1}),
     ("max_tokens", {"max_tokens": 1.5}),
     ("max_tokens", {"max_tokens": LENGTH + 1}),
@@ -646,8 +674,10 @@ def test_figures_say_what_was_done(tokenizer: Tokenizer) -> None:
             server.client().completions.create(model="forward", prompt="the river rose", max_tokens=4, temperature=0)
         server.post("/v1/completions", {})
         server.get("/nowhere")
+        server.engine("forward").failure = RuntimeError("no memory")
+        server.post("/v1/completions", {"prompt": "x"})
         told = server.get("/stats").json()
-        assert told["responses"] == {"200": 2, "400": 1, "404": 1}
+        assert told["responses"] == {"200": 2, "400": 1, "404": 1, "500": 1}
         (model,) = told["models"]
         assert (model["id"], model["running"], model["waiting"], model["generated_tokens"]) == ("forward", 0, 0, 8)
         assert 0.3 < model["prefix_reuse"] < 0.5, "the second prompt was known but for its last token"

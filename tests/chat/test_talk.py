@@ -55,6 +55,17 @@ def test_a_message_that_is_too_long_is_told_and_taken_back() -> None:
     assert texts(talk) == ["a", "b"]
 
 
+def test_an_answer_that_cannot_be_written_anew_is_kept() -> None:
+    """The room of a prompt depends on the settings, which may have changed since."""
+    talk = new_talk(max_tokens=1)
+    exchange(talk, "x" * 50, "yes")
+    talk.enter("/set max_tokens 32")
+    assert talk.enter("/retry").then == "write"
+    with pytest.raises(UserError, match="shorten it"):
+        talk.begin()
+    assert texts(talk) == ["x" * 50, "yes"]
+
+
 def test_every_answer_has_the_next_seed() -> None:
     """So a talk with the same seed, lines and settings is the same, and a second try is another one."""
     talk = new_talk(seed=7)
@@ -87,8 +98,8 @@ def test_a_reply_is_asked_for_as_the_settings_say() -> None:
     [
         (BOTH, "2 messages left out at the beginning: the model reads 64 tokens at once"),
         (Voice("backward", "whole", False), "2 messages left out at the end: the model reads 64 tokens at once"),
-        (Voice("forward", "whole", True), "16 tokens left out at the beginning: the model reads 64 tokens at once"),
-        (Voice("backward", "whole", True), "16 tokens left out at the end: the model reads 64 tokens at once"),
+        (Voice("forward", "whole", True), "14 tokens left out at the beginning: the model reads 64 tokens at once"),
+        (Voice("backward", "whole", True), "14 tokens left out at the end: the model reads 64 tokens at once"),
     ],
 )
 def test_what_is_left_out_to_fit_is_told(voice: Voice, told: str) -> None:
@@ -153,7 +164,7 @@ def test_a_model_of_one_direction_says_why_it_cannot_switch(direction: str, othe
         ("/set top_k 1.5", "top_k: must be a whole number"),
         ("/set top_p 0", "top_p must be above 0 and at most 1, not 0.0"),
         ("/set min_p 2", "min_p must be 0 to 1, not 2.0"),
-        ("/set repetition_penalty 0", "repetition_penalty must be above 0 and finite, not 0.0"),
+        ("/set repetition_penalty 0", "repetition_penalty must be 0.01 to 100, not 0.0"),
         ("/set max_tokens 0", "max_tokens must be at least 1, not 0"),
         ("/save", "/save: write the name of a file after it"),
         ("/save no/such/folder\0/x", "cannot be written"),

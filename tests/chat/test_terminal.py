@@ -196,3 +196,6 @@ def test_an_answer_from_its_end_is_drawn_alone_and_a_document_as_one_text(answer
     document = Dialogue(Voice("backward", "whole", True), tokenizer)
     document.say("it ended.", "backward")
     assert screen_of(document, "And so ") == ["And so it ended."]
+    document.reply("And so ")
+    document.say("Earlier.", "backward")
+    assert screen_of(document, "") == ["Earlier.", "", "And so it ended."]

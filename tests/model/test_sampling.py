@@ -80,12 +80,21 @@ def test_rows_of_a_batch_are_penalised_each_by_its_own_ids() -> None:
         ({"min_p": -0.1}, "min_p"),
         ({"min_p": float("nan")}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty"),
     ],
 )
 def test_values_out_of_their_range_are_refused(settings: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e300])
+def test_the_extremes_of_all_settings_still_choose_an_id(penalty: float, temperature: float) -> None:
+    logits = torch.tensor([[15.0, -15.0, 14.0, 0.0]])  # as large as the model's cap lets them be
+    sampling = Sampling(temperature, top_p=1e-12, repetition_penalty=penalty)
+    assert choose(logits, sampling, [Random("0")], [[0, 1]])[0] in range(4)
 
 
 @pytest.mark.parametrize("banned", [{4}, {-1}, {0, 1, 2, 3}])
