@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -218,7 +219,10 @@ def engine_alone(arguments: argparse.Namespace) -> None:
     config = GPTConfig.from_depth(arguments.depth, arguments.vocab, arguments.time)
     run = ours(random_model(config, "float32"), arguments.streams, arguments.new)
     run()
-    print(max(run().rate for _ in range(2)), flush=True)
+    began = time.process_time()
+    timings = [run() for _ in range(2)]
+    seconds = (time.process_time() - began) / sum(one.tokens for one in timings)
+    print(json.dumps([max(one.rate for one in timings), seconds]), flush=True)
 
 
 def on_core(core: int, mode: str, arguments: argparse.Namespace) -> subprocess.Popen[str]:
@@ -230,6 +234,12 @@ def on_core(core: int, mode: str, arguments: argparse.Namespace) -> subprocess.P
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: os.sched_setaffinity(0, {core}),
     )
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the seconds of CPU that a process has used: they vary less beside other work than its speed."""
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
 
 
 async def stream_of(port: int, number: int, new: int) -> tuple[float, float, int]:
@@ -273,18 +283,21 @@ def through_http(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for number in range(arguments.rounds):
         alone = on_core(cores[0], "engine", arguments)
-        engine = float(alone.communicate()[0])
+        engine, engine_seconds = json.loads(alone.communicate()[0])
         server = on_core(cores[0], "server", arguments)
         assert server.stdout is not None
         port = int(server.stdout.readline())
         try:
             asyncio.run(all_streams(port, arguments.streams, 8))  # it waits until the server is up, and warms it
+            before = cpu_seconds(server.pid)
             found = asyncio.run(all_streams(port, arguments.streams, arguments.new))
+            seconds = (cpu_seconds(server.pid) - before) / (arguments.streams * arguments.new)
         finally:
             server.terminate()
             server.wait()
         rows.append({"round": number, "streams": arguments.streams, "engine_tok_s": engine, **found})
         rows[-1]["share_of_engine"] = found["tok_s"] / engine
+        rows[-1]["share_by_cpu_time"] = engine_seconds / seconds
     return rows
 
 
