@@ -258,7 +258,7 @@ class ServeJob:
         return ray_job(self.head, "logs", id).stdout
 
     def has_failed(self, id: str) -> bool:
-        return "FAILED" in ray_job(self.head, "status", id).stdout
+        return f"Job '{id}' failed" in ray_job(self.head, "status", id).stdout
 
     def answers(self) -> bool:
         try:
