@@ -32,7 +32,8 @@ ELSEWHERE = {
     **dict.fromkeys(["ray ", "export RAY_AUTH_MODE=token"], "tests/cluster/test_job.py"),
     "bwlm analyze scores --from forward:0=": "tests/test_cli_scores.py",
     "printf ": "tests/test_cli_chat.py",
-    "bwlm serve ": "tests/faults/test_serving.py",
+    "bwlm serve ": "tests/faults/test_serving.py and test_replicas.py",
+    "serve shutdown": "tests/cluster/test_job.py",
     "curl ": "tests/chat/test_serve_page.py",
     "python benchmarks/": "tests/test_benchmarks.py",
 }

@@ -19,6 +19,14 @@ class OutOfTime(BwlmError):
     """The model did not finish within the time that a stream may take."""
 
 
+class Broken(BwlmError):
+    """The engine does not work any more, as after a fault of its GPU."""
+
+
+_MOST_FAILURES = 3
+"""Steps that may fail one after the other, each for its own requests."""
+
+
 @dataclass
 class _Stream:
     """Requests of one client: those in the engine, and those that wait for one of its places."""
@@ -36,6 +44,8 @@ class EngineService:
         self.engine = engine
         self.busy_seconds = 0.0
         """Seconds that the engine's steps took in all."""
+        self._failures = 0
+        """Steps that failed, one after the other."""
         self._loop = asyncio.get_running_loop()
         self._live: list[_Stream] = []
         self._streams: dict[str, _Stream] = {}
@@ -87,6 +97,11 @@ class EngineService:
             if timer:
                 timer.cancel()
             self._abandon(stream)
+
+    def check(self) -> None:
+        """Raise `Broken` if the engine's thread has ended, or its last steps all failed."""
+        if not self._thread.is_alive() or self._failures >= _MOST_FAILURES:
+            raise Broken("the engine does not work any more")
 
     def end_all(self, reason: Exception) -> None:
         """Raise `reason` in every stream."""
@@ -154,8 +169,10 @@ class EngineService:
             try:
                 self._take(inbox)
                 events: Sequence[Event] | Exception = self.engine.step()
+                self._failures = 0
             except Exception as error:  # of any request, such as too little memory: none can go on
                 self.engine.cancel_all()
+                self._failures += 1
                 events = error
             self.busy_seconds += time.perf_counter() - began
             if events:

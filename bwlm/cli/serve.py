@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import socket
 import webbrowser
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Annotated, Literal, NamedTuple
 
 import typer
 
 from bwlm.cli.terminal import Storage, say, whole_option
 from bwlm.errors import UserError
+from bwlm.format import whole_number
 from bwlm.progress import loading
 
 TOKEN = "BWLM_SERVE_TOKEN"
+
+
+class _Number(NamedTuple):
+    """How many replicas serve."""
+
+    least: int
+    most: int
+
+
+def _number(text: str) -> _Number:
+    least, colon, most = text.partition(":")
+    number = _Number(whole_number(least), whole_number(most if colon else least))
+    if not (all(isinstance(one, int) for one in number) and 1 <= number.least <= number.most):
+        raise ValueError(f"must be a number, or the least and the most, such as 1:4 (found {text})")
+    return number
 
 
 def serve(
@@ -34,12 +53,22 @@ def serve(
     ] = None,
     slots: Annotated[int, whole_option("Requests of a model that are decoded at once.", 1)] = 8,
     waiting: Annotated[int, whole_option("Requests of a model that may wait; more are answered with 429.", 0)] = 64,
-    threads: Annotated[int | None, whole_option("CPU threads for the models. Default: all cores.", 1)] = None,
+    threads: Annotated[
+        int | None, whole_option("CPU threads for the models. Default: all cores; of a replica: 1.", 1)
+    ] = None,
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: float32 on a CPU, bfloat16 on a GPU.")
     ] = "auto",
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in this machine's browser.")] = False,
     grace: Annotated[int, whole_option("Seconds that streams may go on after SIGTERM or Ctrl-C.", 0)] = 20,
+    replicas: Annotated[
+        _Number | None,
+        typer.Option(
+            parser=_number,
+            metavar="MIN[:MAX]",
+            help="Serve on Ray, with as many copies as the load needs; on the cluster at RAY_ADDRESS if it is set.",
+        ),
+    ] = None,
     storage: Storage = None,
 ) -> None:
     """Serve models over HTTP: OpenAI's chat and completions, reranking, infilling, and a page for the browser.
@@ -57,30 +86,45 @@ def serve(
         find_checkpoint(root, name)
     if host not in LOOPBACK and not token:
         raise UserError(f"--host {host}: others can reach it: set a token with --token or ${TOKEN}")
-    listening = _listen(host, port)
-    with listening:
-        with loading():
+    access = Access(LOOPBACK | {name.lower() for name in (host, *(allow_host or []))}, token)
+    models = (root, names, slots, waiting, threads or (1 if replicas else None), precision)
+    if replicas:
+        if port == 0:
+            raise UserError("--port 0: replicas need a port: name one")
+        with loading(), _packages():
             from bwlm.chat.loading import load_served
-
-            build_app, run_server = _server()
-        models = load_served(root, names, slots, waiting, threads, precision)
-        app = build_app(models, Access(LOOPBACK | {name.lower() for name in (host, *(allow_host or []))}, token))
-        address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-        say(f"serving {', '.join(model.name for model in models)} on {address} (Ctrl-C ends it)")
-        if open_page:
-            webbrowser.open(address)  # it is served as soon as the server runs: the socket listens already
-        ended_by = run_server(app, listening, grace)
+            from bwlm.cluster.serving import Replicas, serve_replicas
+        places = len(names) * (slots + waiting)
+        asked = Replicas(*replicas, threads=threads or 1, slots=slots, places=places, grace=grace)
+        load = partial(load_served, *models)
+        ended_by = serve_replicas(load, access, asked, host, port, lambda: _tell(names, host, port, open_page))
+    else:
+        with _listen(host, port) as listening:
+            with loading(), _packages():
+                from bwlm.chat.loading import load_served
+                from bwlm.chat.server import build_app, run_server
+            app = build_app(load_served(*models), access)
+            _tell(names, host, listening.getsockname()[1], open_page)  # the socket listens already
+            ended_by = run_server(app, listening, grace)
     if ended_by:
         raise typer.Exit(128 + ended_by)
 
 
-def _server() -> tuple[Any, Any]:
-    """Return the app's factory, and what runs it. Raises `UserError` if the packages for it are missing."""
+def _tell(names: list[str], host: str, port: int, open_page: bool) -> None:
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    say(f"serving {', '.join(names)} on {address} (Ctrl-C ends it)")
+    if open_page:
+        webbrowser.open(address)
+
+
+@contextmanager
+def _packages() -> Iterator[None]:
+    """Raise `UserError` if a package is missing that the block imports."""
     try:
-        from bwlm.chat.server import build_app, run_server
+        yield
     except ImportError as error:
-        raise UserError(f"bwlm serve needs the package {error.name}: pip install 'bwlm[serve]'") from None
-    return build_app, run_server
+        package = (error.name or "").partition(".")[0]
+        raise UserError(f"bwlm serve needs the package {package}: pip install 'bwlm[serve]'") from None
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -46,15 +46,15 @@ def capacity_of_cluster(
     needs: Collection[ResourceSettings], concurrency: int | None, cells: int, dashboard: str | None
 ) -> Capacity:
     """Return the capacity of the cluster that this process is connected to."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = resources_of_nodes()
     cpus = sum(node.get("CPU", 0) for node in nodes) - SPARE_CPUS
     gpus = sum(node.get("GPU", 0) for node in nodes)
     for resources in needs:
-        places = sum(_places(node, resources) for node in nodes)
+        places = room_on(nodes, resources)
         if places < resources.workers:
             raise UserError(
                 f"resources.workers: {resources.workers} workers of {resources.cpus_per_worker} CPUs and "
-                f"{resources.gpus_per_worker:g} GPUs are needed, but the cluster has room for {int(places)}: "
+                f"{resources.gpus_per_worker:g} GPUs are needed, but the cluster has room for {places}: "
                 "lower resources.workers or add nodes"
             )
     chosen = choose_concurrency(needs, concurrency, cells, cpus, gpus, "the cluster")
@@ -83,6 +83,16 @@ def _free_now(cpus: float, gpus: float) -> int:
 @cache
 def _tell_once(message: str) -> None:
     log.warning("%s", message)
+
+
+def resources_of_nodes() -> list[dict[str, float]]:
+    """Return what each living node of the cluster has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def room_on(nodes: Collection[dict[str, float]], resources: ResourceSettings) -> int:
+    """Return how many workers fit on empty nodes."""
+    return int(sum(_places(node, resources) for node in nodes))
 
 
 def _places(node: dict[str, float], resources: ResourceSettings) -> float:

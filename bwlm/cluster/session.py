@@ -69,25 +69,33 @@ def open_cluster(
     concurrency = launch.concurrency
     if ray.is_initialized():
         yield capacity_of_cluster(needs, concurrency, cells, None)
-        return
+    elif os.environ.get("RAY_ADDRESS"):
+        with ray_session(job) as context:
+            yield capacity_of_cluster(needs, concurrency, cells, context.dashboard_url)
+    else:
+        # a private cluster never drains its node, so Train needs no watcher process for each group of workers.
+        # Set here and not at import: the workers of a real cluster import this module too
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        chosen = _concurrency_here(needs, launch, cells)
+        # Ray Data's tasks and the trials need logical CPUs besides the workers', or nothing would ever start
+        logical = math.ceil(chosen * (max(map(cpus_of_cell, needs)) + TRIAL_CPUS) + SPARE_CPUS)
+        with ray_session(job, logical, launch.ray_start_seconds) as context:
+            yield Capacity(chosen, context.dashboard_url, "this machine")
+
+
+@contextlib.contextmanager
+def ray_session(job: str, logical_cpus: int = 1, start_seconds: float = 60.0) -> Iterator[Any]:
+    """Connect to the cluster at RAY_ADDRESS, or start a private one of so many CPUs, for the time of the block.
+
+    Yields Ray's context. Raises `UserError` if Ray does not start or the address does not answer.
+    """
     for noisy in ("ray.data", "ray._private.authentication"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
     try:
-        if address:
-            with working(f"connecting to Ray at {address}"):
-                context = _connect(address, job)
-            yield capacity_of_cluster(needs, concurrency, cells, context.dashboard_url)
-        else:
-            # a private cluster never drains its node, so Train needs no watcher process for each group of workers.
-            # Set here and not at import: the workers of a real cluster import this module too
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            chosen = _concurrency_here(needs, launch, cells)
-            # Ray Data's tasks and the trials need logical CPUs besides the workers', or nothing would ever start
-            logical = math.ceil(chosen * (max(map(cpus_of_cell, needs)) + TRIAL_CPUS) + SPARE_CPUS)
-            with working("starting Ray"):
-                context = _start(logical, launch.ray_start_seconds, job)
-            yield Capacity(chosen, context.dashboard_url, "this machine")
+        with working(f"connecting to Ray at {address}" if address else "starting Ray"):
+            context = _connect(address, job) if address else _start(logical_cpus, start_seconds, job)
+        yield context
     finally:
         with working("stopping Ray"):
             ray.shutdown()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import socket
 import sys
 
 import pytest
 
-from bwlm.cli.serve import _server
+from bwlm.cli.serve import _packages
 from bwlm.errors import UserError
 from tests.runs import NewFamily
 from tests.shell import Shell, check_mistake
@@ -40,6 +41,15 @@ def test_a_port_that_is_taken_is_named(with_a_run: Shell) -> None:
 def test_a_missing_package_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("server", "endpoints"):
         monkeypatch.delitem(sys.modules, f"bwlm.chat.{module}", raising=False)
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(UserError, match=r"^bwlm serve needs the package uvicorn: pip install 'bwlm\[serve\]'$"):
-        _server()
+    monkeypatch.setitem(sys.modules, "uvicorn.config", None)
+    monkeypatch.delitem(sys.modules, "uvicorn", raising=False)
+    told = r"^bwlm serve needs the package uvicorn: pip install 'bwlm\[serve\]'$"
+    with pytest.raises(UserError, match=told), _packages():
+        importlib.import_module("bwlm.chat.server")
+
+
+def test_what_replicas_cannot_be_is_told_before_ray_starts(with_a_run: Shell) -> None:
+    told = "must be a number, or the least and the most, such as 1:4"
+    for number in ("0", "4:2", "two", "1:2:3", "1.5"):
+        check_mistake(with_a_run("serve", "forward", "--replicas", number), f"{told} (found {number})")
+    check_mistake(with_a_run("serve", "forward", "--replicas", "2", "--port", "0"), "--port 0: replicas need a port")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
 import psutil
 import pytest
 
@@ -25,6 +26,7 @@ from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import last_entry
 from tests.grids import reap
+from tests.runs import NewFamily
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -97,9 +99,9 @@ def head() -> Iterator[Head]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def documented(*beginnings: str) -> list[str]:
-    """The first command of docs/cluster.md that begins so, for each."""
-    lines = (ROOT / "docs" / "cluster.md").read_text().splitlines()
+def documented(*beginnings: str, page: str = "cluster.md") -> list[str]:
+    """The first command of a page of docs/ that begins so, for each."""
+    lines = (ROOT / "docs" / page).read_text().splitlines()
     return [next(line.split("  #")[0] for line in lines if line.startswith(beginning)) for beginning in beginnings]
 
 
@@ -233,3 +235,72 @@ def test_a_stopped_job_saves_its_cells(head: Head, corpus: Path, tmp_path: Path)
     status = folder.status()
     assert (status.state, status.reason) == ("stopped", "")
     assert checkpoint_steps(folder.checkpoints) == [status.step]
+
+
+class ServeJob:
+    """A server as a job, on a port of its own."""
+
+    def __init__(self, head: Head, run: ExperimentFolder) -> None:
+        [self.port] = free_ports(1)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.head, self.run = head, run
+
+    def submit(self, id: str) -> None:
+        """The submit of docs/serve.md with another run, storage and port."""
+        words = shlex.split(documented("ray job submit", page="serve.md")[0])
+        assert words[:3] == ["ray", "job", "submit"]
+        end = words.index("jobs/serve.py") + 1
+        arguments = [self.run.id, "--storage", str(self.run.path.parent), "--port", str(self.port)]
+        done = ray_job(self.head, "submit", "--submission-id", id, *words[3:end], *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def log(self, id: str) -> str:
+        return ray_job(self.head, "logs", id).stdout
+
+    def has_failed(self, id: str) -> bool:
+        return f"Job '{id}' failed" in ray_job(self.head, "status", id).stdout
+
+    def answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/v1/models").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def wait_for(self, holds: Callable[[], bool], id: str) -> None:
+        deadline = time.monotonic() + 200
+        while not holds():
+            assert time.monotonic() < deadline, self.log(id)
+            time.sleep(0.2)
+
+
+def test_a_submitted_server_answers_until_it_is_stopped(head: Head, trained_base: NewFamily) -> None:
+    job = ServeJob(head, trained_base("backward"))
+    job.submit("server")
+    job.wait_for(job.answers, "server")
+    asked = {"model": "backward:backward", "prompt": "river", "max_tokens": 8}
+    assert httpx.post(f"{job.url}/v1/completions", json=asked).json()["usage"]["completion_tokens"] == 8
+
+    job.submit("second")
+    job.wait_for(lambda: job.has_failed("second"), "second")
+    assert "bwlm: Ray Serve runs on this cluster already: end it (`serve shutdown`)" in job.log("second")
+    assert job.answers()
+
+    ray_job(head, "stop", "server")
+    assert f"serving backward on {job.url}" in job.log("server")
+    assert not re.search("Traceback|failed", job.log("server"))
+    assert not job.answers()
+
+
+def test_a_server_whose_job_was_killed_serves_on_until_it_is_shut_down(head: Head, trained_base: NewFamily) -> None:
+    job = ServeJob(head, trained_base("backward"))
+    job.submit("killed")  # where one was stopped before: nothing of it is left
+    job.wait_for(job.answers, "killed")
+    [driver] = [one for one in psutil.process_iter() if one.cmdline()[1:3] == ["jobs/serve.py", "backward"]]
+    driver.kill()
+    job.wait_for(lambda: job.has_failed("killed"), "killed")
+    assert job.answers()
+    [shutdown] = documented("serve shutdown", page="serve.md")
+    environment = head.environment | {"RAY_DASHBOARD_ADDRESS": head.dashboard}
+    done = subprocess.run([BIN / "serve", *shlex.split(shutdown)[1:]], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    job.wait_for(lambda: not job.answers(), "killed")

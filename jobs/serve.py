@@ -1,0 +1,11 @@
+"""Server as a job of a Ray cluster, with the arguments of `bwlm serve`; docs/serve.md has the command."""
+
+from __future__ import annotations
+
+import sys
+
+from bwlm.cli import main
+
+if __name__ == "__main__":
+    sys.argv[1:1] = ["serve", "--replicas", "1"]  # of two, the last one holds
+    main()
