@@ -361,13 +361,13 @@ def test_lines_that_are_only_begun_end_the_breaking_of_lines(page: Page, pieces:
 def test_a_text_that_is_too_long_is_refused_not_cut(page: Page, log: Log) -> None:
     log.expected = ("status of 400",)
     choose(page, "helper")
-    for field, button, status in (("#input", "#send", "#status"), ("#compare-text", "#score", "#compare-status")):
-        if field == "#compare-text":
+    for place, button, status in (("#input", "#send", "#status"), ("#compare-text", "#score", "#compare-status")):
+        if place == "#compare-text":
             page.locator("#to-compare").click()
-        page.locator(field).fill("x" * 8001)
+        page.locator(place).fill("x" * 8001)
         page.locator(button).click()
         expect(page.locator(status)).to_contain_text("at most 8000 characters")
-        expect(page.locator(field)).to_have_value("x" * 8001)
+        expect(page.locator(place)).to_have_value("x" * 8001)
 
 
 def test_what_a_model_writes_is_text_not_markup(page: Page, log: Log) -> None:
