@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from bwlm.chat.engine import Busy, Engine, Event, Request
-from bwlm.errors import BwlmError
+from bwlm.errors import BwlmError, UserError
 
 
 class OutOfTime(BwlmError):
@@ -73,11 +73,14 @@ class EngineService:
         """Yield what the steps bring to requests, up to the end of all. A stream that is closed early frees its slots.
 
         At most `at_once` of them take a place of the engine at a time. Raises, before any work, `ValueError` for a
-        request that the model cannot serve, and `Busy` if there are not enough places; `OutOfTime` after `seconds`.
+        request that the model cannot serve, `UserError` for more requests than there are places at all, and `Busy` if
+        not enough of them are free; `OutOfTime` after `seconds`.
         """
         for request in requests:
             self.engine.check(request)
         places = min(len(requests), at_once or len(requests))
+        if places > self.places:
+            raise UserError(f"n: {places} texts at once, and the server has places for {self.places}: ask for fewer")
         if self.live + places > self.places:
             raise Busy("too many requests wait: try again in a second")
         stream = _Stream(places, {request.id for request in requests}, list(requests[places:]))

@@ -334,6 +334,42 @@ def test_no_wrong_character_at_any_moment(page: Page, site: Server, shot: Shot) 
     shot("japanese")
 
 
+@pytest.mark.parametrize(
+    "pieces", [["\n"], ["b", "\n"], ["b", "\n\n", "a\n"], ["\nb", "\r\n", " ", "\n\n\n"], [" " * 999]]
+)
+def test_lines_that_are_only_begun_end_the_breaking_of_lines(page: Page, pieces: list[str]) -> None:
+    """A text that is written backward may begin with a line break, until more is written."""
+    shown = page.evaluate(
+        """async (pieces) => {
+            const { Growth } = await import("/growth.js");
+            const element = document.createElement("div");
+            document.body.append(element);
+            const growth = new Growth(element, true);
+            let lines = 0;
+            growth.head.after = (line) => {
+                if (++lines > 99) throw new Error("the lines never end");
+                Element.prototype.after.call(growth.head, line);
+            };
+            pieces.forEach((piece) => growth.add(piece));
+            return element.textContent;
+        }""",
+        pieces,
+    )
+    assert shown == "".join(reversed(pieces))
+
+
+def test_a_text_that_is_too_long_is_refused_not_cut(page: Page, log: Log) -> None:
+    log.expected = ("status of 400",)
+    choose(page, "helper")
+    for place, button, status in (("#input", "#send", "#status"), ("#compare-text", "#score", "#compare-status")):
+        if place == "#compare-text":
+            page.locator("#to-compare").click()
+        page.locator(place).fill("x" * 8001)
+        page.locator(button).click()
+        expect(page.locator(status)).to_contain_text("at most 8000 characters")
+        expect(page.locator(place)).to_have_value("x" * 8001)
+
+
 def test_what_a_model_writes_is_text_not_markup(page: Page, log: Log) -> None:
     choose(page, "markup")
     send(page, "Write. ")

@@ -22,6 +22,7 @@ from bwlm.chat.engine import Engine, Request
 from bwlm.chat.growth import TextGrowth
 from bwlm.chat.infill import Infill
 from bwlm.chat.protocol import ChatMessage, InfillRequest
+from bwlm.chat.rerank import rank
 from bwlm.chat.served import ServedModel
 from bwlm.model.sampling import Sampling
 from bwlm.text.tokenizer import Tokenizer
@@ -484,7 +485,7 @@ def test_a_client_that_is_too_many_waits_as_it_is_told(narrow: Server, monkeypat
 
 def test_more_texts_than_there_are_places_are_refused_whole(narrow: Server) -> None:
     before = narrow.engine("forward").gate.steps
-    with pytest.raises(openai.RateLimitError):
+    with pytest.raises(openai.BadRequestError, match="places for 1: ask for fewer"):  # never: to try again is no use
         narrow.client().completions.create(model="forward", prompt="x", n=2)
     assert narrow.engine("forward").gate.steps == before
 
@@ -614,6 +615,21 @@ def test_reranking_takes_long_documents_and_refuses_long_queries(server: Server)
     assert refused.json()["error"]["param"] == "query"
     assert server.post("/rerank", {"query": QUERY, "documents": []}).status_code == 400
     assert server.post("/rerank", {"query": QUERY, "documents": [{"title": "x"}]}).status_code == 400
+
+
+@pytest.mark.parametrize(("name", "reading"), [("forward", "forward"), ("both", "backward"), ("asks", "backward")])
+def test_a_long_document_loses_what_is_farthest_from_the_query(name: str, reading: str, server: Server) -> None:
+    model = server.models[name]
+    words = [f"stone {number} river" for number in range(40)]
+    (whole,) = rank(model, reading, QUERY, [" ".join(words[:5])]).requests
+    (cut,) = rank(model, reading, QUERY, [" ".join(words)]).requests
+    assert len(cut.ids) == model.context > len(whole.ids)
+    head = model.head + (name == "asks")
+    assert cut.ids[:head] == whole.ids[:head]
+    text = model.tokenizer.decode(cut.ids[head:] if reading == "forward" else cut.ids[head:][::-1])
+    near, far = (words[-1], words[0]) if reading == "forward" else (words[0], words[-1])
+    assert near in text
+    assert far not in text
 
 
 def test_infilling_chooses_the_middle_that_makes_the_whole_likeliest(server: Server) -> None:

@@ -36,7 +36,7 @@ export class Growth {
   /** Return where the last line of the head begins; 0 if it has one line. */
   lineBreak() {
     const text = this.words.data;
-    const paragraph = text.lastIndexOf("\n", text.length - 2) + 1;
+    const paragraph = text.slice(0, -1).lastIndexOf("\n") + 1; // a line that is only begun stays
     if (paragraph > 0 && this.fits(paragraph)) return paragraph;
     if (this.fits(0)) return 0;
     const fitting = (at) => at > paragraph && this.fits(at);
