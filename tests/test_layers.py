@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluate": {"trained", "tasks", "record", "stats", "text", "model"},
     "chat": {"trained", "record", "text", "model"},
     "train": {"evaluate", "tasks", "record", "text", "model"},
-    "cluster": {"train.termination", "plan", "model.compute"},
+    "cluster": {"train.termination", "chat", "plan", "model.compute"},
     "grid": {"cluster", "train", "evaluate", "tasks", "plan", "analysis", "record", "text", "model"},
     "cli": {
         "grid",
@@ -67,6 +67,7 @@ BARE = {
 HEAVY = {
     "ray.train": ["grid"],
     "ray.tune": ["grid"],
+    "ray.serve": ["cluster.serving"],
     "ray": ["grid", "cluster", "text.stream"],
     "mlflow": ["record.tracking", "record.mlflow_store", "record.mlflow_view", "record.database"],
     "torch": [
@@ -79,7 +80,7 @@ HEAVY = {
     "typer": ["cli"],
     "prompt_toolkit": ["chat.terminal"],
     "fastapi": ["chat.server", "chat.endpoints"],
-    "starlette": ["chat.server", "chat.endpoints", "chat.guard", "chat.metrics"],
+    "starlette": ["chat.server", "chat.endpoints", "chat.guard", "chat.metrics", "cluster.serving"],
     "uvicorn": ["chat.server"],
     "lm_eval": ["evaluate.lm_eval_adapter"],
     "transformers": [],  # exports are written by hand; tests alone read them with it
@@ -209,7 +210,8 @@ _IN_A_CHILD = """
 import json, os, signal, sys
 import altair, grpc, h5py, lm_eval.api.model, mlflow, pandas, psutil, pyarrow.parquet, pydantic, scipy.stats, tiktoken
 import typer
-import ray.data, ray.train.torch, ray.tune, torch._dynamo, torch.nn.attention.flex_attention  # their effects are theirs
+import ray.data, ray.serve, ray.train.torch, ray.tune  # their effects are theirs
+import torch._dynamo, torch.nn.attention.flex_attention
 
 def state():
     return dict(os.environ), os.getcwd(), [str(signal.getsignal(number)) for number in (2, 15)]

@@ -20,7 +20,7 @@ TOKEN = "BWLM_SERVE_TOKEN"
 
 
 class _Number(NamedTuple):
-    """How many replicas serve."""
+    """Bounds of the number of replicas."""
 
     least: int
     most: int

@@ -42,7 +42,7 @@ _LOOK_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Replicas:
-    """How many processes serve, and how much each can do at once."""
+    """Numbers of a deployment: of its processes, and of what each does at once."""
 
     least: int
     most: int
@@ -57,7 +57,7 @@ class Replicas:
 
 @serve.ingress()  # without an app: each replica builds its own
 class Replica:
-    """One process of the deployment, and its models."""
+    """Process of the deployment, with its models."""
 
     def __init__(self, load: Callable[[], Sequence[ServedModel]], access: Access) -> None:
         prepare_environment()

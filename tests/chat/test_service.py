@@ -11,7 +11,7 @@ import pytest
 
 from bwlm.chat.endpoints import EventStream
 from bwlm.chat.engine import Busy, Event, Request
-from bwlm.chat.service import EngineService, OutOfTime
+from bwlm.chat.service import Broken, EngineService, OutOfTime
 from bwlm.text.tokenizer import Tokenizer
 from tests.chat.serving import WAIT, GatedEngine, tiny_model
 
@@ -139,3 +139,23 @@ def test_a_client_that_never_reads_is_given_up() -> None:
         del lines, events
 
     asyncio.run(main())
+
+
+def test_an_engine_whose_steps_fail_one_after_the_other_is_broken(run: Callable[[Work], Any]) -> None:
+    async def work(service: EngineService, engine: GatedEngine) -> None:
+        async def fail(name: str) -> None:
+            engine.failure = RuntimeError("out of memory")
+            with pytest.raises(RuntimeError, match="out of memory"):
+                await anext(service.stream(*requests(name)))
+
+        for name in "ab":
+            await fail(name)
+        service.check()
+        assert len([event async for event in service.stream(*requests("c"))]) == 3
+        for name in "def":
+            service.check()
+            await fail(name)
+        with pytest.raises(Broken):
+            service.check()
+
+    run(work)
