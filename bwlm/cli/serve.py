@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-import webbrowser
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
