@@ -37,6 +37,8 @@ REPLICA = "x-bwlm-replica"
 
 _BESIDE = 100
 """Requests of a replica that hold no place: they are refused, read a page, or are still being sent."""
+_WAITING = 500
+"""Requests that the proxy keeps until a replica takes them."""
 _LOOK_SECONDS = 1.0
 
 
@@ -118,8 +120,7 @@ def deployment(load: Callable[[], Sequence[ServedModel]], access: Access, replic
             min_replicas=replicas.least, max_replicas=replicas.most, target_ongoing_requests=replicas.slots
         ),
         max_ongoing_requests=replicas.places + _BESIDE,
-        # what finds no replica even so waits in the proxy, which refuses past as many again, as the app does
-        max_queued_requests=replicas.places + _BESIDE,
+        max_queued_requests=_WAITING,  # Serve's own answer to more has the status of the app's
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=5),
         graceful_shutdown_timeout_s=replicas.grace,
         graceful_shutdown_wait_loop_s=0.5,

@@ -68,13 +68,15 @@ class Head(NamedTuple):
     """The environment of a client that follows docs/cluster.md."""
     gcs: str
     dashboard: str
+    port: int
+    """Port that is kept for a server."""
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """A head as docs/cluster.md starts one, on a machine that has no token yet; with ports and folders of its own."""
     folder = tempfile.mkdtemp(prefix="bwj-", dir="/tmp")
-    gcs, dashboard, agent, client, metrics = free_ports(5)
+    gcs, dashboard, agent, client, metrics, port = free_ports(6)
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "BWLM_STORAGE")}
     environment |= {
         "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -94,7 +96,7 @@ def head() -> Iterator[Head]:
     try:
         with node_of(command, environment, Path(folder) / "head.log", lambda: answers(dashboard)):
             address = f"http://127.0.0.1:{dashboard}"
-            yield Head(environment | {"RAY_API_SERVER_ADDRESS": address}, f"127.0.0.1:{gcs}", address)
+            yield Head(environment | {"RAY_API_SERVER_ADDRESS": address}, f"127.0.0.1:{gcs}", address, port)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -238,11 +240,10 @@ def test_a_stopped_job_saves_its_cells(head: Head, corpus: Path, tmp_path: Path)
 
 
 class ServeJob:
-    """A server as a job, on a port of its own."""
+    """A server as a job."""
 
     def __init__(self, head: Head, run: ExperimentFolder) -> None:
-        [self.port] = free_ports(1)
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://127.0.0.1:{head.port}"
         self.head, self.run = head, run
 
     def submit(self, id: str) -> None:
@@ -250,7 +251,7 @@ class ServeJob:
         words = shlex.split(documented("ray job submit", page="serve.md")[0])
         assert words[:3] == ["ray", "job", "submit"]
         end = words.index("jobs/serve.py") + 1
-        arguments = [self.run.id, "--storage", str(self.run.path.parent), "--port", str(self.port)]
+        arguments = [self.run.id, "--storage", str(self.run.path.parent), "--port", str(self.head.port)]
         done = ray_job(self.head, "submit", "--submission-id", id, *words[3:end], *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
 
