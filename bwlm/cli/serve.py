@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import socket
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Literal, NamedTuple
+from webbrowser import open_new_tab
 
 import typer
 
@@ -114,7 +114,7 @@ def _tell(names: list[str], host: str, port: int, open_page: bool) -> None:
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     say(f"serving {', '.join(names)} on {address} (Ctrl-C ends it)")
     if open_page:
-        webbrowser.open(address)
+        open_new_tab(address)
 
 
 @contextmanager
