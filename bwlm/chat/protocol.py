@@ -35,8 +35,8 @@ _REFUSED = {
     "response_format": "the models write plain text",
 }
 """Fields of OpenAI's protocol that are not offered, and what to do instead."""
-_NEUTRAL: tuple[Any, ...] = (None, 0, {}, [], {"type": "text"})
-"""Values of such fields that ask for nothing."""
+_NEUTRAL: tuple[Any, ...] = (None, 0, "", {}, [], {"type": "text"})
+"""Values of such fields that ask for nothing; of `best_of` it is 1."""
 
 Text = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 Name = Annotated[str, Field(max_length=300)]
@@ -64,7 +64,7 @@ class _Body(BaseModel):
         if not isinstance(content, Mapping):
             return content
         for name in _REFUSED.keys() & content.keys() - cls.model_fields.keys():
-            if content[name] not in _NEUTRAL:
+            if content[name] not in _NEUTRAL and (name, content[name]) != ("best_of", 1):
                 raise ValueError(f"{name} is not supported: {_REFUSED[name]}")
         left_out = (_IGNORED | _REFUSED.keys()) - cls.model_fields.keys()
         return {name: value for name, value in content.items() if value is not None and name not in left_out}

@@ -430,6 +430,10 @@ def test_fields_that_change_nothing_are_taken(client: openai.OpenAI) -> None:
         response_format={"type": "text"}, metadata={"a": "b"}, extra_body={"seed": None},
     )  # fmt: skip
     assert answer.usage.completion_tokens == 1
+    alone = client.completions.create(model="forward", prompt="x", max_tokens=1, best_of=1, suffix="")
+    assert alone.usage.completion_tokens == 1
+    with pytest.raises(openai.BadRequestError, match="best_of is not supported"):
+        client.completions.create(model="forward", prompt="x", max_tokens=1, best_of=2)
 
 
 # ---- failures, and clients that do not wait ----
