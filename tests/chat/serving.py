@@ -41,7 +41,7 @@ VOICES = {
 
 
 class Gate:
-    """What an engine must pass before each step: open, or open for some steps."""
+    """Gate that an engine passes before each step: open, or open for some steps."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

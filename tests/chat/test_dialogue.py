@@ -115,7 +115,7 @@ def test_a_dialogue_by_hand(voice: Voice, readings: list[str], prompts: list[str
 
 
 def test_the_model_asks_what_the_person_answers() -> None:
-    """What a person writes to a model that reads conversations backward is the answer, what it writes the question."""
+    """A person who talks to a model that reads conversations backward writes the answer, the model the question."""
     dialogue = talk(Voice("backward", "whole", False), [("backward", "12", "3*4"), ("backward", "Yes.", "Ready?")])
     assert dialogue.messages == [
         Message("user", "Ready?"),
@@ -292,7 +292,7 @@ def test_a_dialogue_is_what_its_turns_say(case: tuple[Voice, list[tuple[str, str
 def test_whole_turns_are_left_out_farthest_from_where_the_model_writes(
     case: tuple[Voice, list[tuple[str, str, str]]], room: int
 ) -> None:
-    """What is kept is the longest run of messages next to the writer that fits, in pairs."""
+    """The prompt keeps the longest run of messages next to the writer that fits, in pairs."""
     voice, exchanges = case
     dialogue = talk(voice, exchanges[:-1])
     reading, said, _ = exchanges[-1]

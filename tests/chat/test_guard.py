@@ -1,4 +1,4 @@
-"""What the server lets in, and what a browser may do with its answers."""
+"""The gate: requests that the server lets in, and rights of a browser over its answers."""
 
 from __future__ import annotations
 

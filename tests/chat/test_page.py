@@ -125,7 +125,7 @@ def browser() -> Iterator[Browser]:
 
 @dataclass
 class Log:
-    """What the browser said and asked for."""
+    """Log of the browser: its messages, and its requests."""
 
     errors: list[str] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)

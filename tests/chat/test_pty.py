@@ -42,7 +42,7 @@ class Terminal:
 
     @property
     def lines(self) -> list[str]:
-        """What was ever printed and still stands: the lines that were scrolled off, and those of the screen."""
+        """Lines that were printed and still stand: those that were scrolled off, and those of the screen."""
         above = ["".join(line[x].data for x in range(self._screen.columns)) for line in self._screen.history.top]
         return [line.rstrip() for line in [*above, *self._screen.display]]
 

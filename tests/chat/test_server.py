@@ -59,7 +59,7 @@ def alone(model: ServedModel, ids: Sequence[int], reading: str, stop: int, **sam
 
 
 def log_probabilities(model: ServedModel, ids: Sequence[int]) -> list[float]:
-    """What each id but the first costs, by one pass over the whole row."""
+    """Log-probability of each id but the first, by one pass over the whole row."""
     with torch.no_grad():
         log_p = torch.log_softmax(tiny_model(model.tokenizer)(torch.tensor([list(ids)]))[0].float(), -1)
     return [float(log_p[place, new]) for place, new in enumerate(ids[1:])]
@@ -265,7 +265,7 @@ def test_a_stop_text_ends_it_and_is_left_out(
 def test_text_that_might_have_become_a_stop_text_comes_last(
     name: str, stop: str, client: openai.OpenAI, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where one step brings a token and the end, both pieces keep their order."""
+    """Both pieces keep their order where one step brings a token and the end."""
     (one,) = [id for id, piece in enumerate(tokenizer.tokens) if piece == b" stone"]
     with saying([one], monkeypatch):
         choice = client.completions.create(model=name, prompt="x", max_tokens=1, stop=stop).choices[0]
