@@ -82,8 +82,13 @@ def _file_of(name: str, root: Path) -> Path | None:
 
 def code_digest(modules: Mapping[str, str]) -> str:
     """Return one digest of all the modules and of torch's version."""
-    parts = [version("torch").split("+")[0], *(f"{name} {digest}" for name, digest in sorted(modules.items()))]
+    parts = [_torch_version(), *(f"{name} {digest}" for name, digest in sorted(modules.items()))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@cache
+def _torch_version() -> str:
+    return version("torch").split("+")[0]
 
 
 def changed_modules(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
