@@ -48,7 +48,9 @@ _MEASURED = ("loss", "bpb")
 # ---- the storage ----
 
 
-def copy_grid(demo: Path, storage: Path, seeds: int, rates: Sequence[float] = RATES, depths: Sequence[int] = DEPTHS) -> list[str]:
+def copy_grid(
+    demo: Path, storage: Path, seeds: int, rates: Sequence[float] = RATES, depths: Sequence[int] = DEPTHS
+) -> list[str]:
     """Make the grid `many` of copies of the demo's finished runs; return the ids of its cells."""
     shutil.copytree(demo / "cache", storage / "cache")
     ids = []
@@ -105,7 +107,9 @@ def copy_run(original: ExperimentFolder, copy: ExperimentFolder, rate: float, se
 
 
 def _scaled(metrics: dict[str, float], factor: float) -> dict[str, float]:
-    return {name: value * factor if any(word in name for word in _MEASURED) else value for name, value in metrics.items()}
+    return {
+        name: value * factor if any(word in name for word in _MEASURED) else value for name, value in metrics.items()
+    }
 
 
 def _link(path: Path, to: Path) -> None:
@@ -121,5 +125,7 @@ def _copy_losses(path: Path, to: Path, factor: float, rng: np.random.Generator) 
     table = pq.read_table(path)
     place = table.schema.get_field_index("nll")
     losses = table["nll"].to_numpy() * factor * np.exp(rng.normal(0, 0.01, len(table)))
-    pq.write_table(table.set_column(place, table.schema.field(place), pa.array(losses, table.schema.field(place).type)), to)
+    pq.write_table(
+        table.set_column(place, table.schema.field(place), pa.array(losses, table.schema.field(place).type)), to
+    )
     shutil.copyfile(path.with_suffix(".json"), to.with_suffix(".json"))

@@ -137,7 +137,7 @@ class FileState(NamedTuple):
 
 def file_state(path: Path | str) -> FileState:
     """Return the state of a file. Raises `OSError` if there is none."""
-    stat = os.stat(path)  # noqa: PTH116: a thousand runs have ten thousand files, and a Path costs more than the call
+    stat = os.stat(path)  # noqa: PTH116 (a thousand runs have ten thousand files, and a Path costs more than the call)
     return FileState(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
