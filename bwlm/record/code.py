@@ -12,7 +12,7 @@ import ast
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -22,6 +22,8 @@ IDENTITY_VERSION = 3
 Version 1 hashed whole files; since version 2 many modules have other names.
 """
 
+version = cache(metadata.version)
+"""Version of an installed package, which is searched for on the disk once a process."""
 REPOSITORY = Path(__file__).parents[2]
 _FOLLOWED = ("bwlm.directions", "bwlm.phases", "bwlm.model.", "bwlm.text.", "bwlm.train.", "bwlm.evaluate.", "tasks.")
 _ROOTS = ("bwlm.config", "bwlm.record.checkpoint", "bwlm.record.parent", "bwlm.text.stream", "bwlm.train.run")
@@ -82,13 +84,8 @@ def _file_of(name: str, root: Path) -> Path | None:
 
 def code_digest(modules: Mapping[str, str]) -> str:
     """Return one digest of all the modules and of torch's version."""
-    parts = [_torch_version(), *(f"{name} {digest}" for name, digest in sorted(modules.items()))]
+    parts = [version("torch").split("+")[0], *(f"{name} {digest}" for name, digest in sorted(modules.items()))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-@cache
-def _torch_version() -> str:
-    return version("torch").split("+")[0]
 
 
 def changed_modules(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
