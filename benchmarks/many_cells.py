@@ -13,21 +13,13 @@ that finds no summaries in the storage's cache, `again` the same command once mo
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import resource
 import shutil
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
