@@ -6,26 +6,24 @@ made from, so a file that is edited, or put back, has its own.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from bwlm.analysis.runs.kept_tables import keep_table, name_of, read_table
 from bwlm.analysis.runs.losses import HALVES, byte_counts_of, loss_file, own_loss_table
 from bwlm.directions import own_readings
 from bwlm.errors import UserError
-from bwlm.paths import file_state
 from bwlm.progress import track
 from bwlm.record.experiment import ExperimentFolder
-from bwlm.record.known_files import sha256_by_state
 from bwlm.record.storage_cache import StorageCache
 
 _VERSION = 1
-_AT_ONCE = 500_000
-"""Rows of segments that are summed at a time."""
+_AT_ONCE = 50
+"""Runs whose segments are summed at a time."""
 
 
 @dataclass(frozen=True)
@@ -42,65 +40,39 @@ class DocumentLosses:
 
 def document_losses(folders: Sequence[ExperimentFolder]) -> DocumentLosses:
     """Return the losses of the runs that have some, in their order, and why the others have none."""
-    kept = _Kept(folders)
-    reasons: dict[str, str] = {}
-    for batch in _batches(folders, kept, reasons):
-        kept.add(_summed(batch))
-    readable = [folder for folder in folders if folder.id in kept.tables]
-    return DocumentLosses(readable, [kept.tables[folder.id] for folder in readable], list(reasons.values()))
+    tables: dict[str, pa.Table] = {}
+    segments: dict[str, pa.Table] = {}
+    new, reasons = dict[str, str](), list[str]()
+    for number, folder in enumerate(track(folders, "reading losses", "runs"), 1):
+        try:
+            name = _name(folder)
+            if (kept := read_table(_cache(folder), name)) is not None:
+                tables[folder.id] = kept
+            else:
+                segments[folder.id], new[folder.id] = own_loss_table(folder), name
+        except UserError as error:
+            reasons.append(f"{folder.id}: {error}")
+        if number % _AT_ONCE == 0 or number == len(folders):
+            tables |= _summed(segments)
+            segments.clear()
+    readable = [folder for folder in folders if folder.id in tables]
+    for folder in readable:
+        if folder.id in new:
+            keep_table(_cache(folder), new[folder.id], tables[folder.id])
+    return DocumentLosses(readable, [tables[folder.id] for folder in readable], reasons)
 
 
-class _Kept:
-    """Sums of runs, from the cache or new."""
-
-    def __init__(self, folders: Sequence[ExperimentFolder]) -> None:
-        self.tables: dict[str, pa.Table] = {}
-        self._caches = {folder.id: StorageCache(folder.path.parent, "losses", _VERSION) for folder in folders}
-        self._names: dict[str, str] = {}
-
-    def find(self, folder: ExperimentFolder) -> bool:
-        """Look for a run's sums in the cache; return whether they are there. Raises `OSError` if it has no losses."""
-        self._names[folder.id] = name = _name(folder)
-        if content := self._caches[folder.id].read(name):
-            self.tables[folder.id] = pa.ipc.open_stream(content).read_all()
-        return content is not None
-
-    def add(self, tables: dict[str, pa.Table]) -> None:
-        """Keep new sums."""
-        self.tables |= tables
-        for run, table in tables.items():
-            sink = pa.BufferOutputStream()
-            with pa.ipc.new_stream(sink, table.schema) as stream:
-                stream.write_table(table)
-            self._caches[run].write(self._names[run], sink.getvalue().to_pybytes())
+def _cache(folder: ExperimentFolder) -> StorageCache:
+    return StorageCache(folder.path.parent, "losses", _VERSION)
 
 
 def _name(folder: ExperimentFolder) -> str:
-    """Return the name of a run's sums: they follow from its files of losses alone."""
-    readings = own_readings(folder.config().experiment.direction)
-    files = [sha256_by_state(file_state(loss_file(folder, reading))) for reading in readings]
-    return hashlib.sha256(" ".join(files).encode()).hexdigest()
-
-
-def _batches(
-    folders: Sequence[ExperimentFolder], kept: _Kept, reasons: dict[str, str]
-) -> Iterator[dict[str, pa.Table]]:
-    """Yield the segments of runs that have no sums yet, some runs at a time; note why others have no losses."""
-    batch: dict[str, pa.Table] = {}
-    for folder in track(list(folders), "reading losses", "runs"):
-        try:
-            if kept.find(folder):
-                continue
-        except OSError:
-            pass  # gone, or not to be read: the next line says so
-        try:
-            batch[folder.id] = own_loss_table(folder)
-        except UserError as error:
-            reasons[folder.id] = f"{folder.id}: {error}"
-        if sum(map(len, batch.values())) > _AT_ONCE:
-            yield batch
-            batch = {}
-    yield batch
+    """Return the name of a run's sums; '' if its files of losses cannot be read, which who reads them will say."""
+    files = [loss_file(folder, reading) for reading in own_readings(folder.config().experiment.direction)]
+    try:
+        return name_of(files)
+    except OSError:
+        return ""
 
 
 def _summed(segments: dict[str, pa.Table]) -> dict[str, pa.Table]:
