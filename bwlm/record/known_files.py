@@ -20,7 +20,7 @@ from bwlm.record.storage_cache import StorageCache
 _VERSION = 1
 _ENTRY = "findings"
 SHA256 = "sha256"
-_SETTLED_SECONDS = 2.0
+SETTLED_SECONDS = 2.0
 """Seconds since its last change after which a file's state stands for its content: FAT's clock has the longest tick."""
 
 _known: dict[tuple[FileState, str], str] = {}
@@ -71,7 +71,7 @@ def _read(cache: StorageCache) -> _Kept:
 
 def _merge(kept: _Kept, new: set[tuple[FileState, str]], storage: Path) -> None:
     """Add the new findings on files below the storage that have not changed in the last seconds."""
-    settled = time.time_ns() - int(_SETTLED_SECONDS * 1e9)
+    settled = time.time_ns() - int(SETTLED_SECONDS * 1e9)
     for state, name in new:
         below = state.path.removeprefix(f"{storage}/")
         is_fault = name != SHA256 and _known[state, name]  # the disk may read the file tomorrow
