@@ -82,6 +82,20 @@ def single_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
     return curves[(place % stride == 0) | (place == steps - 1) | curves["val_loss"].notna()]
 
 
+def curves_of_groups(folders: list[ExperimentFolder]) -> pd.DataFrame:
+    """Return the input of `charts.losses.group_curves`: the curves of many runs, each direction and rate by its seeds.
+
+    Rows with `loss`, `low` and `high` are training losses, rows with `val_loss` the mean over seeds of a validation.
+    """
+    curves = smoothed_curves(without_rl(folders))
+    if curves.empty:
+        return curves
+    means = curves.dropna(subset="val_loss").groupby([*_GROUP, "tokens"])["val_loss"].mean().reset_index()
+    lines = bands(curves)
+    of_tokens = lines[lines["axis"] == AXES["tokens"]].rename(columns={"x": "tokens"})
+    return pd.concat([of_tokens, means], ignore_index=True)
+
+
 def bands(curves: pd.DataFrame) -> pd.DataFrame:
     """Return mean, lowest and highest loss over seeds on a grid of each axis: axis, x, loss, low, high, seeds."""
     parts = []
