@@ -135,7 +135,8 @@ def default_folder(storage: str | None, runs: list[str]) -> Path:
 
 
 def check_output(output: list[Path] | None, endings: Sequence[str] = ()) -> None:
-    """Raise `UserError` for a file that an analysis cannot write."""
+    """Raise `UserError` for a file that an analysis cannot write; begin with what its pages need."""
+    from bwlm.analysis.charts.style import prepare_pages
     from bwlm.analysis.commands.result import PICTURES, TABLES
 
     allowed = endings or (*PICTURES, *TABLES)
@@ -146,6 +147,8 @@ def check_output(output: list[Path] | None, endings: Sequence[str] = ()) -> None
             raise UserError(f"--output: {path} is a folder: name a file in it")
         if not path.parent.is_dir():
             raise UserError(f"--output: {path}: there is no folder {path.parent}: make it, or choose another")
+    if not output or any(path.suffix.lower() == ".html" for path in output):
+        prepare_pages()
 
 
 def write_files(analysis: Analysis, output: list[Path] | None, default: Path | None) -> list[Path]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 _DIGEST_BYTES = 32
 
@@ -41,11 +43,21 @@ class StorageCache:
 
     def write(self, name: str, content: bytes) -> None:
         """Write an entry, if the storage can be written to."""
-        temporary = self.folder / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+        folder = str(self.folder)
+        temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
         with contextlib.suppress(OSError):  # read-only, or full: it is made again the next time
-            self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                temporary.write_bytes(hashlib.sha256(content).digest() + content)
-                temporary.replace(self.folder / name)
-            finally:
-                temporary.unlink(missing_ok=True)
+                with _created(temporary, folder) as file:
+                    file.write(hashlib.sha256(content).digest() + content)
+                os.replace(temporary, f"{folder}/{name}")  # noqa: PTH105 (as above)
+            except OSError:
+                os.unlink(temporary)  # noqa: PTH108
+                raise
+
+
+def _created(path: str, folder: str) -> BinaryIO:
+    try:
+        return open(path, "wb")  # noqa: PTH123
+    except FileNotFoundError:
+        os.makedirs(folder, exist_ok=True)  # noqa: PTH103
+        return open(path, "wb")  # noqa: PTH123

@@ -260,7 +260,7 @@ class Tracking:
     def _close_child(self, folder: ExperimentFolder, status: Status, artifacts: list[Path]) -> None:
         if not self._has_run(folder, ended=True):
             return
-        self._deliver(folder)
+        self.deliver(folder)
         run, last = _noted(folder.path)["run_id"], last_entry(folder.path)
         if last and status.diverged is None:
             # with the entry's time stamp, so that MLflow drops them where they were sent before
