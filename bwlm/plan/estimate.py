@@ -28,7 +28,7 @@ from bwlm.record.journal import entries_holding, last_entry
 
 
 class _Load(NamedTuple):
-    """What the speed of a cell depends on: cells with equal loads are equally fast."""
+    """Load of a cell, on which its speed depends: cells with equal loads are equally fast."""
 
     has_reward: bool
     on_gpus: bool
