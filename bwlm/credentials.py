@@ -54,12 +54,16 @@ def refuse_secret(address: str, field: str) -> None:
 
 def secret_in(address: str, field: str) -> str | None:
     """Return `field: holds <kind of secret>: take it out, and set <variable>`; None for an address without a secret."""
+    if not _may_hold_secret(address):
+        return None
     kind = _kind(address) or _kind(unquote(address))
     return None if kind is None else f"{field}: holds {kind}: take it out, and set {_variables(address, field)}"
 
 
 def secrets_in(content: Any, field: str = "") -> Iterator[str]:
     """Yield the `secret_in` of every text in nested settings, names of fields included, by dotted field."""
+    if not _may_hold_secret(content):
+        return
     if isinstance(content, str):
         fault = secret_in(content, field)
         yield from [fault] if fault else []
@@ -70,6 +74,15 @@ def secrets_in(content: Any, field: str = "") -> Iterator[str]:
     elif isinstance(content, list | tuple):
         for value in content:
             yield from secrets_in(value, field)
+
+
+def _may_hold_secret(content: Any) -> bool:
+    """Return false for nested settings without a text that could be an address: a quick look, since most have none."""
+    if isinstance(content, str):
+        return "//" in content or ";" in content or "%" in content  # `_kind` needs one, as it stands or unquoted
+    if isinstance(content, dict):
+        return any(_may_hold_secret(str(name)) or _may_hold_secret(value) for name, value in content.items())
+    return isinstance(content, list | tuple) and any(map(_may_hold_secret, content))
 
 
 def masked(text: str) -> str:

@@ -275,7 +275,7 @@ def _show_result(plan: Plan, root: Path, result: LaunchResult) -> None:
     from bwlm.analysis.report.study import dropped_cells, dropped_words
     from bwlm.analysis.report.variants import variants
     from bwlm.analysis.runs.findings import BEST_HEADER, best_columns, find
-    from bwlm.cli.analyze import show_gaps
+    from bwlm.cli.analyze import gap_rows, show_rows
     from bwlm.record.catalog.rows import AXES, CELL_HEADER, cell_columns
     from bwlm.record.experiment import ExperimentFolder
 
@@ -297,7 +297,7 @@ def _show_result(plan: Plan, root: Path, result: LaunchResult) -> None:
         show_table(BEST_HEADER, best, "Best learning rate (chosen on the tuning half)", names=("size", "direction"))
     if findings.gaps:
         show("")
-        show_gaps(findings.gaps, gap_caption(findings))
+        show_rows(gap_rows(findings.gaps), gap_caption(findings))
     show("")
     show_sentences(*(f"no result: {line}" for line in findings.skipped))
     show_sentences(*findings.at_edge, *dropped_words(dropped_cells(root, plan.name)))
