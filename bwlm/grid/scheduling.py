@@ -16,6 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from bwlm.cluster.signals import ask_to_end
 from bwlm.grid.cells import PlannedCell
 from bwlm.grid.progress import ProgressDisplay
+from bwlm.grid.watch import LaunchWatch
 from bwlm.paths import write_text
 from bwlm.plan.spec import Plan, SchedulerSettings, asha_group
 from bwlm.record.checkpoint import checkpoint_steps
@@ -129,10 +130,11 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
     They replace Tune's own display, which prints a line for each trial that never began.
     """
 
-    def __init__(self, storage: Path, progress: ProgressDisplay, termination: Termination) -> None:
+    def __init__(self, storage: Path, progress: ProgressDisplay, watch: LaunchWatch, termination: Termination) -> None:
         super().__init__()
         self._storage = storage
         self._progress = progress
+        self._watch = watch
         self._termination = termination
         self._heard: dict[str, int] = {}
 
@@ -145,7 +147,9 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
-        self._progress.began(folder.id, max(checkpoint_steps(folder.checkpoints), default=0))
+        step = max(checkpoint_steps(folder.checkpoints), default=0)
+        for observer in (self._progress, self._watch):
+            observer.began(folder.id, step)
         self._heard.setdefault(folder.id, _size(folder.warnings))
 
     def on_trial_result(
@@ -153,7 +157,8 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
     ) -> None:
         self._tell_warnings(self._folder(trial))
         if "step" in result:
-            self._progress.moved(trial.config["cell"], result)
+            for observer in (self._progress, self._watch):
+                observer.moved(trial.config["cell"], result)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if not self._termination.asked:
@@ -162,6 +167,7 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
+        self._watch.released(folder.id)
         self._tell_warnings(folder)
         at = folder.status()
         if at.ended or not self._termination.asked:
@@ -169,6 +175,7 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
+        self._watch.released(folder.id)
         self._tell_warnings(folder)
         at, error = folder.status(), Path(trial.error_file).read_text("utf-8", "replace")
         last = error.strip().splitlines()[-1].strip()
@@ -183,7 +190,8 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
         if not at.ended:
             with _on_a_full_disk_too(folder):
                 folder.write_status(ending)
-        self._progress.ended(folder.id, at if at.ended else ending)
+        for observer in (self._progress, self._watch):
+            observer.ended(folder.id, at if at.ended else ending)
 
     def _tell_warnings(self, folder: ExperimentFolder) -> None:
         """Show the warnings of the cell's worker since this launch started it."""

@@ -19,6 +19,7 @@ from ray.tune.tune_config import TuneConfig
 from bwlm.grid.cells import PlannedCell
 from bwlm.grid.progress import ProgressDisplay
 from bwlm.grid.scheduling import CellStates, build_scheduler
+from bwlm.grid.watch import LaunchWatch
 from bwlm.grid.worker import train_cell, trial_resources
 from bwlm.plan.spec import Plan
 from bwlm.record.checkpoint import checkpoint_steps
@@ -40,6 +41,7 @@ def train_cells(
     storage: Path,
     tracking: Tracking,
     run: str,
+    watch: LaunchWatch,
     show: Show,
 ) -> None:
     """Train what is not done; `run` is the MLflow run that gets this machine's system metrics.
@@ -66,7 +68,9 @@ def train_cells(
             ) as progress,
             _delivery(tracking, folders),
         ):
-            _tune(plan, unfinished, concurrency, storage, progress, termination)
+            _tune(
+                plan, unfinished, concurrency, storage, CellStates(storage, progress, watch, termination), termination
+            )
         if termination.asked:
             _deliver(tracking, folders)
             raise KeyboardInterrupt if interrupted.is_set() else SystemExit(TERMINATED)
@@ -76,6 +80,7 @@ def train_cells(
         tracking.interrupted(folders, run)
         raise
     finally:
+        watch.trained()
         monitor.finish()
 
 
@@ -133,7 +138,7 @@ def _tune(
     cells: list[PlannedCell],
     concurrency: int,
     storage: Path,
-    progress: ProgressDisplay,
+    states: CellStates,
     termination: Termination,
 ) -> None:
     resources = {planned.cell.id: planned.cell.experiment.resources for planned in cells}
@@ -157,7 +162,7 @@ def _tune(
                 name=plan.name,
                 storage_path=scratch,
                 failure_config=ray.tune.FailureConfig(max_failures=plan.launch.retries),
-                callbacks=[CellStates(storage, progress, termination)],
+                callbacks=[states],
                 verbose=0,
             ),
         )

@@ -35,12 +35,14 @@ LEASE = "lease.json"
 """File of the lease of the worker that trains the run."""
 LAUNCH = "launch.json"
 """File of the lease of the command that launched the training."""
+WORKER = "worker.json"
+"""File that names the worker which trains the run, or trained it last, and the worker's log on its machine."""
 SAMPLES = "samples"
 """Folder of samples that RL writes at validations, for people to read."""
 TOKENIZER = "tokenizer"
 """Folder of the run's own copy of its tokenizer."""
 _WRITTEN = (
-    *("status.json", "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*"),
+    *("status.json", WORKER, "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*"),
     *(f"{SAMPLES}/*", TOKENIZER),
 )
 """Files that the holder of the lease writes under a temporary name first."""
