@@ -15,6 +15,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from bwlm.cluster.signals import ask_to_end
 from bwlm.grid.cells import PlannedCell
+from bwlm.grid.continued import is_continued
 from bwlm.grid.progress import ProgressDisplay
 from bwlm.grid.watch import LaunchWatch
 from bwlm.paths import write_text
@@ -119,9 +120,14 @@ def build_scheduler(plan: Plan, cells: list[PlannedCell], storage: Path, termina
     grace_seconds = plan.launch.grace_seconds
     if not plan.scheduler.stops_early:
         return CellScheduler(storage, termination, grace_seconds)
-    strata = {planned.cell.id: asha_group(planned.cell.experiment) for planned in cells}
+    strata = {planned.cell.id: _stratum(planned) for planned in cells}
     longest = max(planned.cell.steps for planned in cells)
     return DirectionwiseASHA(plan.scheduler, longest, strata, storage, termination, grace_seconds)
+
+
+def _stratum(planned: PlannedCell) -> str:
+    """Return the group in which a cell competes; a continued cell is alone in its own, and so is never stopped."""
+    return planned.cell.id if is_continued(planned.folder) else asha_group(planned.cell.experiment)
 
 
 class CellStates(TrialProgressCallback):  # type: ignore[misc]

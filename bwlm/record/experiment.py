@@ -199,6 +199,13 @@ class ExperimentFolder:
         assert status.state == "finished"
         self._write_status(asdict(status) | {RECORDS: records_of(self.path, status.step)})
 
+    def forget_record(self, name: str) -> None:
+        """Note that a finished run no longer has a file that it left, so that its absence is no damage."""
+        content = self._read_status()
+        if name in content.get(RECORDS, {}):
+            left = {other: record for other, record in content[RECORDS].items() if other != name}
+            self._write_status({key: value for key, value in content.items() if key != DIGEST} | {RECORDS: left})
+
     def _write_status(self, content: dict[str, Any]) -> None:
         try:
             write_json(self.path / "status.json", sealed(content), self.check_lease)
