@@ -13,7 +13,6 @@ from bwlm.cli.grid_status import (
     STOPPED_ABOVE,
     action_words,
     cells_document,
-    next_action,
     print_status,
     reasons,
     status_document,
@@ -38,7 +37,6 @@ from bwlm.phases import PHASES
 from bwlm.progress import loading, working
 
 if TYPE_CHECKING:
-    from bwlm.grid.cells import PlannedCell
     from bwlm.grid.launch import LaunchResult
     from bwlm.plan.spec import Plan
 
@@ -51,6 +49,7 @@ GridFile = Annotated[
 
 
 def load_plan(grid: Path, settings: list[str] | None, storage: str | None) -> tuple[Plan, Path]:
+    """Return the plan of a grid file, or of a grid that was run by its name, and the storage."""
     from bwlm.paths import storage_root
     from bwlm.plan.load import load_grid
 
@@ -113,15 +112,14 @@ def grid_plan(
     with loading():  # scipy takes a second: mistakes are reported first
         from bwlm.plan.power import detectable, detectable_words
     seen, warnings, time = detectable(plan, seed_noise), warnings_of(plan, root), _time_of(plan, root)
-    planned = find_cells(plan, root)
-    document = _with_actions(cells_document(plan, planned), planned)
+    document = cells_document(plan, find_cells(plan, root))
     if as_json:
         return print_json(document | {"detectable": seen, "time": time, "warnings": warnings})
     cells = document["cells"]
     costs = ("params", "tokens", "flops", "log_bytes")
-    rows = [[c["id"], *(short_number(c[cost]) for cost in costs), _state(c), _next(c)] for c in cells]
-    header = ["cell", "params", "tokens", "FLOPs", "log (bytes)", "state", "next"]
-    show_table(header, rows, f"{plan.name}: {len(cells)} cells", names=("cell",), least=("state",))
+    rows = [[c["id"], *(short_number(c[cost]) for cost in costs), action_words(c), _state(c)] for c in cells]
+    header = ["cell", "params", "tokens", "FLOPs", "log (bytes)", "next", "state"]
+    show_table(header, rows, f"{plan.name}: {len(cells)} cells", names=("cell",))
     show_sentences(*reasons(cells), *_text_words(plan))
     total = sum(c["flops"] for c in cells)
     left = sum(c["flops"] for c in cells if not (c["done"] or c["changed"]) and c["reason"] != STOPPED_ABOVE)
@@ -171,7 +169,7 @@ def grid_run(
         bool,
         typer.Option(
             "--extend",
-            help="Add cells to a grid that was run: refuse a file that leaves out or changes one of its cells.",
+            help="Add cells to a grid: refuse a file that leaves out or changes a cell of its last launch.",
         ),
     ] = False,
     storage: Storage = None,
@@ -233,20 +231,6 @@ def _time_of(plan: Plan, root: Path) -> dict[str, Any]:
     left = [p for p in planned if not (p.is_done or p.changed or p.cell.id in out)]
     machine = machine_of([p.cell for p in left])
     return estimate_time([(p.cell, p.status.step) for p in left], plan.launch, root, machine)
-
-
-def _with_actions(document: dict[str, Any], planned: list[PlannedCell]) -> dict[str, Any]:
-    """Return the document of a plan, with what a launch does with each cell."""
-    from bwlm.grid.cells import without_parent
-
-    out = without_parent(planned)
-    for cell, one in zip(document["cells"], planned, strict=True):
-        cell["action"], cell["from_step"] = next_action(one, one.cell.id in out)
-    return document
-
-
-def _next(cell: dict[str, Any]) -> str:
-    return action_words(cell["action"], cell["from_step"], cell["changed"])
 
 
 def _state(cell: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 STOPPED_ABOVE = "not trained: the scheduler stopped a run early from which it descends"
 _FEW = 8
-"""Most cells that wait, or logs, that are listed; of more, the number is told."""
+"""Most cells of a grid that is listed whole, and most waiting cells and logs that are listed; of more, the number."""
 _REDRAW_SECONDS = 2.0
 _LINE_SECONDS = 60.0
 """Seconds between two lines of `--watch` outside a terminal."""
@@ -33,20 +33,20 @@ _SHARE = 0.25
 
 
 def cells_document(plan: Plan, planned: Sequence[PlannedCell]) -> dict[str, Any]:
-    """Return the cells of a grid as scripts see them."""
-    from bwlm.grid.cells import without_parent
+    """Return the cells of a grid as scripts see them: the state of each, and what a launch would do with it."""
+    from bwlm.grid.summary import cell_standings
     from bwlm.record.researchlog_size import bytes_of_log
 
-    out = without_parent(list(planned))
     cells = [
         {
             "id": p.cell.id, "params": p.cell.parameters, "tokens": p.cell.tokens, "flops": p.cell.flops,
             "log_bytes": bytes_of_log(p.cell.experiment, p.cell.shape, p.cell.steps),
-            "state": p.status.state, "reason": STOPPED_ABOVE if p.cell.id in out else _reason(p),
+            "state": p.status.state, "reason": STOPPED_ABOVE if known.standing == "not trained" else _reason(p),
             "changed": p.changed, "other_text": p.other_text, "done": p.is_done,
             "step": p.status.step, "steps": p.cell.steps, "metrics": p.status.metrics,
+            "standing": known.standing, "holder": known.holder, "log": known.log, **_next(known),
         }
-        for p in planned
+        for p, known in zip(planned, cell_standings(planned), strict=True)
     ]  # fmt: skip
     return {"grid": plan.name, "cells": cells}
 
@@ -57,10 +57,7 @@ def status_document(plan: Plan, root: Path) -> dict[str, Any]:
     from bwlm.grid.summary import summarize
 
     planned = find_cells(plan, root)
-    document, summary = cells_document(plan, planned), summarize(plan, root, planned)
-    for cell, known in zip(document["cells"], summary.cells, strict=True):
-        cell |= {"standing": known.standing, "holder": known.holder, "log": known.log}
-    return document | {"summary": summary.to_json()}
+    return cells_document(plan, planned) | {"summary": summarize(plan, root, planned).to_json()}
 
 
 def _reason(planned: PlannedCell) -> str:
@@ -88,41 +85,41 @@ def reasons(cells: list[dict[str, Any]]) -> list[str]:
     return [f"{first_of(ids)}: {reason}" for reason, ids in holds_for.items() if reason]
 
 
-def next_action(planned: PlannedCell, is_out: bool) -> tuple[str, int | None]:
-    """Return what `bwlm grid run` does with a cell, in a word, and the step from which it resumes."""
+def _next(cell: CellStanding) -> dict[str, Any]:
+    """Return what `bwlm grid run` does with a cell: `action`, and the step from which it resumes."""
     from bwlm.record.checkpoint import checkpoint_steps
 
+    planned = cell.planned
+    steps = [] if cell.is_done else checkpoint_steps(planned.folder.checkpoints)
     if planned.changed:
-        return "changed", None
-    if is_out:
-        return "not trained", None
-    if planned.is_done:
-        return "done", None
-    steps = checkpoint_steps(planned.folder.checkpoints)
-    if steps and planned.other_code:
-        return "other code", steps[-1]
-    if planned.status.state == "running":
-        return "running", None
-    if steps:
-        return "resume", steps[-1]
-    return ("restart" if planned.status.step else "new"), None
+        action = "changed"
+    elif cell.is_done:
+        action = "not trained" if cell.standing == "not trained" else "done"
+    elif steps and planned.other_code:
+        action = "other code"
+    elif cell.standing == "running":
+        action = "running"
+    else:
+        action = "resume" if steps else "restart" if planned.status.step else "new"
+    return {"action": action, "from_step": steps[-1] if action == "resume" else None}
 
 
-def action_words(action: str, step: int | None, changed: list[str]) -> str:
-    """Return an action for the table of a plan: `resumes from step 400`, `changed: lr`."""
-    if action == "changed":
-        return f"changed: {', '.join(field.partition(':')[0] for field in changed)}"
-    words = {"resume": f"resumes from step {step}", "restart": "begins again", "running": "runs now"}
-    return words.get(action, action)
+def action_words(cell: dict[str, Any]) -> str:
+    """Return what a launch does with a cell of a document, for a table: `resumes from step 400`, `changed: lr`."""
+    if cell["action"] == "changed":
+        return f"changed: {', '.join(field.partition(':')[0] for field in cell['changed'])}"
+    words = {"resume": f"resumes from step {cell['from_step']}", "restart": "begins again", "running": "runs now"}
+    return words.get(cell["action"], str(cell["action"]))
 
 
 # ---- pages ----
 
 
 def print_status(plan: Plan, root: Path, summary: GridSummary, everything: bool) -> None:
-    """Print a summary, then the cells that are not done; with `everything` all cells."""
+    """Print a summary, then the cells that are not done; with `everything`, and of a small grid, all cells."""
     from bwlm.record.catalog.rows import load_readable
 
+    everything = everything or len(summary.cells) <= _FEW
     show(f"{plan.name}: {summary.counts_words()}")
     _print_accounts(summary)
     listed = [cell for cell in summary.cells if everything or not cell.is_done]
@@ -192,7 +189,7 @@ def _print_logs(cells: Sequence[CellStanding], everything: bool) -> None:
     """Print where the logs of running and failed cells are."""
     logs = [(cell.planned.cell.id, cell.log) for cell in cells if cell.log]
     failed = [cell.planned.folder for cell in cells if cell.standing == "failed"]
-    logs += [(folder.id, str(path)) for folder in failed if (path := folder.path / "error.txt").exists()]
+    logs += [(folder.id, str(error)) for folder in failed if (error := folder.path / "error.txt").exists()]
     for name, path in logs if everything else logs[:_FEW]:
         show(f"log of {name}: {path}")
     if len(logs) > _FEW and not everything:

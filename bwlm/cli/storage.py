@@ -45,16 +45,17 @@ def storage_usage(storage: Storage = None, as_json: Json = False) -> None:
     usage, free = disk_usage(root), shutil.disk_usage(next(p for p in (root, *root.parents) if p.exists())).free
     unneeded = find_unneeded(root, _seconds(_DEFAULT_AGE), logs=False)
     kinds = {kind: usage.kinds[kind] for kind in KINDS if usage.kinds[kind]}
-    grids = [{"grid": name, "runs": usage.runs[name], "bytes": size} for name, size in usage.grids.most_common()]
+    grids = usage.grids.most_common()
     total = usage.kinds.total()
     if as_json:
-        document = {"storage": str(root), "bytes": total, "free_bytes": free, "kinds": kinds, "grids": grids}
+        listed = [{"grid": name, "runs": usage.runs[name], "bytes": size} for name, size in grids]
+        document = {"storage": str(root), "bytes": total, "free_bytes": free, "kinds": kinds, "grids": listed}
         return print_json(document | {"unneeded_bytes": unneeded.bytes})
     if kinds:
         show_table(["files", "size"], [[kind, file_size(size)] for kind, size in kinds.items()])
         show("")
     if grids:
-        rows = [[str(g["grid"] or "(no grid)"), str(g["runs"]), file_size(g["bytes"])] for g in grids[:_MOST_GRIDS]]
+        rows = [[name or "(no grid)", str(usage.runs[name]), file_size(size)] for name, size in grids[:_MOST_GRIDS]]
         show_table(["grid", "runs", "size"], rows)
         show(f"{len(grids) - _MOST_GRIDS} more grids: --json" if len(grids) > _MOST_GRIDS else "")
     show(f"{file_size(total)} in {root}; {file_size(free)} of its disk are free")

@@ -1,4 +1,4 @@
-"""Extension of a grid under its name: new cells beside those of its last launch, none of which is left out or changed."""
+"""Extension of a grid under its name: new cells beside those of its last launch, which all stay as they are."""
 
 from __future__ import annotations
 

@@ -136,11 +136,14 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
     They replace Tune's own display, which prints a line for each trial that never began.
     """
 
-    def __init__(self, storage: Path, progress: ProgressDisplay, watch: LaunchWatch, termination: Termination) -> None:
+    def __init__(
+        self, storage: Path, progress: ProgressDisplay, termination: Termination, *watches: LaunchWatch
+    ) -> None:
         super().__init__()
         self._storage = storage
         self._progress = progress
-        self._watch = watch
+        self._watches = watches
+        self._observers: tuple[ProgressDisplay | LaunchWatch, ...] = (progress, *watches)
         self._termination = termination
         self._heard: dict[str, int] = {}
 
@@ -154,7 +157,7 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
         step = max(checkpoint_steps(folder.checkpoints), default=0)
-        for observer in (self._progress, self._watch):
+        for observer in self._observers:
             observer.began(folder.id, step)
         self._heard.setdefault(folder.id, _size(folder.warnings))
 
@@ -163,7 +166,7 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
     ) -> None:
         self._tell_warnings(self._folder(trial))
         if "step" in result:
-            for observer in (self._progress, self._watch):
+            for observer in self._observers:
                 observer.moved(trial.config["cell"], result)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -173,7 +176,8 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
-        self._watch.released(folder.id)
+        for watch in self._watches:
+            watch.released(folder.id)
         self._tell_warnings(folder)
         at = folder.status()
         if at.ended or not self._termination.asked:
@@ -181,7 +185,8 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
-        self._watch.released(folder.id)
+        for watch in self._watches:
+            watch.released(folder.id)
         self._tell_warnings(folder)
         at, error = folder.status(), Path(trial.error_file).read_text("utf-8", "replace")
         last = error.strip().splitlines()[-1].strip()
@@ -196,7 +201,7 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
         if not at.ended:
             with _on_a_full_disk_too(folder):
                 folder.write_status(ending)
-        for observer in (self._progress, self._watch):
+        for observer in self._observers:
             observer.ended(folder.id, at if at.ended else ending)
 
     def _tell_warnings(self, folder: ExperimentFolder) -> None:

@@ -54,7 +54,8 @@ def _standing(planned: PlannedCell, is_out: bool) -> CellStanding:
     if planned.is_done:
         standing = "finished" if planned.status.state == "finished" else "stopped early"
         return CellStanding(planned, standing, None, None)
-    if (held := present_holder(planned.folder.path / LEASE)) is None:
+    held = present_holder(planned.folder.path / LEASE) if planned.folder.exists() else None
+    if held is None:
         return CellStanding(planned, planned.status.state, None, None)
     holder, is_silent = held
     process = {"host": holder.host, "pid": holder.pid, "since": holder.since, "silent": is_silent}

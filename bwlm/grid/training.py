@@ -69,7 +69,7 @@ def train_cells(
             _delivery(tracking, folders),
         ):
             _tune(
-                plan, unfinished, concurrency, storage, CellStates(storage, progress, watch, termination), termination
+                plan, unfinished, concurrency, storage, CellStates(storage, progress, termination, watch), termination
             )
         if termination.asked:
             _deliver(tracking, folders)

@@ -30,6 +30,8 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|deleted)")
 """Names of files and folders that a process was about to rename, or to delete."""
 LOG = "research log"
 _TEXTS = ("corpora", "tokenizers", "packed")
+_PLACES = ("*/*", "*/checkpoints/*", "*/samples/*", "*/evaluations/*/*/*", "grids/*/*", "grids/*/*/*", "cache/*/*")
+"""Patterns of places in a storage where temporary files may lie."""
 _LEAST_AGE = 3600.0
 """Seconds for which a temporary file may have a writer that holds no lease, such as a text that is being packed."""
 
@@ -144,17 +146,7 @@ def _leftovers(storage: Path, older: float) -> Iterator[Item]:
     """Yield what killed processes left: runs that were about to be deleted, files that were about to be renamed."""
     for path in unfinished_deletions(storage):
         yield Item("leftover", path, "of a deletion that was cut off")
-    places = (
-        "*",
-        "*/*",
-        "*/checkpoints/*",
-        "*/samples/*",
-        "*/evaluations/*/*/*",
-        "grids/*/*",
-        "grids/*/*/*",
-        "cache/*/*",
-    )
-    for path in sorted(path for place in places for path in storage.glob(place)):
+    for path in sorted(path for place in _PLACES for path in storage.glob(place)):
         match = _TEMPORARY.fullmatch(path.name)
         if match and not path.relative_to(storage).parts[0].startswith(".") and _age(path) >= older:
             yield Item("leftover", path, "of a process that was killed", _run_of(storage, path))
@@ -177,9 +169,8 @@ def _of_cache(cache: Path, used: set[str], older: float) -> Iterator[Item]:
                 yield Item("source of packed text", path, "no packed text is left")
     for kind in cache.glob("[!.]*"):
         if kind.name not in _TEXTS:
-            yield from (
-                Item("cache", path, "computed again when needed") for path in _entries(kind) if _age(path) >= older
-            )
+            old = [path for path in _entries(kind) if _age(path) >= older]
+            yield from (Item("cache", path, "computed again when needed") for path in old)
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -30,7 +30,7 @@ STOP = "stop.json"
 
 @dataclass
 class Usage:
-    """What one launch used and trained."""
+    """Time, hardware and FLOPs that one launch used."""
 
     began: float = 0.0
     """Start of the launch, in seconds since the epoch."""
@@ -46,7 +46,7 @@ class Usage:
     flops: float = 0.0
     """FLOPs of the steps and validations that it trained."""
     end: str = ""
-    """How the launch ended, in words; '' while it runs, and if it was killed."""
+    """Outcome of the launch, in words; '' while it runs, and if it was killed."""
 
     def cost(self, gpu_hour: float, cpu_hour: float) -> float:
         """Return the price of the reserved GPUs and CPUs, by prices per hour."""
