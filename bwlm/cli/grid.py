@@ -119,7 +119,7 @@ def grid_plan(
     costs = ("params", "tokens", "flops", "log_bytes")
     rows = [[c["id"], *(short_number(c[cost]) for cost in costs), action_words(c), _state(c)] for c in cells]
     header = ["cell", "params", "tokens", "FLOPs", "log (bytes)", "next", "state"]
-    show_table(header, rows, f"{plan.name}: {len(cells)} cells", names=("cell",))
+    show_table(header, rows, f"{plan.name}: {len(cells)} cells", names=("cell",), least=("log (bytes)", "state"))
     show_sentences(*reasons(cells), *_text_words(plan))
     total = sum(c["flops"] for c in cells)
     left = sum(c["flops"] for c in cells if not (c["done"] or c["changed"]) and c["reason"] != STOPPED_ABOVE)

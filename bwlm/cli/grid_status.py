@@ -150,7 +150,7 @@ def _print_accounts(summary: GridSummary) -> None:
     if usage.worker_seconds:
         hours = {"worker": usage.worker_seconds, "CPU": usage.cpu_seconds, "GPU": usage.gpu_seconds}
         spent = [f"{_hours(seconds)} {name} hours" for name, seconds in hours.items() if seconds]
-        money = [f"{summary.money:.2f} of money"] if summary.money is not None else []
+        money = [f"{summary.money:.2f} by launch.price"] if summary.money is not None else []
         show(f"cost so far: {', '.join([f'{short_number(summary.flops)} FLOPs', *spent, *money])}")
     for launch in summary.living:
         assert launch.holder is not None
@@ -158,7 +158,7 @@ def _print_accounts(summary: GridSummary) -> None:
 
 
 def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:,.2f}" if seconds < 36_000 else f"{seconds / 3600:,.0f}"
+    return f"{seconds / 3600:.2g}" if seconds < 36_000 else f"{seconds / 3600:,.0f}"
 
 
 def _print_cells(cells: Sequence[CellStanding], known: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from bwlm.analysis.report.study import GridReport
     from bwlm.cluster.capacity import Capacity
     from bwlm.config import ResourceSettings
+    from bwlm.text.prepare import Prepared
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,6 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     uri = tracking_uri(storage, plan.launch.tracking_uri)
     _check_tracking(uri, storage, plan.launch.experiment)
     home = folder_of(plan, storage)
-    grid_run: str | None = None
     if not is_over:
         _check_room(plan)
     with (
@@ -105,14 +105,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
             capacity = None if is_over else cluster()
             home.mkdir(parents=True, exist_ok=True)
             tracking = _open_tracking(uri, storage, plan)
-            for part in _ready_generations(plan, storage, show):
-                with exclusive(home / "lock"):  # so that two launches of one plan make its folders and runs only once
-                    cells = resolved_cells(part, storage, prepared, accept_code)
-                    grid_run = grid_run or enlist_grid(plan, storage, tracking, cells)
-                    runs = enlist_cells(cells, storage, tracking, grid_run)
-                if capacity is not None:
-                    introduce(plan, cells, show)
-                    _train(plan, part, cells, capacity, tracking, grid_run or runs[0], watch, show)
+            grid_run = _train_generations(plan, storage, prepared, accept_code, tracking, capacity, watch, show)
             if asks_for_scores:
                 capacity = _score_rest(plan, storage, cluster, show) or capacity
         # not before: another text under the same name is found out last
@@ -233,7 +226,34 @@ def _open_tracking(uri: str, storage: Path, plan: Plan) -> Tracking:
         return Tracking(uri, storage, plan.launch.experiment)
 
 
-# ---- [4] train ----
+# ---- [3] enlist, [4] train ----
+
+
+def _train_generations(
+    plan: Plan,
+    storage: Path,
+    prepared: dict[str, Prepared],
+    accept_code: bool,
+    tracking: Tracking,
+    capacity: Capacity | None,
+    watch: LaunchWatch,
+    show: Callable[[str], None],
+) -> str | None:
+    """Enlist and train the cells, parents before their children; return the grid's MLflow run.
+
+    Without `capacity` nothing is left to train, and the cells are only brought up to date.
+    """
+    grid_run: str | None = None
+    for part in _ready_generations(plan, storage, show):
+        # so that two launches of one plan make its folders and runs only once
+        with exclusive(folder_of(plan, storage) / "lock"):
+            cells = resolved_cells(part, storage, prepared, accept_code)
+            grid_run = grid_run or enlist_grid(plan, storage, tracking, cells)
+            runs = enlist_cells(cells, storage, tracking, grid_run)
+        if capacity is not None:
+            introduce(plan, cells, show)
+            _train(plan, part, cells, capacity, tracking, grid_run or runs[0], watch, show)
+    return grid_run
 
 
 def _train(

@@ -67,6 +67,8 @@ class LaunchWatch:
         self._began = time.monotonic()
         self._trains_since: float | None = None
         self._running: dict[str, _Running] = {}
+        self._spent_before = 0.0
+        """Money that the other launches of the grid have cost until the last look at their files."""
         self._lock = threading.Lock()
         self._may_stop = False
         self._over = threading.Event()
@@ -121,7 +123,7 @@ class LaunchWatch:
             yield
         except SystemExit as end:
             if self.reason and end.code == TERMINATED:
-                raise Paused(f"{self._plan.name}: {self.reason}: {self._left()}") from None
+                raise Paused(f"{self._plan.name} is stopped: {self.reason}: {self._left()}") from None
             raise
         finally:
             with self._lock:
@@ -134,7 +136,10 @@ class LaunchWatch:
 
     def _refuse_spent(self) -> None:
         """Raise `UserError` if earlier launches have cost as much as all of them may."""
-        if self._record and (limit := self._settings.limit.money) and (spent := self._spent()) >= limit:
+        if self._record is None or not (limit := self._settings.limit.money):
+            return
+        self._look_at_costs()
+        if (spent := self._spent()) >= limit:
             raise UserError(
                 f"launch.limit.money: {spent:.2f} of {limit:g} are spent by earlier launches of {self._plan.name}: "
                 "raise it"
@@ -148,13 +153,13 @@ class LaunchWatch:
         if self._thread.is_alive():
             self._thread.join()
         self.trained()
-        outcome, reason = _outcome(error)
+        outcome, reason = ("stopped", self.reason) if isinstance(error, Paused) else _outcome(error)
         with contextlib.suppress(OSError, UserError):  # a full disk, say: the launch tells its own fault
             summary = summarize(self._plan, self._storage)
             if error is None and not summary.is_complete:
                 outcome = "incomplete"
             self._account(end=": ".join(filter(None, [outcome, reason])))
-            text = f"{outcome}: {reason or summary.counts_words()}"
+            text = ": ".join(filter(None, [outcome, reason, summary.counts_words()]))
             self._notify("end", text, outcome=outcome, reason=masked(reason), cells=summary.counts)
         self._notifier.close()
 
@@ -167,6 +172,7 @@ class LaunchWatch:
                 if time.monotonic() >= next_account:
                     next_account = time.monotonic() + _WRITE_SECONDS
                     self._account()
+                    self._look_at_costs()
                     self._look_for_stalls()
                 if not self.reason and (reason := self._reason_to_stop()):
                     self._stop(reason)
@@ -174,12 +180,12 @@ class LaunchWatch:
     def _reason_to_stop(self) -> str:
         assert self._record is not None
         if by := self._record.asked_to_stop():
-            return f"stopped as `bwlm grid stop` asked ({by})"
+            return f"`bwlm grid stop` asked for it ({by})"
         limit = self._settings.limit
         if limit.hours and time.monotonic() - self._began >= 3600 * limit.hours:
-            return f"stopped by launch.limit.hours={limit.hours:g}"
+            return f"launch.limit.hours={limit.hours:g} is reached"
         if limit.money and (spent := self._spent()) >= limit.money:
-            return f"stopped by launch.limit.money={limit.money:g}, {spent:.2f} are spent"
+            return f"launch.limit.money={limit.money:g} is reached, {spent:.2f} are spent"
         return ""
 
     def _stop(self, reason: str) -> None:
@@ -187,15 +193,19 @@ class LaunchWatch:
             if not self._may_stop:
                 return
             self.reason = reason
-            self._show(f"{reason}: each cell saves a checkpoint")
+            self._show(f"the launch stops: {reason}: each cell saves a checkpoint")
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _spent(self) -> float:
         """Return the money that all launches of the grid have cost until now."""
+        price = self._settings.price
+        return self._spent_before + self._usage_now().cost(price.gpu_hour, price.cpu_hour)
+
+    def _look_at_costs(self) -> None:
         assert self._record is not None
         others = [one.usage for one in launches_of(self._record.home) if one.name != self._record.name]
         price = self._settings.price
-        return total_of([*others, self._usage_now()]).cost(price.gpu_hour, price.cpu_hour)
+        self._spent_before = total_of(others).cost(price.gpu_hour, price.cpu_hour)
 
     def _usage_now(self) -> Usage:
         """Return what was used, with the cells that still run."""
@@ -245,8 +255,6 @@ def _outcome(error: BaseException | None) -> tuple[str, str]:
     """Return how a launch ended, in a word, and the reason."""
     if error is None:
         return "complete", ""
-    if isinstance(error, Paused):
-        return "stopped", str(error)
     if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code == TERMINATED):
         return "interrupted", "Ctrl-C" if isinstance(error, KeyboardInterrupt) else "SIGTERM"
     return "error", first_line(error)

@@ -76,11 +76,8 @@ class LaunchRecord:
 
     def asked_to_stop(self) -> str | None:
         """Return the process that asked this launch to stop, `host:pid`; None if none did."""
-        with contextlib.suppress(UserError, OSError):
-            request = read_json(self.home / STOP)
-            if self.name in request["launches"]:
-                return str(request["by"])
-        return None
+        names, by = _request(self.home)
+        return by if self.name in names else None
 
 
 @contextmanager
@@ -92,7 +89,7 @@ def recorded_launch(home: Path) -> Iterator[LaunchRecord]:
     made = [folder for folder in (home / LAUNCHES, home, *home.parents) if not folder.exists()]
     (home / LAUNCHES).mkdir(parents=True, exist_ok=True)
     _discard_dead(home)
-    record = LaunchRecord(home, f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}")
+    record = LaunchRecord(home, f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}-{uuid.uuid4().hex[:4]}")
     path = home / LAUNCHES / f"{record.name}.lease"
     lease = take_at_once(path)
     assert isinstance(lease, Lease), "another launch has the same name"
@@ -112,9 +109,16 @@ def _discard_dead(home: Path) -> None:
     for path in (home / LAUNCHES).glob("*.lease"):
         if path.stem not in living:
             path.unlink(missing_ok=True)
-    with contextlib.suppress(UserError, KeyError, TypeError):
-        if not living.intersection(read_json(home / STOP)["launches"]):
-            (home / STOP).unlink(missing_ok=True)
+    if not living.intersection(_request(home)[0]):
+        (home / STOP).unlink(missing_ok=True)
+
+
+def _request(home: Path) -> tuple[list[str], str]:
+    """Return the names of the launches that were asked to stop, and the process that asked."""
+    with contextlib.suppress(UserError, OSError, KeyError, TypeError):
+        request = read_json(home / STOP)
+        return list(request["launches"]), str(request["by"])
+    return [], ""
 
 
 def launches_of(home: Path) -> list[LaunchEntry]:
