@@ -69,6 +69,7 @@ class LaunchRecord:
 
     home: Path
     name: str
+    """Milliseconds since the epoch when it began, and a text that is different for each launch."""
 
     def write(self, usage: Usage) -> None:
         """Write what the launch used until now."""
@@ -89,7 +90,7 @@ def recorded_launch(home: Path) -> Iterator[LaunchRecord]:
     made = [folder for folder in (home / LAUNCHES, home, *home.parents) if not folder.exists()]
     (home / LAUNCHES).mkdir(parents=True, exist_ok=True)
     _discard_dead(home)
-    record = LaunchRecord(home, f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}-{uuid.uuid4().hex[:4]}")
+    record = LaunchRecord(home, f"{time.time_ns() // 10**6:014}-{uuid.uuid4().hex[:8]}")
     path = home / LAUNCHES / f"{record.name}.lease"
     lease = take_at_once(path)
     assert isinstance(lease, Lease), "another launch has the same name"
