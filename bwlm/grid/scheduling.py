@@ -16,6 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from bwlm.cluster.signals import ask_to_end
 from bwlm.grid.cells import PlannedCell
 from bwlm.grid.continued import is_continued
+from bwlm.grid.gauges import CellGauges
 from bwlm.grid.progress import ProgressDisplay
 from bwlm.grid.watch import LaunchWatch
 from bwlm.paths import write_text
@@ -137,13 +138,13 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, storage: Path, progress: ProgressDisplay, termination: Termination, *watches: LaunchWatch
+        self, storage: Path, progress: ProgressDisplay, termination: Termination, *watches: LaunchWatch | CellGauges
     ) -> None:
         super().__init__()
         self._storage = storage
         self._progress = progress
         self._watches = watches
-        self._observers: tuple[ProgressDisplay | LaunchWatch, ...] = (progress, *watches)
+        self._observers: tuple[ProgressDisplay | LaunchWatch | CellGauges, ...] = (progress, *watches)
         self._termination = termination
         self._heard: dict[str, int] = {}
 

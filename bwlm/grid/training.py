@@ -17,6 +17,7 @@ import ray.tune
 from ray.tune.tune_config import TuneConfig
 
 from bwlm.grid.cells import PlannedCell
+from bwlm.grid.gauges import CellGauges
 from bwlm.grid.progress import ProgressDisplay
 from bwlm.grid.scheduling import CellStates, build_scheduler
 from bwlm.grid.watch import LaunchWatch
@@ -56,21 +57,19 @@ def train_cells(
     if not unfinished:
         return
     folders = [planned.folder for planned in unfinished]
+    shown_cells = tuple(planned.cell for planned in shown)
+    states = {planned.cell.id: planned.status for planned in shown}
     monitor = tracking.monitor_system(run)
     try:
         with (
             Termination() as termination,
             _ctrl_c_saves(show) as interrupted,
-            ProgressDisplay(
-                tuple(planned.cell for planned in shown),
-                {planned.cell.id: planned.status for planned in shown},
-                in_detail=not plan.is_grid,
-            ) as progress,
+            ProgressDisplay(shown_cells, states, in_detail=not plan.is_grid) as progress,
+            CellGauges(plan.name, shown_cells, states) as gauges,
             _delivery(tracking, folders),
         ):
-            _tune(
-                plan, unfinished, concurrency, storage, CellStates(storage, progress, termination, watch), termination
-            )
+            callbacks = CellStates(storage, progress, termination, watch, gauges)
+            _tune(plan, unfinished, concurrency, storage, callbacks, termination)
         if termination.asked:
             _deliver(tracking, folders)
             raise KeyboardInterrupt if interrupted.is_set() else SystemExit(TERMINATED)
