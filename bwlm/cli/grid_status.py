@@ -143,10 +143,10 @@ def _print_accounts(summary: GridSummary) -> None:
     """Print pace, time left, cost and launches, a line each, as far as they are known."""
     usage, pace = summary.usage, summary.cells_per_hour
     if pace and not summary.is_complete:
-        speed = f", {summary.tokens_per_second:,.0f} tokens/s now" if summary.tokens_per_second else ""
-        goes = "" if summary.living else " of the last launch: none runs now"
-        left = f"about {duration(summary.seconds_left or 0)} left"
-        show(f"{left}, {short_number(summary.flops_left)} FLOPs, at the pace{goes} ({pace:.3g} cells an hour{speed})")
+        time_left = f"about {duration(summary.seconds_left or 0)} left"
+        at = f"at {pace:.3g} cells an hour" if summary.living else f"at the last launch's {pace:.3g} cells an hour"
+        speed = f", now {summary.tokens_per_second:,.0f} tokens/s" if summary.tokens_per_second else ""
+        show(f"{time_left}: {short_number(summary.flops_left)} FLOPs {at}{speed}")
     if usage.worker_seconds:
         hours = {"worker": usage.worker_seconds, "CPU": usage.cpu_seconds, "GPU": usage.gpu_seconds}
         spent = [f"{_hours(seconds)} {name} hours" for name, seconds in hours.items() if seconds]
@@ -230,10 +230,13 @@ class Watcher:
 
 
 def watch_status(plan: Plan, root: Path, everything: bool) -> None:
-    """Show the status again and again until nothing is left to train: redrawn on a terminal, elsewhere lines."""
+    """Show the status until nothing is left to train, or Ctrl-C: redrawn on a terminal, elsewhere line by line."""
     watcher = Watcher(plan, root)
-    watch = _redraw if sys.stdout.isatty() else _print_lines
-    watch(plan, root, watcher, everything)
+    with contextlib.suppress(KeyboardInterrupt):
+        if not sys.stdout.isatty():
+            return _print_lines(plan, watcher)
+        _redraw(plan, root, watcher, everything)
+    return print_status(plan, root, watcher.look(), everything)
 
 
 def _redraw(plan: Plan, root: Path, watcher: Watcher, everything: bool) -> None:
@@ -243,14 +246,15 @@ def _redraw(plan: Plan, root: Path, watcher: Watcher, everything: bool) -> None:
 
     with Live(console=Console(highlight=False), auto_refresh=False, transient=True) as live:
         while not (summary := watcher.look()).is_complete:
-            with contextlib.redirect_stdout(io.StringIO()) as page:
+            page = io.StringIO()
+            # also what goes to stderr: a second live line there would move the cursor of this one
+            with contextlib.redirect_stdout(page), contextlib.redirect_stderr(page):
                 print_status(plan, root, summary, everything)
             live.update(Text(page.getvalue().rstrip(), no_wrap=True, overflow="ellipsis"), refresh=True)
             watcher.wait(_REDRAW_SECONDS)
-    print_status(plan, root, summary, everything)
 
 
-def _print_lines(plan: Plan, root: Path, watcher: Watcher, everything: bool) -> None:
+def _print_lines(plan: Plan, watcher: Watcher) -> None:
     before, told = None, 0.0
     while True:
         summary = watcher.look()

@@ -115,7 +115,7 @@ class GridSummary:
     def flops_per_second(self) -> float | None:
         """Pace of the launches that run, or else of the last one; None before a cell has trained."""
         paced = self.living or self.launches[-1:]
-        pace = sum(one.usage.flops / one.usage.training_seconds for one in paced if one.usage.training_seconds)
+        pace = sum(one.usage.pace_flops / one.usage.pace_seconds for one in paced if one.usage.pace_seconds)
         return pace or None
 
     @property

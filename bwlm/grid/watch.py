@@ -65,7 +65,8 @@ class LaunchWatch:
         self._notifier = Notifier(plan.launch.notify if record else None)
         self._usage = Usage(time.time())
         self._began = time.monotonic()
-        self._trains_since: float | None = None
+        self._paced_from: tuple[float, float] | None = None
+        """Time of the first report of a step, and the FLOPs that had been trained by then."""
         self._running: dict[str, _Running] = {}
         self._spent_before = 0.0
         """Money that the other launches of the grid have cost until the last look at their files."""
@@ -79,7 +80,6 @@ class LaunchWatch:
     def began(self, cell: str, step: int) -> None:
         """Count a cell's workers from now on; `step` is the step that it resumes from."""
         with self._lock:
-            self._trains_since = self._trains_since or time.monotonic()
             self._running.setdefault(cell, _Running(self._cells[cell], step, step))
 
     def moved(self, cell: str, result: Mapping[str, Any]) -> None:
@@ -88,6 +88,8 @@ class LaunchWatch:
             if running := self._running.get(cell):
                 running.step = max(running.step, int(result["step"]))
                 running.is_scoring = bool(result.get("scoring"))
+        if self._paced_from is None:
+            self._paced_from = time.monotonic(), self._usage_now().flops
 
     def released(self, cell: str) -> None:
         """Count a cell's workers no longer."""
@@ -211,15 +213,19 @@ class LaunchWatch:
         """Return what was used, with the cells that still run."""
         now = time.monotonic()
         with self._lock:
-            usage = replace(self._usage, seconds=now - self._began, training_seconds=now - (self._trains_since or now))
+            usage = replace(self._usage, seconds=now - self._began)
             for running in self._running.values():
                 _add(usage, running)
+        if self._paced_from is not None:
+            since, flops = self._paced_from
+            usage.pace_seconds, usage.pace_flops = now - since, usage.flops - flops
         return usage
 
     def _account(self, end: str = "") -> None:
         """Write what was used until now, if any cell has begun."""
-        if self._record and self._trains_since:
-            self._record.write(replace(self._usage_now(), end=end))
+        usage = self._usage_now()
+        if self._record and usage.worker_seconds:
+            self._record.write(replace(usage, end=end))
 
     def _look_for_stalls(self) -> None:
         for name, running in list(self._running.items()):

@@ -36,8 +36,6 @@ class Usage:
     """Start of the launch, in seconds since the epoch."""
     seconds: float = 0.0
     """Wall time of the launch."""
-    training_seconds: float = 0.0
-    """Wall time since its first cell began to train."""
     worker_seconds: float = 0.0
     cpu_seconds: float = 0.0
     """Seconds for which CPUs were reserved for workers, summed over the CPUs."""
@@ -45,6 +43,10 @@ class Usage:
     """Seconds for which GPUs, or parts of them, were reserved for workers, summed over the GPUs."""
     flops: float = 0.0
     """FLOPs of the steps and validations that it trained."""
+    pace_seconds: float = 0.0
+    """Wall time since a cell reported its first step."""
+    pace_flops: float = 0.0
+    """FLOPs trained in that time."""
     end: str = ""
     """Outcome of the launch, in words; '' while it runs, and if it was killed."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,11 +78,11 @@ def test_pace_time_and_cost_come_from_what_launches_recorded(plan: Plan, shell: 
     home = grid_folder(shell.storage, "bars")
     half = sum(cell.flops_until(cell.steps) for cell in plan.cells) / 2
     with recorded_launch(home) as ended:
-        ended.write(Usage(1.0, 400, 400, 400, 400, 0, 1.0, end="stopped"))
+        ended.write(Usage(1.0, 400, 400, 400, 0, 1.0, 400, 1.0, end="stopped"))
     summary = summarize(plan, shell.storage)
     assert summary.living == []
     with recorded_launch(home) as launch:
-        launch.write(Usage(2.0, 110, 100, 400, 400, 7200, half))
+        launch.write(Usage(2.0, 110, 400, 400, 7200, half, 100, half))
         summary = summarize(plan, shell.storage)
         assert summary.flops_per_second == half / 100
         assert summary.seconds_left == pytest.approx(100 * summary.flops_left / half)
@@ -90,8 +91,7 @@ def test_pace_time_and_cost_come_from_what_launches_recorded(plan: Plan, shell: 
         assert summary.money is None
         told = shell("grid", "status", "g.yaml").out.splitlines()
         assert told[0] == "bars: 0 of 4 cells finished, 2 stopped, 2 waiting"
-        assert told[1].startswith("about ")
-        assert told[1].endswith("at the pace (72 cells an hour)")
+        assert re.fullmatch(r"about \d+ \w+ left: [\d.]+\w FLOPs at 72 cells an hour", told[1])
         assert told[2].startswith("cost so far: ")
         assert told[2].endswith(" FLOPs, 0.22 worker hours, 0.22 CPU hours, 2 GPU hours")
         assert told[3].startswith(f"launch: {socket.gethostname()}:{os.getpid()} runs it since ")
@@ -99,7 +99,7 @@ def test_pace_time_and_cost_come_from_what_launches_recorded(plan: Plan, shell: 
         assert document["money"] == 5.0
         assert [entry["pid"] for entry in document["launches"]] == [os.getpid()]
     assert summarize(plan, shell.storage).flops_per_second == half / 100, "of the last launch, if none runs"
-    assert "of the last launch: none runs now" in shell("grid", "status", "g.yaml").out
+    assert " FLOPs at the last launch's 72 cells an hour\n" in shell("grid", "status", "g.yaml").out
 
 
 def test_what_a_launch_would_do_with_each_cell(plan: Plan, shell: Shell) -> None:

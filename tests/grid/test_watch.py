@@ -148,6 +148,7 @@ def test_what_cells_use_is_counted_while_they_run(plan_of: Callable[..., Plan], 
         over.began(CELL, 4)
         over.began(OTHER, 0)
         time.sleep(0.1)
+        over.moved(CELL, {"step": 6})
         over.moved(CELL, {"step": 12})
         over.moved(CELL, {"step": 12, "scoring": True})
         over.released(CELL)
@@ -161,7 +162,8 @@ def test_what_cells_use_is_counted_while_they_run(plan_of: Callable[..., Plan], 
     usage = entry.usage
     assert 0.2 <= usage.worker_seconds <= 2 * usage.seconds
     assert (usage.flops, usage.end) == (whole, "incomplete")
-    assert usage.training_seconds <= usage.seconds
+    assert usage.pace_flops == whole - (plan.cells[0].flops_until(6) - plan.cells[0].flops_until(4))
+    assert 0 < usage.pace_seconds <= usage.seconds - 0.1
 
 
 def test_a_launch_that_trains_nothing_is_not_watched(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
