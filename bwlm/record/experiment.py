@@ -35,10 +35,12 @@ LEASE = "lease.json"
 """File of the lease of the worker that trains the run."""
 LAUNCH = "launch.json"
 """File of the lease of the command that launched the training."""
+WORKER = "worker.json"
+"""File that names the worker which trains the run, or trained it last, and the worker's log on its machine."""
 SAMPLES = "samples"
 """Folder of samples that RL writes at validations, for people to read."""
 _WRITTEN = (
-    *("status.json", "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*"),
+    *("status.json", WORKER, "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*"),
     *(f"{SAMPLES}/*", TOKENIZER),
 )
 """Files that the holder of the lease writes under a temporary name first."""
@@ -145,6 +147,13 @@ class ExperimentFolder:
         """
         assert status.state == "finished"
         self._write_status(asdict(status) | {RECORDS: records_of(self.path, status.step)})
+
+    def forget_record(self, name: str) -> None:
+        """Note that a finished run no longer has a file that it left, so that its absence is no damage."""
+        status, records = self._read_status()
+        if name in records:
+            left = {other: record for other, record in records.items() if other != name}
+            self._write_status(asdict(status) | {RECORDS: left})
 
     def _write_status(self, content: dict[str, Any]) -> None:
         try:
