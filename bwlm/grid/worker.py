@@ -11,8 +11,8 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
-from bwlm.cluster.capacity import TRIAL_CPUS
 from bwlm.cluster.environment import prepare_environment
+from bwlm.cluster.placement import TRIAL_CPUS
 from bwlm.cluster.signals import process_termination
 from bwlm.config import ResourceSettings
 from bwlm.errors import Interrupted, RunError
