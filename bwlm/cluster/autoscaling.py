@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import ray
 import yaml
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -115,8 +115,8 @@ def _fitting(resources: ResourceSettings, cpus: float, gpus: float, where: str) 
         fits = min(fits, parts_of_gpus(gpus, resources.workers * resources.gpus_per_worker))
     if fits < 1:
         raise UserError(
-            f"resources.workers: a cell needs {need_words(resources)}, but {where} has {int(cpus)} CPUs and {int(gpus)} "
-            "GPUs to give: "
-            "lower resources.workers, resources.cpus_per_worker or resources.gpus_per_worker, or take a larger cluster"
+            f"resources.workers: a cell needs {need_words(resources)}, but {where} has {int(cpus)} CPUs and "
+            f"{int(gpus)} GPUs to give: lower resources.workers, resources.cpus_per_worker or "
+            "resources.gpus_per_worker, or take a larger cluster"
         )
     return fits

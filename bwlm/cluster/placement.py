@@ -1,7 +1,7 @@
 """Places for cells on a cluster: as many as Ray has room for, now or once its autoscaler has started nodes.
 
-Each cell is asked for as a placement group, as Tune and Train ask for it later. So Ray itself says how many fit, a group
-that waits is what the autoscaler starts nodes for, and Ray forgets the groups of a process that has died.
+Each cell is asked for as a placement group, as Tune and Train ask for it later. So Ray itself says how many fit, the
+autoscaler starts nodes for groups that wait, and Ray forgets the groups of a process that has died.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def bundles_of(resources: ResourceSettings) -> Bundles:
 def count_places(resources: ResourceSettings, wanted: int) -> int:
     """Return how many cells, `wanted` at most, have room at once beside the cluster's other work.
 
-    Waits until one has, and for the nodes of the others while an autoscaler may start some. A spare CPU stays free: a cell that took the last CPU would wait for its rows for ever.
+    Waits until one has, and for the nodes of the others while an autoscaler may start some. A spare CPU stays free: a
+    cell that took the last CPU would wait for its rows for ever.
     """
     with _asked_for([[{"CPU": SPARE_CPUS}], *[bundles_of(resources)] * wanted]) as groups:
         what = f"room for {counted(wanted, 'cell')} of {need_words(resources)}"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -25,33 +22,8 @@ import pytest
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import last_entry
-from tests.grids import reap
+from tests.cluster.heads import BIN, ROOT, answers, documented, free_ports, node_of
 from tests.runs import NewFamily
-
-ROOT = Path(__file__).parent.parent.parent
-BIN = Path(sys.executable).parent
-
-
-def free_ports(count: int) -> list[int]:
-    """Free ports outside 10002-19999, where Ray's workers listen."""
-    found: list[int] = []
-    for port in range(21000 + os.getpid() % 5000, 32000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                found.append(port)
-        if len(found) == count:
-            return found
-    raise AssertionError("no free ports")
-
-
-def answers(dashboard: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{dashboard}/api/version", timeout=5):
-            return True
-    except urllib.error.HTTPError:  # it is there, and asks for the token
-        return True
-    except OSError:
-        return False
 
 
 def status_of(url: str, token: str = "") -> int:
@@ -99,34 +71,6 @@ def head() -> Iterator[Head]:
             yield Head(environment | {"RAY_API_SERVER_ADDRESS": address}, f"127.0.0.1:{gcs}", address, port)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def documented(*beginnings: str, page: str = "cluster.md") -> list[str]:
-    """The first command of a page of docs/ that begins so, for each."""
-    lines = (ROOT / "docs" / page).read_text().splitlines()
-    return [next(line.split("  #")[0] for line in lines if line.startswith(beginning)) for beginning in beginnings]
-
-
-@contextlib.contextmanager
-def node_of(command: list[str], environment: dict[str, str], log: Path, is_up: Callable[[], bool]) -> Iterator[None]:
-    """A node's processes, from when it is up until the end of the block."""
-    with log.open("wb") as file:
-        node = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 180
-        while not is_up():
-            assert time.monotonic() < deadline, log.read_text()[-2000:]
-            assert node.poll() is None, log.read_text()[-2000:]
-            time.sleep(0.2)
-        yield
-    finally:
-        processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):  # one that ends as its parent does
-                process.terminate()
-        _, alive = psutil.wait_procs(processes, timeout=10)
-        reap(alive)
-        node.wait()
 
 
 def submit(
