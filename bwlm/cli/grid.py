@@ -122,7 +122,7 @@ def grid_plan(
         from bwlm.plan.power import detectable, detectable_words
     seen, warnings, time = detectable(plan, seed_noise), warnings_of(plan, root), _time_of(plan, root)
     document = _status_document(plan, root)
-    priced = price_plan(_left(plan, root), on, mfu or MFU, price) if on else None
+    priced = price_plan(_left(plan, root), on, MFU if mfu is None else mfu, price) if on else None
     if as_json:
         return print_json(document | {"detectable": seen, "time": time, "warnings": warnings, "price": priced})
     cells = document["cells"]
@@ -246,10 +246,10 @@ def _left(plan: Plan, root: Path) -> list[tuple[Cell, int]]:
 
 def _price_columns(priced: dict[str, Any] | None, id: str) -> list[str]:
     """Return a cell's GPU hours and cost for the table; '' for a cell that needs no training, and without a price."""
+    from bwlm.plan.price import columns
+
     figures = priced["cells"].get(id) if priced else None
-    if figures is None:
-        return ["", ""]
-    return [f"{figures['gpu_hours']:,.3g}", "" if figures["cost"] is None else f"{figures['cost']:,.2f}"]
+    return columns(figures) if figures else ["", ""]
 
 
 def _state(cell: dict[str, Any]) -> str:

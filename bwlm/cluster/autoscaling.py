@@ -7,7 +7,7 @@ waiting work are in Ray's own state, with autoscaler v2.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,8 @@ import yaml
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from bwlm.format import counted
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +38,14 @@ class NodeType:
     """Most nodes of this kind at once."""
 
     def words(self) -> str:
-        """Return `gpu (8 CPUs, 1 GPUs, at most 4)`."""
-        has = ", ".join(f"{self.resources.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
-        return f"{self.name} ({has}, at most {self.most})"
+        """Return `gpu (8 CPUs and 1 GPU, at most 4 nodes)`."""
+        return f"{self.name} ({has_words(self.resources)}, at most {counted(self.most, 'node')})"
+
+
+def has_words(resources: Mapping[str, float]) -> str:
+    """Return CPUs and GPUs in words: `8 CPUs and 1 GPU`, or `2 CPUs`."""
+    named = ((resources.get(kind, 0), kind) for kind in ("CPU", "GPU"))
+    return " and ".join(f"{count:g} {kind}{'' if count == 1 else 's'}" for count, kind in named if count) or "no CPUs"
 
 
 @dataclass(frozen=True)

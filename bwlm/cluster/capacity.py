@@ -71,8 +71,8 @@ def _most(
     for resources in needs:
         if (places := room_on(nodes, resources)) < resources.workers:
             raise UserError(
-                f"resources.workers: {need_words(resources)} are needed, but the cluster has room for {places} of "
-                f"these workers{kinds}: lower resources.workers or what each asks for, or add nodes"
+                f"resources.workers: a cell needs {need_words(resources)}, but the cluster can have room for {places} "
+                f"of its workers at most{kinds}: lower resources.workers or what each asks for, or add nodes"
             )
     cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     return choose_concurrency(needs, concurrency, cells, cpus - SPARE_CPUS, gpus, f"the cluster{kinds}")

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
-from bwlm.cluster.autoscaling import Growth, find_autoscaler
+from bwlm.cluster.autoscaling import Growth, find_autoscaler, has_words
 from bwlm.config import ResourceSettings
 from bwlm.format import counted
 from bwlm.progress import working
@@ -37,9 +37,9 @@ Bundles = list[dict[str, float]]
 
 
 def need_words(resources: ResourceSettings) -> str:
-    """Return the need of a cell in words: `2 x 4 CPUs and 1 GPUs`."""
-    gpus = f" and {resources.gpus_per_worker:g} GPUs" if resources.gpus_per_worker else ""
-    return f"{resources.workers} x {resources.cpus_per_worker} CPUs{gpus}"
+    """Return the need of a cell in words: `2 workers of 4 CPUs and 1 GPU`."""
+    each = has_words({"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker})
+    return each if resources.workers == 1 else f"{resources.workers} workers of {each}"
 
 
 def bundles_of(resources: ResourceSettings) -> Bundles:

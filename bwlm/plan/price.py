@@ -55,15 +55,17 @@ def _figures(hours: float, per_hour: float | None) -> dict[str, float | None]:
 def price_words(priced: dict[str, Any]) -> list[str]:
     """Return the result of `price` as lines of text."""
     assumed = f"at {priced['mfu']:.0%} of {short_number(priced['peak_flops'])}FLOP/s ({priced['source']})"
-    line = f"on {priced['device']}: {hours_words(priced)} for what is left, {assumed}; an assumption, no measurement"
-    lines = [line]
+    hours, cost = columns(priced)
+    costs = f", cost {cost}" if cost else ""
+    lines = [f"on {priced['device']}: {hours} GPU hours{costs} for what is left, assumed {assumed}"]
     if priced["without_samples"]:
         runs = counted(len(priced["without_samples"]), "RL run")
         lines.append(f"without the samples that {runs} must write, which take most of the time of RL")
     return lines
 
 
-def hours_words(figures: dict[str, Any]) -> str:
-    """Return GPU hours, and their cost if there is a price: `12.5 GPU hours, 31.25`."""
-    cost = "" if figures["cost"] is None else f", cost {figures['cost']:,.2f}"
-    return f"{figures['gpu_hours']:,.3g} GPU hours{cost}"
+def columns(figures: dict[str, Any]) -> list[str]:
+    """Return GPU hours and cost as a table shows them; '' for a cost without a price."""
+    hours, cost = figures["gpu_hours"], figures["cost"]
+    short = f"{hours:,.3f}" if hours < 100 else f"{hours:,.0f}"
+    return ["under 0.001" if 0 < hours < 0.001 else short, "" if cost is None else f"{cost:,.2f}"]
