@@ -1,4 +1,4 @@
-"""One experiment as a job of a Ray cluster, with the arguments of `bwlm train`; docs/cluster.md has the command."""
+"""Training of one experiment as a job of a Ray cluster, with the arguments of `bwlm train`; docs/cluster.md has the command."""
 
 from __future__ import annotations
 

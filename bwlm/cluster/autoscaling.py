@@ -38,8 +38,8 @@ class NodeType:
     """Most nodes of this kind at once."""
 
     def words(self) -> str:
-        """Return `gpu (8 CPUs and 1 GPU, at most 4 nodes)`."""
-        return f"{self.name} ({has_words(self.resources)}, at most {counted(self.most, 'node')})"
+        """Return `4 nodes of gpu (8 CPUs and 1 GPU)`."""
+        return f"{counted(self.most, 'node')} of {self.name} ({has_words(self.resources)})"
 
 
 def has_words(resources: Mapping[str, float]) -> str:

@@ -57,7 +57,7 @@ def most_at_once(needs: Collection[ResourceSettings], concurrency: int | None, c
             return wanted
         if autoscaler:
             nodes = autoscaler.grown(nodes)
-            kinds = f"; node types: {', '.join(kind.words() for kind in autoscaler.node_types)}"
+            kinds = f", at its largest {' and '.join(kind.words() for kind in autoscaler.node_types)},"
     return _most(needs, concurrency, cells, nodes, kinds)
 
 
@@ -71,8 +71,8 @@ def _most(
     for resources in needs:
         if (places := room_on(nodes, resources)) < resources.workers:
             raise UserError(
-                f"resources.workers: a cell needs {need_words(resources)}, but the cluster can have room for {places} "
-                f"of its workers at most{kinds}: lower resources.workers or what each asks for, or add nodes"
+                f"resources.workers: a cell needs {need_words(resources)}, but the cluster{kinds} has room for "
+                f"{places} of its workers: lower resources.workers or what each asks for, or add nodes"
             )
     cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     return choose_concurrency(needs, concurrency, cells, cpus - SPARE_CPUS, gpus, f"the cluster{kinds}")

@@ -54,7 +54,7 @@ def _figures(hours: float, per_hour: float | None) -> dict[str, float | None]:
 
 def price_words(priced: dict[str, Any]) -> list[str]:
     """Return the result of `price` as lines of text."""
-    assumed = f"at {priced['mfu']:.0%} of {short_number(priced['peak_flops'])}FLOP/s ({priced['source']})"
+    assumed = f"at an MFU of {priced['mfu']:.3g} of {short_number(priced['peak_flops'])}FLOP/s ({priced['source']})"
     hours, cost = columns(priced)
     costs = f", cost {cost}" if cost else ""
     lines = [f"on {priced['device']}: {hours} GPU hours{costs} for what is left, assumed {assumed}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -45,8 +47,13 @@ def answers(dashboard: int) -> bool:
 
 def documented(*beginnings: str, page: str = "cluster.md") -> list[str]:
     """The first command of a page of docs/ that begins so, for each."""
+    return [documented_lines(beginning, page)[0] for beginning in beginnings]
+
+
+def documented_lines(beginning: str, page: str = "cluster.md") -> list[str]:
+    """All commands of a page of docs/ that begin so."""
     lines = (ROOT / "docs" / page).read_text().splitlines()
-    return [next(line.split("  #")[0] for line in lines if line.startswith(beginning)) for beginning in beginnings]
+    return [line.split("  #")[0] for line in lines if line.startswith(beginning)]
 
 
 @contextlib.contextmanager
@@ -69,3 +76,28 @@ def node_of(command: list[str], environment: dict[str, str], log: Path, is_up: C
         _, alive = psutil.wait_procs(processes, timeout=10)
         reap(alive)
         node.wait()
+
+
+class Head(NamedTuple):
+    environment: dict[str, str]
+    """The environment of a client that follows docs/cluster.md."""
+    gcs: str
+    dashboard: str
+    port: int
+    """Port that is kept for a server."""
+
+
+def submit(
+    head: Head, storage: Path, *arguments: str, options: tuple[str, ...] = (), script: str = "jobs/run_grid.py"
+) -> subprocess.CompletedProcess[str]:
+    """The submit of docs/cluster.md with other arguments and storage, from the checkout."""
+    [line] = {line for line in documented_lines("ray job submit --working-dir") if f" {script} " in line}
+    words = shlex.split(line)
+    end = words.index(script) + 1
+    return ray_job(head, "submit", *options, *words[3:end], *arguments, "--storage", str(storage))
+
+
+def ray_job(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [BIN / "ray", "job", *arguments], cwd=ROOT, env=head.environment, capture_output=True, text=True, timeout=400
+    )

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import shutil
 import subprocess
-import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import httpx
 import psutil
@@ -22,7 +18,7 @@ import pytest
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import last_entry
-from tests.cluster.heads import BIN, ROOT, answers, documented, free_ports, node_of
+from tests.cluster.heads import BIN, ROOT, Head, documented, free_ports, node_of, ray_job, submit
 from tests.runs import NewFamily
 
 
@@ -33,60 +29,6 @@ def status_of(url: str, token: str = "") -> int:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
-
-
-class Head(NamedTuple):
-    environment: dict[str, str]
-    """The environment of a client that follows docs/cluster.md."""
-    gcs: str
-    dashboard: str
-    port: int
-    """Port that is kept for a server."""
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    """A head as docs/cluster.md starts one, on a machine that has no token yet; with ports and folders of its own."""
-    folder = tempfile.mkdtemp(prefix="bwj-", dir="/tmp")
-    gcs, dashboard, agent, client, metrics, port = free_ports(6)
-    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "BWLM_STORAGE")}
-    environment |= {
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "HOME": folder,
-        "OMP_NUM_THREADS": "1",
-    }
-    exported, make_token, start = documented("export RAY_AUTH_MODE=token", "ray get-auth-token", "ray start --head")
-    assert exported == "export RAY_AUTH_MODE=token"
-    subprocess.run(shlex.split(make_token), env=environment, check=True, capture_output=True)
-    options = {
-        "--port": gcs, "--dashboard-port": dashboard, "--dashboard-agent-listen-port": agent,
-        "--ray-client-server-port": client, "--metrics-export-port": metrics, "--temp-dir": folder, "--num-cpus": 4,
-    }  # fmt: skip
-    command = [*shlex.split(start), "--block", "--disable-usage-stats", *(f"{k}={v}" for k, v in options.items())]
-    try:
-        with node_of(command, environment, Path(folder) / "head.log", lambda: answers(dashboard)):
-            address = f"http://127.0.0.1:{dashboard}"
-            yield Head(environment | {"RAY_API_SERVER_ADDRESS": address}, f"127.0.0.1:{gcs}", address, port)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def submit(
-    head: Head, storage: Path, *arguments: str, options: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
-    """The submit of docs/cluster.md with another grid and storage, from the checkout."""
-    words = shlex.split(documented("ray job submit")[0])
-    assert words[:3] == ["ray", "job", "submit"]
-    end = words.index("jobs/run_grid.py") + 1
-    return ray_job(head, "submit", *options, *words[3:end], *arguments, "--storage", str(storage))
-
-
-def ray_job(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [BIN / "ray", "job", *arguments], cwd=ROOT, env=head.environment, capture_output=True, text=True, timeout=400
-    )
 
 
 def test_a_submitted_grid_runs_and_reports(head: Head, corpus: Path, tmp_path: Path) -> None:
