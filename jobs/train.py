@@ -1,4 +1,4 @@
-"""Training of one experiment as a job of a Ray cluster, with the arguments of `bwlm train`; docs/cluster.md has the command."""
+"""Training of a run or a chain as a job of a Ray cluster, with the arguments of `bwlm train` (docs/cluster.md)."""
 
 from __future__ import annotations
 

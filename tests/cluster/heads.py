@@ -101,3 +101,15 @@ def ray_job(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [BIN / "ray", "job", *arguments], cwd=ROOT, env=head.environment, capture_output=True, text=True, timeout=400
     )
+
+
+@contextlib.contextmanager
+def second_node(
+    head: Head, log: Path, options: tuple[str, ...] = ("--num-cpus=1",), **environment: str
+) -> Iterator[None]:
+    """A node that has joined, with another environment."""
+    start = shlex.split(documented("ray start --address")[0].replace("HEAD:6379", head.gcs))
+    [metrics] = free_ports(1)
+    command = [*start, "--block", "--disable-usage-stats", *options, f"--metrics-export-port={metrics}"]
+    with node_of(command, head.environment | environment, log, lambda: "Ray runtime started" in log.read_text()):
+        yield

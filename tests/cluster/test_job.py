@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -17,9 +19,11 @@ import pytest
 
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder
-from bwlm.record.journal import last_entry
-from tests.cluster.heads import BIN, ROOT, Head, documented, free_ports, node_of, ray_job, submit
+from bwlm.record.journal import last_entry, read_journal
+from tests.cluster.heads import BIN, ROOT, Head, documented, ray_job, second_node, submit
 from tests.runs import NewFamily
+
+TRAIN = "jobs/train.py"
 
 
 def status_of(url: str, token: str = "") -> int:
@@ -75,18 +79,14 @@ def test_the_dashboard_asks_for_the_token(head: Head) -> None:
 
 
 def test_a_second_node_joins_with_the_token(head: Head, tmp_path: Path) -> None:
-    start = shlex.split(documented("ray start --address")[0].replace("HEAD:6379", head.gcs))
-
     def nodes() -> int:
         words = [BIN / "ray", "status", "--address", head.gcs]
         done = subprocess.run(words, env=head.environment, capture_output=True, text=True, timeout=60)
         return len(re.findall(r"^ 1 node_", done.stdout, re.MULTILINE))
 
-    [metrics] = free_ports(1)
-    command = [*start, "--block", "--disable-usage-stats", "--num-cpus=1", f"--metrics-export-port={metrics}"]
     assert nodes() == 1
-    with node_of(command, head.environment, tmp_path / "node.log", lambda: nodes() == 2):
-        pass
+    with second_node(head, tmp_path / "node.log"):
+        assert nodes() == 2
 
 
 @pytest.mark.parametrize("mode", ["token", None])
@@ -107,22 +107,91 @@ def test_a_cluster_that_refuses_is_told_in_one_line(head: Head, corpus: Path, tm
     assert "export RAY_AUTH_MODE=token" in told
 
 
-def test_a_stopped_job_saves_its_cells(head: Head, corpus: Path, tmp_path: Path) -> None:
-    settings = [f"data.source={corpus}", "tokenizer.vocab_size=400", "axes.direction=[forward]", "budget.steps=100000"]
-    options = ("--no-wait", "--submission-id", "stopped")
-    arguments = [word for setting in [*settings, "checkpoint.every=0"] for word in ("--set", setting)]
-    submitted = submit(head, tmp_path / "storage", "grids/tiny.yaml", *arguments, options=options)
+def tiny(corpus: Path, *settings: str) -> list[str]:
+    """Arguments for the grid tests/tiny.yaml, or a part of it, on the tests' corpus."""
+    sets = [f"data.source={corpus}", "tokenizer.vocab_size=400", *settings]
+    return ["grids/tiny.yaml", *(word for one in sets for word in ("--set", one))]
+
+
+def wait_for_step(head: Head, folder: ExperimentFolder, step: int, id: str) -> None:
+    deadline = time.monotonic() + 400
+    while (entry := last_entry(folder.path)) is None or entry.step < step:
+        assert time.monotonic() < deadline, ray_job(head, "logs", id).stdout[-3000:]
+        time.sleep(0.1)
+
+
+def test_a_stopped_job_saves_its_cells_and_the_same_submit_goes_on(head: Head, corpus: Path, tmp_path: Path) -> None:
+    settings = ("axes.direction=[forward]", "budget.steps=2000", "checkpoint.every=0")
+    submitted = submit(
+        head, tmp_path / "storage", *tiny(corpus, *settings), options=("--no-wait", "--submission-id", "stopped")
+    )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     folder = ExperimentFolder(tmp_path / "storage", "tiny_forward_d1_lr1_s0")
-    deadline = time.monotonic() + 400
-    while (entry := last_entry(folder.path)) is None or entry.step < 5:
-        assert time.monotonic() < deadline, ray_job(head, "logs", "stopped").stdout[-3000:]
-        time.sleep(0.1)
+    wait_for_step(head, folder, 5, "stopped")
     ray_job(head, "stop", "stopped")
+    assert "Job 'stopped' was stopped" in ray_job(head, "status", "stopped").stdout
     assert "bwlm: stopped by SIGTERM; run the same command to resume" in ray_job(head, "logs", "stopped").stdout
     status = folder.status()
     assert (status.state, status.reason) == ("stopped", "")
     assert checkpoint_steps(folder.checkpoints) == [status.step]
+    assert 5 <= status.step < 2000
+
+    went_on = submit(head, tmp_path / "storage", *tiny(corpus, *settings))
+    assert went_on.returncode == 0, went_on.stdout[-3000:]
+    assert f"resumes from step {status.step}" in ray_job(head, "logs", "stopped").stdout
+    assert folder.status().state == "finished"
+    assert [entry.step for entry in read_journal(folder.path)] == list(range(1, 2001)), "no step was lost or doubled"
+
+
+def test_a_run_is_trained_evaluated_and_reported_by_jobs(head: Head, corpus: Path, tmp_path: Path) -> None:
+    sets = [f"data.source={corpus}", "tokenizer.vocab_size=400", "model.sequence_length=64", "budget.steps=4"]
+    sets += ["budget.batch_tokens=512", "evaluation.tokens=1024", "resources.cpus_per_worker=1"]
+    words = [word for one in sets for word in ("--set", one)]
+    storage = tmp_path / "storage"
+    trained = submit(head, storage, "--id", "mine", "--direction", "backward", "--depth", "1", *words, script=TRAIN)
+    assert trained.returncode == 0, trained.stdout[-3000:]
+    assert ExperimentFolder(storage, "mine").status().state == "finished"
+
+    evaluated = submit(head, storage, "mine", script="jobs/evaluate.py")
+    assert evaluated.returncode == 0, evaluated.stdout[-3000:]
+    assert "forward" in evaluated.stdout
+
+    (storage / "mine" / "RESEARCH_REPORT.md").unlink()
+    reported = submit(head, storage, "mine", script="jobs/report.py")
+    assert reported.returncode == 0, reported.stdout[-3000:]
+    assert (storage / "mine" / "RESEARCH_REPORT.md").exists()
+
+    for script in ("jobs/evaluate.py", "jobs/report.py"):
+        wrong = submit(head, storage, "mien", script=script)
+        assert wrong.returncode == 1
+        assert "bwlm: " in wrong.stdout
+        assert "mine" in wrong.stdout
+        assert "Traceback" not in wrong.stdout
+
+
+def test_each_entry_point_is_plain_python_too() -> None:
+    for script, words in ((TRAIN, "train"), ("jobs/evaluate.py", "eval"), ("jobs/report.py", "analyze report")):
+        help = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert f"Usage: {Path(script).name} {words}" in help.stdout
+
+
+def test_cells_of_several_workers_are_found_by_their_ids(head: Head, corpus: Path, tmp_path: Path) -> None:
+    """In Ray's state: the names of the actors that drive a cell; in its logs: the lines of the workers."""
+    settings = ("axes.direction=[forward]", "budget.steps=4000", "resources.workers=2", "checkpoint.every=0")
+    options = ("--no-wait", "--submission-id", "workers")
+    submitted = submit(head, tmp_path / "storage", *tiny(corpus, *settings), options=options)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    cell = "tiny_forward_d1_lr1_s0"
+    wait_for_step(head, ExperimentFolder(tmp_path / "storage", cell), 5, "workers")
+    address = head.environment["RAY_API_SERVER_ADDRESS"]
+    words = ["list", "actors", "--detail", "--format=json", f"--address={address}", "--filter", "state=ALIVE"]
+    listed = subprocess.run([BIN / "ray", *words], env=head.environment, capture_output=True, text=True, check=True)
+    actors = json.loads(listed.stdout)
+    Path("/tmp/cluster-x/actors.json").write_text(listed.stdout)
+    assert any(cell in str(actor["name"]) for actor in actors)
+    logs = Path(head.environment["HOME"]).glob("session_2*/logs/worker-*.out")
+    assert sum(f"trains {cell}" in log.read_text() for log in logs) == 2
+    ray_job(head, "stop", "workers")
 
 
 class ServeJob:
