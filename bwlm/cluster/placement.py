@@ -6,16 +6,16 @@ autoscaler starts nodes for groups that wait, and Ray forgets the groups of a pr
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from functools import cached_property
 
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
-from bwlm.cluster.autoscaling import Growth, find_autoscaler, has_words
+from bwlm.cluster.autoscaling import Autoscaler, Growth, find_autoscaler, has_words
 from bwlm.config import ResourceSettings
+from bwlm.errors import UserError
 from bwlm.format import counted
 from bwlm.progress import working
 
@@ -54,65 +54,88 @@ def count_places(resources: ResourceSettings, wanted: int) -> int:
     """Return how many cells, `wanted` at most, have room at once beside the cluster's other work.
 
     Waits until one has, and for the nodes of the others while an autoscaler may start some. A spare CPU stays free: a
-    cell that took the last CPU would wait for its rows for ever.
+    cell that took the last CPU would wait for its rows for ever. Raises `UserError` if the node types of the cluster
+    are not known, and its autoscaler says that none can hold a cell.
     """
-    with _asked_for([[{"CPU": SPARE_CPUS}], *[bundles_of(resources)] * wanted]) as groups:
-        what = f"room for {counted(wanted, 'cell')} of {need_words(resources)}"
-        wait = _Wait(groups, what)
-        with working(f"waiting for {what}", "cells", wanted, lambda: wait.placed):
+    wait = _Wait(resources, wanted)
+    try:
+        with working(f"waiting for {wait.what}", "cells", wanted, lambda: wait.placed):
             while not wait.is_over():
                 time.sleep(_LOOK_SECONDS)
         return wait.placed
-
-
-@contextlib.contextmanager
-def _asked_for(needs: Collection[Bundles]) -> Iterator[list[str]]:
-    """Ask Ray for a placement group for each need until the end of the block; yield their ids."""
-    groups: list[PlacementGroup] = []
-    try:
-        groups += (placement_group(need) for need in needs)
-        yield [group.id.hex() for group in groups]
     finally:
-        for group in groups:
-            remove_placement_group(group)
+        wait.forget()
 
 
 class _Wait:
-    """Wait for the groups of a spare CPU and of cells."""
+    """Wait for the group of the first cell, which has the spare CPU too, and for those of the others."""
 
-    def __init__(self, groups: list[str], what: str) -> None:
-        self._spare, *self._cells = groups
-        self._what = what
-        self._since = time.monotonic()
-        self._told = False
+    def __init__(self, resources: ResourceSettings, wanted: int) -> None:
+        self.what = f"room for {counted(wanted, 'cell')} of {need_words(resources)}"
         self.placed = 0
         """Number of cells that have room."""
+        self._cell, self._wanted = bundles_of(resources), wanted
+        self._first = placement_group([*self._cell, {"CPU": SPARE_CPUS}])
+        self._others: list[PlacementGroup] = []
+        self._since = time.monotonic()
+        self._told = False
+        self._ask_for_others()
 
     def is_over(self) -> bool:
         """Return true once one cell has room at least, and no other one will have it soon."""
-        table = placement_group_table()
-        waiting = {id for id in (self._spare, *self._cells) if table[id]["state"] != "CREATED"}
-        if (placed := len(set(self._cells) - waiting)) != self.placed:
-            self.placed, self._since = placed, time.monotonic()
-        if not waiting:
-            return True
-        if any(table[id]["stats"]["scheduling_state"] in _UNDECIDED for id in waiting):
+        waiting = self._waiting()
+        if any(state in _UNDECIDED for state in waiting.values()):
             return False
-        return not self._is_worth_it(waiting)
+        if self._first.id.hex() in waiting:
+            self._go_on_waiting(waiting)
+            return False
+        if len(self._others) < self._wanted - 1:
+            self._ask_for_others()
+            return False
+        return not waiting or not self._comes(waiting) or time.monotonic() - self._since > _PATIENCE_SECONDS
+
+    def forget(self) -> None:
+        """Give back all room that was asked for."""
+        self._forget_others()
+        remove_placement_group(self._first)
+
+    def _waiting(self) -> dict[str, str]:
+        """Return the groups without room, each with what Ray says of it."""
+        table, cells = placement_group_table(), [group.id.hex() for group in (self._first, *self._others)]
+        waiting = {id: table[id]["stats"]["scheduling_state"] for id in cells if table[id]["state"] != "CREATED"}
+        if (placed := len(cells) - len(waiting)) != self.placed:
+            self.placed, self._since = placed, time.monotonic()
+        return waiting
+
+    def _go_on_waiting(self, waiting: dict[str, str]) -> None:
+        """Say once what is waited for; without nodes to come, wait for the first cell alone.
+
+        Two launches that each held room for others would wait for each other for ever.
+        """
+        comes = self._comes(waiting)
+        if not comes and set(waiting.values()) == {"INFEASIBLE"} and find_autoscaler() == Autoscaler(()):
+            raise UserError(
+                f"resources.workers: {self.what} was asked of the cluster's autoscaler, and it has no node that could "
+                "ever hold one: lower resources.workers or what each asks for"
+            )
+        if not self._told:
+            self._told = True
+            why = "the autoscaler was asked for nodes" if comes else "the cluster is busy with other work"
+            log.warning("waiting for %s and a spare CPU: %s", self.what, why)
+        if not comes:
+            self._forget_others()
 
     @cached_property
     def _growth(self) -> Growth | None:
         return Growth() if find_autoscaler() else None
 
-    def _is_worth_it(self, waiting: Collection[str]) -> bool:
-        """Return true if the groups that have no room now are worth a wait; say so once."""
-        comes = self._growth is not None and self._growth.may_place(waiting)
-        if self.placed and self._spare not in waiting:
-            comes = comes and time.monotonic() - self._since < _PATIENCE_SECONDS
-            if not comes:
-                return False
-        if not self._told:
-            self._told = True
-            asked = "the autoscaler was asked for nodes" if comes else "the cluster is busy with other work"
-            log.warning("waiting for %s and a spare CPU: %s", self._what, asked)
-        return True
+    def _comes(self, waiting: Collection[str]) -> bool:
+        return self._growth is not None and self._growth.may_place(waiting)
+
+    def _ask_for_others(self) -> None:
+        self._others = [placement_group(self._cell) for _ in range(self._wanted - 1)]
+
+    def _forget_others(self) -> None:
+        for group in self._others:
+            remove_placement_group(group)
+        self._others = []

@@ -165,9 +165,7 @@ def test_a_cluster_is_asked_for_what_it_can_become(found: dict[str, Any]) -> Non
     assert capacity.most_at_once({ResourceSettings(gpus_per_worker=1)}, None, 100) == 6
     assert capacity.most_at_once({ResourceSettings(gpus_per_worker=1)}, 4, 100) == 4
     assert capacity.most_at_once({ResourceSettings(workers=6, gpus_per_worker=1)}, None, 2) == 1
-    with pytest.raises(
-        UserError, match=r"launch.concurrency: 7 cells at once, but the cluster, at its largest 2 nodes"
-    ):
+    with pytest.raises(UserError, match=r"launch.concurrency: 7 cells at once, but the cluster, at its largest 2"):
         capacity.most_at_once({ResourceSettings(gpus_per_worker=1)}, 7, 100)
     with pytest.raises(UserError, match=r"needs 9 CPUs, but .* 2 nodes of cpu \(4 CPUs\) and 3 nodes of gpu \(8 CPUs"):
         capacity.most_at_once({ResourceSettings(cpus_per_worker=9)}, None, 1)
