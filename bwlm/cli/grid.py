@@ -124,7 +124,8 @@ def grid_plan(
     document = _status_document(plan, root)
     priced = price_plan(_left(plan, root), on, MFU if mfu is None else mfu, price) if on else None
     if as_json:
-        return print_json(document | {"detectable": seen, "time": time, "warnings": warnings, "price": priced})
+        document |= {"detectable": seen, "time": time, "warnings": warnings}
+        return print_json(document | ({"price": priced} if priced else {}))
     cells = document["cells"]
     costs = ("params", "tokens", "flops", "log_bytes")
     rows = [
