@@ -118,6 +118,21 @@ def train_cell(config: dict[str, Any]) -> None:
     raise RayActorError(error_msg=f"{folder.id}: its worker was stopped, or lost the run", preempted=True)
 
 
+class _NamedByCell:
+    """Actor of a trial, which has the id of its cell as its name in Ray's state and dashboard.
+
+    A trial with one worker keeps the name of its function: its actor is used again for further cells.
+    """
+
+    def __init__(self, config: dict[str, Any], **options: Any) -> None:
+        if config["resources"]["workers"] > 1:
+            self._name = config["cell"]
+        super().__init__(config, **options)  # type: ignore[call-arg]
+
+
+train_cell.__mixins__ = (_NamedByCell,)  # type: ignore[attr-defined]  # Tune makes a class of the function and of these
+
+
 def _trainer(config: dict[str, Any], resources: ResourceSettings) -> Any:
     import ray.train
     import ray.train.torch

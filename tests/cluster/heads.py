@@ -61,6 +61,7 @@ def node_of(command: list[str], environment: dict[str, str], log: Path, is_up: C
     """A node's processes, from when it is up until the end of the block."""
     with log.open("wb") as file:
         node = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    processes: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + 180
         while not is_up():
@@ -69,7 +70,8 @@ def node_of(command: list[str], environment: dict[str, str], log: Path, is_up: C
             time.sleep(0.2)
         yield
     finally:
-        processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may have failed by itself
+            processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):  # one that ends as its parent does
                 process.terminate()
