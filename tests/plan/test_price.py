@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +50,15 @@ def test_without_a_price_there_is_no_cost() -> None:
 
 def test_every_device_has_a_peak() -> None:
     assert all(math.isfinite(gpu_peak(name)) for name in DEVICES)
+
+
+def test_the_docs_have_the_peaks_that_are_used() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text().partition("| GPU | peak")[2]
+    rows = re.findall(r"^\| ([\w, ]+) \| ([\d, ]+) \|$", page, flags=re.MULTILINE)
+    shown = {}
+    for names, peaks in ((names.split(", "), peaks.split(", ")) for names, peaks in rows):
+        shown |= dict(zip(names, peaks * len(names) if len(peaks) == 1 else peaks, strict=True))
+    assert shown == {name: f"{gpu_peak(name) / 1e12:.0f}" for name in DEVICES}
 
 
 @pytest.mark.parametrize(
