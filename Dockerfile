@@ -16,6 +16,6 @@ COPY jobs jobs
 COPY grids grids
 RUN pip install --no-cache-dir --no-deps --editable .
 
-RUN useradd --create-home ray && mkdir -p /shared && chown -R ray /bwlm /shared
+RUN useradd --create-home --uid 1000 ray && mkdir -p /shared && chown -R ray /bwlm /shared
 USER ray
 ENV RAY_USAGE_STATS_ENABLED=0
