@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ def test_a_launch_takes_what_other_work_leaves_and_a_spare_cpu_stays(ray_cluster
     assert count_places(needs, 3) == 1
     ray.kill(other)
     assert count_places(ResourceSettings(workers=2, cpus_per_worker=2), 2) == 1
+
+
+def test_two_launches_do_not_hold_room_from_each_other(ray_cluster: str) -> None:
+    """A cell of five CPUs and the spare one fill the six: with a spare CPU for each launch neither would fit."""
+    with ThreadPoolExecutor() as launches:
+        asked = [launches.submit(count_places, ResourceSettings(cpus_per_worker=5), 2) for _ in range(2)]
+        assert [launch.result(timeout=60) for launch in asked] == [1, 1]
 
 
 class Releasing(logging.Handler):
