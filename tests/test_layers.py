@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluate": {"trained", "tasks", "record", "stats", "text", "model"},
     "chat": {"trained", "record", "text", "model"},
     "train": {"evaluate", "tasks", "record", "text", "model"},
-    "cluster": {"train.termination", "chat", "plan", "model.compute"},
+    "cluster": {"train.termination", "chat", "plan", "record.code", "model.compute"},
     "grid": {"cluster", "train", "evaluate", "tasks", "plan", "analysis", "record", "text", "model"},
     "cli": {
         "grid",
@@ -72,7 +72,7 @@ HEAVY = {
     "mlflow": ["record.tracking", "record.mlflow_store", "record.mlflow_view", "record.database"],
     "torch": [
         *("model", "record.checkpoint", "evaluate", "trained", "train", "grid.worker"),
-        *("chat.engine", "chat.loading"),
+        *("chat.engine", "chat.loading", "cluster.doctor"),
     ],
     "altair": ["analysis.charts"],
     "h5py": ["record.researchlog"],

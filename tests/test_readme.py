@@ -36,6 +36,7 @@ ELSEWHERE = {
     "serve shutdown": "tests/cluster/test_job.py",
     "curl ": "tests/chat/test_serve_page.py",
     "python benchmarks/": "tests/test_benchmarks.py",
+    "RAY_ADDRESS=auto bwlm doctor --cluster": "tests/cluster/test_doctor.py",
 }
 
 

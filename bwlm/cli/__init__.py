@@ -17,6 +17,7 @@ from bwlm.cli.analyze import analyze_app
 from bwlm.cli.app import App
 from bwlm.cli.chat import chat, sample
 from bwlm.cli.data import data_app, tokenizer_app
+from bwlm.cli.doctor import doctor
 from bwlm.cli.eval import evaluate
 from bwlm.cli.export import export
 from bwlm.cli.grid import grid_app
@@ -70,6 +71,7 @@ app.command("export")(export)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(storage_app, name="storage")
+app.command("doctor")(doctor)
 
 _INTERRUPTED = 130
 

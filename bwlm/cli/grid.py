@@ -38,7 +38,7 @@ from bwlm.progress import loading, working
 
 if TYPE_CHECKING:
     from bwlm.grid.launch import LaunchResult
-    from bwlm.plan.spec import Plan
+    from bwlm.plan.spec import Cell, Plan
 
 grid_app = App(help="Plan, run and watch a grid of cells.", no_args_is_help=True)
 
@@ -84,6 +84,16 @@ def grid_plan(
             show_default=False,
         ),
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(help="GPU to price the grid on, such as h100.", metavar="GPU", show_default=False),
+    ] = None,
+    mfu: Annotated[
+        float | None, number_option("With --on: share of the GPU's peak that training reaches. Default: 0.4.")
+    ] = None,
+    price: Annotated[
+        float | None, number_option("With --on: price of one GPU for an hour.", metavar="MONEY", show_default=False)
+    ] = None,
     set_: Set = None,
     storage: Storage = None,
     as_json: Json = False,
@@ -96,8 +106,15 @@ def grid_plan(
 
     Warns of memory, disk space and GPUs that the cells need and this machine does not have.
 
+    With `--on`, also prints the GPU hours and the cost of what is left on a GPU that nothing has run on yet: FLOPs over
+    a share of its peak.
+
     Example: `bwlm grid plan grids/demo.yaml --set budget.steps=100 --seed-noise 0.006`
+
+    Example: `bwlm grid plan grids/demo.yaml --on h100 --mfu 0.3 --price 2.5`
     """
+    if on is None and (unused := "--mfu" if mfu is not None else "--price" if price is not None else ""):
+        raise UserError(f"{unused}: needs the GPU that it is for, such as --on h100")
     if seed_noise is not None and not 0 < seed_noise < math.inf:
         raise UserError(f"--seed-noise: {seed_noise} is not a positive number of nats per token")
     plan, root = load_plan(grid, set_, storage)
@@ -108,24 +125,35 @@ def grid_plan(
     from bwlm.format import short_number
     from bwlm.grid.cells import find_cells
     from bwlm.plan.estimate import time_words
+    from bwlm.plan.price import MFU, price_words
+    from bwlm.plan.price import price as price_plan
 
     with loading():  # scipy takes a second: mistakes are reported first
         from bwlm.plan.power import detectable, detectable_words
     seen, warnings, time = detectable(plan, seed_noise), warnings_of(plan, root), _time_of(plan, root)
     document = cells_document(plan, find_cells(plan, root))
+    priced = price_plan(_left(plan, root), on, MFU if mfu is None else mfu, price) if on else None
     if as_json:
-        return print_json(document | {"detectable": seen, "time": time, "warnings": warnings})
+        document |= {"detectable": seen, "time": time, "warnings": warnings}
+        return print_json(document | ({"price": priced} if priced else {}))
     cells = document["cells"]
     costs = ("params", "tokens", "flops", "log_bytes")
-    rows = [[c["id"], *(short_number(c[cost]) for cost in costs), action_words(c), _state(c)] for c in cells]
-    header = ["cell", "params", "tokens", "FLOPs", "log (bytes)", "next", "state"]
+    rows = [
+        [
+            *(c["id"], *(short_number(c[cost]) for cost in costs), *_price_columns(priced, c["id"])),
+            *(action_words(c), _state(c)),
+        ]
+        for c in cells
+    ]
+    header = ["cell", "params", "tokens", "FLOPs", "log (bytes)", "GPU hours", "cost", "next", "state"]
     show_table(header, rows, f"{plan.name}: {len(cells)} cells", names=("cell",), least=("log (bytes)", "state"))
     show_sentences(*reasons(cells), *_text_words(plan))
     total = sum(c["flops"] for c in cells)
     left = sum(c["flops"] for c in cells if not (c["done"] or c["changed"]) and c["reason"] != STOPPED_ABOVE)
     show(f"{short_number(total)} FLOPs in all, {short_number(left)} to do; storage {root}")
     show_sentences(
-        *filter(None, [time_words(time), detectable_words(seen)]), *(f"warning: {line}" for line in warnings)
+        *filter(None, [time_words(time), *(price_words(priced) if priced else []), detectable_words(seen)]),
+        *(f"warning: {line}" for line in warnings),
     )
     return None
 
@@ -222,15 +250,28 @@ def grid_schema() -> None:
 
 def _time_of(plan: Plan, root: Path) -> dict[str, Any]:
     """Return how long the cells take that a launch would train."""
-    from bwlm.grid.cells import find_cells, without_parent
     from bwlm.plan.estimate import estimate_time
     from bwlm.plan.machine import machine_of
 
+    left = _left(plan, root)
+    return estimate_time(left, plan.launch, root, machine_of([cell for cell, _ in left]))
+
+
+def _left(plan: Plan, root: Path) -> list[tuple[Cell, int]]:
+    """Return the cells that a launch would train, each with the step that it has reached."""
+    from bwlm.grid.cells import find_cells, without_parent
+
     planned = find_cells(plan, root)
     out = without_parent(planned)
-    left = [p for p in planned if not (p.is_done or p.changed or p.cell.id in out)]
-    machine = machine_of([p.cell for p in left])
-    return estimate_time([(p.cell, p.status.step) for p in left], plan.launch, root, machine)
+    return [(p.cell, p.status.step) for p in planned if not (p.is_done or p.changed or p.cell.id in out)]
+
+
+def _price_columns(priced: dict[str, Any] | None, id: str) -> list[str]:
+    """Return a cell's GPU hours and cost for the table; '' for a cell that needs no training, and without a price."""
+    from bwlm.plan.price import columns
+
+    figures = priced["cells"].get(id) if priced else None
+    return columns(figures) if figures else ["", ""]
 
 
 def _state(cell: dict[str, Any]) -> str:

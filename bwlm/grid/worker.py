@@ -13,8 +13,8 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
-from bwlm.cluster.capacity import TRIAL_CPUS
 from bwlm.cluster.environment import prepare_environment
+from bwlm.cluster.placement import TRIAL_CPUS
 from bwlm.cluster.signals import process_termination
 from bwlm.config import ResourceSettings
 from bwlm.errors import Interrupted, RunError
@@ -119,6 +119,21 @@ def train_cell(config: dict[str, Any]) -> None:
                 return
     # Tune does not count a preemption as a failure: it discards the process and starts the cell again
     raise RayActorError(error_msg=f"{folder.id}: its worker was stopped, or lost the run", preempted=True)
+
+
+class _NamedByCell:
+    """Actor of a trial, which has the id of its cell as its name in Ray's state and dashboard.
+
+    A trial with one worker keeps the name of its function: its actor is used again for further cells.
+    """
+
+    def __init__(self, config: dict[str, Any], **options: Any) -> None:
+        if config["resources"]["workers"] > 1:
+            self._name = config["cell"]
+        super().__init__(config, **options)  # type: ignore[call-arg]
+
+
+train_cell.__mixins__ = (_NamedByCell,)  # type: ignore[attr-defined]  # Tune makes a class of the function and of these
 
 
 def _trainer(config: dict[str, Any], resources: ResourceSettings) -> Any:

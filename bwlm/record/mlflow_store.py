@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from bwlm.credentials import masked, refuse_secret
 from bwlm.errors import UserError
+from bwlm.format import counted
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,20 @@ def open_client(uri: str) -> Any:
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
+
+
+def ask_store(uri: str) -> str:
+    """Return what a store holds, by a real request. Raises `UserError` if it does not answer, or refuses."""
+    from bwlm.record.database import database_of
+
+    path = database_of(uri)
+    if path is not None and not path.exists():
+        return f"{path} is made by the first launch"
+    try:
+        found = open_client(uri).search_experiments(max_results=1000)
+    except Exception as error:  # a store's driver has errors of its own, and they share no base
+        raise UserError(f"{masked(uri)} {refusal(error, uri) or f'does not answer ({reason(error)})'}") from None
+    return f"{masked(uri)} answers: {counted(len(found), 'experiment')}"
 
 
 def active_run(client: Any, run: str) -> str | None:
