@@ -250,7 +250,7 @@ def _redraw(plan: Plan, root: Path, watcher: Watcher, everything: bool) -> None:
             # also what goes to stderr: a second live line there would move the cursor of this one
             with contextlib.redirect_stdout(page), contextlib.redirect_stderr(page):
                 print_status(plan, root, summary, everything)
-            live.update(Text(page.getvalue().rstrip(), no_wrap=True, overflow="ellipsis"), refresh=True)
+            live.update(Text(page.getvalue().rstrip(), overflow="fold"), refresh=True)
             watcher.wait(_REDRAW_SECONDS)
 
 

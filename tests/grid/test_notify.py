@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -11,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from bwlm.errors import UserError
@@ -115,6 +117,16 @@ def test_a_command_that_fails_or_hangs_is_told(
     notifier.send({"event": "end"})
     notifier.close()
     assert caplog.messages == [f"launch.notify: {command}: {said}; the launch goes on"]
+
+
+def test_what_a_command_started_is_killed_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notify, "_SECONDS", 0.3)
+    notifier = Notifier(f"sleep 600 & echo $! > {tmp_path}/pid; wait")
+    notifier.send({"event": "end"})
+    notifier.close()
+    started = int((tmp_path / "pid").read_text())
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(started).wait(timeout=60)
 
 
 def test_an_address_that_hangs_holds_up_nobody(

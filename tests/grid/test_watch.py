@@ -140,8 +140,9 @@ def test_money_is_that_of_all_launches(grid_file: GridFile, tmp_path: Path) -> N
     assert "of 1 are spent by earlier launches of g: raise it" in str(error)
 
 
-def test_what_cells_use_is_counted_while_they_run(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
-    plan = plan_of()
+def test_what_cells_use_is_counted_while_they_run(grid_file: GridFile, tmp_path: Path) -> None:
+    """Two cells of two workers with three CPUs each."""
+    plan = load_grid(grid_file(resources={"workers": 2, "cpus_per_worker": 3}), [])
     whole = plan.cells[0].flops_until(12) - plan.cells[0].flops_until(4)
 
     def trains(over: LaunchWatch) -> None:
@@ -160,7 +161,9 @@ def test_what_cells_use_is_counted_while_they_run(plan_of: Callable[..., Plan], 
     assert launch(plan, tmp_path / "runs", trains)[1] is None
     [entry] = launches_of(home(tmp_path / "runs"))
     usage = entry.usage
-    assert 0.2 <= usage.worker_seconds <= 2 * usage.seconds
+    assert 0.4 <= usage.worker_seconds <= 4 * usage.seconds
+    assert usage.cpu_seconds == pytest.approx(3 * usage.worker_seconds)
+    assert usage.gpu_seconds == 0
     assert (usage.flops, usage.end) == (whole, "incomplete")
     assert usage.pace_flops == whole - (plan.cells[0].flops_until(6) - plan.cells[0].flops_until(4))
     assert 0 < usage.pace_seconds <= usage.seconds - 0.1
