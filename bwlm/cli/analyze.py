@@ -87,12 +87,12 @@ def gap(
 
     Example: `bwlm analyze gap --from losses.csv --output gaps.svg`
     """
-    from bwlm.paths import storage_root
     from bwlm.record.catalog.select import choose
+    from bwlm.storage.opened import open_storage
 
     if bool(runs) == bool(losses):
         raise UserError("analyze gap: give either runs or --from with a table of losses")
-    chosen = choose(storage_root(storage), runs) if runs else None  # first, since libraries take seconds to load
+    chosen = choose(open_storage(storage), runs) if runs else None  # first, since libraries take seconds to load
     with loading():
         from bwlm.analysis.commands.gap import gap_analysis, gap_figures
         from bwlm.stats.loss_file import gaps_from
@@ -259,12 +259,12 @@ def _without_all(runs: list[str]) -> list[str]:
 
 def _scores_of_runs(runs: list[str], storage: str | None, wanted: Wanted) -> Scores:
     from bwlm.analysis.runs.task_scores import at_best_rates, load_task_scores
-    from bwlm.paths import storage_root
     from bwlm.record.catalog.select import choose
     from bwlm.stats.score_table import checked_scores
     from bwlm.stats.scores import compare_scores
+    from bwlm.storage.opened import open_storage
 
-    chosen, left_out = choose(storage_root(storage), runs)
+    chosen, left_out = choose(open_storage(storage), runs)
     for line in left_out:
         say(line)
     return compare_scores(checked_scores(load_task_scores(at_best_rates(chosen), wanted)))
@@ -433,11 +433,11 @@ def report(
 
     Example: `bwlm analyze report demo --output demo.html`
     """
-    from bwlm.paths import storage_root
     from bwlm.record.catalog.select import choose
     from bwlm.record.grids import grid_names
+    from bwlm.storage.opened import open_storage
 
-    root = storage_root(storage)
+    root = open_storage(storage)
     chosen = {name: choose(root, [name]) for name in names}  # first, since libraries take seconds to load
     with loading():
         from bwlm.analysis.report.output import ENDINGS, write_report
@@ -486,10 +486,10 @@ def _run(
     chooses learning rates, so it also gets the cells that have not begun.
     """
     from bwlm.format import counted
-    from bwlm.paths import storage_root
     from bwlm.record.catalog.select import begun, choose
+    from bwlm.storage.opened import open_storage
 
-    chosen, left_out = choose(storage_root(storage), runs)
+    chosen, left_out = choose(open_storage(storage), runs)
     folders, notes = begun(chosen, left_out)
     with loading():
         _check(output)

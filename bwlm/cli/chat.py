@@ -88,9 +88,9 @@ def chat(
     Example: `bwlm chat --phase sft --direction backward --prompt 12 --json`
     """
     from bwlm.chat.talkable import newest, talkable_runs
-    from bwlm.paths import storage_root
+    from bwlm.storage.opened import open_storage
 
-    root = storage_root(storage)
+    root = open_storage(storage)
     _check_one_of("--phase", phase, tuple(PHASES))
     _check_one_of("--direction", direction, tuple(DIRECTIONS))
     reading = direction
@@ -252,10 +252,10 @@ def sample(
 
     Example: `bwlm sample mine --num-samples 2 --prompt 'The end.' --max-tokens 40`
     """
-    from bwlm.paths import storage_root
     from bwlm.record.experiment import find_checkpoint
+    from bwlm.storage.opened import open_storage
 
-    root = storage_root(storage)
+    root = open_storage(storage)
     _check_one_of("--reading", reading, _READINGS)
     chosen = _reading(checkpoint, find_checkpoint(root, checkpoint)[0].config().experiment, reading)
     loaded, voice = _load(root, checkpoint)

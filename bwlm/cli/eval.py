@@ -74,12 +74,12 @@ def evaluate(
     Example: `bwlm eval mine@best --tasks arc_easy,mmlu --max-examples 200 --set tasks.arc_easy.path=arc/`
     """
     from bwlm.evaluate.tasks.request import TaskRequest
-    from bwlm.paths import storage_root
     from bwlm.record.experiment import find_checkpoint
+    from bwlm.storage.opened import open_storage
 
     if set_ and tasks is None:
         raise UserError(f"--set {set_[0]}: sets the files of a task: name it with --tasks")
-    readings, root = _readings(directions), storage_root(storage)
+    readings, root = _readings(directions), open_storage(storage)
     checkpoints = _checkpoints(root, runs)
     for checkpoint in checkpoints:
         find_checkpoint(root, checkpoint)

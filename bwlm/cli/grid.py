@@ -41,11 +41,11 @@ GridFile = Annotated[
 
 
 def _load(grid: Path, settings: list[str] | None, storage: str | None) -> tuple[Plan, Path]:
-    from bwlm.paths import storage_root
     from bwlm.plan.load import load_grid
+    from bwlm.storage.opened import open_storage
 
-    plan = load_grid(_grid_file(grid, storage_root(storage)), settings or [], storage)
-    return plan, storage_root(storage or plan.launch.storage)
+    plan = load_grid(_grid_file(grid, open_storage(storage)), settings or [], storage)
+    return plan, open_storage(storage or plan.launch.storage)
 
 
 def _grid_file(grid: Path, root: Path) -> Path:

@@ -57,12 +57,12 @@ def runs_list(
 
     Example: `bwlm runs list --where phase=sft --where 'val_bpb<2.5' --sort val_bpb`
     """
-    from bwlm.paths import storage_root
     from bwlm.record.catalog.filters import choose_cells
     from bwlm.record.catalog.rows import load_readable
     from bwlm.record.experiment import list_experiments, list_starting
+    from bwlm.storage.opened import open_storage
 
-    root = storage_root(storage)
+    root = open_storage(storage)
     known, left_out = load_readable(list_experiments(root))
     cells = choose_cells(known, where or [], sort)
     for line in left_out:
@@ -115,13 +115,13 @@ def runs_tree(
     Example: `bwlm runs tree mine-sft --json`
     """
     from bwlm.cli.family import branches
-    from bwlm.paths import storage_root
     from bwlm.record.catalog.describe import family_of, load_members
     from bwlm.record.catalog.select import choose
     from bwlm.record.experiment import list_experiments
     from bwlm.record.health import readable
+    from bwlm.storage.opened import open_storage
 
-    root = storage_root(storage)
+    root = open_storage(storage)
     chosen = choose(root, [name], damaged=True)[0] if name is not None else None
     folders, left_out = readable(list_experiments(root), damaged=True)
     for line in left_out:
@@ -145,12 +145,12 @@ def runs_show(run: RunId, storage: Storage = None, as_json: Json = False) -> Non
     Example: `bwlm runs show mine`
     """
     from bwlm.cli.overview import sections
-    from bwlm.paths import storage_root
     from bwlm.record.catalog.describe import describe
     from bwlm.record.experiment import open_experiment
     from bwlm.record.health import damage_words
+    from bwlm.storage.opened import open_storage
 
-    folder = open_experiment(storage_root(storage), run)
+    folder = open_experiment(open_storage(storage), run)
     known = describe(folder)
     if known["damage"]:
         say(damage_words(folder, known["damage"]))
@@ -181,7 +181,6 @@ def runs_delete(
 
     Example: `bwlm runs delete 'mine-*'`
     """
-    from bwlm.paths import storage_root
     from bwlm.record.removal import (
         check_deletable,
         children_first,
@@ -189,8 +188,9 @@ def runs_delete(
         discard_deleted,
         is_unfinished,
     )
+    from bwlm.storage.opened import open_storage
 
-    root = storage_root(storage)
+    root = open_storage(storage)
     for run in [name for name in names if is_unfinished(root, name)]:
         discard_deleted(root)
         names.remove(run)

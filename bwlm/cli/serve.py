@@ -78,10 +78,10 @@ def serve(
     Example: `bwlm serve mine --port 8000`
     """
     from bwlm.chat.access import LOOPBACK, Access
-    from bwlm.paths import storage_root
     from bwlm.record.experiment import find_checkpoint
+    from bwlm.storage.opened import open_storage
 
-    root, names = storage_root(storage), list(dict.fromkeys(runs))
+    root, names = open_storage(storage), list(dict.fromkeys(runs))
     for name in names:
         find_checkpoint(root, name)
     if host not in LOOPBACK and not token:

@@ -16,7 +16,9 @@ from bwlm.cluster.environment import prepare_environment
 from bwlm.cluster.signals import process_termination
 from bwlm.config import ResourceSettings
 from bwlm.errors import Interrupted, RunError
+from bwlm.paths import storage_root
 from bwlm.record.lease import LeaseLost
+from bwlm.storage.opened import fetch, pull
 
 
 class RaySession:
@@ -104,7 +106,8 @@ def train_cell(config: dict[str, Any]) -> None:
     from bwlm.record.experiment import ExperimentFolder
 
     prepare_environment()
-    folder = ExperimentFolder(Path(config["storage"]), config["cell"])
+    folder = ExperimentFolder(storage_root(config["storage"]), config["cell"])
+    pull(folder.path)
     resources = ResourceSettings(**config["resources"])
     with process_termination() as termination:
         if resources.workers > 1:
@@ -148,12 +151,14 @@ def train_worker(config: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
+    from bwlm.record.bucket import bring_run
     from bwlm.record.experiment import ExperimentFolder
     from bwlm.text.stream import stream_batches
     from bwlm.train.run import run_phase
     from bwlm.train.scoring import CheckpointScorer
 
-    folder = ExperimentFolder(Path(config["storage"]), config["cell"])
+    folder = ExperimentFolder(storage_root(config["storage"]), config["cell"])
+    bring_run(folder)
     resources = ResourceSettings(**config["resources"])
     torch.set_num_threads(resources.cpus_per_worker)
     print(f"trains {folder.id}", flush=True)  # to this worker's log in Ray's dashboard
@@ -167,6 +172,7 @@ def train_worker(config: dict[str, Any]) -> None:
     with process_termination(), contextlib.suppress(Interrupted, LeaseLost), _warnings_to(folder.warnings), writer:
         if session.world > 1:
             dist.barrier()
+            fetch(folder.checkpoints)  # rank 0 has brought them, but maybe to another machine
         scorer.resumed()
         end = run_phase(folder, session, stream_batches)
         if session.rank == 0 and end.state == "finished":

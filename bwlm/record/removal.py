@@ -18,6 +18,7 @@ from bwlm.paths import is_id, sync
 from bwlm.record.experiment import LAUNCH, LEASE, ExperimentFolder, parents_in
 from bwlm.record.lease import Holder, take_at_once
 from bwlm.record.lineage import Lineage
+from bwlm.storage.opened import shared
 
 _NAMED = 3
 """Number of children that an error names."""
@@ -65,6 +66,8 @@ def delete(folder: ExperimentFolder) -> None:
                 if isinstance(taken, Holder):
                     raise _is_busy(folder, taken)
                 leases.callback(taken.release)
+            if in_bucket := shared(folder.path):
+                in_bucket.delete()
             folder.path.rename(gone)
         sync(gone.parent)  # else a power cut might bring the name back without all of the run's files
     except OSError as error:
