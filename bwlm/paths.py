@@ -181,8 +181,8 @@ def storage_root(storage: str | None) -> Path:
     """Return the folder that holds experiments: the argument, else `BWLM_STORAGE`, else `runs/` here.
 
     The working folder of a Ray job is a temporary copy, so the default there is `~/bwlm-runs`. The folder of a bucket
-    is the one that stands for it here (`bwlm/remote.py`); `open_storage` brings it up to date as well. Raises `UserError` if
-    the address holds a secret or names no folder.
+    is the one that stands for it here (`bwlm/remote.py`); `open_storage` brings it up to date as well. Raises
+    `UserError` if the address holds a secret, or names neither.
     """
     chosen = storage or os.environ.get("BWLM_STORAGE") or None
     if chosen is None:

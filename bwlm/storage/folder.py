@@ -90,7 +90,7 @@ class SharedFolder:
             with suppress(_Replaced), self._index.locked() as index:
                 stays = is_trained if self._index.is_training() else _nothing
                 self._learn_head(index, stays)
-                self._bring(index, lambda path: wanted(path) and not stays(path))
+                self._bring(index, wanted, stays)
                 self._drop(index, stays)
                 return
         raise RunError(f"{self.path}: changed in the bucket at each of {_TRIES} tries to read it: try it again")
@@ -114,10 +114,10 @@ class SharedFolder:
             if not (self.path / path).exists() and not stays(path):
                 del index.here[path]  # deleted by hand: it is brought again
 
-    def _bring(self, index: Index, wanted: Choice) -> None:
+    def _bring(self, index: Index, wanted: Choice, stays: Choice) -> None:
         for path, stored in index.head.files.items():
             key, sign = index.here.get(path, ("", None))
-            if not wanted(path) or key == stored.key:
+            if not wanted(path) or stays(path) or key == stored.key:
                 continue
             if not self._waits(path, sign):
                 index.here[path] = stored.key, self._download(path, stored)
@@ -256,7 +256,7 @@ class SharedFolder:
         for _ in range(_TRIES):
             with suppress(_Replaced), self._index.locked() as index:
                 self._learn_head(index, _nothing)
-                self._bring(index, _for_resuming(index.head) if trains else is_small)
+                self._bring(index, _for_resuming(index.head) if trains else is_small, _nothing)
                 self._drop(index, _nothing)
                 return
         raise LateWriter(f"{self.name}: written to by another process at each of {_TRIES} tries to begin")

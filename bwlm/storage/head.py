@@ -57,7 +57,7 @@ class Head:
 
     def changed(self, files: Mapping[str, Stored], gone: Iterable[str], attempt: int | None = None) -> Head:
         """Return the next head: with these files put in and others taken out."""
-        left = {path: stored for path, stored in self.files.items() if path not in set(gone)} | files
+        left = {path: stored for path, stored in self.files.items() if path not in set(gone)} | dict(files)
         used = {stored.key for stored in left.values()}
         dropped = tuple(sorted({stored.key for stored in self.files.values()} - used))
         newest = self.attempt if attempt is None else attempt

@@ -17,9 +17,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from bwlm.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig
 
 T = TypeVar("T")
 Tag = tuple[str, str | None]
@@ -58,19 +61,7 @@ class Bucket:
         from obstore.store import from_url
 
         self.address = address
-        self._store = from_url(
-            address,
-            client_options=_client_options(),
-            retry_config={
-                "max_retries": _RETRIES,
-                "retry_timeout": timedelta(seconds=RETRY_SECONDS),
-                "backoff": {
-                    "init_backoff": timedelta(milliseconds=100),
-                    "max_backoff": timedelta(seconds=5),
-                    "base": 2,
-                },
-            },
-        )
+        self._store = from_url(address, client_options=_client_options(), retry_config=_retries())
 
     def read(self, key: str) -> tuple[bytes, Tag] | None:
         """Return an object's content and tag; None if there is none."""
@@ -183,7 +174,16 @@ def _tag(meta: Any) -> Tag:
     return str(meta["e_tag"]), meta["version"]
 
 
-def _client_options() -> dict[str, Any]:
+def _retries() -> RetryConfig:
+    shortest, longest = timedelta(milliseconds=100), timedelta(seconds=5)
+    return {
+        "max_retries": _RETRIES,
+        "retry_timeout": timedelta(seconds=RETRY_SECONDS),
+        "backoff": {"init_backoff": shortest, "max_backoff": longest, "base": 2},
+    }
+
+
+def _client_options() -> ClientConfig:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     return {
         "timeout": timedelta(seconds=REQUEST_SECONDS),
