@@ -101,7 +101,7 @@ class Bucket:
         `content` must differ from the content of all other writers: a server that carried the request out, but whose
         answer was lost, refuses it when it is repeated.
         """
-        return self._conditional(key, content, {"e_tag": tag[0], "version": tag[1]} if tag else "create")
+        return self._conditional(key, content, "create" if tag is None else _condition(tag))
 
     def _conditional(self, key: str, content: bytes, mode: Any) -> Tag | None:
         import obstore
@@ -172,6 +172,11 @@ class Bucket:
 
 def _tag(meta: Any) -> Tag:
     return str(meta["e_tag"]), meta["version"]
+
+
+def _condition(tag: Tag) -> dict[str, str]:
+    etag, version = tag
+    return {"e_tag": etag} | ({"version": version} if version else {})
 
 
 def _retries() -> RetryConfig:
