@@ -145,7 +145,10 @@ class _Handler(BaseHTTPRequestHandler):
         """Sends the head and half of the body to the server, as a client that dies in the middle."""
         host, _, port = self.server.target.partition(":")
         with socket.create_connection((host, int(port))) as connection, contextlib.suppress(OSError):
-            head = [f"{self.command} {self.path} HTTP/1.1", *(f"{name}: {value}" for name, value in self.headers.items())]
+            head = [
+                f"{self.command} {self.path} HTTP/1.1",
+                *(f"{name}: {value}" for name, value in self.headers.items()),
+            ]
             connection.sendall("\r\n".join([*head, "", ""]).encode() + body[: len(body) // 2])
 
     def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
@@ -153,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers:
             if name.lower() not in ("transfer-encoding", "content-length", "connection", "server", "date"):
                 self.send_header(name, value)
-        length = dict((name.lower(), value) for name, value in headers).get("content-length", "0")
+        length = {name.lower(): value for name, value in headers}.get("content-length", "0")
         self.send_header("Content-Length", length if self.command == "HEAD" else str(len(content)))
         self.end_headers()
         if self.command != "HEAD":

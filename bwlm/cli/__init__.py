@@ -22,6 +22,7 @@ from bwlm.cli.export import export
 from bwlm.cli.grid import grid_app
 from bwlm.cli.runs import runs_app
 from bwlm.cli.serve import serve
+from bwlm.cli.storage import storage_app
 from bwlm.cli.streams import finish_writing, tolerate_any_text
 from bwlm.cli.terminal import LogLines, say
 from bwlm.cli.train import train
@@ -62,6 +63,7 @@ app.command("chat")(chat)
 app.command("sample")(sample)
 app.command("serve")(serve)
 app.command("export")(export)
+app.add_typer(storage_app, name="storage")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 

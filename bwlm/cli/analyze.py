@@ -26,6 +26,7 @@ from bwlm.errors import UserError
 from bwlm.paths import readable
 from bwlm.phases import PHASES
 from bwlm.progress import loading, track, working
+from bwlm.storage.opened import push
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -460,6 +461,8 @@ def report(
         except OSError as error:
             reason = f"{error.filename}: cannot be written ({error.strerror})"
             raise UserError(f"{reason}: choose another file with --output") from None
+        for folder in {file.parent for file in files}:
+            push(folder)
     if as_json:
         print_json({"files": [str(file) for file in files]})
     else:
@@ -554,3 +557,4 @@ def _write(analysis: Analysis, output: list[Path] | None, default: Path | None) 
         say(f"written: {path}")
     if files:
         say(f"written: {files[0].parent}/: {', '.join(path.name for path in files)}")
+        push(files[0].parent)

@@ -26,6 +26,7 @@ from bwlm.errors import UserError, nearest
 from bwlm.format import counted, visible
 from bwlm.phases import PHASES
 from bwlm.progress import loading, working
+from bwlm.remote import address_of
 
 if TYPE_CHECKING:
     from bwlm.chat.dialogue import Voice
@@ -126,7 +127,7 @@ def _list(root: Path, runs: list[Talkable], as_json: bool) -> None:
         show_table(["id", "phase", "direction", "depth", "does"], rows, names=("id",))
         show_sentences(f"Talk to the newest one: bwlm chat {runs[0].id}")
     else:
-        show_sentences(f"No run in {root} can be talked to yet: bwlm train trains one")
+        show_sentences(f"No run in {address_of(root)} can be talked to yet: bwlm train trains one")
     return None
 
 

@@ -57,6 +57,7 @@ def _recipe(
 
 def _prepared(settings: list[str] | None, storage: str | None) -> Prepared:
     """Return the corpus that the settings ask for; start Ray only if it must be prepared."""
+    from bwlm.record.bucket import push_text
     from bwlm.text.prepare import prepare
 
     recipe, root = _recipe(settings, storage)
@@ -69,7 +70,9 @@ def _prepared(settings: list[str] | None, storage: str | None) -> Prepared:
         with open_cluster([recipe.resources], LaunchSettings(), 1, "bwlm data"):
             return pack_corpus(*arguments)
 
-    return prepare(recipe, root, pack, say)
+    prepared = prepare(recipe, root, pack, say)
+    push_text(prepared.folder)
+    return prepared
 
 
 @contextmanager
@@ -77,12 +80,14 @@ def _prepared_or_head(settings: list[str] | None, storage: str | None, rows: int
     """Yield the corpus that the settings ask for if it is prepared, else the first rows of its first shard."""
     from tempfile import TemporaryDirectory
 
+    from bwlm.record.bucket import fetch_text
     from bwlm.text.corpus import find_corpus
     from bwlm.text.prepare import find_prepared, prepare_head
 
     recipe, root = _recipe(settings, storage)
     corpus = find_corpus(recipe.data, root / "cache", say)
     if (prepared := find_prepared(recipe, corpus, root / "cache")) is not None:
+        fetch_text(prepared.folder)
         yield prepared
         return
     head = Path(corpus.train[0].uri).name

@@ -176,11 +176,13 @@ def _evaluate_tasks(evaluations: Sequence[RunEvaluation]) -> list[TaskScore]:
 
 def _deliver(root: Path, evaluations: Sequence[RunEvaluation]) -> None:
     """Send the scores to MLflow, and say why if some could not be sent."""
+    from bwlm.record.bucket import push_runs
     from bwlm.record.score_delivery import deliver_scores
 
     folders = {evaluation.folder.id: evaluation.folder for evaluation in evaluations}
     with working("sending scores to MLflow"):
         sentences = deliver_scores(root, list(folders.values()))
+        push_runs(folder.path for folder in folders.values())
     for sentence in sentences:
         say(sentence)
 

@@ -26,6 +26,7 @@ from bwlm.errors import UserError, nearest
 from bwlm.format import first_of
 from bwlm.phases import PHASES
 from bwlm.progress import loading, working
+from bwlm.remote import address_of
 
 if TYPE_CHECKING:
     from bwlm.grid.cells import PlannedCell
@@ -60,7 +61,9 @@ def _grid_file(grid: Path, root: Path) -> Path:
     if str(grid) in (names := grid_names(root)):
         return grid_folder(root, str(grid)) / GRID_FILE
     files = map(str, grid.parent.glob("*.yaml"))
-    raise UserError(f"{grid}: no such file, and no grid of this name in {root}{nearest(str(grid), [*files, *names])}")
+    raise UserError(
+        f"{grid}: no such file, and no grid of this name in {address_of(root)}{nearest(str(grid), [*files, *names])}"
+    )
 
 
 @grid_app.command("plan")
@@ -113,7 +116,7 @@ def grid_plan(
     show_sentences(*_reasons(cells), *_text_words(plan))
     total = sum(c["flops"] for c in cells)
     left = sum(c["flops"] for c in cells if not (c["done"] or c["changed"]) and c["reason"] != _STOPPED_ABOVE)
-    show(f"{short_number(total)} FLOPs in all, {short_number(left)} to do; storage {root}")
+    show(f"{short_number(total)} FLOPs in all, {short_number(left)} to do; storage {address_of(root)}")
     show_sentences(
         *filter(None, [time_words(time), detectable_words(seen)]), *(f"warning: {line}" for line in warnings)
     )
@@ -142,7 +145,9 @@ def grid_status(grid: GridFile, set_: Set = None, storage: Storage = None, as_js
     in_order = [rows[p.cell.id] for p in planned if p.cell.id in rows]
     show_table(["id", *shown], in_order, plan.name, names=("id",), least=("loss",))
     if not any(p.folder.exists() for p in planned):
-        show(f"no cell of {plan.name} has begun in {root}{'' if root.exists() else ', which does not exist'}")
+        show(
+            f"no cell of {plan.name} has begun in {address_of(root)}{'' if root.exists() else ', which does not exist'}"
+        )
     show(f"{sum(c.state == 'finished' for c in known)} of {len(planned)} cells finished")
     return None
 

@@ -22,6 +22,7 @@ from bwlm.cli.terminal import (
     show_tree,
 )
 from bwlm.errors import UserError
+from bwlm.remote import address_of
 
 if TYPE_CHECKING:
     from bwlm.record.catalog.rows import CellRow
@@ -73,7 +74,7 @@ def runs_list(
         _show_list(cells)
     shown = f"{len(cells)} of {len(known)}" if where else f"{len(cells)}"
     missing = "" if root.exists() else ", which does not exist: --storage or BWLM_STORAGE names another folder"
-    show(f"{shown} experiment{'s' * (len(known) != 1)} in {root}{missing}")
+    show(f"{shown} experiment{'s' * (len(known) != 1)} in {address_of(root)}{missing}")
     if starting := list_starting(root):
         show(f"starting, text not ready yet: {', '.join(starting)}")
     return None
@@ -134,7 +135,7 @@ def runs_tree(
         return print_json([member.to_json() for member in members])
     show_tree(branches(members, gathered=name is None))
     if not members:
-        show(f"0 experiments in {root}")
+        show(f"0 experiments in {address_of(root)}")
     return None
 
 

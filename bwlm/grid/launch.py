@@ -30,7 +30,7 @@ from bwlm.grid.enlist import ResolvedCell, enlist_cells, enlist_grid, folder_of,
 from bwlm.paths import check_writable
 from bwlm.plan.spec import Cell, Plan, generations
 from bwlm.progress import loading, track, working
-from bwlm.record.bucket import fetch_named_weights, fetch_text, push_rest, push_runs, push_text
+from bwlm.record.bucket import fetch_named_weights, fetch_text, push_rest, push_runs, push_text, rest_told
 from bwlm.record.catalog.rows import CellRow, load_cells
 from bwlm.record.experiment import SAMPLES, ExperimentFolder
 from bwlm.record.grids import EARLIER, GRID_FILE, REPORT
@@ -329,7 +329,8 @@ def _conclude(
 
     Raises `RunError` if a bucket does not take all of it.
     """
-    refresh(storage)
+    with rest_told(storage):
+        refresh(storage)
     planned_cells = find_cells(plan, storage)
     begun = [planned for planned in planned_cells if planned.status.step or planned.status.ended]
     # where nothing was trained, the runs and what they are compared with are as they were

@@ -6,16 +6,21 @@ Small files are here since the command began (`bwlm/storage/opened.py`). For a s
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from bwlm.errors import RunError
 from bwlm.paths import read_json
 from bwlm.record.checkpoint import MODEL, checkpoint_steps, step_folder
 from bwlm.record.checkpoint_name import CheckpointName
 from bwlm.record.experiment import ExperimentFolder
-from bwlm.storage.opened import fetch, in_bucket, pull, push, shared
+from bwlm.storage.keeper import rest_words
+from bwlm.storage.objects import BucketAway
+from bwlm.storage.opened import all_here, fetch, in_bucket, pull, push, shared
 
 _AT_ONCE = 16
 """Folders that are pushed at once."""
@@ -86,7 +91,40 @@ def push_runs(folders: Iterable[Path], trained: bool = False) -> None:
 
 
 def push_rest(folders: Iterable[Path]) -> None:
-    """Take to the bucket whatever was written here and is not there yet, also by trainings whose last push failed."""
+    """Take to the bucket whatever was written here and is not there yet, also by trainings whose last push failed.
+
+    Raises `RunError` with the command that does so later, if the bucket does not answer.
+    """
     for path in folders:
         if folder := shared(path):
-            folder.push_rest()
+            with rest_told(folder.root):
+                folder.push_rest()
+
+
+@contextmanager
+def rest_told(root: Path) -> Iterator[None]:
+    """Add to the error of a bucket that does not answer in the block how its records get there later."""
+    try:
+        yield
+    except BucketAway as error:
+        raise RunError(f"{error}; {rest_words(root)}") from None
+
+
+def push_all(root: Path) -> tuple[list[str], list[str]]:
+    """Push whatever waits in a working folder; return the names of the folders, and of those that were out of date."""
+    pushed: list[str] = []
+    outdated: list[str] = []
+    for folder in all_here(root):
+        if folder.waiting():
+            with rest_told(root):
+                (pushed if folder.push_rest() else outdated).append(folder.name)
+    return pushed, outdated
+
+
+def copy_out(root: Path, target: Path) -> list[str]:
+    """Copy every folder of a bucket's storage with all its files below `target`; return their names."""
+    folders = [folder for folder in all_here(root) if folder.path.exists()]
+    for folder in folders:
+        folder.fetch("*")
+        shutil.copytree(folder.path, target / folder.name, ignore=shutil.ignore_patterns(".*"))
+    return [folder.name for folder in folders]

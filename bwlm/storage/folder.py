@@ -189,13 +189,15 @@ class SharedFolder:
                 now.here.pop(path, None)
             now.here |= {path: (stored.key, sign) for path, (stored, sign) in uploaded.items()}
 
-    def push_rest(self) -> None:
-        """Push all that waits here. What an attempt has left that is not the newest any more is forgotten."""
+    def push_rest(self) -> bool:
+        """Push all that waits here; return False if some is forgotten, as a newer attempt has begun elsewhere."""
+        self.push(lambda path: not is_trained(path))
         try:
             self.push(is_trained, self.own_attempt() or None)
         except LateWriter:
             self.pull()
-        self.push(lambda path: not is_trained(path))
+            return False
+        return True
 
     def waiting(self) -> list[str]:
         """Return the paths of files that were written here and are not in the bucket yet."""

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from bwlm.paths import exclusive, write_json
 from bwlm.storage.head import Head
@@ -84,6 +84,11 @@ class IndexFile:
         except BlockingIOError:
             return True
         return False
+
+
+def indexed(root: Path) -> list[str]:
+    """Return the names of the folders that have an index, sorted."""
+    return sorted(unquote(path.stem) for path in (root / PLACE).glob("*.json"))
 
 
 def sign_of(path: Path) -> Sign:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -122,11 +123,12 @@ class Keeper:
                 return None
             except BucketAway as error:
                 if time.monotonic() >= deadline:
-                    raise RunError(f"{error}; {rest_words(self._folder)}") from None
+                    raise RunError(f"{error}; {rest_words(self._folder.root)}") from None
                 time.sleep(_LOOK_SECONDS)
 
 
-def rest_words(folder: SharedFolder) -> str:
-    """Return where the files of a folder wait that are not in the bucket, and the command that pushes them."""
-    address = address_of(folder.root)
-    return f"the rest of {folder.name} waits in {folder.path} on this machine: bwlm storage push --storage {address}"
+def rest_words(root: Path) -> str:
+    """Return where the files wait that are not in the bucket, and the command that pushes them."""
+    return (
+        f"the rest waits on {socket.gethostname()} in {root}: run there: bwlm storage push --storage {address_of(root)}"
+    )

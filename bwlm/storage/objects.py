@@ -32,7 +32,7 @@ REQUEST_SECONDS = 30.0
 """Seconds that one request may take."""
 RETRY_SECONDS = 30.0
 """Seconds in which a request that failed is repeated."""
-_RETRIES = 8
+_RETRIES = 10
 _CHUNK = 16 * 2**20
 """Bytes of a part of an upload, and of a piece of a download."""
 _DELETED_AT_ONCE = 1000
@@ -105,12 +105,12 @@ class Bucket:
 
     def _conditional(self, key: str, content: bytes, mode: Any) -> Tag | None:
         import obstore
-        from obstore.exceptions import AlreadyExistsError, NotFoundError, PreconditionError
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
 
         def put() -> Tag | None:
             try:
                 return _tag(obstore.put(self._store, key, content, mode=mode, use_multipart=False))
-            except (AlreadyExistsError, PreconditionError, NotFoundError):
+            except (AlreadyExistsError, PreconditionError):
                 there = self.read(key)
                 return there[1] if there is not None and there[0] == content else None
 
@@ -153,7 +153,9 @@ class Bucket:
 
         try:
             return action()
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise self._named(error) from None
             return None
         except BaseError as error:
             raise self._named(error) from None

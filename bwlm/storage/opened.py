@@ -22,7 +22,7 @@ from bwlm.remote import address_of, working_root
 from bwlm.storage.claim import Board, take
 from bwlm.storage.folder import SharedFolder, bucket_at, is_trained
 from bwlm.storage.head import HEADS
-from bwlm.storage.index import PLACE, IndexFile
+from bwlm.storage.index import PLACE, IndexFile, indexed
 
 _PARTS = {"cache": 3, "grids": 2, "analyses": 2}
 """Parts of the path of a folder that is shared as a whole, where it is not a run's."""
@@ -62,6 +62,11 @@ def refresh(root: Path) -> None:
             changed.append(SharedFolder(root, name))
     with ThreadPoolExecutor(_AT_ONCE) as threads:
         list(threads.map(SharedFolder.pull, changed))
+
+
+def all_here(root: Path) -> list[SharedFolder]:
+    """Return the folders of a bucket's storage that this machine knows."""
+    return [SharedFolder(root, name) for name in indexed(root)]
 
 
 def shared(path: Path) -> SharedFolder | None:
