@@ -274,7 +274,8 @@ class ExperimentFolder:
         The wait ends when the other process has released the lease, is dead, or is frozen. Raises `Interrupted` if
         `give_up` becomes true during the wait. A failed run that is free is tried again, so its status is reset; if
         the run was waited for, or is not to be trained (`trains`), its status stands. In a bucket the folder is brought
-        up to date first, and pushed during the block and at its end: raises `RunError` if that cannot be.
+        up to date first, and pushed during the block and at its end: raises `RunError` if that cannot be, and
+        `LeaseLost` if another machine has taken the run.
         """
         self.held, waited = take(self.path / LEASE, seconds, wait, give_up)
         try:
@@ -285,6 +286,8 @@ class ExperimentFolder:
                 if trains and not waited and self.exists() and self._noted_status().state == "failed":
                     self.write_status(Status())
                 yield
+            if self.held.claim is not None:
+                self.held.check()  # the bucket may have refused the last push
         finally:
             self.held.release()
             self.held = None
