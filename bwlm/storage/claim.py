@@ -43,7 +43,7 @@ class Seen:
     seconds: float
     """Time of its last sign of life, in seconds since the epoch, by the server's clock."""
     holder: Mapping[str, Any]
-    """What its holder says of itself; `released` is in it once it is free, `place` names its working folder."""
+    """Words of its holder on itself; `released` is in it once it is free, `place` names its working folder."""
 
     @property
     def is_free(self) -> bool:

@@ -45,7 +45,7 @@ class Head:
     """Content of a head."""
 
     number: int = 0
-    """How often it was swapped; 0: there is none yet."""
+    """Number of swaps so far; 0: there is none yet."""
     attempt: int = 0
     """Newest attempt: pushes of older ones are refused."""
     mark: str = ""

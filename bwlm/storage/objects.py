@@ -186,7 +186,7 @@ def _retries() -> RetryConfig:
     return {
         "max_retries": _RETRIES,
         "retry_timeout": timedelta(seconds=RETRY_SECONDS),
-        "backoff": {"init_backoff": shortest, "max_backoff": longest, "base": 2},
+        "backoff": {"init_backoff": shortest, "max_backoff": longest},
     }
 
 
