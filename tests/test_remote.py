@@ -37,5 +37,5 @@ def test_what_is_no_bucket(address: str) -> None:
 
 @pytest.mark.parametrize("address", ["s3://lab/../runs", "s3://lab/a//b", "s3://lab/./runs", f"s3://lab/{'n' * 250}"])
 def test_addresses_that_no_object_can_have(address: str) -> None:
-    with pytest.raises(UserError, match="^storage: "):
+    with pytest.raises(UserError, match=r"^storage: "):
         working_folder(address)
