@@ -50,9 +50,9 @@ class Seen:
         """True once it is released."""
         return bool(self.holder.get("released"))
 
-    def is_silent(self) -> bool:
-        """Return whether it has run out, by this machine's clock; to take it, `take` waits by its own looks."""
-        return time.time() - self.seconds >= float(self.holder.get("seconds", 0))
+    def is_silent(self, clock_ahead: float) -> bool:
+        """Return whether it has run out, by the server's clock, which is so many seconds ahead of this machine's."""
+        return time.time() + clock_ahead - self.seconds >= float(self.holder.get("seconds", 0))
 
 
 def newest(bucket: Bucket, folder: str, name: str) -> Seen | None:
@@ -85,7 +85,7 @@ class Board:
         if last is None or time.time() - last.seconds > _LONGEST:
             return None
         seen = _seen(self._bucket, last)
-        return None if seen.is_free or seen.is_silent() else seen
+        return None if seen.is_free or seen.is_silent(self._bucket.clock_ahead) else seen
 
 
 class Claim:
@@ -168,7 +168,7 @@ def take_at_once(bucket: Bucket, folder: str, name: str, holder: Mapping[str, An
     """Return the lease, or who holds it, without waiting; a lease that has run out is taken at once."""
     while True:
         seen = newest(bucket, folder, name)
-        if seen is not None and not seen.is_silent() and not _may_take(seen, holder, silence=0.0):
+        if seen and not _may_take(seen, holder, silence=0.0) and not seen.is_silent(bucket.clock_ahead):
             return seen
         if claim := _create(bucket, folder, name, (seen.number if seen else 0) + 1, holder):
             return claim

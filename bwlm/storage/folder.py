@@ -180,6 +180,9 @@ class SharedFolder:
         fence = index.head.attempt if attempt is None and any(map(is_trained, paths)) else attempt
         version = f"{self.name}/{fence or 0:04d}.{uuid.uuid4().hex[:8]}"
         uploaded = {path: self._upload(path, f"{version}/{path}", fence or 0) for path in paths}
+        # a tail that was read after it had been merged belongs to the log that holds its entries now
+        merged = [path for path in self._written(index, meant) if path.endswith(".h5") and path not in uploaded]
+        uploaded |= {path: self._upload(path, f"{version}/{path}", fence or 0) for path in merged}
         files = {path: stored for path, (stored, _) in uploaded.items()}
         head, tag = swap_head(self.bucket, self.name, (index.head, index.tag), files, gone, fence)
         with self._index.locked() as now:

@@ -72,7 +72,16 @@ class Head:
         """Return the head that a JSON document tells."""
         told = json.loads(content)
         files = {path: Stored(**stored) for path, stored in told["files"].items()}
+        if outside := [path for path in files if not is_inside(path)]:
+            raise RunError(
+                f"storage: a head in the bucket names {outside[0]}, which lies outside its folder: delete it"
+            )
         return replace(cls(**told), files=files, dropped=tuple(told["dropped"]))
+
+
+def is_inside(path: str) -> bool:
+    """Return whether a path from a bucket stays below the folder that it is relative to."""
+    return not path.startswith("/") and ".." not in path.split("/")
 
 
 def head_key(folder: str) -> str:

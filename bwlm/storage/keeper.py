@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from bwlm.errors import RunError
+from bwlm.errors import BwlmError, RunError, UserError
 from bwlm.remote import address_of
 from bwlm.storage.claim import Claim
 from bwlm.storage.folder import SharedFolder, is_small, is_trained
@@ -89,7 +89,7 @@ class Keeper:
             self._push(only_small)
         except LateWriter as late:
             self._claim.lost = self._claim.lost or str(late)
-        except (BucketAway, OSError) as error:
+        except (BwlmError, OSError) as error:
             if not self._is_away:
                 log.warning("%s; the training goes on, and its records wait in %s", error, self._folder.path)
             self._is_away = True
@@ -121,7 +121,7 @@ class Keeper:
             except LateWriter as late:
                 self._claim.lost = str(late)
                 return None
-            except BucketAway as error:
+            except (BucketAway, UserError) as error:
                 if time.monotonic() >= deadline:
                     raise RunError(f"{error}; {rest_words(self._folder.root)}") from None
                 time.sleep(_LOOK_SECONDS)

@@ -12,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -32,7 +34,7 @@ REQUEST_SECONDS = 30.0
 """Seconds that one request may take."""
 RETRY_SECONDS = 30.0
 """Seconds in which a request that failed is repeated."""
-_RETRIES = 10
+_RETRIES = 12
 _CHUNK = 16 * 2**20
 """Bytes of a part of an upload, and of a piece of a download."""
 _DELETED_AT_ONCE = 1000
@@ -133,6 +135,18 @@ class Bucket:
         for one in found:
             yield Listed(one["path"], str(one["e_tag"]), one["last_modified"].timestamp())
 
+    @cached_property
+    def clock_ahead(self) -> float:
+        """Seconds by which the server's clock is ahead of this machine's; 0 if nothing can be written there."""
+        key = f".probe/{uuid.uuid4().hex}"
+        try:
+            self.write(key, b"")
+            ahead = [one.seconds - time.time() for one in self.list(key)]
+            self.delete([key])
+        except (RunError, UserError):
+            return 0.0
+        return ahead[0] if ahead else 0.0
+
     def check(self) -> None:
         """Raise `UserError` unless objects can be written, and the server refuses to create one twice."""
         key = f".probe/{uuid.uuid4().hex}"
@@ -182,7 +196,7 @@ def _condition(tag: Tag) -> dict[str, str]:
 
 
 def _retries() -> RetryConfig:
-    shortest, longest = timedelta(milliseconds=100), timedelta(seconds=5)
+    shortest, longest = timedelta(milliseconds=500), timedelta(seconds=5)
     return {
         "max_retries": _RETRIES,
         "retry_timeout": timedelta(seconds=RETRY_SECONDS),

@@ -21,7 +21,7 @@ from bwlm.paths import storage_root, write_text
 from bwlm.remote import address_of, working_root
 from bwlm.storage.claim import Board, take
 from bwlm.storage.folder import SharedFolder, bucket_at, is_trained
-from bwlm.storage.head import HEADS
+from bwlm.storage.head import HEADS, is_inside
 from bwlm.storage.index import PLACE, IndexFile, indexed
 
 _PARTS = {"cache": 3, "grids": 2, "analyses": 2}
@@ -58,7 +58,7 @@ def refresh(root: Path) -> None:
     for one in bucket_at(address_of(root)).list(f"{HEADS}/"):
         name = one.key.removeprefix(f"{HEADS}/").removesuffix(".json")
         tag = IndexFile(root, name).read().tag
-        if tag is None or tag[0] != one.etag:
+        if is_inside(name) and (tag is None or tag[0] != one.etag):
             changed.append(SharedFolder(root, name))
     with ThreadPoolExecutor(_AT_ONCE) as threads:
         list(threads.map(SharedFolder.pull, changed))

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from bwlm.errors import RunError
 from bwlm.storage.folder import SharedFolder, is_trained
-from bwlm.storage.head import LateWriter, read_head
+from bwlm.storage.head import LateWriter, Stored, read_head, swap_head
 from bwlm.storage.objects import BucketAway
 from tests.s3_server import CUT, PASS, REFUSE, STALE, FaultyProxy, Request
 from tests.storage.conftest import Machine
@@ -159,6 +161,36 @@ def test_a_deleted_run_does_not_come_back(folder_on: FolderOn) -> None:
     made(again).begin(2)
     there.pull()
     assert (there.path / "config.json").exists()
+
+
+def test_a_log_that_is_merged_during_a_push_is_whole(folder_on: FolderOn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tail is read after it was emptied into the file, which had not changed when the push began."""
+    here = made(folder_on("here"))
+    here.begin(1)
+    write(here, "base.h5", "steps 1 to 4")
+    write(here, "base.h5.tail", "")
+    here.push(attempt=1)
+    write(here, "base.h5.tail", "steps 5 to 8")
+    upload = SharedFolder._upload
+
+    def merging(self: SharedFolder, path: str, key: str, attempt: int) -> Any:
+        if path == "base.h5.tail":
+            write(here, "base.h5", "steps 1 to 8")
+            write(here, "base.h5.tail", "")
+        return upload(self, path, key, attempt)
+
+    monkeypatch.setattr(SharedFolder, "_upload", merging)
+    here.push(attempt=1)
+    there = folder_on("there")
+    there.begin(2)
+    assert (there.path / "base.h5").read_text() == "steps 1 to 8"
+
+
+def test_a_bucket_cannot_write_outside_its_folder(folder_on: FolderOn) -> None:
+    here = made(folder_on("here"))
+    swap_head(here.bucket, "run", read_head(here.bucket, "run"), {"../../evil": Stored("key", 1, "0", 0)})
+    with pytest.raises(RunError, match=r"names \.\./\.\./evil, which lies outside its folder"):
+        here.pull()
 
 
 def test_a_stale_listing_hides_nothing_from_a_writer(folder_on: FolderOn, proxy: FaultyProxy) -> None:

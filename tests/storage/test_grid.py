@@ -131,7 +131,7 @@ def test_lists_and_analyses_are_those_of_a_folder(launched: Launched, reader: Sh
 
 
 def test_a_model_is_loaded_and_talked_to(reader: Shell) -> None:
-    answer = reader("sample", CELLS[0], "--prompt", "the river", "--tokens", "4")
+    answer = reader("sample", CELLS[0], "--prompt", "the river", "--max-tokens", "4")
     assert answer.code == 0, answer.err
     assert reader("chat", CELLS[0], "--prompt", "the river").code == 0
     assert reader("export", CELLS[0], "exported").code == 0
@@ -145,7 +145,7 @@ def test_what_is_read_again_comes_from_this_machine(reader: Shell, monkeypatch: 
     monkeypatch.setattr(Bucket, "download", lambda self, key, target: asked.append(key))
     reader.json("runs", "list")
     reader.json("analyze", "gap", "g")
-    assert reader("sample", CELLS[0], "--prompt", "the river", "--tokens", "1").code == 0
+    assert reader("sample", CELLS[0], "--prompt", "the river", "--max-tokens", "1").code == 0
     assert not asked
 
 
@@ -153,7 +153,7 @@ def test_a_storage_is_copied_out_whole(launched: Launched, reader: Shell) -> Non
     assert reader("storage", "pull", "copy").code == 0
     there = ["--storage", "copy"]
     assert without_speed(reader.json("runs", "list", *there)) == without_speed(reader.json("runs", "list"))
-    assert reader("sample", CELLS[0], "--prompt", "the river", "--tokens", "1", *there).code == 0
+    assert reader("sample", CELLS[0], "--prompt", "the river", "--max-tokens", "1", *there).code == 0
     assert reader("analyze", "report", "g", *there).code == 0
     check_mistake(reader("storage", "pull", "copy"), "copy: not empty: name a new folder")
     check_mistake(reader("storage", "pull", "other", *there), "is a folder already: name s3://bucket/prefix")
