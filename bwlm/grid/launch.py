@@ -96,7 +96,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     with _only_launch(plan, storage), contextlib.ExitStack() as until_the_end:
         cluster = cache(partial(_open_cluster, plan, is_over, until_the_end, show))  # its first call starts Ray
         tell = (lambda words: None) if is_over else show  # of text that nothing is trained on
-        prepared = _prepared_texts(plan, storage, partial(_run_on, cluster), tell)
+        prepared = _prepared_texts(plan, storage, partial(_run_on, cluster, storage), tell)
         if is_new:  # now that it is made: a fault of the text leaves none
             show(f"new storage: {_place_of(storage)}")
         capacity = None if is_over else cluster()
@@ -168,12 +168,15 @@ def _open_cluster(plan: Plan, is_over: bool, until: contextlib.ExitStack, show: 
     return capacity
 
 
-def _run_on(cluster: Callable[[], Capacity], jobs: list[Job], work: Callable[[Job], PackResult]) -> list[PackResult]:
-    """Run the work with Ray Data. Ray starts here, so that the faults of a text are told before it."""
+def _run_on(
+    cluster: Callable[[], Capacity], storage: Path, jobs: list[Job], work: Callable[[Job], PackResult]
+) -> list[PackResult]:
+    """Run the work with Ray. Ray starts here, so that the faults of a text are told before it."""
+    from bwlm.grid.nearby import pack_nearby
     from bwlm.text.stream import with_ray
 
     cluster()
-    return with_ray(jobs, work)
+    return pack_nearby(jobs, work) if in_bucket(storage) else with_ray(jobs, work)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from bwlm.config import ResourceSettings
 from bwlm.errors import Interrupted, RunError
 from bwlm.paths import storage_root
 from bwlm.record.lease import LeaseLost
-from bwlm.storage.opened import fetch, pull
+from bwlm.storage.opened import fetch, in_bucket, pull
 
 
 class RaySession:
@@ -151,6 +151,7 @@ def train_worker(config: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
+    from bwlm.grid.nearby import stream_nearby
     from bwlm.record.bucket import bring_run
     from bwlm.record.experiment import ExperimentFolder
     from bwlm.text.stream import stream_batches
@@ -158,7 +159,9 @@ def train_worker(config: dict[str, Any]) -> None:
     from bwlm.train.scoring import CheckpointScorer
 
     folder = ExperimentFolder(storage_root(config["storage"]), config["cell"])
-    bring_run(folder)
+    if in_bucket(folder.path):
+        bring_run(folder)
+        stream_nearby()
     resources = ResourceSettings(**config["resources"])
     torch.set_num_threads(resources.cpus_per_worker)
     print(f"trains {folder.id}", flush=True)  # to this worker's log in Ray's dashboard

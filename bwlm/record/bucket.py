@@ -55,8 +55,6 @@ def fetch_text(packed: Path) -> None:
 
 def bring_run(folder: ExperimentFolder) -> None:
     """Bring here what a worker reads to train a run: its settings, its text, and the weights that it begins from."""
-    if not in_bucket(folder.path):
-        return
     pull(folder.path)
     fetch_text(Path(folder.config().corpus))
     if (link := folder.link()) and not checkpoint_steps(folder.checkpoints):

@@ -30,8 +30,6 @@ _BETWEEN = 0.1
 """Seconds between tries to create an object that others create too."""
 _LOOK_SECONDS = 2.0
 """Seconds for which a listing of all leases is used."""
-_LONGEST = 3600.0
-"""Seconds without a sign of life after which no lease holds any more, whatever it says."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Board:
             self._listed = {one.key.rpartition("/")[0]: one for one in found}
             self._at = time.monotonic()
         last = self._listed.get(f"{LEASES}/{folder}/{name}")
-        if last is None or time.time() - last.seconds > _LONGEST:
+        if last is None:
             return None
         seen = _seen(self._bucket, last)
         return None if seen.is_free or seen.is_silent(self._bucket.clock_ahead) else seen

@@ -141,7 +141,7 @@ class Bucket:
         key = f".probe/{uuid.uuid4().hex}"
         try:
             self.write(key, b"")
-            ahead = [one.seconds - time.time() for one in self.list(key)]
+            ahead = [one.seconds - time.time() for one in self.list(".probe/") if one.key == key]
             self.delete([key])
         except (RunError, UserError):
             return 0.0
