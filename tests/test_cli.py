@@ -427,7 +427,7 @@ MISTAKES = {
     "a setting without a value": (GOOD, ["--set", "seed"], "--set seed: write it as field=value"),
     "bad syntax": (GOOD + "x: [1\n", [], "g.yaml:"),
     "no text": ("", [], "g.yaml: name: missing: add it"),
-    "an address of no storage": (GOOD, ["--storage", "ftp://host/runs"], "storage: 'ftp://host/runs' is neither a folder nor a"),
+    "an address": (GOOD, ["--storage", "ftp://host/x"], "storage: 'ftp://host/x' is neither a folder nor a bucket"),
 }  # fmt: skip
 
 

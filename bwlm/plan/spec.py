@@ -46,7 +46,7 @@ class LaunchSettings(Settings):
         180.0, ge=0, description="time in which Ray must have started on this machine; it is tried again until then"
     )
     max_cells: int = Field(1000, ge=1, le=100_000, description="a grid of more cells is refused")
-    storage: str | None = Field(None, description="folder of experiments; default: BWLM_STORAGE, else runs/")
+    storage: str | None = Field(None, description="folder or bucket of experiments; default: BWLM_STORAGE, else runs/")
     tracking_uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else SQLite below the storage")
     experiment: str | None = Field(
         None, min_length=1, description="MLflow experiment of new runs; default: MLFLOW_EXPERIMENT_NAME, else bwlm"

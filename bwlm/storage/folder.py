@@ -258,6 +258,7 @@ class SharedFolder:
             known = index.head, index.tag
             index.head, index.tag = swap_head(self.bucket, self.name, known, {}, attempt=attempt, begins=True)
             index.attempt = attempt
+        self._delete_unnamed(index.head, attempt)
         for _ in range(_TRIES):
             with suppress(_Replaced), self._index.locked() as index:
                 self._learn_head(index, _nothing)
@@ -265,6 +266,13 @@ class SharedFolder:
                 self._drop(index, _nothing)
                 return
         raise LateWriter(f"{self.name}: written to by another process at each of {_TRIES} tries to begin")
+
+    def _delete_unnamed(self, head: Head, attempt: int) -> None:
+        """Delete what killed pushes of older attempts left; those of launches, which have number 0, may go on."""
+        named = {*head.dropped, *(stored.key for stored in head.files.values())}
+        listed = [one.key for one in self.bucket.list(f"{self.name}/") if one.key not in named]
+        numbers = {key: int(key.removeprefix(f"{self.name}/").partition(".")[0]) for key in listed}
+        self.bucket.delete(key for key, number in numbers.items() if 0 < number < attempt)
 
     def _forget_training(self, head: Head, index: Index, stays: Choice) -> None:
         for path in [path for path in self._files() if is_trained(path) and not stays(path)]:

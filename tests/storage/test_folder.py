@@ -235,6 +235,9 @@ def test_a_kill_before_any_request_leaves_whole_checkpoints(machine: Machine, pr
                 file: contents(file, steps[-1]) for file in FILES
             }
             assert (taker.path / "metrics.jsonl").read_text().count("\n") == steps[-1]
+        head, _ = read_head(taker.bucket, name)
+        named = {*head.dropped, *(stored.key for stored in head.files.values())}
+        assert {one.key for one in taker.bucket.list(f"{name}/")} <= named  # what the dead one left is deleted
     assert resumed_from == sorted(resumed_from)
     assert set(resumed_from) == {0, *STEPS}
     assert len(resumed_from) > 15

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from bwlm.chat.loading import load_served
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.storage.folder import bucket_at
 from bwlm.storage.head import read_head
@@ -136,6 +137,33 @@ def test_a_model_is_loaded_and_talked_to(reader: Shell) -> None:
     assert reader("chat", CELLS[0], "--prompt", "the river").code == 0
     assert reader("export", CELLS[0], "exported").code == 0
     assert (reader.folder / "exported" / "model.safetensors").exists()
+    (served,) = load_served(ADDRESS, [CELLS[1]], 1, 1, 1, "auto")
+    assert served.name == CELLS[1]
+
+
+def test_scores_that_one_machine_made_are_another_ones(
+    reader: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = ["eval", CELLS[0], "--tasks", "spelling", "--max-examples", "2"]
+    scores = reader.json(*asked)
+    monkeypatch.setenv("BWLM_SCRATCH", str(tmp_path / "other"))
+    monkeypatch.setattr("bwlm.evaluate.tasks.stored.evaluate_reading", lambda *_: pytest.fail("scored again"))
+    assert reader.json(*asked) == scores
+
+
+def test_a_child_begins_from_a_run_of_another_machine(launched: Launched, tmp_path: Path) -> None:
+    environment = private_environment(tmp_path) | launched.variables | {"BWLM_SCRATCH": str(tmp_path / "third")}
+    settings = ["budget.steps=2", "budget.batch_tokens=512", "evaluation.tokens=1024"]
+    command = [str(BWLM), "train", "--phase", "sft", "--parent", CELLS[0], "--id", "child", "--storage", ADDRESS]
+    command += [part for setting in settings for part in ("--set", setting)]
+    done = subprocess.run(
+        [*command, "--json"], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["state"] == "finished"
+    head, _ = read_head(Bucket(ADDRESS), "child")
+    assert "RESEARCH_REPORT.md" in head.files
+    assert "checkpoints/step_000002/meta.json" in head.files
 
 
 def test_what_is_read_again_comes_from_this_machine(reader: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
