@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bwlm.remote import working_folder
+from bwlm.storage import objects
 from bwlm.storage.folder import SharedFolder, bucket_at
 from bwlm.storage.opened import board_of
 from tests.s3_server import BUCKET, CREDENTIALS, FaultyProxy, faulty_proxy, s3_server
@@ -21,6 +22,12 @@ _numbers = itertools.count()
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with s3_server(tmp_path_factory.mktemp("s3") / "server.log") as url:
         yield url
+
+
+@pytest.fixture(autouse=True)
+def few_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second of repetitions instead of half a minute."""
+    monkeypatch.setattr(objects, "_RETRIES", 3)
 
 
 @pytest.fixture
