@@ -254,7 +254,7 @@ def take(path: Path, seconds: float, wait: float, give_up: Callable[[], bool]) -
     if folder := shared(path):
         try:
             lease.claim, elsewhere = bucket_lease.take(
-                folder.bucket, folder.name, path.stem, _told(lease, folder.root), wait, give_up
+                folder.bucket, folder.name, path.stem, _told(lease, folder.root), wait, give_up, patient=True
             )
         except BaseException:
             lease.release()

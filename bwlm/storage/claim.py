@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import threading
 import time
@@ -20,8 +21,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bwlm.errors import Interrupted, RunError
-from bwlm.storage.objects import Bucket, Listed
+from bwlm.errors import BwlmError, Interrupted
+from bwlm.storage.objects import Bucket, BucketAway, Listed
+
+log = logging.getLogger(__name__)
 
 LEASES = ".leases"
 _BEATS = 4
@@ -74,7 +77,15 @@ class Board:
         self._at = -math.inf
 
     def living(self, folder: str, name: str) -> Seen | None:
-        """Return a lease that is held, by a look of the last seconds; None if it is free or has run out."""
+        """Return a lease that is held, by a look of the last seconds; None if it is free or has run out.
+
+        Also None if the bucket is away: nobody can say then.
+        """
+        with contextlib.suppress(BucketAway):
+            return self._living(folder, name)
+        return None
+
+    def _living(self, folder: str, name: str) -> Seen | None:
         if time.monotonic() - self._at > _LOOK_SECONDS:
             found = sorted(self._bucket.list(f"{LEASES}/"), key=lambda one: one.key)
             self._listed = {one.key.rpartition("/")[0]: one for one in found}
@@ -104,7 +115,7 @@ class Claim:
         beats = 0
         while not self._over.wait(float(self._holder["seconds"]) / _BEATS):
             beats += 1
-            with contextlib.suppress(RunError):  # the bucket is away: other launches cannot reach it either, or
+            with contextlib.suppress(BwlmError):  # the bucket is away: other launches cannot reach it either, or
                 self._look()  # they take the lease, and the head refuses what this process pushes
                 if not self.lost:
                     self._write(beat=beats)
@@ -126,7 +137,7 @@ class Claim:
         """Let others have the lease. If the bucket is away, they wait until it has run out."""
         self._over.set()
         self._thread.join()
-        with contextlib.suppress(RunError):
+        with contextlib.suppress(BwlmError):
             self._write(released=True)
 
 
@@ -137,27 +148,34 @@ def take(
     holder: Mapping[str, Any],
     wait: float,
     give_up: Callable[[], bool],
+    patient: bool = False,
 ) -> tuple[Claim, bool]:
     """Return the lease once it is free or its holder is silent, and whether another process was waited for.
 
     `holder` is what this process says of itself: at least `place`, a name of its working folder, and `seconds`, which
     the lease lasts without a sign of life. A holder with the same `place` is dead: the caller holds the lease of that
-    folder. Raises `Interrupted` if `give_up` becomes true.
+    folder. Raises `Interrupted` if `give_up` becomes true. A `patient` process waits for a bucket that is away, too.
     """
     before: Seen | None = None
-    silence, waited = 0.0, False
+    silence, waited, is_away = 0.0, False, False
     while True:
-        seen = newest(bucket, folder, name)
-        silence = silence + wait if before and seen and seen.etag == before.etag else 0.0
-        before = seen
-        if seen is None or _may_take(seen, holder, silence):
-            number = (seen.number if seen else 0) + 1
-            if claim := _create(bucket, folder, name, number, holder):
-                return claim, waited
-        else:
-            waited = True
+        try:
+            seen = newest(bucket, folder, name)
+            silence = silence + wait if before and seen and seen.etag == before.etag else 0.0
+            before, is_away = seen, False
+            if seen is None or _may_take(seen, holder, silence):
+                if claim := _create(bucket, folder, name, (seen.number if seen else 0) + 1, holder):
+                    return claim, waited
+            else:
+                waited = True
+        except BucketAway as error:
+            if not patient:
+                raise
+            if not is_away:
+                log.warning("%s: waiting for its lease until it does", error)
+            is_away = True
         if give_up():
-            held = seen.holder if seen else {}
+            held = before.holder if before else {}
             raise Interrupted(f"stopped on request while {held.get('host')}:{held.get('pid')} trained {folder}")
         time.sleep(wait)
 

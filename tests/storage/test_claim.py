@@ -13,7 +13,8 @@ import pytest
 from bwlm.errors import Interrupted
 from bwlm.storage import claim as claims
 from bwlm.storage.claim import Board, Claim, Seen, newest, take, take_at_once
-from bwlm.storage.objects import Bucket, Listed
+from bwlm.storage.objects import Bucket, BucketAway, Listed
+from tests.s3_server import PASS, REFUSE, FaultyProxy
 
 pytestmark = pytest.mark.faults
 
@@ -94,6 +95,25 @@ def test_the_clock_of_this_machine_decides_nothing(
     assert isinstance(take_at_once(bucket, "run", "lease", holder("two")), Seen)
     assert Board(bucket).living("run", "lease") is not None
     first.release()
+
+
+def test_a_patient_process_waits_for_a_bucket_that_is_away(
+    bucket: Bucket, proxy: FaultyProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.rule = lambda request: REFUSE
+    with pytest.raises(BucketAway):
+        take(bucket, "run", "lock", holder("one"), 0.02, never)
+    assert Board(bucket).living("run", "lease") is None
+
+    def comes_back() -> bool:
+        if len(caplog.records) and len(proxy.seen) > 12:
+            proxy.rule = lambda request: PASS
+        return False
+
+    claim, waited = take(bucket, "run", "lease", holder("one"), 0.02, comes_back, patient=True)
+    assert (claim.number, waited) == (1, False)
+    assert caplog.text.count("does not answer") == 1
+    claim.release()
 
 
 def test_a_list_of_runs_asks_once_for_all_leases(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
