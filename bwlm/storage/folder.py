@@ -104,6 +104,11 @@ class SharedFolder:
         stored = self._index.read().head.files.get(path)
         return stored.size if stored else None
 
+    def sizes(self, below: str) -> dict[str, int]:
+        """Return the bytes of the files in the bucket whose paths begin so, by the rest of the path."""
+        files = self._index.read().head.files
+        return {path.removeprefix(below): stored.size for path, stored in files.items() if path.startswith(below)}
+
     def _learn_head(self, index: Index, stays: Choice) -> None:
         """Read the head. If another place has begun an attempt since, what a training left here is out of date."""
         head, tag = read_head(self.bucket, self.name)

@@ -11,7 +11,7 @@ import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,19 @@ def size_of(path: Path) -> int | None:
         return path.stat().st_size
     folder = shared(path)
     return folder.size_of(path.relative_to(folder.path).as_posix()) if folder else None
+
+
+def sizes_below(path: Path) -> dict[str, int]:
+    """Return the bytes of each file below a folder, by its path there; also of files that lie in the bucket only."""
+    sizes = {}
+    for file in path.rglob("*"):
+        with suppress(FileNotFoundError):  # it has gone meanwhile
+            if file.is_file():
+                sizes[file.relative_to(path).as_posix()] = file.stat().st_size
+    if folder := shared(path):
+        below = path.relative_to(folder.path).as_posix()
+        sizes = folder.sizes("" if below == "." else f"{below}/") | sizes
+    return sizes
 
 
 def in_bucket(path: Path) -> bool:

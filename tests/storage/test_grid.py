@@ -128,6 +128,10 @@ def test_lists_and_analyses_are_those_of_a_folder(launched: Launched, reader: Sh
     assert reader.json("analyze", "gap", "g") == reader.json("analyze", "gap", "g", *there)
     assert reader.json("analyze", "positions", "g") == reader.json("analyze", "positions", "g", *there)
     assert reader.json("eval", CELLS[0]) == reader.json("eval", CELLS[0], *there)
+    kept = [reader.json("runs", "show", CELLS[0], *where) for where in ([], there)]
+    assert kept[0]["checkpoints"] == kept[1]["checkpoints"]
+    assert kept[0]["files"].keys() >= {"base.h5", "config.json", "metrics.jsonl"}
+    assert not kept[0]["damage"]
     assert reader("runs", "list").out.strip().endswith(f"4 experiments in {ADDRESS}")
 
 
