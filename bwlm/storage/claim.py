@@ -156,28 +156,56 @@ def take(
     the lease lasts without a sign of life. A holder with the same `place` is dead: the caller holds the lease of that
     folder. Raises `Interrupted` if `give_up` becomes true. A `patient` process waits for a bucket that is away, too.
     """
-    before: Seen | None = None
-    silence, waited, is_away = 0.0, False, False
+    taker = _Taker(bucket, folder, name, holder)
     while True:
         try:
-            seen = newest(bucket, folder, name)
-            silence = silence + wait if before and seen and seen.etag == before.etag else 0.0
-            before, is_away = seen, False
-            if seen is None or _may_take(seen, holder, silence):
-                if claim := _create(bucket, folder, name, (seen.number if seen else 0) + 1, holder):
-                    return claim, waited
-            else:
-                waited = True
+            if claim := taker.try_once(wait):
+                return claim, taker.waited
+            taker.is_away = False
         except BucketAway as error:
             if not patient:
                 raise
-            if not is_away:
-                log.warning("%s: waiting for its lease until it does", error)
-            is_away = True
+            taker.wait_for(error)
         if give_up():
-            held = before.holder if before else {}
-            raise Interrupted(f"stopped on request while {held.get('host')}:{held.get('pid')} trained {folder}")
+            raise Interrupted(f"stopped on request while {taker.other} trained {folder}")
         time.sleep(wait)
+
+
+@dataclass
+class _Taker:
+    """Process that waits for a lease, and what it has seen of its holder."""
+
+    bucket: Bucket
+    folder: str
+    name: str
+    holder: Mapping[str, Any]
+    seen: Seen | None = None
+    silence: float = 0.0
+    """Seconds without a sign of life, by this process's own looks."""
+    waited: bool = False
+    is_away: bool = False
+
+    def try_once(self, seconds: float) -> Claim | None:
+        """Look at the lease, `seconds` after the last look, and take it if that may be."""
+        seen = newest(self.bucket, self.folder, self.name)
+        is_same = self.seen is not None and seen is not None and seen.etag == self.seen.etag
+        self.seen, self.silence = seen, self.silence + seconds if is_same else 0.0
+        if seen is None or _may_take(seen, self.holder, self.silence):
+            return _create(self.bucket, self.folder, self.name, (seen.number if seen else 0) + 1, self.holder)
+        self.waited = True
+        return None
+
+    def wait_for(self, error: BucketAway) -> None:
+        """Warn that the bucket is away, once."""
+        if not self.is_away:
+            log.warning("%s: waiting for its lease until it does", error)
+        self.is_away = True
+
+    @property
+    def other(self) -> str:
+        """Holder of the lease, `host:pid`, as far as it is known."""
+        holder = self.seen.holder if self.seen else {}
+        return f"{holder.get('host')}:{holder.get('pid')}"
 
 
 def take_at_once(bucket: Bucket, folder: str, name: str, holder: Mapping[str, Any]) -> Claim | Seen:
