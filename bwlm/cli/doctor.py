@@ -32,9 +32,9 @@ def doctor(
 
     Example: `bwlm doctor`
     """
-    from bwlm.paths import storage_root
+    from bwlm.storage.opened import local_storage
 
-    root = storage_root(storage)
+    root = local_storage(storage, "bwlm doctor")
     checks = list[dict[str, object]]()
     for check in _of_cluster(root) if cluster else _of_machine(root):
         checks.append(check._asdict())

@@ -35,6 +35,7 @@ from bwlm.errors import Paused, UserError, nearest
 from bwlm.format import counted
 from bwlm.phases import PHASES
 from bwlm.progress import loading, working
+from bwlm.remote import address_of
 
 if TYPE_CHECKING:
     from bwlm.grid.launch import LaunchResult
@@ -50,11 +51,11 @@ GridFile = Annotated[
 
 def load_plan(grid: Path, settings: list[str] | None, storage: str | None) -> tuple[Plan, Path]:
     """Return the plan of a grid file, or of a grid that was run by its name, and the storage."""
-    from bwlm.paths import storage_root
     from bwlm.plan.load import load_grid
+    from bwlm.storage.opened import open_storage
 
-    plan = load_grid(_grid_file(grid, storage_root(storage)), settings or [], storage)
-    return plan, storage_root(storage or plan.launch.storage)
+    plan = load_grid(_grid_file(grid, open_storage(storage)), settings or [], storage)
+    return plan, open_storage(storage or plan.launch.storage)
 
 
 def _grid_file(grid: Path, root: Path) -> Path:
@@ -69,7 +70,9 @@ def _grid_file(grid: Path, root: Path) -> Path:
     if str(grid) in (names := grid_names(root)):
         return grid_folder(root, str(grid)) / GRID_FILE
     files = map(str, grid.parent.glob("*.yaml"))
-    raise UserError(f"{grid}: no such file, and no grid of this name in {root}{nearest(str(grid), [*files, *names])}")
+    raise UserError(
+        f"{grid}: no such file, and no grid of this name in {address_of(root)}{nearest(str(grid), [*files, *names])}"
+    )
 
 
 @grid_app.command("plan")
@@ -150,7 +153,7 @@ def grid_plan(
     show_sentences(*reasons(cells), *_text_words(plan))
     total = sum(c["flops"] for c in cells)
     left = sum(c["flops"] for c in cells if not (c["done"] or c["changed"]) and c["reason"] != STOPPED_ABOVE)
-    show(f"{short_number(total)} FLOPs in all, {short_number(left)} to do; storage {root}")
+    show(f"{short_number(total)} FLOPs in all, {short_number(left)} to do; storage {address_of(root)}")
     show_sentences(
         *filter(None, [time_words(time), *(price_words(priced) if priced else []), detectable_words(seen)]),
         *(f"warning: {line}" for line in warnings),

@@ -37,8 +37,10 @@ def grid_stop(
     from bwlm.grid.summary import summarize
     from bwlm.record.grids import grid_folder
     from bwlm.record.launches import ask_to_stop
+    from bwlm.storage.opened import refuse_bucket
 
     plan, root = load_plan(grid, set_, storage)
+    refuse_bucket(root, "bwlm grid stop")
     asked = ask_to_stop(grid_folder(root, plan.name), f"{socket.gethostname()}:{os.getpid()}")
     for launch in asked:
         assert launch.holder is not None
@@ -87,8 +89,10 @@ def grid_continue(
     Example: `bwlm grid continue mine 'mine_backward_*'`
     """
     from bwlm.grid.continued import choose_stopped, reopen
+    from bwlm.storage.opened import refuse_bucket
 
     plan, root = load_plan(grid, set_, storage)
+    refuse_bucket(root, "bwlm grid continue")
     for chosen in choose_stopped(plan, root, cells):
         reopen(chosen)
     run_grid(plan, root, accept_code, as_json)
@@ -109,12 +113,12 @@ def grid_delete(
 
     Example: `bwlm grid delete mine --dry-run`
     """
-    from bwlm.paths import storage_root
     from bwlm.record.disk import bytes_in
     from bwlm.record.grids import grid_folder
     from bwlm.record.removal import check_grid_deletable, delete_grid, discard_deleted, lineage_of, runs_of_grid
+    from bwlm.storage.opened import local_storage
 
-    root = storage_root(storage)
+    root = local_storage(storage, "bwlm grid delete")
     home = grid_folder(root, name)
     known = sorted(path.name for path in home.parent.glob("[!.]*"))
     if name not in known:

@@ -80,16 +80,17 @@ def serve(
     Example: `bwlm serve mine --port 8000`
     """
     from bwlm.chat.access import LOOPBACK, Access
-    from bwlm.paths import storage_root
     from bwlm.record.experiment import find_checkpoint
+    from bwlm.remote import address_of
+    from bwlm.storage.opened import open_storage
 
-    root, names = storage_root(storage), list(dict.fromkeys(runs))
+    root, names = open_storage(storage), list(dict.fromkeys(runs))
     for name in names:
         find_checkpoint(root, name)
     if host not in LOOPBACK and not token:
         raise UserError(f"--host {host}: others can reach it: set a token with --token or ${TOKEN}")
     access = Access(LOOPBACK | {name.lower() for name in (host, *(allow_host or []))}, token)
-    models = (root, names, slots, waiting, threads or (1 if replicas else None), precision)
+    models = (address_of(root), names, slots, waiting, threads or (1 if replicas else None), precision)
     if replicas:
         if port == 0:
             raise UserError("--port 0: replicas need a port: name one")

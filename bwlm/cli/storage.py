@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bwlm.cli.app import App
+from bwlm.cli.bucket import pull, push
 from bwlm.cli.terminal import Json, Storage, confirmed, print_json, say, show, show_table
 from bwlm.errors import UserError
 from bwlm.format import counted, file_size
@@ -17,7 +18,9 @@ from bwlm.format import counted, file_size
 if TYPE_CHECKING:
     from bwlm.record.cleaning import Item, Unneeded
 
-storage_app = App(help="Show what takes space below the storage; remove what nothing needs.", no_args_is_help=True)
+storage_app = App(help="Look after a storage: its space, and its copy in a bucket.", no_args_is_help=True)
+storage_app.command("push")(push)
+storage_app.command("pull")(pull)
 
 _DEFAULT_AGE = "30d"
 _UNITS = {"h": 3600, "d": 86_400, "w": 7 * 86_400}
@@ -37,11 +40,11 @@ def storage_usage(storage: Storage = None, as_json: Json = False) -> None:
 
     Example: `bwlm storage usage --json`
     """
-    from bwlm.paths import storage_root
     from bwlm.record.cleaning import find_unneeded
     from bwlm.record.disk import KINDS, disk_usage
+    from bwlm.storage.opened import local_storage
 
-    root = storage_root(storage)
+    root = local_storage(storage, "bwlm storage usage")
     usage, free = disk_usage(root), shutil.disk_usage(next(p for p in (root, *root.parents) if p.exists())).free
     unneeded = find_unneeded(root, _seconds(_DEFAULT_AGE), logs=False)
     kinds = {kind: usage.kinds[kind] for kind in KINDS if usage.kinds[kind]}
@@ -85,10 +88,10 @@ def storage_clean(
 
     Example: `bwlm storage clean --older 8w --logs --yes`
     """
-    from bwlm.paths import storage_root
     from bwlm.record.cleaning import find_unneeded
+    from bwlm.storage.opened import local_storage
 
-    root, seconds = storage_root(storage), _seconds(older)
+    root, seconds = local_storage(storage, "bwlm storage clean"), _seconds(older)
     found = find_unneeded(root, seconds, logs)
     if not as_json:
         _print_items(found, older)

@@ -32,7 +32,10 @@ Set = Annotated[
 ]
 Storage = Annotated[
     str | None,
-    typer.Option(help="Folder of all runs. Default: $BWLM_STORAGE, or else runs/.", show_default=False),
+    typer.Option(
+        help="Folder of all runs, or a bucket: s3://bucket/prefix. Default: $BWLM_STORAGE, or else runs/.",
+        show_default=False,
+    ),
 ]
 AcceptCode = Annotated[
     bool,

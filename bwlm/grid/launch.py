@@ -28,9 +28,10 @@ from bwlm.grid.cells import (
 )
 from bwlm.grid.enlist import ResolvedCell, enlist_cells, enlist_grid, folder_of, resolved_cells
 from bwlm.grid.watch import LaunchWatch, watched
-from bwlm.paths import check_writable, exclusive
+from bwlm.paths import check_writable
 from bwlm.plan.spec import Cell, Plan, generations
 from bwlm.progress import loading, track, working
+from bwlm.record.bucket import fetch_named_weights, fetch_text, push_rest, push_runs, push_text, rest_told
 from bwlm.record.catalog.rows import CellRow, load_cells
 from bwlm.record.experiment import SAMPLES, ExperimentFolder
 from bwlm.record.grids import EARLIER, GRID_FILE, REPORT
@@ -38,7 +39,9 @@ from bwlm.record.mlflow_store import tracking_uri
 from bwlm.record.mlflow_view import GridResult
 from bwlm.record.parent import link_to
 from bwlm.record.tracking import Tracking, is_closed
-from bwlm.text.packing import Job, PackResult
+from bwlm.remote import address_of
+from bwlm.storage.opened import check_bucket, exclusive, in_bucket, refresh
+from bwlm.text.packing import Job, PackResult, RunJobs
 
 if TYPE_CHECKING:
     from bwlm.analysis.report.study import GridReport
@@ -79,7 +82,6 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     tell_unchecked_text(planned_cells, show)
     is_over = _is_over(planned_cells)
     with loading():
-        from bwlm.grid.texts import prepare_texts
         from tasks.sources import check_sources
 
     for cell in plan.cells:
@@ -99,9 +101,9 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
         cluster = cache(partial(_open_cluster, plan, is_over, until_the_end, show))  # its first call starts Ray
         tell = (lambda words: None) if is_over else show  # of text that nothing is trained on
         with watch.pausing():
-            prepared = prepare_texts(plan, storage, partial(_run_on, cluster), tell)
+            prepared = _prepared_texts(plan, storage, partial(_run_on, cluster, storage), tell)
             if is_new:  # now that it is made: a fault of the text leaves none
-                show(f"new storage: {storage.name} in {storage.parent}")
+                show(f"new storage: {_place_of(storage)}")
             capacity = None if is_over else cluster()
             home.mkdir(parents=True, exist_ok=True)
             tracking = _open_tracking(uri, storage, plan)
@@ -120,6 +122,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
 def _checked_cells(plan: Plan, storage: Path, accept_code: bool) -> list[PlannedCell]:
     """Return the plan's cells; raise `UserError` if a folder holds another run or an outside parent is unfinished."""
     check_writable(storage)
+    check_bucket(storage)
     planned_cells = find_cells(plan, storage)
     changed = [planned.cell.id for planned in planned_cells if planned.changed]
     for planned in planned_cells:
@@ -127,6 +130,7 @@ def _checked_cells(plan: Plan, storage: Path, accept_code: bool) -> list[Planned
     ids = {cell.id for cell in plan.cells}
     for cell in plan.cells:
         if (parent := cell.experiment.parent) is not None and cell.parent not in ids:
+            fetch_named_weights(storage, parent)
             link_to(storage, parent, cell.experiment.phase, cell.id)
     return planned_cells
 
@@ -160,12 +164,15 @@ def _open_cluster(plan: Plan, is_over: bool, until: contextlib.ExitStack, show: 
     return capacity
 
 
-def _run_on(cluster: Callable[[], Capacity], jobs: list[Job], work: Callable[[Job], PackResult]) -> list[PackResult]:
-    """Run the work with Ray Data. Ray starts here, so that the faults of a text are told before it."""
+def _run_on(
+    cluster: Callable[[], Capacity], storage: Path, jobs: list[Job], work: Callable[[Job], PackResult]
+) -> list[PackResult]:
+    """Run the work with Ray. Ray starts here, so that the faults of a text are told before it."""
+    from bwlm.grid.nearby import pack_nearby
     from bwlm.text.stream import with_ray
 
     cluster()
-    return with_ray(jobs, work)
+    return pack_nearby(jobs, work) if in_bucket(storage) else with_ray(jobs, work)
 
 
 @contextlib.contextmanager
@@ -189,6 +196,7 @@ def _discard_lock(home: Path) -> None:
 def _ready_generations(plan: Plan, storage: Path, show: Callable[[str], None]) -> Iterator[Plan]:
     """Yield the cells of each generation that can be trained, as a plan, once those of the one before have ended."""
     for generation in generations(plan.cells):
+        refresh(storage)
         if ready := _ready(generation, storage, show):
             yield replace(plan, cells=ready)
 
@@ -226,6 +234,28 @@ def _open_tracking(uri: str, storage: Path, plan: Plan) -> Tracking:
         return Tracking(uri, storage, plan.launch.experiment)
 
 
+def _place_of(storage: Path) -> str:
+    return address_of(storage) if in_bucket(storage) else f"{storage.name} in {storage.parent}"
+
+
+# ---- [2] prepare ----
+
+
+def _prepared_texts(plan: Plan, storage: Path, run: RunJobs, tell: Callable[[str], None]) -> dict[str, Prepared]:
+    """Return the texts of all cells; those of a bucket are brought here, and new ones are taken there."""
+    with loading():
+        from bwlm.grid.texts import prepare_texts
+
+    for folder in (ExperimentFolder(storage, cell.id) for cell in plan.cells):
+        if in_bucket(storage) and folder.exists():
+            fetch_text(Path(folder.config().corpus))
+    prepared = prepare_texts(plan, storage, run, tell)
+    for text in {one.folder: one for one in prepared.values()}.values():
+        push_text(text.folder)
+        push_runs([text.tokenizer_folder])
+    return prepared
+
+
 # ---- [3] enlist, [4] train ----
 
 
@@ -247,13 +277,22 @@ def _train_generations(
     for part in _ready_generations(plan, storage, show):
         # so that two launches of one plan make its folders and runs only once
         with exclusive(folder_of(plan, storage) / "lock"):
+            refresh(storage)
             cells = resolved_cells(part, storage, prepared, accept_code)
             grid_run = grid_run or enlist_grid(plan, storage, tracking, cells)
             runs = enlist_cells(cells, storage, tracking, grid_run)
+            _push_enlisted(cells)
         if capacity is not None:
             introduce(plan, cells, show)
             _train(plan, part, cells, capacity, tracking, grid_run or runs[0], watch, show)
     return grid_run
+
+
+def _push_enlisted(cells: list[ResolvedCell]) -> None:
+    """Take the folders of cells to the bucket, with the status of those that have not begun."""
+    for is_new in (True, False):
+        chosen = [cell.planned for cell in cells if (cell.planned.status.state == "waiting") == is_new]
+        push_runs([planned.folder.path for planned in chosen], trained=is_new)
 
 
 def _train(
@@ -315,7 +354,12 @@ def _score_rest(
 def _conclude(
     plan: Plan, storage: Path, tracking: Tracking, grid_run: str | None, capacity: Capacity | None
 ) -> LaunchResult:
-    """Write the reports, close the MLflow runs and return the result."""
+    """Write the reports, close the MLflow runs and return the result.
+
+    Raises `RunError` if a bucket does not take all of it.
+    """
+    with rest_told(storage):
+        refresh(storage)
     planned_cells = find_cells(plan, storage)
     begun = [planned for planned in planned_cells if planned.status.step or planned.status.ended]
     # where nothing was trained, the runs and what they are compared with are as they were
@@ -334,6 +378,7 @@ def _conclude(
             files = [*report.files, home / GRID_FILE]
             files += [home / EARLIER] if (home / EARLIER).exists() else []
             tracking.close_parent(home, files, result.complete, _grid_result(report))
+    push_rest([home, *(storage / run for run in ids)])
     return result
 
 

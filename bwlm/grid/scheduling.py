@@ -23,6 +23,9 @@ from bwlm.paths import write_text
 from bwlm.plan.spec import Plan, SchedulerSettings, asha_group
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.storage.head import LateWriter
+from bwlm.storage.objects import BucketAway
+from bwlm.storage.opened import pull, push
 from bwlm.train.termination import TERMINATED, Termination
 
 log = logging.getLogger(__name__)
@@ -179,6 +182,7 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
         folder = self._folder(trial)
         for watch in self._watches:
             watch.released(folder.id)
+        _learn(folder)
         self._tell_warnings(folder)
         at = folder.status()
         if at.ended or not self._termination.asked:
@@ -188,6 +192,7 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
         folder = self._folder(trial)
         for watch in self._watches:
             watch.released(folder.id)
+        _learn(folder)
         self._tell_warnings(folder)
         at, error = folder.status(), Path(trial.error_file).read_text("utf-8", "replace")
         last = error.strip().splitlines()[-1].strip()
@@ -202,6 +207,7 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
         if not at.ended:
             with _on_a_full_disk_too(folder):
                 folder.write_status(ending)
+                push(folder.path, trained=True)
         for observer in self._observers:
             observer.ended(folder.id, at if at.ended else ending)
 
@@ -223,6 +229,14 @@ def _on_a_full_disk_too(folder: ExperimentFolder) -> Iterator[None]:
         yield
     except OSError as error:
         log.warning("%s: cannot be written (%s): free space or make it writable", folder.path, error.strerror)
+    except (BucketAway, LateWriter) as error:
+        log.warning("%s: its end is not in the bucket (%s): the same command trains it on", folder.id, error)
+
+
+def _learn(folder: ExperimentFolder) -> None:
+    """Learn how a cell has ended on another machine."""
+    with contextlib.suppress(BucketAway):
+        pull(folder.path)
 
 
 def _size(path: Path) -> int:

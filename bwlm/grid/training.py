@@ -23,9 +23,13 @@ from bwlm.grid.scheduling import CellStates, build_scheduler
 from bwlm.grid.watch import LaunchWatch
 from bwlm.grid.worker import train_cell, trial_resources
 from bwlm.plan.spec import Plan
+from bwlm.record.bucket import push_runs
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.tracking import Tracking
+from bwlm.remote import address_of
+from bwlm.storage.objects import BucketAway
+from bwlm.storage.opened import refresh
 from bwlm.train.termination import TERMINATED, Termination
 
 _DELIVERY_SECONDS = 10.0
@@ -77,6 +81,7 @@ def train_cells(
         for line in _resume_lines(folders):
             show(line)
         tracking.interrupted(folders, run)
+        push_runs([folder.path for folder in folders])
         raise
     finally:
         watch.trained()
@@ -111,6 +116,8 @@ _LINES = 8
 
 def _resume_lines(folders: list[ExperimentFolder]) -> list[str]:
     """Return a line for each cell that has not ended: the step from which it resumes."""
+    with contextlib.suppress(BucketAway):
+        refresh(folders[0].path.parent)
     left = {folder.id: checkpoint_steps(folder.checkpoints) for folder in folders if not folder.status().ended}
     if len(left) <= _LINES:
         return [
@@ -142,7 +149,7 @@ def _tune(
 ) -> None:
     resources = {planned.cell.id: planned.cell.experiment.resources for planned in cells}
     with tempfile.TemporaryDirectory(prefix="bwlm-tune-", ignore_cleanup_errors=True) as scratch:
-        shared = {"storage": str(storage), "scratch": scratch}
+        shared = {"storage": address_of(storage), "scratch": scratch}
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(train_cell, lambda config: trial_resources(resources[config["cell"]])),
             param_space={
@@ -188,6 +195,8 @@ def _delivery(tracking: Tracking, folders: list[ExperimentFolder]) -> Iterator[N
 
 def _deliver(tracking: Tracking, folders: list[ExperimentFolder], enough: Callable[[], bool] = lambda: False) -> None:
     """Deliver every run's new entries to MLflow, up to the first run that fails: the next would wait as long."""
+    with contextlib.suppress(BucketAway):  # what is here already is delivered
+        refresh(folders[0].path.parent)
     for folder in folders:
         if enough() or not tracking.try_deliver(folder):
             return

@@ -18,9 +18,10 @@ from bwlm.cluster.placement import TRIAL_CPUS
 from bwlm.cluster.signals import process_termination
 from bwlm.config import ResourceSettings
 from bwlm.errors import Interrupted, RunError
-from bwlm.paths import write_json
+from bwlm.paths import storage_root, write_json
 from bwlm.record.experiment import WORKER, ExperimentFolder
 from bwlm.record.lease import LeaseLost
+from bwlm.storage.opened import fetch, in_bucket, pull
 
 
 class RaySession:
@@ -107,7 +108,8 @@ def train_cell(config: dict[str, Any]) -> None:
     """
 
     prepare_environment()
-    folder = ExperimentFolder(Path(config["storage"]), config["cell"])
+    folder = ExperimentFolder(storage_root(config["storage"]), config["cell"])
+    pull(folder.path)
     resources = ResourceSettings(**config["resources"])
     with process_termination() as termination:
         if resources.workers > 1:
@@ -166,11 +168,16 @@ def train_worker(config: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
+    from bwlm.grid.nearby import stream_nearby
+    from bwlm.record.bucket import bring_run
     from bwlm.text.stream import stream_batches
     from bwlm.train.run import run_phase
     from bwlm.train.scoring import CheckpointScorer
 
-    folder = ExperimentFolder(Path(config["storage"]), config["cell"])
+    folder = ExperimentFolder(storage_root(config["storage"]), config["cell"])
+    if in_bucket(folder.path):
+        bring_run(folder)
+        stream_nearby()
     resources = ResourceSettings(**config["resources"])
     torch.set_num_threads(resources.cpus_per_worker)
     print(f"trains {folder.id}", flush=True)  # to this worker's log in Ray's dashboard
@@ -186,6 +193,7 @@ def train_worker(config: dict[str, Any]) -> None:
             dist.barrier()
         if session.rank == 0:
             _note_worker(folder)
+        fetch(folder.checkpoints)  # rank 0 has brought them, but maybe to another machine
         scorer.resumed()
         end = run_phase(folder, session, stream_batches)
         if session.rank == 0 and end.state == "finished":

@@ -9,7 +9,7 @@ from typing import Any
 
 from bwlm.config import Experiment
 from bwlm.errors import UserError
-from bwlm.paths import check_id, storage_root
+from bwlm.paths import check_id
 from bwlm.phases import PHASES
 from bwlm.plan.axes import blocks_of, family_size, following_phases, product_size, with_first_values
 from bwlm.plan.descendants import CellBuilder, grid_cells
@@ -17,6 +17,7 @@ from bwlm.plan.inherit import split_phases
 from bwlm.plan.machine import with_resources
 from bwlm.plan.spec import Cell, Grid, LaunchSettings, Plan, PriceSettings, SchedulerSettings
 from bwlm.settings_file import Document, dump_yaml, load_yaml, override, validate, with_whole_numbers
+from bwlm.storage.opened import open_storage
 
 
 def load_grid(path: Path, settings: list[str], storage: str | None = None) -> Plan:
@@ -35,7 +36,7 @@ def load_grid(path: Path, settings: list[str], storage: str | None = None) -> Pl
             f"{document.where('axes')}: {count} cells, more than launch.max_cells={grid.launch.max_cells}: "
             "remove values or raise launch.max_cells"
         )
-    family = CellBuilder(document, following, storage_root(storage or grid.launch.storage))
+    family = CellBuilder(document, following, open_storage(storage or grid.launch.storage))
     cells = with_resources(tuple(grid_cells(blocks, family)), document)
     if grid.scheduler.stops_early:
         _check_early_stops(grid.scheduler.kind, cells, document)
@@ -67,7 +68,7 @@ def plan_experiment(
     if isinstance(blocks, dict) and (unknown := set(blocks) - set(following)):
         raise UserError(f"--set phases.{min(unknown)}: not a phase of this command's --phase: add it there")
     following = following_phases(document, document.content["phase"])
-    family = CellBuilder(document, following, storage_root(storage))
+    family = CellBuilder(document, following, open_storage(storage))
     experiment = family.first({name: value for name, value in document.content.items() if name != "phases"}, document)
     usual = f"{experiment.phase}_{date.today():%Y%m%d}_{experiment.direction}_d{experiment.depth}"
     run = check_id(chosen_id or usual, "--id")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bwlm.paths import is_id
+from bwlm.storage.opened import sizes_below
 
 KINDS = (
     *("weights", "optimizer states", "research logs", "evaluations", "other files of runs"),
@@ -88,8 +89,8 @@ def _files(entry: os.DirEntry[str]) -> Iterator[tuple[str, int]]:
 
 
 def bytes_in(folder: Path) -> int:
-    """Return the bytes of all files below a folder."""
-    return sum(size for entry in _scan(folder) for _, size in _files(entry))
+    """Return the bytes of all files below a folder, also of files that lie in a bucket only."""
+    return sum(sizes_below(folder).values())
 
 
 def newest_change(path: Path) -> float:

@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 from bwlm.credentials import masked, refuse_secret
 from bwlm.errors import UserError
 from bwlm.format import counted
+from bwlm.remote import address_of
+from bwlm.storage.opened import in_bucket
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,13 @@ def tracking_uri(storage: Path, chosen: str | None) -> str:
     Raises `UserError` if it holds a secret, since it is printed and MLflow itself notes it, and if it is no address.
     """
     named = "launch.tracking_uri" if chosen else "MLFLOW_TRACKING_URI"
-    uri = chosen or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(storage / "mlflow.db")
+    uri = chosen or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri and in_bucket(storage):
+        raise UserError(
+            f"tracking: {address_of(storage)} cannot hold MLflow's database: start `mlflow server` and set "
+            "MLFLOW_TRACKING_URI"
+        )
+    uri = uri or sqlite_uri(storage / "mlflow.db")
     refuse_secret(uri, named)
     try:
         urlsplit(uri).port  # noqa: B018 - raises where it is no number

@@ -22,6 +22,7 @@ from bwlm.record.grids import cells_of, grid_folder, grid_names
 from bwlm.record.launches import living_launches
 from bwlm.record.lease import Holder, take_at_once
 from bwlm.record.lineage import Lineage
+from bwlm.storage.opened import shared
 
 _NAMED = 3
 """Number of children that an error names."""
@@ -75,6 +76,8 @@ def delete(folder: ExperimentFolder, besides: Collection[str] = (), lineage: Lin
                 if isinstance(taken, Holder):
                     raise _is_busy(folder, taken)
                 leases.callback(taken.release)
+            if in_bucket := shared(folder.path):
+                in_bucket.delete()
             folder.path.rename(gone)
         sync(gone.parent)  # else a power cut might bring the name back without all of the run's files
     except OSError as error:

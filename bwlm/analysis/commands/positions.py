@@ -14,6 +14,7 @@ from bwlm.analysis.charts.insides import position_chart
 from bwlm.analysis.commands.result import Analysis
 from bwlm.analysis.runs.research_logs import LoggedRun, from_each
 from bwlm.directions import own_readings
+from bwlm.record.bucket import fetch_text
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.text.packing import PackedRows
 
@@ -87,6 +88,7 @@ def document_lengths(corpus: str) -> pd.Series[int] | None:
     """Count the tokens of each document of the validation split, by its number; None if the packed text is gone."""
     if not (Path(corpus) / "manifest.json").exists():
         return None
+    fetch_text(Path(corpus))
     rows = PackedRows(Path(corpus), "validation")
     parts = []
     for start in range(0, len(rows), _AT_ONCE):

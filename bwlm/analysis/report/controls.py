@@ -18,6 +18,7 @@ from bwlm.analysis.runs.losses import load_losses
 from bwlm.analysis.runs.rates import BestRate
 from bwlm.config import CONTROL_SOURCES, NULL, PRODUCTS
 from bwlm.directions import BASELINE, DIRECTIONS, TEXT_READINGS
+from bwlm.record.bucket import fetch_text
 from bwlm.record.experiment import ExperimentFolder, list_experiments
 from bwlm.record.health import readable
 from bwlm.stats.columns import Size
@@ -115,6 +116,7 @@ def _floor(folder: ExperimentFolder, losses: pd.DataFrame) -> float:
     corpus = Path(folder.config().corpus)
     if not (corpus / "manifest.json").exists():
         return null_floor(losses["tokens"].to_numpy())
+    fetch_text(corpus)
     return null_nll_of_rows(PackedRows(corpus, "validation").take(losses["window"].unique()))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bwlm.errors import UserError
+from bwlm.record.bucket import fetch_text
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.text.conversation import check_conversation, render
 from bwlm.text.overlap import DocumentHashes, count_overlap
@@ -49,6 +50,7 @@ def _training_shards(folder: ExperimentFolder) -> Sequence[Path] | None:
         packed = find_packed(storage, Path(config.corpus), config.identity["data"])
         if packed is None:
             return None
+        fetch_text(packed)
         # a mixture's shards lie in the folders of its sources, beside its own
         files = [shard["file"] for shard in Manifest.read(packed).train.shards]
         shards += [Path(os.path.normpath(packed / "train" / str(file))) for file in files]
