@@ -104,7 +104,7 @@ def test_parts_of_gpus_that_are_left_make_no_whole_one(head: Head, tmp_path: Pat
 
 def test_what_a_cell_is_asked_as() -> None:
     assert bundles_of(ResourceSettings(cpus_per_worker=2)) == [{"CPU": 2.0}]
-    two = ResourceSettings(workers=2, cpus_per_worker=3, gpus_per_worker=0.5)
-    assert bundles_of(two) == [{"CPU": 3.0, "GPU": 0.5}, {"CPU": 3.0, "GPU": 0.5}, {"CPU": 0.1}]
-    assert need_words(two) == "2 workers of 3 CPUs and 0.5 GPUs"
+    two = ResourceSettings(workers=2, cpus_per_worker=3, gpus_per_worker=1)
+    assert bundles_of(two) == [{"CPU": 3.0, "GPU": 1.0}, {"CPU": 3.0, "GPU": 1.0}, {"CPU": 0.1}]
+    assert need_words(two) == "2 workers of 3 CPUs and 1 GPU"
     assert need_words(ResourceSettings()) == "1 CPU"

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from bwlm.grid.gauges import CELL_LABELS, CELLS, FIGURES, LOSS_FINITE, STATES
-from tests.cluster.test_job import free_ports
+from tests.cluster.heads import free_ports
 from tests.grids import BWLM, GridFile, private_environment, reap
 
 DOCS = Path(__file__).parents[2] / "docs"

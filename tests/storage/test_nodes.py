@@ -14,7 +14,7 @@ import pytest
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.storage.folder import bucket_at
 from bwlm.storage.opened import open_storage
-from tests.cluster.test_job import answers, free_ports, node_of
+from tests.cluster.heads import answers, free_ports, node_of
 from tests.grids import BWLM, GridFile
 from tests.mlflow_server import free_port, server
 from tests.s3_server import BUCKET, CREDENTIALS
