@@ -96,13 +96,15 @@ class Engine:
     """Model that serves many requests at once; `step` does one round of work for all of them.
 
     Its memory is that of `slots` rows: 8 L K D bytes a place in float32. At most `waiting` more requests wait for a
-    slot.
+    slot. `compiled` is `KVCache`'s, and may raise `CannotCompile`.
     """
 
-    def __init__(self, model: GPT, slots: int = 8, waiting: int = 64, prompt_part: int = 256) -> None:
+    def __init__(
+        self, model: GPT, slots: int = 8, waiting: int = 64, prompt_part: int = 256, compiled: bool = False
+    ) -> None:
         self.config = model.config
         self.slots, self.waiting = slots, waiting
-        self._cache = KVCache(model)
+        self._cache = KVCache(model, compiled)
         self._cache.reserve(slots, model.config.sequence_length)
         self._prompt_part = prompt_part
         self._queue: deque[_Running] = deque()
