@@ -1,11 +1,12 @@
 """Speed of serving: the engine against nanochat's, its share of the memory's bandwidth, and streams through HTTP.
 
-    python benchmarks/serve.py [--peer NANOCHAT] [--batches 1,8] [--precision bfloat16] [--json]
+    python benchmarks/serve.py [--peer NANOCHAT] [--compile] [--batches 1,8] [--precision bfloat16] [--json]
     python benchmarks/serve.py --depth 12 --batches 1           # the share of the measured memory bandwidth, MBU
     python benchmarks/serve.py --http --depth 8                 # 32 streams through HTTP, against the engine alone
 
 NANOCHAT is a checkout of karpathy/nanochat: its Engine around its own model of the same depth, width, heads and
-vocabulary, with full attention and random weights. Prompts of 32 ids of which `--new` follow, drawn at temperature 1,
+vocabulary, with full attention and random weights. With `--compile` our compiled step is measured beside the one of
+torch; with `--http` it is the one that serves. Prompts of 32 ids of which `--new` follow, drawn at temperature 1,
 in rounds in which all take turns. The names are nanochat's:
 
 - TTFT: seconds from the request to its first token. TPOT: seconds from one token to the next. tok/s: of all rows.
@@ -75,8 +76,8 @@ def timed(steps: Iterator[int]) -> Timing:
     return Timing(first, time.perf_counter() - began, tokens)
 
 
-def ours(model: GPT, rows: int, new: int) -> Callable[[], Timing]:
-    engine = Engine(model, slots=rows)
+def ours(model: GPT, rows: int, new: int, compiled: bool = False) -> Callable[[], Timing]:
+    engine = Engine(model, slots=rows, compiled=compiled)
     vocab = model.config.vocab_size
 
     def steps(turn: list[int]) -> Iterator[int]:
@@ -156,6 +157,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ways: dict[tuple[str, int], Callable[[], Timing]] = {}
     for rows in map(int, arguments.batches.split(",")):
         ways["bwlm", rows] = ours(model, rows, arguments.new)
+        if arguments.compile:
+            ways["bwlm compiled", rows] = ours(model, rows, arguments.new, compiled=True)
         if peer:
             ways["nanochat", rows] = peer(rows, arguments.new)
     timings: dict[tuple[str, int], list[Timing]] = {key: [] for key in ways}
@@ -188,7 +191,7 @@ def _row(
         "mbu": bytes_read(config, rows, arguments.new, precision) / step / most,
         "bandwidth_gb_s": most / 1e9,
     }
-    if engine == "bwlm" and (peer := timings.get(("nanochat", rows))):
+    if engine != "nanochat" and (peer := timings.get(("nanochat", rows))):
         row["times_nanochat"] = statistics.median(a.rate / b.rate for a, b in zip(of, peer, strict=True))
     return row
 
@@ -207,7 +210,7 @@ def serve_here(arguments: argparse.Namespace) -> None:
 
     tokenizer = train_tokenizer(iter(pydoc_data.topics.topics.values()), arguments.vocab)
     config = GPTConfig.from_depth(arguments.depth, tokenizer.vocab_size, arguments.time)
-    engine = Engine(random_model(config, "float32"), slots=arguments.streams)
+    engine = Engine(random_model(config, "float32"), slots=arguments.streams, compiled=arguments.compile)
     model = ServedModel("random", Voice("forward", "whole", True), tokenizer, engine, {})
     with socket.create_server(("127.0.0.1", 0)) as listening:
         print(listening.getsockname()[1], flush=True)
@@ -217,7 +220,7 @@ def serve_here(arguments: argparse.Namespace) -> None:
 def engine_alone(arguments: argparse.Namespace) -> None:
     """Print the tokens per second of the engine alone; what the other process runs."""
     config = GPTConfig.from_depth(arguments.depth, arguments.vocab, arguments.time)
-    run = ours(random_model(config, "float32"), arguments.streams, arguments.new)
+    run = ours(random_model(config, "float32"), arguments.streams, arguments.new, arguments.compile)
     run()
     began = time.process_time()
     timings = [run() for _ in range(2)]
@@ -228,7 +231,7 @@ def engine_alone(arguments: argparse.Namespace) -> None:
 def on_core(core: int, mode: str, arguments: argparse.Namespace) -> subprocess.Popen[str]:
     sizes = [f"--{name}={getattr(arguments, name)}" for name in ("depth", "vocab", "time", "new", "streams")]
     return subprocess.Popen(
-        [sys.executable, __file__, f"--mode={mode}", *sizes],
+        [sys.executable, __file__, f"--mode={mode}", *sizes, *["--compile"] * arguments.compile],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -304,6 +307,7 @@ def through_http(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="checkout of karpathy/nanochat")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--depth", type=int, default=4)

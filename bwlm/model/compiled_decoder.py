@@ -31,7 +31,9 @@ from bwlm.model.loss import softcap
 from bwlm.model.shape import GPTConfig
 
 _SOURCE = Path(__file__).parent / "decode_step.cpp"
-_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
+_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
+# sums in any order, as vectors need them. Not -ffast-math: a library with it makes torch's tiny numbers zero
+_MATHS = ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
 _WEIGHTS = {torch.float32: "float", torch.bfloat16: "uint16_t"}
 _PANEL = 32
 """Columns of a matrix that lie side by side, as in `decode_step.cpp`."""
@@ -79,7 +81,8 @@ class CompiledDecoder(Decoder):
         the new ids.
         """
         rows = len(ids)
-        assert 0 <= min(ids) <= max(ids) < self._vocabulary and max(places[:rows]) < kept.size(4), "inside the memory"
+        assert 0 <= min(ids) <= max(ids) < self._vocabulary, "ids of the vocabulary"
+        assert max(places[:rows]) < kept.size(4), "places of the cache"
         logits = torch.empty(rows, self._vocabulary)
         numbers = ctypes.c_int32 * rows
         self._step(
@@ -118,7 +121,7 @@ def _compiled(config: GPTConfig, dtype: torch.dtype) -> Any:
     defined = [f"-D{name}={value}" for name, value in sizes.items()]
     with TemporaryDirectory(prefix="bwlm-") as folder:
         library = Path(folder) / "decode_step.so"
-        command = [*_compiler(), *_FLAGS, *defined, str(_SOURCE), "-o", str(library)]
+        command = [*_compiler(), *_FLAGS, *_MATHS, *defined, str(_SOURCE), "-o", str(library)]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             raise CannotCompile(f"{command[0]} failed: {(run.stderr.strip().splitlines() or ['no message'])[-1]}")
@@ -128,7 +131,9 @@ def _compiled(config: GPTConfig, dtype: torch.dtype) -> Any:
 def _compiler() -> list[str]:
     """Return the command of the C++ compiler: $CXX, or the system's."""
     named = shlex.split(os.environ.get("CXX", ""))
+    if named and not shutil.which(named[0]):
+        raise CannotCompile(f"CXX names {named[0]}, which is not there")
     found = named or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
-    if not found or not shutil.which(found[0]):
-        raise CannotCompile(f"no C++ compiler{f' {found[0]}' if found else ''}: install one, such as g++")
+    if not found:
+        raise CannotCompile("it needs a C++ compiler, such as g++: install one")
     return found

@@ -83,7 +83,6 @@ void multiply(int rows, const float* x, const Weight* matrix, int inputs, int ou
 
 void norm(const float* x, int size, float* y) {
     float squares = 0;
-#pragma omp simd reduction(+ : squares)
     for (int at = 0; at < size; ++at) squares += x[at] * x[at];
     const float scale = 1 / std::sqrt(squares / size + NORM_EPS);
     for (int at = 0; at < size; ++at) y[at] = x[at] * scale;
@@ -109,7 +108,7 @@ inline float exponential(float x) {
     const float power = std::max(x * 1.44269504f, -126.0f);
     const int whole = int(power - 0.5f);
     const float r = (power - float(whole)) * 0.69314718f;
-    const float series = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720.f)))));
+    const float series = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
     const int bits = (whole + 127) << 23;
     float scale;
     std::memcpy(&scale, &bits, sizeof scale);
@@ -121,14 +120,11 @@ void attend(const float* q, const float* keys, const float* values, int seen, fl
     float best = -INFINITY, total = 0, sums[HEAD_DIM] = {};
     for (int place = 0; place < seen; ++place) {
         float score = 0;
-#pragma omp simd reduction(+ : score)
         for (int at = 0; at < HEAD_DIM; ++at) score += q[at] * keys[place * HEAD_DIM + at];
         scores[place] = score;
     }
     const float scale = 1 / std::sqrt(float(HEAD_DIM));
-#pragma omp simd reduction(max : best)
-    for (int place = 0; place < seen; ++place) best = std::max(best, scores[place]);
-#pragma omp simd reduction(+ : total)
+    for (int place = 0; place < seen; ++place) best = scores[place] > best ? scores[place] : best;
     for (int place = 0; place < seen; ++place) {
         scores[place] = exponential((scores[place] - best) * scale);
         total += scores[place];
