@@ -61,10 +61,10 @@ class Timing:
         return self.tokens / self.all
 
 
-def random_model(config: GPTConfig, precision: str) -> GPT:
+def random_model(config: GPTConfig, precision: str, device: str = "cpu") -> GPT:
     model = GPT(config, getattr(torch, precision))
     model.init_weights(0)
-    return model.eval()
+    return model.to(device).eval()
 
 
 def timed(steps: Iterator[int]) -> Timing:
@@ -92,10 +92,10 @@ def ours(model: GPT, rows: int, new: int, compiled: bool = False) -> Callable[[]
     return lambda: timed(steps(turn))
 
 
-def peers(folder: str, config: GPTConfig, precision: str) -> Callable[[int, int], Callable[[], Timing]]:
+def peers(arguments: argparse.Namespace, config: GPTConfig) -> Callable[[int, int], Callable[[], Timing]]:
     """Return a function of rows and new tokens that gives nanochat's Engine, timed."""
-    sys.path.insert(0, folder)
-    os.environ["NANOCHAT_DTYPE"] = precision
+    sys.path.insert(0, arguments.peer)
+    os.environ["NANOCHAT_DTYPE"] = arguments.precision
     import nanochat.engine as peer_engine  # type: ignore[import-not-found]
     import nanochat.gpt as peer_gpt  # type: ignore[import-not-found]
 
@@ -110,7 +110,7 @@ def peers(folder: str, config: GPTConfig, precision: str) -> Callable[[int, int]
     }
     model = peer_gpt.GPT(peer_gpt.GPTConfig(**shape))
     model.init_weights()
-    engine = peer_engine.Engine(model.eval(), _NoSpecials())
+    engine = peer_engine.Engine(model.to(arguments.device).eval(), _NoSpecials())
 
     def of(rows: int, new: int) -> Callable[[], Timing]:
         def steps() -> Iterator[int]:
@@ -132,28 +132,28 @@ class _NoSpecials:
         return -1
 
 
-def bandwidth() -> float:
+def bandwidth(device: str) -> float:
     """Return the bytes per second of a product of a 1 GiB matrix with a vector, the best of five."""
-    matrix, vector = torch.ones(2**15, 2**13), torch.ones(2**13)
+    matrix, vector = torch.ones(2**15, 2**13, device=device), torch.ones(2**13, device=device)
     best = float("inf")
     for _ in range(6):
         began = time.perf_counter()
-        matrix @ vector
+        (matrix @ vector)[0].item()  # a GPU has done it only then
         best = min(best, time.perf_counter() - began)
     return matrix.numel() * 4 / best
 
 
-def bytes_read(config: GPTConfig, rows: int, new: int, precision: str) -> float:
-    """Return the bytes that a step must read: the matrices, and float32 keys and values of rows of mean length."""
-    weights = count_parameters(config).scaling * (4 if precision == "float32" else 2)
-    kept = 2 * config.depth * config.kv_heads * config.head_dim * 4 * (PROMPT + new / 2)
-    return weights + rows * kept
+def bytes_read(config: GPTConfig, rows: int, arguments: argparse.Namespace) -> float:
+    """Return the bytes that a step must read: the matrices, and the keys and values of rows of mean length."""
+    number = 4 if arguments.precision == "float32" else 2
+    kept = 2 * config.depth * config.kv_heads * config.head_dim * (PROMPT + arguments.new / 2)
+    return count_parameters(config).scaling * number + rows * kept * (4 if arguments.device == "cpu" else number)
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     config = GPTConfig.from_depth(arguments.depth, arguments.vocab, arguments.time)
-    model = random_model(config, arguments.precision)
-    peer = peers(arguments.peer, config, arguments.precision) if arguments.peer else None
+    model = random_model(config, arguments.precision, arguments.device)
+    peer = peers(arguments, config) if arguments.peer else None
     ways: dict[tuple[str, int], Callable[[], Timing]] = {}
     for rows in map(int, arguments.batches.split(",")):
         ways["bwlm", rows] = ours(model, rows, arguments.new)
@@ -167,7 +167,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             timing = way()
             if number:  # the first round warms up
                 timings[key].append(timing)
-    most = bandwidth()
+    most = bandwidth(arguments.device)
     return [_row(config, key, timings, arguments, most) for key in ways]
 
 
@@ -188,7 +188,7 @@ def _row(
         "ttft_ms": 1e3 * statistics.median(one.first for one in of),
         "tpot_ms": 1e3 * step,
         "tok_s": statistics.median(one.rate for one in of),
-        "mbu": bytes_read(config, rows, arguments.new, precision) / step / most,
+        "mbu": bytes_read(config, rows, arguments) / step / most,
         "bandwidth_gb_s": most / 1e9,
     }
     if engine != "nanochat" and (peer := timings.get(("nanochat", rows))):
@@ -310,6 +310,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--time", type=int, default=512)

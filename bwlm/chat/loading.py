@@ -39,4 +39,4 @@ def load_served(
             for name, one in zip(names, loaded, strict=True)
         ]
     except CannotCompile as error:
-        raise UserError(f"--compile: {error}; serve without it, or mend that") from None
+        raise UserError(f"--compile: {error}: mend that, or leave --compile out") from None

@@ -135,5 +135,5 @@ def _compiler() -> list[str]:
         raise CannotCompile(f"CXX names {named[0]}, which is not there")
     found = named or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
     if not found:
-        raise CannotCompile("it needs a C++ compiler, such as g++: install one")
+        raise CannotCompile("it needs a C++ compiler, such as g++")
     return found

@@ -59,5 +59,5 @@ def test_what_replicas_cannot_be_is_told_before_ray_starts(with_a_run: Shell) ->
 def test_a_machine_without_a_compiler_is_told_so(with_a_run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     _compiled.cache_clear()
     monkeypatch.setenv("CXX", "no-such-compiler")
-    told = "--compile: CXX names no-such-compiler, which is not there; serve without it, or mend that"
+    told = "--compile: CXX names no-such-compiler, which is not there: mend that, or leave --compile out"
     check_mistake(with_a_run("serve", "forward", "--compile", "--threads", "1", "--port", "0"), told)

@@ -92,15 +92,15 @@ class TestWithoutACompiler:
     def decoder(self) -> CompiledDecoder:
         return CompiledDecoder(lively(SHAPES["one head"]))
 
-    def test_it_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_it_says_what_it_needs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setenv("PATH", "/nowhere")
-        with pytest.raises(CannotCompile, match=r"^it needs a C\+\+ compiler, such as g\+\+: install one$"):
+        with pytest.raises(CannotCompile, match=r"^it needs a C\+\+ compiler, such as g\+\+$"):
             self.decoder()
 
     def test_it_names_the_one_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CXX", "no-such-compiler -O3")
-        with pytest.raises(CannotCompile, match="^CXX names no-such-compiler, which is not there$"):
+        with pytest.raises(CannotCompile, match=r"^CXX names no-such-compiler, which is not there$"):
             self.decoder()
 
     def test_what_it_says_is_passed_on(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
