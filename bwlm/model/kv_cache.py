@@ -4,8 +4,7 @@ Every row begins at place 0 of the cache and grows to the right, to a length of 
 position, a row is read as it would be alone, and no row meets the length limit of a longer one. Places beyond a row's
 end hold padding or dropped ids; the row does not see them until it overwrites them.
 
-Not here: the choice of the next id and the end of a row (`generate.py`), and what makes a step faster when it is asked
-for (`compiled_decoder.py`, `step_graphs.py`).
+Not here: the choice of the next id and the end of a row (`generate.py`), and a faster step (`compiled_cache.py`).
 
 Axes: L layers, B rows, T ids of a row that are read at once, S places seen, H heads, K kv heads, G = H / K heads of a
 group, D head dimension, V vocabulary.
@@ -23,10 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bwlm.model.attention import AttentionKernel, attend
-from bwlm.model.compiled_decoder import CompiledDecoder
 from bwlm.model.decoder import Decoder
 from bwlm.model.gpt import GPT
-from bwlm.model.step_graphs import StepGraphs
 
 
 class KVCache:
@@ -34,19 +31,14 @@ class KVCache:
 
     Decodes with the weights that the model had when the cache was made. The model itself stays as it is, in its mode
     and with its blocks compiled or not. The cache holds every key and value of its rows: 2 L K D numbers a place.
-
-    With `compiled`, `follow` is one call: on a CPU of compiled code, on a GPU of a CUDA graph once rows are reserved.
-    Raises `CannotCompile` if the machine has no compiler.
     """
 
-    def __init__(self, model: GPT, compiled: bool = False) -> None:
+    def __init__(self, model: GPT, decoder: type[Decoder] = Decoder) -> None:
         self.config = model.config
         self.device = model.embedding.weight.device
         self.rows: list[list[int]] = []
         """Ids of each row that has been read."""
-        self._graphs: StepGraphs | None = None
-        self._graphed = compiled and self.device.type == "cuda"
-        self._decoder = CompiledDecoder(model) if compiled and not self._graphed else Decoder(model)
+        self._decoder = decoder(model)
         self._kept = self._empty(0, 0)
 
     @torch.inference_mode()
@@ -63,10 +55,10 @@ class KVCache:
                 f"{self.config.sequence_length}"
             )
         distinct = {tuple(row): n for n, row in enumerate(dict.fromkeys(map(tuple, rows)))}
-        self._renew([[] for _ in distinct], longest)
+        self.rows, self._kept = [[] for _ in distinct], self._empty(len(distinct), longest)
         logits, once = self._go_on(list(distinct)), self._kept
         copies = torch.tensor([distinct[tuple(row)] for row in rows], device=self.device)
-        self._renew([list(row) for row in rows], room)
+        self.rows, self._kept = [list(row) for row in rows], self._empty(len(rows), room)
         self._kept[..., :longest, :] = once[:, :, copies]
         return logits[copies]
 
@@ -80,24 +72,16 @@ class KVCache:
         if not 1 <= len(row) <= room:
             raise ValueError(f"{len(row)} ids in a row: give 1 to {room}")
         if len(self.rows) != 1 or self._kept.size(-2) < room:
-            self._renew([[]], room)
+            self.rows, self._kept = [[]], self._empty(1, room)
         # always read the last id, for its logits
         alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.rows[0], row[:-1], strict=False))
         known = sum(1 for _ in alike)
         del self.rows[0][known:]
         return self._go_on([row[known:]])
 
-    @torch.inference_mode()
     def reserve(self, rows: int, room: int) -> None:
         """Forget all rows and make place for this many empty ones, of at most `room` ids each."""
-        empty: list[list[int]] = [[] for _ in range(rows)]
-        if (self._kept.size(2), self._kept.size(4)) == (rows, room):
-            self.rows = empty
-            self._kept.zero_()  # graphs write where they did when they were captured
-            return
-        self._renew(empty, room)
-        if self._graphed:
-            self._graphs = StepGraphs(self._follow_on_device, rows, room, self.device)
+        self.rows, self._kept = [[] for _ in range(rows)], self._empty(rows, room)
 
     @torch.inference_mode()
     def extend(self, row: int, ids: Sequence[int]) -> Tensor:
@@ -112,15 +96,7 @@ class KVCache:
     @torch.inference_mode()
     def follow(self, ids: Sequence[int]) -> Tensor:
         """Read one further id of each of the first rows, [B]; return logits [B, V] for the id after it."""
-        if self._graphs:
-            logits = self._graphs(ids, [min(len(row), self._kept.size(4) - 1) for row in self.rows])
-        elif isinstance(self._decoder, CompiledDecoder):
-            logits = self._decoder.step(self._kept, ids, [len(row) for row in self.rows])
-        else:
-            return self._go_on([[new] for new in ids])
-        for row, new in zip(self.rows, ids, strict=False):
-            row.append(new)
-        return logits
+        return self._go_on([[new] for new in ids])
 
     def cut(self, row: int, length: int) -> None:
         """Forget the ids of a row from place `length` on."""
@@ -175,11 +151,6 @@ class KVCache:
             row.extend(new)
         return states
 
-    def _follow_on_device(self, ids: Tensor, places: Tensor, seen: int) -> Tensor:
-        """Return logits [B, V] after reading ids [B] of the first rows; where nothing is known but on the device."""
-        step = self._step(0, places[:, None], seen, alike=False)
-        return self._decoder.logits(self._read(ids[:, None], places[:, None], step)[:, 0])
-
     def _read(self, ids: Tensor, places: Tensor, step: _Step) -> Tensor:
         return self._decoder.states(ids, places, partial(_attend, self._kept, step, self._decoder.kernel))
 
@@ -195,10 +166,6 @@ class KVCache:
             mask = _mask(places, seen, self._kept.dtype).repeat(1, 1, self.config.heads // heads, 1)
         stored = torch.stack([keys, keys + all_rows * heads * room]).flatten()
         return _Step(stored, slice(first, first + rows), seen, seen > time, mask)
-
-    def _renew(self, rows: list[list[int]], places: int) -> None:
-        """Hold these rows from now on, in new memory of this many places; what they hold is still to be written."""
-        self.rows, self._kept, self._graphs = rows, self._empty(len(rows), places), None
 
     def _empty(self, rows: int, places: int) -> Tensor:
         """Return zeros [L, 2, B, K, S, D], not uninitialised memory: hidden places are multiplied too, by 0."""

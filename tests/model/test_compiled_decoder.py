@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bwlm.model.compiled_cache import CompiledKVCache
 from bwlm.model.compiled_decoder import CannotCompile, CompiledDecoder, Panels, _compiled
 from bwlm.model.decoder import Matrix
-from bwlm.model.kv_cache import KVCache
 from bwlm.model.shape import GPTConfig
 from tests.model.test_kv_cache import SHAPES, assert_close, lively, whole
 
@@ -22,7 +22,7 @@ ROWS = [[(7 * row + 3 * place) % 50 for place in range(1 + row % 5)] for row in 
 @pytest.mark.parametrize(("count", "threads"), [(1, 1), (2, 1), (7, 1), (8, 1), (9, 1), (21, 1), (9, 2)])
 def test_any_number_of_rows_on_any_number_of_threads(count: int, threads: int) -> None:
     model, rows, before = lively(), [list(row) for row in ROWS[:count]], torch.get_num_threads()
-    cache = KVCache(model, compiled=True)
+    cache = CompiledKVCache(model)
     cache.read(rows, T)
     torch.set_num_threads(threads)
     try:
@@ -63,16 +63,16 @@ def test_weights_are_held_once() -> None:
 
 def test_nothing_is_compiled_once_the_decoder_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lively()
-    cache = KVCache(model, compiled=True)
+    cache = CompiledKVCache(model)
     monkeypatch.setattr(subprocess, "run", None)
     for rows in ([ROWS[0]], ROWS, ROWS[:3]):
         cache.read(rows, T)
         cache.follow([1] * len(rows))
-    KVCache(lively(seed=2), compiled=True)  # nor for another model of the same sizes
+    CompiledKVCache(lively(seed=2))  # nor for another model of the same sizes
 
 
 def test_an_id_or_a_place_outside_of_the_memory_is_not_read() -> None:
-    cache = KVCache(lively(), compiled=True)
+    cache = CompiledKVCache(lively())
     cache.read([[1, 2]], 3)
     for wrong in (-1, 50):
         with pytest.raises(AssertionError, match="ids of the vocabulary"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bwlm.model.attention import AttentionKernel
+from bwlm.model.compiled_cache import CompiledKVCache
 from bwlm.model.gpt import GPT
-from bwlm.model.kv_cache import KVCache
 from bwlm.model.optim import build_optimizer
 from bwlm.model.shape import GPTConfig
 from bwlm.model.train_step import TrainStep
@@ -66,7 +66,7 @@ def test_captured_steps_decode_as_the_model_does_in_any_slots(monkeypatch: pytes
     """Rows of 1 to 700 ids, so that graphs of all sizes are replayed; none is captured once rows are reserved."""
     config, random = GPTConfig.from_depth(2, 300, 1024), Random(0)
     model = lively(config).to("cuda")
-    cache = KVCache(model, compiled=True)
+    cache = CompiledKVCache(model)
     cache.reserve(5, 1024)
     monkeypatch.setattr(torch.cuda, "graph", None)
     rows = [[random.randrange(300) for _ in range(length)] for length in (1, 40, 300, 700, 5)]

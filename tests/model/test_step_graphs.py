@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bwlm.model import kv_cache
-from bwlm.model.kv_cache import KVCache
+from bwlm.model import compiled_cache
+from bwlm.model.compiled_cache import CompiledKVCache
+from bwlm.model.decoder import Decoder
 from bwlm.model.step_graphs import Captured, StepGraphs, fitting, sizes
 from tests.model.test_kv_cache import SHAPES, T, V, assert_close, lively, whole
 
@@ -31,14 +32,15 @@ class Replayed(StepGraphs):
 
 @pytest.fixture
 def graphed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_cache, "StepGraphs", Replayed)
+    monkeypatch.setattr(compiled_cache, "StepGraphs", Replayed)
     monkeypatch.setattr("bwlm.model.step_graphs._FEWEST_PLACES", 4)
     monkeypatch.setattr(Replayed, "count", 0)
 
 
-def graphed_cache(shape: str) -> KVCache:
-    cache = KVCache(lively(SHAPES[shape]))
-    cache._graphed = True
+def graphed_cache(shape: str) -> CompiledKVCache:
+    model = lively(SHAPES[shape])
+    cache = CompiledKVCache(model)
+    cache._decoder = Decoder(model)  # a GPU's
     cache.reserve(5, T)
     return cache
 
