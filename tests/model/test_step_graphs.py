@@ -87,8 +87,9 @@ def test_what_was_reserved_can_be_forgotten_without_capturing_anew() -> None:
 
 
 @pytest.mark.usefixtures("graphed")
-def test_graphs_are_not_used_for_other_memory() -> None:
+def test_graphs_are_not_used_for_other_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model, cache = lively(), graphed_cache("two heads share")
+    monkeypatch.setattr(Replayed, "__call__", None)
     cache.read([[1, 2], [3]], 8)
     assert_close(cache.follow([5, 6]), whole(model, [[1, 2, 5], [3, 6]]))
 
