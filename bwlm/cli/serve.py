@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -113,6 +115,8 @@ def serve(
             app = build_app(load_served(*models), access)
             _tell(names, host, listening.getsockname()[1], open_page)  # the socket listens already
             ended_by = run_server(app, listening, grace)
+    if ended_by == signal.SIGINT:
+        sys.exit(128 + ended_by)  # typer's Exit with this code would be told as a run to resume, which none is here
     if ended_by:
         raise typer.Exit(128 + ended_by)
 

@@ -25,9 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bwlm.model.decoder import Decoder, Matrix
+from bwlm.model.decoder import Decoder, Matrix, softcap_
 from bwlm.model.gpt import GPT, NORM_EPS
-from bwlm.model.loss import softcap
 from bwlm.model.shape import GPTConfig
 
 _SOURCE = Path(__file__).parent / "decode_step.cpp"
@@ -97,7 +96,7 @@ class CompiledDecoder(Decoder):
             kept.size(4),
             _address(logits),
         )
-        return softcap(logits)
+        return softcap_(logits)
 
 
 def _address(tensor: Tensor) -> ctypes.c_void_p:

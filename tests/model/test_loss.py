@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bwlm.model.loss import LOGIT_CAP, fused_loss, plain_loss
+from bwlm.model.decoder import softcap_
+from bwlm.model.loss import LOGIT_CAP, fused_loss, plain_loss, softcap
 
 N, C, V = 37, 8, 50
 
@@ -99,3 +100,10 @@ def test_a_compiled_kernel_is_taken_instead() -> None:
     total, *_ = fused_loss(x, weight, targets, 30, gradient=kernel)
     assert asked == [30, 7]
     assert float(total.detach()) == pytest.approx(float(plain_loss(x, weight, targets)[0].detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cap_in_place_is_the_cap(dtype: torch.dtype) -> None:
+    logits = 40 * torch.randn(N, V, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = softcap(logits)
+    assert torch.equal(softcap_(logits), expected)
