@@ -16,7 +16,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from bwlm.credentials import refuse_secret
@@ -118,6 +118,27 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: no such file") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+class FileState(NamedTuple):
+    """State of a file by which a cache knows it: with another content it has another one.
+
+    An edit that keeps the size and sets the time back still changes `changed`, and a file in its place has its own
+    inode. Two edits within a tick of the file system's clock, some milliseconds, share a state if the size stays.
+    """
+
+    path: str
+    size: int
+    modified: int
+    """Nanoseconds since the epoch, as is the next."""
+    changed: int
+    inode: int
+
+
+def file_state(path: Path | str) -> FileState:
+    """Return the state of a file. Raises `OSError` if there is none."""
+    stat = os.stat(path)  # noqa: PTH116 (a thousand runs have ten thousand files, and a Path costs more than the call)
+    return FileState(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
 def sha256_of(path: Path) -> str:

@@ -11,6 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.many_cells import copy_grid
+from bwlm.record.grids import write_cells
+from bwlm.text.prepare import Prepared
+from bwlm.train.run import run_phase
+from bwlm.train.session import LocalSession
+from tests.runs import in_process, make_run
+from tests.shell import Shell
+
 ROOT = Path(__file__).parents[1]
 PRECISIONS = ("float32", "bfloat16")
 
@@ -86,3 +94,22 @@ def test_steps_inside_segments_are_compared_with_steps_that_know_none() -> None:
     assert eager["cases"][0]["speed_to_unmasked"] == 1
     assert all(row["best"] >= row["tokens_per_second"] > 0 for row in eager["cases"])
     assert eager["compiled_anew"] == 0
+
+
+def test_copies_of_a_grid_are_runs_like_others(prepared: Prepared, shell: Shell) -> None:
+    """The storage that `many_cells.py` measures on: no command finds fault with it."""
+    source = shell.folder / "source"
+    for direction in ("forward", "backward"):
+        run = make_run(prepared, source, f"one_{direction}", direction=direction)
+        assert run_phase(run, LocalSession(), in_process).state == "finished"
+    write_cells(source, "one", ["one_forward", "one_backward"])
+    ids = copy_grid(source, "one", shell.storage, cells=6, rates=(1.0,))
+    assert ids == [f"many_{direction}_d1_lr1_s{seed}" for direction in ("forward", "backward") for seed in range(3)]
+    listed = shell("runs", "list", "--json")
+    assert listed.err == ""
+    runs = json.loads(listed.out)
+    assert [(run["state"], run["seed"], run["damage"]) for run in runs] == [("finished", n, []) for n in (0, 1, 2)] * 2
+    assert len({run["metrics"]["val_bpb"] for run in runs}) == 6
+    [gap] = shell.json("analyze", "gap", "many", "--output", "gap.csv")
+    assert gap["seeds"] == 3
+    assert len(set(gap["per_seed"])) == 3

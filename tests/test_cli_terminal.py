@@ -6,15 +6,21 @@ import io
 import logging
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from typer.testing import CliRunner
 
 from bwlm.cli.terminal import LogLines, say, show, show_fields, show_sentences, show_table
+from bwlm.cli.text_table import table_lines
 from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.grids import write_cells
 from tests.analysis.storage import finish, make_cell
@@ -102,6 +108,30 @@ def test_whatever_a_table_holds_it_fits_and_every_cell_is_whole(
     assert max(map(len, lines)) <= WIDTH
     words = " ".join(lines).split()
     assert all(cell in words for row in named for cell in row)
+
+
+_CELL = st.text(st.sampled_from("abc1.5-東京é "), max_size=6).map(str.strip)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(_CELL, min_size=3, max_size=3), min_size=1, max_size=4), st.booleans())
+def test_a_table_stands_as_rich_would_draw_it(rows: list[list[str]], broken: bool) -> None:
+    """Rich measures each cell several times over, which takes seconds of a thousand rows."""
+    columns = dict(zip(["id", "bits per byte", "x"], map(list, zip(*rows, strict=True)), strict=True))
+    head, lines = table_lines(columns, ["id"], broken)
+    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name, of in columns.items():
+        heading = "\n".join(textwrap.wrap(name, max([*map(len, name.split()), *map(len, of)]))) if broken else name
+        drawn.add_column(Text(heading), justify="left" if name == "id" else "right", no_wrap=True, vertical="bottom")
+    for row in rows:
+        drawn.add_row(*map(Text, row))
+    console = Console(width=200, highlight=False)
+    by_rich = ["".join(part.text for part in line).rstrip() for line in console.render_lines(drawn, pad=False)]
+    assert [*head, *lines] == by_rich
+
+
+def test_a_cell_of_several_lines_is_one_line() -> None:
+    assert table_lines({"id": ["a\nb", "**c**\x07"], "x": ["1", "2"]}, ["id"], False)[1] == ["a b  1", "c    2"]
 
 
 def test_sentences_and_fields_are_wrapped_between_words(

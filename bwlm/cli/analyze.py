@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bwlm.cli.analysis_run import (
+    Analyse,
+    Made,
+    check_output,
+    default_folder,
+    kept_result,
+    run_analysis,
+    told_or_made,
+)
 from bwlm.cli.app import App
 from bwlm.cli.terminal import (
     Json,
@@ -25,28 +32,19 @@ from bwlm.cli.terminal import (
 from bwlm.errors import UserError
 from bwlm.paths import readable
 from bwlm.phases import PHASES
-from bwlm.progress import loading, track, working
+from bwlm.progress import loading, working
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from bwlm.analysis.commands.result import Analysis
     from bwlm.analysis.runs.task_scores import Wanted
     from bwlm.record.experiment import ExperimentFolder
     from bwlm.stats.gaps import Gap
     from bwlm.stats.scores import Scores
-
-_LONGEST = 80
-"""Most characters of a folder's name, without the digest at its end."""
 
 analyze_app = App(help="Analyze runs: print findings, draw a chart, write tables.", no_args_is_help=True)
 
 Runs = Annotated[
     list[str], typer.Argument(metavar="RUN...", help="Ids, globs over ids, or names of grids.", show_default=False)
 ]
-Analyse = Callable[[list["ExperimentFolder"]], "Analysis"]
-"""Analysis of runs."""
-
 Output = Annotated[
     list[Path] | None,
     typer.Option(
@@ -93,38 +91,48 @@ def gap(
     if bool(runs) == bool(losses):
         raise UserError("analyze gap: give either runs or --from with a table of losses")
     chosen = choose(storage_root(storage), runs) if runs else None  # first, since libraries take seconds to load
-    with loading():
-        from bwlm.analysis.commands.gap import gap_analysis, gap_figures
-        from bwlm.stats.loss_file import gaps_from
+    name = " ".join(runs) if runs else readable(losses.name) if losses else ""
 
-        _check(output)  # before losses are read and resampled
-    if chosen is None:
-        assert losses is not None
-        with working(f"resampling {losses.name}"):
-            gaps, notes = gaps_from(losses, resamples)
-        name, default = readable(losses.name), None
-    else:
-        with working("reading and resampling losses"):
-            gaps, notes = _gaps_of_runs(*chosen)
-        name, default = " ".join(runs or []), _default(storage, runs or []) / "gap"
-    analysis = gap_analysis(gaps, name, notes)
-    for line in notes:
+    def make() -> Made:
+        with loading():
+            from bwlm.analysis.commands.gap import gap_analysis, gap_figures
+            from bwlm.stats.loss_file import gaps_from
+
+            check_output(output)  # before losses are read and resampled
+        if chosen is None:
+            assert losses is not None
+            with working(f"resampling {losses.name}"):
+                gaps, notes = gaps_from(losses, resamples)
+        else:
+            with working("reading and resampling losses"):
+                gaps, notes = _gaps_of_runs(*chosen)
+        analysis = gap_analysis(gaps, name, notes)
+        said = {"notes": notes, "findings": analysis.findings, "document": [gap_figures(one) for one in gaps]}
+        return Made(said | {"table": gap_rows(gaps)}, analysis)
+
+    result = told_or_made(kept_result("gap", runs or [], output, storage, *chosen) if chosen else None, make)
+    for line in result.said["notes"]:
         say(line)
-    _write(analysis, output, default)
+    result.write(output, default_folder(storage, runs) / "gap" if runs else None)
     if as_json:
-        return print_json([gap_figures(one) for one in gaps])
-    show_gaps(gaps, f"{name}: gaps between directions")
+        return print_json(result.said["document"])
+    show_rows(result.said["table"], f"{name}: gaps between directions")
     show("")
-    show_sentences(*analysis.findings)
+    show_sentences(*result.said["findings"])
     return None
 
 
-def show_gaps(gaps: list[Gap], title: str) -> None:
-    """Print the verdict table, what the sign of a gap says, and where too few documents were compared."""
+def gap_rows(gaps: list[Gap]) -> dict[str, Any]:
+    """Return the verdict table, what the sign of a gap says, and where too few documents were compared."""
     from bwlm.analysis.commands.gap import GAP_HEADER, SIGN, few_documents, gap_columns
 
-    show_table(GAP_HEADER, [gap_columns(one) for one in gaps], title, names=("size", "pair", "verdict"))
-    show_sentences(SIGN, *few_documents(gaps))
+    return {"header": GAP_HEADER, "rows": [gap_columns(one) for one in gaps], "below": [SIGN, *few_documents(gaps)]}
+
+
+def show_rows(table: dict[str, Any], title: str) -> None:
+    """Print the table of `gap_rows` with the sentences below it."""
+    show_table(table["header"], table["rows"], title, names=("size", "pair", "verdict"))
+    show_sentences(*table["below"])
 
 
 def _gaps_of_runs(chosen: list[ExperimentFolder], left_out: list[str]) -> tuple[list[Gap], list[str]]:
@@ -209,25 +217,25 @@ def scores(
         from bwlm.stats.score_file import scores_from
     from bwlm.format import counted
 
-    _check(output)
+    check_output(output)
     if bool(runs) == bool(sources):
         raise UserError("analyze scores: give either runs or --from with scores")
     options = (_list(rules), by_group)
     if any("@" in run for run in runs or []):
         wanted = Wanted(_list(tasks or ""), _list(readings or "forward,backward"), *options)
-        return _run(lambda: _score_curves(wanted), _without_all(runs or []), output, storage, as_json)
+        return run_analysis(lambda: _score_curves(wanted), _without_all(runs or []), output, storage, as_json)
     if sources:
         name, default = readable(Path(sources[0]).name) if len(sources) == 1 else counted(len(sources), "file"), None
         with working(f"comparing the scores of {name}"):
             found = scores_from(sources)
     else:
-        name, default = " ".join(runs or []), _default(storage, runs or []) / "scores"
+        name, default = " ".join(runs or []), default_folder(storage, runs or []) / "scores"
         wanted = Wanted(_list(tasks or ""), _list(readings or "own"), *options)
         found = _scores_of_runs(runs or [], storage, wanted)
     analysis = score_analysis(found, name)
     for line in analysis.notes:
         say(line)
-    _write(analysis, output, default)
+    Made({}, analysis).write(output, default)
     if as_json:
         return print_json(score_figures(found))
     short, shared = without_shared(found)
@@ -302,7 +310,7 @@ def compare(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
         return compare
 
-    _run(load, runs, output, storage, as_json, rates=True)
+    run_analysis(load, runs, output, storage, as_json, rates=True, kept_as="compare")
 
 
 @analyze_app.command()
@@ -317,7 +325,7 @@ def transfer(runs: Runs, output: Output = None, storage: Storage = None, as_json
 
         return transfer
 
-    _run(load, runs, output, storage, as_json)
+    run_analysis(load, runs, output, storage, as_json)
 
 
 @analyze_app.command()
@@ -332,7 +340,7 @@ def positions(runs: Runs, output: Output = None, storage: Storage = None, as_jso
 
         return positions
 
-    _run(load, runs, output, storage, as_json)
+    run_analysis(load, runs, output, storage, as_json)
 
 
 @analyze_app.command()
@@ -347,7 +355,7 @@ def gradients(runs: Runs, output: Output = None, storage: Storage = None, as_jso
 
         return partial(over_time, "gradients")
 
-    _run(load, runs, output, storage, as_json)
+    run_analysis(load, runs, output, storage, as_json)
 
 
 @analyze_app.command()
@@ -362,7 +370,7 @@ def activations(runs: Runs, output: Output = None, storage: Storage = None, as_j
 
         return partial(over_time, "activations")
 
-    _run(load, runs, output, storage, as_json)
+    run_analysis(load, runs, output, storage, as_json)
 
 
 @analyze_app.command()
@@ -377,7 +385,7 @@ def representations(runs: Runs, output: Output = None, storage: Storage = None, 
 
         return representations
 
-    _run(load, runs, output, storage, as_json)
+    run_analysis(load, runs, output, storage, as_json)
 
 
 @analyze_app.command()
@@ -394,7 +402,7 @@ def scaling(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
         return scaling
 
-    _run(load, runs, output, storage, as_json, rates=True)
+    run_analysis(load, runs, output, storage, as_json, rates=True, kept_as="scaling")
 
 
 @analyze_app.command()
@@ -409,7 +417,7 @@ def rewards(runs: Runs, output: Output = None, storage: Storage = None, as_json:
 
         return rewards
 
-    _run(load, runs, output, storage, as_json)
+    run_analysis(load, runs, output, storage, as_json)
 
 
 @analyze_app.command()
@@ -443,7 +451,7 @@ def report(
         from bwlm.analysis.report.output import ENDINGS, write_report
         from bwlm.analysis.report.study import write_experiment_report
 
-        _check([output] if output else None, ENDINGS)
+        check_output([output] if output else None, ENDINGS)
     makers: list[Callable[[Path | None], list[Path]]] = []
     for name, (folders, left_out) in chosen.items():
         for line in left_out:
@@ -470,87 +478,3 @@ def _grid_files(root: Path, name: str, into: Path | None) -> list[Path]:
     from bwlm.analysis.report.study import write_grid_report
 
     return write_grid_report(root, name, into).files
-
-
-def _run(
-    load: Callable[[], Analyse],
-    runs: list[str],
-    output: list[Path] | None,
-    storage: str | None,
-    as_json: bool,
-    rates: bool = False,
-) -> None:
-    """Run an analysis, print its findings and write its files.
-
-    `load` imports the analysis, which takes seconds: a wrong name of a run is told before. With `rates` the analysis
-    chooses learning rates, so it also gets the cells that have not begun.
-    """
-    from bwlm.format import counted
-    from bwlm.paths import storage_root
-    from bwlm.record.catalog.select import begun, choose
-
-    chosen, left_out = choose(storage_root(storage), runs)
-    folders, notes = begun(chosen, left_out)
-    with loading():
-        _check(output)
-        analyse = load()
-    with working(f"analysing {counted(len(folders), 'run')}"):
-        analysis = analyse(chosen if rates else folders)
-    for note in [*notes, *analysis.notes]:
-        say(f"note: {note}")
-    if not as_json:
-        show_sentences(*analysis.findings)
-    _write(analysis, output, _default(storage, runs) / analysis.name)
-    if as_json:
-        more = {name: _records(table) for name, table in analysis.more.items()}
-        document = {
-            "findings": analysis.findings,
-            "notes": [*notes, *analysis.notes],
-            "table": _records(analysis.table),
-        }
-        print_json(document | ({"more": more} if more else {}))
-
-
-def _records(table: pd.DataFrame) -> list[Any]:
-    return table.astype(object).where(table.notna(), None).to_dict("records")
-
-
-def _default(storage: str | None, runs: list[str]) -> Path:
-    """Return a folder named after `runs`, so that an analysis of other runs does not overwrite this one."""
-    from bwlm.paths import storage_root
-
-    joined = " ".join(runs)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", joined)[:_LONGEST].strip("._")
-    if name != joined:
-        name += f"-{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
-    return storage_root(storage) / "analyses" / name
-
-
-def _check(output: list[Path] | None, endings: Sequence[str] = ()) -> None:
-    from bwlm.analysis.commands.result import PICTURES, TABLES
-
-    allowed = endings or (*PICTURES, *TABLES)
-    for path in output or []:
-        if path.suffix.lower() not in allowed:
-            raise UserError(f"--output: {path}: unknown ending: use one of {' '.join(allowed)}")
-        if path.is_dir():
-            raise UserError(f"--output: {path} is a folder: name a file in it")
-        if not path.parent.is_dir():
-            raise UserError(f"--output: {path}: there is no folder {path.parent}: make it, or choose another")
-
-
-def _write(analysis: Analysis, output: list[Path] | None, default: Path | None) -> None:
-    try:
-        with working("drawing charts"):
-            files = analysis.write_all(default) if default is not None and not output else []
-    except OSError as error:
-        raise UserError(f"{default}: cannot be written ({error.strerror}): name files with --output") from None
-    for path in track(output or [], "drawing charts", "files"):
-        try:
-            analysis.write(path)
-        except OSError as error:
-            raise UserError(f"--output: {path} cannot be written ({error.strerror}): choose another path") from None
-    for path in output or []:
-        say(f"written: {path}")
-    if files:
-        say(f"written: {files[0].parent}/: {', '.join(path.name for path in files)}")

@@ -188,6 +188,7 @@ def runs_delete(
         delete,
         discard_deleted,
         is_unfinished,
+        lineage_of,
     )
 
     root = storage_root(storage)
@@ -195,9 +196,10 @@ def runs_delete(
         discard_deleted(root)
         names.remove(run)
         show(f"{run} is deleted: what an earlier deletion had left of it is gone")
-    folders = children_first(_folders_to_delete(root, names))
+    lineage = lineage_of(root)
+    folders = children_first(_folders_to_delete(root, names), lineage)
     for number, folder in enumerate(folders):
-        check_deletable(folder, [other.id for other in folders[:number]])
+        check_deletable(folder, [other.id for other in folders[:number]], lineage)
     told = {folder.id: (_what_goes(folder), _what_stays(folder)) for folder in folders}
     if folders and not yes and not confirmed(_deletion_question(folders, told[folders[0].id][0])):
         one = len(folders) == 1
@@ -227,7 +229,7 @@ def _deletion_question(folders: list[ExperimentFolder], what: str) -> str:
     if len(folders) == 1:
         return f"Delete {folders[0].path} ({what})?"
     from bwlm.format import file_size
-    from bwlm.record.catalog.describe import bytes_in
+    from bwlm.record.disk import bytes_in
 
     size = file_size(sum(bytes_in(folder.path) for folder in folders))
     return f"Delete {len(folders)} runs ({size}): {', '.join(folder.id for folder in folders)}?"
@@ -235,7 +237,7 @@ def _deletion_question(folders: list[ExperimentFolder], what: str) -> str:
 
 def _what_goes(folder: ExperimentFolder) -> str:
     from bwlm.format import file_size
-    from bwlm.record.catalog.describe import bytes_in
+    from bwlm.record.disk import bytes_in
 
     size = file_size(bytes_in(folder.path))
     with contextlib.suppress(UserError):  # a run whose status cannot be read can still be deleted

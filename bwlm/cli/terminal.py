@@ -7,20 +7,19 @@ import logging
 import math
 import re
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bwlm.cli.text_table import Columns, table_lines, width_of
 from bwlm.errors import UserError
 from bwlm.format import WHOLE_NUMBERS, whole_number, wrapped
 from bwlm.paths import relative
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
     from rich.tree import Tree
 
 Set = Annotated[
@@ -85,7 +84,7 @@ def number_option(help: str, **options: Any) -> Any:
 _WIDEST = 1000  # columns
 _LEFT = (
     "", "id", "cell", "phase", "parent", "direction", "state", "size", "pair", "verdict", "task", "rule", "reading",
-    "form", "does",
+    "form", "does", "next", "held by", "kind", "why", "files", "grid",
 )  # fmt: skip
 """Headings of left-aligned columns: words. Figures are aligned on the right."""
 _LEADS = {"parent": "child of ", **dict.fromkeys(("id", "cell", "direction", "size", "pair", "verdict", "task"), "")}
@@ -148,13 +147,6 @@ def _console() -> Console:
     return Console(highlight=False)
 
 
-def _needed(console: Console, renderable: Any) -> int:
-    """Return the width in columns at which nothing is wrapped or cut off."""
-    from rich.measure import Measurement
-
-    return Measurement.get(console, console.options.update(max_width=_WIDEST), renderable).maximum
-
-
 def show(*lines: str) -> None:
     """Print lines on stdout, unwrapped: a path or a command is copied in one piece."""
     for line in lines:
@@ -194,10 +186,6 @@ def _has_colors() -> bool:
     return console.is_terminal and not console.no_color
 
 
-Columns = dict[str, list[str]]
-"""Cells of a table by the headings of its columns."""
-
-
 def show_table(
     header: Sequence[str],
     rows: Sequence[Sequence[str]],
@@ -213,41 +201,26 @@ def show_table(
     if title is not None:
         show_heading(title)
     columns = {name: list(cells) for name, *cells in zip(header, *rows, strict=True) if any(cells) or not rows}
-    console = _console()
-    drawn = _narrowed(console, columns, least)
+    width = _console().width
+    head, lines = _narrowed(width, columns, least)
     titled = [name for name in columns if name in names]
-    if _needed(console, drawn) <= console.width or not titled:
-        _print_whole(console, drawn)
-    else:
+    if titled and width_of([*head, *lines]) > width:
         below = {name: cells for name, cells in columns.items() if name not in titled}
-        _print_under_titles(console, _narrowed(console, below, least), _titles(columns, titled))
+        head, lines = _narrowed(width, below, least)
+        lines = [line for pair in zip(_titles(columns, titled), lines, strict=True) for line in pair]
+    for line in (*head, *lines):
+        print(line)
 
 
-def _narrowed(console: Console, columns: Columns, least: Sequence[str]) -> Table:
-    """Return the table with the most columns that fits, or else the narrowest one."""
-    drawn = _table(columns, broken=False)
+def _narrowed(width: int, columns: Columns, least: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the header and the rows with the most columns that fit, or else the narrowest ones."""
+    head, lines = table_lines(columns, _LEFT, broken=False)
     for count in range(len(least) + 1):
-        if _needed(console, drawn) <= console.width:
+        if width_of([*head, *lines]) <= width:
             break
-        drawn = _table({name: of for name, of in columns.items() if name not in least[:count]}, broken=True)
-    return drawn
-
-
-def _table(columns: Columns, broken: bool) -> Table:
-    """Return a table for the terminal. If `broken`, headings are broken into lines no wider than the cells need."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text  # a name from a file may look like [b]markup
-
-    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    cells = {name: [cell.replace("**", "") for cell in of] for name, of in columns.items()}
-    for name, of in cells.items():
-        heading = "\n".join(textwrap.wrap(name, max([*map(len, name.split()), *map(len, of)]))) if broken else name
-        justify: Literal["left", "right"] = "left" if name in _LEFT else "right"
-        drawn.add_column(Text(heading), justify=justify, no_wrap=True, vertical="bottom")
-    for row in zip(*cells.values(), strict=True):
-        drawn.add_row(*map(Text, row))
-    return drawn
+        shown = {name: of for name, of in columns.items() if name not in least[:count]}
+        head, lines = table_lines(shown, _LEFT, broken=True)
+    return head, lines
 
 
 def _titles(columns: Columns, names: Sequence[str]) -> list[str]:
@@ -256,24 +229,6 @@ def _titles(columns: Columns, names: Sequence[str]) -> list[str]:
     rows = zip(*(columns[name] for name in names), strict=True)
     titles = (zip(leads, row, strict=True) for row in rows)
     return [", ".join(lead + value.replace("**", "") for lead, value in one if value) for one in titles]
-
-
-def _lines(console: Console, table: Table) -> list[str]:
-    console.width = max(console.width, _needed(console, table))
-    lines = ["".join(segment.text for segment in line) for line in console.render_lines(table, pad=False)]
-    return [line.rstrip() for line in lines]
-
-
-def _print_whole(console: Console, table: Table) -> None:
-    for line in _lines(console, table):
-        print(line)
-
-
-def _print_under_titles(console: Console, table: Table, titles: Sequence[str]) -> None:
-    lines = _lines(console, table)
-    head, rows = lines[: -len(titles)], lines[-len(titles) :]
-    for line in (*head, *(line for pair in zip(titles, rows, strict=True) for line in pair)):
-        print(line)
 
 
 def show_fields(title: str, fields: Sequence[tuple[str, str]]) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bwlm.config import Experiment, TaskSettings
 from bwlm.errors import UserError
@@ -20,7 +20,9 @@ from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.fingerprint import INHERITED, differences, identity, inherited, modules_of
 from bwlm.record.lineage import ParentLink
 from bwlm.record.run_config import RunConfig
-from bwlm.text.prepare import Prepared
+
+if TYPE_CHECKING:
+    from bwlm.text.prepare import Prepared
 
 
 @dataclass(frozen=True)

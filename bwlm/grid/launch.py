@@ -27,6 +27,7 @@ from bwlm.grid.cells import (
     without_parent,
 )
 from bwlm.grid.enlist import ResolvedCell, enlist_cells, enlist_grid, folder_of, resolved_cells
+from bwlm.grid.watch import LaunchWatch, watched
 from bwlm.paths import check_writable, exclusive
 from bwlm.plan.spec import Cell, Plan, generations
 from bwlm.progress import loading, track, working
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from bwlm.analysis.report.study import GridReport
     from bwlm.cluster.capacity import Capacity
     from bwlm.config import ResourceSettings
+    from bwlm.text.prepare import Prepared
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     """Run every cell that is not done, and write the report.
 
     With `accept_code`, today's code resumes cells that other code has begun, and their records say so. Raises
-    `UserError`, before anything is made, for a plan that can never work. Raises `SystemExit` with `TERMINATED`, or
-    `KeyboardInterrupt`, if this process is asked to end meanwhile.
+    `UserError`, before anything is made, for a plan that can never work. Raises `Paused` if the grid is asked to stop
+    or reaches a limit, and `SystemExit` with `TERMINATED`, or `KeyboardInterrupt`, if this process is asked to end.
     """
     is_new = not storage.exists()
     planned_cells = _checked_cells(plan, storage, accept_code)
@@ -87,28 +89,25 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     uri = tracking_uri(storage, plan.launch.tracking_uri)
     _check_tracking(uri, storage, plan.launch.experiment)
     home = folder_of(plan, storage)
-    grid_run: str | None = None
     if not is_over:
         _check_room(plan)
-    with _only_launch(plan, storage), contextlib.ExitStack() as until_the_end:
+    with (
+        _only_launch(plan, storage),
+        watched(plan, storage, is_over, show) as watch,
+        contextlib.ExitStack() as until_the_end,
+    ):
         cluster = cache(partial(_open_cluster, plan, is_over, until_the_end, show))  # its first call starts Ray
         tell = (lambda words: None) if is_over else show  # of text that nothing is trained on
-        prepared = prepare_texts(plan, storage, partial(_run_on, cluster), tell)
-        if is_new:  # now that it is made: a fault of the text leaves none
-            show(f"new storage: {storage.name} in {storage.parent}")
-        capacity = None if is_over else cluster()
-        home.mkdir(parents=True, exist_ok=True)
-        tracking = _open_tracking(uri, storage, plan)
-        for part in _ready_generations(plan, storage, show):
-            with exclusive(home / "lock"):  # so that two launches of one plan make its folders and runs only once
-                cells = resolved_cells(part, storage, prepared, accept_code)
-                grid_run = grid_run or enlist_grid(plan, storage, tracking, cells)
-                runs = enlist_cells(cells, storage, tracking, grid_run)
-            if capacity is not None:
-                introduce(plan, cells, show)
-                _train(plan, part, cells, capacity, tracking, grid_run or runs[0], show)
-        if asks_for_scores:
-            capacity = _score_rest(plan, storage, cluster, show) or capacity
+        with watch.pausing():
+            prepared = prepare_texts(plan, storage, partial(_run_on, cluster), tell)
+            if is_new:  # now that it is made: a fault of the text leaves none
+                show(f"new storage: {storage.name} in {storage.parent}")
+            capacity = None if is_over else cluster()
+            home.mkdir(parents=True, exist_ok=True)
+            tracking = _open_tracking(uri, storage, plan)
+            grid_run = _train_generations(plan, storage, prepared, accept_code, tracking, capacity, watch, show)
+            if asks_for_scores:
+                capacity = _score_rest(plan, storage, cluster, show) or capacity
         # not before: another text under the same name is found out last
         show("writing the report" if capacity else over_words(plan, planned_cells))
         with exclusive(home / "lock"):  # since another launch may end at the same moment
@@ -227,7 +226,34 @@ def _open_tracking(uri: str, storage: Path, plan: Plan) -> Tracking:
         return Tracking(uri, storage, plan.launch.experiment)
 
 
-# ---- [4] train ----
+# ---- [3] enlist, [4] train ----
+
+
+def _train_generations(
+    plan: Plan,
+    storage: Path,
+    prepared: dict[str, Prepared],
+    accept_code: bool,
+    tracking: Tracking,
+    capacity: Capacity | None,
+    watch: LaunchWatch,
+    show: Callable[[str], None],
+) -> str | None:
+    """Enlist and train the cells, parents before their children; return the grid's MLflow run.
+
+    Without `capacity` nothing is left to train, and the cells are only brought up to date.
+    """
+    grid_run: str | None = None
+    for part in _ready_generations(plan, storage, show):
+        # so that two launches of one plan make its folders and runs only once
+        with exclusive(folder_of(plan, storage) / "lock"):
+            cells = resolved_cells(part, storage, prepared, accept_code)
+            grid_run = grid_run or enlist_grid(plan, storage, tracking, cells)
+            runs = enlist_cells(cells, storage, tracking, grid_run)
+        if capacity is not None:
+            introduce(plan, cells, show)
+            _train(plan, part, cells, capacity, tracking, grid_run or runs[0], watch, show)
+    return grid_run
 
 
 def _train(
@@ -237,6 +263,7 @@ def _train(
     capacity: Capacity,
     tracking: Tracking,
     run: str,
+    watch: LaunchWatch,
     show: Callable[[str], None],
 ) -> None:
     """Train the cells of a part of the plan; `run` is the MLflow run that gets this machine's system metrics."""
@@ -247,7 +274,7 @@ def _train(
     everything = find_cells(plan, storage)
     out = without_parent(everything)
     shown = [one for one in everything if one.cell.id not in out]
-    train_cells(part, planned, shown, capacity.concurrency, storage, tracking, run, show)
+    train_cells(part, planned, shown, capacity.concurrency, storage, tracking, run, watch, show)
 
 
 def _check_tasks(plan: Plan) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -31,6 +32,12 @@ _BAR, _SHORTEST_BAR = 20, 5
 """Columns of a cell's bar; in a narrow terminal it is shorter, and left out below the shortest."""
 _GAP = 2
 """Columns between those of the table."""
+_ENDED = 3
+"""Cells whose ends are shown below the running ones, the newest last."""
+_BESIDES = 4
+"""Lines of the screen besides running cells and ends: counts, header, cells that do not fit, the cursor's."""
+_NAMED = 3
+"""Running cells that a line of a grid names, outside a terminal."""
 
 _DETAILS = (
     (
@@ -67,6 +74,9 @@ class ProgressDisplay:
         self._cells = {cell.id: cell for cell in cells}
         self._in_detail = in_detail or len(cells) == 1
         self._ended = {name: status for name, status in states.items() if status.ended}
+        self._flops = {cell.id: cell.flops_until(cell.steps) for cell in cells}
+        """FLOPs of each cell to its end: of a thousand cells too many to count at each report."""
+        self._newest_ends: deque[str] = deque(maxlen=_ENDED)
         self._running: dict[str, dict[str, Any]] = {}
         self._console = Console(stderr=True)
         self._began = self._told = self._newest = self._paced_from = time.monotonic()
@@ -105,10 +115,14 @@ class ProgressDisplay:
         if self._in_detail and ("val_bpb" in result or time.monotonic() - self._told > _LINE_SECONDS):
             self._line(_step_words(result, self._cells[cell].steps), below=_details(self._running[cell]))
         elif not self._in_detail and time.monotonic() - self._told > _GRID_SECONDS:
-            at = [f"{name} at step {now['step']}/{self._cells[name].steps}" for name, now in self._running.items()]
-            self._line(f"{len(self._ended)}/{len(self._cells)} {', '.join(at)}")
+            self._line(f"{len(self._ended)}/{len(self._cells)} {self._running_words()}")
         if self._in_detail and not self._console.is_terminal:
             self._say_what_takes_long(cell, result)
+
+    def _running_words(self) -> str:
+        """Return where the running cells are, of many where some of them are."""
+        at = [f"{name} at step {now['step']}/{self._cells[name].steps}" for name, now in self._running.items()]
+        return ", ".join(at[:_NAMED]) + (f" and {len(at) - _NAMED} more" if len(at) > _NAMED else "")
 
     def _say_what_takes_long(self, cell: str, result: Mapping[str, Any]) -> None:
         """Show until the next report what a single experiment does besides its steps."""
@@ -133,6 +147,7 @@ class ProgressDisplay:
         bpb = f", val_bpb {status.metrics['val_bpb']:.4f}" if "val_bpb" in status.metrics else ""
         bpb += f", val_reward {status.metrics['val_reward']:.3f}" if "val_reward" in status.metrics else ""
         reason = f" ({status.reason})" if status.reason else ""
+        self._newest_ends.append(f"{cell}: {status.state}{bpb}")
         self._line(f"{len(self._ended)}/{len(self._cells)} {cell}: {status.state}{reason}{bpb}")
 
     def _line(self, text: str, also_above_the_table: bool = False, below: Iterable[str] = ()) -> None:
@@ -146,13 +161,13 @@ class ProgressDisplay:
             self._console.print(shown, highlight=False, markup=False, soft_wrap=True)
 
     def _flops_done(self) -> float:
-        steps = {name: self._cells[name].steps for name in self._ended}
-        steps |= {name: int(result["step"]) for name, result in dict(self._running).items()}
-        return sum(self._cells[name].flops_until(step) for name, step in steps.items())
+        running = {name: int(result["step"]) for name, result in dict(self._running).items()}
+        ended = sum(self._flops[name] for name in self._ended if name not in running)
+        return ended + sum(self._cells[name].flops_until(step) for name, step in running.items())
 
     def _seconds_left(self) -> float | None:
         """Return the time left at the pace from the first report to the newest; None before, and once it is over."""
-        total = sum(cell.flops_until(cell.steps) for cell in self._cells.values())
+        total = sum(self._flops.values())
         done = self._flops_done()
         fresh = done - self._done_before
         if fresh <= 0 or len(self._ended) == len(self._cells):
@@ -162,7 +177,18 @@ class ProgressDisplay:
         return left if left > 0 else None
 
     def _picture(self) -> Group:
-        running = dict(self._running)
+        """Return the table: as many running cells as fit on the screen, those first that began first."""
+        every = dict(self._running)
+        ends = [Text(_ending(line, self._console.width), style="dim") for line in self._newest_ends]
+        room = max(1, self._console.height - len(ends) - _BESIDES)
+        running = dict(list(every.items())[: room if len(every) > room else None])
+        single = every.values() if self._in_detail else ()
+        details = [_fitting(detail, self._console.width) for result in single for detail in _details(result)]
+        more = [Text(f"and {len(every) - len(running)} more running", style="dim")] if len(running) < len(every) else []
+        below = [*(Text(detail, style="dim") for detail in details), *more, *([] if self._in_detail else ends)]
+        return Group(self._head(every), self._table(running), *below)
+
+    def _table(self, running: Mapping[str, dict[str, Any]]) -> Table:
         learnt = "reward" if any("reward" in result for result in running.values()) else "loss"
         header = ("cell", "step", learnt, "val bpb", "tokens/s")
         rows = [self._row(name, result) for name, result in running.items()]
@@ -177,9 +203,7 @@ class ProgressDisplay:
         for (name, step, *figures), result in zip(rows, running.items(), strict=True):
             drawn = [ProgressBar(self._cells[result[0]].steps, result[1]["step"], width=bar)] if bar else []
             table.add_row(Text(name), step, *drawn, *figures)
-        single = running.values() if self._in_detail else ()
-        details = [_fitting(detail, self._console.width) for result in single for detail in _details(result)]
-        return Group(self._head(running), table, *(Text(detail, style="dim") for detail in details))
+        return table
 
     def _head(self, running: Mapping[str, dict[str, Any]]) -> Text:
         """Return the first line: the number of cells in each state, unless there is one cell, and the time."""

@@ -17,8 +17,10 @@ import ray.tune
 from ray.tune.tune_config import TuneConfig
 
 from bwlm.grid.cells import PlannedCell
+from bwlm.grid.gauges import CellGauges
 from bwlm.grid.progress import ProgressDisplay
 from bwlm.grid.scheduling import CellStates, build_scheduler
+from bwlm.grid.watch import LaunchWatch
 from bwlm.grid.worker import train_cell, trial_resources
 from bwlm.plan.spec import Plan
 from bwlm.record.checkpoint import checkpoint_steps
@@ -40,6 +42,7 @@ def train_cells(
     storage: Path,
     tracking: Tracking,
     run: str,
+    watch: LaunchWatch,
     show: Show,
 ) -> None:
     """Train what is not done; `run` is the MLflow run that gets this machine's system metrics.
@@ -54,19 +57,19 @@ def train_cells(
     if not unfinished:
         return
     folders = [planned.folder for planned in unfinished]
+    shown_cells = tuple(planned.cell for planned in shown)
+    states = {planned.cell.id: planned.status for planned in shown}
     monitor = tracking.monitor_system(run)
     try:
         with (
             Termination() as termination,
             _ctrl_c_saves(show) as interrupted,
-            ProgressDisplay(
-                tuple(planned.cell for planned in shown),
-                {planned.cell.id: planned.status for planned in shown},
-                in_detail=not plan.is_grid,
-            ) as progress,
+            ProgressDisplay(shown_cells, states, in_detail=not plan.is_grid) as progress,
+            CellGauges(plan.name, shown_cells, states) as gauges,
             _delivery(tracking, folders),
         ):
-            _tune(plan, unfinished, concurrency, storage, progress, termination)
+            callbacks = CellStates(storage, progress, termination, watch, gauges)
+            _tune(plan, unfinished, concurrency, storage, callbacks, termination)
         if termination.asked:
             _deliver(tracking, folders)
             raise KeyboardInterrupt if interrupted.is_set() else SystemExit(TERMINATED)
@@ -76,6 +79,7 @@ def train_cells(
         tracking.interrupted(folders, run)
         raise
     finally:
+        watch.trained()
         monitor.finish()
 
 
@@ -133,7 +137,7 @@ def _tune(
     cells: list[PlannedCell],
     concurrency: int,
     storage: Path,
-    progress: ProgressDisplay,
+    states: CellStates,
     termination: Termination,
 ) -> None:
     resources = {planned.cell.id: planned.cell.experiment.resources for planned in cells}
@@ -157,7 +161,7 @@ def _tune(
                 name=plan.name,
                 storage_path=scratch,
                 failure_config=ray.tune.FailureConfig(max_failures=plan.launch.retries),
-                callbacks=[CellStates(storage, progress, termination)],
+                callbacks=[states],
                 verbose=0,
             ),
         )

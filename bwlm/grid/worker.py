@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,8 @@ from bwlm.cluster.placement import TRIAL_CPUS
 from bwlm.cluster.signals import process_termination
 from bwlm.config import ResourceSettings
 from bwlm.errors import Interrupted, RunError
+from bwlm.paths import write_json
+from bwlm.record.experiment import WORKER, ExperimentFolder
 from bwlm.record.lease import LeaseLost
 
 
@@ -101,7 +105,6 @@ def train_cell(config: dict[str, Any]) -> None:
     preemption, if the cell returns before its end, because it was asked to end or another process took it over, and
     at once in a process that was asked to end before.
     """
-    from bwlm.record.experiment import ExperimentFolder
 
     prepare_environment()
     folder = ExperimentFolder(Path(config["storage"]), config["cell"])
@@ -163,7 +166,6 @@ def train_worker(config: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from bwlm.record.experiment import ExperimentFolder
     from bwlm.text.stream import stream_batches
     from bwlm.train.run import run_phase
     from bwlm.train.scoring import CheckpointScorer
@@ -182,6 +184,8 @@ def train_worker(config: dict[str, Any]) -> None:
     with process_termination(), contextlib.suppress(Interrupted, LeaseLost), _warnings_to(folder.warnings), writer:
         if session.world > 1:
             dist.barrier()
+        if session.rank == 0:
+            _note_worker(folder)
         scorer.resumed()
         end = run_phase(folder, session, stream_batches)
         if session.rank == 0 and end.state == "finished":
@@ -190,6 +194,14 @@ def train_worker(config: dict[str, Any]) -> None:
         if session.rank == 0 and end.ended and not folder.status().ended:
             # Tune counts this failure, and gives up after its retries
             raise RunError(f"{end.reason}; nor can its status: free space in {folder.path} or make it writable")
+
+
+def _note_worker(folder: ExperimentFolder) -> None:
+    """Write which process trains the run, and where its log is: a worker that is reused is not named for its cell."""
+    log = Path("/proc/self/fd/1").resolve()  # Ray has put a file in the place of standard output
+    with contextlib.suppress(OSError):  # a full disk: training meets it soon, and tells it
+        noted = {"host": socket.gethostname(), "pid": os.getpid(), "log": str(log)}
+        write_json(folder.path / WORKER, noted, folder.check_lease)
 
 
 @contextlib.contextmanager

@@ -10,12 +10,12 @@ import contextlib
 import math
 import socket
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
 from bwlm.format import counted, duration, first_of
 from bwlm.model.shape import flops_per_token
@@ -27,6 +27,16 @@ from bwlm.record.experiment import ExperimentFolder, list_experiments
 from bwlm.record.journal import entries_holding, last_entry
 
 
+class _Load(NamedTuple):
+    """Load of a cell, on which its speed depends: cells with equal loads are equally fast."""
+
+    has_reward: bool
+    on_gpus: bool
+    flops_per_token: int
+    resources: ResourceSettings
+    batch_tokens: int
+
+
 @dataclass(frozen=True)
 class _Finished:
     """Finished run, and the cell that it was."""
@@ -36,12 +46,22 @@ class _Finished:
     step_seconds: float
     """Seconds of its steps, without waits between interrupted launches."""
 
-    @cached_property
     def flops_per_second(self) -> float:
-        """FLOPs of steps and validations over their seconds."""
+        """Return the FLOPs of steps and validations over their seconds; reads the journal."""
         validations = entries_holding(self.folder.path, "validation_seconds")
         seconds = self.step_seconds + sum(entry.metrics["validation_seconds"] for entry in validations)
         return self.cell.flops_until(self.cell.steps) / seconds
+
+
+@dataclass(frozen=True)
+class _Speed:
+    """Speed of the runs that tell most about a load."""
+
+    flops_per_second: float
+    """Median of the runs."""
+    runs: list[str]
+    rough: bool
+    """True if their size or their resources are others."""
 
 
 def estimate_time(
@@ -54,20 +74,21 @@ def estimate_time(
     With a `machine` only its own runs count. None stands for a cluster: then `at_once` is None, and `seconds` are
     those of all cells, one after the other.
     """
-    finished = list(_finished_runs(storage, socket.gethostname() if machine else None)) if left else []
-    seconds, runs, rough = list[float](), dict[str, None](), False
-    for cell, step in left:
-        if alike := _most_alike(cell, finished):
-            speed = statistics.median(run.flops_per_second for run in alike)
-            seconds.append((cell.flops_until(cell.steps) - cell.flops_until(step)) / speed)
-            runs |= dict.fromkeys(run.folder.id for run in alike)
-            rough |= _unlikeness(cell, alike[0].cell)[:2] != (0.0, False)
+    finished = _by_load(_finished_runs(storage, socket.gethostname() if machine else None)) if left else {}
+    loads = [_load(cell) for cell, _ in left]
+    speeds = {load: _speed(load, finished) for load in dict.fromkeys(loads)}
+    seconds = [
+        (cell.flops_until(cell.steps) - cell.flops_until(step)) / speed.flops_per_second
+        for (cell, step), load in zip(left, loads, strict=True)
+        if (speed := speeds[load])
+    ]
+    known = [speed for speed in speeds.values() if speed]
     at_once = machine.cells_at_once([cell for cell, _ in left], launch.concurrency) if machine else None
     return {
         "seconds": max(sum(seconds) / (at_once or 1), *seconds) if seconds else None,
         "at_once": at_once,
-        "runs": list(runs),
-        "rough": rough,
+        "runs": list(dict.fromkeys(run for speed in known for run in speed.runs)),
+        "rough": any(speed.rough for speed in known),
         "unknown": len(left) - len(seconds),
     }
 
@@ -82,26 +103,40 @@ def _finished_runs(storage: Path, host: str | None) -> Iterator[_Finished]:
                 yield _Finished(folder, Cell(folder.id, config.experiment, config.steps), tokens / speed)
 
 
-def _most_alike(cell: Cell, finished: Sequence[_Finished]) -> list[_Finished]:
-    """Return the runs whose speed tells most about a cell's, all equally alike; none of another kind."""
-    kind = _kind(cell)
-    unlikeness = [(_unlikeness(cell, run.cell), run) for run in finished if _kind(run.cell) == kind]
-    least = min((how for how, _ in unlikeness), default=None)
-    return [run for how, run in unlikeness if how == least]
-
-
-def _kind(cell: Cell) -> tuple[bool, bool]:
-    """Return what no speed is carried over between: learning from samples or text, GPU or CPU."""
+def _load(cell: Cell) -> _Load:
     experiment = cell.experiment
-    return PHASES[experiment.phase].has_reward, experiment.resources.gpus_per_worker > 0
+    has_reward, on_gpus = PHASES[experiment.phase].has_reward, experiment.resources.gpus_per_worker > 0
+    flops = flops_per_token(cell.shape)
+    return _Load(has_reward, on_gpus, flops, experiment.resources, experiment.budget.batch_tokens)
 
 
-def _unlikeness(cell: Cell, other: Cell) -> tuple[float, bool, float]:
-    """Return how far two cells are apart: in size first, then in resources, then in the batch."""
-    one, two = cell.experiment, other.experiment
-    size = abs(math.log(flops_per_token(cell.shape) / flops_per_token(other.shape)))
-    batch = abs(math.log(one.budget.batch_tokens / two.budget.batch_tokens))
-    return size, one.resources != two.resources, batch
+def _by_load(finished: Iterable[_Finished]) -> dict[_Load, list[_Finished]]:
+    by_load: dict[_Load, list[_Finished]] = {}
+    for run in finished:
+        by_load.setdefault(_load(run.cell), []).append(run)
+    return by_load
+
+
+def _speed(load: _Load, finished: Mapping[_Load, list[_Finished]]) -> _Speed | None:
+    """Return the speed of the runs that tell most about a load, all equally alike; None if all are of another kind.
+
+    No speed is carried over between learning from samples and from text, or between a GPU and a CPU.
+    """
+    unlikeness = {other: _unlikeness(load, other) for other in finished if other[:2] == load[:2]}
+    least = min(unlikeness.values(), default=None)
+    if least is None:
+        return None
+    # in the order in which they were found
+    alike = [run for other, runs in finished.items() if unlikeness.get(other) == least for run in runs]
+    speed = statistics.median(run.flops_per_second() for run in alike)
+    return _Speed(speed, [run.folder.id for run in alike], least[:2] != (0.0, False))
+
+
+def _unlikeness(one: _Load, other: _Load) -> tuple[float, bool, float]:
+    """Return how far two loads are apart: in size first, then in resources, then in the batch."""
+    size = abs(math.log(one.flops_per_token / other.flops_per_token))
+    batch = abs(math.log(one.batch_tokens / other.batch_tokens))
+    return size, one.resources != other.resources, batch
 
 
 def time_words(estimate: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import ast
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -22,6 +22,8 @@ IDENTITY_VERSION = 3
 Version 1 hashed whole files; since version 2 many modules have other names.
 """
 
+version = cache(metadata.version)
+"""Version of an installed package, which is searched for on the disk once a process."""
 REPOSITORY = Path(__file__).parents[2]
 _FOLLOWED = ("bwlm.directions", "bwlm.phases", "bwlm.model.", "bwlm.text.", "bwlm.train.", "bwlm.evaluate.", "tasks.")
 _ROOTS = ("bwlm.config", "bwlm.record.checkpoint", "bwlm.record.parent", "bwlm.text.stream", "bwlm.train.run")
@@ -93,7 +95,7 @@ def changed_modules(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]
 
 def _imports(tree: ast.Module) -> Iterator[str]:
     """Yield the modules and members that a module imports anywhere, except for types alone."""
-    for node in _running(tree):
+    for node in _statements(tree.body):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -101,12 +103,17 @@ def _imports(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _running(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes of a tree, except nodes that only a type checker sees."""
-    yield node
-    children = node.orelse if _is_for_types(node) else ast.iter_child_nodes(node)
-    for child in children:
-        yield from _running(child)
+def _statements(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """Yield the statements of a body and of all bodies inside, except those that only a type checker sees."""
+    for node in body:
+        yield node
+        bodies = [node.orelse] if _is_for_types(node) else [getattr(node, name, []) for name in _BODIES]
+        for inner in bodies:
+            yield from _statements(inner)
+
+
+_BODIES = ("body", "orelse", "finalbody", "handlers", "cases")
+"""Fields of statements that hold statements, or clauses with bodies of their own."""
 
 
 def _is_for_types(node: ast.AST) -> TypeGuard[ast.If]:

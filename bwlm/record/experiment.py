@@ -12,41 +12,38 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
-from bwlm.config import Experiment
 from bwlm.errors import UserError, nearest
-from bwlm.model.compute import Compute
-from bwlm.paths import atomic_folder, check_id, discard_unfinished, is_id, read_json, write_json
+from bwlm.paths import FileState, atomic_folder, check_id, discard_unfinished, file_state, is_id, read_json, write_json
 from bwlm.phases import PHASES
 from bwlm.record.checkpoint_name import CheckpointName, run_of
-from bwlm.record.health import DIGEST, RECORDS, check_agrees, check_seal, damage, records_of, sealed
+from bwlm.record.config_file import TOKENIZER, config_content, read_config, write_config
+from bwlm.record.health import DIGEST, RECORDS, check_seal, damage, records_of, sealed
 from bwlm.record.journal import last_entry
 from bwlm.record.lease import LEASE_SECONDS, Holder, Lease, last_holder, living_holder, take, take_at_once
 from bwlm.record.lineage import LINK, ParentLink, read_link, write_link
 from bwlm.record.run_config import RunConfig
 
+Records = dict[str, dict[str, Any]]
+"""Sizes and hashes of a finished run's records, by their paths in its folder."""
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
 LEASE = "lease.json"
 """File of the lease of the worker that trains the run."""
 LAUNCH = "launch.json"
 """File of the lease of the command that launched the training."""
+WORKER = "worker.json"
+"""File that names the worker which trains the run, or trained it last, and the worker's log on its machine."""
 SAMPLES = "samples"
 """Folder of samples that RL writes at validations, for people to read."""
-TOKENIZER = "tokenizer"
-"""Folder of the run's own copy of its tokenizer."""
 _WRITTEN = (
-    *("status.json", "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*"),
+    *("status.json", WORKER, "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*"),
     *(f"{SAMPLES}/*", TOKENIZER),
 )
 """Files that the holder of the lease writes under a temporary name first."""
-_SINCE_VERSION_2 = ("identity_version", "modules", "accepted_code")
-"""Fields that a config.json of identity version 1 lacks."""
-_CONFIG_MEND = "put back the file that the run was made with, or delete the run: bwlm runs delete {run}"
 _STATUS_MEND = "write {} into it, and the same command resumes the run from its last checkpoint"
 _PACKAGES = ("bwlm", "torch", "ray", "mlflow", "tiktoken", "numpy", "pyarrow")
 
@@ -105,37 +102,13 @@ class ExperimentFolder:
         write_link(self.path, link)
         self.write_status(Status())
         versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
-        self._write_config(config, {"versions": versions, "created": time.time()})
+        write_config(self.path, config, {"versions": versions, "created": time.time()})
 
     def reconfigure(self, config: RunConfig) -> None:
         """Replace the settings that say where, how fast and by which code the run goes on; its identity stays."""
-        before = self._read_config()
+        before = config_content(self.path)
         assert config.identity | {"code": ""} == before["identity"] | {"code": ""}, "another run's settings"
-        self._write_config(config, {name: before[name] for name in ("versions", "created")})
-
-    def _write_config(self, config: RunConfig, besides: dict[str, Any]) -> None:
-        content = asdict(config) | {"experiment": config.experiment.model_dump(), "fingerprint": config.fingerprint}
-        own = self.path / TOKENIZER
-        folders = {"corpus": Path(config.corpus), "tokenizer": own if own.exists() else Path(config.tokenizer)}
-        paths = {name: _from_storage(folder, self.path.parent) for name, folder in folders.items()}
-        write_json(self.path / "config.json", sealed(content | paths | besides))
-
-    def _read_config(self) -> dict[str, Any]:
-        """Return the content of config.json.
-
-        Raises `UserError` naming the file if it is gone, is not the config of an experiment, or was edited.
-        """
-        path, mend = self.path / "config.json", _CONFIG_MEND.format(run=self.id)
-        if not path.exists():
-            raise UserError(f"{path}: no such file: {mend}")
-        content = read_json(path)
-        try:
-            check_seal(path, content, mend)
-            if DIGEST not in content:  # written by an earlier version
-                check_agrees(path, content, mend)
-        except (AttributeError, KeyError, TypeError):
-            raise UserError(f"{path}: not the config of an experiment; move it out of the storage") from None
-        return dict(content)
+        write_config(self.path, config, {name: before[name] for name in ("versions", "created")})
 
     def keep_tokenizer(self, tokenizer: Path) -> None:
         """Copy a tokenizer into the run's folder, which then needs no other. A run that has its own keeps it."""
@@ -150,31 +123,9 @@ class ExperimentFolder:
     def config(self) -> RunConfig:
         """Return the run's config.
 
-        Raises `UserError` naming the file if it is not an experiment's, or is of another version of bwlm.
+        Raises `UserError` naming the file if it is not an experiment's, was edited, or is of another version of bwlm.
         """
-        path, content = self.path / "config.json", self._read_config()
-        try:
-            known = {name: content[name] for name in RunConfig.__dataclass_fields__ if name not in _SINCE_VERSION_2}
-            known |= {name: content[name] for name in _SINCE_VERSION_2 if name in content}
-            # runs from before this setting read their documents in the order of their files
-            data = {"shuffle": False} | content["experiment"]["data"]
-            experiment = Experiment.model_validate(content["experiment"] | {"data": data})
-            read = {"experiment": experiment, "compute": Compute(**content["compute"])}
-            own = self.path / TOKENIZER
-            folders = {
-                "corpus": _in_storage(content["corpus"], self.path.parent),
-                "tokenizer": str(own) if own.exists() else _in_storage(content["tokenizer"], self.path.parent),
-            }
-            return RunConfig(**known | read | folders)
-        except (KeyError, TypeError):
-            raise UserError(f"{path}: not the config of an experiment; move it out of the storage") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or first["msg"].removeprefix("Value error, ")
-            raise UserError(
-                f"{path}: experiment: not a setting of this version of bwlm ({field}): use the version that made the "
-                f"run, or delete it: bwlm runs delete {self.id}"
-            ) from None
+        return read_config(self.path)
 
     def link(self) -> ParentLink | None:
         """Return the link to the parent; None for a base run. Raises `UserError` if the file holds something else."""
@@ -196,6 +147,13 @@ class ExperimentFolder:
         """
         assert status.state == "finished"
         self._write_status(asdict(status) | {RECORDS: records_of(self.path, status.step)})
+
+    def forget_record(self, name: str) -> None:
+        """Note that a finished run no longer has a file that it left, so that its absence is no damage."""
+        status, records = self._read_status()
+        if name in records:
+            left = {other: record for other, record in records.items() if other != name}
+            self._write_status(asdict(status) | {RECORDS: left})
 
     def _write_status(self, content: dict[str, Any]) -> None:
         try:
@@ -225,26 +183,20 @@ class ExperimentFolder:
         return Status("stopped", "", step, metrics)
 
     def _noted_status(self) -> Status:
-        """Return the content of status.json. Raises as `status`."""
-        content = self._read_status()
+        """Return the content of status.json, without the records. Raises as `status`."""
+        return self._read_status()[0]
+
+    def _read_status(self) -> tuple[Status, Records]:
+        path = f"{self.path}/status.json"
         try:
-            return Status(**{name: value for name, value in content.items() if name not in (DIGEST, RECORDS)})
-        except TypeError:
-            raise UserError(f"{self.path / 'status.json'}: not the status of a run: {_STATUS_MEND}") from None
+            state = file_state(path)
+        except OSError:
+            raise UserError(f"{path}: no such file: {_STATUS_MEND}") from None
+        return _read_status(state)
 
-    def _read_status(self) -> dict[str, Any]:
-        path = self.path / "status.json"
-        if not path.exists():
-            raise UserError(f"{path}: no such file: {_STATUS_MEND}")
-        content = read_json(path)
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: not the status of a run: {_STATUS_MEND}")
-        check_seal(path, content, _STATUS_MEND)
-        return content
-
-    def records_left(self) -> dict[str, dict[str, Any]]:
+    def records_left(self) -> Records:
         """Return the sizes and hashes that the run noted when it finished; empty before, and for earlier versions."""
-        return dict(self._read_status().get(RECORDS, {}))
+        return self._read_status()[1]
 
     def damage(self, thorough: bool = True) -> list[str]:
         """Return the faults of the run's records, a line each.
@@ -342,21 +294,19 @@ class ExperimentFolder:
         )
 
 
-def _from_storage(folder: Path, storage: Path) -> str:
-    """Return a path as files tell it: relative to the storage if it lies below it."""
-    return folder.relative_to(storage).as_posix() if folder.is_relative_to(storage) else str(folder)
-
-
-def _in_storage(written: str, storage: Path) -> str:
-    """Return the path that a file tells.
-
-    Earlier versions wrote absolute paths into the storage's cache of that time; this storage's cache comes first.
-    """
-    path = Path(written)
-    moved = storage.joinpath(*path.parts[-3:])
-    if path.is_absolute() and path.parts[-3:-2] == ("cache",) and moved.exists():
-        return str(moved)
-    return str(storage / path)
+@lru_cache(maxsize=10_000)
+def _read_status(state: FileState) -> tuple[Status, Records]:
+    """Return the status and the records that a status.json notes. Raises as `ExperimentFolder.status`."""
+    path = Path(state.path)
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not the status of a run: {_STATUS_MEND}")
+    check_seal(path, content, _STATUS_MEND)
+    try:
+        status = Status(**{name: value for name, value in content.items() if name not in (DIGEST, RECORDS)})
+    except TypeError:
+        raise UserError(f"{path}: not the status of a run: {_STATUS_MEND}") from None
+    return status, content.get(RECORDS, {})
 
 
 def list_experiments(storage: Path) -> list[ExperimentFolder]:

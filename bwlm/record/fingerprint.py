@@ -99,5 +99,7 @@ def fingerprint(fields: dict[str, Any]) -> str:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return `field: old -> new` for each field that differs."""
+    if old == new:
+        return []
     names = sorted(old.keys() | new.keys())
     return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]

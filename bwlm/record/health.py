@@ -7,18 +7,20 @@ and are checked as far as is possible without. Whether a run may go on is decide
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bwlm.errors import RunError, UserError
-from bwlm.paths import sha256_of
+from bwlm.paths import FileState, file_state, sha256_of
 from bwlm.progress import track
 from bwlm.record.checkpoint import META, MODEL, step_folder, weights_digest
 from bwlm.record.checkpoint_name import BEST, run_of
 from bwlm.record.fingerprint import fingerprint
 from bwlm.record.journal import NAME, faults_of_order, last_entry
+from bwlm.record.known_files import finding, kept_findings, sha256_by_state
 from bwlm.record.lineage import LINK
 
 if TYPE_CHECKING:
@@ -30,8 +32,6 @@ DIGEST = "digest"
 RECORDS = "records"
 _HASHED = (NAME, "evaluations/*/*/validation.parquet", "evaluations/*/*/validation.json")
 """Records that analyses read whole anyway, so that hashing them costs little beside it."""
-_State = tuple[Path, int, int]
-"""File with its size and time, the key of caches: a grid's report looks at each run once for each of the others."""
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def damage(folder: ExperimentFolder, config: RunConfig, status: Status, thorough
     if thorough and status.ended and log.exists() and log.name not in {line.partition(":")[0] for line in faults}:
         every = config.experiment.research_log.scalars
         due = status.step - status.step % every if every and status.state == "finished" else 0
-        faults += _log_faults(_state(log), due)
+        faults += _log_faults(log, due)
     return faults
 
 
@@ -107,7 +107,7 @@ def _link_faults(link: ParentLink | None, config: RunConfig) -> Iterator[str]:
 def check_log(folder: ExperimentFolder, path: Path) -> None:
     """Raise `UserError` if a finished run's research log is not what it left; reads it whole, once a process."""
     left = folder.records_left().get(path.name, {})
-    if "sha256" in left and path.exists() and _sha256(_state(path)) != left["sha256"]:
+    if "sha256" in left and path.exists() and sha256_by_state(file_state(path)) != left["sha256"]:
         raise UserError(f"{path}: edited since the run finished (its SHA-256 differs): put the file back")
 
 
@@ -124,43 +124,40 @@ def damage_of_weights(folder: ExperimentFolder, config: RunConfig, status: Statu
 
 def _changed(folder: Path, records: Mapping[str, Mapping[str, Any]], thorough: bool) -> Iterator[str]:
     for name, left in records.items():
-        path = folder / name
-        if not path.exists():
+        try:
+            state = file_state(f"{folder}/{name}")
+        except (FileNotFoundError, NotADirectoryError):
             yield f"{name}: gone"
-        elif (size := path.stat().st_size) != left["bytes"]:
-            yield f"{name}: {size:,} bytes, and {left['bytes']:,} when the run finished"
-        elif thorough and "sha256" in left and path.suffix != ".h5" and _sha256(_state(path)) != left["sha256"]:
+            continue
+        is_hashed = thorough and "sha256" in left and not name.endswith(".h5")
+        if state.size != left["bytes"]:
+            yield f"{name}: {state.size:,} bytes, and {left['bytes']:,} when the run finished"
+        elif is_hashed and sha256_by_state(state) != left["sha256"]:
             yield f"{name}: edited since the run finished (its SHA-256 differs)"
 
 
 def _journal_faults(folder: Path, status: Status, thorough: bool) -> Iterator[str]:
     if (folder / NAME).exists():
-        yield from (f"{NAME}: {fault}" for fault in _order_faults(_state(folder / NAME), thorough))
+        yield from (f"{NAME}: {fault}" for fault in _order_faults(file_state(folder / NAME), thorough))
     last = last_entry(folder)
     if status.ended and last and (last.step < status.step or (status.state == "finished" and last.step > status.step)):
         yield f"{NAME}: ends at step {last.step:,}, and the run {status.state} at step {status.step:,}"
 
 
-def _state(path: Path) -> _State:
-    stat = path.stat()
-    return path, stat.st_size, stat.st_mtime_ns
-
-
 @lru_cache(maxsize=100_000)
-def _sha256(state: _State) -> str:
-    return sha256_of(state[0])
+def _order_faults(state: FileState, whole: bool) -> tuple[str, ...]:
+    return tuple(faults_of_order(Path(state.path).parent, whole))
 
 
-@lru_cache(maxsize=100_000)
-def _order_faults(state: _State, whole: bool) -> tuple[str, ...]:
-    return tuple(faults_of_order(state[0].parent, whole))
+def _log_faults(log: Path, due: int) -> list[str]:
+    """Return the faults of a research log that must reach a step."""
 
+    def find(path: Path) -> str:
+        from bwlm.record.researchlog import fault_of_log  # h5py, which a list of runs does without
 
-@lru_cache(maxsize=100_000)
-def _log_faults(state: _State, due: int) -> tuple[str, ...]:
-    from bwlm.record.researchlog import fault_of_log  # h5py, which a list of runs does without
+        return "\n".join(fault_of_log(path, due))
 
-    return tuple(fault_of_log(state[0], due))
+    return finding(file_state(log), f"faults up to step {due}", find).splitlines()
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -182,20 +179,21 @@ def readable(folders: Iterable[ExperimentFolder], damaged: bool = False) -> tupl
     No damaged run must hide the rest. With `damaged` a run stays if its config, status and link can be trusted; its
     faults are named all the same, as far as a check that reads little finds them.
     """
-    whole, reasons = [], []
-    for folder in track(list(folders), "checking the records", "runs"):
-        if not folder.path.exists():
-            reasons.append(f"{folder.id} is left out: it has not begun")
-            continue
-        try:
-            folder.link()
-            faults = folder.damage(thorough=not damaged)
-            if damaged or not faults:
-                whole.append(folder)
-            if faults:
-                reasons.append(damage_words(folder, faults, left_out=not damaged))
-        except UserError as error:
-            reasons.append(f"{folder.id} is left out: {error}")
+    whole, reasons, every = [], [], list(folders)
+    with kept_findings(every[0].path.parent) if every and not damaged else contextlib.nullcontext():
+        for folder in track(every, "checking the records", "runs"):
+            if not folder.path.exists():
+                reasons.append(f"{folder.id} is left out: it has not begun")
+                continue
+            try:
+                folder.link()
+                faults = folder.damage(thorough=not damaged)
+                if damaged or not faults:
+                    whole.append(folder)
+                if faults:
+                    reasons.append(damage_words(folder, faults, left_out=not damaged))
+            except UserError as error:
+                reasons.append(f"{folder.id} is left out: {error}")
     return whole, reasons
 
 

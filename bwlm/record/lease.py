@@ -154,10 +154,16 @@ class Lease:
 
 def living_holder(path: Path) -> Holder | None:
     """Return the holder, if it has shown itself within the lease's time; None if the lease is free or has run out."""
+    holder, is_silent = present_holder(path) or (None, True)
+    return None if is_silent else holder
+
+
+def present_holder(path: Path) -> tuple[Holder, bool] | None:
+    """Return the process that keeps the lock, and whether it is silent: its lease has run out. None if none does."""
     if not _is_locked(path):
         return None
     seen = _look(path)
-    return None if _has_run_out(path, seen) else seen[0]
+    return seen[0], _has_run_out(path, seen)
 
 
 def last_holder(path: Path) -> Holder:

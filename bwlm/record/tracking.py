@@ -8,6 +8,7 @@ noted before it is made, and a launch that finds a mark without a run asks the s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -21,10 +22,10 @@ from typing import Any
 
 from bwlm.credentials import masked
 from bwlm.errors import UserError
-from bwlm.paths import exclusive, read_json, write_json
+from bwlm.paths import FileState, exclusive, file_state, read_json, write_json
 from bwlm.record.database import database_of, prepare_database
 from bwlm.record.experiment import ExperimentFolder, State, Status
-from bwlm.record.journal import Entry, entries_after, last_entry
+from bwlm.record.journal import NAME, Entry, entries_after, last_entry
 from bwlm.record.metrics import final_for_mlflow, for_mlflow
 from bwlm.record.mlflow_store import follow_storage, open_client, reason, refusal, sqlite_uri, tracking_uri
 from bwlm.record.mlflow_view import (
@@ -66,6 +67,8 @@ class Tracking:
         self.experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         self._storage = storage
         self._expected: dict[str, tuple[str | None, Mapping[str, str]]] = {}
+        self._delivered: dict[str, tuple[FileState, ...]] = {}
+        """States of each run's files that were delivered: a run that has ended is not read again and again."""
         self._away = False  # an end could not be delivered: the others are not tried, each would wait as long
         self._store = None if uri == sqlite_uri(storage / "mlflow.db") else uri  # None: the storage's, which may move
         self._failures: tuple[type[Exception], ...] = (MlflowException, OSError)
@@ -132,6 +135,7 @@ class Tracking:
         """Return an experiment's run, with parameters, tags, data and config; below its grid's run if it is a cell."""
         seen = _noted(folder.path).get("run_id")
         known = self._known_run(folder.path)
+        self._delivered.pop(folder.id, None)  # the store may have been set back
         if known is not None:
             _catch_up(folder.path, known)
             if _noted(folder.path).get("store") != self._store:
@@ -203,8 +207,14 @@ class Tracking:
 
         Nothing is lost if the server is away.
         """
-        if not self._has_run(folder):
+        states = _delivered_states(folder.path)
+        if self._delivered.get(folder.id) == states or not self._has_run(folder):
             return 0
+        sent = self._deliver(folder)
+        self._delivered[folder.id] = states
+        return sent
+
+    def _deliver(self, folder: ExperimentFolder) -> int:
         run, delivered = self._settle(folder.path)
         new = [entry for entry in entries_after(folder.path, delivered) if entry.metrics]
         if new and _noted(folder.path).get("status") != "RUNNING":
@@ -468,6 +478,15 @@ def _catch_up(folder: Path, run: Any) -> None:
     elif last < delivered:
         log.warning("tracking: the store was set back to step %d of %s: the rest is delivered again", last, folder)
         _note(folder, delivered_step=last, pending=None, closed=None)
+
+
+def _delivered_states(folder: Path) -> tuple[FileState, ...]:
+    """Return the states of what is delivered of a run: its journal, and the folders of its results."""
+    states = []
+    for path in (folder / NAME, *sorted(folder.glob("evaluations/*/*"))):
+        with contextlib.suppress(OSError):
+            states.append(file_state(path))
+    return tuple(states)
 
 
 def _is_enlisted(folder: Path) -> bool:

@@ -48,6 +48,11 @@ def refuse_spellings(rows: pd.DataFrame, column: str) -> None:
 
 def stripped(names: pd.Series[Any]) -> pd.Series[str]:
     """Return names as text without blanks around them."""
+    if isinstance(names.dtype, pd.StringDtype) or pd.api.types.is_integer_dtype(names.dtype):
+        # of one type, so that equal names are one name; objects may hold 1 and 1.0, which are equal and two names
+        places, values = pd.factorize(names, use_na_sentinel=False)
+        texts = np.array([str(value).strip() for value in values], dtype=object)
+        return pd.Series(texts[places], index=names.index, dtype=object)
     return names.astype(object).map(lambda name: str(name).strip())
 
 

@@ -21,7 +21,7 @@ from typing import Final, Literal
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student_t
+from scipy.special import stdtr, stdtrit  # those of scipy.stats, which takes half a second to import
 
 from bwlm.directions import DIRECTIONS, is_marked, rank
 from bwlm.errors import UserError, nearest
@@ -199,13 +199,13 @@ def paired_t(differences: FloatArray) -> tuple[float, Interval] | None:
         return None
     mean = float(differences.mean())
     error = float(differences.std(ddof=1)) / n**0.5
-    half_width = float(student_t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
+    half_width = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * error
     interval = (mean - half_width, mean + half_width)
     if np.abs(differences).max() <= _ROUNDING:
         return 1.0, interval
     if error <= _ROUNDING:
         return 0.0, interval
-    return 2.0 * float(student_t.sf(abs(mean) / error, n - 1)), interval
+    return 2.0 * float(stdtr(n - 1, -abs(mean) / error)), interval
 
 
 def noise_floor(losses_by_direction: Iterable[FloatArray]) -> float | None:

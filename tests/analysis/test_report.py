@@ -18,6 +18,7 @@ import pytest
 
 from bwlm.analysis.charts.losses import gap_chart, learning_curves
 from bwlm.analysis.charts.style import save_chart
+from bwlm.analysis.commands.compare import curves_of_groups
 from bwlm.analysis.commands.gap import GAP_HEADER, gap_columns, gap_metrics
 from bwlm.analysis.commands.result import frame_to_markdown, markdown_table
 from bwlm.analysis.report.output import write_report
@@ -834,3 +835,29 @@ def test_a_phase_has_code_of_its_own_and_two_versions_of_one_phase_are_told(tmp_
     other = finish(make_cell(tmp_path, "forward", seed=2, code="b2"), {"forward": [20.0]})
     told = "d1 base: trained by 2 codes, which are judged apart: b1 seeds 0, 1; b2 seeds 2"
     assert told in find([*base, mid, other]).skipped
+
+
+def test_a_report_of_many_runs_draws_the_seeds_of_a_setting_as_one_line(tmp_path: Path) -> None:
+    cells = [
+        finish(make_cell(tmp_path, direction, seed=seed, lr=lr), {direction: losses(lr, seed)})
+        for direction in ("forward", "backward")
+        for lr in (1.0, 2.0)
+        for seed in range(16)
+    ]
+    write_cells(tmp_path, "g", [cell.id for cell in cells])
+    write_grid_report(tmp_path, "g")
+    home = grid_folder(tmp_path, "g")
+    drawing = ET.parse(home / "curves.svg").getroot()
+    lines = [one for one in drawing.iter() if "mark-line" in one.get("class", "").split()]
+    drawn = [path for line in lines for path in line.iter() if path.tag.endswith("path")]
+    assert len([path for path in drawn if path.get("stroke-width") in ("3.2", "1.2")]) == 4
+    assert "the mean over the seeds of a direction and learning rate" in (home / REPORT).read_text()
+    page = (home / PAGE).read_text()
+    assert '<summary><h2 id="cells">' in page
+    assert all(cell.id in page for cell in cells)
+    assert " and 4 more, each in the run" in page
+    curves = curves_of_groups(cells)
+    last = curves[(curves["direction"] == "forward") & (curves["lr"] == 1.0)].dropna(subset="low").iloc[-1]
+    ends = [3.0 + 2.0 / 20 + 0.05 * seed for seed in range(16)]
+    assert (last["low"], last["high"]) == (min(ends), max(ends))
+    assert last["loss"] == pytest.approx(np.mean(ends))

@@ -9,8 +9,9 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from bwlm.analysis.runs.document_losses import document_losses, gap_table
 from bwlm.analysis.runs.labels import series, sizes
-from bwlm.analysis.runs.losses import load_curves, load_gap_table, own_losses
+from bwlm.analysis.runs.losses import load_curves, own_losses
 from bwlm.analysis.runs.rates import BestRate, TriedRate, best_learning_rates, best_on_test, tried_rates
 from bwlm.errors import UserError
 from bwlm.record.catalog.rows import load_cell, load_cells
@@ -141,7 +142,7 @@ def test_the_rates_that_were_tried_count_cells_in_any_state(tmp_path: Path) -> N
 def test_a_loss_that_is_no_number_cannot_win(tmp_path: Path) -> None:
     bad = finish(make_cell(tmp_path, "forward", lr=4.0), {"forward": [math.nan] * 4})
     cells = [bad, finish(make_cell(tmp_path, "forward"), {"forward": [20.0] * 4})]
-    assert [rate.lr for rate in chosen(load_gap_table(cells, sizes(cells)))] == [1.0]
+    assert [rate.lr for rate in chosen(gap_table(document_losses(cells), sizes(cells)))] == [1.0]
 
 
 def test_of_equal_rates_the_lower_is_taken() -> None:
@@ -270,9 +271,9 @@ def test_documents_without_text_are_left_out_of_the_gap_table(tmp_path: Path) ->
         losses = pq.read_table(path).to_pandas()
         losses.loc[3, ["tokens", "bytes"]] = 0
         losses.to_parquet(path)
-    gap_table = load_gap_table(cells, sizes(cells))
-    assert list(gap_table["tokens"]) == [10, 10, 10] * 2
-    assert [gap.documents for gap in gaps(gap_table[gap_table["half"] == "test"])] == [1]
+    losses = gap_table(document_losses(cells), sizes(cells))
+    assert list(losses["tokens"]) == [10, 10, 10] * 2
+    assert [gap.documents for gap in gaps(losses[losses["half"] == "test"])] == [1]
 
 
 def test_curves(tmp_path: Path) -> None:
@@ -303,12 +304,12 @@ def test_a_bidirectional_model_whose_readings_saw_other_windows_is_refused(tmp_p
 def test_the_gap_table_has_a_row_for_each_document_and_half(tmp_path: Path) -> None:
     first = finish(make_cell(tmp_path, "forward"), {"forward": [1.0, 2.0, 4.0, 8.0]})
     second = finish(make_cell(tmp_path, "backward", seed=2, lr=0.5), {"backward": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]})
-    gap_table = load_gap_table([first, second], sizes([first, second]))
-    assert {"run", "direction", "seed", "size", "lr", "half", "document", "nll", "tokens", "bytes"} <= set(gap_table)
-    mine = gap_table[gap_table["run"] == first.id].set_index(["half", "document"])["nll"].to_dict()
+    losses = gap_table(document_losses([first, second]), sizes([first, second]))
+    assert {"run", "direction", "seed", "size", "lr", "half", "document", "nll", "tokens", "bytes"} <= set(losses)
+    mine = losses[losses["run"] == first.id].set_index(["half", "document"])["nll"].to_dict()
     # windows 0 and 1 are of document 0, 2 and 3 of document 1; even ones tune, odd ones test
     assert mine == {("tuning", 0): 1.0, ("tuning", 1): 4.0, ("test", 0): 2.0, ("test", 1): 8.0}
-    other = gap_table[gap_table["run"] == second.id]
+    other = losses[losses["run"] == second.id]
     assert set(other["windows"]) == {3}  # of six, three a half
     assert set(other["direction"]) == {"backward"}
     assert set(other["seed"]) == {2}

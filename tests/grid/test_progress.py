@@ -75,6 +75,40 @@ def test_no_figure_is_cut_and_rows_stay_apart_in_a_narrow_terminal(width: int) -
     assert all(len(row.rstrip()) <= width for row in (heading, *rows))
 
 
+def test_a_thousand_cells_fit_on_a_screen_of_24_lines(clock_at: Callable[[float], None]) -> None:
+    """The counts are of all cells; of the running ones those that began first are shown, and of the ends the newest."""
+    axes = ["axes.depth=[1]", "axes.lr=[1,2,4]", f"axes.seed={list(range(111))}", "also=[]"]
+    cells = load_grid(ROOT / "grids" / "demo.yaml", axes).cells
+    progress = ProgressDisplay(cells, {cell.id: Status("finished") for cell in cells[:500]})
+    for cell in cells[500:700]:
+        progress.began(cell.id, 0)
+        progress.moved(cell.id, {"step": 10, "train_loss_smooth": 4.5})
+    for cell in cells[700:705]:
+        progress.ended(cell.id, Status("finished", step=40, metrics={"val_bpb": 2.5}))
+    progress._console = Console(file=io.StringIO(), force_terminal=False, width=80, height=24)
+    progress._console.print(progress._picture())
+    assert isinstance(progress._console.file, io.StringIO)
+    head, _, *lines = progress._console.file.getvalue().splitlines()
+    assert head.startswith("505 done · 200 running · 294 waiting")
+    assert len(lines) + 2 < 24
+    assert all(len(line.rstrip()) <= 80 for line in lines)
+    assert [line.split()[0] for line in lines[:3]] == [cell.id for cell in cells[500:503]]
+    assert lines[-4] == f"and {200 - len(lines) + 4} more running"
+    assert lines[-3:] == [f"{cell.id}: finished, val_bpb 2.5000" for cell in cells[702:705]]
+
+
+def test_elsewhere_a_line_names_few_of_many_running_cells(
+    cells: tuple[Cell, ...], clock_at: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = ProgressDisplay(cells, {})
+    for cell in cells[:5]:
+        progress.began(cell.id, 0)
+    clock_at(1000.0)
+    progress.moved(cells[0].id, {"step": 10})
+    at = ", ".join(f"{cell.id} at step {10 * (cell is cells[0])}/40" for cell in cells[:3])
+    assert f"0/36 {at} and 2 more" in capsys.readouterr().err
+
+
 def test_one_model_has_no_counts_and_its_validation_is_named(
     cells: tuple[Cell, ...], clock_at: Callable[[float], None]
 ) -> None:

@@ -123,6 +123,7 @@ def test_a_run_keeps_its_tokenizer_and_reads_its_own(tmp_path: Path) -> None:
 
 
 def test_an_experiment_exists_from_its_last_file_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bwlm.record.config_file
     import bwlm.record.experiment
     import bwlm.record.lineage
 
@@ -132,7 +133,7 @@ def test_an_experiment_exists_from_its_last_file_on(tmp_path: Path, monkeypatch:
         written.append(path.name)
         write_json(path, content, *check)
 
-    for module in (bwlm.record.lineage, bwlm.record.experiment):
+    for module in (bwlm.record.lineage, bwlm.record.experiment, bwlm.record.config_file):
         monkeypatch.setattr(module, "write_json", note)
     make(tmp_path)
     assert written[-1] == "config.json"

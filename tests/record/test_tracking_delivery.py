@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from bwlm.record import journal
 from bwlm.record.experiment import Status
 from bwlm.record.tracking import Tracking
 from tests.record.mlflow_runs import (
@@ -41,6 +42,31 @@ def test_metrics_arrive_once_by_step(store: Tracking, client: MlflowClient, tmp_
     assert Tracking(store.uri, tmp_path).deliver(folder) == 4
     assert delivered(client, child) == expected(5)
     assert delivered(client, child, "train/tokens")[-1] == (5, 500)
+
+
+def test_a_run_whose_files_stay_is_looked_at_and_not_read_again(
+    store: Tracking, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch asks every ten seconds, of a thousand cells of which most have ended."""
+    folder = make(tmp_path)
+    _, child = enlist(store, folder)
+    log_steps(folder, 1, 3)
+    assert store.deliver(folder) == 6
+    read: list[Path] = []
+    before = journal.entries_after
+    monkeypatch.setattr(
+        "bwlm.record.tracking.entries_after", lambda path, step: (read.append(path), before(path, step))[1]
+    )
+    for _ in range(3):
+        assert store.deliver(folder) == 0
+    assert read == []
+    log_steps(folder, 4, 4)
+    assert store.deliver(folder) == 2
+    assert len(read) == 1
+    (folder.path / "evaluations" / "base" / "forward").mkdir(parents=True)  # a result will lie there
+    assert store.deliver(folder) == 0
+    assert len(read) == 2
+    assert delivered(client, child) == expected(4)
 
 
 def test_the_store_is_asked_only_where_an_answer_was_lost(

@@ -42,19 +42,50 @@ def learning_curves(curves: pd.DataFrame, title: str) -> alt.TopLevelMixin:
     """
     if curves.empty:
         return nothing("no step has been logged yet", title)
-    sizes = list(curves["size"].unique())
-    directions = curves["direction"]
-    base = alt.Chart(forward_first(curves)).encode(
+    sizes, directions = list(curves["size"].unique()), curves["direction"]
+    base = _over_tokens(curves)
+    lines = base.mark_line(opacity=0.6).encode(y=_LOSS, detail="run:N", strokeWidth=direction_width(directions))
+    return _by_size(alt.layer(_dashed(lines, curves), _validations(base, directions)), sizes, title)
+
+
+def group_curves(curves: pd.DataFrame, title: str) -> alt.TopLevelMixin:
+    """Draw `learning_curves` of many runs: a line for each direction and learning rate, the mean over its seeds.
+
+    `curves`: size, direction, lr, tokens, and either loss, low and high, or val_loss (nats per token). Bands reach
+    from the lowest to the highest seed.
+    """
+    if curves.empty:
+        return nothing("no step has been logged yet", title)
+    drawn, directions = _over_tokens(curves), curves["direction"]
+    training = drawn.transform_filter("isValid(datum.loss)")
+    lines = training.mark_line(opacity=0.8).encode(y=_LOSS, detail="lr:N", strokeWidth=direction_width(directions))
+    band = training.mark_area(opacity=0.12).encode(y=alt.Y("low:Q"), y2="high:Q", detail="lr:N")
+    layers = alt.layer(band, _dashed(lines, curves), _validations(drawn, directions))
+    return _by_size(layers, list(curves["size"].unique()), title)
+
+
+_LOSS = alt.Y("loss:Q", title="loss (nats per token)", scale=alt.Scale(zero=False))
+
+
+def _over_tokens(curves: pd.DataFrame) -> alt.Chart:
+    return alt.Chart(forward_first(curves)).encode(
         x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(labelExpr=SHORT_NUMBER, tickCount=4)),
-        color=direction_color(directions),
+        color=direction_color(curves["direction"]),
     )
-    loss = alt.Y("loss:Q", title="loss (nats per token)", scale=alt.Scale(zero=False))
-    lines = base.mark_line(opacity=0.6).encode(y=loss, detail="run:N", strokeWidth=direction_width(directions))
-    if _several_rates(curves):
-        lines = lines.encode(strokeDash=_rate_dash(curves))
+
+
+def _dashed(lines: alt.Chart, curves: pd.DataFrame) -> alt.Chart:
+    """Return the lines, of several learning rates each with its own dashes."""
+    return lines.encode(strokeDash=_rate_dash(curves)) if _several_rates(curves) else lines
+
+
+def _validations(base: alt.Chart, directions: pd.Series[str]) -> alt.Chart:
     points = base.transform_filter("isValid(datum.val_loss)").mark_point(filled=True, opacity=0.9)
-    points = points.encode(y="val_loss:Q", size=direction_size(directions))
-    layered = alt.layer(lines, points).properties(width=300, height=240)
+    return points.encode(y="val_loss:Q", size=direction_size(directions))
+
+
+def _by_size(layers: alt.LayerChart, sizes: list[str], title: str) -> alt.TopLevelMixin:
+    layered = layers.properties(width=300, height=240)
     panel = alt.Facet("size:N", title=None, sort=sizes, header=alt.Header(labelFontSize=12, labelLimit=300))
     # each size has its own budget, so its own x axis; the loss axis is shared
     panels = layered.facet(panel, columns=min(_COLUMNS, len(sizes))).resolve_scale(x="independent")
@@ -83,8 +114,7 @@ def comparison_curves(bands: pd.DataFrame, apart: pd.DataFrame, title: str) -> a
     )
     y = {"title": "loss (nats per token)", "scale": alt.Scale(zero=False)}
     line = base.mark_line(opacity=0.8).encode(y=alt.Y("loss:Q", **y), strokeWidth=direction_width(bands["direction"]))
-    if _several_rates(bands):
-        line = line.encode(strokeDash=_rate_dash(bands))
+    line = _dashed(line, bands)
     band = base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", **y), y2="high:Q")
     panels = (band + line).properties(width=210, height=180)
     grid = panels.facet(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import altair as alt
 import pandas as pd
+import vl_convert
 
 PALETTE = {"forward": "#2a6fbb", "backward": "#c8553d", "bidirectional": "#5b8c5a", "permuted": "#8a7f98"}
 """Colour of each direction, the same in every chart."""
@@ -135,12 +137,30 @@ def save_chart(chart: Any, folder: Path, name: str) -> list[Path]:
     return [write_chart(chart, folder / f"{name}{suffix}") for suffix in (".svg", ".html")]
 
 
+_bundling: list[threading.Thread] = []
+
+
+def prepare_pages() -> None:
+    """Begin to bundle the JavaScript of pages, which takes a second, while something else is done."""
+    if not _bundling:
+        _bundling.append(threading.Thread(target=_bundle, daemon=True))
+        _bundling[0].start()
+
+
+def _bundle() -> None:
+    """Make the bundle that altair asks for; vl-convert keeps it for the process."""
+    version = "_".join(alt.SCHEMA_VERSION.split(".")[:2])
+    vl_convert.javascript_bundle(vl_version=version)  # type: ignore[call-arg]  # its stub has no default snippet
+
+
 def write_chart(chart: Any, path: Path) -> Path:
     """Write a chart whole or not at all, as its suffix says: .svg, .png (twice the pixels), .html without network."""
     suffix = path.suffix.lower()
     as_svg = {"inline": True, "embed_options": {"renderer": "svg"}}
     options: dict[str, dict[str, Any]] = {".html": as_svg, ".png": {"scale_factor": 2}}
     temporary = path.with_name(f".tmp-{path.name}")
+    for thread in _bundling if suffix == ".html" else ():
+        thread.join()
     try:
         chart.save(str(temporary), format=suffix[1:], **options.get(suffix, {}))
         if suffix in _DARKENED:

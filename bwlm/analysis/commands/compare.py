@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from bwlm.analysis.charts.losses import comparison_curves
 from bwlm.analysis.commands.result import OVER_SEEDS, Analysis
 from bwlm.analysis.runs.findings import best_rates
-from bwlm.analysis.runs.labels import sizes
-from bwlm.analysis.runs.losses import load_curves
+from bwlm.analysis.runs.learning_curves import smoothed_curves
+from bwlm.analysis.runs.rates import of_groups
 from bwlm.directions import DIRECTIONS
 from bwlm.errors import UserError
 from bwlm.format import counted, short_number
@@ -22,8 +23,6 @@ from bwlm.stats.gaps import FEWEST_SEEDS, paired_t
 
 AXES = {"step": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
 _GROUP = ["size", "direction", "lr"]
-_SMOOTHED = 25
-"""Fraction of a run's steps over which its training loss is averaged, as a divisor; the window is centred."""
 _POINTS = 120
 """Points of a curve in the chart of several runs."""
 _LEVELS = 3
@@ -72,42 +71,6 @@ def without_rl(folders: list[ExperimentFolder]) -> list[ExperimentFolder]:
     return [folder for folder in folders if not PHASES[folder.config().experiment.phase].has_reward]
 
 
-def smoothed_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
-    """Return a row per step: run, size, direction, lr, seed, step, tokens, flops, seconds, averaged, loss, val_loss.
-
-    Losses are in nats per supervised token (in SFT the tokens that a direction writes). `loss` is the training loss,
-    averaged over `averaged` tokens around its step: an average of past steps would lag behind a falling loss.
-    `val_loss` is NaN at steps without a validation. The table is empty if no run has logged a step.
-    """
-    labels, parts = sizes(folders), []
-    for folder in folders:
-        curve = load_curves(folder)
-        if curve.empty:
-            continue
-        experiment = folder.config().experiment
-        learnt = PHASES[experiment.phase].metric
-        window = max(1, len(curve) // _SMOOTHED)
-        parts.append(
-            pd.DataFrame(
-                {
-                    "run": folder.id,
-                    "size": labels[folder.id],
-                    "direction": experiment.direction,
-                    "lr": experiment.lr,
-                    "seed": experiment.seed,
-                    "step": curve["step"],
-                    "tokens": curve["tokens"],
-                    "flops": curve["flops"],
-                    "seconds": curve["step_seconds"].cumsum(),
-                    "averaged": window * curve["tokens"].diff().median() if len(curve) > 1 else curve["tokens"],
-                    "loss": curve["train_loss"].rolling(window, center=True, min_periods=1).mean(),
-                    "val_loss": curve.get(learnt, math.nan),
-                }
-            )
-        )
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-
-
 def single_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
     """Return the input of `charts.losses.learning_curves`: few enough steps to draw, with all validations."""
     curves = smoothed_curves(without_rl(folders))
@@ -119,23 +82,42 @@ def single_curves(folders: list[ExperimentFolder]) -> pd.DataFrame:
     return curves[(place % stride == 0) | (place == steps - 1) | curves["val_loss"].notna()]
 
 
+def curves_of_groups(folders: list[ExperimentFolder]) -> pd.DataFrame:
+    """Return the input of `charts.losses.group_curves`: the curves of many runs, each direction and rate by its seeds.
+
+    Rows with `loss`, `low` and `high` are training losses, rows with `val_loss` the mean over seeds of a validation.
+    """
+    curves = smoothed_curves(without_rl(folders))
+    if curves.empty:
+        return curves
+    means = curves.dropna(subset="val_loss").groupby([*_GROUP, "tokens"])["val_loss"].mean().reset_index()
+    lines = bands(curves)
+    of_tokens = lines[lines["axis"] == AXES["tokens"]].rename(columns={"x": "tokens"})
+    return pd.concat([of_tokens, means], ignore_index=True)
+
+
 def bands(curves: pd.DataFrame) -> pd.DataFrame:
     """Return mean, lowest and highest loss over seeds on a grid of each axis: axis, x, loss, low, high, seeds."""
     parts = []
     for key, group in curves.groupby(_GROUP):
-        runs = [run for _, run in group.groupby("run")]
+        named: dict[str, Any] = dict(zip(_GROUP, key, strict=True))
+        runs = [_columns(run, [*AXES, "loss"]) for _, run in group.groupby("run")]
         for axis, label in AXES.items():
-            end = min(run[axis].iloc[-1] for run in runs)
-            start = max(run[axis].iloc[0] for run in runs)
-            x = np.linspace(start, end, min(_POINTS, min(map(len, runs))))
+            end = min(run[axis][-1] for run in runs)
+            start = max(run[axis][0] for run in runs)
+            x = np.linspace(start, end, min(_POINTS, min(len(run[axis]) for run in runs)))
             loss = np.stack([np.interp(x, run[axis], run["loss"]) for run in runs])
-            named: dict[str, Any] = dict(zip(_GROUP, key, strict=True))
             parts.append(
                 pd.DataFrame(
                     {"axis": label, "x": x, "loss": loss.mean(0), "low": loss.min(0), "high": loss.max(0)}
                 ).assign(seeds=len(runs), **named)
             )
     return pd.concat(parts, ignore_index=True)
+
+
+def _columns(rows: pd.DataFrame, names: list[str]) -> dict[str, NDArray[Any]]:
+    """Return columns as arrays: pandas takes longer to find one of a thousand runs than numpy to use it."""
+    return {name: rows[name].to_numpy() for name in names}
 
 
 def differences(curves: pd.DataFrame) -> pd.DataFrame:
@@ -207,8 +189,9 @@ def efficiency(curves: pd.DataFrame) -> pd.DataFrame:
         start = max(run["loss"].iloc[0] for _, run in of_size.groupby("run"))
         levels = np.linspace(start, reachable, _LEVELS + 1)[1:]
         names = [name for name in DIRECTIONS if name in set(of_size["direction"])]
+        by_seed = {name: _by_seed(of_size[of_size["direction"] == name]) for name in names}
         for level in levels:
-            needed = {name: _needed(of_size[of_size["direction"] == name], float(level)) for name in names}
+            needed = {name: _needed(of_name, float(level)) for name, of_name in by_seed.items()}
             rows += [
                 _row(str(size), float(level), name, needed, names[0]) | {"averaged": of_size["averaged"].max()}
                 for name in names
@@ -223,20 +206,32 @@ def at_best_rates(curves: pd.DataFrame, best: dict[tuple[str, str], float]) -> p
     """
     ends = curves.groupby([*_GROUP, "run"])["loss"].last().groupby(_GROUP).mean()
     chosen = {(size, direction): lr for size, direction, lr in ends.groupby(_GROUP[:2]).idxmin()} | best
-    keys = zip(curves["size"], curves["direction"], curves["lr"], strict=True)
-    return curves[[chosen[size, direction] == lr for size, direction, lr in keys]]
+    return curves[of_groups(curves, {(*key, lr) for key, lr in chosen.items()})]
 
 
-def _needed(curves: pd.DataFrame, level: float) -> dict[int, tuple[float, float]]:
+_Curve = dict[str, NDArray[np.float64]]
+
+
+def _by_seed(curves: pd.DataFrame) -> dict[int, _Curve]:
+    """Return the lowest loss until each step of each seed, and its tokens and FLOPs."""
+    columns = ["tokens", "flops", "loss"]
+    of_seed = {
+        int(str(seed)): _columns(run.astype(dict.fromkeys(columns, float)), columns)
+        for seed, run in curves.groupby("seed")
+    }
+    return {seed: run | {"loss": np.minimum.accumulate(run["loss"])} for seed, run in of_seed.items()}
+
+
+def _needed(curves: dict[int, _Curve], level: float) -> dict[int, tuple[float, float]]:
     """Return tokens and FLOPs at which each seed first comes down to a loss, interpolated between steps."""
     by_seed = {}
-    for seed, run in curves.groupby("seed"):
-        lowest = np.minimum.accumulate(run["loss"].to_numpy())
+    for seed, run in curves.items():
+        lowest = run["loss"]
         at = int(np.argmax(lowest <= level + 1e-12))
         before = max(at - 1, 0)
         share = (lowest[before] - level) / (lowest[before] - lowest[at]) if lowest[before] > lowest[at] else 1.0
-        tokens, flops = (run[name].to_numpy(dtype=float)[[before, at]] for name in ("tokens", "flops"))
-        by_seed[int(str(seed))] = (float(tokens @ [1 - share, share]), float(flops @ [1 - share, share]))
+        tokens, flops = (run[name][[before, at]] for name in ("tokens", "flops"))
+        by_seed[seed] = (float(tokens @ [1 - share, share]), float(flops @ [1 - share, share]))
     return by_seed
 
 

@@ -11,9 +11,9 @@ import pandas as pd
 
 from bwlm.analysis.charts.scaling import gap_trend_chart, law_chart, scaling_chart
 from bwlm.analysis.commands.result import OVER_SEEDS, Analysis
+from bwlm.analysis.runs.document_losses import document_losses, gap_table
 from bwlm.analysis.runs.findings import Findings, find
 from bwlm.analysis.runs.labels import sizes
-from bwlm.analysis.runs.losses import load_gap_table, with_losses
 from bwlm.analysis.runs.rates import best_on_test
 from bwlm.directions import rank
 from bwlm.errors import UserError
@@ -52,12 +52,12 @@ def losses_by_size(folders: list[ExperimentFolder], findings: Findings) -> pd.Da
     Losses are in nats per token, on the test half of the windows. Raises `UserError` if no run has finished, or if the
     runs differ in more than their sizes.
     """
-    finished, _ = with_losses([folder for folder in folders if folder.status().state == "finished"])
-    if not finished or not findings.best:
+    losses = document_losses([folder for folder in folders if folder.status().state == "finished"])
+    if not losses.folders or not findings.best:
         raise UserError("analyze scaling: no run has finished: finish them, or name finished runs")
-    configs = {folder.id: folder.config() for folder in finished}
+    configs = {folder.id: folder.config() for folder in losses.folders}
     _refuse_other_than_sizes({run: config.compared for run, config in configs.items()})
-    rows = best_on_test(load_gap_table(finished, sizes(folders)), findings.best)
+    rows = best_on_test(gap_table(losses, sizes(folders)), findings.best)
     summed = rows.groupby(["run", "direction", "seed", "size"], as_index=False)[["nll", "tokens"]].sum()
     return pd.DataFrame(
         {

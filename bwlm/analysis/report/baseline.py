@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bwlm.analysis.commands.gap import GAP_HEADER, gap_columns, gap_sentence
 from bwlm.analysis.commands.result import markdown_table
+from bwlm.analysis.runs.document_losses import document_losses, gap_table
 from bwlm.analysis.runs.findings import one_window
 from bwlm.analysis.runs.labels import sizes
-from bwlm.analysis.runs.losses import load_gap_table, with_losses
 from bwlm.directions import BASELINE
 from bwlm.errors import UserError
 from bwlm.phases import PHASES
@@ -54,7 +54,8 @@ def gap_to_forward(folder: ExperimentFolder) -> Gap:
         and (config := other.config()).experiment.direction in pair
         and _settings(config.compared) == _settings(own.compared)
     ]
-    runs, _ = with_losses(same)
+    losses = document_losses(same)
+    runs = losses.folders
     seeds = {run.config().experiment.seed for run in runs if run.config().experiment.direction == BASELINE}
     if own.experiment.seed not in seeds:
         raise UserError(
@@ -62,7 +63,7 @@ def gap_to_forward(folder: ExperimentFolder) -> Gap:
             "train it with `--direction forward` and all other settings as below"
             + ("" if PHASES[own.experiment.phase].is_first else ", from a forward parent trained like this run's")
         )
-    table = load_gap_table(runs, sizes(runs))
+    table = gap_table(losses, sizes(runs))
     test = table[table["half"].eq("test")].drop(columns="half")
     if test.empty:
         raise UserError(one_window(folder))

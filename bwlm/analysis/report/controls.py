@@ -11,9 +11,10 @@ import pandas as pd
 
 from bwlm.analysis.commands.gap import GAP_HEADER, gap_columns
 from bwlm.analysis.commands.result import markdown_table
+from bwlm.analysis.runs.document_losses import document_losses
 from bwlm.analysis.runs.findings import Findings, find
 from bwlm.analysis.runs.labels import sizes
-from bwlm.analysis.runs.losses import load_losses, with_losses
+from bwlm.analysis.runs.losses import load_losses
 from bwlm.analysis.runs.rates import BestRate
 from bwlm.config import CONTROL_SOURCES, NULL, PRODUCTS
 from bwlm.directions import BASELINE, DIRECTIONS, TEXT_READINGS
@@ -99,7 +100,7 @@ def above_floor(folders: list[ExperimentFolder], best: list[BestRate]) -> pd.Dat
     rows, labels = [], sizes(folders)
     wanted = {(rate.size, rate.direction, rate.lr) for rate in best if rate.direction in TEXT_READINGS}
     finished = [folder for folder in folders if folder.status().state == "finished"]
-    for folder in with_losses(finished)[0]:
+    for folder in document_losses(finished).folders:
         experiment = folder.config().experiment
         size, direction = labels[folder.id], experiment.direction
         if (size, direction, experiment.lr) in wanted:

@@ -35,6 +35,9 @@ _DIGEST, _DIGITS = re.compile(r"[0-9a-f]{16,}"), 12
 _ROWS = 40
 """Longest table that a report shows, in rows; longer ones are for the command that makes the whole analysis."""
 
+_MARKS = 60
+"""Most fingerprints that a report lists."""
+
 _ANALYSES: dict[str, tuple[str, Analyse, bool]] = {
     "rewards": ("Rewards", rewards, True),
     "compare": ("Learning efficiency", compare, True),
@@ -261,5 +264,7 @@ def repeat_section(folders: list[ExperimentFolder], command: str) -> list[str]:
     storage_note = ["With `BWLM_STORAGE` naming this storage:"] if "$BWLM_STORAGE" in command else []
     parts = ["## How to repeat it", *storage_note, f"```bash\n{command}\n```"]
     parts += [f"With {versions}; {how}." for versions, how in kinds]
-    parts.append("Fingerprints: " + ", ".join(f"{run} `{mark}`" for run, mark, _, _ in lines) + ".")
+    marks = [f"{run} `{mark}`" for run, mark, _, _ in lines]
+    more = f" and {len(marks) - _MARKS} more, each in the run's config.json" if len(marks) > _MARKS else ""
+    parts.append(f"Fingerprints: {', '.join(marks[:_MARKS])}{more}.")
     return parts

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from bwlm.analysis.charts.losses import gap_chart, learning_curves
+from bwlm.analysis.charts.losses import gap_chart, group_curves, learning_curves
 from bwlm.analysis.charts.style import save_chart
-from bwlm.analysis.commands.compare import single_curves, without_rl
+from bwlm.analysis.commands.compare import curves_of_groups, single_curves, without_rl
 from bwlm.analysis.commands.gap import GAP_HEADER, gap_caption, gap_columns, gap_frame, gap_line, verdict_line
 from bwlm.analysis.commands.result import markdown_table
 from bwlm.analysis.report.baseline import baseline_section
@@ -43,8 +45,11 @@ from bwlm.record.repeat import grid_command, repeat_command
 from bwlm.stats.gaps import TOO_FEW_CHOSE, Gap
 from bwlm.stats.loss_file import write_losses
 
+_MANY = 60
+"""Runs from which a report draws the seeds of a setting as one line, and folds the table of its cells."""
 PAGE = "RESEARCH_REPORT.html"
 LOSSES = "losses.parquet"
+_CELLS = "Cells"
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def write_grid_report(storage: Path, name: str, into: Path | None = None) -> Gri
     findings = replace(findings, without_result=left_out + findings.without_result)
     charts = list[Path]()
     if without_rl(folders) or not folders:
-        charts += save_chart(learning_curves(single_curves(folders), f"{name}: learning curves"), folder, "curves")
+        charts += save_chart(_curves(folders, f"{name}: learning curves"), folder, "curves")
     if findings.gaps:
         charts += save_chart(gap_chart(gap_frame(findings.gaps), f"{name}: gaps between directions"), folder, "gaps")
         charts.append(write_losses(findings.losses, folder / LOSSES))
@@ -77,8 +82,16 @@ def write_grid_report(storage: Path, name: str, into: Path | None = None) -> Gri
     notes = dropped_words(dropped_cells(storage, name)) + ([] if into else _earlier_words(storage, name))
     text = _grid_text(name, folders, findings, notes)
     text += "\n".join(["", *(f"{part}\n" for part in [*scored, *sections])])
-    files = [*_write(text, folder, storage, f"bwlm: {name}"), *charts, *score_charts, *pictures]
+    folded = (*FOLDED, *([_CELLS] if len(folders) > _MANY else []))
+    files = [*_write(text, folder, storage, f"bwlm: {name}", folded), *charts, *score_charts, *pictures]
     return GridReport(files, findings, tasks, _summary(findings, tasks))
+
+
+def _curves(folders: list[ExperimentFolder], title: str) -> Any:
+    """Return the chart of the learning curves: a line for each run, or for all seeds of a setting if there are many."""
+    if len(folders) > _MANY:
+        return group_curves(curves_of_groups(folders), title)
+    return learning_curves(single_curves(folders), title)
 
 
 def _summary(findings: Findings, tasks: TaskFindings | None) -> str:
@@ -132,11 +145,11 @@ def _at_best_rates(folders: list[ExperimentFolder], best: list[BestRate]) -> lis
     return [f for f in folders if (labels[f.id], experiments[f.id].direction, experiments[f.id].lr) in wanted]
 
 
-def _write(text: str, folder: Path, storage: Path, title: str) -> list[Path]:
+def _write(text: str, folder: Path, storage: Path, title: str, folded: Collection[str] = FOLDED) -> list[Path]:
     """Write the report as Markdown and as an HTML page; paths in it start at the storage, which may be moved."""
     text = re.sub(rf"(?<![\w.~/-]){re.escape(f'{storage}/')}", "", text)
     write_text(folder / REPORT, text)
-    write_text(folder / PAGE, to_page(text, folder, title, FOLDED))
+    write_text(folder / PAGE, to_page(text, folder, title, folded))
     return [folder / REPORT, folder / PAGE]
 
 
@@ -240,8 +253,9 @@ def _grid_text(name: str, folders: list[ExperimentFolder], findings: Findings, n
     if findings.excluded:
         parts += ["\n".join(f"- {line}" for line in findings.excluded), _EXCLUSION]
     if without_rl(folders) or not folders:
-        parts += ["## Learning curves", "![learning curves](curves.svg) ([in the browser](curves.html))", _CURVES]
-    parts += ["## Cells", markdown_table(["id", *CELL_HEADER], [[c.id, *cell_columns(c)] for c in cells])]
+        parts += ["## Learning curves", "![learning curves](curves.svg) ([in the browser](curves.html))"]
+        parts += [_CURVES_OF_MANY if len(folders) > _MANY else _CURVES]
+    parts += [f"## {_CELLS}", markdown_table(["id", *CELL_HEADER], [[c.id, *cell_columns(c)] for c in cells])]
     if findings.without_result:
         parts += ["Cells without a result:", "\n".join(f"- {line}" for line in findings.without_result)]
     return "\n\n".join(parts) + "\n"
@@ -266,6 +280,11 @@ direction."""
 
 _CURVES = """Lines are smoothed training losses of single runs, points their validation losses (own reading); in SFT
 both count only the text that a direction writes."""
+
+
+_CURVES_OF_MANY = """Lines are smoothed training losses, the mean over the seeds of a direction and learning rate, in a
+band from the lowest to the highest seed; points are the mean validation losses (own reading). In SFT both count only
+the text that a direction writes."""
 
 
 _OWN_TEXT = """None between directions: in SFT and RL each learns to write its own part of a conversation. Variants of

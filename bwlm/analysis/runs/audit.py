@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 from bwlm.analysis.runs.losses import byte_counts_of
@@ -73,9 +73,10 @@ def audit(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -
     identities = {folder.id: folder.config().compared for folder in folders}
     counts = {folder.id: byte_counts_of(folder) for folder in folders}
     passed, doubled, refused = 0, 0, dict[tuple[str, ...], list[str]]()
-    for (one, fields), (other, other_fields) in combinations(identities.items(), 2):
-        if (of and of.id not in (one, other)) or not _is_pair(fields, other_fields):
+    for one, other in _pairs(identities):
+        if of and of.id not in (one, other):
             continue
+        fields, other_fields = identities[one], identities[other]
         twice = _equal_per_direction(fields, other_fields)
         allowed = dict.fromkeys(TUNED | ({"steps"} if twice else set()))
         changed = differences(fields | allowed, other_fields | allowed)
@@ -89,14 +90,24 @@ def audit(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -
     return Audit(passed, doubled, [_refusal(changed, pairs) for changed, pairs in refused.items()])
 
 
+def _pairs(identities: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Yield each two runs of different directions that have the same depth, seed and phase."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for run, fields in identities.items():
+        alike.setdefault(_pair_key(fields), []).append(run)
+    for run, fields in identities.items():
+        rest = alike[_pair_key(fields)]
+        rest.remove(run)
+        yield from ((run, other) for other in rest if identities[other]["direction"] != fields["direction"])
+
+
+def _pair_key(fields: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(fields[name] for name in ("depth", "seed", "phase"))
+
+
 def _counts(one: str, other: str) -> list[str]:
     """Return true unless the two count the bytes of a token by other tables; earlier versions do not say."""
     return [f"bytes per token: {one} -> {other}"] if one and other and one != other else []
-
-
-def _is_pair(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    same = all(one[name] == other[name] for name in ("depth", "seed", "phase"))
-    return same and one["direction"] != other["direction"]
 
 
 def _equal_per_direction(one: dict[str, Any], other: dict[str, Any]) -> bool:

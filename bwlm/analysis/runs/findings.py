@@ -7,8 +7,8 @@ from itertools import combinations
 
 import pandas as pd
 
+from bwlm.analysis.runs.document_losses import DocumentLosses, document_losses, gap_table
 from bwlm.analysis.runs.labels import sizes
-from bwlm.analysis.runs.losses import load_gap_table, with_losses
 from bwlm.analysis.runs.rates import (
     BestRate,
     TriedRate,
@@ -68,14 +68,15 @@ def find(folders: list[ExperimentFolder]) -> Findings:
     """
     folders = [folder for folder in folders if PHASES[folder.config().experiment.phase].compared]
     cells = {folder.id: load_cell(folder) for folder in folders}
-    finished, unreadable = with_losses([folder for folder in folders if cells[folder.id].state == "finished"])
+    measured = document_losses([folder for folder in folders if cells[folder.id].state == "finished"])
+    finished = measured.folders
     skipped = [
         f"{c.id}: {c.state}{f' ({c.reason})' if c.reason else ''}" for c in cells.values() if c.state != "finished"
-    ] + unreadable
+    ] + measured.left_out
     if not finished:
         return Findings([], [], skipped, [], [], [], [], pd.DataFrame(columns=COLUMNS))
     labels = sizes(folders)
-    table, tried, best = _rates(folders, finished, labels)
+    table, tried, best = _rates(folders, measured, labels)
     losses = best_on_test(table, best)
     test = pd.concat([losses, equal_per_direction(losses, finished, labels)], ignore_index=True)
     can_choose = best or any(rate.qualifies for rate in tried)
@@ -108,16 +109,16 @@ def best_rates(folders: list[ExperimentFolder]) -> list[BestRate]:
     """Return the best rates of `find` without comparing directions; sizes have their labels among all runs."""
     labels = sizes(folders)
     folders = [folder for folder in folders if PHASES[folder.config().experiment.phase].compared]
-    finished, _ = with_losses([folder for folder in folders if folder.status().state == "finished"])
-    return _rates(folders, finished, labels)[2] if finished else []
+    finished = document_losses([folder for folder in folders if folder.status().state == "finished"])
+    return _rates(folders, finished, labels)[2] if finished.folders else []
 
 
 def _rates(
-    folders: list[ExperimentFolder], finished: list[ExperimentFolder], labels: dict[str, str]
+    folders: list[ExperimentFolder], finished: DocumentLosses, labels: dict[str, str]
 ) -> tuple[pd.DataFrame, list[TriedRate], list[BestRate]]:
     """Return the losses of every finished run's documents, the rates that were tried, and the best of them."""
-    table = load_gap_table(finished, labels)
-    tried = tried_rates(folders, labels, {folder.id for folder in finished})
+    table = gap_table(finished, labels)
+    tried = tried_rates(folders, labels, {folder.id for folder in finished.folders})
     return table, tried, best_learning_rates(table, tried)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from bwlm.directions import TEXT_READINGS, is_marked, rank
 from bwlm.record.experiment import ExperimentFolder
@@ -65,7 +67,7 @@ def best_learning_rates(table: pd.DataFrame, tried: Sequence[TriedRate]) -> list
     """
     candidates = Counter((rate.size, rate.direction) for rate in tried)
     qualifying = {(rate.size, rate.direction, rate.lr) for rate in tried if rate.qualifies}
-    tuning = table[_among(table, qualifying) & table["half"].eq("tuning")]
+    tuning = table[of_groups(table, qualifying) & table["half"].eq("tuning")]
     sums = tuning.groupby(["size", "direction", "lr", "seed"], as_index=False)[["nll", "bytes"]].sum()
     sums["bpb"] = sums["nll"] / (math.log(2) * sums["bytes"])
     best = []
@@ -90,9 +92,11 @@ def best_on_test(table: pd.DataFrame, best: list[BestRate]) -> pd.DataFrame:
     The column `choosing_seeds` says how many seeds chose that rate; NaN if nothing was chosen.
     """
     wanted = {(rate.size, rate.direction, rate.lr): rate.choosing_seeds for rate in best}
-    test = table[_among(table, wanted.keys()) & table["half"].eq("test")].drop(columns="half")
-    keys = zip(test["size"], test["direction"], test["lr"], strict=True)
-    return test.assign(choosing_seeds=pd.Series([wanted[key] for key in keys], index=test.index, dtype=float))
+    test = table[of_groups(table, wanted) & table["half"].eq("test")].drop(columns="half")
+    choosing_seeds = pd.Series(math.nan, index=test.index)
+    for key, rows in _groups(test).items():
+        choosing_seeds.iloc[rows] = wanted[key]
+    return test.assign(choosing_seeds=choosing_seeds)
 
 
 def equal_per_direction(test: pd.DataFrame, folders: list[ExperimentFolder], labels: dict[str, str]) -> pd.DataFrame:
@@ -109,7 +113,15 @@ def equal_per_direction(test: pd.DataFrame, folders: list[ExperimentFolder], lab
     return pd.concat(parts, ignore_index=True) if parts else test.head(0)
 
 
-def _among(table: pd.DataFrame, wanted: Set[tuple[str, str, float]]) -> pd.Series[bool]:
+def of_groups(table: pd.DataFrame, wanted: Collection[tuple[str, str, float]]) -> pd.Series[bool]:
     """Return true for rows of the wanted sizes, directions and learning rates."""
-    keys = zip(table["size"], table["direction"], table["lr"], strict=True)
-    return pd.Series([key in wanted for key in keys], index=table.index, dtype=bool)
+    among = pd.Series(False, index=table.index)
+    for key, rows in _groups(table).items():
+        if key in wanted:
+            among.iloc[rows] = True
+    return among
+
+
+def _groups(table: pd.DataFrame) -> dict[tuple[str, str, float], NDArray[np.intp]]:
+    """Return the places of the rows of each size, direction and learning rate."""
+    return table.groupby(["size", "direction", "lr"], sort=False).indices  # type: ignore[return-value]

@@ -15,6 +15,7 @@ from bwlm.paths import read_json
 from bwlm.phases import PHASES
 from bwlm.record.catalog.rows import CellRow, load_cell
 from bwlm.record.checkpoint import checkpoint_steps, step_folder
+from bwlm.record.disk import bytes_in
 from bwlm.record.experiment import ExperimentFolder, parents_in
 from bwlm.record.health import damage_of_weights
 from bwlm.record.journal import entries_holding, last_entry
@@ -223,11 +224,6 @@ def _what_is_kept(folder: ExperimentFolder) -> dict[str, Any]:
         "evaluations": ["/".join(path.with_suffix("").parts[-3:]) for path in evaluations],
         "files": {path.name: _bytes_of(path) for path in files},
     }
-
-
-def bytes_in(folder: Path) -> int:
-    """Return the bytes of all files below a folder."""
-    return sum(_bytes_of(path) for path in folder.rglob("*") if path.is_file())
 
 
 def _bytes_of(path: Path) -> int:
