@@ -54,6 +54,7 @@ def run_analysis(
 
         with loading():
             check_output(output)
+            prepare_pages(output, storage)
             analyse = load()
         with working(f"analysing {counted(len(folders), 'run')}"):
             analysis = analyse(chosen if rates else folders)
@@ -136,9 +137,17 @@ def default_folder(storage: str | None, runs: list[str]) -> Path:
     return storage_root(storage) / "analyses" / name
 
 
-def check_output(output: list[Path] | None, endings: Sequence[str] = ()) -> None:
-    """Raise `UserError` for a file that an analysis cannot write; begin with what its pages need."""
+def prepare_pages(output: list[Path] | None, storage: str | None) -> None:
+    """Begin with what the pages of an analysis need, if it writes one."""
     from bwlm.analysis.charts.style import prepare_pages
+    from bwlm.paths import storage_root
+
+    if not output or any(path.suffix.lower() == ".html" for path in output):
+        prepare_pages(storage_root(storage))
+
+
+def check_output(output: list[Path] | None, endings: Sequence[str] = ()) -> None:
+    """Raise `UserError` for a file that an analysis cannot write."""
     from bwlm.analysis.commands.result import PICTURES, TABLES
 
     allowed = endings or (*PICTURES, *TABLES)
@@ -149,8 +158,6 @@ def check_output(output: list[Path] | None, endings: Sequence[str] = ()) -> None
             raise UserError(f"--output: {path} is a folder: name a file in it")
         if not path.parent.is_dir():
             raise UserError(f"--output: {path}: there is no folder {path.parent}: make it, or choose another")
-    if not output or any(path.suffix.lower() == ".html" for path in output):
-        prepare_pages()
 
 
 def write_files(analysis: Analysis, output: list[Path] | None, default: Path | None) -> list[Path]:

@@ -15,6 +15,7 @@ from bwlm.cli.analysis_run import (
     check_output,
     default_folder,
     kept_result,
+    prepare_pages,
     run_analysis,
     told_or_made,
 )
@@ -106,6 +107,7 @@ def gap(
             with working(f"resampling {losses.name}"):
                 gaps, notes = gaps_from(losses, resamples)
         else:
+            prepare_pages(output, storage)
             with working("reading and resampling losses"):
                 gaps, notes = _gaps_of_runs(*chosen)
         analysis = gap_analysis(gaps, name, notes)

@@ -47,17 +47,18 @@ class StorageCache:
         temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
         with contextlib.suppress(OSError):  # read-only, or full: it is made again the next time
             try:
-                with _created(temporary, folder) as file:
+                with self._created(temporary) as file:
                     file.write(hashlib.sha256(content).digest() + content)
                 os.replace(temporary, f"{folder}/{name}")  # noqa: PTH105 (as above)
             except OSError:
                 os.unlink(temporary)  # noqa: PTH108
                 raise
 
-
-def _created(path: str, folder: str) -> BinaryIO:
-    try:
-        return open(path, "wb")  # noqa: PTH123
-    except FileNotFoundError:
-        os.makedirs(folder, exist_ok=True)  # noqa: PTH103
-        return open(path, "wb")  # noqa: PTH123
+    def _created(self, path: str) -> BinaryIO:
+        """Return a new file in the folder, which is made in a storage that exists."""
+        try:
+            return open(path, "wb")  # noqa: PTH123 (as above)
+        except FileNotFoundError:
+            if self.storage.is_dir():
+                self.folder.mkdir(parents=True, exist_ok=True)
+            return open(path, "wb")  # noqa: PTH123

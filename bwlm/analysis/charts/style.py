@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import altair as alt
 import pandas as pd
 import vl_convert
+
+from bwlm.record.storage_cache import StorageCache
 
 PALETTE = {"forward": "#2a6fbb", "backward": "#c8553d", "bidirectional": "#5b8c5a", "permuted": "#8a7f98"}
 """Colour of each direction, the same in every chart."""
@@ -109,16 +113,14 @@ def _dark_svg(text: str) -> str:
     return f"{head}>{_dark_style()}{rest}"
 
 
-def _dark_page(text: str) -> str:
+def _page_head() -> str:
     body = "body{background:white}@media (prefers-color-scheme:dark){body{background:#14171c}}" + _FITTED
-    head = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f'<meta name="color-scheme" content="light dark"><style>{body}</style>{_dark_style()}'
-    return text.replace("<head>", f"<head>{head}", 1)  # the end tag stands in Vega's code first
+    head = '<meta charset="UTF-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    return f'{head}<meta name="color-scheme" content="light dark"><style>{body}</style>{_dark_style()}'
 
 
 _FITTED = "svg.marks{background:none!important;max-width:100%;height:auto}"
 """CSS by which a chart shows the page behind it, and is no wider than the window; Vega sets styles of its own."""
-_DARKENED = {".svg": _dark_svg, ".html": _dark_page}
 
 
 def panel_title(text: str, offset: int = 4) -> alt.TitleParams:
@@ -137,34 +139,65 @@ def save_chart(chart: Any, folder: Path, name: str) -> list[Path]:
     return [write_chart(chart, folder / f"{name}{suffix}") for suffix in (".svg", ".html")]
 
 
-_bundling: list[threading.Thread] = []
+_PAGE = """<!DOCTYPE html>
+<html>
+<head>{head}<style>#vis.vega-embed{{width:100%;display:flex}}</style><script>{vega}</script></head>
+<body>
+<div class="vega-visualization" id="vis"></div>
+<script>vegaEmbed('#vis', {spec}, {{"mode": "vega-lite", "renderer": "svg"}}).catch(console.error);</script>
+</body>
+</html>
+"""
 
 
-def prepare_pages() -> None:
-    """Begin to bundle the JavaScript of pages, which takes a second, while something else is done."""
-    if not _bundling:
-        _bundling.append(threading.Thread(target=_bundle, daemon=True))
-        _bundling[0].start()
+def _page(chart: Any) -> str:
+    """Return a chart as a page that needs no network and no other file."""
+    with alt.data_transformers.disable_max_rows():
+        spec = chart.to_json(indent=None).replace("</", "<\\/")  # a text in the chart cannot end the script
+    return _PAGE.format(head=_page_head(), vega=_prepared_vega(), spec=spec)
 
 
-def _bundle() -> None:
-    """Make the bundle that altair asks for; vl-convert keeps it for the process."""
-    version = "_".join(alt.SCHEMA_VERSION.split(".")[:2])
-    vl_convert.javascript_bundle(vl_version=version)  # type: ignore[call-arg]  # its stub has no default snippet
+_prepared: list[tuple[threading.Thread, Path]] = []
+
+
+def prepare_pages(storage: Path) -> None:
+    """Begin to make the JavaScript of pages, while something else is done; it is kept in the cache of the storage."""
+    if not _prepared:
+        _prepared.append((threading.Thread(target=_vega, args=(storage,), daemon=True), storage))
+        _prepared[0][0].start()
+
+
+def _prepared_vega() -> str:
+    for thread, storage in _prepared:
+        thread.join()
+        return _vega(storage)
+    return _vega(None)
+
+
+@cache
+def _vega(storage: Path | None) -> str:
+    """Return vega, vega-lite and vega-embed in one text. To bundle it takes a second, so a storage keeps it."""
+    schema = "_".join(alt.SCHEMA_VERSION.split(".")[:2])
+    kept, name = storage and StorageCache(storage, "vega", 1), f"{schema}-{version('vl-convert-python')}.js"
+    if kept and (content := kept.read(name)):
+        return content.decode()
+    bundle: str = vl_convert.javascript_bundle(vl_version=schema)  # type: ignore[call-arg]  # its stub has no default
+    if kept:
+        kept.write(name, bundle.encode())
+    return bundle
 
 
 def write_chart(chart: Any, path: Path) -> Path:
     """Write a chart whole or not at all, as its suffix says: .svg, .png (twice the pixels), .html without network."""
     suffix = path.suffix.lower()
-    as_svg = {"inline": True, "embed_options": {"renderer": "svg"}}
-    options: dict[str, dict[str, Any]] = {".html": as_svg, ".png": {"scale_factor": 2}}
     temporary = path.with_name(f".tmp-{path.name}")
-    for thread in _bundling if suffix == ".html" else ():
-        thread.join()
     try:
-        chart.save(str(temporary), format=suffix[1:], **options.get(suffix, {}))
-        if suffix in _DARKENED:
-            temporary.write_text(_DARKENED[suffix](temporary.read_text(encoding="utf-8")), encoding="utf-8")
+        if suffix == ".html":
+            temporary.write_text(_page(chart), encoding="utf-8")
+        else:
+            chart.save(str(temporary), format=suffix[1:], **({"scale_factor": 2} if suffix == ".png" else {}))
+        if suffix == ".svg":
+            temporary.write_text(_dark_svg(temporary.read_text(encoding="utf-8")), encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
