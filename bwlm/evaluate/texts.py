@@ -131,6 +131,7 @@ def evaluate_run(
 def _documents(storage: Path, folder: ExperimentFolder, config: RunConfig) -> Path:
     link = folder.link()
     base = ExperimentFolder(storage, link.chain[0]).config() if link else config
+    fetch_text(Path(base.corpus))
     packed = find_packed(storage, Path(base.corpus), base.identity["data"])
     if packed is None:
         place = shlex.quote(address_of(storage))
@@ -138,16 +139,15 @@ def _documents(storage: Path, folder: ExperimentFolder, config: RunConfig) -> Pa
             f"{base.corpus}: the packed text of {base.id} is gone: pack it again, without training, with: "
             f"{repeat_command(base, place)} --storage {place}"
         )
-    fetch_text(packed)
     return packed
 
 
 def _conversations(storage: Path, config: RunConfig, progress: Callable[[str], None]) -> Path:
     recipe = config.experiment
     if PHASES[recipe.phase].packs_whole:  # the run's own rows already hold whole conversations
+        fetch_text(Path(config.corpus))
         packed = find_packed(storage, Path(config.corpus), config.identity["data"])
         if packed is not None:
-            fetch_text(packed)
             return packed
     if not recipe.data.mixture:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"mixture": BUILTIN_MIXTURE})})

@@ -20,7 +20,7 @@ from bwlm.record.checkpoint_name import CheckpointName
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.storage.keeper import rest_words
 from bwlm.storage.objects import BucketAway
-from bwlm.storage.opened import all_here, fetch, in_bucket, pull, push, shared
+from bwlm.storage.opened import all_here, all_there, fetch, in_bucket, pull, push, shared
 
 _AT_ONCE = 16
 """Folders that are pushed at once."""
@@ -48,9 +48,18 @@ def fetch_log(path: Path) -> None:
 def fetch_text(packed: Path) -> None:
     """Bring a packed text here; the rows of a mixture lie in the folders of its sources."""
     if in_bucket(packed):
-        fetch(packed)
+        _fetch_whole(packed)
         for source in _sources(packed):
-            fetch(source)
+            _fetch_whole(source)
+
+
+def _fetch_whole(packed: Path) -> None:
+    if not _manifest(packed).exists():  # it comes last, and a text never changes
+        fetch(packed)
+
+
+def _manifest(packed: Path) -> Path:
+    return packed / "manifest.json"
 
 
 def bring_run(folder: ExperimentFolder) -> None:
@@ -64,18 +73,18 @@ def bring_run(folder: ExperimentFolder) -> None:
 
 
 def push_text(packed: Path) -> None:
-    """Take a packed text to the bucket, unless it lies elsewhere."""
+    """Take a packed text to the bucket, unless it lies elsewhere or is there already."""
     if in_bucket(packed):
         for folder in (packed, *_sources(packed)):
+            fetch(folder)  # nothing, unless another machine has made the same text: then it need not be pushed
             push(folder)
 
 
 def _sources(packed: Path) -> list[Path]:
     """Return the folders besides its own that hold rows of a packed text."""
-    manifest = packed / "manifest.json"
-    if not manifest.exists():
+    if not _manifest(packed).exists():
         return []
-    splits = [split for split in read_json(manifest).values() if isinstance(split, dict) and "shards" in split]
+    splits = [split for split in read_json(_manifest(packed)).values() if isinstance(split, dict) and "shards" in split]
     files = [str(shard["file"]) for split in splits for shard in split["shards"]]
     folders = {Path(os.path.normpath(packed / "train" / file)).parents[1] for file in files if ".." in file}
     return sorted(folders)
@@ -121,8 +130,10 @@ def push_all(root: Path) -> tuple[list[str], list[str]]:
 
 def copy_out(root: Path, target: Path) -> list[str]:
     """Copy every folder of a bucket's storage with all its files below `target`; return their names."""
-    folders = [folder for folder in all_here(root) if folder.path.exists()]
+    folders = all_there(root)
     for folder in folders:
         folder.fetch("*")
+    folders = [folder for folder in folders if folder.path.exists()]
+    for folder in folders:
         shutil.copytree(folder.path, target / folder.name, ignore=shutil.ignore_patterns(".*"))
     return [folder.name for folder in folders]

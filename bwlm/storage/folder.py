@@ -32,6 +32,8 @@ _TRAINED = (
 _LOCKS = ("lease.json", "launch.json", "lock")
 _LAUNCHES = ("launches/*", "stop.json")
 """Files that have a meaning on this machine alone, and the launches of a grid from it."""
+_MARKS = ("meta.json", "manifest.json")
+"""Files without which a checkpoint or a packed text does not count."""
 _ORDER = ("checkpoints/*.safetensors", "checkpoints/*", "*.h5.tail", "*.h5", "*")
 """Order of uploads. A tail is read before its log, into which it may be merged meanwhile, and the journal after the
 checkpoints, whose steps it then holds."""
@@ -121,7 +123,8 @@ class SharedFolder:
                 del index.here[path]  # deleted by hand: it is brought again
 
     def _bring(self, index: Index, wanted: Choice, stays: Choice) -> None:
-        for path, stored in index.head.files.items():
+        # a checkpoint or a text counts as whole once this file is there
+        for path, stored in sorted(index.head.files.items(), key=lambda one: one[0].endswith(_MARKS)):
             key, sign = index.here.get(path, ("", None))
             if not wanted(path) or stays(path) or key == stored.key:
                 continue

@@ -27,6 +27,8 @@ from bwlm.storage.index import PLACE, IndexFile, indexed
 
 _PARTS = {"cache": 3, "grids": 2, "analyses": 2}
 """Parts of the path of a folder that is shared as a whole, where it is not a run's."""
+_TEXTS = "cache/packed/"
+"""Folders of packed texts. They are here whole or not at all, so only `fetch` brings them."""
 _AT_ONCE = 16
 """Folders that are pulled at once."""
 _LOCK_SECONDS = 60.0
@@ -65,17 +67,28 @@ def check_bucket(root: Path) -> None:
 
 
 def refresh(root: Path) -> None:
-    """Bring the small files of every folder up to date that has changed in the bucket."""
-    if not in_bucket(root):
-        return
+    """Bring the small files of every folder up to date that has changed in the bucket, except those of texts."""
     changed = []
-    for one in bucket_at(address_of(root)).list(f"{HEADS}/"):
-        name = one.key.removeprefix(f"{HEADS}/").removesuffix(".json")
+    for name, etag in _heads(root).items():
         tag = IndexFile(root, name).read().tag
-        if is_inside(name) and (tag is None or tag[0] != one.etag):
+        if not name.startswith(_TEXTS) and (tag is None or tag[0] != etag):
             changed.append(SharedFolder(root, name))
     with ThreadPoolExecutor(_AT_ONCE) as threads:
         list(threads.map(SharedFolder.pull, changed))
+
+
+def _heads(root: Path) -> dict[str, str]:
+    """Return the ETag of the head of each folder in the bucket, by its name."""
+    if not in_bucket(root):
+        return {}
+    listed = {one.key: one.etag for one in bucket_at(address_of(root)).list(f"{HEADS}/")}
+    named = {key.removeprefix(f"{HEADS}/").removesuffix(".json"): etag for key, etag in listed.items()}
+    return {name: etag for name, etag in named.items() if is_inside(name)}
+
+
+def all_there(root: Path) -> list[SharedFolder]:
+    """Return the folders of a bucket's storage, deleted ones among them."""
+    return [SharedFolder(root, name) for name in _heads(root)]
 
 
 def all_here(root: Path) -> list[SharedFolder]:

@@ -86,9 +86,9 @@ def _within(segment: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]
 @cache
 def document_lengths(corpus: str) -> pd.Series[int] | None:
     """Count the tokens of each document of the validation split, by its number; None if the packed text is gone."""
+    fetch_text(Path(corpus))
     if not (Path(corpus) / "manifest.json").exists():
         return None
-    fetch_text(Path(corpus))
     rows = PackedRows(Path(corpus), "validation")
     parts = []
     for start in range(0, len(rows), _AT_ONCE):

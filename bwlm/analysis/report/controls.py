@@ -114,9 +114,9 @@ def above_floor(folders: list[ExperimentFolder], best: list[BestRate]) -> pd.Dat
 def _floor(folder: ExperimentFolder, losses: pd.DataFrame) -> float:
     """Return the loss of the true chain on the run's windows, in nats per symbol."""
     corpus = Path(folder.config().corpus)
+    fetch_text(corpus)
     if not (corpus / "manifest.json").exists():
         return null_floor(losses["tokens"].to_numpy())
-    fetch_text(corpus)
     return null_nll_of_rows(PackedRows(corpus, "validation").take(losses["window"].unique()))
 
 

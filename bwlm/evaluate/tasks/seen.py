@@ -47,10 +47,10 @@ def _training_shards(folder: ExperimentFolder) -> Sequence[Path] | None:
             return None
         if not config.experiment.data.mixture:
             continue
+        fetch_text(Path(config.corpus))
         packed = find_packed(storage, Path(config.corpus), config.identity["data"])
         if packed is None:
             return None
-        fetch_text(packed)
         # a mixture's shards lie in the folders of its sources, beside its own
         files = [shard["file"] for shard in Manifest.read(packed).train.shards]
         shards += [Path(os.path.normpath(packed / "train" / str(file))) for file in files]
