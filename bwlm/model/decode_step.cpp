@@ -48,6 +48,7 @@ template <int ROWS>
 void multiply_panel(const float* x, const Weight* panel, int inputs, float* y) {
     Floats sums[ROWS][2] = {};
     for (int k = 0; k < inputs; ++k, panel += PANEL) {
+        // the processor's own prefetching ends with a panel, and begins late in the next one
         __builtin_prefetch(panel + 32 * PANEL);
         __builtin_prefetch(panel + 32 * PANEL + 64 / sizeof(Weight));
         const Floats first = load(panel), second = load(panel + LANES);
@@ -65,7 +66,7 @@ void multiply_rows(int rows, const float* x, const Weight* panel, int inputs, fl
     if constexpr (ROWS > 1) multiply_rows<ROWS - 1>(rows, x, panel, inputs, y);
 }
 
-// Calls put(output, sum) for each of the products of x[rows, inputs] with the columns of a matrix.
+// Calls put(y[row, output], sum) for each of the products of x[rows, inputs] with the columns of a matrix.
 template <class Put>
 void multiply(int rows, const float* x, const Weight* matrix, int inputs, int outputs, float* y, Put put) {
 #pragma omp for
@@ -75,8 +76,10 @@ void multiply(int rows, const float* x, const Weight* matrix, int inputs, int ou
             const int count = std::min(TILE, rows - row);
             float sums[TILE * PANEL];
             multiply_rows<TILE>(count, x + row * inputs, matrix + int64_t(begin) * inputs, inputs, sums);
-            for (int n = 0; n < count; ++n)
-                for (int at = 0; at < width; ++at) put(y[(row + n) * int64_t(outputs) + begin + at], sums[n * PANEL + at]);
+            for (int n = 0; n < count; ++n) {
+                float* const to = y + int64_t(row + n) * outputs + begin;
+                for (int at = 0; at < width; ++at) put(to[at], sums[n * PANEL + at]);
+            }
         }
     }
 }
@@ -103,13 +106,13 @@ void turn(const float* x, const float* turns, float* y) {
     norm(y, HEAD_DIM, y);
 }
 
-// e^x of x <= 0, to 2e-7: 2^whole times the series of 2^rest
+// e^x of x <= 0, to 2e-7: 2^whole times the series of e^rest
 inline float exponential(float x) {
     const float power = std::max(x * 1.44269504f, -126.0f);
-    const int whole = int(power - 0.5f);
-    const float r = (power - float(whole)) * 0.69314718f;
-    const float series = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
-    const int bits = (whole + 127) << 23;
+    const int whole = int(power - 0.5f), bits = (whole + 127) << 23;
+    const float rest = (power - float(whole)) * 0.69314718f;
+    float series = 1 + rest / 6;
+    for (int n = 5; n > 0; --n) series = 1 + rest / n * series;
     float scale;
     std::memcpy(&scale, &bits, sizeof scale);
     return series * scale;
@@ -134,20 +137,35 @@ void attend(const float* q, const float* keys, const float* values, int seen, fl
     for (int at = 0; at < HEAD_DIM; ++at) y[at] = sums[at] / total;
 }
 
+// Turns the queries and the key of a row and a kv head, stores its key and value, and attends for each query.
+void attend_head(float* queries, const float* key, const float* turns, int place, float* keys, float* values,
+                 float* scores, float* y) {
+    turn(key, turns, keys + place * HEAD_DIM);
+    std::memcpy(values + place * HEAD_DIM, key + KEY, HEAD_DIM * sizeof(float));
+    for (int at = 0; at < GROUP * HEAD_DIM; at += HEAD_DIM) {
+        turn(queries + at, turns, queries + at);
+        attend(queries + at, keys, values, place + 1, scores, y + at);
+    }
+}
+
 }  // namespace
 
+// Reads `ids` [rows] at their `places` of the first rows of a cache and writes `logits` [rows, VOCABULARY].
+//
 // `weights` has the addresses of the normed embedding, of qkv, output, up and down of each layer, and of the head;
-// `cache` those of the keys and values, [DEPTH, 2, all_rows, KV_HEADS, room, HEAD_DIM]; `turns` is [T, HEAD_DIM].
-extern "C" void decode_step(int threads, int rows, const int32_t* ids, const int32_t* places, const void* const* weights,
-                            const float* turns, float* cache, int all_rows, int room, float* logits) {
+// `turns` is [T, HEAD_DIM], `cache` [DEPTH, 2, all_rows, KV_HEADS, room, HEAD_DIM].
+extern "C" void decode_step(int threads, int rows, const int32_t* ids, const int32_t* places,
+                            const void* const* weights, const float* turns, float* cache, int all_rows, int room,
+                            float* logits) {
     std::vector<float> x(rows * WIDTH), normed(rows * WIDTH), qkv(rows * QKV), y(rows * QUERY), hidden(rows * HIDDEN);
-    std::vector<float> scores(int64_t(rows) * KV_HEADS * room);
+    const int64_t head_size = int64_t(room) * HEAD_DIM, kind_size = all_rows * KV_HEADS * head_size;
     const auto matrix = [&](int number) { return static_cast<const Weight*>(weights[number]); };
     const auto set = [](float& to, float sum) { to = sum; };
     const auto add = [](float& to, float sum) { to += sum; };
-    const auto square = [](float& to, float sum) { to = sum > 0 ? sum * sum : 0; };
+    const auto set_squared_relu = [](float& to, float sum) { to = sum > 0 ? sum * sum : 0; };
 #pragma omp parallel num_threads(threads)
     {
+        std::vector<float> scores(room);
 #pragma omp for
         for (int row = 0; row < rows; ++row)
             for (int at = 0; at < WIDTH; ++at)
@@ -156,27 +174,17 @@ extern "C" void decode_step(int threads, int rows, const int32_t* ids, const int
             norm_rows(rows, x.data(), normed.data());
             multiply(rows, normed.data(), matrix(4 * layer + 1), WIDTH, QKV, qkv.data(), set);
 #pragma omp for collapse(2)
-            for (int row = 0; row < rows; ++row) {
+            for (int row = 0; row < rows; ++row)
                 for (int head = 0; head < KV_HEADS; ++head) {
-                    const int64_t kind = int64_t(all_rows) * KV_HEADS * room * HEAD_DIM;
-                    float* const keys = cache + 2 * layer * kind + (int64_t(row) * KV_HEADS + head) * room * HEAD_DIM;
-                    float* const values = keys + kind;
-                    float* const queries = qkv.data() + row * QKV + head * GROUP * HEAD_DIM;
-                    const float* const key = qkv.data() + row * QKV + QUERY + head * HEAD_DIM;
-                    const float* const angles = turns + places[row] * HEAD_DIM;
-                    turn(key, angles, keys + places[row] * HEAD_DIM);
-                    std::memcpy(values + places[row] * HEAD_DIM, key + KEY, HEAD_DIM * sizeof(float));
-                    for (int member = 0; member < GROUP; ++member) {
-                        float* const q = queries + member * HEAD_DIM;
-                        turn(q, angles, q);
-                        attend(q, keys, values, places[row] + 1, scores.data() + (row * KV_HEADS + head) * int64_t(room),
-                               y.data() + row * QUERY + (head * GROUP + member) * HEAD_DIM);
-                    }
+                    float* const queries = &qkv[row * QKV + head * GROUP * HEAD_DIM];
+                    const float* const key = &qkv[row * QKV + QUERY + head * HEAD_DIM];
+                    float* const keys = cache + 2 * layer * kind_size + (row * KV_HEADS + head) * head_size;
+                    attend_head(queries, key, turns + places[row] * HEAD_DIM, places[row], keys, keys + kind_size,
+                                scores.data(), &y[row * QUERY + head * GROUP * HEAD_DIM]);
                 }
-            }
             multiply(rows, y.data(), matrix(4 * layer + 2), QUERY, WIDTH, x.data(), add);
             norm_rows(rows, x.data(), normed.data());
-            multiply(rows, normed.data(), matrix(4 * layer + 3), WIDTH, HIDDEN, hidden.data(), square);
+            multiply(rows, normed.data(), matrix(4 * layer + 3), WIDTH, HIDDEN, hidden.data(), set_squared_relu);
             multiply(rows, hidden.data(), matrix(4 * layer + 4), HIDDEN, WIDTH, x.data(), add);
         }
         norm_rows(rows, x.data(), normed.data());
