@@ -1,11 +1,12 @@
 """Speed of serving: the engine against nanochat's, its share of the memory's bandwidth, and streams through HTTP.
 
-    python benchmarks/serve.py [--peer NANOCHAT] [--batches 1,8] [--precision bfloat16] [--json]
+    python benchmarks/serve.py [--peer NANOCHAT] [--compile] [--batches 1,8] [--precision bfloat16] [--json]
     python benchmarks/serve.py --depth 12 --batches 1           # the share of the measured memory bandwidth, MBU
     python benchmarks/serve.py --http --depth 8                 # 32 streams through HTTP, against the engine alone
 
 NANOCHAT is a checkout of karpathy/nanochat: its Engine around its own model of the same depth, width, heads and
-vocabulary, with full attention and random weights. Prompts of 32 ids of which `--new` follow, drawn at temperature 1,
+vocabulary, with full attention and random weights. With `--compile` our compiled step is measured beside the one of
+torch; with `--http` it is the one that serves. Prompts of 32 ids of which `--new` follow, drawn at temperature 1,
 in rounds in which all take turns. The names are nanochat's:
 
 - TTFT: seconds from the request to its first token. TPOT: seconds from one token to the next. tok/s: of all rows.
@@ -60,10 +61,10 @@ class Timing:
         return self.tokens / self.all
 
 
-def random_model(config: GPTConfig, precision: str) -> GPT:
+def random_model(config: GPTConfig, precision: str, device: str = "cpu") -> GPT:
     model = GPT(config, getattr(torch, precision))
     model.init_weights(0)
-    return model.eval()
+    return model.to(device).eval()
 
 
 def timed(steps: Iterator[int]) -> Timing:
@@ -75,8 +76,8 @@ def timed(steps: Iterator[int]) -> Timing:
     return Timing(first, time.perf_counter() - began, tokens)
 
 
-def ours(model: GPT, rows: int, new: int) -> Callable[[], Timing]:
-    engine = Engine(model, slots=rows)
+def ours(model: GPT, rows: int, new: int, compiled: bool = False) -> Callable[[], Timing]:
+    engine = Engine(model, slots=rows, compiled=compiled)
     vocab = model.config.vocab_size
 
     def steps(turn: list[int]) -> Iterator[int]:
@@ -91,10 +92,10 @@ def ours(model: GPT, rows: int, new: int) -> Callable[[], Timing]:
     return lambda: timed(steps(turn))
 
 
-def peers(folder: str, config: GPTConfig, precision: str) -> Callable[[int, int], Callable[[], Timing]]:
+def peers(arguments: argparse.Namespace, config: GPTConfig) -> Callable[[int, int], Callable[[], Timing]]:
     """Return a function of rows and new tokens that gives nanochat's Engine, timed."""
-    sys.path.insert(0, folder)
-    os.environ["NANOCHAT_DTYPE"] = precision
+    sys.path.insert(0, arguments.peer)
+    os.environ["NANOCHAT_DTYPE"] = arguments.precision
     import nanochat.engine as peer_engine  # type: ignore[import-not-found]
     import nanochat.gpt as peer_gpt  # type: ignore[import-not-found]
 
@@ -109,7 +110,7 @@ def peers(folder: str, config: GPTConfig, precision: str) -> Callable[[int, int]
     }
     model = peer_gpt.GPT(peer_gpt.GPTConfig(**shape))
     model.init_weights()
-    engine = peer_engine.Engine(model.eval(), _NoSpecials())
+    engine = peer_engine.Engine(model.to(arguments.device).eval(), _NoSpecials())
 
     def of(rows: int, new: int) -> Callable[[], Timing]:
         def steps() -> Iterator[int]:
@@ -131,31 +132,33 @@ class _NoSpecials:
         return -1
 
 
-def bandwidth() -> float:
+def bandwidth(device: str) -> float:
     """Return the bytes per second of a product of a 1 GiB matrix with a vector, the best of five."""
-    matrix, vector = torch.ones(2**15, 2**13), torch.ones(2**13)
+    matrix, vector = torch.ones(2**15, 2**13, device=device), torch.ones(2**13, device=device)
     best = float("inf")
     for _ in range(6):
         began = time.perf_counter()
-        matrix @ vector
+        (matrix @ vector)[0].item()  # a GPU has done it only then
         best = min(best, time.perf_counter() - began)
     return matrix.numel() * 4 / best
 
 
-def bytes_read(config: GPTConfig, rows: int, new: int, precision: str) -> float:
-    """Return the bytes that a step must read: the matrices, and float32 keys and values of rows of mean length."""
-    weights = count_parameters(config).scaling * (4 if precision == "float32" else 2)
-    kept = 2 * config.depth * config.kv_heads * config.head_dim * 4 * (PROMPT + new / 2)
-    return weights + rows * kept
+def bytes_read(config: GPTConfig, rows: int, arguments: argparse.Namespace) -> float:
+    """Return the bytes that a step must read: the matrices, and the keys and values of rows of mean length."""
+    number = 4 if arguments.precision == "float32" else 2
+    kept = 2 * config.depth * config.kv_heads * config.head_dim * (PROMPT + arguments.new / 2)
+    return count_parameters(config).scaling * number + rows * kept * (4 if arguments.device == "cpu" else number)
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     config = GPTConfig.from_depth(arguments.depth, arguments.vocab, arguments.time)
-    model = random_model(config, arguments.precision)
-    peer = peers(arguments.peer, config, arguments.precision) if arguments.peer else None
+    model = random_model(config, arguments.precision, arguments.device)
+    peer = peers(arguments, config) if arguments.peer else None
     ways: dict[tuple[str, int], Callable[[], Timing]] = {}
     for rows in map(int, arguments.batches.split(",")):
         ways["bwlm", rows] = ours(model, rows, arguments.new)
+        if arguments.compile:
+            ways["bwlm compiled", rows] = ours(model, rows, arguments.new, compiled=True)
         if peer:
             ways["nanochat", rows] = peer(rows, arguments.new)
     timings: dict[tuple[str, int], list[Timing]] = {key: [] for key in ways}
@@ -164,7 +167,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             timing = way()
             if number:  # the first round warms up
                 timings[key].append(timing)
-    most = bandwidth()
+    most = bandwidth(arguments.device)
     return [_row(config, key, timings, arguments, most) for key in ways]
 
 
@@ -185,10 +188,10 @@ def _row(
         "ttft_ms": 1e3 * statistics.median(one.first for one in of),
         "tpot_ms": 1e3 * step,
         "tok_s": statistics.median(one.rate for one in of),
-        "mbu": bytes_read(config, rows, arguments.new, precision) / step / most,
+        "mbu": bytes_read(config, rows, arguments) / step / most,
         "bandwidth_gb_s": most / 1e9,
     }
-    if engine == "bwlm" and (peer := timings.get(("nanochat", rows))):
+    if engine != "nanochat" and (peer := timings.get(("nanochat", rows))):
         row["times_nanochat"] = statistics.median(a.rate / b.rate for a, b in zip(of, peer, strict=True))
     return row
 
@@ -207,7 +210,7 @@ def serve_here(arguments: argparse.Namespace) -> None:
 
     tokenizer = train_tokenizer(iter(pydoc_data.topics.topics.values()), arguments.vocab)
     config = GPTConfig.from_depth(arguments.depth, tokenizer.vocab_size, arguments.time)
-    engine = Engine(random_model(config, "float32"), slots=arguments.streams)
+    engine = Engine(random_model(config, "float32"), slots=arguments.streams, compiled=arguments.compile)
     model = ServedModel("random", Voice("forward", "whole", True), tokenizer, engine, {})
     with socket.create_server(("127.0.0.1", 0)) as listening:
         print(listening.getsockname()[1], flush=True)
@@ -217,7 +220,7 @@ def serve_here(arguments: argparse.Namespace) -> None:
 def engine_alone(arguments: argparse.Namespace) -> None:
     """Print the tokens per second of the engine alone; what the other process runs."""
     config = GPTConfig.from_depth(arguments.depth, arguments.vocab, arguments.time)
-    run = ours(random_model(config, "float32"), arguments.streams, arguments.new)
+    run = ours(random_model(config, "float32"), arguments.streams, arguments.new, arguments.compile)
     run()
     began = time.process_time()
     timings = [run() for _ in range(2)]
@@ -228,7 +231,7 @@ def engine_alone(arguments: argparse.Namespace) -> None:
 def on_core(core: int, mode: str, arguments: argparse.Namespace) -> subprocess.Popen[str]:
     sizes = [f"--{name}={getattr(arguments, name)}" for name in ("depth", "vocab", "time", "new", "streams")]
     return subprocess.Popen(
-        [sys.executable, __file__, f"--mode={mode}", *sizes],
+        [sys.executable, __file__, f"--mode={mode}", *sizes, *["--compile"] * arguments.compile],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -304,8 +307,10 @@ def through_http(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="checkout of karpathy/nanochat")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--time", type=int, default=512)

@@ -22,6 +22,12 @@ _LOGIN = re.compile(r"(https?://?)([^/\s@]+)@")
 """Login of an HTTP address, `token@`. In other schemes a name before the host is a user or a container."""
 _KNOWN = re.compile(r"(?<![A-Za-z0-9])(?:hf_|gh[pousr]_|github_pat_|glpat-|AKIA|ASIA)[A-Za-z0-9_-]{16,}")
 """Tokens that are known by how they begin: Hugging Face, GitHub, GitLab, AWS."""
+_WEBHOOK = re.compile(
+    r"(?<=://)((?:hooks\.slack\.com/services|discord(?:app)?\.com/api/webhooks|[\w.-]*webhook\.office\.com)/)[^\s?#]+"
+)
+"""Path of a web hook: whoever knows it can write there."""
+_NAMED = re.compile(r"\$\{\w+\}")
+"""Environment variable in the place of a secret."""
 _PARAMETER = re.compile(r"(?:(?<=[?&;#])|^)([\w.-]+)=([^?&;#\s]+)")
 _SECRET_PARTS = (
     *("secret", "passw", "signature", "credential", "accesskey", "accountkey", "apikey", "privatekey"),
@@ -43,6 +49,7 @@ _VARIABLES = (
     (("github",), "FSSPEC_GITHUB_USERNAME and FSSPEC_GITHUB_TOKEN"),
 )
 _OF_DATA = f"{_AWS} (s3://), {_GOOGLE} (gs://), {_AZURE} (az://), HF_TOKEN (hf://), or FSSPEC_HTTPS (JSON) for https://"
+_NOTIFY = "launch.notify"
 _OF_TRACKING = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 
 
@@ -56,7 +63,9 @@ def secret_in(address: str, field: str) -> str | None:
     """Return `field: holds <kind of secret>: take it out, and set <variable>`; None for an address without a secret."""
     if not _may_hold_secret(address):
         return None
-    kind = _kind(address) or _kind(unquote(address))
+    address = _NAMED.sub("", address)
+    parts = address.split() if field.endswith(_NOTIFY) else [address]  # a command has several words
+    kind = next(filter(None, (_kind(part) or _kind(unquote(part)) for part in parts)), None)
     return None if kind is None else f"{field}: holds {kind}: take it out, and set {_variables(address, field)}"
 
 
@@ -87,7 +96,7 @@ def _may_hold_secret(content: Any) -> bool:
 
 def masked(text: str) -> str:
     """Return a text with *** in the place of each secret in the addresses that it quotes."""
-    text = _KNOWN.sub("***", _PASSWORD.sub(r"\1:***@", text))
+    text = _WEBHOOK.sub(r"\1***", _KNOWN.sub("***", _PASSWORD.sub(r"\1:***@", text)))
     text = _LOGIN.sub(lambda match: match[0] if match[2].endswith(":***") else f"{match[1]}***@", text)
     return _PARAMETER.sub(lambda match: f"{match[1]}=***" if _is_secret(match[1]) else match[0], text)
 
@@ -98,6 +107,8 @@ def _kind(address: str) -> str | None:
     unbroken = re.sub(r"\s", "_", address)  # a password may hold blanks, which `_PASSWORD` does not match
     if "://" in address and (_PASSWORD.search(unbroken) or _LOGIN.search(unbroken) or _KNOWN.search(address)):
         return "a user's password or token"
+    if _WEBHOOK.search(address):
+        return "the secret path of a web hook"
     if "://" in address or ";" in address:
         names = [name for name, _ in _PARAMETER.findall(address) if _is_secret(name)]
         return f"a secret in {names[0]}=" if names else None
@@ -110,6 +121,8 @@ def _is_secret(name: str) -> bool:
 
 
 def _variables(address: str, field: str) -> str:
+    if field.endswith(_NOTIFY):
+        return "a variable of your own, and write ${ITS_NAME} in its place"
     scheme = address.partition("://")[0].rpartition("::")[2].partition("+")[0].lower()
     for schemes, variables in _VARIABLES:
         if scheme in schemes:

@@ -47,6 +47,15 @@ class Interrupted(BwlmError):
     """Request to end that reached a run's process. Its steps are saved; launched again, the run resumes from them."""
 
 
+class Paused(BwlmError):
+    """Launch that stopped on request, or at a limit, before its cells were done; the same command resumes it.
+
+    Its exit code is EX_TEMPFAIL of sysexits.h: it has failed for now, and a later try goes on.
+    """
+
+    exit_code = 75
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's error, short enough to be quoted in one of ours."""
     return (str(error) or type(error).__name__).split("\n")[0].strip().rstrip(".")

@@ -21,6 +21,7 @@ from urllib.parse import unquote
 
 from bwlm.credentials import refuse_secret
 from bwlm.errors import UserError
+from bwlm.remote import SCHEMES, is_bucket, working_folder
 
 LONGEST_ID = 128
 _ID = re.compile(rf"[A-Za-z0-9._-]{{1,{LONGEST_ID}}}")
@@ -200,15 +201,19 @@ def exclusive(path: Path) -> Iterator[None]:
 def storage_root(storage: str | None) -> Path:
     """Return the folder that holds experiments: the argument, else `BWLM_STORAGE`, else `runs/` here.
 
-    The working folder of a Ray job is a temporary copy, so the default there is `~/bwlm-runs`. Raises `UserError` if
-    the address holds a secret or names no folder.
+    The working folder of a Ray job is a temporary copy, so the default there is `~/bwlm-runs`. The folder of a bucket
+    is the one that stands for it here (`bwlm/remote.py`); `open_storage` brings it up to date as well. Raises
+    `UserError` if the address holds a secret, or names neither.
     """
     chosen = storage or os.environ.get("BWLM_STORAGE") or None
     if chosen is None:
         chosen = "~/bwlm-runs" if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else "runs"
     refuse_secret(chosen, "storage")
+    if is_bucket(chosen):
+        return working_folder(chosen)
     if (folder := local_path(chosen)) is None:
-        raise UserError(f"storage: {chosen!r} is not a folder: give a local or shared (NFS) path")
+        others = " or ".join(f"{scheme}://bucket/prefix" for scheme in SCHEMES)
+        raise UserError(f"storage: {chosen!r} is neither a folder nor a bucket: give a path, or {others}")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"storage: {chosen!r} is a file: give the folder that holds the runs")
     return folder.absolute()

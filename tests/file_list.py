@@ -10,9 +10,9 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 MARK = "<!-- from the first lines of the modules, by `python -m tests.file_list` -->\n"
 _ROOMS = (
-    "", "plan", "text", "model", "train", "record", "record/catalog", "trained", "evaluate", "evaluate/tasks", "chat",
-    "stats", "analysis", "analysis/runs", "analysis/commands", "analysis/charts", "analysis/report", "cluster", "grid",
-    "cli",
+    "", "plan", "text", "model", "train", "storage", "record", "record/catalog", "trained", "evaluate",
+    "evaluate/tasks", "chat", "stats", "analysis", "analysis/runs", "analysis/commands", "analysis/charts",
+    "analysis/report", "cluster", "grid", "cli",
 )  # fmt: skip
 
 

@@ -427,7 +427,7 @@ MISTAKES = {
     "a setting without a value": (GOOD, ["--set", "seed"], "--set seed: write it as field=value"),
     "bad syntax": (GOOD + "x: [1\n", [], "g.yaml:"),
     "no text": ("", [], "g.yaml: name: missing: add it"),
-    "an object store": (GOOD, ["--storage", "s3://bucket/runs"], "storage: 's3://bucket/runs' is not a folder"),
+    "an address": (GOOD, ["--storage", "ftp://host/x"], "storage: 'ftp://host/x' is neither a folder nor a bucket"),
 }  # fmt: skip
 
 

@@ -36,6 +36,12 @@ ELSEWHERE = {
     "serve shutdown": "tests/cluster/test_job.py",
     "curl ": "tests/chat/test_serve_page.py",
     "python benchmarks/": "tests/test_benchmarks.py",
+    "RAY_ADDRESS=auto bwlm doctor --cluster": "tests/cluster/test_doctor.py",
+    **dict.fromkeys(
+        ["export AWS_ACCESS_KEY_ID=", "export MLFLOW_TRACKING_URI=", "bwlm grid run grids/tiny.yaml --storage s3://"],
+        "tests/storage/test_grid.py",
+    ),
+    **dict.fromkeys(["bwlm runs list --storage ", "bwlm storage "], "tests/storage/test_grid.py, test_training.py"),
 }
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bwlm.errors import BwlmError
+from bwlm.model.compiled_cache import CompiledKVCache
 from bwlm.model.gpt import GPT
 from bwlm.model.kv_cache import KVCache
 from bwlm.model.sampling import Sampling, choose
@@ -96,13 +97,15 @@ class Engine:
     """Model that serves many requests at once; `step` does one round of work for all of them.
 
     Its memory is that of `slots` rows: 8 L K D bytes a place in float32. At most `waiting` more requests wait for a
-    slot.
+    slot. `compiled` takes a `CompiledKVCache`, and may raise `CannotCompile`.
     """
 
-    def __init__(self, model: GPT, slots: int = 8, waiting: int = 64, prompt_part: int = 256) -> None:
+    def __init__(
+        self, model: GPT, slots: int = 8, waiting: int = 64, prompt_part: int = 256, compiled: bool = False
+    ) -> None:
         self.config = model.config
         self.slots, self.waiting = slots, waiting
-        self._cache = KVCache(model)
+        self._cache = CompiledKVCache(model) if compiled else KVCache(model)
         self._cache.reserve(slots, model.config.sequence_length)
         self._prompt_part = prompt_part
         self._queue: deque[_Running] = deque()

@@ -42,8 +42,10 @@ class ServedModel:
     """Set while the server runs."""
 
     @classmethod
-    def from_loaded(cls, name: str, loaded: LoadedModel, slots: int, waiting: int) -> ServedModel:
-        """Return a loaded model with an engine. Raises `UserError` for a control direction."""
+    def from_loaded(
+        cls, name: str, loaded: LoadedModel, slots: int, waiting: int, compiled: bool = False
+    ) -> ServedModel:
+        """Return a loaded model with an engine. Raises `UserError` for a control direction, and as `Engine` does."""
         experiment = loaded.config.experiment
         voice = Voice.from_experiment(experiment)
         about = {
@@ -61,7 +63,7 @@ class ServedModel:
             "fingerprint": loaded.config.fingerprint,
             "tokenizer": loaded.tokenizer.digest,
         }
-        return cls(name, voice, loaded.tokenizer, Engine(loaded.model, slots, waiting), about)
+        return cls(name, voice, loaded.tokenizer, Engine(loaded.model, slots, waiting, compiled=compiled), about)
 
     @property
     def context(self) -> int:

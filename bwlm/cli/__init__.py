@@ -17,11 +17,14 @@ from bwlm.cli.analyze import analyze_app
 from bwlm.cli.app import App
 from bwlm.cli.chat import chat, sample
 from bwlm.cli.data import data_app, tokenizer_app
+from bwlm.cli.doctor import doctor
 from bwlm.cli.eval import evaluate
 from bwlm.cli.export import export
 from bwlm.cli.grid import grid_app
+from bwlm.cli.grid_control import grid_continue, grid_delete, grid_stop
 from bwlm.cli.runs import runs_app
 from bwlm.cli.serve import serve
+from bwlm.cli.storage import storage_app
 from bwlm.cli.streams import finish_writing, tolerate_any_text
 from bwlm.cli.terminal import LogLines, say
 from bwlm.cli.train import train
@@ -53,6 +56,9 @@ def _main_options(
 ) -> None: ...
 
 
+grid_app.command("stop")(grid_stop)
+grid_app.command("continue")(grid_continue)
+grid_app.command("delete")(grid_delete)
 app.add_typer(grid_app, name="grid")
 app.command("train")(train)
 app.add_typer(runs_app, name="runs")
@@ -62,8 +68,11 @@ app.command("chat")(chat)
 app.command("sample")(sample)
 app.command("serve")(serve)
 app.command("export")(export)
+app.add_typer(storage_app, name="storage")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
+app.add_typer(storage_app, name="storage")
+app.command("doctor")(doctor)
 
 _INTERRUPTED = 130
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bwlm.cli.terminal import print_json, say, show_sentences
 from bwlm.errors import UserError
 from bwlm.progress import loading, track, working
+from bwlm.storage.opened import push
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,10 +43,10 @@ def run_analysis(
     chooses learning rates, so it also gets the cells that have not begun. `kept_as` is the name of an analysis of
     configs, journals and losses alone: it is told again as long as they stay.
     """
-    from bwlm.paths import storage_root
     from bwlm.record.catalog.select import begun, choose
+    from bwlm.storage.opened import open_storage
 
-    chosen, left_out = choose(storage_root(storage), runs)
+    chosen, left_out = choose(open_storage(storage), runs)
     folders, notes = begun(chosen, left_out)
 
     def make() -> Made:
@@ -109,6 +110,7 @@ class Made:
             say(f"written: {path}")
         if files and not output:
             say(f"written: {files[0].parent}/: {', '.join(path.name for path in files)}")
+            push(files[0].parent)
 
 
 def told_or_made(kept: KeptResult | None, make: Callable[[], Made]) -> Made:

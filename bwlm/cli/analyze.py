@@ -34,6 +34,7 @@ from bwlm.errors import UserError
 from bwlm.paths import readable
 from bwlm.phases import PHASES
 from bwlm.progress import loading, working
+from bwlm.storage.opened import push
 
 if TYPE_CHECKING:
     from bwlm.analysis.runs.task_scores import Wanted
@@ -86,12 +87,13 @@ def gap(
 
     Example: `bwlm analyze gap --from losses.csv --output gaps.svg`
     """
-    from bwlm.paths import storage_root
     from bwlm.record.catalog.select import choose
+    from bwlm.storage.opened import open_storage
 
     if bool(runs) == bool(losses):
         raise UserError("analyze gap: give either runs or --from with a table of losses")
-    chosen = choose(storage_root(storage), runs) if runs else None  # first, since libraries take seconds to load
+    # first, since libraries take seconds to load
+    chosen = choose(open_storage(storage), runs) if runs else None
     name = " ".join(runs) if runs else readable(losses.name) if losses else ""
 
     def make() -> Made:
@@ -269,12 +271,12 @@ def _without_all(runs: list[str]) -> list[str]:
 
 def _scores_of_runs(runs: list[str], storage: str | None, wanted: Wanted) -> Scores:
     from bwlm.analysis.runs.task_scores import at_best_rates, load_task_scores
-    from bwlm.paths import storage_root
     from bwlm.record.catalog.select import choose
     from bwlm.stats.score_table import checked_scores
     from bwlm.stats.scores import compare_scores
+    from bwlm.storage.opened import open_storage
 
-    chosen, left_out = choose(storage_root(storage), runs)
+    chosen, left_out = choose(open_storage(storage), runs)
     for line in left_out:
         say(line)
     return compare_scores(checked_scores(load_task_scores(at_best_rates(chosen), wanted)))
@@ -443,11 +445,11 @@ def report(
 
     Example: `bwlm analyze report demo --output demo.html`
     """
-    from bwlm.paths import storage_root
     from bwlm.record.catalog.select import choose
     from bwlm.record.grids import grid_names
+    from bwlm.storage.opened import open_storage
 
-    root = storage_root(storage)
+    root = open_storage(storage)
     chosen = {name: choose(root, [name]) for name in names}  # first, since libraries take seconds to load
     with loading():
         from bwlm.analysis.report.output import ENDINGS, write_report
@@ -470,6 +472,8 @@ def report(
         except OSError as error:
             reason = f"{error.filename}: cannot be written ({error.strerror})"
             raise UserError(f"{reason}: choose another file with --output") from None
+        for folder in {file.parent for file in files}:
+            push(folder)
     if as_json:
         print_json({"files": [str(file) for file in files]})
     else:

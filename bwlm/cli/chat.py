@@ -26,6 +26,7 @@ from bwlm.errors import UserError, nearest
 from bwlm.format import counted, visible
 from bwlm.phases import PHASES
 from bwlm.progress import loading, working
+from bwlm.remote import address_of
 
 if TYPE_CHECKING:
     from bwlm.chat.dialogue import Voice
@@ -88,9 +89,9 @@ def chat(
     Example: `bwlm chat --phase sft --direction backward --prompt 12 --json`
     """
     from bwlm.chat.talkable import newest, talkable_runs
-    from bwlm.paths import storage_root
+    from bwlm.storage.opened import open_storage
 
-    root = storage_root(storage)
+    root = open_storage(storage)
     _check_one_of("--phase", phase, tuple(PHASES))
     _check_one_of("--direction", direction, tuple(DIRECTIONS))
     reading = direction
@@ -126,7 +127,7 @@ def _list(root: Path, runs: list[Talkable], as_json: bool) -> None:
         show_table(["id", "phase", "direction", "depth", "does"], rows, names=("id",))
         show_sentences(f"Talk to the newest one: bwlm chat {runs[0].id}")
     else:
-        show_sentences(f"No run in {root} can be talked to yet: bwlm train trains one")
+        show_sentences(f"No run in {address_of(root)} can be talked to yet: bwlm train trains one")
     return None
 
 
@@ -252,10 +253,10 @@ def sample(
 
     Example: `bwlm sample mine --num-samples 2 --prompt 'The end.' --max-tokens 40`
     """
-    from bwlm.paths import storage_root
     from bwlm.record.experiment import find_checkpoint
+    from bwlm.storage.opened import open_storage
 
-    root = storage_root(storage)
+    root = open_storage(storage)
     _check_one_of("--reading", reading, _READINGS)
     chosen = _reading(checkpoint, find_checkpoint(root, checkpoint)[0].config().experiment, reading)
     loaded, voice = _load(root, checkpoint)

@@ -45,17 +45,19 @@ def _recipe(
     filled: Callable[[dict[str, Any]], dict[str, Any]] = lambda content: content,
 ) -> tuple[Recipe, Path]:
     from bwlm.config import Recipe
-    from bwlm.paths import check_writable, storage_root
+    from bwlm.paths import check_writable
     from bwlm.settings_file import override, parse_yaml, validate, with_whole_numbers
+    from bwlm.storage.opened import open_storage
 
     document = with_whole_numbers(override(parse_yaml("", "--set"), settings or []), Recipe)
-    root = storage_root(storage)
+    root = open_storage(storage)
     check_writable(root)
     return validate(Recipe, filled(document.content), document), root
 
 
 def _prepared(settings: list[str] | None, storage: str | None) -> Prepared:
     """Return the corpus that the settings ask for; start Ray only if it must be prepared."""
+    from bwlm.record.bucket import push_text
     from bwlm.text.prepare import prepare
 
     recipe, root = _recipe(settings, storage)
@@ -68,7 +70,9 @@ def _prepared(settings: list[str] | None, storage: str | None) -> Prepared:
         with open_cluster([recipe.resources], LaunchSettings(), 1, "bwlm data"):
             return pack_corpus(*arguments)
 
-    return prepare(recipe, root, pack, say)
+    prepared = prepare(recipe, root, pack, say)
+    push_text(prepared.folder)
+    return prepared
 
 
 @contextmanager
@@ -76,12 +80,14 @@ def _prepared_or_head(settings: list[str] | None, storage: str | None, rows: int
     """Yield the corpus that the settings ask for if it is prepared, else the first rows of its first shard."""
     from tempfile import TemporaryDirectory
 
+    from bwlm.record.bucket import fetch_text
     from bwlm.text.corpus import find_corpus
     from bwlm.text.prepare import find_prepared, prepare_head
 
     recipe, root = _recipe(settings, storage)
     corpus = find_corpus(recipe.data, root / "cache", say)
     if (prepared := find_prepared(recipe, corpus, root / "cache")) is not None:
+        fetch_text(prepared.folder)
         yield prepared
         return
     head = Path(corpus.train[0].uri).name
@@ -187,9 +193,9 @@ def _for_conversations(
     phase: str, parent: str | None, settings: list[str] | None, storage: str | None
 ) -> tuple[Recipe, Tokenizer, str | None]:
     """Return the settings of a phase and a tokenizer; of a parent its own ones, and its direction."""
-    from bwlm.paths import storage_root
     from bwlm.plan.inherit import with_defaults
     from bwlm.record.experiment import open_experiment
+    from bwlm.storage.opened import open_storage
     from bwlm.text.prepare import get_tokenizer
     from bwlm.text.tokenizer import Tokenizer
 
@@ -197,7 +203,7 @@ def _for_conversations(
         recipe, root = _recipe(settings, storage, lambda content: with_defaults(content, phase))
         with working("preparing a tokenizer"):
             return recipe, get_tokenizer(recipe, root / "cache", lambda _: None)[2], None
-    config = open_experiment(storage_root(storage), parent).config()
+    config = open_experiment(open_storage(storage), parent).config()
     experiment = config.experiment
 
     def filled(content: dict[str, Any]) -> dict[str, Any]:

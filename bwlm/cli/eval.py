@@ -74,12 +74,12 @@ def evaluate(
     Example: `bwlm eval mine@best --tasks arc_easy,mmlu --max-examples 200 --set tasks.arc_easy.path=arc/`
     """
     from bwlm.evaluate.tasks.request import TaskRequest
-    from bwlm.paths import storage_root
     from bwlm.record.experiment import find_checkpoint
+    from bwlm.storage.opened import open_storage
 
     if set_ and tasks is None:
         raise UserError(f"--set {set_[0]}: sets the files of a task: name it with --tasks")
-    readings, root = _readings(directions), storage_root(storage)
+    readings, root = _readings(directions), open_storage(storage)
     checkpoints = _checkpoints(root, runs)
     for checkpoint in checkpoints:
         find_checkpoint(root, checkpoint)
@@ -176,11 +176,13 @@ def _evaluate_tasks(evaluations: Sequence[RunEvaluation]) -> list[TaskScore]:
 
 def _deliver(root: Path, evaluations: Sequence[RunEvaluation]) -> None:
     """Send the scores to MLflow, and say why if some could not be sent."""
+    from bwlm.record.bucket import push_runs
     from bwlm.record.score_delivery import deliver_scores
 
     folders = {evaluation.folder.id: evaluation.folder for evaluation in evaluations}
     with working("sending scores to MLflow"):
         sentences = deliver_scores(root, list(folders.values()))
+        push_runs(folder.path for folder in folders.values())
     for sentence in sentences:
         say(sentence)
 

@@ -29,10 +29,10 @@ def export(
 
     Example: `bwlm export demo_forward_d1_lr4_s0 --format hf demo-forward`
     """
-    from bwlm.paths import storage_root
     from bwlm.record.experiment import find_checkpoint
+    from bwlm.storage.opened import open_storage
 
-    root = storage_root(storage)
+    root = open_storage(storage)
     find_checkpoint(root, checkpoint)
     with loading():  # torch takes seconds: mistakes are reported first
         from bwlm.trained.export_hf import check_target, export_hf

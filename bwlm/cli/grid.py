@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bwlm.cli.app import App
+from bwlm.cli.grid_status import (
+    STOPPED_ABOVE,
+    action_words,
+    cells_document,
+    print_status,
+    reasons,
+    status_document,
+    watch_status,
+)
 from bwlm.cli.launch import launch, show_places, warnings_of
 from bwlm.cli.terminal import (
     AcceptCode,
@@ -22,15 +31,15 @@ from bwlm.cli.terminal import (
     show_sentences,
     show_table,
 )
-from bwlm.errors import UserError, nearest
-from bwlm.format import first_of
+from bwlm.errors import Paused, UserError, nearest
+from bwlm.format import counted
 from bwlm.phases import PHASES
 from bwlm.progress import loading, working
+from bwlm.remote import address_of
 
 if TYPE_CHECKING:
-    from bwlm.grid.cells import PlannedCell
     from bwlm.grid.launch import LaunchResult
-    from bwlm.plan.spec import Plan
+    from bwlm.plan.spec import Cell, Plan
 
 grid_app = App(help="Plan, run and watch a grid of cells.", no_args_is_help=True)
 
@@ -40,12 +49,13 @@ GridFile = Annotated[
 ]
 
 
-def _load(grid: Path, settings: list[str] | None, storage: str | None) -> tuple[Plan, Path]:
-    from bwlm.paths import storage_root
+def load_plan(grid: Path, settings: list[str] | None, storage: str | None) -> tuple[Plan, Path]:
+    """Return the plan of a grid file, or of a grid that was run by its name, and the storage."""
     from bwlm.plan.load import load_grid
+    from bwlm.storage.opened import open_storage
 
-    plan = load_grid(_grid_file(grid, storage_root(storage)), settings or [], storage)
-    return plan, storage_root(storage or plan.launch.storage)
+    plan = load_grid(_grid_file(grid, open_storage(storage)), settings or [], storage)
+    return plan, open_storage(storage or plan.launch.storage)
 
 
 def _grid_file(grid: Path, root: Path) -> Path:
@@ -60,7 +70,9 @@ def _grid_file(grid: Path, root: Path) -> Path:
     if str(grid) in (names := grid_names(root)):
         return grid_folder(root, str(grid)) / GRID_FILE
     files = map(str, grid.parent.glob("*.yaml"))
-    raise UserError(f"{grid}: no such file, and no grid of this name in {root}{nearest(str(grid), [*files, *names])}")
+    raise UserError(
+        f"{grid}: no such file, and no grid of this name in {address_of(root)}{nearest(str(grid), [*files, *names])}"
+    )
 
 
 @grid_app.command("plan")
@@ -75,6 +87,16 @@ def grid_plan(
             show_default=False,
         ),
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(help="GPU to price the grid on, such as h100.", metavar="GPU", show_default=False),
+    ] = None,
+    mfu: Annotated[
+        float | None, number_option("With --on: share of the GPU's peak that training reaches. Default: 0.4.")
+    ] = None,
+    price: Annotated[
+        float | None, number_option("With --on: price of one GPU for an hour.", metavar="MONEY", show_default=False)
+    ] = None,
     set_: Set = None,
     storage: Storage = None,
     as_json: Json = False,
@@ -87,82 +109,131 @@ def grid_plan(
 
     Warns of memory, disk space and GPUs that the cells need and this machine does not have.
 
+    With `--on`, also prints the GPU hours and the cost of what is left on a GPU that nothing has run on yet: FLOPs over
+    a share of its peak.
+
     Example: `bwlm grid plan grids/demo.yaml --set budget.steps=100 --seed-noise 0.006`
+
+    Example: `bwlm grid plan grids/demo.yaml --on h100 --mfu 0.3 --price 2.5`
     """
+    if on is None and (unused := "--mfu" if mfu is not None else "--price" if price is not None else ""):
+        raise UserError(f"{unused}: needs the GPU that it is for, such as --on h100")
     if seed_noise is not None and not 0 < seed_noise < math.inf:
         raise UserError(f"--seed-noise: {seed_noise} is not a positive number of nats per token")
-    plan, root = _load(grid, set_, storage)
+    plan, root = load_plan(grid, set_, storage)
     from tasks.sources import check_sources
 
     for cell in plan.cells:
         check_sources(cell.experiment)
     from bwlm.format import short_number
+    from bwlm.grid.cells import find_cells
     from bwlm.plan.estimate import time_words
+    from bwlm.plan.price import MFU, price_words
+    from bwlm.plan.price import price as price_plan
 
     with loading():  # scipy takes a second: mistakes are reported first
         from bwlm.plan.power import detectable, detectable_words
     seen, warnings, time = detectable(plan, seed_noise), warnings_of(plan, root), _time_of(plan, root)
-    document = _status_document(plan, root)
+    document = cells_document(plan, find_cells(plan, root))
+    priced = price_plan(_left(plan, root), on, MFU if mfu is None else mfu, price) if on else None
     if as_json:
-        return print_json(document | {"detectable": seen, "time": time, "warnings": warnings})
+        document |= {"detectable": seen, "time": time, "warnings": warnings}
+        return print_json(document | ({"price": priced} if priced else {}))
     cells = document["cells"]
     costs = ("params", "tokens", "flops", "log_bytes")
-    rows = [[c["id"], *(short_number(c[cost]) for cost in costs), _state(c)] for c in cells]
-    header = ["cell", "params", "tokens", "FLOPs", "log (bytes)", "state"]
-    show_table(header, rows, f"{plan.name}: {len(cells)} cells", names=("cell",))
-    show_sentences(*_reasons(cells), *_text_words(plan))
+    rows = [
+        [
+            *(c["id"], *(short_number(c[cost]) for cost in costs), *_price_columns(priced, c["id"])),
+            *(action_words(c), _state(c)),
+        ]
+        for c in cells
+    ]
+    header = ["cell", "params", "tokens", "FLOPs", "log (bytes)", "GPU hours", "cost", "next", "state"]
+    show_table(header, rows, f"{plan.name}: {len(cells)} cells", names=("cell",), least=("log (bytes)", "state"))
+    show_sentences(*reasons(cells), *_text_words(plan))
     total = sum(c["flops"] for c in cells)
-    left = sum(c["flops"] for c in cells if not (c["done"] or c["changed"]) and c["reason"] != _STOPPED_ABOVE)
-    show(f"{short_number(total)} FLOPs in all, {short_number(left)} to do; storage {root}")
+    left = sum(c["flops"] for c in cells if not (c["done"] or c["changed"]) and c["reason"] != STOPPED_ABOVE)
+    show(f"{short_number(total)} FLOPs in all, {short_number(left)} to do; storage {address_of(root)}")
     show_sentences(
-        *filter(None, [time_words(time), detectable_words(seen)]), *(f"warning: {line}" for line in warnings)
+        *filter(None, [time_words(time), *(price_words(priced) if priced else []), detectable_words(seen)]),
+        *(f"warning: {line}" for line in warnings),
     )
     return None
 
 
 @grid_app.command("status")
-def grid_status(grid: GridFile, set_: Set = None, storage: Storage = None, as_json: Json = False) -> None:
-    """Show state, step and metrics of each cell of a grid.
+def grid_status(
+    grid: GridFile,
+    set_: Set = None,
+    everything: Annotated[bool, typer.Option("--all", help="List the cells that are done, too.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it again and again until the grid is done; Ctrl-C ends it.")
+    ] = False,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
+    """Show the states of a grid's cells, who trains them, their logs, the pace, the time left and the cost.
+
+    Reads the files of the storage alone: it works from any machine, also while Ray is down.
 
     Example: `bwlm grid status grids/demo.yaml --json`
-    """
-    from bwlm.grid.cells import find_cells
-    from bwlm.record.catalog.rows import FIGURES, cell_columns, load_readable
 
-    plan, root = _load(grid, set_, storage)
-    planned = find_cells(plan, root)
-    known, left_out = load_readable(p.folder for p in planned if p.folder.exists())
-    for line in left_out:
-        say(line)
+    Example: `bwlm grid status demo --watch`
+    """
+    from bwlm.grid.summary import summarize
+
+    if as_json and watch:
+        raise UserError("--watch: not with --json, which prints one document: leave one of them out")
+    plan, root = load_plan(grid, set_, storage)
     if as_json:
-        return print_json(_status_document(plan, root))
-    shown = ["state", *FIGURES]
-    rows = {c.id: [c.id, *cell_columns(c, shown)] for c in known}
-    rows |= {p.cell.id: [p.cell.id, p.status.state, *[""] * len(FIGURES)] for p in planned if not p.folder.exists()}
-    in_order = [rows[p.cell.id] for p in planned if p.cell.id in rows]
-    show_table(["id", *shown], in_order, plan.name, names=("id",), least=("loss",))
-    if not any(p.folder.exists() for p in planned):
-        show(f"no cell of {plan.name} has begun in {root}{'' if root.exists() else ', which does not exist'}")
-    show(f"{sum(c.state == 'finished' for c in known)} of {len(planned)} cells finished")
-    return None
+        return print_json(status_document(plan, root))
+    if watch:
+        return watch_status(plan, root, everything)
+    return print_status(plan, root, summarize(plan, root), everything)
 
 
 @grid_app.command("run")
 def grid_run(
     grid: GridFile,
     set_: Set = None,
+    extend: Annotated[
+        bool,
+        typer.Option(
+            "--extend",
+            help="Add cells to a grid: refuse a file that leaves out or changes a cell of its last launch.",
+        ),
+    ] = False,
     storage: Storage = None,
     accept_code: AcceptCode = False,
     as_json: Json = False,
 ) -> None:
     """Train every cell that is not finished, then compare the directions. The same command resumes.
 
+    Exits with 75 if `bwlm grid stop` or a limit of `launch.limit` stopped it: the same command resumes it then.
+
     Example: `bwlm grid run grids/demo.yaml`
+
+    Example: `bwlm grid run grids/demo.yaml --extend --set axes.seed=[0,1,2,3]`
     """
-    plan, root = _load(grid, set_, storage)
-    result = launch(plan, root, accept_code)
+    plan, root = load_plan(grid, set_, storage)
+    if extend:
+        from bwlm.grid.extend import check_extends
+
+        new = check_extends(plan, root)
+        say(f"extends {plan.name}: {counted(len(new), 'new cell')} beside {len(plan.cells) - len(new)}")
+    run_grid(plan, root, accept_code, as_json)
+
+
+def run_grid(plan: Plan, root: Path, accept_code: bool, as_json: bool) -> None:
+    """Launch a grid and print its result; exit with 1 if cells failed."""
+    try:
+        result = launch(plan, root, accept_code)
+    except Paused:
+        if as_json:
+            print_json(status_document(plan, root))
+        raise
     if as_json:
-        print_json(_status_document(plan, root))
+        print_json(status_document(plan, root))
     else:
         _show_result(plan, root, result)
     if not result.complete:
@@ -180,39 +251,30 @@ def grid_schema() -> None:
     print_json(Grid.model_json_schema())
 
 
-_STOPPED_ABOVE = "not trained: the scheduler stopped a run early from which it descends"
-
-
-def _status_document(plan: Plan, root: Path) -> dict[str, Any]:
-    from bwlm.grid.cells import find_cells, without_parent
-    from bwlm.record.researchlog_size import bytes_of_log
-
-    planned = find_cells(plan, root)
-    out = without_parent(planned)
-    cells = [
-        {
-            "id": p.cell.id, "params": p.cell.parameters, "tokens": p.cell.tokens, "flops": p.cell.flops,
-            "log_bytes": bytes_of_log(p.cell.experiment, p.cell.shape, p.cell.steps),
-            "state": p.status.state, "reason": _STOPPED_ABOVE if p.cell.id in out else _reason(p),
-            "changed": p.changed, "other_text": p.other_text, "done": p.is_done,
-            "step": p.status.step, "steps": p.cell.steps, "metrics": p.status.metrics,
-        }
-        for p in planned
-    ]  # fmt: skip
-    return {"grid": plan.name, "cells": cells}
-
-
 def _time_of(plan: Plan, root: Path) -> dict[str, Any]:
     """Return how long the cells take that a launch would train."""
-    from bwlm.grid.cells import find_cells, without_parent
     from bwlm.plan.estimate import estimate_time
     from bwlm.plan.machine import machine_of
 
+    left = _left(plan, root)
+    return estimate_time(left, plan.launch, root, machine_of([cell for cell, _ in left]))
+
+
+def _left(plan: Plan, root: Path) -> list[tuple[Cell, int]]:
+    """Return the cells that a launch would train, each with the step that it has reached."""
+    from bwlm.grid.cells import find_cells, without_parent
+
     planned = find_cells(plan, root)
     out = without_parent(planned)
-    left = [p for p in planned if not (p.is_done or p.changed or p.cell.id in out)]
-    machine = machine_of([p.cell for p in left])
-    return estimate_time([(p.cell, p.status.step) for p in left], plan.launch, root, machine)
+    return [(p.cell, p.status.step) for p in planned if not (p.is_done or p.changed or p.cell.id in out)]
+
+
+def _price_columns(priced: dict[str, Any] | None, id: str) -> list[str]:
+    """Return a cell's GPU hours and cost for the table; '' for a cell that needs no training, and without a price."""
+    from bwlm.plan.price import columns
+
+    figures = priced["cells"].get(id) if priced else None
+    return columns(figures) if figures else ["", ""]
 
 
 def _state(cell: dict[str, Any]) -> str:
@@ -243,31 +305,6 @@ def _text_words(plan: Plan) -> list[str]:
         except UserError as error:
             words.append(f"warning: {error}")
     return words
-
-
-def _reasons(cells: list[dict[str, Any]]) -> list[str]:
-    """Return a sentence for each reason of a planned grid's cells, with the cells that it holds for."""
-    holds_for: dict[str, list[str]] = {}
-    for cell in cells:
-        holds_for.setdefault(cell["reason"], []).append(cell["id"])
-    return [f"{first_of(ids)}: {reason}" for reason, ids in holds_for.items() if reason]
-
-
-def _reason(planned: PlannedCell) -> str:
-    """Return why a cell ended as it did, or why `grid run` would refuse it."""
-    if planned.changed:
-        return f"exists with other settings ({'; '.join(planned.changed)})"
-    return _other_text(planned) or planned.other_code or planned.status.reason
-
-
-def _other_text(planned: PlannedCell) -> str:
-    """Return how the source of a cell's text differs from what its run read; '' if it does not."""
-    from bwlm.grid.cells import text_of
-
-    if not (read := planned.other_text):
-        return ""
-    named = text_of(planned.cell.experiment)
-    return f"its run read {read}, and the grid names {named}: refused unless its content is the same"
 
 
 def _show_result(plan: Plan, root: Path, result: LaunchResult) -> None:

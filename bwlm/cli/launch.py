@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from bwlm.cli.terminal import say, show
 from bwlm.paths import check_writable
 from bwlm.progress import loading
+from bwlm.remote import address_of
 
 if TYPE_CHECKING:
     from bwlm.grid.launch import LaunchResult
@@ -27,7 +28,7 @@ def launch(plan: Plan, root: Path, accept_code: bool) -> LaunchResult:
         from bwlm.grid.launch import run_plan
 
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        say(f"storage: {root}")
+        say(f"storage: {address_of(root)}")
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints to stdout, which is for the result alone
         return run_plan(plan, root, say, accept_code)
 

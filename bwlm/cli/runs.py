@@ -22,6 +22,7 @@ from bwlm.cli.terminal import (
     show_tree,
 )
 from bwlm.errors import UserError
+from bwlm.remote import address_of
 
 if TYPE_CHECKING:
     from bwlm.record.catalog.rows import CellRow
@@ -57,12 +58,12 @@ def runs_list(
 
     Example: `bwlm runs list --where phase=sft --where 'val_bpb<2.5' --sort val_bpb`
     """
-    from bwlm.paths import storage_root
     from bwlm.record.catalog.filters import choose_cells
     from bwlm.record.catalog.rows import load_readable
     from bwlm.record.experiment import list_experiments, list_starting
+    from bwlm.storage.opened import open_storage
 
-    root = storage_root(storage)
+    root = open_storage(storage)
     known, left_out = load_readable(list_experiments(root))
     cells = choose_cells(known, where or [], sort)
     for line in left_out:
@@ -73,7 +74,7 @@ def runs_list(
         _show_list(cells)
     shown = f"{len(cells)} of {len(known)}" if where else f"{len(cells)}"
     missing = "" if root.exists() else ", which does not exist: --storage or BWLM_STORAGE names another folder"
-    show(f"{shown} experiment{'s' * (len(known) != 1)} in {root}{missing}")
+    show(f"{shown} experiment{'s' * (len(known) != 1)} in {address_of(root)}{missing}")
     if starting := list_starting(root):
         show(f"starting, text not ready yet: {', '.join(starting)}")
     return None
@@ -115,13 +116,13 @@ def runs_tree(
     Example: `bwlm runs tree mine-sft --json`
     """
     from bwlm.cli.family import branches
-    from bwlm.paths import storage_root
     from bwlm.record.catalog.describe import family_of, load_members
     from bwlm.record.catalog.select import choose
     from bwlm.record.experiment import list_experiments
     from bwlm.record.health import readable
+    from bwlm.storage.opened import open_storage
 
-    root = storage_root(storage)
+    root = open_storage(storage)
     chosen = choose(root, [name], damaged=True)[0] if name is not None else None
     folders, left_out = readable(list_experiments(root), damaged=True)
     for line in left_out:
@@ -134,7 +135,7 @@ def runs_tree(
         return print_json([member.to_json() for member in members])
     show_tree(branches(members, gathered=name is None))
     if not members:
-        show(f"0 experiments in {root}")
+        show(f"0 experiments in {address_of(root)}")
     return None
 
 
@@ -145,12 +146,12 @@ def runs_show(run: RunId, storage: Storage = None, as_json: Json = False) -> Non
     Example: `bwlm runs show mine`
     """
     from bwlm.cli.overview import sections
-    from bwlm.paths import storage_root
     from bwlm.record.catalog.describe import describe
     from bwlm.record.experiment import open_experiment
     from bwlm.record.health import damage_words
+    from bwlm.storage.opened import open_storage
 
-    folder = open_experiment(storage_root(storage), run)
+    folder = open_experiment(open_storage(storage), run)
     known = describe(folder)
     if known["damage"]:
         say(damage_words(folder, known["damage"]))
@@ -181,23 +182,25 @@ def runs_delete(
 
     Example: `bwlm runs delete 'mine-*'`
     """
-    from bwlm.paths import storage_root
     from bwlm.record.removal import (
         check_deletable,
         children_first,
         delete,
         discard_deleted,
         is_unfinished,
+        lineage_of,
     )
+    from bwlm.storage.opened import open_storage
 
-    root = storage_root(storage)
+    root = open_storage(storage)
     for run in [name for name in names if is_unfinished(root, name)]:
         discard_deleted(root)
         names.remove(run)
         show(f"{run} is deleted: what an earlier deletion had left of it is gone")
-    folders = children_first(_folders_to_delete(root, names))
+    lineage = lineage_of(root)
+    folders = children_first(_folders_to_delete(root, names), lineage)
     for number, folder in enumerate(folders):
-        check_deletable(folder, [other.id for other in folders[:number]])
+        check_deletable(folder, [other.id for other in folders[:number]], lineage)
     told = {folder.id: (_what_goes(folder), _what_stays(folder)) for folder in folders}
     if folders and not yes and not confirmed(_deletion_question(folders, told[folders[0].id][0])):
         one = len(folders) == 1
@@ -227,7 +230,7 @@ def _deletion_question(folders: list[ExperimentFolder], what: str) -> str:
     if len(folders) == 1:
         return f"Delete {folders[0].path} ({what})?"
     from bwlm.format import file_size
-    from bwlm.record.catalog.describe import bytes_in
+    from bwlm.record.disk import bytes_in
 
     size = file_size(sum(bytes_in(folder.path) for folder in folders))
     return f"Delete {len(folders)} runs ({size}): {', '.join(folder.id for folder in folders)}?"
@@ -235,7 +238,7 @@ def _deletion_question(folders: list[ExperimentFolder], what: str) -> str:
 
 def _what_goes(folder: ExperimentFolder) -> str:
     from bwlm.format import file_size
-    from bwlm.record.catalog.describe import bytes_in
+    from bwlm.record.disk import bytes_in
 
     size = file_size(bytes_in(folder.path))
     with contextlib.suppress(UserError):  # a run whose status cannot be read can still be deleted

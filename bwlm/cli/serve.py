@@ -61,6 +61,13 @@ def serve(
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: float32 on a CPU, bfloat16 on a GPU.")
     ] = "auto",
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Decode several times as fast. Takes a second at the start, and on a CPU a C++ compiler.",
+        ),
+    ] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in this machine's browser.")] = False,
     grace: Annotated[int, whole_option("Seconds that streams may go on after SIGTERM or Ctrl-C.", 0)] = 20,
     replicas: Annotated[
@@ -80,16 +87,17 @@ def serve(
     Example: `bwlm serve mine --port 8000`
     """
     from bwlm.chat.access import LOOPBACK, Access
-    from bwlm.paths import storage_root
     from bwlm.record.experiment import find_checkpoint
+    from bwlm.remote import address_of
+    from bwlm.storage.opened import open_storage
 
-    root, names = storage_root(storage), list(dict.fromkeys(runs))
+    root, names = open_storage(storage), list(dict.fromkeys(runs))
     for name in names:
         find_checkpoint(root, name)
     if host not in LOOPBACK and not token:
         raise UserError(f"--host {host}: others can reach it: set a token with --token or ${TOKEN}")
     access = Access(LOOPBACK | {name.lower() for name in (host, *(allow_host or []))}, token)
-    models = (root, names, slots, waiting, threads or (1 if replicas else None), precision)
+    models = (address_of(root), names, slots, waiting, threads or (1 if replicas else None), precision, compiled)
     if replicas:
         if port == 0:
             raise UserError("--port 0: replicas need a port: name one")

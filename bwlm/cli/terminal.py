@@ -32,7 +32,10 @@ Set = Annotated[
 ]
 Storage = Annotated[
     str | None,
-    typer.Option(help="Folder of all runs. Default: $BWLM_STORAGE, or else runs/.", show_default=False),
+    typer.Option(
+        help="Folder of all runs, or a bucket: s3://bucket/prefix. Default: $BWLM_STORAGE, or else runs/.",
+        show_default=False,
+    ),
 ]
 AcceptCode = Annotated[
     bool,
@@ -84,7 +87,7 @@ def number_option(help: str, **options: Any) -> Any:
 _WIDEST = 1000  # columns
 _LEFT = (
     "", "id", "cell", "phase", "parent", "direction", "state", "size", "pair", "verdict", "task", "rule", "reading",
-    "form", "does",
+    "form", "does", "next", "held by", "kind", "why", "files", "grid",
 )  # fmt: skip
 """Headings of left-aligned columns: words. Figures are aligned on the right."""
 _LEADS = {"parent": "child of ", **dict.fromkeys(("id", "cell", "direction", "size", "pair", "verdict", "task"), "")}

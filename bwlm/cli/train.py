@@ -84,8 +84,8 @@ def train(
 
     Example: `bwlm train --phase sft --parent ID --set optim.init_lr_frac=0.05`
     """
-    from bwlm.paths import storage_root
     from bwlm.plan.load import plan_experiment
+    from bwlm.storage.opened import open_storage
 
     phases = [name.strip() for name in phase.split(",")]
     if evaluates := phases[-1] == EVALUATE:
@@ -99,7 +99,7 @@ def train(
         return _evaluate([parent], *_evaluation(set_ or []), storage, as_json)
     flags = {"phase": phase, "parent": parent, "direction": direction, "depth": depth, "lr": lr, "seed": seed}
     flags_set = {name: value for name, value in flags.items() if value is not None}
-    plan, root = plan_experiment(flags_set, set_ or [], id_, storage), storage_root(storage)
+    plan, root = plan_experiment(flags_set, set_ or [], id_, storage), open_storage(storage)
     result = launch(plan, root, accept_code)
     if as_json and not evaluates:
         cells = [cell.to_json() for cell in result.cells]

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cache
 
 import ray
 
+from bwlm.cluster.autoscaling import find_autoscaler
+from bwlm.cluster.placement import SPARE_CPUS, TRIAL_CPUS, count_places, need_words
 from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
-from bwlm.plan.machine import ROUNDING, parts_of_gpus
-
-log = logging.getLogger(__name__)
-
-_LOOK_SECONDS = 1.0
-
-
-SPARE_CPUS = 1.0
-"""Logical CPUs left for Ray Data's tasks: without a free CPU, a cell waits for its first batch for ever."""
-
-
-TRIAL_CPUS = 0.1
-"""Logical CPUs of a trial that drives several workers."""
+from bwlm.plan.machine import parts_of_gpus
 
 
 def cpus_of_cell(resources: ResourceSettings) -> float:
@@ -45,44 +32,50 @@ class Capacity:
 def capacity_of_cluster(
     needs: Collection[ResourceSettings], concurrency: int | None, cells: int, dashboard: str | None
 ) -> Capacity:
-    """Return the capacity of the cluster that this process is connected to."""
-    nodes = resources_of_nodes()
-    cpus = sum(node.get("CPU", 0) for node in nodes) - SPARE_CPUS
-    gpus = sum(node.get("GPU", 0) for node in nodes)
-    for resources in needs:
-        places = room_on(nodes, resources)
-        if places < resources.workers:
-            raise UserError(
-                f"resources.workers: {resources.workers} workers of {resources.cpus_per_worker} CPUs and "
-                f"{resources.gpus_per_worker:g} GPUs are needed, but the cluster has room for {places}: "
-                "lower resources.workers or add nodes"
-            )
-    chosen = choose_concurrency(needs, concurrency, cells, cpus, gpus, "the cluster")
-    gpus_of_cell = max(resources.workers * resources.gpus_per_worker for resources in needs)
-    chosen = min(chosen, _free_now(max(map(cpus_of_cell, needs)), gpus_of_cell))
+    """Return the capacity of the cluster that this process is connected to, once at least one cell has room.
+
+    If the cluster has an autoscaler, waits for the nodes that it starts for the cells. Raises `UserError` for a cell
+    that neither the cluster nor any node type of its autoscaler can ever hold.
+    """
+    most = most_at_once(needs, concurrency, cells)
+    chosen = min(count_places(resources, most) for resources in needs)
+    gpus = int(sum(node.get("GPU", 0) for node in resources_of_nodes()))
     unused = gpus and not any(resources.gpus_per_worker for resources in needs)
-    hint = f", whose {int(gpus)} GPUs no cell asks for (resources.gpus_per_worker)" if unused else ""
+    hint = f", whose {gpus} GPUs no cell asks for (resources.gpus_per_worker)" if unused else ""
     return Capacity(chosen, dashboard, f"{ray.get_runtime_context().gcs_address}{hint}")
 
 
-def _free_now(cpus: float, gpus: float) -> int:
-    """Return how many cells of this size fit beside the cluster's other work; wait until at least one does.
+def most_at_once(needs: Collection[ResourceSettings], concurrency: int | None, cells: int) -> int:
+    """Return how many cells could run at once on the cluster as it is, or as its autoscaler could make it.
 
-    A spare CPU stays free: a cell that took the last CPU would wait for its rows for ever, and so would other work.
+    Raises `UserError` for a cell that can never run, and for more cells than fit.
     """
-    while True:
-        free = ray.available_resources()
-        fits = (free.get("CPU", 0) - SPARE_CPUS) // cpus
-        fits = min(fits, free.get("GPU", 0) / gpus + ROUNDING) if gpus else fits
-        if fits >= 1:
-            return int(fits)
-        _tell_once(f"waiting until {cpus + SPARE_CPUS:g} CPUs and {gpus:g} GPUs of the cluster are free")
-        time.sleep(_LOOK_SECONDS)
+    nodes, wanted, kinds = resources_of_nodes(), min(concurrency or cells, cells), ""
+    if any(room_on(nodes, resources) < wanted * resources.workers for resources in needs):
+        autoscaler = find_autoscaler()
+        if autoscaler and not autoscaler.node_types:
+            return wanted
+        if autoscaler:
+            nodes = autoscaler.grown(nodes)
+            kinds = f", at its largest {' and '.join(kind.words() for kind in autoscaler.node_types)},"
+    return _most(needs, concurrency, cells, nodes, kinds)
 
 
-@cache
-def _tell_once(message: str) -> None:
-    log.warning("%s", message)
+def _most(
+    needs: Collection[ResourceSettings],
+    concurrency: int | None,
+    cells: int,
+    nodes: Collection[dict[str, float]],
+    kinds: str,
+) -> int:
+    for resources in needs:
+        if (places := room_on(nodes, resources)) < resources.workers:
+            raise UserError(
+                f"resources.workers: a cell needs {need_words(resources)}, but the cluster{kinds} has room for "
+                f"{places} of its workers: lower resources.workers or what each asks for, or add nodes"
+            )
+    cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+    return choose_concurrency(needs, concurrency, cells, cpus - SPARE_CPUS, gpus, f"the cluster{kinds}")
 
 
 def resources_of_nodes() -> list[dict[str, float]]:
@@ -118,13 +111,12 @@ def choose_concurrency(
 
 def _fitting(resources: ResourceSettings, cpus: float, gpus: float, where: str) -> int:
     fits = int(cpus // cpus_of_cell(resources))
-    need = f"{resources.workers} x {resources.cpus_per_worker} CPUs"
     if resources.gpus_per_worker:
         fits = min(fits, parts_of_gpus(gpus, resources.workers * resources.gpus_per_worker))
-        need += f" and {resources.gpus_per_worker:g} GPUs"
     if fits < 1:
         raise UserError(
-            f"resources.workers: a cell needs {need}, but {where} has {int(cpus)} CPUs and {int(gpus)} GPUs to give: "
-            "lower resources.workers, resources.cpus_per_worker or resources.gpus_per_worker, or take a larger cluster"
+            f"resources.workers: a cell needs {need_words(resources)}, but {where} has {int(cpus)} CPUs and "
+            f"{int(gpus)} GPUs to give: lower resources.workers, resources.cpus_per_worker or "
+            "resources.gpus_per_worker, or take a larger cluster"
         )
     return fits

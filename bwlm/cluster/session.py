@@ -20,13 +20,13 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
 import bwlm
 from bwlm.cluster.capacity import (
-    SPARE_CPUS,
-    TRIAL_CPUS,
     Capacity,
     capacity_of_cluster,
     choose_concurrency,
     cpus_of_cell,
+    most_at_once,
 )
+from bwlm.cluster.placement import SPARE_CPUS, TRIAL_CPUS
 from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
 from bwlm.model.compute import count_gpus
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 def check_room(needs: Collection[ResourceSettings], launch: LaunchSettings, cells: int) -> None:
     """Raise `UserError` at once for what `open_cluster` would refuse, as far as it shows before Ray starts."""
     if ray.is_initialized():
-        capacity_of_cluster(needs, launch.concurrency, cells, None)
+        most_at_once(needs, launch.concurrency, cells)
     elif address := os.environ.get("RAY_ADDRESS"):
         _check_address(address)
     else:

@@ -11,7 +11,6 @@ to fit into a row. Needs the extra `bwlm[lm-eval]`.
 from __future__ import annotations
 
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from bwlm.errors import UserError, nearest
 from bwlm.evaluate.tasks.rules import FORWARD
 from bwlm.evaluate.tasks.scores import Row, Scored, score
 from bwlm.model.generate import generate
+from bwlm.storage.opened import open_storage
 from bwlm.trained.load import load_model
 
 try:
@@ -48,7 +48,7 @@ class BwlmLM(LM):  # type: ignore[misc]
     def __init__(self, storage: str, run: str, reading: str = "", rule: str = "conditional", **ignored: Any) -> None:
         super().__init__()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.loaded = load_model(Path(storage).expanduser().absolute(), str(run), device)
+        self.loaded = load_model(open_storage(storage), str(run), device)
         direction = self.loaded.config.experiment.direction
         self.reading = reading or own_readings(direction)[0]
         for name, value, known in (("reading", self.reading, TEXT_READINGS), ("rule", rule, ("conditional", "joint"))):

@@ -13,10 +13,13 @@ from bwlm.errors import UserError
 from bwlm.evaluate.windows import LossEvaluation
 from bwlm.model.observe import evaluating
 from bwlm.phases import BUILTIN_MIXTURE, PHASES
+from bwlm.record.bucket import fetch_text
 from bwlm.record.checkpoint_name import CheckpointName
 from bwlm.record.experiment import ExperimentFolder, open_experiment
 from bwlm.record.repeat import repeat_command
 from bwlm.record.run_config import RunConfig
+from bwlm.remote import address_of
+from bwlm.storage.opened import push
 from bwlm.text.conversation import TurnIds, TurnLayout
 from bwlm.text.mixture import prepare_mixture
 from bwlm.text.packing import run_here
@@ -120,15 +123,18 @@ def evaluate_run(
         "conversations": str(_conversations(storage, loaded.config, progress)),
     }
     direction = loaded.config.experiment.direction
-    return evaluate_texts(loaded, corpora, readings or evaluated_readings(direction), folder)
+    losses = evaluate_texts(loaded, corpora, readings or evaluated_readings(direction), folder)
+    push(folder.path, trained=True)
+    return losses
 
 
 def _documents(storage: Path, folder: ExperimentFolder, config: RunConfig) -> Path:
     link = folder.link()
     base = ExperimentFolder(storage, link.chain[0]).config() if link else config
+    fetch_text(Path(base.corpus))
     packed = find_packed(storage, Path(base.corpus), base.identity["data"])
     if packed is None:
-        place = shlex.quote(str(storage))
+        place = shlex.quote(address_of(storage))
         raise UserError(
             f"{base.corpus}: the packed text of {base.id} is gone: pack it again, without training, with: "
             f"{repeat_command(base, place)} --storage {place}"
@@ -139,6 +145,7 @@ def _documents(storage: Path, folder: ExperimentFolder, config: RunConfig) -> Pa
 def _conversations(storage: Path, config: RunConfig, progress: Callable[[str], None]) -> Path:
     recipe = config.experiment
     if PHASES[recipe.phase].packs_whole:  # the run's own rows already hold whole conversations
+        fetch_text(Path(config.corpus))
         packed = find_packed(storage, Path(config.corpus), config.identity["data"])
         if packed is not None:
             return packed

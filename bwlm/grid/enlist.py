@@ -9,6 +9,7 @@ from bwlm.grid.cells import PlannedCell, changes, check_same, find_cells, resume
 from bwlm.model.compute import Compute
 from bwlm.paths import write_text
 from bwlm.plan.spec import Plan
+from bwlm.record.bucket import fetch_named_weights
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.grids import GRID_FILE, grid_folder, keep_report, write_cells
@@ -43,6 +44,8 @@ def resolved_cells(plan: Plan, storage: Path, prepared: dict[str, Prepared], acc
     resolved, found = [], find_cells(plan, storage)
     for planned in found:
         cell, parent = planned.cell, planned.cell.experiment.parent
+        if parent:
+            fetch_named_weights(storage, parent)
         link = link_to(storage, parent, cell.experiment.phase, cell.id) if parent else None
         config = run_config(plan, cell, prepared[cell.id], storage, link, _compute_of(planned))
         if planned.folder.exists():

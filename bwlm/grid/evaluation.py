@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -14,10 +15,14 @@ from bwlm.evaluate.tasks.request import read_tasks, requests_of
 from bwlm.evaluate.tasks.results import TaskScore
 from bwlm.evaluate.tasks.stored import RunEvaluation
 from bwlm.model.compute import count_gpus
+from bwlm.paths import storage_root
 from bwlm.plan.spec import LaunchSettings, Plan
 from bwlm.progress import track
 from bwlm.record.checkpoint import checkpoint_steps
+from bwlm.record.checkpoint_name import CheckpointName
 from bwlm.record.experiment import ExperimentFolder
+from bwlm.remote import address_of
+from bwlm.storage.opened import pull
 from bwlm.train.scoring import has_both
 
 _GPU_SHARE = 0.25
@@ -63,8 +68,10 @@ def evaluate_on_workers(evaluations: Sequence[RunEvaluation]) -> list[TaskScore]
 def evaluate_on_cluster(evaluations: Sequence[RunEvaluation]) -> list[TaskScore]:
     """Return the scores of some checkpoints as `evaluate_on_workers`, where Ray runs already."""
     # Ray gives a worker of one CPU one thread
-    worker = ray.remote(num_cpus=1, num_gpus=_needs().gpus_per_worker)(RunEvaluation.scores)
-    places = {worker.remote(evaluation): place for place, evaluation in enumerate(evaluations)}
+    worker = ray.remote(num_cpus=1, num_gpus=_needs().gpus_per_worker)(_scores)
+    places = {
+        worker.remote(evaluation, address_of(evaluation.storage)): place for place, evaluation in enumerate(evaluations)
+    }
     ended = dict(track(_as_they_end(places), "evaluating", "models", len(places)))
     scores = []
     for _, outcome in sorted(ended.items()):
@@ -72,6 +79,13 @@ def evaluate_on_cluster(evaluations: Sequence[RunEvaluation]) -> list[TaskScore]
             raise outcome
         scores += outcome
     return scores
+
+
+def _scores(evaluation: RunEvaluation, storage: str) -> list[TaskScore]:
+    """Return the scores of a checkpoint; a worker on another machine finds its storage there."""
+    here = replace(evaluation, storage=storage_root(storage))
+    pull(here.storage / CheckpointName.parse(evaluation.checkpoint).run)
+    return here.scores()
 
 
 def _needs() -> ResourceSettings:

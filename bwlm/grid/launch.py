@@ -27,9 +27,11 @@ from bwlm.grid.cells import (
     without_parent,
 )
 from bwlm.grid.enlist import ResolvedCell, enlist_cells, enlist_grid, folder_of, resolved_cells
-from bwlm.paths import check_writable, exclusive
+from bwlm.grid.watch import LaunchWatch, watched
+from bwlm.paths import check_writable
 from bwlm.plan.spec import Cell, Plan, generations
 from bwlm.progress import loading, track, working
+from bwlm.record.bucket import fetch_named_weights, fetch_text, push_rest, push_runs, push_text, rest_told
 from bwlm.record.catalog.rows import CellRow, load_cells
 from bwlm.record.experiment import SAMPLES, ExperimentFolder
 from bwlm.record.grids import EARLIER, GRID_FILE, REPORT
@@ -37,12 +39,15 @@ from bwlm.record.mlflow_store import tracking_uri
 from bwlm.record.mlflow_view import GridResult
 from bwlm.record.parent import link_to
 from bwlm.record.tracking import Tracking, is_closed
-from bwlm.text.packing import Job, PackResult
+from bwlm.remote import address_of
+from bwlm.storage.opened import check_bucket, exclusive, in_bucket, refresh
+from bwlm.text.packing import Job, PackResult, RunJobs
 
 if TYPE_CHECKING:
     from bwlm.analysis.report.study import GridReport
     from bwlm.cluster.capacity import Capacity
     from bwlm.config import ResourceSettings
+    from bwlm.text.prepare import Prepared
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,8 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     """Run every cell that is not done, and write the report.
 
     With `accept_code`, today's code resumes cells that other code has begun, and their records say so. Raises
-    `UserError`, before anything is made, for a plan that can never work. Raises `SystemExit` with `TERMINATED`, or
-    `KeyboardInterrupt`, if this process is asked to end meanwhile.
+    `UserError`, before anything is made, for a plan that can never work. Raises `Paused` if the grid is asked to stop
+    or reaches a limit, and `SystemExit` with `TERMINATED`, or `KeyboardInterrupt`, if this process is asked to end.
     """
     is_new = not storage.exists()
     planned_cells = _checked_cells(plan, storage, accept_code)
@@ -77,7 +82,6 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     tell_unchecked_text(planned_cells, show)
     is_over = _is_over(planned_cells)
     with loading():
-        from bwlm.grid.texts import prepare_texts
         from tasks.sources import check_sources
 
     for cell in plan.cells:
@@ -87,28 +91,25 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     uri = tracking_uri(storage, plan.launch.tracking_uri)
     _check_tracking(uri, storage, plan.launch.experiment)
     home = folder_of(plan, storage)
-    grid_run: str | None = None
     if not is_over:
         _check_room(plan)
-    with _only_launch(plan, storage), contextlib.ExitStack() as until_the_end:
+    with (
+        _only_launch(plan, storage),
+        watched(plan, storage, is_over, show) as watch,
+        contextlib.ExitStack() as until_the_end,
+    ):
         cluster = cache(partial(_open_cluster, plan, is_over, until_the_end, show))  # its first call starts Ray
         tell = (lambda words: None) if is_over else show  # of text that nothing is trained on
-        prepared = prepare_texts(plan, storage, partial(_run_on, cluster), tell)
-        if is_new:  # now that it is made: a fault of the text leaves none
-            show(f"new storage: {storage.name} in {storage.parent}")
-        capacity = None if is_over else cluster()
-        home.mkdir(parents=True, exist_ok=True)
-        tracking = _open_tracking(uri, storage, plan)
-        for part in _ready_generations(plan, storage, show):
-            with exclusive(home / "lock"):  # so that two launches of one plan make its folders and runs only once
-                cells = resolved_cells(part, storage, prepared, accept_code)
-                grid_run = grid_run or enlist_grid(plan, storage, tracking, cells)
-                runs = enlist_cells(cells, storage, tracking, grid_run)
-            if capacity is not None:
-                introduce(plan, cells, show)
-                _train(plan, part, cells, capacity, tracking, grid_run or runs[0], show)
-        if asks_for_scores:
-            capacity = _score_rest(plan, storage, cluster, show) or capacity
+        with watch.pausing():
+            prepared = _prepared_texts(plan, storage, partial(_run_on, cluster, storage), tell)
+            if is_new:  # now that it is made: a fault of the text leaves none
+                show(f"new storage: {_place_of(storage)}")
+            capacity = None if is_over else cluster()
+            home.mkdir(parents=True, exist_ok=True)
+            tracking = _open_tracking(uri, storage, plan)
+            grid_run = _train_generations(plan, storage, prepared, accept_code, tracking, capacity, watch, show)
+            if asks_for_scores:
+                capacity = _score_rest(plan, storage, cluster, show) or capacity
         # not before: another text under the same name is found out last
         show("writing the report" if capacity else over_words(plan, planned_cells))
         with exclusive(home / "lock"):  # since another launch may end at the same moment
@@ -121,6 +122,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
 def _checked_cells(plan: Plan, storage: Path, accept_code: bool) -> list[PlannedCell]:
     """Return the plan's cells; raise `UserError` if a folder holds another run or an outside parent is unfinished."""
     check_writable(storage)
+    check_bucket(storage)
     planned_cells = find_cells(plan, storage)
     changed = [planned.cell.id for planned in planned_cells if planned.changed]
     for planned in planned_cells:
@@ -128,6 +130,7 @@ def _checked_cells(plan: Plan, storage: Path, accept_code: bool) -> list[Planned
     ids = {cell.id for cell in plan.cells}
     for cell in plan.cells:
         if (parent := cell.experiment.parent) is not None and cell.parent not in ids:
+            fetch_named_weights(storage, parent)
             link_to(storage, parent, cell.experiment.phase, cell.id)
     return planned_cells
 
@@ -161,12 +164,15 @@ def _open_cluster(plan: Plan, is_over: bool, until: contextlib.ExitStack, show: 
     return capacity
 
 
-def _run_on(cluster: Callable[[], Capacity], jobs: list[Job], work: Callable[[Job], PackResult]) -> list[PackResult]:
-    """Run the work with Ray Data. Ray starts here, so that the faults of a text are told before it."""
+def _run_on(
+    cluster: Callable[[], Capacity], storage: Path, jobs: list[Job], work: Callable[[Job], PackResult]
+) -> list[PackResult]:
+    """Run the work with Ray. Ray starts here, so that the faults of a text are told before it."""
+    from bwlm.grid.nearby import pack_nearby
     from bwlm.text.stream import with_ray
 
     cluster()
-    return with_ray(jobs, work)
+    return pack_nearby(jobs, work) if in_bucket(storage) else with_ray(jobs, work)
 
 
 @contextlib.contextmanager
@@ -190,6 +196,7 @@ def _discard_lock(home: Path) -> None:
 def _ready_generations(plan: Plan, storage: Path, show: Callable[[str], None]) -> Iterator[Plan]:
     """Yield the cells of each generation that can be trained, as a plan, once those of the one before have ended."""
     for generation in generations(plan.cells):
+        refresh(storage)
         if ready := _ready(generation, storage, show):
             yield replace(plan, cells=ready)
 
@@ -227,7 +234,65 @@ def _open_tracking(uri: str, storage: Path, plan: Plan) -> Tracking:
         return Tracking(uri, storage, plan.launch.experiment)
 
 
-# ---- [4] train ----
+def _place_of(storage: Path) -> str:
+    return address_of(storage) if in_bucket(storage) else f"{storage.name} in {storage.parent}"
+
+
+# ---- [2] prepare ----
+
+
+def _prepared_texts(plan: Plan, storage: Path, run: RunJobs, tell: Callable[[str], None]) -> dict[str, Prepared]:
+    """Return the texts of all cells; those of a bucket are brought here, and new ones are taken there."""
+    with loading():
+        from bwlm.grid.texts import prepare_texts
+
+    for folder in (ExperimentFolder(storage, cell.id) for cell in plan.cells):
+        if in_bucket(storage) and folder.exists():
+            fetch_text(Path(folder.config().corpus))
+    prepared = prepare_texts(plan, storage, run, tell)
+    for text in {one.folder: one for one in prepared.values()}.values():
+        push_text(text.folder)
+        push_runs([text.tokenizer_folder])
+    return prepared
+
+
+# ---- [3] enlist, [4] train ----
+
+
+def _train_generations(
+    plan: Plan,
+    storage: Path,
+    prepared: dict[str, Prepared],
+    accept_code: bool,
+    tracking: Tracking,
+    capacity: Capacity | None,
+    watch: LaunchWatch,
+    show: Callable[[str], None],
+) -> str | None:
+    """Enlist and train the cells, parents before their children; return the grid's MLflow run.
+
+    Without `capacity` nothing is left to train, and the cells are only brought up to date.
+    """
+    grid_run: str | None = None
+    for part in _ready_generations(plan, storage, show):
+        # so that two launches of one plan make its folders and runs only once
+        with exclusive(folder_of(plan, storage) / "lock"):
+            refresh(storage)
+            cells = resolved_cells(part, storage, prepared, accept_code)
+            grid_run = grid_run or enlist_grid(plan, storage, tracking, cells)
+            runs = enlist_cells(cells, storage, tracking, grid_run)
+            _push_enlisted(cells)
+        if capacity is not None:
+            introduce(plan, cells, show)
+            _train(plan, part, cells, capacity, tracking, grid_run or runs[0], watch, show)
+    return grid_run
+
+
+def _push_enlisted(cells: list[ResolvedCell]) -> None:
+    """Take the folders of cells to the bucket, with the status of those that have not begun."""
+    for is_new in (True, False):
+        chosen = [cell.planned for cell in cells if (cell.planned.status.state == "waiting") == is_new]
+        push_runs([planned.folder.path for planned in chosen], trained=is_new)
 
 
 def _train(
@@ -237,6 +302,7 @@ def _train(
     capacity: Capacity,
     tracking: Tracking,
     run: str,
+    watch: LaunchWatch,
     show: Callable[[str], None],
 ) -> None:
     """Train the cells of a part of the plan; `run` is the MLflow run that gets this machine's system metrics."""
@@ -247,7 +313,7 @@ def _train(
     everything = find_cells(plan, storage)
     out = without_parent(everything)
     shown = [one for one in everything if one.cell.id not in out]
-    train_cells(part, planned, shown, capacity.concurrency, storage, tracking, run, show)
+    train_cells(part, planned, shown, capacity.concurrency, storage, tracking, run, watch, show)
 
 
 def _check_tasks(plan: Plan) -> None:
@@ -288,7 +354,12 @@ def _score_rest(
 def _conclude(
     plan: Plan, storage: Path, tracking: Tracking, grid_run: str | None, capacity: Capacity | None
 ) -> LaunchResult:
-    """Write the reports, close the MLflow runs and return the result."""
+    """Write the reports, close the MLflow runs and return the result.
+
+    Raises `RunError` if a bucket does not take all of it.
+    """
+    with rest_told(storage):
+        refresh(storage)
     planned_cells = find_cells(plan, storage)
     begun = [planned for planned in planned_cells if planned.status.step or planned.status.ended]
     # where nothing was trained, the runs and what they are compared with are as they were
@@ -307,6 +378,7 @@ def _conclude(
             files = [*report.files, home / GRID_FILE]
             files += [home / EARLIER] if (home / EARLIER).exists() else []
             tracking.close_parent(home, files, result.complete, _grid_result(report))
+    push_rest([home, *(storage / run for run in ids)])
     return result
 
 

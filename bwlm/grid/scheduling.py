@@ -15,11 +15,17 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from bwlm.cluster.signals import ask_to_end
 from bwlm.grid.cells import PlannedCell
+from bwlm.grid.continued import is_continued
+from bwlm.grid.gauges import CellGauges
 from bwlm.grid.progress import ProgressDisplay
+from bwlm.grid.watch import LaunchWatch
 from bwlm.paths import write_text
 from bwlm.plan.spec import Plan, SchedulerSettings, asha_group
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.storage.head import LateWriter
+from bwlm.storage.objects import BucketAway
+from bwlm.storage.opened import pull, push
 from bwlm.train.termination import TERMINATED, Termination
 
 log = logging.getLogger(__name__)
@@ -118,9 +124,14 @@ def build_scheduler(plan: Plan, cells: list[PlannedCell], storage: Path, termina
     grace_seconds = plan.launch.grace_seconds
     if not plan.scheduler.stops_early:
         return CellScheduler(storage, termination, grace_seconds)
-    strata = {planned.cell.id: asha_group(planned.cell.experiment) for planned in cells}
+    strata = {planned.cell.id: _stratum(planned) for planned in cells}
     longest = max(planned.cell.steps for planned in cells)
     return DirectionwiseASHA(plan.scheduler, longest, strata, storage, termination, grace_seconds)
+
+
+def _stratum(planned: PlannedCell) -> str:
+    """Return the group in which a cell competes; a continued cell is alone in its own, and so is never stopped."""
+    return planned.cell.id if is_continued(planned.folder) else asha_group(planned.cell.experiment)
 
 
 class CellStates(TrialProgressCallback):  # type: ignore[misc]
@@ -129,10 +140,14 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
     They replace Tune's own display, which prints a line for each trial that never began.
     """
 
-    def __init__(self, storage: Path, progress: ProgressDisplay, termination: Termination) -> None:
+    def __init__(
+        self, storage: Path, progress: ProgressDisplay, termination: Termination, *watches: LaunchWatch | CellGauges
+    ) -> None:
         super().__init__()
         self._storage = storage
         self._progress = progress
+        self._watches = watches
+        self._observers: tuple[ProgressDisplay | LaunchWatch | CellGauges, ...] = (progress, *watches)
         self._termination = termination
         self._heard: dict[str, int] = {}
 
@@ -145,7 +160,9 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
-        self._progress.began(folder.id, max(checkpoint_steps(folder.checkpoints), default=0))
+        step = max(checkpoint_steps(folder.checkpoints), default=0)
+        for observer in self._observers:
+            observer.began(folder.id, step)
         self._heard.setdefault(folder.id, _size(folder.warnings))
 
     def on_trial_result(
@@ -153,7 +170,8 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
     ) -> None:
         self._tell_warnings(self._folder(trial))
         if "step" in result:
-            self._progress.moved(trial.config["cell"], result)
+            for observer in self._observers:
+                observer.moved(trial.config["cell"], result)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if not self._termination.asked:
@@ -162,6 +180,9 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
+        for watch in self._watches:
+            watch.released(folder.id)
+        _learn(folder)
         self._tell_warnings(folder)
         at = folder.status()
         if at.ended or not self._termination.asked:
@@ -169,6 +190,9 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
+        for watch in self._watches:
+            watch.released(folder.id)
+        _learn(folder)
         self._tell_warnings(folder)
         at, error = folder.status(), Path(trial.error_file).read_text("utf-8", "replace")
         last = error.strip().splitlines()[-1].strip()
@@ -183,7 +207,9 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
         if not at.ended:
             with _on_a_full_disk_too(folder):
                 folder.write_status(ending)
-        self._progress.ended(folder.id, at if at.ended else ending)
+                push(folder.path, trained=True)
+        for observer in self._observers:
+            observer.ended(folder.id, at if at.ended else ending)
 
     def _tell_warnings(self, folder: ExperimentFolder) -> None:
         """Show the warnings of the cell's worker since this launch started it."""
@@ -203,6 +229,14 @@ def _on_a_full_disk_too(folder: ExperimentFolder) -> Iterator[None]:
         yield
     except OSError as error:
         log.warning("%s: cannot be written (%s): free space or make it writable", folder.path, error.strerror)
+    except (BucketAway, LateWriter) as error:
+        log.warning("%s: its end is not in the bucket (%s): the same command trains it on", folder.id, error)
+
+
+def _learn(folder: ExperimentFolder) -> None:
+    """Learn how a cell has ended on another machine."""
+    with contextlib.suppress(BucketAway):
+        pull(folder.path)
 
 
 def _size(path: Path) -> int:

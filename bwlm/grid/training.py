@@ -17,13 +17,19 @@ import ray.tune
 from ray.tune.tune_config import TuneConfig
 
 from bwlm.grid.cells import PlannedCell
+from bwlm.grid.gauges import CellGauges
 from bwlm.grid.progress import ProgressDisplay
 from bwlm.grid.scheduling import CellStates, build_scheduler
+from bwlm.grid.watch import LaunchWatch
 from bwlm.grid.worker import train_cell, trial_resources
 from bwlm.plan.spec import Plan
+from bwlm.record.bucket import push_runs
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.tracking import Tracking
+from bwlm.remote import address_of
+from bwlm.storage.objects import BucketAway
+from bwlm.storage.opened import refresh
 from bwlm.train.termination import TERMINATED, Termination
 
 _DELIVERY_SECONDS = 10.0
@@ -40,6 +46,7 @@ def train_cells(
     storage: Path,
     tracking: Tracking,
     run: str,
+    watch: LaunchWatch,
     show: Show,
 ) -> None:
     """Train what is not done; `run` is the MLflow run that gets this machine's system metrics.
@@ -54,19 +61,19 @@ def train_cells(
     if not unfinished:
         return
     folders = [planned.folder for planned in unfinished]
+    shown_cells = tuple(planned.cell for planned in shown)
+    states = {planned.cell.id: planned.status for planned in shown}
     monitor = tracking.monitor_system(run)
     try:
         with (
             Termination() as termination,
             _ctrl_c_saves(show) as interrupted,
-            ProgressDisplay(
-                tuple(planned.cell for planned in shown),
-                {planned.cell.id: planned.status for planned in shown},
-                in_detail=not plan.is_grid,
-            ) as progress,
+            ProgressDisplay(shown_cells, states, in_detail=not plan.is_grid) as progress,
+            CellGauges(plan.name, shown_cells, states) as gauges,
             _delivery(tracking, folders),
         ):
-            _tune(plan, unfinished, concurrency, storage, progress, termination)
+            callbacks = CellStates(storage, progress, termination, watch, gauges)
+            _tune(plan, unfinished, concurrency, storage, callbacks, termination)
         if termination.asked:
             _deliver(tracking, folders)
             raise KeyboardInterrupt if interrupted.is_set() else SystemExit(TERMINATED)
@@ -74,8 +81,10 @@ def train_cells(
         for line in _resume_lines(folders):
             show(line)
         tracking.interrupted(folders, run)
+        push_runs([folder.path for folder in folders])
         raise
     finally:
+        watch.trained()
         monitor.finish()
 
 
@@ -107,6 +116,8 @@ _LINES = 8
 
 def _resume_lines(folders: list[ExperimentFolder]) -> list[str]:
     """Return a line for each cell that has not ended: the step from which it resumes."""
+    with contextlib.suppress(BucketAway):
+        refresh(folders[0].path.parent)
     left = {folder.id: checkpoint_steps(folder.checkpoints) for folder in folders if not folder.status().ended}
     if len(left) <= _LINES:
         return [
@@ -133,12 +144,12 @@ def _tune(
     cells: list[PlannedCell],
     concurrency: int,
     storage: Path,
-    progress: ProgressDisplay,
+    states: CellStates,
     termination: Termination,
 ) -> None:
     resources = {planned.cell.id: planned.cell.experiment.resources for planned in cells}
     with tempfile.TemporaryDirectory(prefix="bwlm-tune-", ignore_cleanup_errors=True) as scratch:
-        shared = {"storage": str(storage), "scratch": scratch}
+        shared = {"storage": address_of(storage), "scratch": scratch}
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(train_cell, lambda config: trial_resources(resources[config["cell"]])),
             param_space={
@@ -157,7 +168,7 @@ def _tune(
                 name=plan.name,
                 storage_path=scratch,
                 failure_config=ray.tune.FailureConfig(max_failures=plan.launch.retries),
-                callbacks=[CellStates(storage, progress, termination)],
+                callbacks=[states],
                 verbose=0,
             ),
         )
@@ -184,6 +195,8 @@ def _delivery(tracking: Tracking, folders: list[ExperimentFolder]) -> Iterator[N
 
 def _deliver(tracking: Tracking, folders: list[ExperimentFolder], enough: Callable[[], bool] = lambda: False) -> None:
     """Deliver every run's new entries to MLflow, up to the first run that fails: the next would wait as long."""
+    with contextlib.suppress(BucketAway):  # what is here already is delivered
+        refresh(folders[0].path.parent)
     for folder in folders:
         if enough() or not tracking.try_deliver(folder):
             return

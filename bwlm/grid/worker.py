@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,12 +13,15 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
-from bwlm.cluster.capacity import TRIAL_CPUS
 from bwlm.cluster.environment import prepare_environment
+from bwlm.cluster.placement import TRIAL_CPUS
 from bwlm.cluster.signals import process_termination
 from bwlm.config import ResourceSettings
 from bwlm.errors import Interrupted, RunError
+from bwlm.paths import storage_root, write_json
+from bwlm.record.experiment import WORKER, ExperimentFolder
 from bwlm.record.lease import LeaseLost
+from bwlm.storage.opened import fetch, in_bucket, pull
 
 
 class RaySession:
@@ -101,10 +106,10 @@ def train_cell(config: dict[str, Any]) -> None:
     preemption, if the cell returns before its end, because it was asked to end or another process took it over, and
     at once in a process that was asked to end before.
     """
-    from bwlm.record.experiment import ExperimentFolder
 
     prepare_environment()
-    folder = ExperimentFolder(Path(config["storage"]), config["cell"])
+    folder = ExperimentFolder(storage_root(config["storage"]), config["cell"])
+    pull(folder.path)
     resources = ResourceSettings(**config["resources"])
     with process_termination() as termination:
         if resources.workers > 1:
@@ -116,6 +121,21 @@ def train_cell(config: dict[str, Any]) -> None:
                 return
     # Tune does not count a preemption as a failure: it discards the process and starts the cell again
     raise RayActorError(error_msg=f"{folder.id}: its worker was stopped, or lost the run", preempted=True)
+
+
+class _NamedByCell:
+    """Actor of a trial, which has the id of its cell as its name in Ray's state and dashboard.
+
+    A trial with one worker keeps the name of its function: its actor is used again for further cells.
+    """
+
+    def __init__(self, config: dict[str, Any], **options: Any) -> None:
+        if config["resources"]["workers"] > 1:
+            self._name = config["cell"]
+        super().__init__(config, **options)  # type: ignore[call-arg]
+
+
+train_cell.__mixins__ = (_NamedByCell,)  # type: ignore[attr-defined]  # Tune makes a class of the function and of these
 
 
 def _trainer(config: dict[str, Any], resources: ResourceSettings) -> Any:
@@ -148,12 +168,16 @@ def train_worker(config: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from bwlm.record.experiment import ExperimentFolder
+    from bwlm.grid.nearby import stream_nearby
+    from bwlm.record.bucket import bring_run
     from bwlm.text.stream import stream_batches
     from bwlm.train.run import run_phase
     from bwlm.train.scoring import CheckpointScorer
 
-    folder = ExperimentFolder(Path(config["storage"]), config["cell"])
+    folder = ExperimentFolder(storage_root(config["storage"]), config["cell"])
+    if in_bucket(folder.path):
+        bring_run(folder)
+        stream_nearby()
     resources = ResourceSettings(**config["resources"])
     torch.set_num_threads(resources.cpus_per_worker)
     print(f"trains {folder.id}", flush=True)  # to this worker's log in Ray's dashboard
@@ -167,6 +191,9 @@ def train_worker(config: dict[str, Any]) -> None:
     with process_termination(), contextlib.suppress(Interrupted, LeaseLost), _warnings_to(folder.warnings), writer:
         if session.world > 1:
             dist.barrier()
+        if session.rank == 0:
+            _note_worker(folder)
+        fetch(folder.checkpoints)  # rank 0 has brought them, but maybe to another machine
         scorer.resumed()
         end = run_phase(folder, session, stream_batches)
         if session.rank == 0 and end.state == "finished":
@@ -175,6 +202,14 @@ def train_worker(config: dict[str, Any]) -> None:
         if session.rank == 0 and end.ended and not folder.status().ended:
             # Tune counts this failure, and gives up after its retries
             raise RunError(f"{end.reason}; nor can its status: free space in {folder.path} or make it writable")
+
+
+def _note_worker(folder: ExperimentFolder) -> None:
+    """Write which process trains the run, and where its log is: a worker that is reused is not named for its cell."""
+    log = Path("/proc/self/fd/1").resolve()  # Ray has put a file in the place of standard output
+    with contextlib.suppress(OSError):  # a full disk: training meets it soon, and tells it
+        noted = {"host": socket.gethostname(), "pid": os.getpid(), "log": str(log)}
+        write_json(folder.path / WORKER, noted, folder.check_lease)
 
 
 @contextlib.contextmanager

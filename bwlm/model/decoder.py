@@ -23,20 +23,29 @@ CachedAttention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Attention of a layer: [B, H, T, D] for its number, q [B, H, T, D], k and v [B, K, T, D]."""
 
 
-class _Layer(NamedTuple):
-    """Matrices of a block: [inputs, outputs]."""
+class Matrix:
+    """Weight [outputs, inputs] as few rows are multiplied by it, stored as inputs x outputs."""
 
-    qkv: Tensor
-    output: Tensor
-    up: Tensor
-    down: Tensor
+    def __init__(self, weight: Tensor) -> None:
+        self.stored = weight.t().contiguous()
+
+    def times(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """Return the products [.., outputs] of x [.., inputs], plus what is `added`."""
+        return x @ self.stored if added is None else torch.addmm(added, x, self.stored)
+
+
+class _Layer(NamedTuple):
+    qkv: Matrix
+    output: Matrix
+    up: Matrix
+    down: Matrix
 
 
 class Decoder:
     """Weights of a model, as they are when it is made, laid out for reading few ids at a time."""
 
-    def __init__(self, model: GPT) -> None:
-        self.dtype = model.compute_dtype
+    def __init__(self, model: GPT, layout: type[Matrix] = Matrix) -> None:
+        self.dtype, self._layout = model.compute_dtype, layout
         config = model.config
         self._head_dim, self._width = config.head_dim, config.heads * config.head_dim
         self._turned_width = self._width + config.kv_heads * config.head_dim
@@ -45,7 +54,7 @@ class Decoder:
         with torch.no_grad():
             self._embedding = norm(model.embedding.weight.to(self.dtype))
             self._layers = [self._layer(block) for block in blocks]
-            self._head = self._matrix(model.lm_head.weight)
+            self._head = self._laid_out(model.lm_head.weight)
         self._turns = torch.complex(model.cos, -model.sin)
         """[T, D/2], RoPE's rotation of each pair; `gpt.rotate` turns by minus the angle too."""
         device = model.embedding.weight.device
@@ -58,16 +67,16 @@ class Decoder:
         turns = self._turns[places].view(rows * time, 1, -1)
         x = self._embedding[ids.flatten()]  # [B T, C]
         for number, layer in enumerate(self._layers):
-            q, k, v = self._turned(self._norm(x) @ layer.qkv, turns)
+            q, k, v = self._turned(layer.qkv.times(self._norm(x)), turns)
             y = attention(number, *(self._split(part, rows, time) for part in (q, k, v)))
-            x = torch.addmm(x, self._joined(y), layer.output)
-            h = F.relu_(self._norm(x) @ layer.up)
-            x = torch.addmm(x, h.mul_(h), layer.down)
+            x = layer.output.times(self._joined(y), x)
+            h = F.relu_(layer.up.times(self._norm(x)))
+            x = layer.down.times(h.mul_(h), x)
         return self._norm(x).view(rows, time, -1)
 
     def logits(self, states: Tensor) -> Tensor:
         """Return the logits [.., V] of states [.., C]."""
-        return softcap_(states @ self._head)
+        return softcap_(self._head.times(states))
 
     def _turned(self, qkv: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q [N, H D], k and v [N, K D] of their product [N, (H + 2 K) D]; q and k are rotated and normed."""
@@ -98,7 +107,7 @@ class Decoder:
         attention, mlp = block.attention, block.mlp
         query, key = (self._paired(linear.weight) for linear in (attention.query, attention.key))
         qkv = torch.cat([query, key, attention.value.weight])
-        return _Layer(*map(self._matrix, (qkv, attention.output.weight, mlp.up.weight, mlp.down.weight)))
+        return _Layer(*map(self._laid_out, (qkv, attention.output.weight, mlp.up.weight, mlp.down.weight)))
 
     def _paired(self, weight: Tensor) -> Tensor:
         """Return the weight [H D, C] with the members of each pair, D/2 apart, side by side, as complex numbers stand.
@@ -108,8 +117,8 @@ class Decoder:
         halves = weight.view(-1, 2, self._head_dim // 2, weight.size(1))
         return halves.transpose(1, 2).reshape(weight.shape)
 
-    def _matrix(self, weight: Tensor) -> Tensor:
-        return weight.detach().to(self.dtype).t().contiguous()
+    def _laid_out(self, weight: Tensor) -> Matrix:
+        return self._layout(weight.detach().to(self.dtype))
 
 
 def softcap_(logits: Tensor) -> Tensor:

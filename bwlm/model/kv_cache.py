@@ -4,7 +4,7 @@ Every row begins at place 0 of the cache and grows to the right, to a length of 
 position, a row is read as it would be alone, and no row meets the length limit of a longer one. Places beyond a row's
 end hold padding or dropped ids; the row does not see them until it overwrites them.
 
-Not here: the choice of the next id and the end of a row (`generate.py`).
+Not here: the choice of the next id and the end of a row (`generate.py`), and a faster step (`compiled_cache.py`).
 
 Axes: L layers, B rows, T ids of a row that are read at once, S places seen, H heads, K kv heads, G = H / K heads of a
 group, D head dimension, V vocabulary.
@@ -33,12 +33,12 @@ class KVCache:
     and with its blocks compiled or not. The cache holds every key and value of its rows: 2 L K D numbers a place.
     """
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, decoder: type[Decoder] = Decoder) -> None:
         self.config = model.config
         self.device = model.embedding.weight.device
         self.rows: list[list[int]] = []
         """Ids of each row that has been read."""
-        self._decoder = Decoder(model)
+        self._decoder = decoder(model)
         self._kept = self._empty(0, 0)
 
     @torch.inference_mode()
@@ -146,11 +146,13 @@ class KVCache:
         read, time = [len(row) for row in self.rows[first : first + len(more)]], max(map(len, more))
         ids = torch.tensor([[*row, *[0] * (time - len(row))] for row in more], device=self.device)
         places = torch.tensor([[*range(length, length + time)] for length in read], device=self.device)
-        step = self._step(first, places, max(read) + time, len(set(read)) == 1)
-        states = self._decoder.states(ids, places, partial(_attend, self._kept, step, self._decoder.kernel))
+        states = self._read(ids, places, self._step(first, places, max(read) + time, len(set(read)) == 1))
         for row, new in zip(self.rows[first:], more, strict=False):
             row.extend(new)
         return states
+
+    def _read(self, ids: Tensor, places: Tensor, step: _Step) -> Tensor:
+        return self._decoder.states(ids, places, partial(_attend, self._kept, step, self._decoder.kernel))
 
     def _step(self, first: int, places: Tensor, seen: int, alike: bool) -> _Step:
         """Return what all layers share when ids at these places [B, T] are read; `alike`: all rows are as long."""

@@ -9,14 +9,15 @@ from typing import Any
 
 from bwlm.config import Experiment
 from bwlm.errors import UserError
-from bwlm.paths import check_id, storage_root
+from bwlm.paths import check_id
 from bwlm.phases import PHASES
 from bwlm.plan.axes import blocks_of, family_size, following_phases, product_size, with_first_values
 from bwlm.plan.descendants import CellBuilder, grid_cells
 from bwlm.plan.inherit import split_phases
 from bwlm.plan.machine import with_resources
-from bwlm.plan.spec import Cell, Grid, LaunchSettings, Plan, SchedulerSettings
+from bwlm.plan.spec import Cell, Grid, LaunchSettings, Plan, PriceSettings, SchedulerSettings
 from bwlm.settings_file import Document, dump_yaml, load_yaml, override, validate, with_whole_numbers
+from bwlm.storage.opened import open_storage
 
 
 def load_grid(path: Path, settings: list[str], storage: str | None = None) -> Plan:
@@ -35,10 +36,12 @@ def load_grid(path: Path, settings: list[str], storage: str | None = None) -> Pl
             f"{document.where('axes')}: {count} cells, more than launch.max_cells={grid.launch.max_cells}: "
             "remove values or raise launch.max_cells"
         )
-    family = CellBuilder(document, following, storage_root(storage or grid.launch.storage))
+    family = CellBuilder(document, following, open_storage(storage or grid.launch.storage))
     cells = with_resources(tuple(grid_cells(blocks, family)), document)
     if grid.scheduler.stops_early:
         _check_early_stops(grid.scheduler.kind, cells, document)
+    if grid.launch.limit.money is not None:
+        _check_prices(grid.launch.price, cells, document)
     text = dump_yaml(document.content) if settings else path.read_text("utf-8")
     return Plan(grid.name, cells, grid.launch, grid.scheduler, text)
 
@@ -65,12 +68,23 @@ def plan_experiment(
     if isinstance(blocks, dict) and (unknown := set(blocks) - set(following)):
         raise UserError(f"--set phases.{min(unknown)}: not a phase of this command's --phase: add it there")
     following = following_phases(document, document.content["phase"])
-    family = CellBuilder(document, following, storage_root(storage))
+    family = CellBuilder(document, following, open_storage(storage))
     experiment = family.first({name: value for name, value in document.content.items() if name != "phases"}, document)
     usual = f"{experiment.phase}_{date.today():%Y%m%d}_{experiment.direction}_d{experiment.depth}"
     run = check_id(chosen_id or usual, "--id")
     cells = tuple(family.cells(experiment, run, document.content, document))
     return Plan(run, with_resources(cells, document), LaunchSettings(), SchedulerSettings(), None)
+
+
+def _check_prices(price: PriceSettings, cells: tuple[Cell, ...], document: Document) -> None:
+    """Raise `UserError` if a cell costs nothing by these prices, so that a limit of money would stop nothing."""
+    for cell in cells:
+        missing = "gpu_hour" if cell.experiment.resources.gpus_per_worker else "cpu_hour"
+        if not getattr(price, missing):
+            raise UserError(
+                f"{document.where('launch.limit.money')}: {cell.id} has no price: set launch.price.{missing}, the "
+                f"price of one {missing[:3].upper()} for an hour"
+            )
 
 
 def _check_early_stops(kind: str, cells: tuple[Cell, ...], document: Document) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from bwlm.config import Depth, Experiment, LearningRate, Recipe, Seed, Settings
+from bwlm.config import Depth, Experiment, LearningRate, Recipe, ResourceSettings, Seed, Settings
 from bwlm.directions import TEXT_READINGS, DirectionName, own_readings
 from bwlm.model.shape import GPTConfig, count_parameters, flops_per_token
 from bwlm.phases import PHASES
@@ -30,8 +30,29 @@ class SchedulerSettings(Settings):
         return self.kind != "fifo"
 
 
+class LimitSettings(Settings):
+    """Limits at which a launch stops: its cells save, and the same command resumes them."""
+
+    hours: float | None = Field(None, gt=0, description="wall time of one launch in hours, then it stops")
+    money: float | None = Field(
+        None, gt=0, description="cost of all launches of the grid, by launch.price, then a launch stops"
+    )
+
+
+class PriceSettings(Settings):
+    """Prices of the workers' time, in any currency."""
+
+    gpu_hour: float = Field(0.0, ge=0, description="price of one GPU for an hour")
+    cpu_hour: float = Field(0.0, ge=0, description="price of one CPU for an hour")
+
+    def per_hour(self, resources: ResourceSettings) -> float:
+        """Return the price of the workers of one cell for an hour."""
+        of_worker = resources.gpus_per_worker * self.gpu_hour + resources.cpus_per_worker * self.cpu_hour
+        return resources.workers * of_worker
+
+
 class LaunchSettings(Settings):
-    """Launch of a grid: cells at once, retries, time limits, storage and tracking."""
+    """Launch of a grid: cells at once, retries, limits of time and money, notices, storage and tracking."""
 
     concurrency: int | None = Field(
         None, ge=1, description="cells at once; default: as many as the cluster has room for"
@@ -45,8 +66,16 @@ class LaunchSettings(Settings):
     ray_start_seconds: float = Field(
         180.0, ge=0, description="time in which Ray must have started on this machine; it is tried again until then"
     )
+    limit: LimitSettings = LimitSettings()
+    price: PriceSettings = PriceSettings()
+    notify: str | None = Field(
+        None,
+        min_length=1,
+        description="URL that gets JSON, or command that reads it: at the end, failures, divergence, stalls",
+    )
+    stall_minutes: float = Field(30.0, gt=0, description="minutes without a step after which a cell counts as stalled")
     max_cells: int = Field(1000, ge=1, le=100_000, description="a grid of more cells is refused")
-    storage: str | None = Field(None, description="folder of experiments; default: BWLM_STORAGE, else runs/")
+    storage: str | None = Field(None, description="folder or bucket of experiments; default: BWLM_STORAGE, else runs/")
     tracking_uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else SQLite below the storage")
     experiment: str | None = Field(
         None, min_length=1, description="MLflow experiment of new runs; default: MLFLOW_EXPERIMENT_NAME, else bwlm"

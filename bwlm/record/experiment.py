@@ -27,6 +27,7 @@ from bwlm.record.journal import last_entry
 from bwlm.record.lease import LEASE_SECONDS, Holder, Lease, last_holder, living_holder, take, take_at_once
 from bwlm.record.lineage import LINK, ParentLink, read_link, write_link
 from bwlm.record.run_config import RunConfig
+from bwlm.storage.keeper import kept_in_bucket
 
 Records = dict[str, dict[str, Any]]
 """Sizes and hashes of a finished run's records, by their paths in its folder."""
@@ -35,10 +36,12 @@ LEASE = "lease.json"
 """File of the lease of the worker that trains the run."""
 LAUNCH = "launch.json"
 """File of the lease of the command that launched the training."""
+WORKER = "worker.json"
+"""File that names the worker which trains the run, or trained it last, and the worker's log on its machine."""
 SAMPLES = "samples"
 """Folder of samples that RL writes at validations, for people to read."""
 _WRITTEN = (
-    *("status.json", "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*"),
+    *("status.json", WORKER, "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*"),
     *(f"{SAMPLES}/*", TOKENIZER),
 )
 """Files that the holder of the lease writes under a temporary name first."""
@@ -146,6 +149,13 @@ class ExperimentFolder:
         assert status.state == "finished"
         self._write_status(asdict(status) | {RECORDS: records_of(self.path, status.step)})
 
+    def forget_record(self, name: str) -> None:
+        """Note that a finished run no longer has a file that it left, so that its absence is no damage."""
+        status, records = self._read_status()
+        if name in records:
+            left = {other: record for other, record in records.items() if other != name}
+            self._write_status(asdict(status) | {RECORDS: left})
+
     def _write_status(self, content: dict[str, Any]) -> None:
         try:
             write_json(self.path / "status.json", sealed(content), self.check_lease)
@@ -215,14 +225,21 @@ class ExperimentFolder:
 
         The wait ends when the other process has released the lease, is dead, or is frozen. Raises `Interrupted` if
         `give_up` becomes true during the wait. A failed run that is free is tried again, so its status is reset; if
-        the run was waited for, or is not to be trained (`trains`), its status stands.
+        the run was waited for, or is not to be trained (`trains`), its status stands. In a bucket the folder is brought
+        up to date first, and pushed during the block and at its end: raises `RunError` if that cannot be, and
+        `LeaseLost` if another machine has taken the run.
         """
         self.held, waited = take(self.path / LEASE, seconds, wait, give_up)
         try:
-            discard_unfinished(self.path, _WRITTEN)  # before anything is read: a holder that wakes could rename them
-            if trains and not waited and self.exists() and self._noted_status().state == "failed":
-                self.write_status(Status())
-            yield
+            with kept_in_bucket(self.path, self.held.claim, trains):
+                discard_unfinished(
+                    self.path, _WRITTEN
+                )  # before anything is read: a holder that wakes could rename them
+                if trains and not waited and self.exists() and self._noted_status().state == "failed":
+                    self.write_status(Status())
+                yield
+            if self.held.claim is not None:
+                self.held.check()  # the bucket may have refused the last push
         finally:
             self.held.release()
             self.held = None

@@ -22,6 +22,7 @@ from bwlm.record.fingerprint import fingerprint
 from bwlm.record.journal import NAME, faults_of_order, last_entry
 from bwlm.record.known_files import finding, kept_findings, sha256_by_state
 from bwlm.record.lineage import LINK
+from bwlm.storage.opened import size_of
 
 if TYPE_CHECKING:
     from bwlm.record.experiment import ExperimentFolder, Status
@@ -113,8 +114,8 @@ def check_log(folder: ExperimentFolder, path: Path) -> None:
 
 def damage_of_weights(folder: ExperimentFolder, config: RunConfig, status: Status) -> list[str]:
     """Return the fault of a finished run's last weights, which are read whole for it."""
-    if status.state != "finished" or not step_folder(folder.checkpoints, config.steps).exists():
-        return []  # if the run had weights, `damage` has named them
+    if status.state != "finished" or not (step_folder(folder.checkpoints, config.steps) / MODEL).exists():
+        return []  # if the run had weights, `damage` has named them; or they are in a bucket, and checked when fetched
     try:
         weights_digest(folder.checkpoints, config.steps)
     except RunError as error:
@@ -124,15 +125,14 @@ def damage_of_weights(folder: ExperimentFolder, config: RunConfig, status: Statu
 
 def _changed(folder: Path, records: Mapping[str, Mapping[str, Any]], thorough: bool) -> Iterator[str]:
     for name, left in records.items():
-        try:
-            state = file_state(f"{folder}/{name}")
-        except (FileNotFoundError, NotADirectoryError):
+        path = folder / name
+        if (size := size_of(path)) is None:
             yield f"{name}: gone"
             continue
         is_hashed = thorough and "sha256" in left and not name.endswith(".h5")
-        if state.size != left["bytes"]:
-            yield f"{name}: {state.size:,} bytes, and {left['bytes']:,} when the run finished"
-        elif is_hashed and sha256_by_state(state) != left["sha256"]:
+        if size != left["bytes"]:
+            yield f"{name}: {size:,} bytes, and {left['bytes']:,} when the run finished"
+        elif is_hashed and sha256_by_state(file_state(f"{path}")) != left["sha256"]:
             yield f"{name}: edited since the run finished (its SHA-256 differs)"
 
 

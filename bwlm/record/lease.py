@@ -14,6 +14,9 @@ be frozen in between. So no write takes effect by itself:
   rename.
 - A file that is appended to is replaced by a copy: a frozen process that wakes appends to a file without a name.
 
+In a bucket (`bwlm/storage/claim.py`) a process needs two leases: this one of the working folder, against processes of
+its machine, and then one of the bucket, against those of other machines.
+
 A deletion has no such second half. A holder that is frozen between its check and the deletion of an old checkpoint
 deletes it when it wakes, also if the taker has saved that step again meanwhile; the taker's other checkpoints stay.
 """
@@ -31,13 +34,15 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from bwlm.errors import Interrupted, RunError
 from bwlm.format import duration
+from bwlm.storage import claim as bucket_lease
+from bwlm.storage.opened import board_of, here, shared
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +93,8 @@ class Lease:
         self.holder = Holder(socket.gethostname(), os.getpid(), time.time(), seconds, uuid.uuid4().hex)
         self.lost = False
         """True once a check has found that another process took it."""
+        self.claim: bucket_lease.Claim | None = None
+        """Lease of the bucket that belongs to it; None for a storage that is a folder."""
         self._path = path
         self._content = json.dumps(asdict(self.holder)).encode()
         self._file = self._put()
@@ -132,6 +139,9 @@ class Lease:
                 f"{self._path.parent.name}: {taker} writes to it {taker.since_words}; it was taken from this process "
                 f"({self.holder}), which had shown no sign of life for {self.holder.seconds:g} seconds"
             )
+        if self.claim is not None and self.claim.lost:
+            self.lost = True
+            raise LeaseLost(self.claim.lost)
 
     def is_held(self) -> bool:
         """Return whether this process still has the lease."""
@@ -145,6 +155,8 @@ class Lease:
         """Let others have the lease; the file stays and names its last holder."""
         self._over.set()
         self._thread.join()
+        if self.claim is not None:
+            self.claim.release()
         fcntl.flock(self._file, fcntl.LOCK_UN)  # else a process that was forked meanwhile would keep the lock
         self._file.close()
 
@@ -154,14 +166,33 @@ class Lease:
 
 def living_holder(path: Path) -> Holder | None:
     """Return the holder, if it has shown itself within the lease's time; None if the lease is free or has run out."""
+    holder, is_silent = present_holder(path) or (None, True)
+    return None if is_silent else holder
+
+
+def present_holder(path: Path) -> tuple[Holder, bool] | None:
+    """Return the process that keeps the lock, and whether it is silent: its lease has run out. None if none does."""
     if not _is_locked(path):
-        return None
+        elsewhere = _holder_elsewhere(path)
+        return (elsewhere, False) if elsewhere else None
     seen = _look(path)
-    return None if _has_run_out(path, seen) else seen[0]
+    return seen[0], _has_run_out(path, seen)
+
+
+def _holder_elsewhere(path: Path) -> Holder | None:
+    """Return the holder on another machine, if the storage is in a bucket."""
+    if (folder := shared(path)) is None:
+        return None
+    seen = board_of(folder.bucket.address).living(folder.name, path.stem)
+    if seen is None or seen.holder.get("place") == here(folder.root)["place"]:
+        return None  # of this machine: nobody has locked the file, so it is dead
+    return _from_told(seen.holder)
 
 
 def last_holder(path: Path) -> Holder:
     """Return the holder, or the last one of a lease that was released; of a lease that is not there, host `?`."""
+    if (folder := shared(path)) and (seen := bucket_lease.newest(folder.bucket, folder.name, path.stem)):
+        return _from_told(seen.holder)
     return _look(path)[0]
 
 
@@ -192,9 +223,12 @@ def _look(path: Path) -> _Sight:
 
 def _parsed(content: bytes) -> Holder:
     try:
-        said = dict(json.loads(content))
+        return _from_told(dict(json.loads(content)))
     except (ValueError, TypeError):
         return Holder()
+
+
+def _from_told(said: Mapping[str, Any]) -> Holder:
     known = {field.name for field in fields(Holder)}
     # a lease that does not say how long it lasts is not touched either, so it must not run out
     return Holder(**{"seconds": math.inf} | {name: value for name, value in said.items() if name in known})
@@ -221,8 +255,27 @@ def take(path: Path, seconds: float, wait: float, give_up: Callable[[], bool]) -
 
     Raises `Interrupted` if `give_up` becomes true. Time without a sign of life is counted in this process's own
     looks, not by a clock: a process that was suspended along with the holder gives it the time to show itself, and a
-    clock that is set forward takes nobody's lease away.
+    clock that is set forward takes nobody's lease away. In a bucket the same is done for its lease after that.
     """
+    lease, waited = _take_here(path, seconds, wait, give_up)
+    if folder := shared(path):
+        try:
+            lease.claim, elsewhere = bucket_lease.take(
+                folder.bucket, folder.name, path.stem, _told(lease, folder.root), wait, give_up, patient=True
+            )
+        except BaseException:
+            lease.release()
+            raise
+        waited = waited or elsewhere
+    return lease, waited
+
+
+def _told(lease: Lease, root: Path) -> dict[str, Any]:
+    return asdict(lease.holder) | dict(here(root))
+
+
+def _take_here(path: Path, seconds: float, wait: float, give_up: Callable[[], bool]) -> tuple[Lease, bool]:
+    """Return the lease of a file, as `take`."""
     seen: _Sight | None = None
     silence, waited = 0.0, False
     while (lease := _take_free(path, seconds)) is None:
@@ -239,6 +292,18 @@ def take(path: Path, seconds: float, wait: float, give_up: Callable[[], bool]) -
 
 def take_at_once(path: Path, seconds: float = LEASE_SECONDS) -> Lease | Holder:
     """Return the lease, or its holder, without waiting; a lease that has run out is taken at once."""
+    lease = _take_here_at_once(path, seconds)
+    if isinstance(lease, Holder) or (folder := shared(path)) is None:
+        return lease
+    taken = bucket_lease.take_at_once(folder.bucket, folder.name, path.stem, _told(lease, folder.root))
+    if isinstance(taken, bucket_lease.Claim):
+        lease.claim = taken
+        return lease
+    lease.release()
+    return _from_told(taken.holder)
+
+
+def _take_here_at_once(path: Path, seconds: float) -> Lease | Holder:
     for _ in range(_TRIES):
         if lease := _take_free(path, seconds):
             return lease

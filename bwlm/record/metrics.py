@@ -55,6 +55,8 @@ METRICS: Mapping[str, Metric] = {
     "mfu": Metric("worker/mfu", "share", "model FLOPs utilization"),
     "flops": Metric("worker/flops", "FLOPs", "FLOPs spent on training so far"),
     "step_seconds": Metric("worker/step_seconds", "s", "time of the step"),
+    "wait_seconds": Metric("worker/wait_seconds", "s", "time before the step: waiting for rows, writing records"),
+    "checkpoint_seconds": Metric("worker/checkpoint_seconds", "s", "time of the last save, which runs beside steps"),
     "validation_seconds": Metric("worker/validation_seconds", "s", "time of the validation"),
     "rollout_seconds": Metric("worker/rollout_seconds", "s", "RL: time to write the step's samples"),
     "seconds_left": Metric("worker/seconds_left", "s", "time until the last step, estimated"),

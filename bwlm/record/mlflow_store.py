@@ -15,6 +15,9 @@ from urllib.parse import urlsplit
 
 from bwlm.credentials import masked, refuse_secret
 from bwlm.errors import UserError
+from bwlm.format import counted
+from bwlm.remote import address_of
+from bwlm.storage.opened import in_bucket
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +30,13 @@ def tracking_uri(storage: Path, chosen: str | None) -> str:
     Raises `UserError` if it holds a secret, since it is printed and MLflow itself notes it, and if it is no address.
     """
     named = "launch.tracking_uri" if chosen else "MLFLOW_TRACKING_URI"
-    uri = chosen or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(storage / "mlflow.db")
+    uri = chosen or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri and in_bucket(storage):
+        raise UserError(
+            f"tracking: {address_of(storage)} cannot hold MLflow's database: start `mlflow server` and set "
+            "MLFLOW_TRACKING_URI"
+        )
+    uri = uri or sqlite_uri(storage / "mlflow.db")
     refuse_secret(uri, named)
     try:
         urlsplit(uri).port  # noqa: B018 - raises where it is no number
@@ -45,6 +54,20 @@ def open_client(uri: str) -> Any:
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
+
+
+def ask_store(uri: str) -> str:
+    """Return what a store holds, by a real request. Raises `UserError` if it does not answer, or refuses."""
+    from bwlm.record.database import database_of
+
+    path = database_of(uri)
+    if path is not None and not path.exists():
+        return f"{path} is made by the first launch"
+    try:
+        found = open_client(uri).search_experiments(max_results=1000)
+    except Exception as error:  # a store's driver has errors of its own, and they share no base
+        raise UserError(f"{masked(uri)} {refusal(error, uri) or f'does not answer ({reason(error)})'}") from None
+    return f"{masked(uri)} answers: {counted(len(found), 'experiment')}"
 
 
 def active_run(client: Any, run: str) -> str | None:

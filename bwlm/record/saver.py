@@ -6,6 +6,7 @@ Only one save runs at a time, so that one copy lies in memory besides the live s
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,8 @@ class CheckpointSaver:
         self._check = check
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
+        self.seconds: float | None = None
+        """Time of the last save that ended well; None before the first."""
 
     def save(self, snapshot: Snapshot, first: Callable[[], None] = lambda: None) -> None:
         """Wait for the save before, then start this one; its thread calls `first` before it writes.
@@ -40,9 +43,11 @@ class CheckpointSaver:
         self._running = self._thread.submit(self._write, snapshot, first)
 
     def _write(self, snapshot: Snapshot, first: Callable[[], None]) -> None:
+        began = time.monotonic()
         try:
             first()
             write_checkpoint(self._folder, snapshot, self._keep, self._check)
+            self.seconds = time.monotonic() - began
         except RunError:
             self._check()  # a lost lease explains the failure, so it is raised first
             raise

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bwlm.directions import TEXT_READINGS, own_readings
-from bwlm.paths import exclusive, read_json, write_json
+from bwlm.paths import read_json, write_json
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import Entry
 from bwlm.record.metrics import TASKS, task_metric
 from bwlm.record.mlflow_view import points
 from bwlm.record.task_results import MAIN_FORMS, MAIN_RULES, read_result, task_of
+from bwlm.storage.opened import exclusive
 
 NOTES = "mlflow_scores.json"
 _LOCK = ".mlflow_scores.lock"
@@ -124,6 +125,9 @@ def send_scores(client: Any, folder: ExperimentFolder, run: str) -> int:
 
     Raises the client's error if the store does not answer; the next call sends what this one could not.
     """
+    noted = _noted(folder.path, run)
+    if not (noted["pending"] or _new(score_points(folder), noted)):
+        return 0
     with exclusive(folder.path / _LOCK):  # a launch and `bwlm eval` may deliver at once
         noted = _noted(folder.path, run)
         if noted["pending"]:

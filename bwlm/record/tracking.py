@@ -22,7 +22,7 @@ from typing import Any
 
 from bwlm.credentials import masked
 from bwlm.errors import UserError
-from bwlm.paths import FileState, exclusive, file_state, read_json, write_json
+from bwlm.paths import FileState, file_state, read_json, write_json
 from bwlm.record.database import database_of, prepare_database
 from bwlm.record.experiment import ExperimentFolder, State, Status
 from bwlm.record.journal import NAME, Entry, entries_after, last_entry
@@ -42,6 +42,9 @@ from bwlm.record.mlflow_view import (
 from bwlm.record.provenance import provenance
 from bwlm.record.task_metrics import forget_scores, is_score, send_scores
 from bwlm.record.task_results import results_digest
+from bwlm.remote import address_of
+from bwlm.storage.objects import BucketAway
+from bwlm.storage.opened import exclusive, push
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +74,7 @@ class Tracking:
         """States of each run's files that were delivered: a run that has ended is not read again and again."""
         self._away = False  # an end could not be delivered: the others are not tried, each would wait as long
         self._store = None if uri == sqlite_uri(storage / "mlflow.db") else uri  # None: the storage's, which may move
-        self._failures: tuple[type[Exception], ...] = (MlflowException, OSError)
+        self._failures: tuple[type[Exception], ...] = (MlflowException, OSError, BucketAway)
         try:
             artifacts = (storage / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
             if artifacts is not None and (path := database_of(uri)) is not None:
@@ -112,7 +115,7 @@ class Tracking:
     def parent_run(self, grid_folder: Path, name: str, text: str, settings: GridSettings) -> str:
         """Return the run of a grid: the run of earlier launches, or a new run with the grid file as its artifact."""
         known = self._known_run(grid_folder)
-        tags = {"bwlm.grid": name, "bwlm.storage": str(self._storage)}
+        tags = {"bwlm.grid": name, "bwlm.storage": address_of(self._storage)}
         with self._answering():
             run = known or self._make_run(grid_folder, name, tags | provenance())
             self._client.update_run(run.info.run_id, status="RUNNING")
@@ -349,6 +352,7 @@ class Tracking:
         else:
             mark = uuid.uuid4().hex
             write_json(folder / "mlflow.json", {"run_id": None, "mark": mark, "resumed": noted.get("resumed", [])})
+            push(folder)  # before the run is made: a launch on another machine looks for its mark
         run = found or self._client.create_run(home, start, tags | {_MARK: mark}, name)
         new = {"delivered_step": 0, "pending": None, "enlisted": False, "names": _NAMES, "store": self._store}
         _note(folder, run_id=run.info.run_id, **new)
@@ -398,6 +402,8 @@ class Tracking:
         return UserError(f"{self._no_answer(error)}: {fix}")
 
     def _no_answer(self, error: Exception) -> str:
+        if isinstance(error, BucketAway):
+            return str(error)
         return f"tracking: {masked(self.uri)} does not answer ({reason(error)})"
 
     def _known_run(self, folder: Path) -> Any:

@@ -110,6 +110,7 @@ class Meter:
         progress.step += 1
         progress.tokens += tokens
         progress.average = _SMOOTHING * progress.average + (1 - _SMOOTHING) * loss
+        waited = max(0.0, now - self._last - step_seconds)
         timed = progress.step - self._first - _UNTIMED_STEPS
         if timed > 0:
             self._seconds += now - self._last
@@ -124,6 +125,7 @@ class Meter:
             "tokens": progress.tokens,
             "flops": float(progress.tokens * self._flops_per_token),
             "step_seconds": step_seconds,
+            "wait_seconds": waited,
         }
         if self._seconds:
             metrics["tokens_per_second"] = speed = self._tokens / self._seconds

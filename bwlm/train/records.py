@@ -68,10 +68,12 @@ class Records:
         self._failure: RunError | None = None
 
     def log(self, step: int, metrics: dict[str, float], entries: Entries) -> None:
-        """Append metrics to the journal and entries to the research log.
+        """Append metrics to the journal and entries to the research log; add the time of the last save to `metrics`.
 
         A failed write is kept for `wait_for_save`, where all ranks learn of it, before the next checkpoint.
         """
+        if self._saver.seconds is not None:
+            metrics["checkpoint_seconds"] = self._saver.seconds
         with self._noting_failure(self._journal.path):
             self._check()
             self._journal.append(step, metrics)

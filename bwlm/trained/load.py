@@ -14,6 +14,7 @@ import torch
 
 from bwlm.errors import UserError
 from bwlm.model.gpt import GPT
+from bwlm.record.bucket import fetch_weights
 from bwlm.record.checkpoint import (
     DamagedCheckpoint,
     Tensors,
@@ -82,6 +83,7 @@ def _read(folder: ExperimentFolder, candidates: list[int], tokenizer: Tokenizer)
     for step in candidates:
         try:
             _check_model(folder, tokenizer, read_meta(folder.checkpoints, step), step)
+            fetch_weights(folder, step)
             weights, meta = load_weights(folder.checkpoints, step)
         except DamagedCheckpoint as error:
             damage.append(str(error))

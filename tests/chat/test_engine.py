@@ -64,11 +64,11 @@ def log_p(ids: Sequence[int]) -> torch.Tensor:
     return torch.log_softmax(MODEL(torch.tensor([list(ids)]))[0], -1)
 
 
-@pytest.mark.parametrize("slots", [1, 3, 8])
-def test_a_request_says_in_company_what_it_says_alone(slots: int) -> None:
+@pytest.mark.parametrize(("slots", "compiled"), [(1, False), (3, False), (8, False), (8, True)])
+def test_a_request_says_in_company_what_it_says_alone(slots: int, compiled: bool) -> None:
     random = Random(slots)
     requests = drawn(random, 40)
-    engine = Engine(MODEL, slots=slots, waiting=99, prompt_part=7)
+    engine = Engine(MODEL, slots=slots, waiting=99, prompt_part=7, compiled=compiled)
     together = served(engine, requests, random)
     different = 0
     for request in requests:
@@ -80,10 +80,11 @@ def test_a_request_says_in_company_what_it_says_alone(slots: int) -> None:
     assert (engine.running, engine.queued) == (0, 0)
 
 
-def test_log_probabilities_are_those_of_the_whole_row_alone() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_log_probabilities_are_those_of_the_whole_row_alone(compiled: bool) -> None:
     random = Random(5)
     requests = drawn(random, 30)
-    together = served(Engine(MODEL, slots=4, waiting=99, prompt_part=7), requests, random)
+    together = served(Engine(MODEL, slots=4, waiting=99, prompt_part=7, compiled=compiled), requests, random)
     for request in requests:
         events, begin = together[request.id], len(request.ids)
         said = ids_of(events)
@@ -181,10 +182,11 @@ def test_a_long_prompt_is_read_in_parts_between_the_steps_of_others(reads: list[
     assert [shape for shape in reads if shape[1] > 1] == [(1, 10), (1, 10), (1, 10), (1, 5)]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("id", ["decoding", "reading", "waiting"])
-def test_a_cancelled_request_frees_its_slot_at_once_and_disturbs_nobody(id: str) -> None:
+def test_a_cancelled_request_frees_its_slot_at_once_and_disturbs_nobody(id: str, compiled: bool) -> None:
     requests = [Request("decoding", [1], 9), Request("reading", list(range(30)), 9), Request("waiting", [2, 3], 9)]
-    engine = Engine(MODEL, slots=2, prompt_part=5)
+    engine = Engine(MODEL, slots=2, prompt_part=5, compiled=compiled)
     for request in requests:
         engine.add(request)
     first = engine.step()

@@ -11,6 +11,7 @@ import pytest
 
 from bwlm.cli.serve import _packages
 from bwlm.errors import UserError
+from bwlm.model.compiled_decoder import _compiled
 from tests.runs import NewFamily
 from tests.shell import Shell, check_mistake
 
@@ -53,3 +54,10 @@ def test_what_replicas_cannot_be_is_told_before_ray_starts(with_a_run: Shell) ->
     for number in ("0", "4:2", "two", "1:2:3", "1.5"):
         check_mistake(with_a_run("serve", "forward", "--replicas", number), f"{told} (found {number})")
     check_mistake(with_a_run("serve", "forward", "--replicas", "2", "--port", "0"), "--port 0: replicas need a port")
+
+
+def test_a_machine_without_a_compiler_is_told_so(with_a_run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    _compiled.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    told = "--compile: CXX names no-such-compiler, which is not there: mend that, or leave --compile out"
+    check_mistake(with_a_run("serve", "forward", "--compile", "--threads", "1", "--port", "0"), told)

@@ -1,4 +1,4 @@
-"""The page comes with the package, not only with the checkout."""
+"""The page and the code that is compiled come with the package, not only with the checkout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAGE = ROOT / "bwlm" / "chat" / "page"
 
 
 @pytest.mark.faults
-def test_the_page_is_in_the_wheel(tmp_path: Path) -> None:
+def test_the_page_and_the_decode_step_are_in_the_wheel(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for name in ("bwlm", "tasks"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -25,6 +25,7 @@ def test_the_page_is_in_the_wheel(tmp_path: Path) -> None:
     subprocess.run([*pip, "--wheel-dir", tmp_path, source], check=True, capture_output=True)
     [wheel] = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    assert (tmp_path / "installed" / "bwlm" / "model" / "decode_step.cpp").is_file()
     script = (
         "from importlib.resources import files; page = files('bwlm.chat') / 'page'; "
         "print(*sorted(one.name for one in page.iterdir())); print(page)"

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
+import json
 import re
 import shlex
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import httpx
 import psutil
@@ -24,34 +19,11 @@ import pytest
 
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder
-from bwlm.record.journal import last_entry
-from tests.grids import reap
+from bwlm.record.journal import last_entry, read_journal
+from tests.cluster.heads import BIN, ROOT, Head, documented, ray_job, second_node, submit
 from tests.runs import NewFamily
 
-ROOT = Path(__file__).parent.parent.parent
-BIN = Path(sys.executable).parent
-
-
-def free_ports(count: int) -> list[int]:
-    """Free ports outside 10002-19999, where Ray's workers listen."""
-    found: list[int] = []
-    for port in range(21000 + os.getpid() % 5000, 32000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                found.append(port)
-        if len(found) == count:
-            return found
-    raise AssertionError("no free ports")
-
-
-def answers(dashboard: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{dashboard}/api/version", timeout=5):
-            return True
-    except urllib.error.HTTPError:  # it is there, and asks for the token
-        return True
-    except OSError:
-        return False
+TRAIN = "jobs/train.py"
 
 
 def status_of(url: str, token: str = "") -> int:
@@ -61,88 +33,6 @@ def status_of(url: str, token: str = "") -> int:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
-
-
-class Head(NamedTuple):
-    environment: dict[str, str]
-    """The environment of a client that follows docs/cluster.md."""
-    gcs: str
-    dashboard: str
-    port: int
-    """Port that is kept for a server."""
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    """A head as docs/cluster.md starts one, on a machine that has no token yet; with ports and folders of its own."""
-    folder = tempfile.mkdtemp(prefix="bwj-", dir="/tmp")
-    gcs, dashboard, agent, client, metrics, port = free_ports(6)
-    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "BWLM_STORAGE")}
-    environment |= {
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "HOME": folder,
-        "OMP_NUM_THREADS": "1",
-    }
-    exported, make_token, start = documented("export RAY_AUTH_MODE=token", "ray get-auth-token", "ray start --head")
-    assert exported == "export RAY_AUTH_MODE=token"
-    subprocess.run(shlex.split(make_token), env=environment, check=True, capture_output=True)
-    options = {
-        "--port": gcs, "--dashboard-port": dashboard, "--dashboard-agent-listen-port": agent,
-        "--ray-client-server-port": client, "--metrics-export-port": metrics, "--temp-dir": folder, "--num-cpus": 4,
-    }  # fmt: skip
-    command = [*shlex.split(start), "--block", "--disable-usage-stats", *(f"{k}={v}" for k, v in options.items())]
-    try:
-        with node_of(command, environment, Path(folder) / "head.log", lambda: answers(dashboard)):
-            address = f"http://127.0.0.1:{dashboard}"
-            yield Head(environment | {"RAY_API_SERVER_ADDRESS": address}, f"127.0.0.1:{gcs}", address, port)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def documented(*beginnings: str, page: str = "cluster.md") -> list[str]:
-    """The first command of a page of docs/ that begins so, for each."""
-    lines = (ROOT / "docs" / page).read_text().splitlines()
-    return [next(line.split("  #")[0] for line in lines if line.startswith(beginning)) for beginning in beginnings]
-
-
-@contextlib.contextmanager
-def node_of(command: list[str], environment: dict[str, str], log: Path, is_up: Callable[[], bool]) -> Iterator[None]:
-    """A node's processes, from when it is up until the end of the block."""
-    with log.open("wb") as file:
-        node = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 180
-        while not is_up():
-            assert time.monotonic() < deadline, log.read_text()[-2000:]
-            assert node.poll() is None, log.read_text()[-2000:]
-            time.sleep(0.2)
-        yield
-    finally:
-        processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):  # one that ends as its parent does
-                process.terminate()
-        _, alive = psutil.wait_procs(processes, timeout=10)
-        reap(alive)
-        node.wait()
-
-
-def submit(
-    head: Head, storage: Path, *arguments: str, options: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
-    """The submit of docs/cluster.md with another grid and storage, from the checkout."""
-    words = shlex.split(documented("ray job submit")[0])
-    assert words[:3] == ["ray", "job", "submit"]
-    end = words.index("jobs/run_grid.py") + 1
-    return ray_job(head, "submit", *options, *words[3:end], *arguments, "--storage", str(storage))
-
-
-def ray_job(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [BIN / "ray", "job", *arguments], cwd=ROOT, env=head.environment, capture_output=True, text=True, timeout=400
-    )
 
 
 def test_a_submitted_grid_runs_and_reports(head: Head, corpus: Path, tmp_path: Path) -> None:
@@ -189,18 +79,14 @@ def test_the_dashboard_asks_for_the_token(head: Head) -> None:
 
 
 def test_a_second_node_joins_with_the_token(head: Head, tmp_path: Path) -> None:
-    start = shlex.split(documented("ray start --address")[0].replace("HEAD:6379", head.gcs))
-
     def nodes() -> int:
         words = [BIN / "ray", "status", "--address", head.gcs]
         done = subprocess.run(words, env=head.environment, capture_output=True, text=True, timeout=60)
         return len(re.findall(r"^ 1 node_", done.stdout, re.MULTILINE))
 
-    [metrics] = free_ports(1)
-    command = [*start, "--block", "--disable-usage-stats", "--num-cpus=1", f"--metrics-export-port={metrics}"]
     assert nodes() == 1
-    with node_of(command, head.environment, tmp_path / "node.log", lambda: nodes() == 2):
-        pass
+    with second_node(head, tmp_path / "node.log"):
+        assert nodes() == 2
 
 
 @pytest.mark.parametrize("mode", ["token", None])
@@ -221,22 +107,92 @@ def test_a_cluster_that_refuses_is_told_in_one_line(head: Head, corpus: Path, tm
     assert "export RAY_AUTH_MODE=token" in told
 
 
-def test_a_stopped_job_saves_its_cells(head: Head, corpus: Path, tmp_path: Path) -> None:
-    settings = [f"data.source={corpus}", "tokenizer.vocab_size=400", "axes.direction=[forward]", "budget.steps=100000"]
-    options = ("--no-wait", "--submission-id", "stopped")
-    arguments = [word for setting in [*settings, "checkpoint.every=0"] for word in ("--set", setting)]
-    submitted = submit(head, tmp_path / "storage", "grids/tiny.yaml", *arguments, options=options)
+def tiny(corpus: Path, *settings: str) -> list[str]:
+    """Arguments for the grid tests/tiny.yaml, or a part of it, on the tests' corpus."""
+    sets = [f"data.source={corpus}", "tokenizer.vocab_size=400", *settings]
+    return ["grids/tiny.yaml", *(word for one in sets for word in ("--set", one))]
+
+
+def wait_for_step(head: Head, folder: ExperimentFolder, step: int, id: str) -> None:
+    deadline = time.monotonic() + 400
+    while (entry := last_entry(folder.path)) is None or entry.step < step:
+        assert time.monotonic() < deadline, ray_job(head, "logs", id).stdout[-3000:]
+        time.sleep(0.1)
+
+
+def test_a_stopped_job_saves_its_cells_and_the_same_submit_goes_on(head: Head, corpus: Path, tmp_path: Path) -> None:
+    settings = ("axes.direction=[forward]", "budget.steps=1000", "checkpoint.every=0")
+    submitted = submit(
+        head, tmp_path / "storage", *tiny(corpus, *settings), options=("--no-wait", "--submission-id", "stopped")
+    )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     folder = ExperimentFolder(tmp_path / "storage", "tiny_forward_d1_lr1_s0")
-    deadline = time.monotonic() + 400
-    while (entry := last_entry(folder.path)) is None or entry.step < 5:
-        assert time.monotonic() < deadline, ray_job(head, "logs", "stopped").stdout[-3000:]
-        time.sleep(0.1)
+    wait_for_step(head, folder, 5, "stopped")
     ray_job(head, "stop", "stopped")
+    assert "Job 'stopped' was stopped" in ray_job(head, "status", "stopped").stdout
     assert "bwlm: stopped by SIGTERM; run the same command to resume" in ray_job(head, "logs", "stopped").stdout
     status = folder.status()
     assert (status.state, status.reason) == ("stopped", "")
     assert checkpoint_steps(folder.checkpoints) == [status.step]
+    assert 5 <= status.step < 1000
+
+    went_on = submit(head, tmp_path / "storage", *tiny(corpus, *settings))
+    assert went_on.returncode == 0, went_on.stdout[-3000:]
+    assert f"resumes from step {status.step}" in ray_job(head, "logs", "stopped").stdout
+    assert folder.status().state == "finished"
+    assert [entry.step for entry in read_journal(folder.path)] == list(range(1, 1001)), "no step was lost or doubled"
+
+
+def test_a_run_is_trained_evaluated_and_reported_by_jobs(head: Head, corpus: Path, tmp_path: Path) -> None:
+    sets = [f"data.source={corpus}", "tokenizer.vocab_size=400", "model.sequence_length=64", "budget.steps=4"]
+    sets += ["budget.batch_tokens=512", "evaluation.tokens=1024", "resources.cpus_per_worker=1"]
+    words = [word for one in sets for word in ("--set", one)]
+    storage = tmp_path / "storage"
+    trained = submit(head, storage, "--id", "mine", "--direction", "backward", "--depth", "1", *words, script=TRAIN)
+    assert trained.returncode == 0, trained.stdout[-3000:]
+    assert ExperimentFolder(storage, "mine").status().state == "finished"
+
+    evaluated = submit(head, storage, "mine", script="jobs/evaluate.py")
+    assert evaluated.returncode == 0, evaluated.stdout[-3000:]
+    assert "forward" in evaluated.stdout
+
+    (storage / "mine" / "RESEARCH_REPORT.md").unlink()
+    reported = submit(head, storage, "mine", script="jobs/report.py")
+    assert reported.returncode == 0, reported.stdout[-3000:]
+    assert (storage / "mine" / "RESEARCH_REPORT.md").exists()
+
+    for script in ("jobs/evaluate.py", "jobs/report.py"):
+        wrong = submit(head, storage, "mien", script=script)
+        assert wrong.returncode == 1
+        assert "bwlm: " in wrong.stdout
+        assert "mine" in wrong.stdout
+        assert "Traceback" not in wrong.stdout
+
+
+def test_each_entry_point_is_plain_python_too() -> None:
+    for script, words in ((TRAIN, "train"), ("jobs/evaluate.py", "eval"), ("jobs/report.py", "analyze report")):
+        help = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert f"Usage: {Path(script).name} {words}" in help.stdout
+
+
+def test_cells_of_several_workers_are_found_by_their_ids(head: Head, corpus: Path, tmp_path: Path) -> None:
+    """In Ray's state: the name of the actor that drives a cell, and of its run; in its logs: a line of each worker."""
+    settings = ("axes.direction=[forward]", "budget.steps=2000", "resources.workers=2", "checkpoint.every=0")
+    options = ("--no-wait", "--submission-id", "workers")
+    submitted = submit(head, tmp_path / "storage", *tiny(corpus, *settings), options=options)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    cell = "tiny_forward_d1_lr1_s0"
+    wait_for_step(head, ExperimentFolder(tmp_path / "storage", cell), 5, "workers")
+    words = ["list", "actors", "--detail", "--format=json", "--limit=1000", "--filter", "class_name=ImplicitFunc"]
+    words += ["--filter", "state=ALIVE", f"--address={head.dashboard}"]
+    listed = subprocess.run([BIN / "ray", *words], env=head.environment, capture_output=True, text=True, check=True)
+    assert [actor["repr_name"] for actor in json.loads(listed.stdout)] == [cell]
+    token = (Path(head.environment["HOME"]) / ".ray" / "auth_token").read_text()
+    runs = httpx.get(f"{head.dashboard}/api/train/v2/runs/v1", headers={"Authorization": f"Bearer {token}"}).json()
+    assert cell in {run["name"] for run in runs["train_runs"]}
+    logs = Path(head.environment["HOME"]).glob("session_2*/logs/worker-*.out")
+    assert sum(f"trains {cell}" in log.read_text() for log in logs) == 2
+    ray_job(head, "stop", "workers")
 
 
 class ServeJob:

@@ -7,11 +7,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
-from bwlm.cluster import capacity
+from bwlm.cluster import autoscaling, capacity
 from bwlm.cluster import session as cluster
+from bwlm.cluster.autoscaling import NodeType
 from bwlm.cluster.capacity import cpus_of_cell
 from bwlm.cluster.session import _connect
 from bwlm.config import ResourceSettings
@@ -121,28 +125,78 @@ def test_cells_share_a_gpu_and_none_lies_on_two(gpus: int, each: float, workers:
     assert capacity._places({"CPU": 64, "GPU": gpus}, needs) == cells * workers + gpus % workers
 
 
-def test_a_launch_waits_for_room_beside_other_work_and_takes_no_more(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+HEAD = {"Alive": True, "NodeID": "h", "Resources": {"node:__internal_head__": 1.0}}
+WORKER = {"Alive": True, "NodeID": "w", "Resources": {"CPU": 4.0}}
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a cluster shows: its nodes, the config of the autoscaler's process on the head, and Ray's state."""
+    shown: dict[str, Any] = {"nodes": [HEAD, WORKER], "config": "", "reply": GetClusterStatusReply()}
+    context = SimpleNamespace(gcs_address="gcs", get_node_id=lambda: "h")
+    monkeypatch.setattr(autoscaling.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(autoscaling.ray, "nodes", lambda: shown["nodes"])
+    monkeypatch.setattr(autoscaling, "_config_of_monitor", lambda gcs: shown["config"])
+    monkeypatch.setattr(autoscaling, "_status", lambda gcs: shown["reply"])
+    autoscaling._find_autoscaler.cache_clear()
+    return shown
+
+
+CONFIG = """
+max_workers: 3
+available_node_types:
+  head: {resources: {CPU: 0}, node_config: {}, max_workers: 0}
+  cpu: {resources: {CPU: 4}, node_config: {}, max_workers: 2}
+  gpu: {resources: {CPU: 8, GPU: 2}, node_config: {}}
+"""
+
+
+def test_a_cluster_without_an_autoscaler_stays_as_it_is(found: dict[str, Any]) -> None:
+    assert autoscaling.find_autoscaler() is None
+    assert capacity.most_at_once({ResourceSettings()}, None, 9) == 3, "four CPUs, and one of them is spared"
+
+
+def test_a_cluster_is_asked_for_what_it_can_become(found: dict[str, Any]) -> None:
+    """At its largest 2 x 4 and 3 x 8 CPUs; those that there are now are of these types."""
+    found["config"] = CONFIG
+    kinds = autoscaling.Autoscaler((NodeType("cpu", {"CPU": 4}, 2), NodeType("gpu", {"CPU": 8, "GPU": 2}, 3)))
+    assert autoscaling.find_autoscaler() == kinds
+    assert capacity.most_at_once({ResourceSettings()}, None, 100) == 31
+    assert capacity.most_at_once({ResourceSettings(gpus_per_worker=1)}, None, 100) == 6
+    assert capacity.most_at_once({ResourceSettings(gpus_per_worker=1)}, 4, 100) == 4
+    assert capacity.most_at_once({ResourceSettings(workers=6, gpus_per_worker=1)}, None, 2) == 1
+    with pytest.raises(UserError, match=r"launch.concurrency: 7 cells at once, but the cluster, at its largest 2"):
+        capacity.most_at_once({ResourceSettings(gpus_per_worker=1)}, 7, 100)
+    with pytest.raises(UserError, match=r"needs 9 CPUs, but .* 2 nodes of cpu \(4 CPUs\) and 3 nodes of gpu \(8 CPUs"):
+        capacity.most_at_once({ResourceSettings(cpus_per_worker=9)}, None, 1)
+
+
+def test_under_kuberay_node_types_are_not_known_and_nothing_is_refused(found: dict[str, Any]) -> None:
+    found["config"] = None  # its autoscaler is no process of the head's container
+    assert autoscaling.find_autoscaler() is None
+    autoscaling._find_autoscaler.cache_clear()
+    found["reply"].autoscaling_state.autoscaler_state_version = 3
+    assert autoscaling.find_autoscaler() == autoscaling.Autoscaler(())
+    assert capacity.most_at_once({ResourceSettings(cpus_per_worker=64)}, None, 5) == 5
+
+
+def test_the_autoscalers_answer_counts_once_it_has_seen_the_request(
+    found: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Cells of 2 CPUs, and one that is spared for rows."""
-    free = iter(
-        [
-            {},
-            {"CPU": 2.9},
-            {"CPU": 7.5},
-            {"CPU": 7.5},
-            {"CPU": 7.5, "GPU": 2.0},
-            {"CPU": 7.5, "GPU": 0.5},
-            {"CPU": 23.0, "GPU": 1.0},
-        ]
-    )
-    monkeypatch.setattr(capacity.ray, "available_resources", lambda: next(free))
-    monkeypatch.setattr(capacity.time, "sleep", lambda seconds: None)
-    assert capacity._free_now(2.0, 0) == 3
-    assert caplog.messages == ["waiting until 3 CPUs and 0 GPUs of the cluster are free"]
-    assert capacity._free_now(2.0, 1) == 2
-    assert capacity._free_now(2.0, 0.25) == 2, "half of a GPU is free, another cell has the rest"
-    assert capacity._free_now(2.0, 0.1) == 10, "not nine, as 1.0 // 0.1 is"
+    reply = found["reply"]
+    reply.cluster_resource_state.cluster_resource_state_version = 7
+    growth = autoscaling.Growth()
+    state = reply.autoscaling_state
+    state.last_seen_cluster_resource_state_version = 7
+    state.infeasible_gang_resource_requests.add(details="aa:PACK|PENDING")
+    assert growth.may_place({"aa"}), "an answer to what was asked before"
+    state.last_seen_cluster_resource_state_version = 8
+    assert not growth.may_place({"aa"})
+    assert growth.may_place({"aa", "bb"})
+    state.failed_instance_requests.add(ray_node_type_name="gpu", reason="quota of G instances")
+    growth.may_place({"aa"})
+    growth.may_place({"aa"})
+    assert caplog.messages == ["the autoscaler could not start gpu: quota of G instances"]
 
 
 def test_a_real_clusters_workers_keep_their_watch_for_nodes_that_go() -> None:

@@ -25,7 +25,7 @@ from bwlm.text.prepare import Prepared
 from bwlm.train.run import run_phase
 from bwlm.train.session import LocalSession
 from tests.chat.serving import WAIT
-from tests.cluster.test_job import free_ports
+from tests.cluster.heads import free_ports
 from tests.grids import reap
 from tests.runs import in_process, make_run
 

@@ -87,6 +87,26 @@ def test_a_stream_that_takes_longer_than_the_grace_ends_with_an_error(trained_ba
         assert server.popen.wait(WAIT) == 143
 
 
+def test_a_compiled_server_writes_what_another_does(trained_base: NewFamily) -> None:
+    run, written = trained_base("bidirectional"), []
+    for options in ([], ["--compile"]):
+        with process(run.path.parent, run.id, *options) as server:
+            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+            texts = [
+                client.completions.create(
+                    model=f"{run.id}:{reading}", prompt="river", max_tokens=40, logprobs=1, seed=1
+                )
+                for reading in ("forward", "backward")
+            ]
+            written.append([text.choices[0] for text in texts])
+    for plain, compiled in zip(*written, strict=True):
+        assert plain.logprobs is not None
+        assert compiled.logprobs is not None
+        assert compiled.text == plain.text
+        assert compiled.logprobs.token_logprobs == pytest.approx(plain.logprobs.token_logprobs, abs=1e-4)
+        assert len(compiled.logprobs.token_logprobs or []) > 10
+
+
 class Load:
     """Clients that ask again and again, and what they were told."""
 

@@ -1,15 +1,19 @@
-"""What a GPU trains is what a CPU does."""
+"""What a GPU trains and decodes is what a CPU does."""
 
 from __future__ import annotations
+
+from random import Random
 
 import pytest
 import torch
 
 from bwlm.model.attention import AttentionKernel
+from bwlm.model.compiled_cache import CompiledKVCache
 from bwlm.model.gpt import GPT
 from bwlm.model.optim import build_optimizer
 from bwlm.model.shape import GPTConfig
 from bwlm.model.train_step import TrainStep
+from tests.model.test_kv_cache import lively
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -56,3 +60,30 @@ def test_inside_segments_in_float32(attention: AttentionKernel) -> None:
 def test_inside_segments_compiled_in_bfloat16_and_never_anew(attention: AttentionKernel) -> None:
     found = losses("cuda", torch.bfloat16, compiled=True, masked=True, attention=attention)
     assert found == pytest.approx(losses("cpu", masked=True), abs=5e-3)
+
+
+def test_captured_steps_decode_as_the_model_does_in_any_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 1 to 700 ids, so that graphs of all sizes are replayed; none is captured once rows are reserved."""
+    config, random = GPTConfig.from_depth(2, 300, 1024), Random(0)
+    model = lively(config).to("cuda")
+    cache = CompiledKVCache(model)
+    cache.reserve(5, 1024)
+    monkeypatch.setattr(torch.cuda, "graph", None)
+    rows = [[random.randrange(300) for _ in range(length)] for length in (1, 40, 300, 700, 5)]
+    for slot, row in enumerate(rows):
+        cache.extend(slot, row)
+    for _ in range(30):
+        first, second, count = random.randrange(5), random.randrange(5), random.randrange(1, 6)
+        rows[first], rows[second] = rows[second], rows[first]
+        cache.swap(first, second)
+        new = [random.randrange(300) for _ in range(count)]
+        rows = [[*row, *new[n : n + 1]] for n, row in enumerate(rows)]
+        logits = cache.follow(new)
+        with torch.no_grad():
+            expected = torch.stack([model(torch.tensor([row], device="cuda"))[0, -1] for row in rows[:count]])
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    cache.reserve(5, 1024)
+    cache.extend(0, [1, 2])
+    with torch.no_grad():
+        whole = model(torch.tensor([[1, 2, 3]], device="cuda"))[0, -1:]
+    torch.testing.assert_close(cache.follow([3]), whole, atol=1e-4, rtol=0)

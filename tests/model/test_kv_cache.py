@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bwlm.model.attention import AttentionKernel
+from bwlm.model.compiled_cache import CompiledKVCache
 from bwlm.model.decoder import CachedAttention, Decoder
 from bwlm.model.gpt import GPT
 from bwlm.model.kv_cache import KVCache
@@ -22,6 +23,7 @@ SHAPES = {
     "all heads share": GPTConfig(V, depth=2, width=24, heads=4, kv_heads=1, sequence_length=T),
     "one head": GPTConfig(V, depth=1, width=64, heads=1, kv_heads=1, sequence_length=T),
 }
+CACHES = {False: KVCache, True: CompiledKVCache}
 ROWS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2], [9, 9]]
 
 
@@ -64,11 +66,13 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     return shapes
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "blocked"])
+@pytest.mark.parametrize(("attention", "compiled"), [("sdpa", False), ("blocked", False), ("sdpa", True)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits_are_those_of_the_whole_row_at_every_length(shape: str, attention: AttentionKernel) -> None:
+def test_logits_are_those_of_the_whole_row_at_every_length(
+    shape: str, attention: AttentionKernel, compiled: bool
+) -> None:
     model, rows = lively(SHAPES[shape], attention=attention), [list(row) for row in ROWS]
-    reader = KVCache(model)
+    reader = CACHES[compiled](model)
     assert_close(reader.read(rows, T), whole(model, rows))
     for step in range(T - max(map(len, rows))):
         new = [(7 * step + 3 * n) % V for n in range(len(rows))]
@@ -83,9 +87,10 @@ def test_the_past_matters_to_these_models() -> None:
     assert float((whole(model, [ROWS[0]]) - whole(model, [ROWS[0][1:]])).abs().max()) > 0.1
 
 
-def test_bfloat16_is_read_as_the_model_reads_it() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bfloat16_is_read_as_the_model_reads_it(compiled: bool) -> None:
     model, exact = lively(compute_dtype=torch.bfloat16), lively()
-    reader, rows = KVCache(model), [list(row) for row in ROWS]
+    reader, rows = CACHES[compiled](model), [list(row) for row in ROWS]
     assert_close(reader.read(rows, T), whole(model, rows), 0.05)
     for step in range(8):
         rows = [[*row, step] for row in rows]
@@ -179,11 +184,12 @@ def test_it_decodes_with_the_weights_of_the_moment_when_it_was_made(dtype: torch
 # ---- slots: rows that are read, copied and exchanged one by one ----
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_that_are_read_in_parts_and_moved_stay_what_they_are(shape: str) -> None:
+def test_rows_that_are_read_in_parts_and_moved_stay_what_they_are(shape: str, compiled: bool) -> None:
     """Random operations on slots; after each, the logits of what is read next are those of the whole row."""
     model, random = lively(SHAPES[shape]), Random(0)
-    cache = KVCache(model)
+    cache = CACHES[compiled](model)
     cache.reserve(4, T)
     rows: list[list[int]] = [[] for _ in range(4)]
     for _ in range(60):

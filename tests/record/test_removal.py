@@ -12,9 +12,19 @@ import pytest
 
 from bwlm.errors import UserError
 from bwlm.record.experiment import ExperimentFolder, list_experiments, parents_in
+from bwlm.record.grids import cells_of, write_cells
+from bwlm.record.launches import recorded_launch
 from bwlm.record.lineage import LINK
-from bwlm.record.removal import check_deletable, delete, discard_deleted, unfinished_deletions
-from tests.families import untrained_child
+from bwlm.record.removal import (
+    check_deletable,
+    delete,
+    delete_grid,
+    discard_deleted,
+    lineage_of,
+    runs_of_grid,
+    unfinished_deletions,
+)
+from tests.families import in_grid, untrained_child
 from tests.runs import NewRun
 
 
@@ -99,6 +109,68 @@ def test_a_disk_that_refuses_is_told(new_run: NewRun, monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match=r"run is deleted, but not all of it could be: remove .*\.run\..*\.deleted by"):
         delete(folder)
     assert list_experiments(folder.path.parent) == []
+
+
+# ---- grids ----
+
+
+@pytest.fixture
+def grid(new_run: NewRun, tmp_path: Path) -> Path:
+    """Grid `bars`: a base with a child, a cell that has not begun, and one that a later launch left out; and a run."""
+    base = in_grid(new_run("bars_base"), "bars")
+    untrained_child(base, "bars_mid", "mid", "bars")
+    in_grid(new_run("bars_left_out"), "bars")
+    new_run("alone")
+    write_cells(tmp_path, "bars", ["bars_base", "bars_mid", "bars_never"])
+    return tmp_path
+
+
+def remove_grid(storage: Path) -> None:
+    delete_grid(storage, "bars", runs_of_grid(storage, "bars"), lineage_of(storage))
+
+
+def test_a_deleted_grid_leaves_no_run_and_no_folder(grid: Path) -> None:
+    assert [folder.id for folder in runs_of_grid(grid, "bars")] == ["bars_base", "bars_left_out", "bars_mid"]
+    remove_grid(grid)
+    assert sorted(path.name for path in grid.iterdir()) == ["alone", "grids"]
+    assert list((grid / "grids").iterdir()) == []
+
+
+def test_a_grid_that_others_need_is_not_deleted(grid: Path) -> None:
+    child = untrained_child(ExperimentFolder(grid, "bars_mid"), "mine", "sft")
+    with pytest.raises(UserError, match=r"^bars_mid: mine begins from it: delete that first$"):
+        remove_grid(grid)
+    delete(child)
+    with recorded_launch(grid / "grids" / "bars"), pytest.raises(UserError) as caught:
+        remove_grid(grid)
+    assert f":{os.getpid()} runs it since " in str(caught.value)
+    assert str(caught.value).endswith("ago): bwlm grid stop bars first")
+    with ExperimentFolder(grid, "bars_left_out").lease(), pytest.raises(UserError, match="trains it since"):
+        remove_grid(grid)
+    assert len(list_experiments(grid)) == 4, "all of it or nothing"
+
+
+def test_the_deletion_of_a_grid_goes_on_where_it_was_cut_off(grid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone: list[str] = []
+
+    def cut_off(folder: ExperimentFolder, *arguments: object) -> None:
+        if gone:
+            raise KeyboardInterrupt
+        gone.append(folder.id)
+        delete(folder, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("bwlm.record.removal.delete", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            remove_grid(grid)
+    assert gone == ["bars_mid"], "children go first"
+    assert cells_of(grid, "bars") == ["bars_base", "bars_mid", "bars_never"]
+    remove_grid(grid)
+    assert [folder.id for folder in list_experiments(grid)] == ["alone"]
+    (grid / "grids" / ".bars.0123abcd.deleted").mkdir()
+    assert [path.name for path in unfinished_deletions(grid)] == [".bars.0123abcd.deleted"]
+    discard_deleted(grid)
+    assert list((grid / "grids").iterdir()) == []
 
 
 # ---- kill -9 ----

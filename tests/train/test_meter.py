@@ -33,6 +33,7 @@ def test_speed_leaves_out_the_first_two_steps(tmp_path: Path, clock: list[float]
     clock[0] += 5.0  # the step, and what it waited for
     third = meter.stepped(loss=3.0, tokens=200, step_seconds=4.0)
     assert third["step_seconds"] == 4
+    assert third["wait_seconds"] == 1
     assert third["tokens_per_second"] == pytest.approx(40)
     assert third["mfu"] == pytest.approx(40 * 50 / 10_000)
     assert third["seconds_left"] == pytest.approx(5.0 * 7)

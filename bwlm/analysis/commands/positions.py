@@ -14,6 +14,7 @@ from bwlm.analysis.charts.insides import position_chart
 from bwlm.analysis.commands.result import Analysis
 from bwlm.analysis.runs.research_logs import LoggedRun, from_each
 from bwlm.directions import own_readings
+from bwlm.record.bucket import fetch_text
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.text.packing import PackedRows
 
@@ -85,6 +86,7 @@ def _within(segment: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]
 @cache
 def document_lengths(corpus: str) -> pd.Series[int] | None:
     """Count the tokens of each document of the validation split, by its number; None if the packed text is gone."""
+    fetch_text(Path(corpus))
     if not (Path(corpus) / "manifest.json").exists():
         return None
     rows = PackedRows(Path(corpus), "validation")

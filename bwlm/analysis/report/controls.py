@@ -18,6 +18,7 @@ from bwlm.analysis.runs.losses import load_losses
 from bwlm.analysis.runs.rates import BestRate
 from bwlm.config import CONTROL_SOURCES, NULL, PRODUCTS
 from bwlm.directions import BASELINE, DIRECTIONS, TEXT_READINGS
+from bwlm.record.bucket import fetch_text
 from bwlm.record.experiment import ExperimentFolder, list_experiments
 from bwlm.record.health import readable
 from bwlm.stats.columns import Size
@@ -113,6 +114,7 @@ def above_floor(folders: list[ExperimentFolder], best: list[BestRate]) -> pd.Dat
 def _floor(folder: ExperimentFolder, losses: pd.DataFrame) -> float:
     """Return the loss of the true chain on the run's windows, in nats per symbol."""
     corpus = Path(folder.config().corpus)
+    fetch_text(corpus)
     if not (corpus / "manifest.json").exists():
         return null_floor(losses["tokens"].to_numpy())
     return null_nll_of_rows(PackedRows(corpus, "validation").take(losses["window"].unique()))

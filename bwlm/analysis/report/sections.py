@@ -25,6 +25,7 @@ from bwlm.errors import UserError
 from bwlm.format import counted, duration
 from bwlm.paths import read_json
 from bwlm.phases import PHASES
+from bwlm.record.bucket import fetch_text
 from bwlm.record.catalog.select import begun
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.run_config import RunConfig
@@ -164,6 +165,7 @@ def data_section(folders: list[ExperimentFolder]) -> list[str]:
     rows = {}
     for folder in folders:
         config = folder.config()
+        fetch_text(Path(config.corpus))
         if not (manifest := Path(config.corpus) / "manifest.json").exists():
             continue
         content = read_json(manifest)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from bwlm.analysis.charts.style import EMBEDDING, OUTPUT
 from bwlm.analysis.runs.labels import series
 from bwlm.errors import UserError
+from bwlm.record.bucket import fetch_log
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.health import check_log
 from bwlm.record.researchlog import open_log
@@ -62,6 +63,7 @@ def opened(folder: ExperimentFolder) -> Iterator[LoggedRun]:
     """Raise `UserError` naming the file if it is missing, or turns out to be damaged when it is read in the block."""
     experiment = folder.config().experiment
     path = folder.research_log(experiment.phase)
+    fetch_log(path)
     check_log(folder, path)
     try:
         with open_log(path) as file:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bwlm.errors import UserError
+from bwlm.record.bucket import fetch_text
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.text.conversation import check_conversation, render
 from bwlm.text.overlap import DocumentHashes, count_overlap
@@ -46,6 +47,7 @@ def _training_shards(folder: ExperimentFolder) -> Sequence[Path] | None:
             return None
         if not config.experiment.data.mixture:
             continue
+        fetch_text(Path(config.corpus))
         packed = find_packed(storage, Path(config.corpus), config.identity["data"])
         if packed is None:
             return None

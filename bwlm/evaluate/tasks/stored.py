@@ -20,6 +20,7 @@ from bwlm.evaluate.tasks.results import EXAMPLE_COLUMNS, TaskScore
 from bwlm.evaluate.tasks.run import Evaluated, ShowDone, evaluate_reading
 from bwlm.evaluate.tasks.seen import count_seen
 from bwlm.progress import working
+from bwlm.record.bucket import fetch_weights
 from bwlm.record.checkpoint import weights_digest
 from bwlm.record.checkpoint_name import CheckpointName
 from bwlm.record.experiment import ExperimentFolder, open_experiment
@@ -186,6 +187,7 @@ class _Part:
 
     @cached_property
     def _key(self) -> dict[str, Any]:
+        fetch_weights(self.run, self.step)
         weights = weights_digest(self.run.checkpoints, self.step)
         return {"harness": HARNESS_VERSION, "weights": weights, "reading": self.reading, **self.task.key}
 

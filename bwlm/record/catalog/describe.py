@@ -15,12 +15,14 @@ from bwlm.paths import read_json
 from bwlm.phases import PHASES
 from bwlm.record.catalog.rows import CellRow, load_cell
 from bwlm.record.checkpoint import checkpoint_steps, step_folder
+from bwlm.record.disk import bytes_in
 from bwlm.record.experiment import ExperimentFolder, parents_in
 from bwlm.record.health import damage_of_weights
 from bwlm.record.journal import entries_holding, last_entry
 from bwlm.record.lineage import Lineage, LineageNode, ParentLink, skipped
 from bwlm.record.run_config import RunConfig
 from bwlm.record.tracking import noted_run
+from bwlm.storage.opened import sizes_below
 
 _OF_THE_PHASE = {"phase", "parent"}
 """Settings in which a child differs from its parent in any case."""
@@ -214,25 +216,12 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 def _what_is_kept(folder: ExperimentFolder) -> dict[str, Any]:
     saved = {step: step_folder(folder.checkpoints, step) for step in checkpoint_steps(folder.checkpoints)}
-    files = sorted(path for path in folder.path.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = {name: size for name, size in sizes_below(folder.path).items() if "/" not in name and name[0] != "."}
     evaluations = sorted(folder.path.glob("evaluations/*/*/*.json"))
     return {
         "folder": str(folder.path),
         "bytes": bytes_in(folder.path),
         "checkpoints": [{"step": step, "bytes": bytes_in(path)} for step, path in saved.items()],
         "evaluations": ["/".join(path.with_suffix("").parts[-3:]) for path in evaluations],
-        "files": {path.name: _bytes_of(path) for path in files},
+        "files": dict(sorted(files.items())),
     }
-
-
-def bytes_in(folder: Path) -> int:
-    """Return the bytes of all files below a folder."""
-    return sum(_bytes_of(path) for path in folder.rglob("*") if path.is_file())
-
-
-def _bytes_of(path: Path) -> int:
-    """Return the bytes of a file; 0 if it has gone meanwhile."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0

@@ -1,0 +1,217 @@
+"""Files of a storage that nothing needs any more: found first, then removed, each so that a kill leaves no half.
+
+Never touched: a run whose lease a process holds, a checkpoint that a child began from, any file of a run that has not
+finished. A run that has finished does not resume, so only its newest checkpoint, its best one if that is asked
+for, and those at multiples of `checkpoint.keep_every` are kept; of these the newest alone keeps its optimizer state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bwlm.errors import BwlmError, UserError
+from bwlm.paths import sync
+from bwlm.record.checkpoint import OPTIMIZER, KeepPolicy, checkpoint_steps, read_meta, step_folder, steps_to_keep
+from bwlm.record.disk import bytes_in, newest_change
+from bwlm.record.experiment import LEASE, ExperimentFolder, list_experiments, parents_in
+from bwlm.record.launches import living_launches
+from bwlm.record.lease import Holder, take_at_once
+from bwlm.record.removal import unfinished_deletions
+from bwlm.record.run_config import RunConfig
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|deleted)")
+"""Names of files and folders that a process was about to rename, or to delete."""
+LOG = "research log"
+_TEXTS = ("corpora", "tokenizers", "packed")
+_PLACES = ("*/*", "*/checkpoints/*", "*/samples/*", "*/evaluations/*/*/*", "grids/*/*", "grids/*/*/*", "cache/*/*")
+"""Patterns of places in a storage where temporary files may lie."""
+_LEAST_AGE = 3600.0
+"""Seconds for which a temporary file may have a writer that holds no lease, such as a text that is being packed."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """File or folder that can go, and why."""
+
+    kind: str
+    path: Path
+    reason: str
+    folder: ExperimentFolder | None = None
+    """Run that it belongs to, whose lease is held while it is removed."""
+    bytes: int = 0
+
+
+@dataclass
+class Unneeded:
+    """Items that can go, and what was passed over although it might go."""
+
+    items: list[Item] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all items."""
+        return sum(item.bytes for item in self.items)
+
+
+def find_unneeded(storage: Path, older: float, logs: bool) -> Unneeded:
+    """Return what can go of what has not changed for `older` seconds; with `logs` also research logs of ended runs."""
+    found, runs = Unneeded(), list_experiments(storage)
+    needed, used = _checkpoints_of_children(storage), set[str]()
+    busy = [str(entry.holder) for home in (storage / "grids").glob("*") for entry in living_launches(home)]
+    for folder in runs:
+        try:
+            config, holder = folder.config(), folder.busy_with()
+        except UserError as error:
+            found.passed_over.append(f"{folder.id}: {error}")
+            busy.append(f"the text of {folder.id}, which is not known")
+            continue
+        used.add(Path(config.corpus).name)
+        if holder is not None:
+            busy.append(str(holder))
+            found.passed_over.append(f"{folder.id}: {holder} trains it")
+        elif _age(folder.path / "status.json") >= older:
+            found.items += _sized(_of_run(folder, config, needed.get(folder.id, ()), logs))
+    found.items += _sized(_leftovers(storage, max(older, _LEAST_AGE)))
+    if busy:
+        found.passed_over.append(f"cache: {busy[0]} may read it")
+    else:
+        found.items += _sized(_of_cache(storage / "cache", used, older))
+    return found
+
+
+def _sized(items: Iterable[Item]) -> Iterator[Item]:
+    for item in items:
+        size = bytes_in(item.path) if item.path.is_dir() else item.path.stat().st_size
+        yield Item(item.kind, item.path, item.reason, item.folder, size)
+
+
+def _age(path: Path) -> float:
+    """Return the seconds since the newest change in a file or folder."""
+    return time.time() - newest_change(path)
+
+
+def _checkpoints_of_children(storage: Path) -> dict[str, set[int]]:
+    """Return the steps that children of each run began from; all steps where a child's link cannot be read."""
+    steps: dict[str, set[int]] = {}
+    for child, parent in parents_in(storage).items():
+        if parent is not None:
+            steps.setdefault(parent, set()).update(_steps_begun_from(ExperimentFolder(storage, child), parent))
+    return steps
+
+
+def _steps_begun_from(child: ExperimentFolder, parent: str) -> list[int]:
+    with contextlib.suppress(UserError):
+        if link := child.link():
+            return [link.step]
+    return checkpoint_steps(child.path.with_name(parent) / "checkpoints")
+
+
+# ---- what can go ----
+
+
+def _of_run(folder: ExperimentFolder, config: RunConfig, needed: Iterable[int], logs: bool) -> Iterator[Item]:
+    if folder.status().state != "finished":
+        return
+    yield from _checkpoints(folder, config, set(needed))
+    if logs:
+        for path in sorted([*folder.path.glob("*.h5"), *folder.path.glob("*.h5.tail")]):
+            yield Item(LOG, path, "of a finished run", folder)
+
+
+def _checkpoints(folder: ExperimentFolder, config: RunConfig, needed: set[int]) -> Iterator[Item]:
+    steps = checkpoint_steps(folder.checkpoints)
+    settings = config.experiment.checkpoint
+    try:
+        metrics = {step: read_meta(folder.checkpoints, step).get("metric") for step in steps}
+    except BwlmError:
+        return  # a damaged checkpoint: a person decides
+    kept = steps_to_keep(metrics, KeepPolicy(1, settings.keep_best, settings.keep_every)) | needed
+    for step in steps[:-1]:
+        path = step_folder(folder.checkpoints, step)
+        if step not in kept:
+            yield Item("checkpoint", path, "of a finished run; kept to resume from", folder)
+        elif (path / OPTIMIZER).exists():
+            yield Item("optimizer state", path / OPTIMIZER, "of an earlier checkpoint of a finished run", folder)
+
+
+def _leftovers(storage: Path, older: float) -> Iterator[Item]:
+    """Yield what killed processes left: runs that were about to be deleted, files that were about to be renamed."""
+    for path in unfinished_deletions(storage):
+        yield Item("leftover", path, "of a deletion that was cut off")
+    for path in sorted(path for place in _PLACES for path in storage.glob(place)):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and not path.relative_to(storage).parts[0].startswith(".") and _age(path) >= older:
+            yield Item("leftover", path, "of a process that was killed", _run_of(storage, path))
+
+
+def _run_of(storage: Path, path: Path) -> ExperimentFolder | None:
+    name = path.relative_to(storage).parts[0]
+    return None if name in ("grids", "cache") else ExperimentFolder(storage, name)
+
+
+def _of_cache(cache: Path, used: set[str], older: float) -> Iterator[Item]:
+    """Yield texts that no run was trained on, and what can be computed again at once."""
+    unused = [path for path in _entries(cache / "packed") if path.name not in used]
+    old = [path for path in unused if _age(path) >= older]
+    for path in old:
+        yield Item("packed text", path, "no run was trained on it")
+    if set(old) == set(_entries(cache / "packed")):  # no packed text is left that was made from them
+        for path in (path for kind in ("corpora", "tokenizers") for path in _entries(cache / kind)):
+            if _age(path) >= older:
+                yield Item("source of packed text", path, "no packed text is left")
+    for kind in cache.glob("[!.]*"):
+        if kind.name not in _TEXTS:
+            old = [path for path in _entries(kind) if _age(path) >= older]
+            yield from (Item("cache", path, "computed again when needed") for path in old)
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+
+
+# ---- removing ----
+
+
+def remove(item: Item) -> str:
+    """Remove an item; return why it was left instead, '' if it is gone."""
+    with contextlib.ExitStack() as until_removed:
+        if item.folder is not None and item.folder.exists():
+            taken = take_at_once(item.folder.path / LEASE)
+            if isinstance(taken, Holder):
+                return f"{taken} trains {item.folder.id} now"
+            until_removed.callback(taken.release)
+        try:
+            (_remove_log if item.kind == LOG else _remove)(item)
+        except FileNotFoundError:
+            return ""  # another process removed it
+        except OSError as error:
+            return f"cannot be removed ({error.strerror}): make {item.path.parent} writable"
+    return ""
+
+
+def _remove(item: Item) -> None:
+    """Delete a file, or rename a folder in one step to a name under which nobody looks for it, then empty it."""
+    if not item.path.is_dir() or item.path.is_symlink():
+        item.path.unlink()
+        return
+    gone = item.path
+    if not _TEMPORARY.fullmatch(item.path.name):
+        gone = item.path.with_name(f".{item.path.name}.{uuid.uuid4().hex[:8]}.deleted")
+        item.path.rename(gone)
+        sync(gone.parent)
+    shutil.rmtree(gone)
+
+
+def _remove_log(item: Item) -> None:
+    """Delete a research log once its run no longer says that it left one: a run without it is not damaged."""
+    assert item.folder is not None
+    item.folder.forget_record(item.path.name)
+    item.path.unlink()

@@ -1,0 +1,197 @@
+"""Storage of a command: a folder, or the working folder of a bucket, which is brought up to date first.
+
+What a path of the working folder stands for in the bucket is asked here by the path alone. For a path of any other
+storage every function does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from bwlm import paths
+from bwlm.errors import UserError
+from bwlm.paths import storage_root, write_text
+from bwlm.remote import address_of, working_root
+from bwlm.storage.claim import Board, take
+from bwlm.storage.folder import SharedFolder, bucket_at, is_trained
+from bwlm.storage.head import HEADS, is_inside
+from bwlm.storage.index import PLACE, IndexFile, indexed
+
+_PARTS = {"cache": 3, "grids": 2, "analyses": 2}
+"""Parts of the path of a folder that is shared as a whole, where it is not a run's."""
+_TEXTS = "cache/packed/"
+"""Folders of packed texts. They are here whole or not at all, so only `fetch` brings them."""
+_AT_ONCE = 16
+"""Folders that are pulled at once."""
+_LOCK_SECONDS = 60.0
+"""Seconds without a sign of life after which `exclusive` takes a lock of the bucket over."""
+_WAIT_SECONDS = 0.5
+"""Seconds between tries to take it."""
+
+
+def open_storage(storage: str | None) -> Path:
+    """Return the folder that holds experiments, as `storage_root`; that of a bucket with its small files up to date.
+
+    Raises `UserError` for a bucket that is not there or denies access, and `BucketAway` for one that does not answer.
+    """
+    root = storage_root(storage)
+    refresh(root)
+    return root
+
+
+def local_storage(storage: str | None, command: str) -> Path:
+    """Return the folder that holds experiments. Raises `UserError` for a bucket, of which `command` knows nothing."""
+    root = storage_root(storage)
+    refuse_bucket(root, command)
+    return root
+
+
+def refuse_bucket(root: Path, command: str) -> None:
+    """Raise `UserError` for a storage in a bucket, of which `command` knows nothing."""
+    if in_bucket(root):
+        raise UserError(f"storage: {address_of(root)}: {command} works in folders only, not in a bucket")
+
+
+def check_bucket(root: Path) -> None:
+    """Raise `UserError` unless the bucket of a storage can be written, and its server keeps launches apart."""
+    if in_bucket(root):
+        bucket_at(address_of(root)).check()
+
+
+def refresh(root: Path) -> None:
+    """Bring the small files of every folder up to date that has changed in the bucket, except those of texts."""
+    changed = []
+    for name, etag in _heads(root).items():
+        tag = IndexFile(root, name).read().tag
+        if not name.startswith(_TEXTS) and (tag is None or tag[0] != etag):
+            changed.append(SharedFolder(root, name))
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        list(threads.map(SharedFolder.pull, changed))
+
+
+def _heads(root: Path) -> dict[str, str]:
+    """Return the ETag of the head of each folder in the bucket, by its name."""
+    if not in_bucket(root):
+        return {}
+    listed = {one.key: one.etag for one in bucket_at(address_of(root)).list(f"{HEADS}/")}
+    named = {key.removeprefix(f"{HEADS}/").removesuffix(".json"): etag for key, etag in listed.items()}
+    return {name: etag for name, etag in named.items() if is_inside(name)}
+
+
+def all_there(root: Path) -> list[SharedFolder]:
+    """Return the folders of a bucket's storage, deleted ones among them."""
+    return [SharedFolder(root, name) for name in _heads(root)]
+
+
+def all_here(root: Path) -> list[SharedFolder]:
+    """Return the folders of a bucket's storage that this machine knows."""
+    return [SharedFolder(root, name) for name in indexed(root)]
+
+
+def shared(path: Path) -> SharedFolder | None:
+    """Return the shared folder that a path is, or lies in; None if its storage is not in a bucket."""
+    if (root := working_root(path)) is None or path == root:
+        return None
+    parts = path.relative_to(root).parts
+    return SharedFolder(root, "/".join(parts[: _PARTS.get(parts[0], 1)]))
+
+
+def pull(path: Path) -> None:
+    """Bring the small files of a run, a grid or a text up to date."""
+    if folder := shared(path):
+        folder.pull()
+
+
+def fetch(path: Path) -> None:
+    """Bring a file or a folder here with all that it holds, unless it is here already."""
+    if folder := shared(path):
+        inner = path.relative_to(folder.path).as_posix()
+        folder.fetch(*(["*"] if inner == "." else [inner, f"{inner}/*"]))
+
+
+def push(path: Path, trained: bool = False) -> None:
+    """Take to the bucket what was written in a run's or a grid's folder; with `trained`, also what trainings write.
+
+    Raises as `SharedFolder.push`.
+    """
+    if folder := shared(path):
+        folder.push(lambda inner: trained or not is_trained(inner))
+
+
+def size_of(path: Path) -> int | None:
+    """Return the bytes of a file, also if it lies in the bucket only; None if there is no such file."""
+    if path.exists():
+        return path.stat().st_size
+    folder = shared(path)
+    return folder.size_of(path.relative_to(folder.path).as_posix()) if folder else None
+
+
+def sizes_below(path: Path) -> dict[str, int]:
+    """Return the bytes of each file below a folder, by its path there; also of files that lie in the bucket only."""
+    sizes = {}
+    for file in path.rglob("*"):
+        with suppress(FileNotFoundError):  # it has gone meanwhile
+            if file.is_file():
+                sizes[file.relative_to(path).as_posix()] = file.stat().st_size
+    if folder := shared(path):
+        below = path.relative_to(folder.path).as_posix()
+        sizes = folder.sizes("" if below == "." else f"{below}/") | sizes
+    return sizes
+
+
+def in_bucket(path: Path) -> bool:
+    """Return whether a path belongs to a storage in a bucket."""
+    return working_root(path) is not None
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock file while the block runs, as `bwlm.paths.exclusive`; in a bucket against all machines.
+
+    The folder is pulled when the block begins and pushed when it ends, so that the block sees what others did in it.
+    """
+    with paths.exclusive(path):
+        folder = shared(path)
+        if folder is None:
+            yield
+            return
+        claim, _ = take(
+            folder.bucket, folder.name, path.name.strip("."), _holder(folder.root), _WAIT_SECONDS, lambda: False
+        )
+        try:
+            folder.pull()
+            try:
+                yield
+            finally:
+                folder.push(lambda inner: not is_trained(inner))
+        finally:
+            claim.release()
+
+
+def _holder(root: Path) -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "seconds": _LOCK_SECONDS, **here(root)}
+
+
+def here(root: Path) -> Mapping[str, Any]:
+    """Return what a lease in the bucket says of this machine's working folder: a name, different for each."""
+    place = root / PLACE / "place"
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with paths.exclusive(place.with_suffix(".lock")):
+            if not place.exists():
+                write_text(place, uuid.uuid4().hex)
+    return {"place": f"{socket.gethostname()}:{place.read_text()}"}
+
+
+@cache
+def board_of(address: str) -> Board:
+    """Return the leases of a bucket; one for each address in a process."""
+    return Board(bucket_at(address))
