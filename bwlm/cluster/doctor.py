@@ -54,7 +54,7 @@ class Probe:
 
     def names_in(self, folder: str) -> list[str]:
         """Return the names of the files in a folder that hold their own names."""
-        return sorted(path.name for path in Path(folder).iterdir() if path.read_text() == path.name)
+        return sorted(path.name for path in Path(folder).iterdir() if path.read_text("utf-8") == path.name)
 
     def now(self) -> float:
         """Return this node's clock in seconds."""

@@ -121,7 +121,7 @@ def _compiled(config: GPTConfig, dtype: torch.dtype) -> Any:
     with TemporaryDirectory(prefix="bwlm-") as folder:
         library = Path(folder) / "decode_step.so"
         command = [*_compiler(), *_FLAGS, *_MATHS, *defined, str(_SOURCE), "-o", str(library)]
-        run = subprocess.run(command, capture_output=True, text=True)
+        run = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         if run.returncode:
             raise CannotCompile(f"{command[0]} failed: {(run.stderr.strip().splitlines() or ['no message'])[-1]}")
         return ctypes.CDLL(str(library))  # stays when the file is gone

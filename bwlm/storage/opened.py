@@ -188,7 +188,7 @@ def here(root: Path) -> Mapping[str, Any]:
         with paths.exclusive(place.with_suffix(".lock")):
             if not place.exists():
                 write_text(place, uuid.uuid4().hex)
-    return {"place": f"{socket.gethostname()}:{place.read_text()}"}
+    return {"place": f"{socket.gethostname()}:{place.read_text('utf-8')}"}
 
 
 @cache

@@ -190,6 +190,7 @@ def test_every_module_of_the_training_rooms_counts_or_is_left_out_for_a_reason()
         "bwlm.evaluate.texts",
         *("bwlm.evaluate.lm_eval_adapter", "bwlm.evaluate.sandbox", "bwlm.evaluate.sandbox_supervisor"),
         *(name for name in files if name.startswith("bwlm.evaluate.tasks.")),
+        *("bwlm.model.compiled_cache", "bwlm.model.compiled_decoder", "bwlm.model.step_graphs"),
         *("bwlm.text.hf_tokenizer", "bwlm.text.inspect", "bwlm.text.mixture", "bwlm.text.prepare"),
     }
     assert files - known - NO_RESULT.keys() == used_after_training
