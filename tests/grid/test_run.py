@@ -275,8 +275,8 @@ def test_asha_loses_no_cell_of_several_workers(grid_file: GridFile, tmp_path: Pa
             r"resources\.workers.*16 workers",
         ),
         ({"resources": {"cpus_per_worker": 64}}, r"resources\.workers.*room for 0"),
-        ({"resources": {"gpus_per_worker": 1}}, r"resources\.workers.*1 GPUs"),
-        ({"axes": {"resources.gpus_per_worker": [0, 1]}}, r"resources\.workers.*1 GPUs"),
+        ({"resources": {"gpus_per_worker": 1}}, r"resources\.workers.*1 GPU,"),
+        ({"axes": {"resources.gpus_per_worker": [0, 1]}}, r"resources\.workers.*1 GPU,"),
         ({"launch": {"concurrency": 50}}, r"launch\.concurrency: 50.*lower it"),
     ],
 )
