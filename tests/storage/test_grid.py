@@ -103,7 +103,7 @@ def test_each_cell_is_trained_once(launched: Launched, reader: Shell) -> None:
         assert len(saved) == 1, f"{name}: {saved}"
         assert losses(ExperimentFolder(storage, name)) == losses(ExperimentFolder(launched.local, name))
     one, two = (json.loads(said) for said in launched.said)
-    assert one == two
+    assert one["cells"] == two["cells"]  # pace and cost are those of each machine's launch
     assert {cell["state"] for cell in one["cells"]} == {"finished"}
 
 
