@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -139,9 +140,10 @@ def test_a_limit_stops_with_checkpoints_and_says_what_is_left(
     with once_at_step(storage, CELLS[0], 20, grow_dear) as acted, pytest.raises(Paused) as paused:
         run_plan(load_grid(path, []), storage, shown.append)
     assert acted
-    reached = "launch.limit.money=9 is reached, 19.00 are spent: "
-    assert f"the launch stops: {reached}each cell saves a checkpoint" in shown
-    assert str(paused.value).startswith(f"g is stopped: {reached}0 of 2 cells finished, ")
+    # the costs of other launches, none or 9.5 here, are looked at every ten seconds
+    reached = r"launch\.limit\.money=9 is reached, (9\.50|19\.00) are spent: "
+    assert any(re.fullmatch(f"the launch stops: {reached}each cell saves a checkpoint", line) for line in shown)
+    assert re.match(f"g is stopped: {reached}0 of 2 cells finished, ", str(paused.value))
     assert "FLOPs left, about " in str(paused.value)
     first = ExperimentFolder(storage, CELLS[0])
     assert checkpoint_steps(first.checkpoints) == [first.status().step]
