@@ -176,7 +176,7 @@ def test_each_entry_point_is_plain_python_too() -> None:
 
 
 def test_cells_of_several_workers_are_found_by_their_ids(head: Head, corpus: Path, tmp_path: Path) -> None:
-    """In Ray's state: the name of the actor that drives a cell, and of its run; in its logs: a line of each worker."""
+    """Ray's state names the actor that drives a cell, and its run; each worker's log has a line of it."""
     settings = ("axes.direction=[forward]", "budget.steps=2000", "resources.workers=2", "checkpoint.every=0")
     options = ("--no-wait", "--submission-id", "workers")
     submitted = submit(head, tmp_path / "storage", *tiny(corpus, *settings), options=options)

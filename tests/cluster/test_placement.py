@@ -95,7 +95,7 @@ print(count_places(ResourceSettings(gpus_per_worker=1), 4), count_places(Resourc
 
 @pytest.mark.faults
 def test_parts_of_gpus_that_are_left_make_no_whole_one(head: Head, tmp_path: Path) -> None:
-    """Of four GPUs three have 0.4 left: 2.2 in all, of which one is whole; parts of 0.4 fit five times."""
+    """Three of four GPUs have 0.4 left: 2.2 in all, of which one is whole; parts of 0.4 fit five times."""
     with second_node(head, tmp_path / "node.log", options=("--num-gpus=4", "--num-cpus=8")):
         code = [sys.executable, "-c", _WITH_GPUS, head.gcs]
         done = subprocess.run(code, env=head.environment, capture_output=True, text=True, timeout=120)

@@ -131,7 +131,7 @@ WORKER = {"Alive": True, "NodeID": "w", "Resources": {"CPU": 4.0}}
 
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What a cluster shows: its nodes, the config of the autoscaler's process on the head, and Ray's state."""
+    """View of a cluster: its nodes, the config of the autoscaler's process on the head, and Ray's state."""
     shown: dict[str, Any] = {"nodes": [HEAD, WORKER], "config": "", "reply": GetClusterStatusReply()}
     context = SimpleNamespace(gcs_address="gcs", get_node_id=lambda: "h")
     monkeypatch.setattr(autoscaling.ray, "get_runtime_context", lambda: context)

@@ -19,7 +19,7 @@ FORWARD, BACKWARD = "g_forward_d1_lr1_s0", "g_backward_d1_lr1_s0"
 WAIT = 60.0
 """Most seconds until a condition holds."""
 Values = dict[tuple[str, str], float]
-"""What was set last, by gauge and by cell or state."""
+"""Values that were set last, by gauge and by cell or state."""
 
 
 class Recorder:

@@ -1,4 +1,4 @@
-"""What the files of a grid say of it: who trains what, how fast, at what cost; readable also with a thousand cells."""
+"""Summary of a grid from its files: who trains each cell, how fast, at what cost; short also with a thousand cells."""
 
 from __future__ import annotations
 

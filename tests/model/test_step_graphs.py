@@ -16,7 +16,7 @@ from tests.model.test_kv_cache import SHAPES, T, V, assert_close, lively, whole
 
 
 class Replayed(StepGraphs):
-    """As on a GPU, a step has fixed shapes and writes its logits where it wrote them first; it runs on a CPU."""
+    """A step on a CPU with fixed shapes, as on a GPU: it writes its logits where it wrote them first."""
 
     count = 0
 

@@ -1,4 +1,4 @@
-"""What `bwlm storage clean` may remove, on runs that were trained: nothing that a lease holds or a child needs."""
+"""`bwlm storage clean` on runs that were trained: it removes nothing that a lease holds or a child needs."""
 
 from __future__ import annotations
 
