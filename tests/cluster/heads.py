@@ -23,16 +23,17 @@ ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 
 
+_ports = iter(range(21000 + os.getpid() % 5000, 32000))
+"""Ports outside 10002-19999, where Ray's workers listen; each is given out once, since its listener may start later."""
+
+
 def free_ports(count: int) -> list[int]:
-    """Free ports outside 10002-19999, where Ray's workers listen."""
     found: list[int] = []
-    for port in range(21000 + os.getpid() % 5000, 32000):
+    while len(found) < count:
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
+            if probe.connect_ex(("127.0.0.1", port := next(_ports))) != 0:
                 found.append(port)
-        if len(found) == count:
-            return found
-    raise AssertionError("no free ports")
+    return found
 
 
 def answers(dashboard: int) -> bool:

@@ -77,7 +77,7 @@ def test_a_launch_waits_until_other_work_has_gone_and_says_so(ray_cluster: str) 
 
 
 _WITH_GPUS = """
-import sys, ray
+import sys, time, ray
 from bwlm.cluster.placement import count_places
 from bwlm.config import ResourceSettings
 
@@ -89,7 +89,10 @@ class Holder:
 
 holders = [Holder.remote() for _ in range(3)]
 ray.get([one.here.remote() for one in holders])
-print(count_places(ResourceSettings(gpus_per_worker=1), 4), count_places(ResourceSettings(gpus_per_worker=0.4), 9))
+print(count_places(ResourceSettings(gpus_per_worker=1), 4))
+while ray.available_resources()["GPU"] < 2.1:  # Ray takes a moment to take back the room that was asked for
+    time.sleep(0.1)
+print(count_places(ResourceSettings(gpus_per_worker=0.4), 9))
 """
 
 
