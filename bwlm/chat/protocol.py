@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from bwlm.directions import TEXT_READINGS
 
 MOST_MESSAGES = 500
 MOST_CHARACTERS = 8_000
-"""Most characters of a message, prompt or document."""
+"""Most characters of a prompt, a document, or a message that a person wrote."""
 MOST_CHARACTERS_IN_ALL = 32_000
 """Most characters of all messages, or all prompts, of a request."""
 MOST_DOCUMENTS = 100
@@ -117,7 +117,7 @@ class ChatMessage(_Body):
     """Message of a talk: what the person wrote has the role user, what the model wrote the role assistant."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text
+    content: Annotated[str, Field(max_length=MOST_CHARACTERS_IN_ALL)]
     direction: Reading | None = None
     """Reading of the exchange that the message belongs to."""
     name: Name | None = None
@@ -132,6 +132,14 @@ class ChatMessage(_Body):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
             raise ValueError('each part must be {"type": "text", "text": ..}')
         return "".join(part["text"] for part in content)
+
+    @field_validator("content")
+    @classmethod
+    def _not_too_long(cls, content: str, message: ValidationInfo) -> str:
+        """Check the length of what a person wrote. A model's answer may be longer, and must be taken back as history."""
+        if message.data.get("role") != "assistant" and len(content) > MOST_CHARACTERS:
+            raise ValueError(f"{len(content)} characters: at most {MOST_CHARACTERS} characters in a message")
+        return content
 
 
 class ChatRequest(WritingRequest):

@@ -383,6 +383,13 @@ BAD: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+def test_a_long_answer_is_taken_back_as_history(server: Server) -> None:
+    """A model with a long context may write more than a person may send."""
+    talk = [*ENDING, {"role": "assistant", "content": "river " * 2000}, {"role": "user", "content": "and then?"}]
+    answer = server.post("/v1/chat/completions", {"messages": talk, "model": "forward", "max_tokens": 2})
+    assert answer.status_code == 200, answer.text
+
+
 @pytest.mark.parametrize(("field", "content"), BAD, ids=lambda value: str(value)[:40])
 def test_a_mistake_is_told_before_the_model_is_asked(field: str, content: dict[str, Any], server: Server) -> None:
     before = server.engine("forward").gate.steps
