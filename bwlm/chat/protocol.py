@@ -136,7 +136,7 @@ class ChatMessage(_Body):
     @field_validator("content")
     @classmethod
     def _not_too_long(cls, content: str, message: ValidationInfo) -> str:
-        """Check the length of what a person wrote. A model's answer may be longer, and must be taken back as history."""
+        """Check what a person wrote. A model's answer may be longer: it must be taken back as history."""
         if message.data.get("role") != "assistant" and len(content) > MOST_CHARACTERS:
             raise ValueError(f"{len(content)} characters: at most {MOST_CHARACTERS} characters in a message")
         return content
