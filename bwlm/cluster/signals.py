@@ -1,8 +1,9 @@
-"""SIGTERM to worker processes on any node of the cluster."""
+"""SIGTERM and SIGKILL to worker processes on any node of the cluster."""
 
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 from functools import cache
 
@@ -21,19 +22,28 @@ def process_termination() -> Termination:
 
 def ask_to_end(holder: str) -> None:
     """Send SIGTERM to the worker `host:pid`, on whatever node of the cluster it is."""
+    _send(holder, signal.SIGTERM)
+
+
+def kill(holder: str) -> None:
+    """Send SIGKILL to the worker `host:pid`, on whatever node of the cluster it is."""
+    _send(holder, signal.SIGKILL)
+
+
+def _send(holder: str, number: signal.Signals) -> None:
     host, _, pid = holder.rpartition(":")
     if host == socket.gethostname():
-        _terminate(pid)
+        _send_here(pid, number)
         return
     for node in ray.nodes():
         if node["Alive"] and node["NodeManagerHostname"] == host:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ray.remote(_terminate).options(num_cpus=0, scheduling_strategy=there).remote(pid)
+            ray.remote(_send_here).options(num_cpus=0, scheduling_strategy=there).remote(pid, number)
 
 
-def _terminate(pid: str) -> None:
+def _send_here(pid: str, number: signal.Signals) -> None:
     # the process may have gone, or the holder may not have written its pid yet
     with contextlib.suppress(psutil.Error, ValueError):
         process = psutil.Process(int(pid))
         if process.name().startswith("ray::"):  # a reused pid may be another program's process
-            process.terminate()
+            process.send_signal(number)

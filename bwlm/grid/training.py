@@ -149,7 +149,8 @@ def _tune(
 ) -> None:
     resources = {planned.cell.id: planned.cell.experiment.resources for planned in cells}
     with tempfile.TemporaryDirectory(prefix="bwlm-tune-", ignore_cleanup_errors=True) as scratch:
-        shared = {"storage": address_of(storage), "scratch": scratch}
+        stall_seconds = max(1, round(60 * plan.launch.stall_minutes))
+        shared = {"storage": address_of(storage), "scratch": scratch, "stall_seconds": stall_seconds}
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(train_cell, lambda config: trial_resources(resources[config["cell"]])),
             param_space={

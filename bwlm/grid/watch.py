@@ -24,7 +24,7 @@ from bwlm.format import duration
 from bwlm.grid.notify import Notifier
 from bwlm.grid.summary import summarize
 from bwlm.plan.spec import Cell, LaunchSettings, Plan
-from bwlm.record.experiment import Status
+from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.grids import grid_folder
 from bwlm.record.journal import NAME
 from bwlm.record.launches import LaunchRecord, Usage, launches_of, recorded_launch, total_of
@@ -238,6 +238,17 @@ class LaunchWatch:
                 words = f"{name} has done no step for {duration(now - running.moved)}"
                 self._show(f"stalled: {words}; bwlm grid status {self._plan.name} shows its worker and its log")
                 self._notify("stall", words, name, step=running.step)
+                self._end_frozen(name)
+
+    def _end_frozen(self, cell: str) -> None:
+        """End a worker that shows no sign of life: Ray cannot tell it from a busy one, and starts the cell again."""
+        from bwlm.cluster.signals import kill  # imports Ray, which a launch with nothing to train does not need
+
+        if holder := ExperimentFolder(self._storage, cell).frozen_holder():
+            self._show(
+                f"{cell}: its worker {holder} is frozen, and is ended: the cell resumes from its last checkpoint"
+            )
+            kill(holder)
 
     def _notify(self, event: str, text: str, cell: str | None = None, **besides: Any) -> None:
         name, host = self._plan.name, f"{socket.gethostname()}:{os.getpid()}"

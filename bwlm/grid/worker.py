@@ -148,6 +148,8 @@ def _trainer(config: dict[str, Any], resources: ResourceSettings) -> Any:
     return ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config=config,
+        # the others wait so long for a worker that hangs: then the cell fails, and starts again
+        torch_config=ray.train.torch.TorchConfig(timeout_s=config["stall_seconds"]) if several else None,
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers if several else 0,
             use_gpu=resources.gpus_per_worker > 0,

@@ -73,7 +73,7 @@ class LaunchSettings(Settings):
         min_length=1,
         description="URL that gets JSON, or command that reads it: at the end, failures, divergence, stalls",
     )
-    stall_minutes: float = Field(30.0, gt=0, description="minutes without a step after which a cell counts as stalled")
+    stall_minutes: float = Field(30.0, gt=0, description="minutes without a step after which a cell is told as stalled")
     max_cells: int = Field(1000, ge=1, le=100_000, description="a grid of more cells is refused")
     storage: str | None = Field(None, description="folder or bucket of experiments; default: BWLM_STORAGE, else runs/")
     tracking_uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI, else SQLite below the storage")

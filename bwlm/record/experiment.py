@@ -24,7 +24,16 @@ from bwlm.record.checkpoint_name import CheckpointName, run_of
 from bwlm.record.config_file import TOKENIZER, config_content, read_config, write_config
 from bwlm.record.health import DIGEST, RECORDS, check_seal, damage, records_of, sealed
 from bwlm.record.journal import last_entry
-from bwlm.record.lease import LEASE_SECONDS, Holder, Lease, last_holder, living_holder, take, take_at_once
+from bwlm.record.lease import (
+    LEASE_SECONDS,
+    Holder,
+    Lease,
+    last_holder,
+    living_holder,
+    present_holder,
+    take,
+    take_at_once,
+)
 from bwlm.record.lineage import LINK, ParentLink, read_link, write_link
 from bwlm.record.run_config import RunConfig
 from bwlm.storage.keeper import kept_in_bucket
@@ -263,6 +272,14 @@ class ExperimentFolder:
         """Return `host:pid` of the process that trains this run now; None if there is none, or if it is frozen."""
         holder = living_holder(self.path / LEASE)
         return str(holder) if holder else None
+
+    def frozen_holder(self) -> str | None:
+        """Return `host:pid` of the process that holds the lease and has shown no sign of life for as long as it lasts.
+
+        Returns None if the holder lives, or if nobody holds the lease.
+        """
+        holder, is_silent = present_holder(self.path / LEASE) or (None, False)
+        return str(holder) if is_silent else None
 
     def last_host(self) -> str:
         """Return the name of the machine that trained this run last; `?` if none has."""

@@ -57,28 +57,52 @@ def documented_lines(beginning: str, page: str = "cluster.md") -> list[str]:
     return [line.split("  #")[0] for line in lines if line.startswith(beginning)]
 
 
-@contextlib.contextmanager
-def node_of(command: list[str], environment: dict[str, str], log: Path, is_up: Callable[[], bool]) -> Iterator[None]:
-    """A node's processes, from when it is up until the end of the block."""
-    with log.open("wb") as file:
-        node = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
-    processes: list[psutil.Process] = []
-    try:
-        deadline = time.monotonic() + 180
-        while not is_up():
-            assert time.monotonic() < deadline, log.read_text()[-2000:]
-            assert node.poll() is None, log.read_text()[-2000:]
-            time.sleep(0.2)
-        yield
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it may have failed by itself
-            processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+class Node:
+    """The processes of a node."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path, is_up: Callable[[], bool]) -> None:
+        """Start it, and wait until it is up."""
+        with log.open("wb") as file:
+            self._node = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 180
+            while not is_up():
+                assert time.monotonic() < deadline, log.read_text()[-2000:]
+                assert self._node.poll() is None, log.read_text()[-2000:]
+                time.sleep(0.2)
+        except BaseException:
+            self.stop()
+            raise
+
+    def processes(self) -> list[psutil.Process]:
+        """All of them; none if the node has failed by itself."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [psutil.Process(self._node.pid), *psutil.Process(self._node.pid).children(recursive=True)]
+        return []
+
+    def kill(self) -> None:
+        """SIGKILL to each of them, as if the machine had lost its power."""
+        reap(self.processes())
+        self._node.wait()
+
+    def stop(self) -> None:
+        processes = self.processes()
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):  # one that ends as its parent does
                 process.terminate()
         _, alive = psutil.wait_procs(processes, timeout=10)
         reap(alive)
-        node.wait()
+        self._node.wait()
+
+
+@contextlib.contextmanager
+def node_of(command: list[str], environment: dict[str, str], log: Path, is_up: Callable[[], bool]) -> Iterator[None]:
+    """A node's processes, from when it is up until the end of the block."""
+    node = Node(command, environment, log, is_up)
+    try:
+        yield
+    finally:
+        node.stop()
 
 
 class Head(NamedTuple):
@@ -88,6 +112,39 @@ class Head(NamedTuple):
     dashboard: str
     port: int
     """Port that is kept for a server."""
+
+
+def new_head(folder: Path) -> Head:
+    """A head that is not started yet, on a machine that has no token yet; with ports and folders of its own."""
+    gcs, dashboard, port = free_ports(3)
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "BWLM_STORAGE")}
+    environment |= {
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HOME": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    exported, make_token = documented("export RAY_AUTH_MODE=token", "ray get-auth-token")
+    assert exported == "export RAY_AUTH_MODE=token"
+    subprocess.run(shlex.split(make_token), env=environment, check=True, capture_output=True)
+    return Head(environment, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", port)
+
+
+def start_head(head: Head, cpus: int) -> Node:
+    """Start it as docs/cluster.md does."""
+    [start] = documented("ray start --head")
+    gcs, dashboard = (int(address.rpartition(":")[2]) for address in (head.gcs, head.dashboard))
+    agent, client, metrics = free_ports(3)
+    folder = Path(head.environment["HOME"])
+    options = {
+        "--port": gcs, "--dashboard-port": dashboard, "--dashboard-agent-listen-port": agent,
+        "--ray-client-server-port": client, "--metrics-export-port": metrics, "--temp-dir": folder, "--num-cpus": cpus,
+    }  # fmt: skip
+    command = [*shlex.split(start), "--block", "--disable-usage-stats", *(f"{k}={v}" for k, v in options.items())]
+    environment = {k: v for k, v in head.environment.items() if k != "RAY_API_SERVER_ADDRESS"}
+    return Node(command, environment, folder / "head.log", lambda: answers(dashboard))
 
 
 def submit(
@@ -106,14 +163,22 @@ def ray_job(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@contextlib.contextmanager
-def second_node(
-    head: Head, log: Path, options: tuple[str, ...] = ("--num-cpus=1",), **environment: str
-) -> Iterator[None]:
+def join_node(head: Head, log: Path, options: tuple[str, ...] = ("--num-cpus=1",), **environment: str) -> Node:
     """A node that has joined, with another environment."""
     start = shlex.split(documented("ray start --address")[0].replace("HEAD:6379", head.gcs))
     [metrics] = free_ports(1)
     command = [*start, "--block", "--disable-usage-stats", *options, f"--metrics-export-port={metrics}"]
     environment = {"RAY_raylet_start_wait_time_s": "150"} | environment  # the default is short on a busy machine
-    with node_of(command, head.environment | environment, log, lambda: "Ray runtime started" in log.read_text()):
+    return Node(command, head.environment | environment, log, lambda: "Ray runtime started" in log.read_text())
+
+
+@contextlib.contextmanager
+def second_node(
+    head: Head, log: Path, options: tuple[str, ...] = ("--num-cpus=1",), **environment: str
+) -> Iterator[None]:
+    """A node that has joined, until the end of the block."""
+    node = join_node(head, log, options, **environment)
+    try:
         yield
+    finally:
+        node.stop()
