@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install demo tour chat test test-processes test-rest test-faults test-slow check format clean
+.PHONY: install demo tour chat test test-processes test-rest test-faults test-clusters test-kills test-slow check format clean
 
 install: $(VENV)/.installed
 
@@ -41,9 +41,16 @@ test-processes:
 test-rest:
 	$(BIN)/pytest -m "not processes and not faults and not slow" -o cache_dir=.pytest_cache/rest
 
-# real kills, Ray heads of their own, jobs, servers: they wait for processes and run one after the other
+# real kills, Ray heads of their own, jobs, servers: they mostly wait for processes, so two parts run side by side
 test-faults: install
-	$(BIN)/pytest -m "faults and not slow" -o cache_dir=.pytest_cache/faults
+	$(MAKE) --jobs 2 --keep-going --output-sync=target test-clusters test-kills
+
+test-clusters:
+	$(BIN)/pytest -m "faults and not slow" -o cache_dir=.pytest_cache/clusters tests/cluster tests/faults tests/storage
+
+test-kills:
+	$(BIN)/pytest -m "faults and not slow" -o cache_dir=.pytest_cache/kills tests \
+		--ignore tests/cluster --ignore tests/faults --ignore tests/storage
 
 test-slow: install
 	$(BIN)/pytest -m slow

@@ -233,11 +233,12 @@ class LaunchWatch:
             size = path.stat().st_size if path.exists() else 0
             if size != running.journal_bytes or running.is_scoring:
                 running.journal_bytes, running.moved, running.is_stalled = size, now, False
-            elif not running.is_stalled and now - running.moved >= 60 * self._settings.stall_minutes:
-                running.is_stalled = True
-                words = f"{name} has done no step for {duration(now - running.moved)}"
-                self._show(f"stalled: {words}; bwlm grid status {self._plan.name} shows its worker and its log")
-                self._notify("stall", words, name, step=running.step)
+            elif now - running.moved >= 60 * self._settings.stall_minutes:
+                if not running.is_stalled:
+                    running.is_stalled = True
+                    words = f"{name} has done no step for {duration(now - running.moved)}"
+                    self._show(f"stalled: {words}; bwlm grid status {self._plan.name} shows its worker and its log")
+                    self._notify("stall", words, name, step=running.step)
                 self._end_frozen(name)
 
     def _end_frozen(self, cell: str) -> None:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 
 
-_ports = iter(range(21000 + os.getpid() % 5000, 32000))
+_ports = iter(range(21000 + os.getpid() * 211 % 10000, 32000))  # far from those of tests that run beside
 """Ports outside 10002-19999, where Ray's workers listen; each is given out once, since its listener may start later."""
 
 

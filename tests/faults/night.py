@@ -31,6 +31,22 @@ _SECONDS = 240.0
 """Longest wait for anything."""
 
 
+_CLOCK = """
+import time
+right, right_ns = time.time, time.time_ns
+def offset():
+    try:
+        with open({!r}) as file:
+            return int(file.read() or 0)
+    except FileNotFoundError:
+        return 0
+def shifted(): return right() + offset()
+def shifted_ns(): return right_ns() + 10**9 * offset()
+time.time, time.time_ns = shifted, shifted_ns
+"""
+"""A module that Python loads as it starts: the clock is ahead by the seconds that a file holds."""
+
+
 class Fault(NamedTuple):
     """Fault that has just happened."""
 
@@ -45,9 +61,12 @@ class Night:
     """The cluster, the job that leads the grid, and the storage."""
 
     def __init__(self, head: Head, storage: Path, settings: list[str]) -> None:
-        self.head, self.storage, self._settings = head, storage, settings
-        self._logs = Path(head.environment["HOME"])
-        self.head_node = start_head(head, cpus=1)
+        home = Path(head.environment["HOME"])
+        self._clock_file = home / "clock"
+        (home / "sitecustomize.py").write_text(_CLOCK.format(str(self._clock_file)))
+        self.head = head._replace(environment=head.environment | {"PYTHONPATH": str(home)})
+        self.storage, self._settings, self._logs = storage, settings, home
+        self.head_node = start_head(self.head, cpus=1)
         self.other = self._join()
         self._finished: dict[str, str] = {}
         self._jobs: list[str] = []
@@ -65,6 +84,12 @@ class Night:
         # without --working-dir: two nodes of one machine share the folder below which Ray unpacks it, and each does so
         done = ray_job(self.head, "submit", "--no-wait", "--submission-id", self._jobs[-1], "--", *command)
         assert done.returncode == 0, done.stdout + done.stderr
+
+    def switch(self, *settings: str) -> None:
+        """Stop the job, whose cells save, and submit the grid with other settings."""
+        ray_job(self.head, "stop", self._jobs[-1])
+        self._settings = [self._settings[0], *settings]  # the text stays
+        self.submit()
 
     def close(self) -> None:
         self.other.stop()
@@ -115,6 +140,9 @@ class Night:
         amid: dict[str, int] = self.wait_for(found)
         return amid
 
+    def _processes(self) -> list[psutil.Process]:
+        return [*self.head_node.processes(), *self.other.processes()]
+
     # ---- faults ----
 
     def hit(self, kind: str, cells: int = 1, after: int = 60, before: int = 10**9) -> Fault:
@@ -138,11 +166,31 @@ class Night:
         """Kill a task that makes batches, whichever cell it is for: Ray Data tries it again."""
 
         def task() -> psutil.Process | None:
-            nodes = [*self.head_node.processes(), *self.other.processes()]
-            return next((one for one in nodes if _title(one).startswith("ray::MapBatches")), None)
+            return next((one for one in self._processes() if _title(one).startswith("ray::MapBatches")), None)
 
         process: psutil.Process = self.wait_for(task)
         process.kill()
+        return []
+
+    def _trial(self, amid: dict[str, int | None]) -> list[str]:
+        """Kill the actor that drives the workers of a cell, which has several."""
+        drivers = [one for one in self._processes() if _title(one).startswith("ray::ImplicitFunc")]
+        for process in drivers:
+            process.kill()
+        return list(amid)
+
+    def _hung(self, amid: dict[str, int | None]) -> list[str]:
+        """Freeze a worker beside the one that writes: the others wait for it in their next collective."""
+        workers = [one for one in self._processes() if _title(one).startswith("ray::RayTrainWork")]
+        next(one for one in workers if one.pid not in amid.values()).suspend()
+        return list(amid)
+
+    def _clock(self, amid: dict[str, int | None]) -> list[str]:
+        """Set the clock of all processes an hour forward, two hours back, and right again: nothing starts again."""
+        for hours in (1, -1, 0):
+            self._clock_file.write_text(str(3600 * hours))
+            steps = self.training()
+            self.wait_for(lambda steps=steps: self.training().keys() - steps or self.training() != steps)
         return []
 
     def _node(self, amid: dict[str, int | None]) -> list[str]:
@@ -177,7 +225,7 @@ class Night:
 
     def _trained_anew(self, id: str, fault: Fault) -> float | None:
         folder = ExperimentFolder(self.storage, id)
-        if holder(folder) == fault.holders[id] and not folder.status().ended:
+        if holder(folder) in (None, fault.holders[id]) and not folder.status().ended:
             return None
         since = json.loads((folder.path / "lease.json").read_text())["since"]
         return next((entry.time / 1000 for entry in read_journal(folder.path) if entry.time > 1000 * since), None)
