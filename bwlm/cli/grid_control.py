@@ -115,14 +115,22 @@ def grid_delete(
     """
     from bwlm.record.disk import bytes_in
     from bwlm.record.grids import grid_folder
-    from bwlm.record.removal import check_grid_deletable, delete_grid, discard_deleted, lineage_of, runs_of_grid
+    from bwlm.record.removal import (
+        check_grid_deletable,
+        delete_grid,
+        discard_deleted,
+        lineage_of,
+        runs_of_grid,
+        unfinished_deletions,
+    )
     from bwlm.storage.opened import finish_deletions, open_storage, refresh
 
     root = open_storage(storage)
     home = grid_folder(root, name)
     known = sorted(path.name for path in home.parent.glob("[!.]*"))
     finished = [] if dry_run else finish_deletions(root)
-    if name not in known and f"grids/{name}" in finished:
+    if name not in known and not dry_run and (f"grids/{name}" in finished or unfinished_deletions(root, name)):
+        discard_deleted(root)
         return show(f"{name} is deleted: what an earlier deletion had left of it is gone")
     if name not in known:
         raise UserError(f"{name}: no grid of this name in {address_of(root)}{nearest(name, known)}")

@@ -22,7 +22,9 @@ from bwlm.storage.objects import Bucket
 from bwlm.storage.opened import open_storage
 from tests.storage.pusher import save, write
 
-CHANGES = ("create", "swap", "write", "delete")
+CHANGES = ("swap", "delete")
+MOST = 24
+"""More changes than a deletion makes."""
 
 
 def make(address: str) -> None:
@@ -76,7 +78,7 @@ def finish(address: str) -> None:
 
 def check_gone(address: str) -> None:
     root = open_storage(address)
-    left = [one.key for one in Bucket(address).list("") if not one.key.startswith((".heads/", ".leases/"))]
+    left = [one.key for one in Bucket(address).list("") if not one.key.startswith((".heads/", ".leases/", ".probe/"))]
     assert not left, left
     there = [path for path in root.rglob("*") if path.is_file() and ".bucket" not in path.parts]
     assert not there, there
@@ -99,15 +101,23 @@ def forked(scratch: Path, do: Callable[[str], None], address: str) -> bool:
 
 def main(home: str, address: str) -> None:
     one, two = Path(home) / "one", Path(home) / "two"
-    kills, killed = 0, True
-    while killed:
-        storage = f"{address}/{kills}"
-        forked(one, make, storage)
-        forked(two, lambda where: open_storage(where) and None, storage)
-        killed = not forked(one, delete_until(kills), storage)
-        forked(one, finish, storage)
-        forked(two, check_gone, storage)
-        kills += killed
+    storages = [f"{address}/{number}" for number in range(MOST)]
+
+    def on_each(do: Callable[[str], object]) -> Callable[[str], None]:
+        def each(_: str) -> None:
+            for storage in storages:
+                do(storage)
+
+        return each
+
+    forked(one, on_each(make), address)
+    forked(two, on_each(open_storage), address)
+    kills = 0
+    while not forked(one, delete_until(kills), storages[kills]):
+        forked(one, finish, storages[kills])
+        kills += 1
+    del storages[kills + 1 :]
+    forked(two, on_each(check_gone), address)
     print(kills)
 
 
