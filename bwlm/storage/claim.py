@@ -34,7 +34,7 @@ _BETWEEN = 0.1
 _LOOK_SECONDS = 2.0
 """Seconds for which a listing of all leases is used."""
 _LONGEST_SILENCE = 3600.0
-"""Seconds without a sign of life after which no lease is looked at any more; all leases last for less."""
+"""Seconds without a sign of life after which a lease is not even read, to see who held it; all last for less."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ class Board:
     def all_living(self, of: str | None = None) -> Iterator[tuple[str, Seen]]:
         """Yield name and lease of each that is held, of a folder or of all. Raises `BucketAway` if nobody can say."""
         self._look()
-        recent = time.time() + self._bucket.clock_ahead - _LONGEST_SILENCE
-        for place in [place for place, one in self._listed.items() if one.seconds >= recent]:
+        for place in list(self._listed):
             folder, _, name = place.removeprefix(f"{LEASES}/").rpartition("/")
             if of in (None, folder) and (seen := self._living(folder, name)):
                 yield name, seen
@@ -101,7 +100,7 @@ class Board:
     def _living(self, folder: str, name: str) -> Seen | None:
         self._look()
         last = self._listed.get(f"{LEASES}/{folder}/{name}")
-        if last is None:
+        if last is None or time.time() + self._bucket.clock_ahead - last.seconds > _LONGEST_SILENCE:
             return None
         if (seen := self._read.get(last.key)) is None or seen.etag != last.etag:
             seen = self._read[last.key] = _seen(self._bucket, last)
