@@ -23,7 +23,7 @@ from bwlm.storage.opened import open_storage
 from tests.storage.pusher import save, write
 
 CHANGES = ("swap", "delete")
-MOST = 24
+MOST = 18
 """More changes than a deletion makes."""
 
 
@@ -64,7 +64,7 @@ def delete_until(number: int) -> Callable[[str], None]:
 
         for name in CHANGES:
             setattr(Bucket, name, counted(getattr(Bucket, name)))
-        sys.addaudithook(lambda event, _: change() if event == "os.rename" else None)
+        sys.addaudithook(lambda event, told: change() if event == "os.rename" and "deleted" in str(told[1]) else None)
         delete(address)
 
     return killed

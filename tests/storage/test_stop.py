@@ -55,7 +55,7 @@ def wait_until_pushed(process: subprocess.Popen[str], log: Path) -> None:
 
 
 def test_a_grid_is_stopped_from_another_machine_and_goes_on_there(
-    s3: str, grid_file: GridFile, tmp_path: Path, ray_cluster: str, monkeypatch: pytest.MonkeyPatch
+    s3: str, grid_file: GridFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (CREDENTIALS | {"AWS_ENDPOINT_URL": s3}).items():
         monkeypatch.setenv(name, value)
@@ -65,9 +65,7 @@ def test_a_grid_is_stopped_from_another_machine_and_goes_on_there(
         one, two, three = (calm | {"BWLM_SCRATCH": str(tmp_path / name)} for name in ("one", "two", "three"))
         path, log = grid_file(**SETTINGS), tmp_path / "launch.log"
         with log.open("w") as file:
-            launch = subprocess.Popen(
-                [BWLM, "grid", "run", path], env=one | {"RAY_ADDRESS": ray_cluster}, stdout=file, stderr=file, text=True
-            )
+            launch = subprocess.Popen([BWLM, "grid", "run", path], env=one, stdout=file, stderr=file, text=True)
         wait_until_pushed(launch, log)
         running = status(two)
         assert [entry["pid"] for entry in running["summary"]["launches"]] == [launch.pid]
@@ -86,7 +84,7 @@ def test_a_grid_is_stopped_from_another_machine_and_goes_on_there(
             ("resume", cell["step"]) for cell in stopped["cells"]
         ]
 
-        done = bwlm(two | {"RAY_ADDRESS": ray_cluster}, "grid", "run", "g")
+        done = bwlm(two, "grid", "run", "g")
         assert done.returncode == 0, done.stderr[-3000:]
         finished = status(three)
         assert finished["summary"]["counts"] == {"finished": 2}
