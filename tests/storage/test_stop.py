@@ -23,7 +23,7 @@ from tests.s3_server import BUCKET, CREDENTIALS
 pytestmark = pytest.mark.faults
 ADDRESS = f"s3://{BUCKET}/stopped"
 CELLS = ["g_forward_d1_lr1_s0", "g_backward_d1_lr1_s0"]
-STEPS = 400
+STEPS = 1200
 SETTINGS: dict[str, Any] = {
     "budget": {"steps": STEPS, "batch_tokens": 512},
     "evaluation": {"every": 0, "tokens": 1024},
@@ -42,13 +42,13 @@ def status(environment: dict[str, str]) -> Any:
     return json.loads(done.stdout)
 
 
-def wait_until_pushed(process: subprocess.Popen[str], log: Path) -> None:
-    """Until the bucket has the journal of each cell, and what the launch has used."""
+def wait_until_both_train(process: subprocess.Popen[str], log: Path) -> None:
+    """Until the bucket has an attempt of each cell, and what the launch has used."""
     bucket = Bucket(ADDRESS)
     while process.poll() is None:
-        journals = ["metrics.jsonl" in read_head(bucket, cell)[0].files for cell in CELLS]
+        attempts = [read_head(bucket, cell)[0].attempt for cell in CELLS]
         used = [path for path in read_head(bucket, "grids/g")[0].files if path.startswith("launches/")]
-        if all(journals) and used:
+        if all(attempts) and used:
             return
         time.sleep(0.2)
     pytest.fail(f"the grid ended before it could be stopped: {log.read_text()[-2000:]}")
@@ -66,10 +66,10 @@ def test_a_grid_is_stopped_from_another_machine_and_goes_on_there(
         path, log = grid_file(**SETTINGS), tmp_path / "launch.log"
         with log.open("w") as file:
             launch = subprocess.Popen([BWLM, "grid", "run", path], env=one, stdout=file, stderr=file, text=True)
-        wait_until_pushed(launch, log)
+        wait_until_both_train(launch, log)
         running = status(two)
         assert [entry["pid"] for entry in running["summary"]["launches"]] == [launch.pid]
-        assert {cell["standing"] for cell in running["cells"]} == {"running"}
+        assert [cell["holder"] is not None for cell in running["cells"]] == [True] * 2
         assert running["summary"]["money"] > 0
 
         stop = bwlm(two, "grid", "stop", "g")
