@@ -55,3 +55,9 @@ def address_of(path: Path) -> str:
     """Return the address of the bucket's storage that a path belongs to; of any other path, the path itself."""
     root = working_root(path)
     return str(path) if root is None else unquote(root.name)
+
+
+def shown(path: Path) -> str:
+    """Return the address of a path of a bucket's storage, as people know it; of any other path, the path itself."""
+    root = working_root(path)
+    return str(path) if root is None else "/".join([address_of(root), *path.relative_to(root).parts])

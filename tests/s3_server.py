@@ -72,9 +72,10 @@ class Request:
         return "list-type=2" in self.path
 
 
-PASS, REFUSE, CUT, LOSE, SLOW, STALE = "pass", "refuse", "cut", "lose", "slow", "stale"
-"""What the proxy does with a request: forwards it; answers 503; forwards half of its body and cuts the connection;
-forwards it and cuts the connection before the answer; waits before it forwards; answers a listing as it was."""
+PASS, REFUSE, DENY, CUT, LOSE, SLOW, STALE = "pass", "refuse", "deny", "cut", "lose", "slow", "stale"
+"""What the proxy does with a request: forwards it; answers 503; denies access; forwards half of its body and cuts the
+connection; forwards it and cuts the connection before the answer; waits before it forwards; answers a listing as it
+was."""
 Rule = Callable[[Request], str]
 
 
@@ -121,6 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._hang_up()
         if action == REFUSE:
             return self._answer(503, [], b"<Error><Code>SlowDown</Code></Error>")
+        if action == DENY:
+            return self._answer(403, [], b"<Error><Code>AccessDenied</Code></Error>")
         if action == STALE and request.path in self.server.listings:
             return self._answer(*self.server.listings[request.path])
         status, headers, content = self._forward(body)

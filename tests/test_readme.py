@@ -42,6 +42,11 @@ ELSEWHERE = {
         "tests/storage/test_grid.py",
     ),
     **dict.fromkeys(["bwlm runs list --storage ", "bwlm storage "], "tests/storage/test_grid.py, test_training.py"),
+    **dict.fromkeys(
+        [f"bwlm {command} --storage s3://" for command in ("grid status tiny", "grid stop tiny", "doctor")],
+        "tests/storage/test_stop.py, test_control.py",
+    ),
+    "bwlm grid delete tiny --dry-run --storage s3://": "tests/storage/test_stop.py",
 }
 
 

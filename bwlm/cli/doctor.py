@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,14 +28,16 @@ def doctor(
 ) -> None:
     """Check this machine: packages, storage, MLflow, processors, compiler. Exits with 1 if a check fails.
 
+    A bucket is checked by real requests: objects are created, read, replaced, listed and deleted.
+
     With --cluster: whether its nodes have equal versions and code, share the storage, reach each other and agree on
     the time.
 
     Example: `bwlm doctor`
     """
-    from bwlm.storage.opened import local_storage
+    from bwlm.paths import storage_root
 
-    root = local_storage(storage, "bwlm doctor")
+    root = storage_root(storage)
     checks = list[dict[str, object]]()
     for check in _of_cluster(root) if cluster else _of_machine(root):
         checks.append(check._asdict())
@@ -58,7 +61,7 @@ def _of_machine(root: Path) -> Iterator[Check]:
         from bwlm.plan.doctor import machine_checks
         from bwlm.record.mlflow_store import tracking_uri
     with working("checking this machine"):
-        yield from machine_checks(root, tracking_uri(root, None))
+        yield from machine_checks(root, partial(tracking_uri, root, None))
 
 
 def _of_cluster(root: Path) -> Iterator[Check]:
@@ -72,4 +75,4 @@ def _of_cluster(root: Path) -> Iterator[Check]:
         from bwlm.record.mlflow_store import tracking_uri
     with ray_session("bwlm doctor"), working("checking the cluster"):
         yield from Nodes().checks(root)
-        yield mlflow_check(tracking_uri(root, None))
+        yield mlflow_check(partial(tracking_uri, root, None))

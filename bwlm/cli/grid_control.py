@@ -15,6 +15,7 @@ from bwlm.cli.terminal import AcceptCode, Json, Set, Storage, confirmed, say, sh
 from bwlm.errors import UserError, nearest
 from bwlm.format import counted, file_size, first_of
 from bwlm.progress import working
+from bwlm.remote import address_of
 
 if TYPE_CHECKING:
     from bwlm.record.launches import LaunchEntry
@@ -30,23 +31,24 @@ def grid_stop(
 ) -> None:
     """Stop every launch of a grid: its cells save checkpoints and end. `bwlm grid run` resumes them.
 
-    Works from any machine that sees the storage. The launch exits with 75.
+    Works from any machine that sees the storage. The launch exits with 75. In a bucket it looks for the request every
+    ten seconds.
 
     Example: `bwlm grid stop demo`
     """
     from bwlm.grid.summary import summarize
     from bwlm.record.grids import grid_folder
     from bwlm.record.launches import ask_to_stop
-    from bwlm.storage.opened import refuse_bucket
+    from bwlm.storage.opened import refresh
 
     plan, root = load_plan(grid, set_, storage)
-    refuse_bucket(root, "bwlm grid stop")
     asked = ask_to_stop(grid_folder(root, plan.name), f"{socket.gethostname()}:{os.getpid()}")
     for launch in asked:
         assert launch.holder is not None
         show(f"{plan.name}: {launch.holder} is asked to stop; it runs {launch.holder.since_words}")
     if asked and wait:
         _wait_for_end(grid_folder(root, plan.name), asked)
+        refresh(root)
     summary = summarize(plan, root)
     if not asked:
         running = [one for one in summary.cells if one.standing == "running"]
@@ -89,10 +91,8 @@ def grid_continue(
     Example: `bwlm grid continue mine 'mine_backward_*'`
     """
     from bwlm.grid.continued import choose_stopped, reopen
-    from bwlm.storage.opened import refuse_bucket
 
     plan, root = load_plan(grid, set_, storage)
-    refuse_bucket(root, "bwlm grid continue")
     for chosen in choose_stopped(plan, root, cells):
         reopen(chosen)
     run_grid(plan, root, accept_code, as_json)
@@ -115,14 +115,25 @@ def grid_delete(
     """
     from bwlm.record.disk import bytes_in
     from bwlm.record.grids import grid_folder
-    from bwlm.record.removal import check_grid_deletable, delete_grid, discard_deleted, lineage_of, runs_of_grid
-    from bwlm.storage.opened import local_storage
+    from bwlm.record.removal import (
+        check_grid_deletable,
+        delete_grid,
+        discard_deleted,
+        lineage_of,
+        runs_of_grid,
+        unfinished_deletions,
+    )
+    from bwlm.storage.opened import finish_deletions, open_storage, refresh
 
-    root = local_storage(storage, "bwlm grid delete")
+    root = open_storage(storage)
     home = grid_folder(root, name)
     known = sorted(path.name for path in home.parent.glob("[!.]*"))
+    finished = [] if dry_run else finish_deletions(root)
+    if name not in known and not dry_run and (f"grids/{name}" in finished or unfinished_deletions(root, name)):
+        discard_deleted(root)
+        return show(f"{name} is deleted: what an earlier deletion had left of it is gone")
     if name not in known:
-        raise UserError(f"{name}: no grid of this name in {root}{nearest(name, known)}")
+        raise UserError(f"{name}: no grid of this name in {address_of(root)}{nearest(name, known)}")
     folders, lineage = runs_of_grid(root, name), lineage_of(root)
     check_grid_deletable(root, name, folders, lineage)
     size = file_size(bytes_in(home) + sum(bytes_in(folder.path) for folder in folders))
@@ -133,6 +144,8 @@ def grid_delete(
     if not yes and not confirmed(f"Delete {name} ({what}){runs}?"):
         say(f"{name} is left as it was")
         raise typer.Exit(1)
+    if refresh(root):  # a person may have thought for an hour
+        folders, lineage = runs_of_grid(root, name), lineage_of(root)
     delete_grid(root, name, folders, lineage)
     discard_deleted(root)
     return show(f"{name} is deleted ({what}); its MLflow runs stay")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bwlm.cli.terminal import say, show, show_sentences, show_table
 from bwlm.format import duration, first_of, short_number
+from bwlm.remote import address_of, working_root
 
 if TYPE_CHECKING:
     from bwlm.grid.cells import PlannedCell
@@ -23,6 +24,8 @@ STOPPED_ABOVE = "not trained: the scheduler stopped a run early from which it de
 _FEW = 8
 """Most cells of a grid that is listed whole, and most waiting cells and logs that are listed; of more, the number."""
 _REDRAW_SECONDS = 2.0
+_BUCKET_SECONDS = 5.0
+"""Seconds between two looks into a bucket."""
 _LINE_SECONDS = 60.0
 """Seconds between two lines of `--watch` outside a terminal."""
 _SHARE = 0.25
@@ -136,7 +139,9 @@ def print_status(plan: Plan, root: Path, summary: GridSummary, everything: bool)
     _print_logs(summary.cells, everything)
     show_sentences(*reasons([_failed(cell) for cell in listed]))
     if not any(one.planned.folder.exists() for one in summary.cells):
-        show(f"no cell of {plan.name} has begun in {root}{'' if root.exists() else ', which does not exist'}")
+        show(
+            f"no cell of {plan.name} has begun in {address_of(root)}{'' if root.exists() else ', which does not exist'}"
+        )
 
 
 def _print_accounts(summary: GridSummary) -> None:
@@ -215,8 +220,10 @@ class Watcher:
         """Return the summary of this moment."""
         from bwlm.grid.cells import find_cells
         from bwlm.grid.summary import summarize
+        from bwlm.storage.opened import refresh
 
         began = time.monotonic()
+        refresh(self._root)
         rest = replace(self._plan, cells=tuple(c for c in self._plan.cells if c.id not in self._finished))
         known = self._finished | {one.cell.id: one for one in find_cells(rest, self._root)}
         self._finished = {name: one for name, one in known.items() if one.status.state == "finished"}
@@ -225,8 +232,9 @@ class Watcher:
         return summary
 
     def wait(self, seconds: float) -> None:
-        """Wait so many seconds, or longer if a look takes long."""
-        time.sleep(max(seconds, self._seconds / _SHARE))
+        """Wait so many seconds, or longer if a look takes long, or asks a bucket."""
+        least = _BUCKET_SECONDS if working_root(self._root) else seconds
+        time.sleep(max(least, self._seconds / _SHARE))
 
 
 def watch_status(plan: Plan, root: Path, everything: bool) -> None:

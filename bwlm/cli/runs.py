@@ -190,10 +190,11 @@ def runs_delete(
         is_unfinished,
         lineage_of,
     )
-    from bwlm.storage.opened import open_storage
+    from bwlm.storage.opened import finish_deletions, open_storage, refresh
 
     root = open_storage(storage)
-    for run in [name for name in names if is_unfinished(root, name)]:
+    finished = finish_deletions(root)
+    for run in [name for name in names if name in finished or is_unfinished(root, name)]:
         discard_deleted(root)
         names.remove(run)
         show(f"{run} is deleted: what an earlier deletion had left of it is gone")
@@ -206,6 +207,7 @@ def runs_delete(
         one = len(folders) == 1
         say(f"{folders[0].id} is left as it was" if one else "all of them are left as they were")
         raise typer.Exit(1)
+    refresh(root)  # a person may have thought for an hour
     for folder in folders:
         delete(folder)
         what, besides = told[folder.id]

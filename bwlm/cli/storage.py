@@ -14,6 +14,8 @@ from bwlm.cli.bucket import pull, push
 from bwlm.cli.terminal import Json, Storage, confirmed, print_json, say, show, show_table
 from bwlm.errors import UserError
 from bwlm.format import counted, file_size
+from bwlm.progress import working
+from bwlm.remote import address_of, shown
 
 if TYPE_CHECKING:
     from bwlm.record.cleaning import Item, Unneeded
@@ -38,21 +40,25 @@ def _seconds(text: str) -> float:
 def storage_usage(storage: Storage = None, as_json: Json = False) -> None:
     """Show the bytes below the storage by kind of file and by grid, and how much `bwlm storage clean` would free.
 
+    Of a bucket these are the bytes of its objects. Parts of uploads that were killed are not among them.
+
     Example: `bwlm storage usage --json`
     """
     from bwlm.record.cleaning import find_unneeded
-    from bwlm.record.disk import KINDS, disk_usage
-    from bwlm.storage.opened import local_storage
+    from bwlm.record.disk import KINDS, StoredFiles, disk_usage
+    from bwlm.storage.opened import open_storage
 
-    root = local_storage(storage, "bwlm storage usage")
-    usage, free = disk_usage(root), shutil.disk_usage(next(p for p in (root, *root.parents) if p.exists())).free
-    unneeded = find_unneeded(root, _seconds(_DEFAULT_AGE), logs=False)
+    root = open_storage(storage)
+    with working(f"counting {address_of(root)}"):
+        files = StoredFiles(root)
+        usage, free = disk_usage(files), shutil.disk_usage(next(p for p in (root, *root.parents) if p.exists())).free
+        unneeded = find_unneeded(files, _seconds(_DEFAULT_AGE), logs=False)
     kinds = {kind: usage.kinds[kind] for kind in KINDS if usage.kinds[kind]}
     grids = usage.grids.most_common()
     total = usage.kinds.total()
     if as_json:
         listed = [{"grid": name, "runs": usage.runs[name], "bytes": size} for name, size in grids]
-        document = {"storage": str(root), "bytes": total, "free_bytes": free, "kinds": kinds, "grids": listed}
+        document = {"storage": address_of(root), "bytes": total, "free_bytes": free, "kinds": kinds, "grids": listed}
         return print_json(document | {"unneeded_bytes": unneeded.bytes})
     if kinds:
         show_table(["files", "size"], [[kind, file_size(size)] for kind, size in kinds.items()])
@@ -61,7 +67,8 @@ def storage_usage(storage: Storage = None, as_json: Json = False) -> None:
         rows = [[name or "(no grid)", str(usage.runs[name]), file_size(size)] for name, size in grids[:_MOST_GRIDS]]
         show_table(["grid", "runs", "size"], rows)
         show(f"{len(grids) - _MOST_GRIDS} more grids: --json" if len(grids) > _MOST_GRIDS else "")
-    show(f"{file_size(total)} in {root}; {file_size(free)} of its disk are free")
+    what = "its disk" if files.there is None else f"the disk of {root}"
+    show(f"{file_size(total)} in {address_of(root)}; {file_size(free)} of {what} are free")
     if unneeded.bytes:
         show(f"bwlm storage clean would free {file_size(unneeded.bytes)} that is older than {_DEFAULT_AGE}")
     return None
@@ -89,10 +96,12 @@ def storage_clean(
     Example: `bwlm storage clean --older 8w --logs --yes`
     """
     from bwlm.record.cleaning import find_unneeded
-    from bwlm.storage.opened import local_storage
+    from bwlm.record.disk import StoredFiles
+    from bwlm.storage.opened import open_storage
 
-    root, seconds = local_storage(storage, "bwlm storage clean"), _seconds(older)
-    found = find_unneeded(root, seconds, logs)
+    seconds = _seconds(older)
+    root = open_storage(storage)
+    found = find_unneeded(StoredFiles(root), seconds, logs)
     if not as_json:
         _print_items(found, older)
     if dry_run or not found.items:
@@ -103,7 +112,8 @@ def storage_clean(
         raise typer.Exit(1)
     chosen = {item.path for item in found.items}
     # again, since a person may have thought for an hour: a run may have begun from a checkpoint meanwhile
-    removed, left = _remove_all([item for item in find_unneeded(root, seconds, logs).items if item.path in chosen])
+    again = find_unneeded(StoredFiles(root), seconds, logs)
+    removed, left = _remove_all([item for item in again.items if item.path in chosen])
     if as_json:
         print_json(_document(removed, left, found.passed_over))
     else:
@@ -118,12 +128,12 @@ def storage_clean(
 def _remove_all(items: list[Item]) -> tuple[list[Item], list[str]]:
     """Return the items that are removed, and a line on each that is left."""
     from bwlm.progress import track
-    from bwlm.record.cleaning import remove
+    from bwlm.record.cleaning import remove_all
 
     removed, left = [], []
-    for item in track(items, "removing", "items"):
-        if fault := remove(item):
-            left.append(f"{item.path}: {fault}")
+    for item, fault in remove_all(track(items, "removing", "items")):
+        if fault:
+            left.append(f"{shown(item.path)}: {fault}")
         else:
             removed.append(item)
     return removed, left
@@ -131,7 +141,7 @@ def _remove_all(items: list[Item]) -> tuple[list[Item], list[str]]:
 
 def _document(items: list[Item], left: list[str], passed_over: list[str]) -> dict[str, Any]:
     listed = [
-        {"kind": i.kind, "path": str(i.path), "reason": i.reason, "bytes": i.bytes, "run": i.folder and i.folder.id}
+        {"kind": i.kind, "path": shown(i.path), "reason": i.reason, "bytes": i.bytes, "run": i.folder and i.folder.id}
         for i in items
     ]
     return {"items": listed, "bytes": sum(i.bytes for i in items), "left": left, "passed_over": passed_over}
@@ -145,7 +155,7 @@ def _print_items(found: Unneeded, older: str) -> None:
         show(f"nothing to remove that is older than {older}")
     elif len(found.items) <= _MOST_GRIDS:
         for item in found.items:
-            show(f"{item.kind}, {item.reason}, {file_size(item.bytes)}: {item.path}")
+            show(f"{item.kind}, {item.reason}, {file_size(item.bytes)}: {shown(item.path)}")
     else:
         sizes, numbers = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
         for item in found.items:

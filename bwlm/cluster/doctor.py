@@ -23,8 +23,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from bwlm.cluster.environment import prepare_environment
 from bwlm.format import counted, listed
 from bwlm.phases import PHASES
-from bwlm.plan.doctor import Check, checked
+from bwlm.plan.doctor import Check, bucket_words, checked
 from bwlm.record.code import module_digests
+from bwlm.remote import address_of, working_folder, working_root
 
 _PACKAGES = ("ray", "torch", "numpy", "pyarrow")
 """Libraries that cells compute or exchange data with; bwlm itself is compared by its code."""
@@ -55,6 +56,11 @@ class Probe:
     def names_in(self, folder: str) -> list[str]:
         """Return the names of the files in a folder that hold their own names."""
         return sorted(path.name for path in Path(folder).iterdir() if path.read_text("utf-8") == path.name)
+
+    def fault_of_bucket(self, address: str) -> str:
+        """Return why a launch cannot use a bucket from this node; '' if it can."""
+        check = checked("bucket", lambda: bucket_words(working_folder(address)), "")
+        return "" if check.is_ok else check.found
 
     def now(self) -> float:
         """Return this node's clock in seconds."""
@@ -96,9 +102,11 @@ class Nodes:
         """Yield the checks of the nodes, each as soon as it is done."""
         yield checked("nodes", self._all_answer, "see `ray list nodes` and the node's raylet.err in the dashboard")
         yield checked("versions", self._same_versions, "install requirements.lock and the same checkout on every node")
-        yield checked(
-            "storage", partial(self._share_storage, storage), "mount the same folder at this path on every node"
-        )
+        if working_root(storage):
+            yield checked("storage", partial(self._reach_bucket, storage), "")
+        else:
+            mount = "mount the same folder at this path on every node"
+            yield checked("storage", partial(self._share_storage, storage), mount)
         yield checked(
             "clocks", self._same_time, "start time synchronisation (chrony or systemd-timesyncd) on each node"
         )
@@ -139,6 +147,13 @@ class Nodes:
                 path.unlink()
             folder.rmdir()
         return f"{storage} is written and read by every node"
+
+    def _reach_bucket(self, storage: Path) -> str:
+        address = address_of(storage)
+        faults = self._ask(lambda probe: probe.fault_of_bucket.remote(address))
+        if wrong := [f"{node}: {fault}" for node, fault in zip(self.names, faults, strict=True) if fault]:
+            raise RuntimeError("; ".join(wrong))
+        return f"{address} is read and written by every node"
 
     def _same_time(self) -> str:
         offsets = [_clock_offset(probe) for probe in self._probes]

@@ -11,6 +11,7 @@ from bwlm.grid.cells import PlannedCell, find_cells
 from bwlm.paths import write_json
 from bwlm.plan.spec import Plan
 from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.storage.opened import push
 
 _MARK = "continued.json"
 """File of a run that no scheduler stops any more."""
@@ -52,8 +53,12 @@ def _may_continue(planned: PlannedCell) -> bool:
 
 
 def reopen(planned: PlannedCell) -> None:
-    """Take back the early stop of a cell: the next launch resumes it, and no scheduler stops it again."""
+    """Take back the early stop of a cell: the next launch resumes it, and no scheduler stops it again.
+
+    Raises `LateWriter` if another machine has begun to train it in a bucket.
+    """
     folder = planned.folder
     write_json(folder.path / _MARK, {"step": planned.status.step, "time": time.time()})
     if folder.status().state == "stopped":
         folder.write_status(Status())
+    push(folder.path, trained=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bwlm.credentials import masked
-from bwlm.errors import Paused, UserError, first_line
+from bwlm.errors import BwlmError, Paused, UserError, first_line
 from bwlm.format import duration
 from bwlm.grid.notify import Notifier
 from bwlm.grid.summary import summarize
@@ -28,11 +28,12 @@ from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.grids import grid_folder
 from bwlm.record.journal import NAME
 from bwlm.record.launches import LaunchRecord, Usage, launches_of, recorded_launch, total_of
+from bwlm.storage.opened import fetch, refresh
 from bwlm.train.termination import TERMINATED
 
 _LOOK_SECONDS = 1.0
 _WRITE_SECONDS = 10.0
-"""Seconds between two looks at costs and stalls, after which the usage is written."""
+"""Seconds between two looks at costs and stalls, after which the usage is written, and a bucket is asked."""
 
 Show = Callable[[str], None]
 
@@ -132,7 +133,9 @@ class LaunchWatch:
                 self._may_stop = False
 
     def _left(self) -> str:
-        self._account()
+        with contextlib.suppress(BwlmError):  # a bucket that is away: what is known here is told
+            self._account()
+            refresh(self._storage)
         words = summarize(self._plan, self._storage).left_words()
         return f"{words}; to resume, run the same command, or: bwlm grid run {self._plan.name}"
 
@@ -156,7 +159,7 @@ class LaunchWatch:
             self._thread.join()
         self.trained()
         outcome, reason = ("stopped", self.reason) if isinstance(error, Paused) else _outcome(error)
-        with contextlib.suppress(OSError, UserError):  # a full disk, say: the launch tells its own fault
+        with contextlib.suppress(OSError, BwlmError):  # a full disk, say: the launch tells its own fault
             summary = summarize(self._plan, self._storage)
             if error is None and not summary.is_complete:
                 outcome = "incomplete"
@@ -170,7 +173,7 @@ class LaunchWatch:
     def _look_again(self) -> None:
         next_account = 0.0
         while not self._over.wait(_LOOK_SECONDS):
-            with contextlib.suppress(OSError):  # a storage that is away for a moment
+            with contextlib.suppress(OSError, BwlmError):  # a storage that is away for a moment
                 if time.monotonic() >= next_account:
                     next_account = time.monotonic() + _WRITE_SECONDS
                     self._account()
@@ -205,6 +208,7 @@ class LaunchWatch:
 
     def _look_at_costs(self) -> None:
         assert self._record is not None
+        self._record.exchange()
         others = [one.usage for one in launches_of(self._record.home) if one.name != self._record.name]
         price = self._settings.price
         self._spent_before = total_of(others).cost(price.gpu_hour, price.cpu_hour)
@@ -230,6 +234,8 @@ class LaunchWatch:
     def _look_for_stalls(self) -> None:
         for name, running in list(self._running.items()):
             path, now = self._storage / name / NAME, time.monotonic()
+            if now - running.moved >= 60 * self._settings.stall_minutes:
+                fetch(path)  # its worker may run on another machine
             size = path.stat().st_size if path.exists() else 0
             if size != running.journal_bytes or running.is_scoring:
                 running.journal_bytes, running.moved, running.is_stalled = size, now, False

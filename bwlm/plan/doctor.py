@@ -15,6 +15,8 @@ from bwlm.model.compute import why_not_compile
 from bwlm.paths import check_writable
 from bwlm.plan.machine import available_cores, available_gpus, available_memory
 from bwlm.record.mlflow_store import ask_store
+from bwlm.remote import address_of
+from bwlm.storage.opened import check_bucket, in_bucket
 
 
 class Check(NamedTuple):
@@ -36,7 +38,7 @@ def checked(name: str, look: Callable[[], str], fix: str) -> Check:
         return Check(name, False, words, fix)
 
 
-def machine_checks(storage: Path, tracking_uri: str) -> Iterator[Check]:
+def machine_checks(storage: Path, tracking_uri: Callable[[], str]) -> Iterator[Check]:
     """Yield the checks of this machine, each as soon as it is done."""
     yield checked("packages", _packages, "make install, or: pip install -r requirements.lock")
     yield checked("storage", partial(_storage, storage), "")
@@ -47,9 +49,9 @@ def machine_checks(storage: Path, tracking_uri: str) -> Iterator[Check]:
     )
 
 
-def mlflow_check(uri: str) -> Check:
-    """Return the check of an MLflow store, by a real request."""
-    return checked("MLflow", partial(ask_store, uri), "start the server, or correct MLFLOW_TRACKING_URI")
+def mlflow_check(uri: Callable[[], str]) -> Check:
+    """Return the check of the MLflow store that `uri` names, by a real request."""
+    return checked("MLflow", lambda: ask_store(uri()), "start the server, or correct MLFLOW_TRACKING_URI")
 
 
 def _packages() -> str:
@@ -71,8 +73,16 @@ def _fault(name: str, is_wanted: Callable[[str], bool]) -> str:
     return "" if is_wanted(version) else f"{name} {version} is another version than bwlm needs"
 
 
+def bucket_words(storage: Path) -> str:
+    """Return what works in the bucket of a storage, by real requests. Raises as `check_bucket`."""
+    check_bucket(storage)
+    return f"{address_of(storage)}: objects are created once, read, replaced only if unchanged, listed and deleted"
+
+
 def _storage(storage: Path) -> str:
     check_writable(storage)
+    if in_bucket(storage):
+        return f"{bucket_words(storage)}; its copies lie in {storage}"
     existing = next(folder for folder in (storage, *storage.parents) if folder.exists())
     return f"{storage} is writable, {file_size(shutil.disk_usage(existing).free)} free"
 

@@ -5,13 +5,15 @@
     grids/<grid>/stop.json                names of the launches that were asked to stop
 
 All of it lies on the shared storage, so that any process on any machine can read it, also while Ray is down. A request
-names launches. So it stops no later launch, whatever became of those that it names.
+names launches. So it stops no later launch, whatever became of those that it names. In a bucket the lease is an object
+(`bwlm/storage/claim.py`), and the other two are files of the grid's folder, which each launch pushes and brings here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,10 +24,13 @@ from pathlib import Path
 from bwlm.errors import UserError
 from bwlm.paths import read_json, write_json
 from bwlm.record.lease import Holder, Lease, living_holder, take_at_once
+from bwlm.storage.opened import living_leases, push, remove, shared
 
 LAUNCHES = "launches"
 """Folder of a grid's launches inside the grid's folder."""
 STOP = "stop.json"
+_NAME = re.compile(r"\d{14}-[0-9a-f]{8}")
+"""Names of launches."""
 
 
 @dataclass
@@ -74,8 +79,15 @@ class LaunchRecord:
     """Milliseconds since the epoch when it began, and a text that is different for each launch."""
 
     def write(self, usage: Usage) -> None:
-        """Write what the launch used until now."""
-        write_json(self.home / LAUNCHES / f"{self.name}.json", asdict(usage))
+        """Write what the launch used until now, also to a bucket. Raises `BucketAway` if that does not answer."""
+        path = self.home / LAUNCHES / f"{self.name}.json"
+        write_json(path, asdict(usage))
+        push(path)
+
+    def exchange(self) -> None:
+        """Bring here from a bucket what other launches used, and a request to stop. Raises as `write`."""
+        if folder := shared(self.home):
+            folder.fetch(f"{LAUNCHES}/*", STOP)
 
     def asked_to_stop(self) -> str | None:
         """Return the process that asked this launch to stop, `host:pid`; None if none did."""
@@ -112,7 +124,8 @@ def _discard_dead(home: Path) -> None:
     for path in (home / LAUNCHES).glob("*.lease"):
         if path.stem not in living:
             path.unlink(missing_ok=True)
-    if not living.intersection(_request(home)[0]):
+    if (home / STOP).exists() and not living.intersection(_request(home)[0]):
+        remove(home / STOP)
         (home / STOP).unlink(missing_ok=True)
 
 
@@ -126,8 +139,9 @@ def _request(home: Path) -> tuple[list[str], str]:
 
 def launches_of(home: Path) -> list[LaunchEntry]:
     """Return the launches of the grid in the folder `home`, the oldest first."""
-    names = sorted({path.stem for path in (home / LAUNCHES).glob("[!.]*")})
-    return [_entry(home / LAUNCHES, name) for name in names]
+    here = {path.stem for path in (home / LAUNCHES).glob("[!.]*")}
+    elsewhere = {name for name, _ in living_leases(home) if _NAME.fullmatch(name)}
+    return [_entry(home / LAUNCHES, name) for name in sorted(here | elsewhere)]
 
 
 def living_launches(home: Path) -> list[LaunchEntry]:
@@ -156,4 +170,5 @@ def ask_to_stop(home: Path, by: str) -> list[LaunchEntry]:
     asked = launches_of(home)
     if asked:
         write_json(home / STOP, {"launches": [entry.name for entry in asked], "by": by, "time": time.time()})
+        push(home / STOP)
     return [entry for entry in asked if entry.holder]

@@ -10,11 +10,11 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Collection, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 from bwlm.errors import UserError
-from bwlm.paths import exclusive, is_id, sync
+from bwlm.paths import is_id, sync
 from bwlm.progress import track
 from bwlm.record.disk import grid_of
 from bwlm.record.experiment import LAUNCH, LEASE, ExperimentFolder, list_experiments, parents_in
@@ -22,7 +22,7 @@ from bwlm.record.grids import cells_of, grid_folder, grid_names
 from bwlm.record.launches import living_launches
 from bwlm.record.lease import Holder, take_at_once
 from bwlm.record.lineage import Lineage
-from bwlm.storage.opened import shared
+from bwlm.storage.opened import exclusive, in_bucket, remove
 
 _NAMED = 3
 """Number of children that an error names."""
@@ -76,9 +76,7 @@ def delete(folder: ExperimentFolder, besides: Collection[str] = (), lineage: Lin
                 if isinstance(taken, Holder):
                     raise _is_busy(folder, taken)
                 leases.callback(taken.release)
-            if in_bucket := shared(folder.path):
-                in_bucket.delete()
-            folder.path.rename(gone)
+            _rename_deleted(folder.path, gone)
         sync(gone.parent)  # else a power cut might bring the name back without all of the run's files
     except OSError as error:
         raise UserError(
@@ -88,6 +86,13 @@ def delete(folder: ExperimentFolder, besides: Collection[str] = (), lineage: Lin
     discard_deleted(folder.path.parent)
     if gone.exists():
         raise UserError(f"{folder.id} is deleted, but not all of it could be: remove {gone} by hand")
+
+
+def _rename_deleted(path: Path, gone: Path) -> None:
+    """Delete a folder in a bucket, and rename it here; a bucket's may have gone here already, as another pulled it."""
+    remove(path)
+    with suppress(FileNotFoundError) if in_bucket(path) else nullcontext():
+        path.rename(gone)
 
 
 def runs_of_grid(storage: Path, name: str) -> list[ExperimentFolder]:
@@ -118,7 +123,7 @@ def delete_grid(storage: Path, name: str, folders: list[ExperimentFolder], linea
         for folder in track(children_first(folders, lineage), f"deleting {name}", "runs"):
             delete(folder, ids, lineage)
         gone = home.with_name(f".{name}.{uuid.uuid4().hex[:8]}.deleted")
-        home.rename(gone)
+        _rename_deleted(home, gone)
         sync(gone.parent)
     shutil.rmtree(gone, ignore_errors=True)
 

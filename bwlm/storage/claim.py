@@ -17,7 +17,7 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ _BETWEEN = 0.1
 """Seconds between tries to create an object that others create too."""
 _LOOK_SECONDS = 2.0
 """Seconds for which a listing of all leases is used."""
+_LONGEST_SILENCE = 3600.0
+"""Seconds without a sign of life after which a lease is not even read, to see who held it; all last for less."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Board:
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
         self._listed: dict[str, Listed] = {}
+        self._read: dict[str, Seen] = {}
+        """Leases that were read, by key: another sign of life has another ETag."""
         self._at = -math.inf
 
     def living(self, folder: str, name: str) -> Seen | None:
@@ -85,16 +89,28 @@ class Board:
             return self._living(folder, name)
         return None
 
+    def all_living(self, of: str | None = None) -> Iterator[tuple[str, Seen]]:
+        """Yield name and lease of each that is held, of a folder or of all. Raises `BucketAway` if nobody can say."""
+        self._look()
+        for place in list(self._listed):
+            folder, _, name = place.removeprefix(f"{LEASES}/").rpartition("/")
+            if of in (None, folder) and (seen := self._living(folder, name)):
+                yield name, seen
+
     def _living(self, folder: str, name: str) -> Seen | None:
+        self._look()
+        last = self._listed.get(f"{LEASES}/{folder}/{name}")
+        if last is None or time.time() + self._bucket.clock_ahead - last.seconds > _LONGEST_SILENCE:
+            return None
+        if (seen := self._read.get(last.key)) is None or seen.etag != last.etag:
+            seen = self._read[last.key] = _seen(self._bucket, last)
+        return None if seen.is_free or seen.is_silent(self._bucket.clock_ahead) else seen
+
+    def _look(self) -> None:
         if time.monotonic() - self._at > _LOOK_SECONDS:
             found = sorted(self._bucket.list(f"{LEASES}/"), key=lambda one: one.key)
             self._listed = {one.key.rpartition("/")[0]: one for one in found}
             self._at = time.monotonic()
-        last = self._listed.get(f"{LEASES}/{folder}/{name}")
-        if last is None:
-            return None
-        seen = _seen(self._bucket, last)
-        return None if seen.is_free or seen.is_silent(self._bucket.clock_ahead) else seen
 
 
 class Claim:

@@ -30,8 +30,8 @@ _TRAINED = (
 )
 """Files that only the holder of a run's lease writes."""
 _LOCKS = ("lease.json", "launch.json", "lock")
-_LAUNCHES = ("launches/*", "stop.json")
-"""Files that have a meaning on this machine alone, and the launches of a grid from it."""
+_LAUNCHES = ("launches/*.lease",)
+"""Files that have a meaning on this machine alone; what a launch used goes to the bucket."""
 _MARKS = ("meta.json", "manifest.json")
 """Files without which a checkpoint or a packed text does not count."""
 _ORDER = ("checkpoints/*.safetensors", "checkpoints/*", "*.h5.tail", "*.h5", "*")
@@ -101,6 +101,23 @@ class SharedFolder:
     def fetch(self, *patterns: str) -> None:
         """Bring the files whose paths match, also large ones, unless they are here already."""
         self.pull(lambda path: _matches(path, patterns))
+
+    def is_behind(self, etag: str) -> bool:
+        """Return whether small files here are not those of the bucket, whose head has this ETag now.
+
+        A push, or a fetch of large files, learns the head, but brings no other files.
+        """
+        index = self._index.read()
+        if index.tag is None or index.tag[0] != etag:
+            return True
+        keys = {path: stored.key for path, stored in index.head.files.items() if is_small(path)}
+        return any(index.here.get(path, ("",))[0] != key for path, key in keys.items()) or any(
+            path not in index.head.files for path in index.here
+        )
+
+    def head(self) -> Head:
+        """Return the head as it was pulled last."""
+        return self._index.read().head
 
     def size_of(self, path: str) -> int | None:
         """Return the bytes of a file as the bucket has it, by what was pulled last; None if it has none."""
@@ -193,7 +210,9 @@ class SharedFolder:
         merged = [path for path in self._written(index, meant) if path.endswith(".h5") and path not in uploaded]
         uploaded |= {path: self._upload(path, f"{version}/{path}", fence or 0) for path in merged}
         files = {path: stored for path, (stored, _) in uploaded.items()}
-        head, tag = swap_head(self.bucket, self.name, (index.head, index.tag), files, gone, fence)
+        head, tag = swap_head(
+            self.bucket, self.name, (index.head, index.tag), files, lambda path, _: path in gone, fence
+        )
         with self._index.locked() as now:
             if head.number > now.head.number:
                 now.head, now.tag = head, tag
@@ -300,15 +319,42 @@ class SharedFolder:
         """Return the number of the attempt that trained here last; 0: none."""
         return self._index.read().attempt
 
+    def remove(self, meant: Choice) -> None:
+        """Delete files in the bucket and here, as they were pulled last; one that was replaced since stays."""
+        with self._index.locked() as index:
+            keys = {stored.key for path, stored in index.head.files.items() if meant(path)}
+            if keys:
+                index.head, index.tag = swap_head(
+                    self.bucket, self.name, (index.head, index.tag), {}, lambda _, stored: stored.key in keys
+                )
+                self._drop(index, _nothing)
+        self.bucket.delete(keys)
+
     def delete(self) -> None:
-        """Delete the folder in the bucket and here. Its head stays, empty, so that no late writer brings it back."""
+        """Delete the folder in the bucket. Its head stays, empty, so that no late writer brings it back.
+
+        What lies here the caller deletes, or the next pull. After a kill `finish_deletion` completes it.
+        """
         with self._index.locked() as index:
             self._learn_head(index, _nothing)
-            index.head, index.tag = swap_head(
-                self.bucket, self.name, (index.head, index.tag), {}, index.head.files, index.head.attempt
-            )
+            if index.head.files:
+                index.head, index.tag = swap_head(
+                    self.bucket, self.name, (index.head, index.tag), {}, lambda path, stored: True, index.head.attempt
+                )
             self.bucket.delete(one.key for one in self.bucket.list(f"{self.name}/"))
-            index.here, index.attempt = {}, index.head.attempt
+            self._finish_deletion(index)
+            index.attempt = index.head.attempt
+
+    def finish_deletion(self) -> None:
+        """Complete a deletion that was cut off, unless the folder has been made anew since."""
+        with self._index.locked() as index:
+            self._learn_head(index, _nothing)
+            self._finish_deletion(index)
+
+    def _finish_deletion(self, index: Index) -> None:
+        if index.head.is_half_deleted:
+            self.bucket.delete(index.head.dropped)
+            index.head, index.tag = swap_head(self.bucket, self.name, (index.head, index.tag), {})
 
 
 def _for_resuming(head: Head) -> Choice:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from bwlm.errors import RunError
@@ -40,6 +40,15 @@ class Stored:
     """Attempt that wrote it: the number of the lease under which its run was trained; 0: written outside of one."""
 
 
+Gone = Callable[[str, Stored], bool]
+"""(path, file as a head names it) -> whether the head names it no longer"""
+
+
+def nothing_gone(path: str, stored: Stored) -> bool:
+    """Return False: a swap that takes no file out."""
+    return False
+
+
 @dataclass(frozen=True)
 class Head:
     """Content of a head."""
@@ -55,9 +64,14 @@ class Head:
     dropped: tuple[str, ...] = ()
     """Keys that the swap before made useless. They are deleted by the next one, since a reader may be at them still."""
 
-    def changed(self, files: Mapping[str, Stored], gone: Iterable[str], attempt: int | None = None) -> Head:
+    @property
+    def is_half_deleted(self) -> bool:
+        """True if its folder was deleted, and some of its objects may be there still: the process was killed."""
+        return not self.files and bool(self.dropped)
+
+    def changed(self, files: Mapping[str, Stored], is_gone: Gone, attempt: int | None = None) -> Head:
         """Return the next head: with these files put in and others taken out."""
-        left = {path: stored for path, stored in self.files.items() if path not in set(gone)} | dict(files)
+        left = {path: stored for path, stored in self.files.items() if not is_gone(path, stored)} | dict(files)
         used = {stored.key for stored in left.values()}
         dropped = tuple(sorted({stored.key for stored in self.files.values()} - used))
         newest = self.attempt if attempt is None else attempt
@@ -100,7 +114,7 @@ def swap_head(
     folder: str,
     known: tuple[Head, Tag | None],
     files: Mapping[str, Stored],
-    gone: Iterable[str] = (),
+    is_gone: Gone = nothing_gone,
     attempt: int | None = None,
     begins: bool = False,
 ) -> tuple[Head, Tag]:
@@ -113,7 +127,7 @@ def swap_head(
     while True:
         if attempt is not None and (before.attempt > attempt or (before.attempt != attempt and not begins)):
             raise LateWriter(f"{folder}: attempt {before.attempt} has written to it, and this is attempt {attempt}")
-        head = before.changed(files, gone, attempt)
+        head = before.changed(files, is_gone, attempt)
         if swapped := bucket.swap(head_key(folder), head.to_bytes(), tag):
             bucket.delete(key for key in before.dropped if key not in {one.key for one in head.files.values()})
             return head, swapped

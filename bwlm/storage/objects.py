@@ -37,12 +37,18 @@ RETRY_SECONDS = 30.0
 _RETRIES = 12
 _CHUNK = 16 * 2**20
 """Bytes of a part of an upload, and of a piece of a download."""
+_S3_VERBS = {"create": "Put"}
+"""Words that S3 has in the names of its rights where Google has others."""
 _DELETED_AT_ONCE = 1000
 """Objects that a server deletes in one request, at most."""
 
 
 class BucketAway(RunError):
     """Bucket that does not answer now; what was written before is there."""
+
+
+class AccessDenied(UserError):
+    """Request that the bucket refuses to whoever has these credentials."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,8 @@ class Listed:
     """ETag: another one, whenever the content has changed."""
     seconds: float
     """Time of the last write, in seconds since the epoch, by the server's clock."""
+    size: int
+    """Bytes."""
 
 
 class Bucket:
@@ -133,7 +141,7 @@ class Bucket:
 
         found = self._try(lambda: obstore.list(self._store, prefix).collect()) or []
         for one in found:
-            yield Listed(one["path"], str(one["e_tag"]), one["last_modified"].timestamp())
+            yield Listed(one["path"], str(one["e_tag"]), one["last_modified"].timestamp(), one["size"])
 
     @cached_property
     def clock_ahead(self) -> float:
@@ -148,18 +156,52 @@ class Bucket:
         return ahead[0] if ahead else 0.0
 
     def check(self) -> None:
-        """Raise `UserError` unless objects can be written, and the server refuses to create one twice."""
+        """Raise `UserError` unless everything works here that a launch does, each by a real request.
+
+        Objects must be created, read, replaced, listed and deleted, and the server must keep two writers apart. The
+        error names the right that is missing.
+        """
         key = f".probe/{uuid.uuid4().hex}"
         try:
-            first, second = self.create(key, b"first"), self.create(key, b"second")
+            self._check_conditions(key)
+            with self._needs("list"):
+                is_listed = any(one.key == key for one in self.list(".probe/"))
+            with self._needs("delete"):
+                self.delete([key])
+            if not is_listed or self.read(key) is not None:
+                raise UserError(f"storage: {self.address}: a new object is not listed, or a deleted one still there")
         finally:
             with contextlib.suppress(RunError, UserError):
                 self.delete([key])
+
+    def _check_conditions(self, key: str) -> None:
+        """Raise `UserError` unless the server refuses a second creation, and a swap of what has changed."""
+        with self._needs("create"):
+            first = self.create(key, b"first")
+        with self._needs("get"):  # once it is created, a refusal makes `create` read it
+            second = self.create(key, b"second")
+            found = self.read(key)
         if not first or second:
             raise UserError(
                 f"storage: {self.address}: this server creates an object twice (it ignores If-None-Match), so two "
                 "launches could train one run: use a server that refuses the second"
             )
+        swapped = self.swap(key, b"third", found[1]) if found else None
+        if found is None or swapped is None or self.swap(key, b"late", found[1]):
+            raise UserError(
+                f"storage: {self.address}: this server does not replace an object on the condition that it is "
+                "unchanged (If-Match), so a late writer could undo a run: use a server that does"
+            )
+
+    @contextlib.contextmanager
+    def _needs(self, action: str) -> Iterator[None]:
+        """Name the right that the block needs if access is denied."""
+        try:
+            yield
+        except AccessDenied as error:
+            s3 = "s3:ListBucket" if action == "list" else f"s3:{_S3_VERBS.get(action, action.title())}Object"
+            right = f"storage.objects.{action}" if self.address.startswith("gs://") else s3
+            raise UserError(f"{error}; refused was: to {action} objects ({right})") from None
 
     def _try(self, action: Callable[[], T]) -> T | None:
         """Return what an action returns, or None for an object that is not there; name every other failure."""
@@ -182,7 +224,7 @@ class Bucket:
         if "169.254.169.254" in text or "metadata.google" in text:
             return UserError(f"{where}: no credentials: set {_credentials(self.address)}")
         if re.search(r"\b(401|403)\b|AccessDenied|SignatureDoesNotMatch|InvalidAccessKeyId", text):
-            return UserError(f"{where}: access is denied: check {_credentials(self.address)} and their rights")
+            return AccessDenied(f"{where}: access is denied: check {_credentials(self.address)} and their rights")
         return BucketAway(f"{where} does not answer ({_reason(text)})")
 
 

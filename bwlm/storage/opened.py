@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from bwlm import paths
-from bwlm.errors import UserError
 from bwlm.paths import storage_root, write_text
 from bwlm.remote import address_of, working_root
-from bwlm.storage.claim import Board, take
+from bwlm.storage.claim import Board, Seen, take
 from bwlm.storage.folder import SharedFolder, bucket_at, is_trained
 from bwlm.storage.head import HEADS, is_inside
 from bwlm.storage.index import PLACE, IndexFile, indexed
@@ -47,34 +46,32 @@ def open_storage(storage: str | None) -> Path:
     return root
 
 
-def local_storage(storage: str | None, command: str) -> Path:
-    """Return the folder that holds experiments. Raises `UserError` for a bucket, of which `command` knows nothing."""
-    root = storage_root(storage)
-    refuse_bucket(root, command)
-    return root
-
-
-def refuse_bucket(root: Path, command: str) -> None:
-    """Raise `UserError` for a storage in a bucket, of which `command` knows nothing."""
-    if in_bucket(root):
-        raise UserError(f"storage: {address_of(root)}: {command} works in folders only, not in a bucket")
-
-
 def check_bucket(root: Path) -> None:
     """Raise `UserError` unless the bucket of a storage can be written, and its server keeps launches apart."""
     if in_bucket(root):
         bucket_at(address_of(root)).check()
 
 
-def refresh(root: Path) -> None:
-    """Bring the small files of every folder up to date that has changed in the bucket, except those of texts."""
-    changed = []
-    for name, etag in _heads(root).items():
-        tag = IndexFile(root, name).read().tag
-        if not name.startswith(_TEXTS) and (tag is None or tag[0] != etag):
-            changed.append(SharedFolder(root, name))
+def refresh(root: Path) -> list[str]:
+    """Bring the small files of every folder up to date that has changed in the bucket; return their names.
+
+    Of texts nothing is brought; those that were deleted in the bucket are deleted here.
+    """
+    changed = [SharedFolder(root, name) for name, etag in _heads(root).items() if _is_behind(root, name, etag)]
     with ThreadPoolExecutor(_AT_ONCE) as threads:
-        list(threads.map(SharedFolder.pull, changed))
+        list(threads.map(_bring, changed))
+    return [folder.name for folder in changed]
+
+
+def _is_behind(root: Path, name: str, etag: str) -> bool:
+    if not name.startswith(_TEXTS):
+        return SharedFolder(root, name).is_behind(etag)
+    tag = IndexFile(root, name).read().tag
+    return tag is None or tag[0] != etag
+
+
+def _bring(folder: SharedFolder) -> None:
+    folder.fetch() if folder.name.startswith(_TEXTS) else folder.pull()
 
 
 def _heads(root: Path) -> dict[str, str]:
@@ -100,8 +97,13 @@ def shared(path: Path) -> SharedFolder | None:
     """Return the shared folder that a path is, or lies in; None if its storage is not in a bucket."""
     if (root := working_root(path)) is None or path == root:
         return None
-    parts = path.relative_to(root).parts
-    return SharedFolder(root, "/".join(parts[: _PARTS.get(parts[0], 1)]))
+    return SharedFolder(root, folder_name(path.relative_to(root).as_posix()))
+
+
+def folder_name(path: str) -> str:
+    """Return the name of the shared folder that a path below a storage is, or lies in."""
+    parts = path.split("/")
+    return "/".join(parts[: _PARTS.get(parts[0], 1)])
 
 
 def pull(path: Path) -> None:
@@ -120,10 +122,44 @@ def fetch(path: Path) -> None:
 def push(path: Path, trained: bool = False) -> None:
     """Take to the bucket what was written in a run's or a grid's folder; with `trained`, also what trainings write.
 
-    Raises as `SharedFolder.push`.
+    Of a path inside of it, that alone. Raises as `SharedFolder.push`.
     """
     if folder := shared(path):
-        folder.push(lambda inner: trained or not is_trained(inner))
+        is_below = _below(folder, path)
+        folder.push(lambda inner: is_below(inner) and (trained or not is_trained(inner)))
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder in the bucket; a run's or a grid's whole folder the caller then deletes here."""
+    if folder := shared(path):
+        folder.delete() if path == folder.path else folder.remove(_below(folder, path))
+
+
+def delete_objects(path: Path, keys: Iterable[str]) -> None:
+    """Delete objects of the bucket that a path belongs to. No head may name them."""
+    bucket_at(address_of(path)).delete(keys)
+
+
+def finish_deletions(root: Path) -> list[str]:
+    """Delete what deletions that were cut off left in the bucket; return the names of their folders."""
+    halves = [folder for folder in all_here(root) if folder.head().is_half_deleted]
+    for folder in halves:
+        folder.finish_deletion()
+    return [folder.name for folder in halves]
+
+
+def _below(folder: SharedFolder, path: Path) -> Callable[[str], bool]:
+    """Return the choice of the files of a folder that are `path`, or lie below it."""
+    inner = path.relative_to(folder.path).as_posix()
+    return lambda one: inner in (".", one) or one.startswith(f"{inner}/")
+
+
+def living_leases(path: Path) -> list[tuple[str, Seen]]:
+    """Return name and lease of each that is held in a bucket: of a run or a grid, or of a whole storage."""
+    if (root := working_root(path)) is None:
+        return []
+    folder = shared(path)
+    return list(board_of(address_of(root)).all_living(folder.name if folder else None))
 
 
 def size_of(path: Path) -> int | None:

@@ -260,6 +260,30 @@ def test_a_stall_is_told_once_until_the_cell_moves_again(
     )
 
 
+def test_a_journal_that_grows_in_the_bucket_is_no_stall(
+    plan_of: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker is on another machine: its journal grows here when it is brought."""
+    storage = tmp_path / "runs"
+    (storage / CELL).mkdir(parents=True)
+    journal = Journal(ExperimentFolder(storage, CELL).path)
+    brought: list[Path] = []
+
+    def bring(path: Path) -> None:
+        brought.append(path)
+        journal.append(len(brought), {"train_loss": 3.0})
+
+    monkeypatch.setattr(watch, "fetch", bring)
+
+    def trains(over: LaunchWatch) -> None:
+        over.began(CELL, 0)
+        until(lambda: len(brought) > 3)
+
+    shown, _ = launch(plan_of(stall_minutes=0.1 / 60), storage, trains)
+    assert shown == []
+    assert set(brought) == {storage / CELL / "metrics.jsonl"}
+
+
 # ---- settings ----
 
 

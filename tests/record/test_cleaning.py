@@ -13,7 +13,7 @@ import pytest
 
 from bwlm.record.checkpoint import checkpoint_steps, load_weights
 from bwlm.record.cleaning import Item, find_unneeded, remove
-from bwlm.record.disk import KINDS, bytes_in, disk_usage
+from bwlm.record.disk import KINDS, StoredFiles, bytes_in, disk_usage
 from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.health import readable
 from bwlm.record.launches import recorded_launch
@@ -38,13 +38,13 @@ def aged(path: Path, days: float = 40.0) -> Path:
 
 
 def unneeded(storage: Path, days: float = 30.0, logs: bool = False) -> dict[str, str]:
-    found = find_unneeded(storage, days * DAY, logs)
+    found = find_unneeded(StoredFiles(storage), days * DAY, logs)
     assert found.bytes == sum(item.bytes for item in found.items)
     return {str(item.path.relative_to(storage)): item.kind for item in found.items if item.path.parts[-2] != "packed"}
 
 
 def remove_all(storage: Path, days: float = 30.0, logs: bool = False) -> list[str]:
-    return [remove(item) for item in find_unneeded(storage, days * DAY, logs).items]
+    return [remove(item) for item in find_unneeded(StoredFiles(storage), days * DAY, logs).items]
 
 
 def test_of_a_finished_run_older_checkpoints_go_and_the_last_stays_whole(run: ExperimentFolder) -> None:
@@ -118,10 +118,13 @@ def test_a_run_that_may_go_on_keeps_everything(status: Status, run: ExperimentFo
 def test_a_run_that_is_held_is_not_touched(run: ExperimentFolder) -> None:
     storage = run.path.parent
     aged(run.path)
-    items = find_unneeded(storage, 30 * DAY, False).items
+    items = find_unneeded(StoredFiles(storage), 30 * DAY, False).items
     other = ExperimentFolder(storage, run.id)
     with other.lease(trains=False):
-        assert f"{run.id}: {other.lease_holder()} trains it" in find_unneeded(storage, 30 * DAY, False).passed_over
+        assert (
+            f"{run.id}: {other.lease_holder()} trains it"
+            in find_unneeded(StoredFiles(storage), 30 * DAY, False).passed_over
+        )
         assert unneeded(storage) == {}
         assert {remove(item) for item in items} == {f"{other.lease_holder()} trains {run.id} now"}
     assert checkpoint_steps(run.checkpoints) == [4, 8, STEPS]
@@ -156,13 +159,13 @@ def test_texts_that_no_run_was_trained_on_go(run: ExperimentFolder) -> None:
         aged(path)
 
     def found() -> dict[str, str]:
-        items = find_unneeded(storage, 30 * DAY, False).items
+        items = find_unneeded(StoredFiles(storage), 30 * DAY, False).items
         return {item.path.relative_to(storage).as_posix(): item.kind for item in items if "cache" in item.path.parts}
 
     assert found() == {"cache/packed/unused": "packed text", "cache/summaries/s": "cache"}
     with recorded_launch(storage / "grids" / "g"):
         assert found() == {}, "a launch that prepares its text has no run yet"
-    for item in find_unneeded(storage, 30 * DAY, False).items:
+    for item in find_unneeded(StoredFiles(storage), 30 * DAY, False).items:
         if "cache" in item.path.parts:
             assert remove(item) == ""
     assert sorted(path.name for path in packed.iterdir()) == sorted([own.name, "young"])
@@ -188,7 +191,7 @@ def test_what_killed_processes_left_goes_once_nobody_can_want_it(run: Experiment
     assert not any(".tmp" in name for name in unneeded(storage, days=0)), "its writer may be about to rename it"
     for path in left:
         aged(path.parent if path.parent.name.startswith(".") else path)
-    for item in find_unneeded(storage, 30 * DAY, False).items:
+    for item in find_unneeded(StoredFiles(storage), 30 * DAY, False).items:
         if item.kind == "leftover":
             assert remove(item) == ""
     assert not [path for path in storage.rglob(".*") if path.name.endswith((".tmp", ".deleted"))]
@@ -201,13 +204,14 @@ import os, shutil, signal, sys
 from itertools import count
 from pathlib import Path
 from bwlm.record.cleaning import find_unneeded, remove
+from bwlm.record.disk import StoredFiles
 
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 template, home = map(Path, sys.argv[1:])
 for number in count():
     storage = home / f"{number:03}"
     shutil.copytree(template, storage)
-    items = find_unneeded(storage, 86400.0, True).items
+    items = find_unneeded(StoredFiles(storage), 86400.0, True).items
     assert items
     if (child := os.fork()) == 0:
         left = number
@@ -254,7 +258,7 @@ def test_whenever_it_is_killed_every_run_is_whole_and_the_rest_can_go(run: Exper
 
 def test_a_disk_that_refuses_is_told(run: ExperimentFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     aged(run.path)
-    [first, *_] = find_unneeded(run.path.parent, 30 * DAY, False).items
+    [first, *_] = find_unneeded(StoredFiles(run.path.parent), 30 * DAY, False).items
 
     def refuse(self: Path, target: Path) -> Path:
         raise PermissionError(13, "Permission denied", str(self))
@@ -276,7 +280,7 @@ def test_the_bytes_of_a_storage_by_kind_and_grid(run: ExperimentFolder) -> None:
     (storage / "grids" / "bars" / "grid.json").write_bytes(b"x")
     (storage / ".gone.0123abcd.deleted").mkdir()
     (storage / ".gone.0123abcd.deleted" / "base.h5").write_bytes(b"x" * 7)
-    usage = disk_usage(storage)
+    usage = disk_usage(StoredFiles(storage))
     assert set(usage.kinds) <= set(KINDS)
     assert usage.kinds.total() == bytes_in(storage)
     saved = [path for path in run.checkpoints.rglob("*") if path.is_file()]

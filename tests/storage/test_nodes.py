@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -60,6 +61,15 @@ def test_nodes_share_the_bucket_alone(
             capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    checked = subprocess.run(
+        [BWLM, "doctor", "--cluster", "--storage", ADDRESS, "--json"], env=head, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    checks = {check["name"]: check for check in json.loads(checked.stdout)["checks"]}
+    assert checks["nodes"]["found"].startswith("2 nodes")
+    assert checks["storage"] == {
+        "name": "storage", "is_ok": True, "found": f"{ADDRESS} is read and written by every node", "fix": "",
+    }  # fmt: skip
     weights = {place: len(list((tmp_path / place).rglob("model.safetensors"))) for place in ("head", "node")}
     assert weights == {"head": 0, "node": 4}  # it trained there: two checkpoints of each cell stay
     for place in ("head", "node"):  # packed by the head, streamed by the node

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import pytest
 
 from bwlm.errors import UserError
 from bwlm.storage import objects
-from bwlm.storage.objects import Bucket, BucketAway
-from tests.s3_server import CUT, LOSE, PASS, REFUSE, SLOW, FaultyProxy, Request, Rule
+from bwlm.storage.objects import Bucket, BucketAway, Tag
+from tests.s3_server import CUT, DENY, LOSE, PASS, REFUSE, SLOW, FaultyProxy, Request, Rule
 
 pytestmark = pytest.mark.faults
 RETRIES = objects._RETRIES
@@ -121,3 +122,31 @@ def test_a_bucket_that_is_not_there_is_named(proxy: FaultyProxy) -> None:
         list(Bucket("s3://no-such-bucket/runs").list(""))
     with pytest.raises(UserError, match="there is no such bucket"):
         Bucket("s3://no-such-bucket/runs").check()
+
+
+@pytest.mark.parametrize(
+    ("is_denied", "right"),
+    [
+        (lambda request: request.method == "PUT", "to create objects (s3:PutObject)"),
+        (lambda request: request.method == "GET" and not request.lists, "to get objects (s3:GetObject)"),
+        (lambda request: request.lists, "to list objects (s3:ListBucket)"),
+        (lambda request: request.method == "POST", "to delete objects (s3:DeleteObject)"),
+    ],
+)
+def test_the_right_that_is_missing_is_named(
+    bucket: Bucket, proxy: FaultyProxy, is_denied: Callable[[Request], bool], right: str
+) -> None:
+    proxy.rule = lambda request: DENY if is_denied(request) else PASS
+    with pytest.raises(UserError, match=r"access is denied: check AWS_ACCESS_KEY_ID, .*; refused was: ") as caught:
+        bucket.check()
+    assert str(caught.value).endswith(right)
+
+
+def test_a_server_that_ignores_if_match_is_refused(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swap(key: str, content: bytes, tag: Tag | None) -> Tag:
+        bucket.write(key, content)
+        return "new", None
+
+    monkeypatch.setattr(bucket, "swap", swap)
+    with pytest.raises(UserError, match="does not replace an object on the condition"):
+        bucket.check()
