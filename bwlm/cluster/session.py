@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import threading
@@ -154,11 +155,20 @@ def _connect(address: str, job: str) -> Any:
     _check_address(address)
     try:
         _check_token(address)
-        return _init(job, address=address)
+        return _init(job, address=address, runtime_env=_environment_of(address))
     except ray.exceptions.AuthenticationError as error:
         raise UserError(f"RAY_ADDRESS: {address}: {_first_line(error)}: {_TOKEN}") from None
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"RAY_ADDRESS: {address}: {_first_line(error)}: check it, or unset RAY_ADDRESS") from None
+
+
+def _environment_of(address: str) -> dict[str, Any]:
+    """Return what the processes of a launch must know: where their cluster is.
+
+    Train's cleaner of placement groups looks for a cluster on its machine. If it finds two, it gives up, and the room
+    of a cell whose trial was killed stays taken for ever (`findings/train_cleaner_two_rays.sh`).
+    """
+    return {"env_vars": {"RAY_ADDRESS": address}} if re.fullmatch(r"[^/]+:\d+", address) else {}
 
 
 def _check_address(address: str) -> None:
