@@ -27,6 +27,7 @@ from bwlm.record.journal import last_entry
 from bwlm.record.lease import LEASE_SECONDS, Holder, Lease, last_holder, living_holder, take, take_at_once
 from bwlm.record.lineage import LINK, ParentLink, read_link, write_link
 from bwlm.record.run_config import RunConfig
+from bwlm.record.starts import STARTS
 from bwlm.storage.keeper import kept_in_bucket
 
 Records = dict[str, dict[str, Any]]
@@ -41,7 +42,7 @@ WORKER = "worker.json"
 SAMPLES = "samples"
 """Folder of samples that RL writes at validations, for people to read."""
 _WRITTEN = (
-    *("status.json", WORKER, "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*"),
+    *("status.json", WORKER, STARTS, "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*"),
     *(f"{SAMPLES}/*", TOKENIZER),
 )
 """Files that the holder of the lease writes under a temporary name first."""

@@ -1,0 +1,82 @@
+"""Room for a group of workers that may have several sizes, asked of Ray as placement groups.
+
+One group holds the smallest size, and each further one what the next size needs besides. So Ray itself says which size
+has room beside the cluster's other work, and an autoscaler starts nodes for those that wait.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import ray
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+from bwlm.cluster.autoscaling import find_autoscaler
+from bwlm.cluster.capacity import resources_of_nodes, room_on
+from bwlm.cluster.placement import SPARE_CPUS, UNDECIDED, worker_bundle
+from bwlm.config import ResourceSettings
+
+_LOOK_SECONDS = 0.2
+
+
+class GroupRoom:
+    """Room for the sizes beyond the workers that are `held` already, as long as it is not forgotten."""
+
+    def __init__(self, resources: ResourceSettings, sizes: Sequence[int], held: int = 0) -> None:
+        """Ask for the room; `sizes` are in ascending order and above `held`."""
+        worker, spare = worker_bundle(resources), {"CPU": SPARE_CPUS}
+        self.sizes, self._held = tuple(sizes), held
+        wanted = [[worker] * (size - before) for before, size in pairwise([held, *sizes])]
+        self._groups = [placement_group([*each, *([] if index else [spare])]) for index, each in enumerate(wanted)]
+
+    def size(self) -> int:
+        """Return the largest size that has room now, or what is held."""
+        placed = self._held
+        for size, (state, _) in zip(self.sizes, self._states(), strict=True):
+            if state != "CREATED":
+                return placed
+            placed = size
+        return placed
+
+    def wait(self, give_up: Callable[[], bool]) -> int:
+        """Return the largest size that has room, once one has and Ray has decided on the others.
+
+        Returns what is held if `give_up` becomes true.
+        """
+        while not give_up():
+            if (size := self.size()) > self._held and not any(why in UNDECIDED for _, why in self._states()):
+                return size
+            time.sleep(_LOOK_SECONDS)
+        return self._held
+
+    def forget(self) -> None:
+        """Give the room back."""
+        for group in self._groups:
+            remove_placement_group(group)
+        self._groups = []
+
+    def _states(self) -> list[tuple[str, str]]:
+        """Return the state of each group, and what Ray says of one that waits."""
+        table = placement_group_table()
+        known = [table[group.id.hex()] for group in self._groups]
+        return [(one["state"], one["stats"]["scheduling_state"] if one["state"] != "CREATED" else "") for one in known]
+
+
+def sizes_for_one(resources: ResourceSettings, sizes: Sequence[int], at_once: int) -> list[int]:
+    """Return the sizes that each of `at_once` groups could have on the cluster's nodes, or the smallest one.
+
+    Nodes that an autoscaler may start count too. So the first of many groups takes no room that others begin in.
+    """
+    nodes, autoscaler = resources_of_nodes(), find_autoscaler()
+    if autoscaler and not autoscaler.node_types:
+        return list(sizes)
+    room = room_on(autoscaler.grown(nodes) if autoscaler else nodes, resources)
+    return [size for size in sizes if size == sizes[0] or size * at_once <= room]
+
+
+def node_leaves() -> bool:
+    """Return whether Ray drains the node of this process: a preemption was announced."""
+    here = ray.get_runtime_context().get_node_id()
+    return here in ray._private.state.state.get_draining_nodes()
