@@ -17,9 +17,13 @@ from ray.exceptions import RayActorError
 from bwlm.cluster.group_room import GroupRoom, node_leaves, sizes_for_one
 from bwlm.cluster.signals import ask_to_end, process_termination
 from bwlm.config import ResourceSettings
+from bwlm.errors import UserError
+from bwlm.paths import read_json
 from bwlm.record.checkpoint import checkpoint_steps
-from bwlm.record.experiment import ExperimentFolder
+from bwlm.record.experiment import WORKER, ExperimentFolder
 from bwlm.record.journal import last_entry
+from bwlm.storage.objects import BucketAway
+from bwlm.storage.opened import pull
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +68,7 @@ def train_elastic(folder: ExperimentFolder, group: ElasticGroup, fit: Callable[[
         with _growing(folder, group, size):
             fit(size)
     except Exception as error:
+        _learn(folder)
         if folder.status().ended or checkpoint_steps(folder.checkpoints) == saved:
             raise
         raise RayActorError(error_msg=f"{folder.id}: workers are gone: {error}", preempted=True) from None
@@ -73,16 +78,17 @@ def train_elastic(folder: ExperimentFolder, group: ElasticGroup, fit: Callable[[
 def _growing(folder: ExperimentFolder, group: ElasticGroup, size: int) -> Iterator[None]:
     """Watch from a thread for room for more workers until the block ends, and for a notice that this node goes."""
     over = threading.Event()
-    began = last_entry(folder.path)
+    began, before = _last_step(folder), _worker_of(folder)
 
     def watch() -> None:
         room: GroupRoom | None = None
         try:
             while not over.wait(_LOOK_SECONDS):
-                room = _asked_for(group, size, room)
-                is_larger = room is not None and room.size() > size and _is_worth_it(folder, began.step if began else 0)
-                if (is_larger or node_leaves()) and (holder := folder.lease_holder()):
-                    ask_to_end(holder)
+                room, leaves = _asked_for(group, size, room), node_leaves()
+                if leaves or (room is not None and room.size() > size):
+                    _learn(folder)
+                    if (worker := _worker_of(folder)) != before and (leaves or _is_worth_it(folder, began)):
+                        ask_to_end(worker)
         except Exception as error:  # the cluster may be in trouble: then the cell stays as it is
             log.warning("%s: no longer looks for more workers: %s", folder.id, error)
         finally:
@@ -112,3 +118,22 @@ def _is_worth_it(folder: ExperimentFolder, began: int) -> bool:
     """Return whether a cell has trained steps since it began, and has long enough left."""
     last = last_entry(folder.path)
     return last is not None and last.step > began and last.metrics.get("seconds_left", 0.0) >= _WORTH_SECONDS
+
+
+def _last_step(folder: ExperimentFolder) -> int:
+    last = last_entry(folder.path)
+    return last.step if last else 0
+
+
+def _worker_of(folder: ExperimentFolder) -> str:
+    """Return `host:pid` of rank 0 that trains the run, or trained it last; '' before the first."""
+    with contextlib.suppress(UserError):
+        noted = read_json(folder.path / WORKER)
+        return f"{noted['host']}:{noted['pid']}"
+    return ""
+
+
+def _learn(folder: ExperimentFolder) -> None:
+    """Learn from a bucket what a worker on another machine has done."""
+    with contextlib.suppress(BucketAway):
+        pull(folder.path)

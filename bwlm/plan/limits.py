@@ -11,6 +11,7 @@ from bwlm.errors import UserError
 from bwlm.format import counted, file_size, listed
 from bwlm.model.shape import WIDTH_PER_DEPTH, count_parameters
 from bwlm.paths import check_writable
+from bwlm.phases import PHASES
 from bwlm.plan.machine import Machine
 from bwlm.plan.resolve import worker_counts
 from bwlm.plan.spec import Cell, LaunchSettings
@@ -80,15 +81,17 @@ def _rounded(cells: Sequence[Cell]) -> Iterator[str]:
 
 
 def _left_out(cells: Sequence[Cell]) -> Iterator[str]:
-    """Yield a line for each range of workers of which some counts do not share the rows of a step evenly."""
-    lines = {}
+    """Yield a line for each range of workers of which some counts do not share a step evenly."""
+    lines = set()
     for cell in cells:
         resources, counts = cell.experiment.resources, worker_counts(cell.experiment)
         if len(counts) <= resources.most - resources.fewest:
-            rows = cell.experiment.budget.batch_tokens // cell.experiment.model.sequence_length
-            of = f"of {resources.fewest} to {resources.most}, {listed(counts)} share the {rows} rows of a step evenly"
-            lines[of] = f"workers: {of}, so a cell has one of these (resources.workers)"
-    yield from lines.values()
+            of_step = "prompts" if PHASES[cell.experiment.phase].has_reward else "rows"
+            lines.add(
+                f"workers: of {resources.fewest} to {resources.most} only {listed(counts)} share the {of_step} of a "
+                "step evenly, so a cell has one of these (resources.workers)"
+            )
+    yield from sorted(lines)
 
 
 def _short_of_gpus(cells: Sequence[Cell], machine: Machine) -> list[str]:

@@ -51,7 +51,7 @@ def note_start(folder: Path, step: int, workers: int, check: Check = unchecked) 
     """Note that a run is trained on from a step. Raises `OSError` if that cannot be written."""
     starts, last, now = starts_of(folder), last_entry(folder), time.time_ns() // 1_000_000
     lost = max(0, last.step - step) if last else 0
-    if last and starts and last.time < starts[-1].time:  # the start before has counted them
+    if last and starts and last.time <= starts[-1].time:  # the start before has counted them
         lost = 0
     write_json(folder / STARTS, [*map(asdict, starts), asdict(Start(step, lost, workers, now))], check)
 
