@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
@@ -19,6 +19,7 @@ from bwlm.cluster.placement import SPARE_CPUS, UNDECIDED, worker_bundle
 from bwlm.config import ResourceSettings
 
 _LOOK_SECONDS = 0.2
+_PLACED = "CREATED"
 
 
 class GroupRoom:
@@ -33,12 +34,7 @@ class GroupRoom:
 
     def size(self) -> int:
         """Return the largest size that has room now, or what is held."""
-        placed = self._held
-        for size, (state, _) in zip(self.sizes, self._states(), strict=True):
-            if state != "CREATED":
-                return placed
-            placed = size
-        return placed
+        return self._placed(self._states())
 
     def wait(self, give_up: Callable[[], bool]) -> int:
         """Return the largest size that has room, once one has and Ray has decided on the others.
@@ -46,10 +42,15 @@ class GroupRoom:
         Returns what is held if `give_up` becomes true.
         """
         while not give_up():
-            if (size := self.size()) > self._held and not any(why in UNDECIDED for _, why in self._states()):
+            states = self._states()
+            if (size := self._placed(states)) > self._held and not any(state in UNDECIDED for state in states):
                 return size
             time.sleep(_LOOK_SECONDS)
         return self._held
+
+    def _placed(self, states: Sequence[str]) -> int:
+        placed = list(takewhile(lambda one: one[1] == _PLACED, zip(self.sizes, states, strict=True)))
+        return placed[-1][0] if placed else self._held
 
     def forget(self) -> None:
         """Give the room back."""
@@ -57,11 +58,11 @@ class GroupRoom:
             remove_placement_group(group)
         self._groups = []
 
-    def _states(self) -> list[tuple[str, str]]:
-        """Return the state of each group, and what Ray says of one that waits."""
+    def _states(self) -> list[str]:
+        """Return `CREATED` for each group that has room, and for any other what Ray says of it."""
         table = placement_group_table()
         known = [table[group.id.hex()] for group in self._groups]
-        return [(one["state"], one["stats"]["scheduling_state"] if one["state"] != "CREATED" else "") for one in known]
+        return [_PLACED if one["state"] == _PLACED else one["stats"]["scheduling_state"] for one in known]
 
 
 def sizes_for_one(resources: ResourceSettings, sizes: Sequence[int], at_once: int) -> list[int]:

@@ -60,8 +60,10 @@ def documented_lines(beginning: str, page: str = "cluster.md") -> list[str]:
 
 
 @contextlib.contextmanager
-def node_of(command: list[str], environment: dict[str, str], log: Path, is_up: Callable[[], bool]) -> Iterator[None]:
-    """A node's processes, from when it is up until the end of the block."""
+def node_of(
+    command: list[str], environment: dict[str, str], log: Path, is_up: Callable[[], bool]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A node's process with those below it, from when it is up until the end of the block."""
     with log.open("wb") as file:
         node = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
     processes: list[psutil.Process] = []
@@ -71,7 +73,7 @@ def node_of(command: list[str], environment: dict[str, str], log: Path, is_up: C
             assert time.monotonic() < deadline, log.read_text()[-2000:]
             assert node.poll() is None, log.read_text()[-2000:]
             time.sleep(0.2)
-        yield
+        yield node
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):  # it may have failed by itself
             processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
@@ -141,11 +143,11 @@ def ray_job(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
 @contextlib.contextmanager
 def second_node(
     head: Head, log: Path, options: tuple[str, ...] = ("--num-cpus=1",), **environment: str
-) -> Iterator[None]:
+) -> Iterator[subprocess.Popen[bytes]]:
     """A node that has joined, with another environment."""
     start = shlex.split(documented("ray start --address")[0].replace("HEAD:6379", head.gcs))
     [metrics] = free_ports(1)
     command = [*start, "--block", "--disable-usage-stats", *options, f"--metrics-export-port={metrics}"]
     environment = {"RAY_raylet_start_wait_time_s": "150"} | environment  # the default is short on a busy machine
-    with node_of(command, head.environment | environment, log, lambda: "Ray runtime started" in log.read_text()):
-        yield
+    with node_of(command, head.environment | environment, log, lambda: "Ray runtime started" in log.read_text()) as node:
+        yield node
