@@ -148,6 +148,7 @@ def second_node(
     start = shlex.split(documented("ray start --address")[0].replace("HEAD:6379", head.gcs))
     [metrics] = free_ports(1)
     command = [*start, "--block", "--disable-usage-stats", *options, f"--metrics-export-port={metrics}"]
-    environment = {"RAY_raylet_start_wait_time_s": "150"} | environment  # the default is short on a busy machine
-    with node_of(command, head.environment | environment, log, lambda: "Ray runtime started" in log.read_text()) as node:
+    patient = {"RAY_raylet_start_wait_time_s": "150"}  # the default is short on a busy machine
+    environment = head.environment | patient | environment
+    with node_of(command, environment, log, lambda: "Ray runtime started" in log.read_text()) as node:
         yield node
