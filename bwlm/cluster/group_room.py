@@ -77,6 +77,11 @@ def sizes_for_one(resources: ResourceSettings, sizes: Sequence[int], at_once: in
     return [size for size in sizes if size == sizes[0] or size * at_once <= room]
 
 
+def living_nodes() -> set[str]:
+    """Return the ids of the cluster's nodes."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 def node_leaves() -> bool:
     """Return whether Ray drains the node of this process: a preemption was announced."""
     here = ray.get_runtime_context().get_node_id()

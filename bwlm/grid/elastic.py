@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ray.exceptions import RayActorError
 
-from bwlm.cluster.group_room import GroupRoom, node_leaves, sizes_for_one
+from bwlm.cluster.group_room import GroupRoom, living_nodes, node_leaves, sizes_for_one
 from bwlm.cluster.signals import ask_to_end, process_termination
 from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
@@ -58,18 +58,19 @@ def train_elastic(folder: ExperimentFolder, group: ElasticGroup, fit: Callable[[
     """Train a cell by `fit`, which takes the number of workers, until it ends or its number of workers is to change.
 
     Raises `RayActorError`, marked as a preemption, if workers are lost: a node that goes is no failure of the cell.
-    It counts as one if the cell has saved no checkpoint since it began, so that a cell that cannot train ends.
+    It counts as one if no node has gone and the cell has saved no checkpoint, so that a cell that cannot train ends.
     """
     size = group.wait_for_room()
     if not size:
         return
-    saved = checkpoint_steps(folder.checkpoints)
+    saved, nodes = checkpoint_steps(folder.checkpoints), living_nodes()
     try:
         with _growing(folder, group, size):
             fit(size)
     except Exception as error:
         _learn(folder)
-        if folder.status().ended or checkpoint_steps(folder.checkpoints) == saved:
+        gets_on = nodes - living_nodes() or checkpoint_steps(folder.checkpoints) != saved
+        if folder.status().ended or not gets_on:
             raise
         raise RayActorError(error_msg=f"{folder.id}: workers are gone: {error}", preempted=True) from None
 

@@ -67,17 +67,7 @@ class Elastic(NamedTuple):
 
     def wait_for_workers(self, count: int, starts: int) -> None:
         """Wait until it has begun so many times, and trains with so many workers."""
-        print("T", round(time.monotonic() % 10000, 1), count, starts, self.step, flush=True)
         self.wait_until(lambda: len(self.starts) >= starts and self.step > self.starts[-1].step)
-        print(
-            "T",
-            round(time.monotonic() % 10000, 1),
-            "->",
-            self.step,
-            self.starts[-1],
-            time.time() - self.starts[-1].time / 1000,
-            flush=True,
-        )
         assert self.starts[-1].workers == count
 
     def end(self) -> None:
@@ -148,8 +138,6 @@ def test_a_cell_grows_with_a_node_and_goes_on_when_it_is_killed(elastic: Elastic
     assert found[: grown.step] == expected[: grown.step]
     assert found[grown.step] == pytest.approx(expected[grown.step], rel=1e-5)
     assert found[grown.step : grown.step + 10] == pytest.approx(expected[grown.step : grown.step + 10], rel=1e-3)
-    drift = [abs(a / b - 1) for a, b in zip(found, expected, strict=True)]
-    print("DRIFT", grown.step, drift[grown.step], [max(drift[:n]) for n in (grown.step + 10, 100, 220)])
     [line] = [word for word in audit_section([elastic.folder])[1].splitlines() if "number of workers" in word]
     assert f"{CELL} (1, 2 from step {grown.step}, 1 from step {shrunk.step})" in line
     words = [BIN / "bwlm", "runs", "show", CELL, "--storage", tmp_path / "storage"]

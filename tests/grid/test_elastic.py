@@ -55,6 +55,7 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Rooms:
     monkeypatch.setattr(elastic, "GroupRoom", found.room)
     monkeypatch.setattr(elastic, "sizes_for_one", lambda _, sizes, at_once: [n for n in sizes if n <= found.nodes])
     monkeypatch.setattr(elastic, "node_leaves", lambda: found.leaves)
+    monkeypatch.setattr(elastic, "living_nodes", lambda: set(range(found.nodes)))
     monkeypatch.setattr(elastic, "ask_to_end", found.asked.append)
     monkeypatch.setattr(elastic, "_LOOK_SECONDS", 0.01)
     return found
@@ -133,6 +134,13 @@ def test_lost_workers_are_no_failure_of_a_cell_that_gets_on(new_run: NewRun, roo
     with pytest.raises(RayActorError, match=r"run: workers are gone: connection closed by peer") as raised:
         train_elastic(folder, GROUP, loses_a_node)
     assert raised.value.preempted
+
+    def loses_it_at_once(size: int) -> None:
+        rooms.nodes = 0
+        raise RuntimeError("no room any more")
+
+    with pytest.raises(RayActorError, match="no room any more"):
+        train_elastic(folder, GROUP, loses_it_at_once)
 
 
 def test_a_cell_that_cannot_train_fails(new_run: NewRun, rooms: Rooms) -> None:
