@@ -243,10 +243,19 @@ class ComputeSettings(Settings):
     device_batch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: by device")
 
 
+class WorkerRange(Settings):
+    """Fewest and most workers of a cell that shrinks and grows with the nodes of its cluster."""
+
+    min: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+
 class ResourceSettings(Settings):
     """Workers of a cell, and the threads and GPUs of each worker."""
 
-    workers: int = Field(1, ge=1, description="DDP workers of one cell")
+    workers: Annotated[int, Field(ge=1)] | WorkerRange = Field(
+        1, description="DDP workers of one cell; {min: 1, max: 4}: shrinks and grows with the nodes of a cluster"
+    )
     cpus_per_worker: int = Field(
         1,
         ge=1,
@@ -261,12 +270,48 @@ class ResourceSettings(Settings):
         json_schema_extra=_hide_default,
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _range_of_workers(cls, content: Any) -> Any:
+        """Raise `ValueError` for a range that is none; pydantic would say that it is no number."""
+        ends = content.get("workers") if isinstance(content, dict) else None
+        if not isinstance(ends, dict):
+            return content
+        low, high = (end if type(end) is int else 0 for end in (ends.get("min"), ends.get("max")))
+        if len(ends) != 2 or not 1 <= low <= high:
+            raise ValueError(f"workers: a range goes from min up to max: write {{min: 1, max: 4}} (found {ends})")
+        return content | {"workers": WorkerRange(min=low, max=high)}
+
+    @property
+    def is_elastic(self) -> bool:
+        """True for a cell whose number of workers follows the nodes."""
+        return isinstance(self.workers, WorkerRange)
+
+    @property
+    def fewest(self) -> int:
+        """Workers that the cell needs to train: by these it is planned and placed."""
+        return self.workers.min if isinstance(self.workers, WorkerRange) else self.workers
+
+    @property
+    def most(self) -> int:
+        """Workers that the cell has at its largest."""
+        return self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
+
+    @property
+    def drives_group(self) -> bool:
+        """True if a process of its own drives the cell's workers; a single worker of a fixed number needs none."""
+        return self.is_elastic or self.fewest > 1
+
+    def with_workers(self, count: int) -> ResourceSettings:
+        """Return the same for a fixed number of workers."""
+        return self.model_copy(update={"workers": count})
+
     @model_validator(mode="after")
     def _whole_gpus_for_several(self) -> ResourceSettings:
-        if self.workers > 1 and self.gpus_per_worker not in (0, 1):
+        if self.most > 1 and self.gpus_per_worker not in (0, 1):
             raise ValueError(
                 f"gpus_per_worker: several workers need a GPU each: 1, or 0 for none (found {self.gpus_per_worker:g}, "
-                f"workers {self.workers})"
+                f"workers {self.most})"
             )
         return self
 

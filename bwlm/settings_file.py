@@ -351,8 +351,12 @@ def explain(error: ValidationError, model: type[BaseModel], document: Document) 
     return "; ".join(_explain(one, model, document) for one in unknown or errors[:1])
 
 
+_FORMS = ("constrained-int", "WorkerRange")
+"""Parts that pydantic adds to the place of an error where a value may have several forms."""
+
+
 def _explain(first: Any, model: type[BaseModel], document: Document) -> str:
-    field = ".".join(str(part) for part in first["loc"])
+    field = ".".join(part for part in map(str, first["loc"]) if part not in _FORMS)
     message = first["msg"].removeprefix("Value error, ")
     if not field:  # a check over several sections names the field in its message
         field, _, message = message.partition(": ")

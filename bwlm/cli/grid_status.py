@@ -39,6 +39,7 @@ def cells_document(plan: Plan, planned: Sequence[PlannedCell]) -> dict[str, Any]
     """Return the cells of a grid as scripts see them: the state of each, and what a launch would do with it."""
     from bwlm.grid.summary import cell_standings
     from bwlm.record.researchlog_size import bytes_of_log
+    from bwlm.record.starts import starts_of, steps_lost
 
     cells = [
         {
@@ -48,6 +49,7 @@ def cells_document(plan: Plan, planned: Sequence[PlannedCell]) -> dict[str, Any]
             "changed": p.changed, "other_text": p.other_text, "done": p.is_done,
             "step": p.status.step, "steps": p.cell.steps, "metrics": p.status.metrics,
             "standing": known.standing, "holder": known.holder, "log": known.log, **_next(known),
+            "steps_lost": steps_lost(starts_of(p.folder.path)),
         }
         for p, known in zip(planned, cell_standings(planned), strict=True)
     ]  # fmt: skip
@@ -157,6 +159,7 @@ def _print_accounts(summary: GridSummary) -> None:
         spent = [f"{_hours(seconds)} {name} hours" for name, seconds in hours.items() if seconds]
         money = [f"{summary.money:.2f} by launch.price"] if summary.money is not None else []
         show(f"cost so far: {', '.join([f'{short_number(summary.flops)} FLOPs', *spent, *money])}")
+    show(*summary.resumed_words())
     for launch in summary.living:
         assert launch.holder is not None
         show(f"launch: {launch.holder} runs it {launch.holder.since_words}")

@@ -8,8 +8,9 @@ from typing import Any
 from bwlm.directions import TEXT_READINGS
 from bwlm.format import file_size
 from bwlm.phases import PHASES
+from bwlm.record.starts import STARTS, Start, has_changed_workers, resume_words, worker_words
 
-_INTERNAL = ("lock", "lease.json", "mlflow.json", "mlflow_scores.json", "parent_link.json", "status.json")
+_INTERNAL = ("lock", "lease.json", "mlflow.json", "mlflow_scores.json", "parent_link.json", STARTS, "status.json")
 """Files that commands read; this overview has what they say."""
 
 Fields = list[tuple[str, str]]
@@ -36,7 +37,7 @@ def _headline(run: dict[str, Any]) -> str:
 
 
 def _itself(run: dict[str, Any]) -> Fields:
-    best = run["best"]
+    best, starts = run["best"], [Start(**start) for start in run["starts"]]
     fields = [
         ("phase", run["phase"]),
         ("direction", run["direction"]),
@@ -44,6 +45,8 @@ def _itself(run: dict[str, Any]) -> Fields:
         ("lr, seed", f"{run['lr']:g}, {run['seed']}"),
         ("tokens", _tokens(run)),
         ("best", f"{best['metric']} {best['value']:.4f} at step {best['step']:,}" if best else ""),
+        ("workers", worker_words(starts) if has_changed_workers(starts) else ""),
+        ("resumed", resume_words(starts)),
         ("grid", run["grid"] or ""),
         ("held by", _holder(run["holder"])),
         ("damaged", "; ".join(run["damage"])),

@@ -24,7 +24,8 @@ from bwlm.format import counted
 
 log = logging.getLogger(__name__)
 
-_HEAD = "node:__internal_head__"
+HEAD = "node:__internal_head__"
+"""Resource that only the head has."""
 _MONITORS = ("autoscaler/v2/monitor.py", "autoscaler/_private/monitor.py")
 
 
@@ -61,7 +62,7 @@ class Autoscaler:
         The most nodes of all kinds together are not counted: so no cell is refused that could have room.
         """
         kinds = [kind.resources for kind in self.node_types for _ in range(kind.most)]
-        return [*kinds, *(node for node in nodes if _HEAD in node)]
+        return [*kinds, *(node for node in nodes if HEAD in node)]
 
 
 def find_autoscaler() -> Autoscaler | None:
@@ -71,7 +72,7 @@ def find_autoscaler() -> Autoscaler | None:
 
 @cache
 def _find_autoscaler(gcs: str) -> Autoscaler | None:
-    [head] = [node for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"]] or [None]
+    [head] = [node for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]] or [None]
     if head is None:
         return None
     if head["NodeID"] == ray.get_runtime_context().get_node_id():

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import ray
 
 from bwlm.cluster.autoscaling import find_autoscaler
-from bwlm.cluster.placement import SPARE_CPUS, TRIAL_CPUS, count_places, need_words
+from bwlm.cluster.placement import SPARE_CPUS, count_places, driver_bundle, need_words
 from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
 from bwlm.plan.machine import parts_of_gpus
 
 
 def cpus_of_cell(resources: ResourceSettings) -> float:
-    """Return the logical CPUs that a cell holds while it runs: its workers' and, with several workers, its trial's."""
-    return resources.workers * resources.cpus_per_worker + (TRIAL_CPUS if resources.workers > 1 else 0)
+    """Return the logical CPUs that a cell holds at least while it runs: its workers', and its trial's if it has one."""
+    return resources.fewest * resources.cpus_per_worker + driver_bundle(resources).get("CPU", 0)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def most_at_once(needs: Collection[ResourceSettings], concurrency: int | None, c
     Raises `UserError` for a cell that can never run, and for more cells than fit.
     """
     nodes, wanted, kinds = resources_of_nodes(), min(concurrency or cells, cells), ""
-    if any(room_on(nodes, resources) < wanted * resources.workers for resources in needs):
+    if any(room_on(nodes, resources) < wanted * resources.fewest for resources in needs):
         autoscaler = find_autoscaler()
         if autoscaler and not autoscaler.node_types:
             return wanted
@@ -69,7 +69,7 @@ def _most(
     kinds: str,
 ) -> int:
     for resources in needs:
-        if (places := room_on(nodes, resources)) < resources.workers:
+        if (places := room_on(nodes, resources)) < resources.fewest:
             raise UserError(
                 f"resources.workers: a cell needs {need_words(resources)}, but the cluster{kinds} has room for "
                 f"{places} of its workers: lower resources.workers or what each asks for, or add nodes"
@@ -112,7 +112,7 @@ def choose_concurrency(
 def _fitting(resources: ResourceSettings, cpus: float, gpus: float, where: str) -> int:
     fits = int(cpus // cpus_of_cell(resources))
     if resources.gpus_per_worker:
-        fits = min(fits, parts_of_gpus(gpus, resources.workers * resources.gpus_per_worker))
+        fits = min(fits, parts_of_gpus(gpus, resources.fewest * resources.gpus_per_worker))
     if fits < 1:
         raise UserError(
             f"resources.workers: a cell needs {need_words(resources)}, but {where} has {int(cpus)} CPUs and "

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
-from bwlm.cluster.autoscaling import Autoscaler, Growth, find_autoscaler, has_words
+from bwlm.cluster.autoscaling import HEAD, Autoscaler, Growth, find_autoscaler, has_words
 from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
 from bwlm.format import counted
@@ -24,30 +24,49 @@ log = logging.getLogger(__name__)
 SPARE_CPUS = 1.0
 """Logical CPUs left for Ray Data's tasks: without a free CPU, a cell waits for its first batch for ever."""
 
+_OF_HEAD = 0.001
+"""Part of the head's own resource that puts a trial there; it takes no CPU, of which a head may have none."""
+
 TRIAL_CPUS = 0.1
-"""Logical CPUs of a trial that drives several workers."""
+"""Logical CPUs of a trial that drives a group of workers."""
 
 _LOOK_SECONDS = 0.5
 _PATIENCE_SECONDS = 300.0
 """Longest wait for a further cell's nodes, once another cell has room."""
-_UNDECIDED = ("QUEUED", "SCHEDULING_STARTED", "FAILED_TO_COMMIT_RESOURCES")
+UNDECIDED = ("QUEUED", "SCHEDULING_STARTED", "FAILED_TO_COMMIT_RESOURCES")
 """States in which Ray has not said yet whether a group has room now."""
 
 Bundles = list[dict[str, float]]
 
 
 def need_words(resources: ResourceSettings) -> str:
-    """Return the need of a cell in words: `2 workers of 4 CPUs and 1 GPU`."""
+    """Return the least need of a cell in words: `2 workers of 4 CPUs and 1 GPU`."""
     each = has_words({"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker})
-    return each if resources.workers == 1 else f"{resources.workers} workers of {each}"
+    return each if resources.fewest == 1 else f"{resources.fewest} workers of {each}"
 
 
 def bundles_of(resources: ResourceSettings) -> Bundles:
-    """Return the resources of a cell: those of each worker and, with several workers, of the trial that drives them."""
+    """Return the least resources of a cell: of each worker, and of the trial if it drives a group of workers."""
+    driver = driver_bundle(resources)
+    return [worker_bundle(resources)] * resources.fewest + ([driver] if driver else [])
+
+
+def driver_bundle(resources: ResourceSettings) -> dict[str, float]:
+    """Return the resources of the trial that drives a group of workers; none for a cell of one worker.
+
+    If the number of workers follows the nodes, the trial is on the head: no other node takes it along when it goes.
+    """
+    if resources.is_elastic:
+        return {HEAD: _OF_HEAD}
+    return {"CPU": TRIAL_CPUS} if resources.drives_group else {}
+
+
+def worker_bundle(resources: ResourceSettings) -> dict[str, float]:
+    """Return the resources of one worker."""
     worker = {"CPU": float(resources.cpus_per_worker)}
     if resources.gpus_per_worker:
         worker["GPU"] = resources.gpus_per_worker
-    return [worker] * resources.workers + ([{"CPU": TRIAL_CPUS}] if resources.workers > 1 else [])
+    return worker
 
 
 def count_places(resources: ResourceSettings, wanted: int) -> int:
@@ -84,7 +103,7 @@ class _Wait:
     def is_over(self) -> bool:
         """Return true once one cell has room at least, and no other one will have it soon."""
         waiting = self._waiting()
-        if any(state in _UNDECIDED for state in waiting.values()):
+        if any(state in UNDECIDED for state in waiting.values()):
             return False
         if self._first.id.hex() in waiting:
             self._go_on_waiting(waiting)

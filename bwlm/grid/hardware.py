@@ -37,7 +37,7 @@ def plan_compute(experiment: Experiment, shape: GPTConfig, steps: int) -> Comput
     hardware, peak = _worker_hardware("cuda" if resources.gpus_per_worker else "cpu", resources.cpus_per_worker)
     if 0 < (part := resources.gpus_per_worker) < 1:
         hardware = replace(hardware, name=f"{part:g} of a {hardware.name}", memory=part * hardware.memory)
-    rows = experiment.budget.batch_tokens // shape.sequence_length // resources.workers
+    rows = experiment.budget.batch_tokens // shape.sequence_length // resources.fewest
     sampling = PHASES[experiment.phase].has_reward and settings.compile is None
     chosen = choose_compute(replace(wanted, compile=False) if sampling else wanted, hardware, peak, shape, rows, steps)
     if sampling:

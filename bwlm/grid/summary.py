@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bwlm.errors import UserError
-from bwlm.format import counted, duration, short_number
+from bwlm.format import counted, duration, first_of, short_number
 from bwlm.grid.cells import PlannedCell, find_cells, without_parent
 from bwlm.paths import read_json
 from bwlm.plan.spec import LaunchSettings, Plan
@@ -18,6 +18,7 @@ from bwlm.record.experiment import LEASE, WORKER
 from bwlm.record.grids import grid_folder
 from bwlm.record.launches import LaunchEntry, Usage, launches_of, total_of
 from bwlm.record.lease import present_holder
+from bwlm.record.starts import Start, has_changed_workers, starts_of, steps_lost, worker_words
 
 STANDINGS = ("finished", "stopped early", "running", "silent", "stopped", "failed", "waiting", "not trained")
 """States of cells in a summary. Stopped early: by the scheduler. Silent: its worker shows no sign of life. Stopped:
@@ -135,6 +136,11 @@ class GridSummary:
         """Time until the grid is done, at this pace."""
         return self.flops_left / self.flops_per_second if self.flops_per_second else None
 
+    @cached_property
+    def starts(self) -> dict[str, list[Start]]:
+        """Starts of each cell that has begun."""
+        return {cell.planned.cell.id: starts_of(cell.planned.folder.path) for cell in self.cells}
+
     @property
     def money(self) -> float | None:
         """Cost of all launches; None if no price is set."""
@@ -155,6 +161,8 @@ class GridSummary:
             **{f"{name}_hours": seconds / 3600 for name, seconds in used.items()},
             "launch_hours": self.usage.seconds / 3600,
             "money": self.money,
+            "resumes": sum(max(0, len(starts) - 1) for starts in self.starts.values()),
+            "steps_lost": sum(map(steps_lost, self.starts.values())),
             "launches": [_launch_json(launch) for launch in self.living],
         }
 
@@ -164,6 +172,16 @@ class GridSummary:
         """Return `3 of 8 cells finished, 2 running, 3 waiting`."""
         others = [f"{number} {name}" for name, number in self.counts.items() if name != "finished"]
         return ", ".join([f"{self.counts.get('finished', 0)} of {counted(len(self.cells), 'cell')} finished", *others])
+
+    def resumed_words(self) -> list[str]:
+        """Return a line on the cells that were resumed, and one on those whose number of workers changed."""
+        resumed = {cell: starts for cell, starts in self.starts.items() if len(starts) > 1}
+        changed = [f"{cell} ({worker_words(of)})" for cell, of in resumed.items() if has_changed_workers(of)]
+        lost = sum(map(steps_lost, resumed.values()))
+        return [
+            *([f"resumed: {counted(len(resumed), 'cell')}, {counted(lost, 'step')} lost"] if resumed else []),
+            *([f"other numbers of workers on the way: {first_of(changed)}"] if changed else []),
+        ]
 
     def left_words(self) -> str:
         """Return the states of the cells, and the FLOPs and the time that are left."""

@@ -22,6 +22,7 @@ from bwlm.grid.progress import ProgressDisplay
 from bwlm.grid.scheduling import CellStates, build_scheduler
 from bwlm.grid.watch import LaunchWatch
 from bwlm.grid.worker import train_cell, trial_resources
+from bwlm.plan.resolve import worker_counts
 from bwlm.plan.spec import Plan
 from bwlm.record.bucket import push_runs
 from bwlm.record.checkpoint import checkpoint_steps
@@ -148,6 +149,7 @@ def _tune(
     termination: Termination,
 ) -> None:
     resources = {planned.cell.id: planned.cell.experiment.resources for planned in cells}
+    sizes = {planned.cell.id: worker_counts(planned.cell.experiment) for planned in cells}
     with tempfile.TemporaryDirectory(prefix="bwlm-tune-", ignore_cleanup_errors=True) as scratch:
         stall_seconds = max(1, round(60 * plan.launch.stall_minutes))
         shared = {"storage": address_of(storage), "scratch": scratch, "stall_seconds": stall_seconds}
@@ -158,11 +160,13 @@ def _tune(
                 "cell": ray.tune.grid_search(list(resources)),
                 # workers use what is reserved here, even if another launch writes other settings to the cell's folder
                 "resources": ray.tune.sample_from(lambda config: resources[config["cell"]].model_dump()),
+                "sizes": ray.tune.sample_from(lambda config: sizes[config["cell"]]),
+                "at_once": concurrency,
             },
             tune_config=TuneConfig(
                 max_concurrent_trials=concurrency,
                 # a group of workers is not told that its trial was stopped: it ends only with the trial's process
-                reuse_actors=all(one.workers == 1 for one in resources.values()),
+                reuse_actors=not any(one.drives_group for one in resources.values()),
                 scheduler=build_scheduler(plan, cells, storage, termination),
             ),
             run_config=ray.tune.RunConfig(

@@ -49,8 +49,13 @@ class _Running:
     journal_bytes: int = -1
     moved: float = field(default_factory=time.monotonic)
     """Time of the last look at which the journal had grown."""
+    workers: int = 0
+    """Workers that train it now."""
     is_scoring: bool = False
     is_stalled: bool = False
+
+    def __post_init__(self) -> None:
+        self.workers = self.cell.experiment.resources.fewest
 
 
 class LaunchWatch:
@@ -88,6 +93,9 @@ class LaunchWatch:
         with self._lock:
             if running := self._running.get(cell):
                 running.step = max(running.step, int(result["step"]))
+                if (workers := int(result.get("workers", running.workers))) != running.workers:
+                    _add(self._usage, running)
+                    running.first_step, running.began, running.workers = running.step, time.monotonic(), workers
                 running.is_scoring = bool(result.get("scoring"))
         if self._paced_from is None:
             self._paced_from = time.monotonic(), self._usage_now().flops
@@ -269,9 +277,9 @@ class LaunchWatch:
 def _add(usage: Usage, running: _Running) -> None:
     """Add what a cell's workers have used since it began."""
     resources, seconds = running.cell.experiment.resources, time.monotonic() - running.began
-    usage.worker_seconds += resources.workers * seconds
-    usage.cpu_seconds += resources.workers * resources.cpus_per_worker * seconds
-    usage.gpu_seconds += resources.workers * resources.gpus_per_worker * seconds
+    usage.worker_seconds += running.workers * seconds
+    usage.cpu_seconds += running.workers * resources.cpus_per_worker * seconds
+    usage.gpu_seconds += running.workers * resources.gpus_per_worker * seconds
     usage.flops += running.cell.flops_until(running.step) - running.cell.flops_until(running.first_step)
 
 

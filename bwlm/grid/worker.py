@@ -14,10 +14,11 @@ from typing import Any
 from ray.exceptions import RayActorError
 
 from bwlm.cluster.environment import prepare_environment
-from bwlm.cluster.placement import TRIAL_CPUS
+from bwlm.cluster.placement import driver_bundle, worker_bundle
 from bwlm.cluster.signals import process_termination
 from bwlm.config import ResourceSettings
 from bwlm.errors import Interrupted, RunError
+from bwlm.grid.elastic import ElasticGroup, train_elastic
 from bwlm.paths import storage_root, write_json
 from bwlm.record.experiment import WORKER, ExperimentFolder
 from bwlm.record.lease import LeaseLost
@@ -25,7 +26,7 @@ from bwlm.storage.opened import fetch, in_bucket, pull
 
 
 class RaySession:
-    """Session of a worker, for the training loop. A cell with one worker reports to Tune, with several to Train."""
+    """Session of a worker, for the training loop. A worker of a group reports to Train, a single one to Tune."""
 
     def __init__(
         self,
@@ -44,13 +45,13 @@ class RaySession:
         import ray.train.torch
         import torch
 
-        several = resources.workers > 1
         # in Train's local mode the trial itself is the worker, and Train has no context
-        context = ray.train.get_context() if several else None
+        context = ray.train.get_context() if resources.drives_group else None
+        self._in_group = context is not None
         self.rank = context.get_world_rank() if context else 0
         self.world = context.get_world_size() if context else 1
         if resources.gpus_per_worker:
-            self.device = ray.train.torch.get_device() if several else torch.device("cuda", 0)
+            self.device = ray.train.torch.get_device() if context else torch.device("cuda", 0)
             # a cell that allocates more than its share of the GPU fails alone, not the cells beside it
             torch.cuda.set_per_process_memory_fraction(resources.gpus_per_worker, self.device)
         else:
@@ -78,33 +79,41 @@ class RaySession:
         import ray.train
         import ray.tune
 
-        send: Any = ray.tune.report if self.world == 1 else ray.train.report
-        send({"step": step, **metrics})
+        send: Any = ray.train.report if self._in_group else ray.tune.report
+        send({"step": step, "workers": self.world, **metrics})
 
     def _is_validated(self, step: int) -> bool:
         return step == self._steps or bool(self._evaluate_every and step % self._evaluate_every == 0)
 
     def stopping(self) -> bool:
-        """Return true if this process was asked to end, or if another process has taken the run."""
-        return process_termination().asked or self._lost_lease()
+        """Return true if this process was asked to end, if its node leaves, or if another process has taken the run."""
+        return process_termination().asked or self._lost_lease() or (self._in_group and _node_leaves())
+
+
+def _node_leaves() -> bool:
+    """Return whether Train has heard that a node of this group of workers is drained.
+
+    Train's own function for it asks rank 0 through an actor, which takes longer than many a step.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 def trial_resources(resources: ResourceSettings) -> Any:
     """Return the resources that Tune reserves for a trial: the cell's, or its driver's if Train places workers."""
     from ray.tune import PlacementGroupFactory
 
-    if resources.workers > 1:
-        return PlacementGroupFactory([{"CPU": TRIAL_CPUS}])
-    return PlacementGroupFactory([{"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}])
+    return PlacementGroupFactory([driver_bundle(resources) or worker_bundle(resources)])
 
 
 def train_cell(config: dict[str, Any]) -> None:
     """Train one cell through Ray Train: the trainable that Tune calls.
 
     A single worker runs in Train's local mode inside this (reused) actor, which saves the seconds that starting a
-    worker group takes; several workers get a TorchTrainer of their own. Raises `RayActorError`, marked as a
-    preemption, if the cell returns before its end, because it was asked to end or another process took it over, and
-    at once in a process that was asked to end before.
+    worker group takes; others get a TorchTrainer of their own. Raises `RayActorError`, marked as a preemption, if the
+    cell returns before its end: it was asked to end, another process took it over, or its number of workers follows
+    the nodes. Raises it at once in a process that was asked to end before.
     """
 
     prepare_environment()
@@ -112,15 +121,23 @@ def train_cell(config: dict[str, Any]) -> None:
     pull(folder.path)
     resources = ResourceSettings(**config["resources"])
     with process_termination() as termination:
-        if resources.workers > 1:
+        if resources.drives_group:
             # not in the workers: if rank 0 waited for the lease, the others would time out at their barrier
             folder.wait_until_free(lambda: termination.asked)
         if not termination.asked:
-            _trainer(config, resources).fit()
+            if resources.is_elastic:
+                group = ElasticGroup(resources, config["sizes"], config["at_once"])
+                train_elastic(folder, group, partial(_fit, config))
+            else:
+                _fit(config, resources.fewest)
             if folder.status().ended:
                 return
     # Tune does not count a preemption as a failure: it discards the process and starts the cell again
     raise RayActorError(error_msg=f"{folder.id}: its worker was stopped, or lost the run", preempted=True)
+
+
+def _fit(config: dict[str, Any], workers: int) -> None:
+    _trainer(config, ResourceSettings(**config["resources"]), workers).fit()
 
 
 class _NamedByCell:
@@ -130,7 +147,7 @@ class _NamedByCell:
     """
 
     def __init__(self, config: dict[str, Any], **options: Any) -> None:
-        if config["resources"]["workers"] > 1:
+        if ResourceSettings(**config["resources"]).drives_group:
             self._name = config["cell"]
         super().__init__(config, **options)  # type: ignore[call-arg]
 
@@ -138,28 +155,31 @@ class _NamedByCell:
 train_cell.__mixins__ = (_NamedByCell,)  # type: ignore[attr-defined]  # Tune makes a class of the function and of these
 
 
-def _trainer(config: dict[str, Any], resources: ResourceSettings) -> Any:
+def _trainer(config: dict[str, Any], resources: ResourceSettings, workers: int) -> Any:
     import ray.train
     import ray.train.torch
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    several = resources.workers > 1
+    in_group = resources.drives_group
     per_worker = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
     return ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config=config,
         # the others wait so long for a worker that hangs: then the cell fails, and starts again
-        torch_config=ray.train.torch.TorchConfig(timeout_s=config["stall_seconds"]) if several else None,
+        torch_config=ray.train.torch.TorchConfig(timeout_s=config["stall_seconds"]) if in_group else None,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.workers if several else 0,
+            num_workers=workers if in_group else 0,
             use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=per_worker if several else None,
+            resources_per_worker=per_worker if in_group else None,
         ),
         run_config=ray.train.RunConfig(
             name=config["cell"],
             storage_path=config["scratch"],
-            failure_config=ray.train.FailureConfig(max_failures=0),  # Tune counts the retries
-            callbacks=[TuneReportCallback()] if several else None,
+            # Tune counts the retries. A group of a size that follows the nodes does not wait for room that has gone
+            failure_config=ray.train.FailureConfig(
+                max_failures=0, controller_failure_limit=0 if resources.is_elastic else -1
+            ),
+            callbacks=[TuneReportCallback()] if in_group else None,
         ),
     )
 

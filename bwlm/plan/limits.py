@@ -11,7 +11,9 @@ from bwlm.errors import UserError
 from bwlm.format import counted, file_size, listed
 from bwlm.model.shape import WIDTH_PER_DEPTH, count_parameters
 from bwlm.paths import check_writable
+from bwlm.phases import PHASES
 from bwlm.plan.machine import Machine
+from bwlm.plan.resolve import worker_counts
 from bwlm.plan.spec import Cell, LaunchSettings
 from bwlm.record.researchlog_size import bytes_of_log
 
@@ -24,6 +26,7 @@ def plan_warnings(
 ) -> Iterator[str]:
     """Yield a line on each thing that the cells may lack; `machine` is None where they train on a cluster."""
     yield from _rounded(cells)
+    yield from _left_out(cells)
     if cells and machine:
         yield from _short_of_gpus(cells, machine) or _short_of_memory(cells, launch, machine)
     yield from _storage(cells, storage)
@@ -41,7 +44,7 @@ def optimizer_bytes(cell: Cell) -> int:
 
 def training_bytes(cell: Cell) -> int:
     """Return the bytes that a worker holds at least: weights, gradients, and its part of the optimizer's state."""
-    counts, workers = count_parameters(cell.shape), cell.experiment.resources.workers
+    counts, workers = count_parameters(cell.shape), cell.experiment.resources.fewest
     in_muon = _FLOAT * counts.matrices if cell.experiment.optim.kind == "muon" else 0
     return 2 * _FLOAT * counts.total + optimizer_bytes(cell) - in_muon + in_muon // workers
 
@@ -77,8 +80,22 @@ def _rounded(cells: Sequence[Cell]) -> Iterator[str]:
         )
 
 
+def _left_out(cells: Sequence[Cell]) -> Iterator[str]:
+    """Yield a line for each range of workers of which some counts do not share a step evenly."""
+    lines = set()
+    for cell in cells:
+        resources, counts = cell.experiment.resources, worker_counts(cell.experiment)
+        if len(counts) <= resources.most - resources.fewest:
+            of_step = "prompts" if PHASES[cell.experiment.phase].has_reward else "rows"
+            lines.add(
+                f"workers: of {resources.fewest} to {resources.most} only {listed(counts)} share the {of_step} of a "
+                "step evenly, so a cell has one of these (resources.workers)"
+            )
+    yield from sorted(lines)
+
+
 def _short_of_gpus(cells: Sequence[Cell], machine: Machine) -> list[str]:
-    needs = max(cell.experiment.resources.workers * cell.experiment.resources.gpus_per_worker for cell in cells)
+    needs = max(cell.experiment.resources.fewest * cell.experiment.resources.gpus_per_worker for cell in cells)
     if needs <= machine.gpus:
         return []
     present = counted(machine.gpus, "GPU") if machine.gpus else "no GPU"
@@ -98,11 +115,11 @@ def _short_of_memory(cells: Sequence[Cell], launch: LaunchSettings, machine: Mac
         where, has, fix = "a GPU", machine.gpu_memory, "lower depth"
     else:
         at_once = machine.cells_at_once(cells, launch.concurrency)
-        fits = machine.memory // (each * resources.workers)
+        fits = machine.memory // (each * resources.fewest)
         if at_once <= fits:
             return []
         where, has, fix = "this machine", machine.memory, f"launch.concurrency={fits}" if fits else "lower depth"
-        each *= at_once * resources.workers
+        each *= at_once * resources.fewest
     held = counted(each // training_bytes(largest), "worker")
     return [
         f"memory: {held} at once hold at least {file_size(each)} of weights, gradients and optimizer (largest cell: "

@@ -36,9 +36,9 @@ class Machine:
         return max(1, min(len(cells), concurrency or fitting))
 
     def _room_for(self, resources: ResourceSettings) -> int:
-        fits = self.cores // (resources.workers * resources.cpus_per_worker)
+        fits = self.cores // (resources.fewest * resources.cpus_per_worker)
         if resources.gpus_per_worker:
-            fits = min(fits, parts_of_gpus(self.gpus, resources.workers * resources.gpus_per_worker))
+            fits = min(fits, parts_of_gpus(self.gpus, resources.fewest * resources.gpus_per_worker))
         return fits
 
 
@@ -70,9 +70,7 @@ def with_resources(cells: tuple[Cell, ...], document: Document) -> tuple[Cell, .
     if os.environ.get("RAY_ADDRESS"):
         return cells
     if not _is_given(document, "gpus_per_worker") and (gpus := available_gpus()):
-        cells = tuple(
-            _resourced(cell, gpus_per_worker=int(gpus >= cell.experiment.resources.workers)) for cell in cells
-        )
+        cells = tuple(_resourced(cell, gpus_per_worker=int(gpus >= cell.experiment.resources.fewest)) for cell in cells)
     if not _is_given(document, "cpus_per_worker"):
         cores = available_cores()
         beside = max(map(len, generations(cells)), default=1)
@@ -124,7 +122,7 @@ def _with_threads(cell: Cell, cores: int) -> Cell:
     resources = cell.experiment.resources
     if resources.gpus_per_worker:
         return cell
-    return _resourced(cell, cpus_per_worker=max(1, cores // resources.workers))
+    return _resourced(cell, cpus_per_worker=max(1, cores // resources.fewest))
 
 
 def _resourced(cell: Cell, **update: float) -> Cell:

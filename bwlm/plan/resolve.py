@@ -36,7 +36,7 @@ def _with_absolute_files(experiment: Experiment) -> Experiment:
 
 def _with_batch(experiment: Experiment) -> Experiment:
     """Return the experiment with nanochat's batch for its depth, in whole rows for every worker."""
-    unit = experiment.model.sequence_length * experiment.resources.workers
+    unit = experiment.model.sequence_length * experiment.resources.fewest
     tokens = max(1, round(batch_tokens_for(shape_of(experiment)) / unit)) * unit
     budget = experiment.budget.model_copy(update={"batch_tokens": tokens})
     return experiment.model_copy(update={"budget": budget})
@@ -44,7 +44,7 @@ def _with_batch(experiment: Experiment) -> Experiment:
 
 def _check_batch(experiment: Experiment, document: Document) -> None:
     width, tokens = experiment.model.sequence_length, experiment.budget.batch_tokens
-    workers = experiment.resources.workers
+    workers = experiment.resources.fewest
     if PHASES[experiment.phase].has_reward:
         _check_prompts(experiment, document)
     if tokens % width:
@@ -57,7 +57,7 @@ def _check_batch(experiment: Experiment, document: Document) -> None:
     if rows % workers:
         raise UserError(
             f"{document.where('budget.batch_tokens')}: {rows} rows a step cannot be shared by "
-            f"resources.workers={workers}: take a multiple of {workers * width}"
+            f"resources.workers{_least(experiment)}={workers}: take a multiple of {workers * width}"
         )
 
 
@@ -66,7 +66,7 @@ def _check_prompts(experiment: Experiment, document: Document) -> None:
 
     The number of prompts in all must not depend on the workers.
     """
-    rl, workers, prompts = experiment.rl, experiment.resources.workers, experiment.prompts_per_step
+    rl, workers, prompts = experiment.rl, experiment.resources.fewest, experiment.prompts_per_step
     written = rl.samples * rl.new_tokens
     if prompts < workers and prompts < rl.prompts:
         raise UserError(
@@ -78,6 +78,23 @@ def _check_prompts(experiment: Experiment, document: Document) -> None:
             f"{document.where('rl.prompts')}: {prompts} prompts a step cannot be shared by {workers} workers: "
             f"take {max(1, prompts // workers) * workers}"
         )
+
+
+def _least(experiment: Experiment) -> str:
+    return ".min" if experiment.resources.is_elastic else ""
+
+
+def worker_counts(experiment: Experiment) -> tuple[int, ...]:
+    """Return the numbers of workers that may train an experiment, in their order.
+
+    Of a range, those that share the rows of a step evenly, and in RL its prompts: so each trains what one would.
+    """
+    resources = experiment.resources
+    shared = [experiment.budget.batch_tokens // experiment.model.sequence_length]
+    if PHASES[experiment.phase].has_reward:
+        shared.append(experiment.prompts_per_step)
+    counts = range(resources.fewest, resources.most + 1)
+    return tuple(count for count in counts if not any(rows % count for rows in shared))
 
 
 def resolve_steps(experiment: Experiment) -> int:

@@ -48,7 +48,7 @@ class PriceSettings(Settings):
     def per_hour(self, resources: ResourceSettings) -> float:
         """Return the price of the workers of one cell for an hour."""
         of_worker = resources.gpus_per_worker * self.gpu_hour + resources.cpus_per_worker * self.cpu_hour
-        return resources.workers * of_worker
+        return resources.fewest * of_worker
 
 
 class LaunchSettings(Settings):

@@ -47,7 +47,9 @@ NO_RESULT: Mapping[str, str] = {
     "bwlm.train.termination": "ends a run, which then resumes as it was",
 }
 """Modules that training imports and that change no result, each with the reason."""
-NO_SETTINGS = frozenset({"CheckpointSettings", "ComputeSettings", "ResearchLogSettings", "ResourceSettings"})
+NO_SETTINGS = frozenset(
+    {"CheckpointSettings", "ComputeSettings", "ResearchLogSettings", "ResourceSettings", "WorkerRange"}
+)
 """Classes of `bwlm.config` that say where or how fast a run trains, or what is kept of it."""
 NO_SETTING_FIELDS = frozenset({"EvaluationSettings.tasks", "EvaluationSettings.max_examples"})
 """Fields of its other classes that ask for scores of what was trained."""

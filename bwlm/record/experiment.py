@@ -36,6 +36,7 @@ from bwlm.record.lease import (
 )
 from bwlm.record.lineage import LINK, ParentLink, read_link, write_link
 from bwlm.record.run_config import RunConfig
+from bwlm.record.starts import STARTS
 from bwlm.storage.keeper import kept_in_bucket
 
 Records = dict[str, dict[str, Any]]
@@ -50,7 +51,7 @@ WORKER = "worker.json"
 SAMPLES = "samples"
 """Folder of samples that RL writes at validations, for people to read."""
 _WRITTEN = (
-    *("status.json", WORKER, "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*"),
+    *("status.json", WORKER, STARTS, "metrics.jsonl", "*.h5", "*.h5.tail", "checkpoints/step_*", "evaluations/*/*/*"),
     *(f"{SAMPLES}/*", TOKENIZER),
 )
 """Files that the holder of the lease writes under a temporary name first."""

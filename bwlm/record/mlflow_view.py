@@ -12,6 +12,7 @@ from typing import Any
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import Entry, last_entry, read_journal
 from bwlm.record.run_config import RunConfig
+from bwlm.record.starts import has_changed_workers, starts_of, steps_lost, worker_words
 
 LONGEST_TAG = 8000
 """Characters of a tag, in MLflow."""
@@ -74,6 +75,15 @@ def checkpoint_tag(folder: ExperimentFolder) -> dict[str, str]:
     """Return a tag with the path of the newest checkpoint, if there is one."""
     saved = sorted(folder.checkpoints.glob("step_*/meta.json"), key=lambda path: int(path.parent.name[len("step_") :]))
     return {"bwlm.checkpoint": str(saved[-1].parent)} if saved else {}
+
+
+def start_tags(folder: ExperimentFolder) -> dict[str, str]:
+    """Return tags of a run that was resumed: how many steps that cost, and its numbers of workers if they changed."""
+    starts = starts_of(folder.path)
+    if len(starts) < 2:
+        return {}
+    workers = {"bwlm.workers": worker_words(starts)} if has_changed_workers(starts) else {}
+    return {"bwlm.steps_lost": str(steps_lost(starts)), **workers}
 
 
 def shortened(text: str) -> str:

@@ -38,6 +38,7 @@ from bwlm.record.mlflow_view import (
     run_name,
     run_tags,
     shortened,
+    start_tags,
 )
 from bwlm.record.provenance import provenance
 from bwlm.record.task_metrics import forget_scores, is_score, send_scores
@@ -269,7 +270,8 @@ class Tracking:
             # with the entry's time stamp, so that MLflow drops them where they were sent before
             final = Entry(last.step, last.time, status.metrics)
             self._client.log_batch(run, metrics=points([final], final_for_mlflow))
-        self._set_tags(run, {"bwlm.state": status.state, "bwlm.reason": status.reason} | checkpoint_tag(folder))
+        ending = {"bwlm.state": status.state, "bwlm.reason": status.reason}
+        self._set_tags(run, ending | checkpoint_tag(folder) | start_tags(folder))
         self._tag_divergence(folder.path, run, status.diverged)
         shown = _STATES.get(status.state, "KILLED")
         self._close(run, artifacts, shown, last.time if last else None)

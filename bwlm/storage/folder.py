@@ -25,8 +25,8 @@ from bwlm.storage.objects import Bucket
 
 _LARGE = ("*.safetensors", "*.h5", "*.h5.tail", "*.h5.damaged", "*.arrow")
 _TRAINED = (
-    *("metrics.jsonl", "status.json", "warnings.log", "worker.json", "checkpoints/*", "evaluations/*", "samples/*"),
-    *("*.h5", "*.h5.tail", "*.h5.damaged"),
+    *("metrics.jsonl", "status.json", "warnings.log", "worker.json", "starts.json"),
+    *("checkpoints/*", "evaluations/*", "samples/*", "*.h5", "*.h5.tail", "*.h5.damaged"),
 )
 """Files that only the holder of a run's lease writes."""
 _LOCKS = ("lease.json", "launch.json", "lock")

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch.distributed as dist
+
 from bwlm.config import CheckpointSettings
 from bwlm.errors import RunError
 from bwlm.record.checkpoint import KeepPolicy, Snapshot
@@ -16,6 +18,7 @@ from bwlm.record.journal import NAME, Journal
 from bwlm.record.lease import LeaseLost
 from bwlm.record.researchlog import ResearchLog
 from bwlm.record.saver import CheckpointSaver
+from bwlm.record.starts import STARTS, note_start
 
 Entries = dict[str, dict[str, Any]]
 """Columns of one step, by group of the research log."""
@@ -54,8 +57,10 @@ class Records:
             "lr": experiment.lr,
             "seed": experiment.seed,
         }
-        path = folder.path / NAME
+        path = folder.path / STARTS
         try:
+            note_start(folder.path, step, dist.get_world_size() if dist.is_initialized() else 1, self._check)
+            path = folder.path / NAME
             self._journal = Journal(folder.path, step, self._check)
             path = folder.research_log(phase)
             self._log = ResearchLog(path, step, about, fixed, lease=folder.held)

@@ -6,6 +6,7 @@ import html.parser
 import os
 import re
 import shlex
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from bwlm.analysis.commands.compare import curves_of_groups
 from bwlm.analysis.commands.gap import GAP_HEADER, gap_columns, gap_metrics
 from bwlm.analysis.commands.result import frame_to_markdown, markdown_table
 from bwlm.analysis.report.output import write_report
-from bwlm.analysis.report.sections import configuration_section, cost_section, data_section
+from bwlm.analysis.report.sections import audit_section, configuration_section, cost_section, data_section
 from bwlm.analysis.report.study import LOSSES, PAGE, write_experiment_report, write_grid_report
 from bwlm.analysis.runs.audit import crossing_words
 from bwlm.analysis.runs.findings import find, one_window
@@ -35,6 +36,7 @@ from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.grids import REPORT, cells_of, earlier_reports, grid_folder, keep_report, write_cells
 from bwlm.record.journal import Journal
 from bwlm.record.repeat import train_command
+from bwlm.record.starts import note_start
 from bwlm.stats.gaps import PER_DIRECTION
 from bwlm.stats.loss_file import gaps_from
 from bwlm.text.packing import Manifest, PackedSplit
@@ -772,6 +774,26 @@ def test_energy_is_told_of_runs_whose_gpu_told_its_power(tmp_path: Path) -> None
     assert float(cost_section([folder])[1].splitlines()[-1].split("|")[-2]) == pytest.approx(1000 / 3.6e6, abs=1e-4)
     silent = finish(make_cell(tmp_path, "forward", seed=1), {"forward": [20.0]})
     assert "Energy is not known" in cost_section([folder, silent])[-1], "of some runs alone it would be too little"
+
+
+def test_changed_workers_and_lost_steps_are_told_and_paid_for(tmp_path: Path) -> None:
+    """Ten steps of a second with one worker, six with two of which three are lost, seven with one."""
+    calm, changed = (make_cell(tmp_path, direction) for direction in ("forward", "backward"))
+    for folder, starts in ((calm, [(0, 1)]), (changed, [(0, 1), (10, 2), (13, 1)])):
+        for at, (step, workers) in enumerate(starts):
+            note_start(folder.path, step, workers)
+            time.sleep(0.002)  # a step takes longer
+            journal = Journal(folder.path, step)
+            for done in range(step + 1, (16 if at == 1 else 20) + 1):
+                journal.append(done, {"tokens": 1.0, "flops": 1.0, "step_seconds": 1.0})
+            journal.close()
+    told = "\n".join(audit_section([calm, changed]))
+    assert f"- The number of workers changed in 1 of 2 runs: {changed.id} (1, 2 from step 10, 1 from step 13)." in told
+    assert "within 1e-05 of their size at the first step after a change, 0.001 later" in told
+    assert f"- Steps were lost and trained again in 1 run: {changed.id} (2 resumes, 13 steps lost)." in told
+    assert "workers changed" not in "\n".join(audit_section([calm, changed], of=calm))
+    table = cost_section([calm, changed])[1].splitlines()
+    assert [row.split("|")[-3].strip() for row in table[-2:]] == ["20 seconds", "23 seconds"]
 
 
 def on(folder: ExperimentFolder, resources: ResourceSettings) -> None:

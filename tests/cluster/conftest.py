@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.cluster.heads import Head, new_head, start_head
+from tests.cluster.heads import Head, started_head
 
 
 @pytest.fixture(scope="package")
 def head() -> Iterator[Head]:
-    folder = Path(tempfile.mkdtemp(prefix="bwj-", dir="/tmp"))
-    try:
-        head = new_head(folder)
-        node = start_head(head, cpus=4)
-        try:
-            yield head
-        finally:
-            node.stop()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with started_head(cpus=4) as started:
+        yield started

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -74,6 +76,14 @@ class Node:
             self.stop()
             raise
 
+    @property
+    def pid(self) -> int:
+        return self._node.pid
+
+    def terminate(self) -> None:
+        """SIGTERM to `ray start`, as a machine that is preempted sends it."""
+        self._node.terminate()
+
     def processes(self) -> list[psutil.Process]:
         """All of them; none if the node has failed by itself."""
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -96,11 +106,11 @@ class Node:
 
 
 @contextlib.contextmanager
-def node_of(command: list[str], environment: dict[str, str], log: Path, is_up: Callable[[], bool]) -> Iterator[None]:
+def node_of(command: list[str], environment: dict[str, str], log: Path, is_up: Callable[[], bool]) -> Iterator[Node]:
     """A node's processes, from when it is up until the end of the block."""
     node = Node(command, environment, log, is_up)
     try:
-        yield
+        yield node
     finally:
         node.stop()
 
@@ -114,8 +124,11 @@ class Head(NamedTuple):
     """Port that is kept for a server."""
 
 
-def new_head(folder: Path) -> Head:
-    """A head that is not started yet, on a machine that has no token yet; with ports and folders of its own."""
+def new_head(folder: Path, **besides: str) -> Head:
+    """A head that is not started yet, on a machine that has no token yet; with ports and folders of its own.
+
+    `besides` are further environment variables of it and its clients.
+    """
     gcs, dashboard, port = free_ports(3)
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "BWLM_STORAGE")}
     environment |= {
@@ -125,6 +138,7 @@ def new_head(folder: Path) -> Head:
         "HOME": str(folder),
         "OMP_NUM_THREADS": "1",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        **besides,
     }
     exported, make_token = documented("export RAY_AUTH_MODE=token", "ray get-auth-token")
     assert exported == "export RAY_AUTH_MODE=token"
@@ -145,6 +159,21 @@ def start_head(head: Head, cpus: int) -> Node:
     command = [*shlex.split(start), "--block", "--disable-usage-stats", *(f"{k}={v}" for k, v in options.items())]
     environment = {k: v for k, v in head.environment.items() if k != "RAY_API_SERVER_ADDRESS"}
     return Node(command, environment, folder / "head.log", lambda: answers(dashboard))
+
+
+@contextlib.contextmanager
+def started_head(cpus: int, **besides: str) -> Iterator[Head]:
+    """A head that runs until the end of the block."""
+    folder = Path(tempfile.mkdtemp(prefix="bwj-", dir="/tmp"))
+    try:
+        head = new_head(folder, **besides)
+        node = start_head(head, cpus)
+        try:
+            yield head
+        finally:
+            node.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def submit(
@@ -175,10 +204,10 @@ def join_node(head: Head, log: Path, options: tuple[str, ...] = ("--num-cpus=1",
 @contextlib.contextmanager
 def second_node(
     head: Head, log: Path, options: tuple[str, ...] = ("--num-cpus=1",), **environment: str
-) -> Iterator[None]:
+) -> Iterator[Node]:
     """A node that has joined, until the end of the block."""
     node = join_node(head, log, options, **environment)
     try:
-        yield
+        yield node
     finally:
         node.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from bwlm.record.experiment import LEASE, WORKER, ExperimentFolder, Status
 from bwlm.record.grids import grid_folder
 from bwlm.record.journal import Journal
 from bwlm.record.launches import Usage, recorded_launch
+from bwlm.record.starts import note_start
 from tests.shell import Shell
 from tests.test_cli import GOOD, make_run
 
@@ -101,6 +103,30 @@ def test_pace_time_and_cost_come_from_what_launches_recorded(plan: Plan, shell: 
         assert [entry["pid"] for entry in document["launches"]] == [os.getpid()]
     assert summarize(plan, shell.storage).flops_per_second == half / 100, "of the last launch, if none runs"
     assert " FLOPs at the last launch's 72 cells an hour\n" in shell("grid", "status", "g.yaml").out
+
+
+def test_resumes_and_what_they_cost_are_told(plan: Plan, shell: Shell) -> None:
+    calm, often = (run(shell.storage, cell, steps=5) for cell in ROWS[:2])
+    note_start(calm.path, 5, 1)
+    assert "resumed: " not in shell("grid", "status", "g.yaml").out
+    note_start(often.path, 5, 1)
+    time.sleep(0.002)  # a step takes longer
+    journal = Journal(often.path, 5)
+    for step in (6, 7):
+        journal.append(step, {})
+    journal.close()
+    for workers in (2, 1):
+        note_start(often.path, 5, workers)
+    told = shell("grid", "status", "g.yaml").out
+    assert "resumed: 1 cell, 2 steps lost\n" in told
+    assert f"other numbers of workers on the way: {often.id} (1 from step 5, 2 from step 5, 1 from step 5)\n" in told
+    document = shell.json("grid", "status", "g.yaml")
+    assert (document["summary"]["resumes"], document["summary"]["steps_lost"]) == (2, 2)
+    assert [cell["steps_lost"] for cell in document["cells"] if cell["id"] in (calm.id, often.id)] == [0, 2]
+    shown = shell("runs", "show", often.id).out
+    assert "workers    1 from step 5, 2 from step 5, 1 from step 5\n" in shown
+    assert "resumed    2 resumes, 2 steps lost\n" in shown
+    assert "resumed" not in shell("runs", "show", calm.id).out
 
 
 def test_what_a_launch_would_do_with_each_cell(plan: Plan, shell: Shell) -> None:

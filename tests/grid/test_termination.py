@@ -21,6 +21,7 @@ from bwlm.plan.load import load_grid
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.journal import last_entry, read_journal
+from bwlm.record.starts import starts_of
 from tests.grids import BWLM, GridFile, once_at_step, private_environment
 
 STEPS = 300
@@ -54,9 +55,16 @@ def ask_rank_1(pid: int) -> None:
 
 @pytest.mark.faults
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize(("workers", "ask"), [(1, ask_rank_0), pytest.param(2, ask_rank_1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("workers", "ask"),
+    [
+        (1, ask_rank_0),
+        pytest.param(2, ask_rank_1, marks=pytest.mark.slow),
+        pytest.param({"min": 1, "max": 1}, ask_rank_0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_worker_that_is_asked_to_end_saves_and_its_cell_goes_on(
-    grid_file: GridFile, tmp_path: Path, workers: int, ask: Callable[[int], None]
+    grid_file: GridFile, tmp_path: Path, workers: int | dict[str, int], ask: Callable[[int], None]
 ) -> None:
     path = grid_file(**SETTINGS, resources={"workers": workers})
     calm, storage = tmp_path / "calm", tmp_path / "storage"
@@ -69,6 +77,7 @@ def test_a_worker_that_is_asked_to_end_saves_and_its_cell_goes_on(
     # it did not begin anew, but took up what was saved at the signal
     saved, last = checkpoint_steps(ExperimentFolder(storage, CELL).checkpoints)
     assert asked[0] <= saved < last == STEPS
+    assert [(start.step, start.lost) for start in starts_of(storage / CELL)] == [(0, 0), (saved, 0)]
     since = 1000 * json.loads((storage / CELL / "lease.json").read_text())["since"]
     times = {entry.step: entry.time for entry in read_journal(storage / CELL)}
     assert times[saved] < since < times[saved + 1]

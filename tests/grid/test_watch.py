@@ -323,3 +323,27 @@ def test_cells_on_gpus_need_the_price_of_a_gpu(grid_file: GridFile) -> None:
 
 def test_a_usage_without_time_costs_nothing() -> None:
     assert Usage().cost(5.0, 5.0) == 0.0
+
+
+def test_workers_that_come_are_counted_from_then_on(grid_file: GridFile, tmp_path: Path) -> None:
+    """A cell of one to four workers: it counts as one until a report says otherwise."""
+    plan = load_grid(grid_file(resources={"workers": {"min": 1, "max": 4}, "cpus_per_worker": 3}), [])
+    whole = plan.cells[0].flops_until(12)
+    seconds: list[float] = []
+
+    def trains(over: LaunchWatch) -> None:
+        over.began(CELL, 0)
+        time.sleep(0.1)
+        over.moved(CELL, {"step": 6, "workers": 1})
+        seconds.append(over._usage_now().worker_seconds)
+        over.moved(CELL, {"step": 7, "workers": 4})
+        time.sleep(0.1)
+        over.moved(CELL, {"step": 12, "workers": 4})
+        over.released(CELL)
+
+    assert launch(plan, tmp_path / "runs", trains)[1] is None
+    [entry] = launches_of(home(tmp_path / "runs"))
+    assert 0.1 <= seconds[0] < 0.3
+    assert entry.usage.worker_seconds >= 0.5, "0.1 s of one and 0.1 s of four"
+    assert entry.usage.cpu_seconds == pytest.approx(3 * entry.usage.worker_seconds)
+    assert entry.usage.flops == pytest.approx(whole)

@@ -18,7 +18,7 @@ from bwlm.analysis.commands.representations import representations
 from bwlm.analysis.commands.result import Analysis, frame_to_markdown, markdown_table
 from bwlm.analysis.commands.rewards import rewards
 from bwlm.analysis.commands.transfer import transfer
-from bwlm.analysis.runs.audit import audit, crossing_words
+from bwlm.analysis.runs.audit import audit, crossing_words, start_words
 from bwlm.analysis.runs.losses import load_curves
 from bwlm.config import DataSettings, Experiment, Settings
 from bwlm.errors import UserError
@@ -29,6 +29,7 @@ from bwlm.record.bucket import fetch_text
 from bwlm.record.catalog.select import begun
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.record.run_config import RunConfig
+from bwlm.record.starts import starts_of
 
 Analyse = Callable[[list[ExperimentFolder]], Analysis]
 
@@ -104,7 +105,9 @@ def analysis_sections(
 def audit_section(folders: list[ExperimentFolder], of: ExperimentFolder | None = None) -> list[str]:
     """Return the audit of all pairs among the runs; or of the pairs of one run, and nothing if it is in none."""
     audited = audit(folders, of)
-    words = (audited.words() if audited.pairs or not of else []) + crossing_words([of] if of else folders)
+    concerned = [of] if of else folders
+    words = audited.words() if audited.pairs or not of else []
+    words += crossing_words(concerned) + start_words(concerned)
     return ["## Audit", "\n".join(f"- {line}" for line in words)] if words else []
 
 
@@ -208,17 +211,18 @@ def cost_section(folders: list[ExperimentFolder]) -> list[str]:
     for folder in folders:
         curve = load_curves(folder)
         if not curve.empty:
-            last, validation = curve.iloc[-1], curve.get("validation_seconds", pd.Series(dtype=float)).sum()
+            last = curve.iloc[-1]
             experiment = folder.config().experiment
-            workers = experiment.resources.workers
+            workers = _workers(folder, curve)
+            validations = curve.get("validation_seconds", pd.Series(0.0, curve.index)).fillna(0)
             rows.append(
                 {
                     "direction": experiment.direction,
                     "runs": 1,
                     "tokens": float(last["tokens"]),
                     "FLOPs": float(last["flops"]),
-                    "time of steps": curve["step_seconds"].sum() * workers,
-                    "time of validation": validation * workers,
+                    "time of steps": (curve["step_seconds"] * workers).sum(),
+                    "time of validation": (validations * workers).sum(),
                     "kWh of GPUs": _energy(folder, curve),
                 }
             )
@@ -246,9 +250,16 @@ def _energy(folder: ExperimentFolder, curve: pd.DataFrame) -> float:
     """Return kWh of all ranks' GPUs in steps, of a shared GPU this run's part; NaN if the power was not logged."""
     if "gpu_watts" not in curve:
         return math.nan
-    joules = (curve["gpu_watts"].ffill().bfill() * curve["step_seconds"]).sum()
-    resources = folder.config().experiment.resources
-    return float(joules) * resources.workers * resources.gpus_per_worker / 3.6e6
+    joules = (curve["gpu_watts"].ffill().bfill() * curve["step_seconds"] * _workers(folder, curve)).sum()
+    return float(joules) * folder.config().experiment.resources.gpus_per_worker / 3.6e6
+
+
+def _workers(folder: ExperimentFolder, curve: pd.DataFrame) -> pd.Series[int]:
+    """Return the number of workers that trained each step; by the settings where the run has not noted it."""
+    workers = pd.Series(folder.config().experiment.resources.fewest, curve.index)
+    for start in starts_of(folder.path):
+        workers[curve["step"] > start.step] = start.workers
+    return workers
 
 
 def repeat_section(folders: list[ExperimentFolder], command: str) -> list[str]:

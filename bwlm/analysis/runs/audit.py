@@ -8,12 +8,17 @@ from typing import Any
 
 from bwlm.analysis.runs.losses import byte_counts_of
 from bwlm.directions import is_marked
+from bwlm.format import counted
 from bwlm.record.experiment import ExperimentFolder, list_experiments
 from bwlm.record.fingerprint import VARIED, differences
 from bwlm.record.health import readable
+from bwlm.record.starts import has_changed_workers, resume_words, starts_of, steps_lost, worker_words
 
 TUNED = frozenset(VARIED) - {"seed", "parent_seed"}
 """Fields in which the cells of a pair may differ."""
+
+SAME_FIRST, SAME_LATER = 1e-5, 1e-3
+"""Most by which float32 losses of two numbers of workers differ, as a share of the loss; tests/train/test_worlds.py."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,23 @@ def crossing_words(folders: list[ExperimentFolder]) -> list[str]:
             "Rows of such a bidirectional run are no mirror images of each other, because its segments are read both "
             "ways: before a segment its two readings see different documents."
         )
+    return words
+
+
+def start_words(folders: list[ExperimentFolder]) -> list[str]:
+    """Return lines on runs whose number of workers changed, and on steps that were lost; none if no run has these."""
+    starts = {folder.id: starts_of(folder.path) for folder in folders}
+    changed = [f"{run} ({worker_words(of)})" for run, of in starts.items() if has_changed_workers(of)]
+    lost = [f"{run} ({resume_words(of)})" for run, of in starts.items() if steps_lost(of)]
+    words = []
+    if changed:
+        words.append(
+            f"The number of workers changed in {len(changed)} of {counted(len(folders), 'run')}: {'; '.join(changed)}. "
+            f"Rows and steps are the same, and losses agree with those of a fixed number within {SAME_FIRST:g} of "
+            f"their size at the first step after a change, {SAME_LATER:g} later."
+        )
+    if lost:
+        words.append(f"Steps were lost and trained again in {counted(len(lost), 'run')}: {'; '.join(lost)}.")
     return words
 
 

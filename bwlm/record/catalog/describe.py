@@ -21,6 +21,7 @@ from bwlm.record.health import damage_of_weights
 from bwlm.record.journal import entries_holding, last_entry
 from bwlm.record.lineage import Lineage, LineageNode, ParentLink, skipped
 from bwlm.record.run_config import RunConfig
+from bwlm.record.starts import starts_of, steps_lost
 from bwlm.record.tracking import noted_run
 from bwlm.storage.opened import sizes_below
 
@@ -132,7 +133,7 @@ def describe(folder: ExperimentFolder) -> dict[str, Any]:
     """Return everything known of an experiment, as JSON. Raises `UserError` if its own records cannot be read."""
     cell, config, link = load_cell(folder), folder.config(), folder.link()
     noted = read_json(folder.path / "config.json")
-    best, holder = best_of(folder, cell), folder.busy_with()
+    best, holder, starts = best_of(folder, cell), folder.busy_with(), starts_of(folder.path)
     faults = folder.damage() + damage_of_weights(folder, config, folder.status())
     return cell.to_json() | {
         "damage": faults,
@@ -150,6 +151,8 @@ def describe(folder: ExperimentFolder) -> dict[str, Any]:
         "created": noted.get("created"),
         "versions": noted.get("versions", {}),
         "holder": asdict(holder) if holder else None,
+        "starts": [asdict(start) for start in starts],
+        "steps_lost": steps_lost(starts),
         "mlflow_run": noted_run(folder.path),
         **_what_is_kept(folder),
     }
