@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -282,6 +284,49 @@ def test_a_journal_that_grows_in_the_bucket_is_no_stall(
     shown, _ = launch(plan_of(stall_minutes=0.1 / 60), storage, trains)
     assert shown == []
     assert set(brought) == {storage / CELL / "metrics.jsonl"}
+
+
+_HOLDER = """
+import ctypes, sys, time
+from pathlib import Path
+from bwlm.record.lease import take
+lease = take(Path(sys.argv[1]), 1.0, 0.1, lambda: False)
+ctypes.CDLL(None).prctl(15, b"ray::train")
+print("held", flush=True)
+time.sleep(600)
+"""
+"""A process that holds a lease of a second, under a name of Ray's workers."""
+
+
+def test_a_frozen_worker_is_ended_and_a_busy_one_is_left(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
+    storage, workers = tmp_path / "runs", {}
+    for cell in (CELL, OTHER):
+        (storage / cell).mkdir(parents=True)
+        words = [sys.executable, "-c", _HOLDER, str(storage / cell / "lease.json")]
+        workers[cell] = subprocess.Popen(words, stdout=subprocess.PIPE)
+    try:
+        for worker in workers.values():
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == b"held\n"
+        workers[CELL].send_signal(signal.SIGSTOP)
+
+        def stalls(over: LaunchWatch) -> None:
+            for cell in workers:
+                over.began(cell, 0)
+            until(lambda: all(running.is_stalled for running in over._running.values()))
+            until(lambda: workers[CELL].poll() is not None)
+
+        shown, error = launch(plan_of(stall_minutes=0.1 / 60), storage, stalls)
+        assert error is None
+        assert workers[CELL].returncode == -signal.SIGKILL
+        assert workers[OTHER].poll() is None
+        told = f":{workers[CELL].pid} is frozen, and is ended: the cell resumes from its last checkpoint"
+        assert [line for line in shown if "frozen" in line and told in line]
+        assert not any(line.startswith(f"{OTHER}: its worker") for line in shown)
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
 
 
 # ---- settings ----
