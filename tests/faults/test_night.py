@@ -32,8 +32,8 @@ PAIR = (
     "axes.seed=[0]",
     "resources.workers=2",
     "launch.concurrency=1",
-    "budget.steps=3000",
-    "launch.stall_minutes=0.2",
+    "budget.steps=5000",
+    "launch.stall_minutes=0.5",
 )
 
 
