@@ -242,7 +242,8 @@ def test_a_submitted_server_answers_until_it_is_stopped(head: Head, trained_base
     job.submit("server")
     job.wait_for(job.answers, "server")
     asked = {"model": "backward:backward", "prompt": "river", "max_tokens": 8}
-    assert httpx.post(f"{job.url}/v1/completions", json=asked).json()["usage"]["completion_tokens"] == 8
+    written = httpx.post(f"{job.url}/v1/completions", json=asked).json()["usage"]["completion_tokens"]
+    assert 1 <= written <= 8, "it may end the text before"
 
     job.submit("second")
     job.wait_for(lambda: job.has_failed("second"), "second")

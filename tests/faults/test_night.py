@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from bwlm.record.starts import starts_of
 from tests.cluster.heads import new_head
 from tests.faults.night import Night
 
+EVERY = 50
 SETTINGS = (
     "name=night",
     "tokenizer.vocab_size=400",
@@ -22,7 +24,7 @@ SETTINGS = (
     "budget.batch_tokens=512",
     "evaluation.every=0",
     "evaluation.tokens=1024",
-    "checkpoint.every=50",
+    f"checkpoint.every={EVERY}",
     "launch.concurrency=2",
     "launch.retries=9",
 )
@@ -59,6 +61,9 @@ def test_what_was_hit_goes_on_as_if_nothing_had_been(kind: str, night: Night, ca
     fault = night.hit(kind, cells=2 if kind == "node" else 1, before=700)
     for cell, seconds in night.recovered(fault).items():
         print(f"{kind}: {cell} trains again after {seconds:.1f} s")
+        # of a fault without notice, those since the last checkpoint, and those done while one was being saved
+        lost = starts_of(night.storage / cell)[-1].lost
+        assert lost == 0 if kind == "notice" else lost < 2 * EVERY
     night.check(fault, calm)
 
 

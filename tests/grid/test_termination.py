@@ -53,16 +53,9 @@ def ask_rank_1(pid: int) -> None:
     rank_1.send_signal(signal.SIGTERM)
 
 
-@pytest.mark.faults
+@pytest.mark.slow  # tests/faults/test_night.py asks a worker too, among other faults
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize(
-    ("workers", "ask"),
-    [
-        (1, ask_rank_0),
-        pytest.param(2, ask_rank_1, marks=pytest.mark.slow),
-        pytest.param({"min": 1, "max": 1}, ask_rank_0, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("workers", "ask"), [(1, ask_rank_0), (2, ask_rank_1), ({"min": 1, "max": 1}, ask_rank_0)])
 def test_a_worker_that_is_asked_to_end_saves_and_its_cell_goes_on(
     grid_file: GridFile, tmp_path: Path, workers: int | dict[str, int], ask: Callable[[int], None]
 ) -> None:

@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
     "budget": {"steps": STEPS, "batch_tokens": 512},
     "evaluation": {"every": 0, "tokens": 1024},
     "checkpoint": {"every": 0},  # what is there before the last step was saved because the launch stopped
-    "launch": {"price": {"cpu_hour": 1000.0}},
+    "launch": {"price": {"cpu_hour": 1000.0}, "grace_seconds": 120.0},  # a busy machine saves and pushes slowly
 }
 
 
