@@ -51,8 +51,8 @@ class Fault(NamedTuple):
     """Fault that has just happened."""
 
     kind: str
-    holders: dict[str, int | None]
-    """Cells that it hit, and the process that trained each."""
+    cells: list[str]
+    """Cells that it hit."""
     time: float
     """When it happened, in seconds since the epoch."""
 
@@ -127,14 +127,14 @@ class Night:
         return found
 
     def _amid(self, cells: int, after: int, before: int) -> dict[str, int]:
-        """Cells that train, once there are so many in the middle of their steps, each beyond a checkpoint."""
+        """Cells in the middle of their steps, each beyond a checkpoint, once there are so many; and their processes."""
 
         def found() -> dict[str, int] | None:
-            amid = {
-                id: step
-                for id, step in self.training().items()
-                if after < step < before and checkpoint_steps(ExperimentFolder(self.storage, id).checkpoints)
-            }
+            amid = {}
+            for id, step in self.training().items():
+                folder = ExperimentFolder(self.storage, id)
+                if after < step < before and checkpoint_steps(folder.checkpoints) and (pid := holder(folder)):
+                    amid[id] = pid
             return amid if len(amid) >= cells else None
 
         amid: dict[str, int] = self.wait_for(found)
@@ -147,22 +147,17 @@ class Night:
 
     def hit(self, kind: str, cells: int = 1, after: int = 60, before: int = 10**9) -> Fault:
         """Wait until cells are amid their training, and let a fault happen: a method of this class without its `_`."""
-        amid = self._amid(cells, after, before)
-        holders = {id: holder(ExperimentFolder(self.storage, id)) for id in amid}
-        now = time.time()
-        act: Callable[[dict[str, int | None]], list[str]] = getattr(self, f"_{kind}")
-        return Fault(kind, {id: holders[id] for id in act(holders)}, now)
+        amid, now = self._amid(cells, after, before), time.time()
+        act: Callable[[dict[str, int]], list[str]] = getattr(self, f"_{kind}")
+        return Fault(kind, act(amid), now)
 
-    def _worker(self, amid: dict[str, int | None]) -> list[str]:
+    def _worker(self, amid: dict[str, int]) -> list[str]:
         return [_signal(amid, signal.SIGKILL)]
 
-    def _notice(self, amid: dict[str, int | None]) -> list[str]:
+    def _notice(self, amid: dict[str, int]) -> list[str]:
         return [_signal(amid, signal.SIGTERM)]
 
-    def _frozen(self, amid: dict[str, int | None]) -> list[str]:
-        return [_signal(amid, signal.SIGSTOP)]
-
-    def _data_task(self, amid: dict[str, int | None]) -> list[str]:
+    def _data_task(self, amid: dict[str, int]) -> list[str]:
         """Kill a task that makes batches, whichever cell it is for: Ray Data tries it again."""
 
         def task() -> psutil.Process | None:
@@ -172,20 +167,20 @@ class Night:
         process.kill()
         return []
 
-    def _trial(self, amid: dict[str, int | None]) -> list[str]:
+    def _trial(self, amid: dict[str, int]) -> list[str]:
         """Kill the actor that drives the workers of a cell, which has several."""
         drivers = [one for one in self._processes() if _title(one).startswith("ray::ImplicitFunc")]
         for process in drivers:
             process.kill()
         return list(amid)
 
-    def _hung(self, amid: dict[str, int | None]) -> list[str]:
+    def _hung(self, amid: dict[str, int]) -> list[str]:
         """Freeze a worker beside the one that writes: the others wait for it in their next collective."""
         workers = [one for one in self._processes() if _title(one).startswith("ray::RayTrainWork")]
         next(one for one in workers if one.pid not in amid.values()).suspend()
         return list(amid)
 
-    def _clock(self, amid: dict[str, int | None]) -> list[str]:
+    def _clock(self, amid: dict[str, int]) -> list[str]:
         """Set the clock of all processes an hour forward, two hours back, and right again: nothing starts again."""
         for hours in (1, -1, 0):
             self._clock_file.write_text(str(3600 * hours))
@@ -193,14 +188,14 @@ class Night:
             self.wait_for(lambda steps=steps: self.training().keys() - steps or self.training() != steps)
         return []
 
-    def _node(self, amid: dict[str, int | None]) -> list[str]:
+    def _node(self, amid: dict[str, int]) -> list[str]:
         """Kill a node with all that runs there; another one joins later."""
         there = {one.pid for one in self.other.processes()}
         self.other.kill()
         self.other = self._join()
         return [id for id, pid in amid.items() if pid in there]
 
-    def _driver(self, amid: dict[str, int | None]) -> list[str]:
+    def _driver(self, amid: dict[str, int]) -> list[str]:
         """Kill the job's driver; the same submit goes on."""
         driver = next(one for one in self.head_node.processes() if _words(one)[2:4] == ["grid", "run"])
         driver.kill()
@@ -208,7 +203,7 @@ class Night:
         self.submit()
         return list(amid)
 
-    def _head(self, amid: dict[str, int | None]) -> list[str]:
+    def _head(self, amid: dict[str, int]) -> list[str]:
         """Kill the head, and with it what the other node does for it; a new cluster gets the same submit."""
         self.head_node.kill()
         self.other.kill()
@@ -221,18 +216,21 @@ class Night:
 
     def recovered(self, fault: Fault) -> dict[str, float]:
         """Seconds from the fault until each cell that it hit has done a step in another process."""
-        return {id: self.wait_for(lambda id=id: self._trained_anew(id, fault)) - fault.time for id in fault.holders}
+        return {id: self.wait_for(lambda id=id: self._trained_anew(id, fault)) - fault.time for id in fault.cells}
 
     def _trained_anew(self, id: str, fault: Fault) -> float | None:
+        """When a process that took the cell after the fault did its first step; the fault's time if the cell ended."""
         folder = ExperimentFolder(self.storage, id)
-        if holder(folder) in (None, fault.holders[id]) and not folder.status().ended:
-            return None
+        if folder.status().ended:
+            return fault.time
         since = json.loads((folder.path / "lease.json").read_text())["since"]
+        if since < fault.time:
+            return None
         return next((entry.time / 1000 for entry in read_journal(folder.path) if entry.time > 1000 * since), None)
 
     def check(self, fault: Fault, calm: Path) -> None:
         """Losses are those of a calm run, finished cells are as they were, and MLflow has each run once."""
-        for id in fault.holders:
+        for id in fault.cells:
             check_losses(self.storage, calm, id)
         self.check_finished()
         check_tracking(self.storage)
@@ -289,10 +287,9 @@ def _kept(folder: Path) -> Iterator[Path]:
     yield from sorted(path for path in (folder / "checkpoints").rglob("*") if path.is_file())
 
 
-def _signal(amid: dict[str, int | None], number: signal.Signals) -> str:
+def _signal(amid: dict[str, int], number: signal.Signals) -> str:
     """Send a signal to the process of one of the cells; the cell."""
     cell, pid = next(iter(amid.items()))
-    assert pid is not None
     os.kill(pid, number)
     return cell
 

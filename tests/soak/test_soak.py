@@ -44,7 +44,7 @@ def test_results_are_those_of_a_calm_run(night: Night, tmp_path: Path) -> None:
         recovered = night.recovered(fault)
         night.check_finished()
         words = f"{max(recovered.values()):.1f}" if recovered else "-"
-        log.append(f"| {len(log) + 1} | {fault.kind} | {len(fault.holders)} | {words} |")
+        log.append(f"| {len(log) + 1} | {fault.kind} | {len(fault.cells)} | {words} |")
         print(log[-1], flush=True)
         time.sleep(rng.uniform(0, 3))
     night.wait_for(lambda: not night.has_work(), seconds=1800)
