@@ -44,7 +44,7 @@ def run_grid(storage: Path, name: str, cells: int, steps: int, args: argparse.Na
     grid = {
         "name": name,
         "data": {"source": args.source},
-        "tokenizer": {"vocab_size": 1024},
+        "tokenizer": {"vocab_size": args.vocab},
         "axes": {"direction": ["forward"], "depth": [args.depth], "lr": [2.0], "seed": list(range(cells))},
         "model": {"sequence_length": 256},
         "budget": {"steps": steps, "batch_tokens": 4096},
@@ -54,7 +54,9 @@ def run_grid(storage: Path, name: str, cells: int, steps: int, args: argparse.Na
     }
     (path := storage / f"{name}.yaml").write_text(yaml.safe_dump(grid))
     began = time.perf_counter()
-    subprocess.run([BWLM, "grid", "run", path, "--storage", storage], check=True, capture_output=True, text=True)
+    done = subprocess.run([BWLM, "grid", "run", path, "--storage", storage], stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
     return time.perf_counter() - began
 
 
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="workers of each cell")
     parser.add_argument("--at-once", type=int, default=2, help="cells at a time")
     parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--source", default="builtin:pydocs", help="text, as data.source of a grid")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
