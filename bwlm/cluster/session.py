@@ -166,7 +166,7 @@ def _environment_of(address: str) -> dict[str, Any]:
     """Return what the processes of a launch must know: where their cluster is.
 
     Train's cleaner of placement groups looks for a cluster on its machine. If it finds two, it gives up, and the room
-    of a cell whose trial was killed stays taken for ever (`findings/train_cleaner_two_rays.sh`).
+    of a cell whose trial was killed stays taken for ever.
     """
     return {"env_vars": {"RAY_ADDRESS": address}} if re.fullmatch(r"[^/]+:\d+", address) else {}
 
