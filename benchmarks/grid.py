@@ -1,4 +1,4 @@
-"""What a grid costs besides training: its wall time over that of its training, and seconds between two cells.
+"""Costs of a grid besides training: its wall time over that of its training, and seconds between two cells.
 
     python benchmarks/grid.py [--cells 12] [--seconds 60] [--workers 1] [--at-once 2] [--json]
 

@@ -114,12 +114,12 @@ class Night:
         return found
 
     def has_work(self) -> bool:
-        """Whether cells are left to train, or are not made yet."""
+        """Return whether cells are left to train, or are not made yet."""
         cells = self.cells()
         return not cells or any(not folder.status().ended for folder in cells)
 
     def wait_for(self, holds: Callable[[], Any], seconds: float = _SECONDS) -> Any:
-        """What is true at last."""
+        """Return what `holds` returns, once it is true."""
         deadline = time.monotonic() + seconds
         while not (found := holds()):
             assert time.monotonic() < deadline, self.log()
@@ -236,7 +236,7 @@ class Night:
         check_tracking(self.storage)
 
     def check_finished(self) -> None:
-        """What has finished was not touched since it was looked at first."""
+        """Check that no finished cell was touched since it was looked at first."""
         now = {folder.id: _digest(folder) for folder in self.cells() if folder.status().state == "finished"}
         for id, before in self._finished.items():
             assert now[id] == before, f"{id} had finished, and was written to"

@@ -68,8 +68,8 @@ def test_what_was_hit_goes_on_as_if_nothing_had_been(kind: str, night: Night, ca
 
 
 @pytest.mark.parametrize("kind", ["trial", "hung"])
-def test_a_cell_of_two_workers_too(kind: str, night: Night, calm: Path) -> None:
-    """Its losses are those of the same two workers in a calm grid: of one worker they differ in the last digits."""
+def test_a_cell_of_two_workers_too(kind: str, night: Night) -> None:
+    """It trains again in other processes. Losses of two workers are compared in `tests/grid/test_run.py`."""
     if kind == "trial":
         night.switch(*SETTINGS, *PAIR)
     fault = night.hit(kind)
