@@ -12,7 +12,7 @@ import logging
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from bwlm.chat.access import Access
 from bwlm.chat.served import ServedModel
 from bwlm.chat.server import build_app
+from bwlm.cluster.autoscaling import find_autoscaler
 from bwlm.cluster.capacity import resources_of_nodes, room_on
 from bwlm.cluster.environment import prepare_environment
 from bwlm.cluster.session import ray_session
@@ -129,16 +130,28 @@ def deployment(load: Callable[[], Sequence[ServedModel]], access: Access, replic
 
 
 def _check_room(replicas: Replicas) -> int:
-    """Return the GPUs of a replica: one, if the cluster has any. Raises `UserError` if too few replicas fit."""
+    """Return the GPUs of a replica: one, if a node has any.
+
+    That is of the nodes that there are; if they have no room, of those that the autoscaler could start. Raises
+    `UserError` if too few replicas fit on these either.
+    """
     nodes = resources_of_nodes()
-    gpus = int(any(node.get("GPU") for node in nodes))
-    needs = ResourceSettings(workers=replicas.least, cpus_per_worker=replicas.threads, gpus_per_worker=gpus)
+    if room_on(nodes, _needs(replicas, nodes)) < replicas.least and (autoscaler := find_autoscaler()):
+        if not autoscaler.node_types:
+            return int(_needs(replicas, nodes).gpus_per_worker)
+        nodes = autoscaler.grown(nodes)
+    needs = _needs(replicas, nodes)
     if (room := room_on(nodes, needs)) < replicas.least:
         raise UserError(
-            f"--replicas {replicas.least}: each needs {replicas.threads} CPUs and {gpus} GPUs, and the cluster has "
-            f"room for {room}: lower --replicas or --threads, or add nodes"
+            f"--replicas {replicas.least}: each needs {replicas.threads} CPUs and {needs.gpus_per_worker:g} GPUs, and "
+            f"the cluster has room for {room}: lower --replicas or --threads, or add nodes"
         )
-    return gpus
+    return int(needs.gpus_per_worker)
+
+
+def _needs(replicas: Replicas, nodes: Collection[dict[str, float]]) -> ResourceSettings:
+    gpus = any(node.get("GPU") for node in nodes)
+    return ResourceSettings(workers=replicas.least, cpus_per_worker=replicas.threads, gpus_per_worker=int(gpus))
 
 
 @contextlib.contextmanager

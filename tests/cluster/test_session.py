@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
-from bwlm.cluster import autoscaling, capacity
+from bwlm.cluster import autoscaling, capacity, serving
 from bwlm.cluster import session as cluster
 from bwlm.cluster.autoscaling import NodeType
 from bwlm.cluster.capacity import cpus_of_cell
+from bwlm.cluster.serving import Replicas
 from bwlm.cluster.session import _connect
 from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
@@ -178,6 +180,21 @@ def test_under_kuberay_node_types_are_not_known_and_nothing_is_refused(found: di
     found["reply"].autoscaling_state.autoscaler_state_version = 3
     assert autoscaling.find_autoscaler() == autoscaling.Autoscaler(())
     assert capacity.most_at_once({ResourceSettings(cpus_per_worker=64)}, None, 5) == 5
+    assert serving._check_room(Replicas(least=9, most=9, threads=64, slots=1, places=1, grace=1)) == 0
+
+
+def test_replicas_may_need_nodes_that_the_autoscaler_would_start(found: dict[str, Any]) -> None:
+    two = Replicas(least=2, most=2, threads=2, slots=1, places=1, grace=1)
+    found["config"] = CONFIG
+    assert serving._check_room(two) == 0, "the four CPUs that are there"
+    found["nodes"] = [HEAD]
+    assert serving._check_room(two) == 1, "nodes with GPUs may come"
+    with pytest.raises(UserError, match=r"--replicas 7: each needs 2 CPUs and 1 GPUs, and the cluster has room for 6"):
+        serving._check_room(replace(two, least=7))
+    autoscaling._find_autoscaler.cache_clear()
+    found["config"] = ""
+    with pytest.raises(UserError, match=r"--replicas 2: each needs 2 CPUs and 0 GPUs, and the cluster has room for 0"):
+        serving._check_room(two)
 
 
 def test_the_autoscalers_answer_counts_once_it_has_seen_the_request(

@@ -12,7 +12,6 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +54,8 @@ class Fault(NamedTuple):
     """Cells that it hit."""
     time: float
     """When it happened, in seconds since the epoch."""
+    losses: dict[str, list[float]]
+    """Training losses up to then of the cells that trained, by step."""
 
 
 class Night:
@@ -148,8 +149,9 @@ class Night:
     def hit(self, kind: str, cells: int = 1, after: int = 60, before: int = 10**9) -> Fault:
         """Wait until cells are amid their training, and let a fault happen: a method of this class without its `_`."""
         amid, now = self._amid(cells, after, before), time.time()
+        losses = {id: losses_of(self.storage / id) for id in amid}
         act: Callable[[dict[str, int]], list[str]] = getattr(self, f"_{kind}")
-        return Fault(kind, act(amid), now)
+        return Fault(kind, act(amid), now, losses)
 
     def _worker(self, amid: dict[str, int]) -> list[str]:
         return [_signal(amid, signal.SIGKILL)]
@@ -235,6 +237,13 @@ class Night:
         self.check_finished()
         check_tracking(self.storage)
 
+    def check_repeated(self, fault: Fault) -> None:
+        """Steps that the cells did before the fault have the same losses once they were done again."""
+        for id in fault.cells:
+            before = fault.losses[id]
+            self.wait_for(lambda id=id, steps=len(before): len(losses_of(self.storage / id)) >= steps)
+            assert losses_of(self.storage / id)[: len(before)] == before
+
     def check_finished(self) -> None:
         """Check that no finished cell was touched since it was looked at first."""
         now = {folder.id: _digest(folder) for folder in self.cells() if folder.status().state == "finished"}
@@ -245,12 +254,16 @@ class Night:
 
 def check_losses(storage: Path, calm: Path, id: str) -> None:
     """Each step once, with the loss of the same run in one quiet process, which is trained where it is not yet."""
-    expected = read_journal(train_calmly(ExperimentFolder(storage, id), calm).path)
-    entries = list(read_journal(storage / id))
+    expected = losses_of(train_calmly(ExperimentFolder(storage, id), calm).path)
+    found = losses_of(storage / id)
+    assert found == expected[: len(found)]
+
+
+def losses_of(folder: Path) -> list[float]:
+    """Training losses of a run by step, each of which stands once in its journal."""
+    entries = list(read_journal(folder))
     assert [entry.step for entry in entries] == list(range(1, len(entries) + 1))
-    assert [entry.metrics["train_loss"] for entry in entries] == [
-        entry.metrics["train_loss"] for entry in islice(expected, len(entries))
-    ]
+    return [entry.metrics["train_loss"] for entry in entries]
 
 
 def train_calmly(folder: ExperimentFolder, calm: Path) -> ExperimentFolder:

@@ -69,9 +69,10 @@ def test_what_was_hit_goes_on_as_if_nothing_had_been(kind: str, night: Night, ca
 
 @pytest.mark.parametrize("kind", ["trial", "hung"])
 def test_a_cell_of_two_workers_too(kind: str, night: Night) -> None:
-    """It trains again in other processes. Losses of two workers are compared in `tests/grid/test_run.py`."""
+    """It trains again in other processes, and what it lost comes again, bit for bit."""
     if kind == "trial":
         night.switch(*SETTINGS, *PAIR)
     fault = night.hit(kind)
     for cell, seconds in night.recovered(fault).items():
         print(f"{kind}: {cell} trains again after {seconds:.1f} s")
+    night.check_repeated(fault)

@@ -23,12 +23,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bwlm.model.attention import AttentionKernel, Mask, attend
-from bwlm.model.decoder import softcap_
-from bwlm.model.gpt import GPT, Attend, KVState, norm
+from bwlm.model.attention import attend
+from bwlm.model.decoder import CachedAttention, Decoder
+from bwlm.model.gpt import GPT
 from bwlm.model.observe import evaluating
 
 Ids = tuple[int, ...]
+KeysValues = tuple[Tensor, Tensor]
 _NODES_AT_ONCE = 2048
 """Nodes of one pass, padding included."""
 _LOGITS_AT_ONCE = 256
@@ -50,7 +51,7 @@ class Scored(NamedTuple):
     log_p: NDArray[np.float64]
     """Log-probability of each id given all before it, in nats."""
     greedy: NDArray[np.bool_]
-    """True where the id is the likeliest one."""
+    """True where no id is likelier."""
 
 
 @torch.inference_mode()
@@ -64,12 +65,13 @@ def score(model: GPT, rows: Sequence[Row], progress: Callable[[int], object] = l
     if longest > model.config.sequence_length:
         raise ValueError(f"a row has {longest} ids to read, but sequence_length is {model.config.sequence_length}")
     with evaluating(model):
+        decoder = Decoder(model)
         for trunk, members in _by_trunk(rows).items():
-            prefix = _Prefix.read(model, trunk[:-1])
+            prefix = _Prefix.read(decoder, trunk[:-1])
             trees = [tree for n in members for tree in _trees(rows[n], n, model.config.sequence_length)]
             done: dict[int, dict[Ids, Scored]] = {n: {} for n in members}
             for batch in _batches(trees):
-                for tree, scores in zip(batch, _score_trees(model, prefix, batch), strict=True):
+                for tree, scores in zip(batch, _score_trees(decoder, prefix, batch), strict=True):
                     done[tree.row] |= scores
                     if all(branch in done[tree.row] for branch in rows[tree.row].branches):
                         results[tree.row] = [done[tree.row][branch] for branch in rows[tree.row].branches]
@@ -156,39 +158,66 @@ class _Prefix(NamedTuple):
     """Keys and values [1, K, P, D] of each layer for ids that all rows of a group begin with."""
 
     length: int
-    kept: list[tuple[Tensor, Tensor]]
+    kept: list[KeysValues]
 
     @classmethod
-    def read(cls, model: GPT, ids: Ids) -> _Prefix:
+    def read(cls, decoder: Decoder, ids: Ids) -> _Prefix:
         """Return the keys and values of `ids`; of none where there are no ids."""
-        kept: list[tuple[Tensor, Tensor]] = []
+        kept: list[KeysValues] = []
 
-        def keep(q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: AttentionKernel) -> Tensor:
+        def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             kept.append((k, v))
-            return attend(q, k, v, None, "sdpa")
+            return attend(q, k, v, None, decoder.kernel)
 
         if ids:
-            _states(model, torch.tensor([ids]), KVState(model.rope(len(ids)), [keep] * model.config.depth))
+            row = torch.tensor([ids], device=decoder.device)
+            decoder.states(row, torch.arange(len(ids), device=decoder.device)[None], keep)
         return cls(len(ids), kept)
 
-    def attends(self, mask: Tensor, layers: int) -> list[Attend]:
-        """Return the attention of each layer: over the prefix, and where `mask` [B, 1, N, P + N] lets a node look."""
+    def attention(self, may_see: Tensor) -> CachedAttention:
+        """Return the attention of nodes over the prefix, and over those nodes that `may_see` [B, 1, N, N] tells."""
 
-        def over(layer: int) -> Attend:
-            def attending(q: Tensor, k: Tensor, v: Tensor, _: Mask, kernel: AttentionKernel) -> Tensor:
-                if self.kept:
-                    before = [part.expand(len(q), -1, -1, -1) for part in self.kept[layer]]
-                    k, v = (torch.cat(pair, 2) for pair in zip(before, (k, v), strict=True))
-                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.size(1) < q.size(1))
+        def attending(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            before = self.kept[layer] if self.kept else None
+            return (_attend_plainly if q.device.type == "cpu" else _attend)(q, k, v, before, may_see)
 
-            return attending
-
-        return [over(layer) for layer in range(layers)]
+        return attending
 
 
-def _score_trees(model: GPT, prefix: _Prefix, trees: Sequence[_Tree]) -> Iterator[dict[Ids, Scored]]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, before: KeysValues | None, may_see: Tensor) -> Tensor:
+    """Return the attention [B, H, N, D] of nodes over those that they may see, and over all `before`."""
+    if before is not None:
+        k, v = (torch.cat((part.expand(len(q), -1, -1, -1), own), 2) for part, own in zip(before, (k, v), strict=True))
+        may_see = F.pad(may_see, (before[0].size(2), 0), value=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=may_see, enable_gqa=k.size(1) < q.size(1))
+
+
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, before: KeysValues | None, may_see: Tensor) -> Tensor:
+    """Return the same in float32, by plain matmuls: on a CPU they are faster than torch's kernel with a mask.
+
+    Queries and keys are normed, so that exponents are at most sqrt(D): no largest one has to be taken away.
+    """
+    shape = q.shape
+    q = q.float() * shape[3] ** -0.5
+    weights = (q @ _of_heads(k, q).mT).exp_().mul_(may_see)
+    out, total = weights @ _of_heads(v, q), weights.sum(-1, keepdim=True)
+    if before is not None:
+        keys, values = (_of_heads(part, q)[0] for part in before)
+        weights = (q.transpose(0, 1).flatten(1, 2) @ keys.mT).exp_()  # [H, B N, P]
+        out += (weights @ values).view(shape[1], shape[0], shape[2], -1).transpose(0, 1)
+        total += weights.sum(-1).view(shape[1], shape[0], shape[2], 1).transpose(0, 1)
+    return out.div_(total)
+
+
+def _of_heads(part: Tensor, q: Tensor) -> Tensor:
+    """Return keys or values [B, K, N, D] for each head of q, in its dtype: [B, H, N, D]."""
+    part = part.to(q.dtype)
+    return part if part.size(1) == q.size(1) else part.repeat_interleave(q.size(1) // part.size(1), 1)
+
+
+def _score_trees(decoder: Decoder, prefix: _Prefix, trees: Sequence[_Tree]) -> Iterator[dict[Ids, Scored]]:
     read = [tree.read for tree in trees]
-    hidden = _read_trees(model, prefix, trees, read)
+    hidden = _read_trees(decoder, prefix, trees, read)
     owner = np.concatenate([np.full(len(tree.tokens) - 1, n) for n, tree in enumerate(trees)])
     slot = np.concatenate([np.searchsorted(nodes, tree.parents[1:]) for tree, nodes in zip(trees, read, strict=True)])
     tokens = np.concatenate([np.array(tree.tokens[1:], np.int64) for tree in trees])
@@ -196,7 +225,7 @@ def _score_trees(model: GPT, prefix: _Prefix, trees: Sequence[_Tree]) -> Iterato
     wanted = depth > np.array([tree.scored_from for tree in trees])[owner]
     log_p, greedy = np.full(len(tokens), np.nan), np.zeros(len(tokens), bool)
     if wanted.any():
-        log_p[wanted], greedy[wanted] = _predict(model, hidden, owner[wanted], slot[wanted], tokens[wanted])
+        log_p[wanted], greedy[wanted] = _predict(decoder, hidden, owner[wanted], slot[wanted], tokens[wanted])
     start = 0
     for tree in trees:
         at = {branch: np.array(path[tree.scored_from :], np.int64) - 1 + start for branch, path in tree.paths.items()}
@@ -204,7 +233,7 @@ def _score_trees(model: GPT, prefix: _Prefix, trees: Sequence[_Tree]) -> Iterato
         start += len(tree.tokens) - 1
 
 
-def _read_trees(model: GPT, prefix: _Prefix, trees: Sequence[_Tree], read: Sequence[NDArray[np.int64]]) -> Tensor:
+def _read_trees(decoder: Decoder, prefix: _Prefix, trees: Sequence[_Tree], read: Sequence[NDArray[np.int64]]) -> Tensor:
     """Return the normed states [B, N, C] of the nodes in `read`."""
     size = max(1, max(map(len, read)))
     ids, position = np.zeros((len(trees), size), np.int64), np.zeros((len(trees), size), np.int64)
@@ -215,11 +244,8 @@ def _read_trees(model: GPT, prefix: _Prefix, trees: Sequence[_Tree], read: Seque
         end[n, : len(nodes)] = _ends(np.searchsorted(nodes, np.array(tree.parents)[nodes]))
     place = np.arange(size)
     may_see = (place <= place[:, None]) & (place[:, None] < end[:, None, :])  # j is an ancestor of i: j <= i < end[j]
-    device = model.embedding.weight.device
-    mask = F.pad(torch.from_numpy(may_see), (prefix.length, 0), value=True)[:, None].to(device)
-    where = torch.from_numpy(position).to(device)
-    rope = model.cos[where][:, None].to(model.compute_dtype), model.sin[where][:, None].to(model.compute_dtype)
-    return _states(model, torch.from_numpy(ids), KVState(rope, prefix.attends(mask, model.config.depth)))
+    ids_, places, mask = (torch.from_numpy(part).to(decoder.device) for part in (ids, position, may_see))
+    return decoder.states(ids_, places, prefix.attention(mask[:, None]))
 
 
 def _ends(parents: NDArray[np.int64]) -> list[int]:
@@ -230,29 +256,22 @@ def _ends(parents: NDArray[np.int64]) -> list[int]:
     return ends
 
 
-def _states(model: GPT, ids: Tensor, past: KVState) -> Tensor:
-    """Return the normed states [B, N, C] that the head reads."""
-    for state in model.states(ids.to(model.embedding.weight.device), None, past):
-        last = state  # earlier states are dropped
-    return norm(last)
-
-
 def _predict(
-    model: GPT, hidden: Tensor, owner: NDArray[np.int64], slot: NDArray[np.int64], tokens: NDArray[np.int64]
+    decoder: Decoder, hidden: Tensor, owner: NDArray[np.int64], slot: NDArray[np.int64], tokens: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return log-probability, and whether it is the likeliest, of each token after the state at `owner`, `slot`."""
+    """Return log-probability, and whether none is likelier, of each token after the state at `owner`, `slot`."""
     states, which = np.unique(owner * hidden.size(1) + slot, return_inverse=True)
     flat, device = hidden.flatten(0, 1), hidden.device
     log_p, greedy = np.empty(len(tokens)), np.empty(len(tokens), bool)
     order = np.argsort(which, kind="stable")
     for first in range(0, len(states), _LOGITS_AT_ONCE):
         last = min(first + _LOGITS_AT_ONCE, len(states))
-        logits = softcap_(model.lm_head(flat[torch.from_numpy(states[first:last]).to(device)]))
+        logits = decoder.logits(flat[torch.from_numpy(states[first:last]).to(device)])
         mine = order[slice(*np.searchsorted(which[order], (first, last)))]
         at = torch.from_numpy(which[mine] - first).to(device)
         wanted = torch.from_numpy(tokens[mine]).to(device)
-        own, best = logits[at, wanted], logits.argmax(-1)[at]
+        own, best = logits[at, wanted], logits.amax(-1)[at]
         # capped logits cannot overflow: without a look for the largest, a sum of exponents takes half the time
         log_p[mine] = (own - logits.exp_().sum(-1).log_()[at]).double().cpu().numpy()
-        greedy[mine] = (best == wanted).cpu().numpy()
+        greedy[mine] = (own == best).cpu().numpy()
     return log_p, greedy

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from bwlm.evaluate.tasks import scores
 from bwlm.evaluate.tasks.scores import Ids, Row, score
+from bwlm.model.decoder import Decoder
 from bwlm.model.gpt import GPT
 from bwlm.model.shape import GPTConfig
 
@@ -102,11 +103,19 @@ def test_a_full_row_is_scored_and_a_longer_one_refused(model: GPT) -> None:
         score(model, [Row((1, 1), (full,))])
 
 
+def test_the_kernel_of_other_devices_gives_the_same(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_at_random(0)
+    expected = [one.log_p for row in score(model, rows) for one in row]
+    monkeypatch.setattr(scores, "_attend_plainly", scores._attend)
+    for one, log_p in zip([one for row in score(model, rows) for one in row], expected, strict=True):
+        np.testing.assert_allclose(one.log_p, log_p, atol=1e-4)
+
+
 def test_a_trunk_that_rows_share_is_read_once(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[tuple[int, ...]] = []
-    states = GPT.states
+    states = Decoder.states
     monkeypatch.setattr(
-        GPT, "states", lambda self, ids, *rest: (sizes.append(tuple(ids.shape)), states(self, ids, *rest))[1]
+        Decoder, "states", lambda self, ids, *rest: (sizes.append(tuple(ids.shape)), states(self, ids, *rest))[1]
     )
     score(model, [Row(tuple(range(30)), ((n, 1), (n, 2))) for n in range(5)])
     assert sizes == [(1, 29), (5, 2)]  # the trunk; five trees of the trunk's last id and the id that both choices share
