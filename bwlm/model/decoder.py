@@ -61,11 +61,6 @@ class Decoder:
         self._mean = {size: torch.full((size, 1), 1 / size, device=device) for size in (config.width, config.head_dim)}
         self._eps = torch.full((1,), NORM_EPS, device=device)
 
-    @property
-    def device(self) -> torch.device:
-        """Return where the weights are."""
-        return self._eps.device
-
     def states(self, ids: Tensor, places: Tensor, attention: CachedAttention) -> Tensor:
         """Return the normed states [B, T, C] that the head reads, for ids and their places in the rows, both [B, T]."""
         rows, time = ids.shape

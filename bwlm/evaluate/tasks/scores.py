@@ -65,7 +65,7 @@ def score(model: GPT, rows: Sequence[Row], progress: Callable[[int], object] = l
     if longest > model.config.sequence_length:
         raise ValueError(f"a row has {longest} ids to read, but sequence_length is {model.config.sequence_length}")
     with evaluating(model):
-        decoder = Decoder(model)
+        decoder = _Reader(model)
         for trunk, members in _by_trunk(rows).items():
             prefix = _Prefix.read(decoder, trunk[:-1])
             trees = [tree for n in members for tree in _trees(rows[n], n, model.config.sequence_length)]
@@ -154,6 +154,14 @@ def _batches(trees: Sequence[_Tree]) -> Iterator[list[_Tree]]:
 # ---- passes ----
 
 
+class _Reader(Decoder):
+    """Decoder that knows its device, here and not there: each change of `Decoder` asks runs of RL for consent."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__(model)
+        self.device = model.embedding.weight.device
+
+
 class _Prefix(NamedTuple):
     """Keys and values [1, K, P, D] of each layer for ids that all rows of a group begin with."""
 
@@ -161,7 +169,7 @@ class _Prefix(NamedTuple):
     kept: list[KeysValues]
 
     @classmethod
-    def read(cls, decoder: Decoder, ids: Ids) -> _Prefix:
+    def read(cls, decoder: _Reader, ids: Ids) -> _Prefix:
         """Return the keys and values of `ids`; of none where there are no ids."""
         kept: list[KeysValues] = []
 
@@ -215,7 +223,7 @@ def _of_heads(part: Tensor, q: Tensor) -> Tensor:
     return part if part.size(1) == q.size(1) else part.repeat_interleave(q.size(1) // part.size(1), 1)
 
 
-def _score_trees(decoder: Decoder, prefix: _Prefix, trees: Sequence[_Tree]) -> Iterator[dict[Ids, Scored]]:
+def _score_trees(decoder: _Reader, prefix: _Prefix, trees: Sequence[_Tree]) -> Iterator[dict[Ids, Scored]]:
     read = [tree.read for tree in trees]
     hidden = _read_trees(decoder, prefix, trees, read)
     owner = np.concatenate([np.full(len(tree.tokens) - 1, n) for n, tree in enumerate(trees)])
@@ -233,7 +241,7 @@ def _score_trees(decoder: Decoder, prefix: _Prefix, trees: Sequence[_Tree]) -> I
         start += len(tree.tokens) - 1
 
 
-def _read_trees(decoder: Decoder, prefix: _Prefix, trees: Sequence[_Tree], read: Sequence[NDArray[np.int64]]) -> Tensor:
+def _read_trees(decoder: _Reader, prefix: _Prefix, trees: Sequence[_Tree], read: Sequence[NDArray[np.int64]]) -> Tensor:
     """Return the normed states [B, N, C] of the nodes in `read`."""
     size = max(1, max(map(len, read)))
     ids, position = np.zeros((len(trees), size), np.int64), np.zeros((len(trees), size), np.int64)
@@ -257,7 +265,7 @@ def _ends(parents: NDArray[np.int64]) -> list[int]:
 
 
 def _predict(
-    decoder: Decoder, hidden: Tensor, owner: NDArray[np.int64], slot: NDArray[np.int64], tokens: NDArray[np.int64]
+    decoder: _Reader, hidden: Tensor, owner: NDArray[np.int64], slot: NDArray[np.int64], tokens: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Return log-probability, and whether none is likelier, of each token after the state at `owner`, `slot`."""
     states, which = np.unique(owner * hidden.size(1) + slot, return_inverse=True)
