@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from bwlm.background import in_background
 from bwlm.format import clock
 
 Item = TypeVar("Item")
@@ -109,19 +110,12 @@ def _live_line() -> Iterator[None]:
 
 @contextmanager
 def _lines_now_and_then() -> Iterator[None]:
-    over = threading.Event()
-
-    def tell() -> None:
+    def tell(over: threading.Event) -> None:
         while not over.wait(1.0):
             print_if_due()
 
-    thread = threading.Thread(target=tell, name="progress", daemon=True)
-    thread.start()
-    try:
+    with in_background("progress", tell):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def print_if_due() -> None:

@@ -52,6 +52,7 @@ ROOMS: dict[str, set[str]] = {
 GROUND_ORDER = (
     "errors",
     "format",
+    "background",
     "progress",
     "phases",
     "directions",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ray.exceptions import RayActorError
 
+from bwlm.background import in_background
 from bwlm.cluster.group_room import GroupRoom, living_nodes, node_leaves, sizes_for_one
 from bwlm.cluster.signals import ask_to_end, process_termination
 from bwlm.config import ResourceSettings
@@ -78,10 +79,9 @@ def train_elastic(folder: ExperimentFolder, group: ElasticGroup, fit: Callable[[
 @contextlib.contextmanager
 def _growing(folder: ExperimentFolder, group: ElasticGroup, size: int) -> Iterator[None]:
     """Watch from a thread for room for more workers until the block ends, and for a notice that this node goes."""
-    over = threading.Event()
     began, before = _last_step(folder), _worker_of(folder)
 
-    def watch() -> None:
+    def watch(over: threading.Event) -> None:
         room: GroupRoom | None = None
         try:
             while not over.wait(_LOOK_SECONDS):
@@ -96,13 +96,8 @@ def _growing(folder: ExperimentFolder, group: ElasticGroup, size: int) -> Iterat
             if room is not None:
                 room.forget()
 
-    thread = threading.Thread(target=watch, name="elastic", daemon=True)
-    thread.start()
-    try:
+    with in_background("elastic", watch):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _asked_for(group: ElasticGroup, size: int, room: GroupRoom | None) -> GroupRoom | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import ray.tune
 from ray.tune.tune_config import TuneConfig
 
+from bwlm.background import in_background
 from bwlm.grid.cells import PlannedCell
 from bwlm.grid.gauges import CellGauges
 from bwlm.grid.progress import ProgressDisplay
@@ -183,19 +184,13 @@ def _tune(
 @contextlib.contextmanager
 def _delivery(tracking: Tracking, folders: list[ExperimentFolder]) -> Iterator[None]:
     """Deliver the runs' journals to MLflow in a background thread until the block ends."""
-    done = threading.Event()
 
-    def deliver() -> None:
+    def deliver(done: threading.Event) -> None:
         while not done.wait(_DELIVERY_SECONDS):
             _deliver(tracking, folders, done.is_set)
 
-    thread = threading.Thread(target=deliver, name="mlflow-delivery", daemon=True)
-    thread.start()
-    try:
+    with in_background("mlflow-delivery", deliver):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _deliver(tracking: Tracking, folders: list[ExperimentFolder], enough: Callable[[], bool] = lambda: False) -> None:
