@@ -23,7 +23,7 @@ GROUP = ElasticGroup(ResourceSettings(workers={"min": 1, "max": 4}), (1, 2, 4), 
 
 
 class Rooms:
-    """What a cluster has room for, in the place of Ray."""
+    """Stands in for Ray: tells what a cluster has room for."""
 
     def __init__(self) -> None:
         self.nodes, self.free, self.leaves = 1, 1, False

@@ -45,7 +45,7 @@ def test_a_range_is_stored_as_it_was_given_and_a_number_as_ever() -> None:
 
 
 def test_a_range_changes_nothing_of_what_a_run_is(grid_file: GridFile) -> None:
-    """Nor the batch that depth chooses: neither the range nor the number of workers in force is in the identity."""
+    """The identity holds no range and no number of workers, and the batch that depth chooses stays the same."""
     without = "budget={steps: 12}"
     plain, elastic = (experiment(grid_file, without, *more) for more in ([], ["resources.workers={min: 1, max: 4}"]))
     fields = {"data": "d", "tokenizer": "t", "precision": "float32", "steps": 12}

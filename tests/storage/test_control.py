@@ -178,7 +178,7 @@ def test_what_another_machine_holds_or_begins_from_is_not_touched(
 def test_objects_that_no_head_names_go_once_no_push_can_want_them(
     run: ExperimentFolder, address: str, shell: Shell, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a push that was cut off before its head; objects of other programs, and of storages below, stay."""
+    """They are left by a push that was cut off before its head. Objects of other programs and storages stay."""
     storage = open_storage(address)
     write(SharedFolder(storage, "run"), "RESEARCH_REPORT.md", b"#" * 5000)
     proxy.rule = lambda request: CUT if request.method == "PUT" and "/.heads/" in request.path else PASS
