@@ -73,8 +73,8 @@ class Request:
 
 
 PASS, REFUSE, DENY, CUT, LOSE, SLOW, STALE = "pass", "refuse", "deny", "cut", "lose", "slow", "stale"
-"""Ways to treat a request: forward it; answer 503; deny access; forward half of its body and cut the connection; forward
-it and cut the connection before the answer; wait before it is forwarded; answer a listing as it was."""
+"""Ways to treat a request: forward it; answer 503; deny access; forward half of its body and cut the connection;
+forward it and cut the connection before the answer; wait before it is forwarded; answer a listing as it was."""
 Rule = Callable[[Request], str]
 
 

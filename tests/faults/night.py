@@ -240,9 +240,8 @@ class Night:
     def check_repeated(self, fault: Fault) -> None:
         """Steps that the cells did before the fault have the same losses once they were done again."""
         for id in fault.cells:
-            before = fault.losses[id]
-            self.wait_for(lambda id=id, steps=len(before): len(losses_of(self.storage / id)) >= steps)
-            assert losses_of(self.storage / id)[: len(before)] == before
+            self.wait_for(lambda id=id: len(losses_of(self.storage / id)) >= len(fault.losses[id]))
+            assert losses_of(self.storage / id)[: len(fault.losses[id])] == fault.losses[id]
 
     def check_finished(self) -> None:
         """Check that no finished cell was touched since it was looked at first."""
