@@ -101,7 +101,7 @@ def serving(storage: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
 def replicas(run: ExperimentFolder) -> Iterator[Replicas]:
     """One replica, pressed until there is a second."""
     [port] = free_ports(1)
-    options = ("--replicas", "1:2", "--port", str(port), "--slots", "1", "--waiting", "15")
+    options = ("--replicas", "1:2", "--port", str(port), "--slots", "1", "--waiting", "15", "--grace", str(int(WAIT)))
     with serving(run.path.parent, run.id, *options) as popen:
         assert popen.stderr is not None
         told = next(line for line in popen.stderr if "serving" in line)
@@ -213,7 +213,8 @@ def test_a_replica_that_dies_is_replaced_and_the_other_serves_on(replicas: Repli
 
 def test_a_signal_lets_streams_end_and_leaves_no_process(replicas: Replicas) -> None:
     below = psutil.Process(replicas.popen.pid).children(recursive=True)
-    with replicas.http() as http, http.stream("POST", "/v1/completions", json=replicas.body(stream=True)) as answer:
+    body = replicas.body(n=4, stream=True)
+    with replicas.http() as http, http.stream("POST", "/v1/completions", json=body) as answer:
         lines = answer.iter_lines()
         next(lines)
         replicas.popen.send_signal(signal.SIGTERM)
