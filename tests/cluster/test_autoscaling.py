@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,26 +65,34 @@ class Growing(NamedTuple):
             assert time.monotonic() < deadline, self.nodes()
             time.sleep(0.2)
 
-    def launch(self, corpus: Path, storage: Path, *settings: str) -> subprocess.Popen[str]:
-        """`bwlm grid run` of two cells of one CPU."""
+    @contextmanager
+    def launch(self, corpus: Path, storage: Path, *settings: str) -> Iterator[subprocess.Popen[str]]:
+        """`bwlm grid run` of two cells of one CPU, which is killed at the end, and after some minutes."""
         sets = [f"data.source={corpus}", "tokenizer.vocab_size=400", "axes.direction=[forward, backward]", *settings]
         words = [BIN / "bwlm", "grid", "run", ROOT / "grids/tiny.yaml", "--storage", storage]
         words += [word for one in sets for word in ("--set", one)]
-        return subprocess.Popen(
-            words, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=storage.parent
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(words, env=self.environment, text=True, cwd=storage.parent, **pipes) as popen:
+            late = threading.Timer(300, popen.kill)
+            late.start()
+            try:
+                yield popen
+            finally:
+                late.cancel()
+                popen.kill()
 
 
 _WATCH = """
 import sys, time, ray
 ray.init(address=sys.argv[1], logging_level="error", log_to_driver=False)
 began, last = time.monotonic(), None
-while True:
-    count = sum(node["Alive"] for node in ray.nodes()) - 1
-    if count != last:
-        print(f"{time.monotonic() - began:.1f} {count}", flush=True)
-        last = count
-    time.sleep(0.1)
+with open(sys.argv[2], "w", buffering=1) as watched:
+    while True:
+        count = sum(node["Alive"] for node in ray.nodes()) - 1
+        if count != last:
+            print(f"{time.monotonic() - began:.1f} {count}", file=watched)
+            last = count
+        time.sleep(0.1)
 """
 
 
@@ -113,21 +123,23 @@ def growing() -> Iterator[Growing]:
         *(f"{k}={v}" for k, v in options.items()),
     ]
     address = f"127.0.0.1:{gcs}"
-    watch = [sys.executable, "-c", _WATCH, address]
+    watched = folder / "nodes"
+    watch = [sys.executable, "-c", _WATCH, address, str(watched)]
     log = folder / "head.log"
     try:
         with (
             node_of(list(map(str, head)), environment, log, lambda: "Ray runtime started" in log.read_text()),
-            node_of(watch, with_token, folder / "nodes", lambda: bool((folder / "nodes").read_text())),
+            node_of(watch, with_token, folder / "watch.log", lambda: watched.exists() and bool(watched.read_text())),
         ):
-            yield Growing(with_token | {"RAY_ADDRESS": address}, folder / "nodes")
+            yield Growing(with_token | {"RAY_ADDRESS": address}, watched)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_an_empty_head_gets_nodes_for_a_grid_and_none_after_it(growing: Growing, corpus: Path, tmp_path: Path) -> None:
     assert growing.nodes()[-1][1] == 0
-    out, told = (launch := growing.launch(corpus, tmp_path / "runs")).communicate(timeout=400)
+    with growing.launch(corpus, tmp_path / "runs") as launch:
+        out, told = launch.communicate()
     assert launch.returncode == 0, told[-3000:]
     assert "waiting for room for 2 cells of 1 CPU and a spare CPU: the autoscaler was asked for nodes" in told, told
     assert "2 cells at once" in told
@@ -154,8 +166,8 @@ def test_what_no_node_type_can_hold_is_refused_at_once(
 ) -> None:
     before = growing.nodes()
     more = ("axes.seed=[0, 1]",) if "concurrency" in setting else ()
-    launch = growing.launch(corpus, tmp_path / "runs", setting, *more)
-    _, told = launch.communicate(timeout=120)
+    with growing.launch(corpus, tmp_path / "runs", setting, *more) as launch:
+        _, told = launch.communicate()
     assert launch.returncode == 2, told
     assert message in told.splitlines()[-1]
     assert growing.nodes() == before, "no node was started for it"
@@ -166,12 +178,12 @@ def test_nodes_that_were_asked_for_go_with_the_launch(
     growing: Growing, corpus: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     """Killed while one of its two nodes is there: a request that outlived it would bring the other, and keep both."""
-    launch = growing.launch(corpus, tmp_path / "runs")
-    assert launch.stderr is not None
-    assert any("the autoscaler was asked for nodes" in line for line in launch.stderr)
-    growing.wait_until(lambda count: count > 0)
-    launch.send_signal(number)
-    launch.communicate(timeout=60)
+    with growing.launch(corpus, tmp_path / "runs") as launch:
+        assert launch.stderr is not None
+        assert any("the autoscaler was asked for nodes" in line for line in launch.stderr)
+        growing.wait_until(lambda count: count > 0)
+        launch.send_signal(number)
+        launch.communicate(timeout=60)
     assert launch.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, -number)
     growing.wait_until(lambda count: count == 0)
 
