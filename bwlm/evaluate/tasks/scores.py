@@ -30,7 +30,7 @@ from bwlm.model.observe import evaluating
 
 Ids = tuple[int, ...]
 KeysValues = tuple[Tensor, Tensor]
-_NODES_AT_ONCE = 2048
+_NODES_AT_ONCE = 1024
 """Nodes of one pass, padding included."""
 _LOGITS_AT_ONCE = 256
 """Nodes whose logits exist at once."""
