@@ -46,11 +46,11 @@ test-faults: install
 	$(MAKE) --jobs 2 --keep-going --output-sync=target test-clusters test-kills
 
 test-clusters:
-	$(BIN)/pytest -m "faults and not slow" -o cache_dir=.pytest_cache/clusters tests/cluster tests/faults
+	$(BIN)/pytest -m "faults and not slow" -o cache_dir=.pytest_cache/clusters tests/cluster tests/faults tests/chat
 
 test-kills:
 	$(BIN)/pytest -m "faults and not slow" -o cache_dir=.pytest_cache/kills tests \
-		--ignore tests/cluster --ignore tests/faults
+		--ignore tests/cluster --ignore tests/faults --ignore tests/chat
 
 test-slow: install
 	$(BIN)/pytest -m slow

@@ -23,7 +23,7 @@ from tests.s3_server import BUCKET, CREDENTIALS
 pytestmark = pytest.mark.faults
 ADDRESS = f"s3://{BUCKET}/stopped"
 CELLS = ["g_forward_d1_lr1_s0", "g_backward_d1_lr1_s0"]
-STEPS = 1200
+STEPS = 800
 SETTINGS: dict[str, Any] = {
     "budget": {"steps": STEPS, "batch_tokens": 512},
     "evaluation": {"every": 0, "tokens": 1024},
