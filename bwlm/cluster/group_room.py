@@ -15,7 +15,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 
 from bwlm.cluster.autoscaling import find_autoscaler
 from bwlm.cluster.capacity import resources_of_nodes, room_on
-from bwlm.cluster.placement import SPARE_CPUS, UNDECIDED, worker_bundle
+from bwlm.cluster.placement import UNDECIDED, worker_bundle
 from bwlm.config import ResourceSettings
 
 _LOOK_SECONDS = 0.2
@@ -27,10 +27,9 @@ class GroupRoom:
 
     def __init__(self, resources: ResourceSettings, sizes: Sequence[int], held: int = 0) -> None:
         """Ask for the room; `sizes` are in ascending order and above `held`."""
-        worker, spare = worker_bundle(resources), {"CPU": SPARE_CPUS}
+        worker = worker_bundle(resources)
         self.sizes, self._held = tuple(sizes), held
-        wanted = [[worker] * (size - before) for before, size in pairwise([held, *sizes])]
-        self._groups = [placement_group([*each, *([] if index else [spare])]) for index, each in enumerate(wanted)]
+        self._groups = [placement_group([worker] * (size - before)) for before, size in pairwise([held, *sizes])]
 
     def size(self) -> int:
         """Return the largest size that has room now, or what is held."""

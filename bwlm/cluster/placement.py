@@ -22,7 +22,7 @@ from bwlm.progress import working
 log = logging.getLogger(__name__)
 
 SPARE_CPUS = 1.0
-"""Logical CPUs left for Ray Data's tasks: without a free CPU, a cell waits for its first batch for ever."""
+"""Logical CPUs left for tasks that prepare text: without them, such a launch waits until a cell of another one ends."""
 
 _OF_HEAD = 0.001
 """Part of the head's own resource that puts a trial there; it takes no CPU, of which a head may have none."""
@@ -72,9 +72,9 @@ def worker_bundle(resources: ResourceSettings) -> dict[str, float]:
 def count_places(resources: ResourceSettings, wanted: int) -> int:
     """Return how many cells, `wanted` at most, have room at once beside the cluster's other work.
 
-    Waits until one has, and for the nodes of the others while an autoscaler may start some. A spare CPU stays free: a
-    cell that took the last CPU would wait for its rows for ever. Raises `UserError` if the node types of the cluster
-    are not known, and its autoscaler says that none can hold a cell.
+    Waits until one has, and for the nodes of the others while an autoscaler may start some. A spare CPU stays free
+    for tasks that prepare text. Raises `UserError` if the node types of the cluster are not known, and its autoscaler
+    says that none can hold a cell.
     """
     wait = _Wait(resources, wanted)
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -29,6 +30,8 @@ from bwlm.storage.opened import pull
 log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 1.0
+_NODE_SECONDS = 30.0
+"""Time in which Ray learns that a node has gone: workers that were connected with its own see it at once."""
 _WORTH_SECONDS = 30.0
 """Seconds that a cell has left at least when it takes more workers: to begin anew takes half as long."""
 
@@ -70,10 +73,18 @@ def train_elastic(folder: ExperimentFolder, group: ElasticGroup, fit: Callable[[
             fit(size)
     except Exception as error:
         _learn(folder)
-        gets_on = nodes - living_nodes() or checkpoint_steps(folder.checkpoints) != saved
-        if folder.status().ended or not gets_on:
+        gets_on = checkpoint_steps(folder.checkpoints) != saved
+        if folder.status().ended or not (gets_on or _one_goes(nodes)):
             raise
         raise RayActorError(error_msg=f"{folder.id}: workers are gone: {error}", preempted=True) from None
+
+
+def _one_goes(nodes: set[str]) -> bool:
+    """Return whether one of the nodes has gone, as soon as Ray knows it."""
+    deadline = time.monotonic() + _NODE_SECONDS
+    while not (gone := nodes - living_nodes()) and time.monotonic() < deadline:
+        time.sleep(_LOOK_SECONDS)
+    return bool(gone)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,10 @@ from bwlm.text.tokenizer import Tokenizer
 _BLOCK_TOKENS = 2**19
 """Tokens of one Ray Data block: large enough to hide a task's cost, small enough to start soon."""
 
+_TASKS_AT_ONCE = 2
+"""Tasks of a worker that make its batches at once. They ask for no CPU: where cells hold all CPUs while they wait for
+their batches, such a task would wait for ever."""
+
 Document = tuple[int, NDArray[np.uint32]]
 """(number, tokens) of a document"""
 
@@ -169,7 +173,9 @@ def stream_batches(plan: DirectedPlan, first: int, last: int) -> Iterator[Batch]
     quiet()
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(expand, batch_size=None, num_cpus=0.1)
+    numbers = ray.data.from_items([{"id": index} for index in range(blocks)], override_num_blocks=blocks)
+    tasks = ray.data.TaskPoolStrategy(size=min(blocks, _TASKS_AT_ONCE))
+    dataset = numbers.map_batches(expand, batch_size=None, num_cpus=0, compute=tasks)
     for batch in dataset.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=2):
         yield {name: np.ascontiguousarray(column) for name, column in batch.items()}
 

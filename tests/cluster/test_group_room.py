@@ -19,14 +19,14 @@ def never() -> bool:
     return False
 
 
-def test_a_group_is_as_large_as_there_is_room_and_a_spare_cpu_stays(ray_cluster: str) -> None:
-    """Six CPUs: one is spared, and two workers of two have room; where others hold two, one has."""
+def test_a_group_is_as_large_as_there_is_room(ray_cluster: str) -> None:
+    """Six CPUs: two workers of two have room, and four have not; where others hold three, one has."""
     import ray
 
     room = GroupRoom(TWO_CPUS, [1, 2, 4])
     assert room.wait(never) == 2
     room.forget()
-    other = holder(2)
+    other = holder(3)
     room = GroupRoom(TWO_CPUS, [1, 2, 4])
     assert room.wait(never) == 1
     room.forget()
@@ -37,7 +37,7 @@ def test_room_that_comes_later_is_seen(ray_cluster: str) -> None:
     """A group of one, which holds two CPUs itself, and two CPUs of others."""
     import ray
 
-    own, other = holder(2), holder(2)
+    own, other = holder(2), holder(3)
     room = GroupRoom(TWO_CPUS, [2, 4], held=1)
     assert room.size() == 1
     assert room.wait(lambda: True) == 1, "asked to end"

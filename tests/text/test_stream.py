@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bwlm.text.plan import RowPlan
 from bwlm.text.prepare import Prepared
 from bwlm.text.stream import pack_corpus, stream_batches, with_ray
 from tasks import TASKS
+from tests.cluster.test_placement import holder
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -86,6 +88,19 @@ def test_conversations_are_packed_as_in_process(mixture_for: Callable[[str], Pre
     packed = prepare_mixture([source], folder, width, True, tmp_path, with_ray, lambda _: None)
     assert packed.manifest == mixture.manifest
     assert packed.manifest.digest == mixture.manifest.digest
+
+
+def test_rows_come_where_cells_hold_all_cpus(prepared: Prepared) -> None:
+    """As those of two launches that counted the same room, or a group that grows."""
+    import ray
+
+    plan, held = plan_of(prepared, "forward"), holder(6)
+    with ThreadPoolExecutor() as workers:
+        rows = workers.submit(lambda: list(stream_batches(plan, 0, 3)))
+        try:
+            assert_equal(rows.result(timeout=60), list(plan.batches(0, 3)))
+        finally:
+            ray.kill(held)
 
 
 def test_one_block_for_all(prepared: Prepared) -> None:
