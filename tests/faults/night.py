@@ -12,6 +12,7 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -231,11 +232,16 @@ class Night:
         return next((entry.time / 1000 for entry in read_journal(folder.path) if entry.time > 1000 * since), None)
 
     def check(self, fault: Fault, calm: Path) -> None:
-        """Losses are those of a calm run, finished cells are as they were, and MLflow has each run once."""
-        for id in fault.cells:
+        """Cells train on with the losses of a calm run, finished ones are as they were, MLflow has each run once."""
+        for id, before in fault.losses.items():
+            self.wait_for(partial(self._is_beyond, id, len(before)))
             check_losses(self.storage, calm, id)
         self.check_finished()
         check_tracking(self.storage)
+
+    def _is_beyond(self, id: str, steps: int) -> bool:
+        folder = ExperimentFolder(self.storage, id)
+        return folder.status().ended or len(losses_of(folder.path)) > steps
 
     def check_repeated(self, fault: Fault) -> None:
         """Steps that the cells did before the fault have the same losses once they were done again."""
