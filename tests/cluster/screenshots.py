@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from urllib.parse import quote
 
+import httpx
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
@@ -71,15 +73,21 @@ def ray_dashboard(page: Page, address: str) -> None:
     row.wait_for()
     take(page, "ray-actors")
     row.get_by_role("link", name="Log", exact=True).click()
-    page.get_by_text(re.compile("trains demo_")).first.wait_for()
+    page.get_by_role("tab", name="stdout", exact=True).click()
+    line = page.get_by_text("trains demo_").last
+    line.wait_for()
+    line.scroll_into_view_if_needed()
     take(page, "ray-log")
 
 
 def mlflow(page: Page, address: str) -> None:
-    """The runs of the grid below their parent."""
-    page.goto(address)
-    page.get_by_text("bwlm", exact=True).first.click()
-    page.get_by_text("demo_forward_d1").first.wait_for()
+    """The curves of the grid's runs."""
+    found = httpx.get(f"{address}/api/2.0/mlflow/experiments/get-by-name", params={"experiment_name": "bwlm"})
+    experiment = found.raise_for_status().json()["experiment"]["experiment_id"]
+    cells = quote("params.depth = '1' and params.lr = '4.0'")
+    page.goto(f"{address}/#/experiments/{experiment}/runs?compareRunsMode=CHART&searchFilter={cells}")
+    page.get_by_role("button", name="Close").click()
+    page.get_by_text("d1_lr4_s0_forward").first.wait_for()
     take(page, "mlflow-runs")
 
 
