@@ -176,8 +176,7 @@ class SharedFolder:
                 if not self._waits(path, sign):
                     (self.path / path).unlink(missing_ok=True)
                 del index.here[path]
-        is_deleted = index.head.number and not index.head.files
-        if is_deleted and not self._written(index, lambda path: not is_trained(path)):
+        if index.head.is_deleted and not self._written(index, lambda path: not is_trained(path)):
             shutil.rmtree(self.path, ignore_errors=True)
         for folder in sorted(self.path.glob("checkpoints/*"), reverse=True):
             with suppress(OSError):  # not empty
@@ -189,8 +188,9 @@ class SharedFolder:
         """Take to the bucket what was written here since the last push or pull.
 
         With the number of an `attempt`, also what was deleted. Without it, files of a run's training are pushed only
-        while the attempt is the newest that was pulled. Raises `LateWriter` if a newer one has begun, and `BucketAway`
-        if the bucket does not answer: then nothing of it shows, and the next push takes all of it.
+        while the attempt is the newest that was pulled. Raises `LateWriter` if a newer one has begun, or the folder was
+        deleted, and `BucketAway` if the bucket does not answer: then nothing of it shows, and the next push takes all
+        of it.
         """
         for _ in range(_TRIES):
             with suppress(_Replaced):
@@ -221,9 +221,9 @@ class SharedFolder:
             now.here |= {path: (stored.key, sign) for path, (stored, sign) in uploaded.items()}
 
     def push_rest(self) -> bool:
-        """Push all that waits here; return False if some is forgotten, as a newer attempt has begun elsewhere."""
-        self.push(lambda path: not is_trained(path))
+        """Push all that waits here; return False if some is out of date: a newer attempt began, or it was deleted."""
         try:
+            self.push(lambda path: not is_trained(path))
             self.push(is_trained, self.own_attempt() or None)
         except LateWriter:
             self.pull()
@@ -330,20 +330,22 @@ class SharedFolder:
                 self._drop(index, _nothing)
         self.bucket.delete(keys)
 
-    def delete(self) -> None:
+    def delete(self, attempt: int | None = None) -> None:
         """Delete the folder in the bucket. Its head stays, empty, so that no late writer brings it back.
 
-        What lies here the caller deletes, or the next pull. After a kill `finish_deletion` completes it.
+        `attempt` is the number of the lease under which a run is deleted: it ends all older attempts, and raises
+        `LateWriter` if a newer one has begun. What lies here the caller deletes, or the next pull. After a kill
+        `finish_deletion` completes it.
         """
         with self._index.locked() as index:
             self._learn_head(index, _nothing)
             if index.head.files:
+                known, ends = (index.head, index.tag), attempt is not None
                 index.head, index.tag = swap_head(
-                    self.bucket, self.name, (index.head, index.tag), {}, lambda path, stored: True, index.head.attempt
+                    self.bucket, self.name, known, {}, lambda path, stored: True, attempt, begins=ends
                 )
             self.bucket.delete(one.key for one in self.bucket.list(f"{self.name}/"))
             self._finish_deletion(index)
-            index.attempt = index.head.attempt
 
     def finish_deletion(self) -> None:
         """Complete a deletion that was cut off, unless the folder has been made anew since."""

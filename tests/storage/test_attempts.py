@@ -1,0 +1,94 @@
+"""Attempts at a run on several machines, over a bucket in this process's memory: which files of which stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from obstore.store import MemoryStore
+
+from bwlm.record.bucket import push_all
+from bwlm.record.experiment import LEASE, ExperimentFolder
+from bwlm.record.lease import Lease, take_at_once
+from bwlm.record.removal import delete as delete_run
+from bwlm.storage.folder import SharedFolder, bucket_at
+from bwlm.storage.head import LateWriter, read_head
+from bwlm.storage.objects import Bucket
+from bwlm.storage.opened import board_of, open_storage
+from tests.storage.pusher import save, write
+from tests.storage.test_folder import made
+
+FolderOn = Callable[[str], SharedFolder]
+
+
+class InMemory(Bucket):
+    """Bucket of which nothing is left when its client is gone."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._store = MemoryStore()
+
+
+@pytest.fixture
+def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty storage, in the place of the S3 server's; machines share it, as they share this process's clients."""
+    monkeypatch.setattr("bwlm.storage.folder.Bucket", InMemory)
+    bucket_at.cache_clear()
+    board_of.cache_clear()
+    yield "s3://memory/storage"
+    bucket_at.cache_clear()
+    board_of.cache_clear()
+
+
+def files_of(folder: SharedFolder) -> set[str]:
+    """Paths of the files that the bucket has."""
+    return set(read_head(folder.bucket, folder.name)[0].files)
+
+
+# ---- deleted runs ----
+
+
+def test_what_waits_elsewhere_does_not_bring_a_deleted_run_back(folder_on: FolderOn) -> None:
+    """Neither as its training ends, nor by `bwlm storage push`, nor as a new run of its id resumes."""
+    here = made(folder_on("here"))
+    lease = take_at_once(here.path / LEASE)
+    assert isinstance(lease, Lease)
+    assert lease.claim is not None
+    here.begin(lease.claim.number)
+    save(here, 4)
+    here.push(attempt=1)
+    save(here, 8, b"of the deleted run")
+    lease.release()
+    there = folder_on("there")
+    delete_run(ExperimentFolder(open_storage(there.bucket.address), "run"))
+    folder_on("here")
+    with pytest.raises(LateWriter, match="it was deleted while this process wrote to it"):
+        here.push(attempt=1)
+    assert push_all(here.root) == ([], ["run"])
+    assert not files_of(here)
+    assert not here.path.exists()
+    again = folder_on("again")
+    again.pull()
+    made(again).begin(3)
+    assert not list(again.path.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("path", ["evaluations/base/forward/documents.json", "mlflow.json"])
+def test_what_was_written_during_a_deletion_does_not_bring_a_run_back(path: str, folder_on: FolderOn) -> None:
+    """As by `bwlm eval`, which holds no lease while it reads, or by a launch's notes."""
+    evaluating = made(folder_on("evaluating"))
+    folder_on("deleting").delete(1)
+    write(evaluating, path, "{}")
+    with pytest.raises(LateWriter):
+        evaluating.push()
+    assert not files_of(evaluating)
+    assert not evaluating.push_rest()
+
+
+def test_a_late_deletion_deletes_nothing(folder_on: FolderOn) -> None:
+    """Of a process that was frozen while it held the lease, which another one has taken to train."""
+    training = made(folder_on("training"))
+    training.begin(2)
+    with pytest.raises(LateWriter, match="attempt 2 has written to it, and this is attempt 1"):
+        folder_on("deleting").delete(1)
+    assert files_of(training) == {"config.json", "status.json"}
