@@ -31,12 +31,17 @@ class Index:
     """Content of a folder's index."""
 
     head: Head = field(default_factory=Head)
-    """Head that the files here were compared with last."""
+    """Head that the files here were compared with last: of trainings, none wrote them before its attempt was begun."""
     tag: Tag | None = None
     here: dict[str, tuple[str, Sign]] = field(default_factory=dict)
     """Key and sign of each file that lies here, by its path."""
     attempt: int = 0
     """Attempt that trained here last; while it is the head's too, what lies here is newer than the bucket."""
+
+    def keep(self, head: Head, tag: Tag) -> None:
+        """Keep a head that this process has swapped in; a pull learns one of another attempt, and drops files then."""
+        if head.attempt == self.head.attempt and head.number > self.head.number:
+            self.head, self.tag = head, tag
 
 
 class IndexFile:

@@ -11,7 +11,7 @@ from bwlm.record.bucket import push_all
 from bwlm.record.experiment import LEASE, ExperimentFolder
 from bwlm.record.lease import Lease, take_at_once
 from bwlm.record.removal import delete as delete_run
-from bwlm.storage.folder import SharedFolder, bucket_at
+from bwlm.storage.folder import SharedFolder, bucket_at, is_trained
 from bwlm.storage.head import LateWriter, read_head
 from bwlm.storage.objects import Bucket
 from bwlm.storage.opened import board_of, open_storage
@@ -92,3 +92,95 @@ def test_a_late_deletion_deletes_nothing(folder_on: FolderOn) -> None:
     with pytest.raises(LateWriter, match="attempt 2 has written to it, and this is attempt 1"):
         folder_on("deleting").delete(1)
     assert files_of(training) == {"config.json", "status.json"}
+
+
+# ---- late attempts ----
+
+
+def look_while_it_lives(late: SharedFolder) -> None:
+    """As any command on its machine does."""
+    with late.training():
+        late.pull()
+    late.pull()
+
+
+def push_other_files(late: SharedFolder) -> None:
+    """As a launch on its machine does, and then `bwlm storage push`."""
+    write(late, "mlflow.json", "{}")
+    late.push(lambda path: not is_trained(path))
+    assert push_all(late.root) == ([], ["run"])
+
+
+def remove_other_files(late: SharedFolder) -> None:
+    late.remove(lambda path: path == "report.md")
+    late.pull()
+
+
+@pytest.mark.parametrize("learns", [look_while_it_lives, push_other_files, remove_other_files])
+def test_late_files_are_dropped_however_their_machine_learns_of_a_newer_attempt(
+    learns: Callable[[SharedFolder], None], folder_on: FolderOn
+) -> None:
+    late = made(folder_on("late"))
+    write(late, "report.md", "")
+    late.begin(1)
+    save(late, 4)
+    write(late, "metrics.jsonl", "line\n" * 4)
+    late.push(attempt=1)
+    save(late, 6, b"late")
+    write(late, "metrics.jsonl", "late\n" * 6)
+    newer = folder_on("newer")
+    newer.begin(2)
+    save(newer, 8)
+    write(newer, "metrics.jsonl", "good\n" * 8)
+    newer.push(attempt=2)
+    folder_on("late")
+    learns(late)
+    assert not late.waiting()
+    assert (late.path / "metrics.jsonl").read_text() == "good\n" * 8
+    late.begin(3)
+    assert sorted(path.name for path in late.path.glob("checkpoints/*")) == ["step_000004", "step_000008"]
+    late.push(attempt=3)
+    assert not [path for path in files_of(late) if "step_000006" in path]
+
+
+def test_a_late_training_changes_nothing_where_somebody_looks_at_it(folder_on: FolderOn) -> None:
+    late = made(folder_on("late"))
+    late.begin(1)
+    newer = folder_on("newer")
+    newer.begin(2)
+    write(newer, "status.json", "finished")
+    newer.push(attempt=2)
+    folder_on("late")
+    with late.training():
+        write(late, "status.json", "late")
+        late.pull()
+        with pytest.raises(LateWriter):
+            late.push(attempt=1)
+        with pytest.raises(LateWriter):
+            late.push()
+    assert not late.push_rest()
+    assert (late.path / "status.json").read_text() == "finished"
+
+
+def test_results_on_a_machine_whose_own_attempt_is_old_are_pushed(folder_on: FolderOn) -> None:
+    """As those of `bwlm eval` that waited because the bucket was away."""
+    here = made(folder_on("here"))
+    here.begin(1)
+    folder_on("there").begin(2)
+    folder_on("here")
+    here.pull()
+    write(here, path := "evaluations/base/forward/documents.json", "{}")
+    assert here.push_rest()
+    assert path in files_of(here)
+
+
+def test_a_report_of_a_deleted_run_is_dropped(folder_on: FolderOn) -> None:
+    """Though no training wrote it, and it waits."""
+    here = made(folder_on("here"))
+    write(here, "RESEARCH_REPORT.md", "")
+    folder_on("deleting").delete(1)
+    folder_on("here")
+    assert not here.push_rest()
+    assert here.push_rest()
+    assert not files_of(here)
+    assert not here.path.exists()

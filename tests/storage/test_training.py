@@ -131,6 +131,7 @@ def test_a_frozen_machine_that_wakes_writes_nothing(
     in_bucket = shared(there.path)
     assert in_bucket is not None
     before = read_head(in_bucket.bucket, "run")
+    opened_on(machine, "one", address)  # as any command there does, while it is frozen
     frozen.send_signal(signal.SIGCONT)
     said, _ = frozen.communicate(timeout=60)
     assert re.match(r"LeaseLost: run: .* has begun attempt 2|LeaseLost: run: attempt 2 has written to it", said), said
