@@ -173,7 +173,7 @@ class SharedFolder:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            if not self.bucket.download(stored.key, temporary) or sha256_of(temporary) != stored.sha256:
+            if not self.bucket.download(stored.key, stored.size, temporary) or sha256_of(temporary) != stored.sha256:
                 raise _Replaced
             temporary.replace(target)
         finally:
