@@ -287,8 +287,8 @@ class SharedFolder:
 
     # -- attempts --
 
-    def begin(self, attempt: int, trains: bool = True) -> None:
-        """Begin an attempt: end all older ones in the bucket, and bring what a run that trains needs to resume.
+    def begin(self, attempt: int) -> None:
+        """Begin an attempt: end all older ones in the bucket, and bring what the run needs to resume.
 
         What an attempt wrote here stays unless another place has begun one since. Raises `LateWriter` if a newer one
         has begun meanwhile.
@@ -302,7 +302,7 @@ class SharedFolder:
         for _ in range(_TRIES):
             with suppress(_Replaced), self._index.locked() as index:
                 self._learn_head(index)
-                self._bring(index, _for_resuming(index.head) if trains else is_small, _nothing)
+                self._bring(index, _for_resuming(index.head), _nothing)
                 self._drop(index, _nothing)
                 return
         raise LateWriter(f"{self.name}: written to by another process at each of {_TRIES} tries to begin")

@@ -174,6 +174,29 @@ def test_results_on_a_machine_whose_own_attempt_is_old_are_pushed(folder_on: Fol
     assert path in files_of(here)
 
 
+def test_scores_made_elsewhere_do_not_end_an_attempt_whose_rest_waits(folder_on: FolderOn) -> None:
+    """The bucket was away when its training ended; meanwhile `bwlm eval` scores an earlier checkpoint."""
+    here = made(folder_on("here"))
+    here.bucket.create(".leases/run/lease/00000001.json", b'{"released": true}')
+    here.begin(1)
+    save(here, 4)
+    here.push(attempt=1)
+    save(here, 8)
+    write(here, "status.json", "finished")
+    there = folder_on("there")
+    with ExperimentFolder(open_storage(there.bucket.address), "run").lease(trains=False):
+        write(there, scores := "evaluations/base/forward/arc.json", "{}")
+    assert scores in files_of(there)
+    folder_on("here")
+    assert push_all(here.root) == (["run"], [])
+    folder_on("third").begin(3)
+    assert {"checkpoints/step_000004/meta.json", "checkpoints/step_000008/meta.json", scores} <= files_of(here)
+    folder_on("there")
+    write(there, scores, "late")
+    with pytest.raises(LateWriter):
+        there.push()
+
+
 def test_a_report_of_a_deleted_run_is_dropped(folder_on: FolderOn) -> None:
     """Though no training wrote it, and it waits."""
     here = made(folder_on("here"))
