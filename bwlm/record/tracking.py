@@ -27,7 +27,7 @@ from bwlm.record.database import database_of, prepare_database
 from bwlm.record.experiment import ExperimentFolder, State, Status
 from bwlm.record.journal import NAME, Entry, entries_after, last_entry
 from bwlm.record.metrics import final_for_mlflow, for_mlflow
-from bwlm.record.mlflow_store import follow_storage, open_client, reason, refusal, sqlite_uri, tracking_uri
+from bwlm.record.mlflow_store import follow_storage, open_client, reason, refusal, sent_once, sqlite_uri, tracking_uri
 from bwlm.record.mlflow_view import (
     GridResult,
     GridSettings,
@@ -355,7 +355,8 @@ class Tracking:
             mark = uuid.uuid4().hex
             write_json(folder / "mlflow.json", {"run_id": None, "mark": mark, "resumed": noted.get("resumed", [])})
             push(folder)  # before the run is made: a launch on another machine looks for its mark
-        run = found or self._client.create_run(home, start, tags | {_MARK: mark}, name)
+        with sent_once():  # the server may have made it, and the next call looks for its mark
+            run = found or self._client.create_run(home, start, tags | {_MARK: mark}, name)
         new = {"delivered_step": 0, "pending": None, "enlisted": False, "names": _NAMES, "store": self._store}
         _note(folder, run_id=run.info.run_id, **new)
         return run
