@@ -69,8 +69,9 @@ def sent_once() -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[_RETRIES]
-        if before is not None:
+        if before is None:
+            os.environ.pop(_RETRIES, None)
+        else:
             os.environ[_RETRIES] = before
 
 
