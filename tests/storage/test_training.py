@@ -207,14 +207,17 @@ def test_only_one_of_two_machines_trains_a_run(made_on: RunOn, machine: Machine,
 
 def hold_until_another_has_begun(folder: ExperimentFolder, proxy: FaultyProxy) -> None:
     with folder.lease(seconds=0.4):
-        proxy.rule = lambda request: REFUSE
-        time.sleep(1)  # as long as several signs of life
+        proxy.rule, before = lambda request: REFUSE, len(proxy.seen)
+        deadline = time.monotonic() + 60
+        while len([request for request in proxy.seen[before:] if "/.leases/" in request.path]) < 5:
+            assert time.monotonic() < deadline, "it shows no signs of life"
+            time.sleep(0.05)
         folder.check_lease()
         proxy.rule = lambda request: PASS
         in_bucket = shared(folder.path)
         assert in_bucket is not None
         assert in_bucket.bucket.create(".leases/run/lease/00000002.json", b'{"host": "other", "pid": 7}')
-        while True:
+        while time.monotonic() < deadline:
             folder.check_lease()
             time.sleep(0.01)
 
