@@ -74,16 +74,20 @@ class IndexFile:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Say that this process trains in the folder: nobody on this machine pulls its files then."""
+        """Say that this process trains in the folder: nobody on this machine pulls its files then.
+
+        It is not alone if another process is frozen whose lease it took.
+        """
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(self._path.with_suffix(".trainer")):
+        with self._path.with_suffix(".trainer").open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
             yield
 
     def is_training(self) -> bool:
         """Return whether a process of this machine trains in the folder."""
         try:
-            with self._path.with_suffix(".trainer").open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            with self._path.with_suffix(".trainer").open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
         except BlockingIOError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -160,6 +161,28 @@ def test_a_late_training_changes_nothing_where_somebody_looks_at_it(folder_on: F
             late.push()
     assert not late.push_rest()
     assert (late.path / "status.json").read_text() == "finished"
+
+
+def test_a_run_goes_on_beside_its_frozen_process_on_the_same_machine(folder_on: FolderOn) -> None:
+    """Which holds all its locks; its lease has run out, so another process has taken that."""
+    folder = made(folder_on("here"))
+    folder.begin(1)
+    trained = threading.Event()
+
+    def train() -> None:
+        folder.begin(2)
+        with folder.training():
+            save(folder, 4)
+            folder.push(attempt=2)
+            trained.set()
+
+    with folder.training():
+        threading.Thread(target=train, daemon=True).start()
+        assert trained.wait(timeout=60)
+        write(folder, "metrics.jsonl", "late")
+        with pytest.raises(LateWriter):
+            folder.push(is_trained, attempt=1)
+    assert "checkpoints/step_000004/meta.json" in files_of(folder)
 
 
 def test_results_on_a_machine_whose_own_attempt_is_old_are_pushed(folder_on: FolderOn) -> None:
