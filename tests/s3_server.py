@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import math
 import os
 import signal
 import socket
@@ -89,6 +90,8 @@ class FaultyProxy(ThreadingHTTPServer):
         self.target = target.removeprefix("http://")
         self.rule: Rule = lambda request: PASS
         self.slow_seconds = 2.0
+        self.rate = math.inf
+        """Bytes per second of each connection, there and back."""
         self.seen: list[Request] = []
         self.listings: dict[str, tuple[int, list[tuple[str, str]], bytes]] = {}
         self.lock = threading.Lock()
@@ -130,6 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.listings[request.path] = (status, headers, content)
         if action == LOSE:
             return self._hang_up()
+        time.sleep((len(body) + len(content)) / self.server.rate)
         return self._answer(status, headers, content)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _handle

@@ -30,7 +30,7 @@ def push(storage: Storage = None, as_json: Json = False) -> None:
         raise UserError(f"--storage: {root} is a folder, and only a bucket needs it: name s3://bucket/prefix")
     pushed, outdated = push_all(root)
     for name in outdated:
-        say(f"{name}: another machine has gone on with it, so what was left here is dropped")
+        say(f"{name}: another machine has gone on with it or deleted it, so what was left here is dropped")
     if as_json:
         print_json({"storage": address_of(root), "pushed": pushed, "outdated": outdated})
     else:

@@ -237,7 +237,7 @@ class ExperimentFolder:
         `give_up` becomes true during the wait. A failed run that is free is tried again, so its status is reset; if
         the run was waited for, or is not to be trained (`trains`), its status stands. In a bucket the folder is brought
         up to date first, and pushed during the block and at its end: raises `RunError` if that cannot be, and
-        `LeaseLost` if another machine has taken the run.
+        `LeaseLost` if another machine has taken the run. There only a block that `trains` begins an attempt.
         """
         self.held, waited = take(self.path / LEASE, seconds, wait, give_up)
         try:

@@ -86,6 +86,9 @@ TASK_METRICS: Mapping[str, Metric] = {
 TASKS = "tasks/"
 """Beginning of the names of all of them."""
 
+STEP_METRICS = frozenset(metric.mlflow for metric in METRICS.values())
+"""Names in MLflow of the metrics of a step."""
+
 _PLACES = {name: place for place, name in enumerate(METRICS)}
 
 

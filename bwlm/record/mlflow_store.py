@@ -9,6 +9,7 @@ import re
 import shlex
 import sqlite3
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,6 +23,7 @@ from bwlm.storage.opened import in_bucket
 log = logging.getLogger(__name__)
 
 _LONGEST_REASON = 110
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 
 
 def tracking_uri(storage: Path, chosen: str | None) -> str:
@@ -47,13 +49,30 @@ def tracking_uri(storage: Path, chosen: str | None) -> str:
 
 def open_client(uri: str) -> Any:
     """Return a client of a store, which gives up soon and warns once: training and scoring do not wait for it."""
-    for name, value in (("MAX_RETRIES", "2"), ("TIMEOUT", "10")):
-        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    for name, value in ((_RETRIES, "2"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")):
+        os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # a warning per retry; we say it once
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
+
+
+@contextlib.contextmanager
+def sent_once() -> Iterator[None]:
+    """Let MLflow's client send each request of the block once; else it repeats one that gets no answer.
+
+    The client reads the number of retries from the environment at each request, so this holds for all threads.
+    """
+    before = os.environ.get(_RETRIES)
+    os.environ[_RETRIES] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_RETRIES, None)
+        else:
+            os.environ[_RETRIES] = before
 
 
 def ask_store(uri: str) -> str:

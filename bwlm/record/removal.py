@@ -20,7 +20,7 @@ from bwlm.record.disk import grid_of
 from bwlm.record.experiment import LAUNCH, LEASE, ExperimentFolder, list_experiments, parents_in
 from bwlm.record.grids import cells_of, grid_folder, grid_names
 from bwlm.record.launches import living_launches
-from bwlm.record.lease import Holder, take_at_once
+from bwlm.record.lease import Holder, Lease, take_at_once
 from bwlm.record.lineage import Lineage
 from bwlm.storage.opened import exclusive, in_bucket, remove
 
@@ -71,12 +71,9 @@ def delete(folder: ExperimentFolder, besides: Collection[str] = (), lineage: Lin
     gone = folder.path.with_name(f".{folder.id}.{uuid.uuid4().hex[:8]}.deleted")
     try:
         with ExitStack() as leases:
-            for name in (LEASE, LAUNCH):  # so that nobody begins to train it, or finds it half gone
-                taken = take_at_once(folder.path / name)
-                if isinstance(taken, Holder):
-                    raise _is_busy(folder, taken)
-                leases.callback(taken.release)
-            _rename_deleted(folder.path, gone)
+            # so that nobody begins to train it, or finds it half gone
+            lease, _ = (_hold(folder, name, leases) for name in (LEASE, LAUNCH))
+            _rename_deleted(folder.path, gone, lease.claim.number if lease.claim else None)
         sync(gone.parent)  # else a power cut might bring the name back without all of the run's files
     except OSError as error:
         raise UserError(
@@ -88,9 +85,17 @@ def delete(folder: ExperimentFolder, besides: Collection[str] = (), lineage: Lin
         raise UserError(f"{folder.id} is deleted, but not all of it could be: remove {gone} by hand")
 
 
-def _rename_deleted(path: Path, gone: Path) -> None:
+def _hold(folder: ExperimentFolder, name: str, leases: ExitStack) -> Lease:
+    taken = take_at_once(folder.path / name)
+    if isinstance(taken, Holder):
+        raise _is_busy(folder, taken)
+    leases.callback(taken.release)
+    return taken
+
+
+def _rename_deleted(path: Path, gone: Path, attempt: int | None = None) -> None:
     """Delete a folder in a bucket, and rename it here; a bucket's may have gone here already, as another pulled it."""
-    remove(path)
+    remove(path, attempt)
     with suppress(FileNotFoundError) if in_bucket(path) else nullcontext():
         path.rename(gone)
 

@@ -26,8 +26,8 @@ from bwlm.paths import FileState, file_state, read_json, write_json
 from bwlm.record.database import database_of, prepare_database
 from bwlm.record.experiment import ExperimentFolder, State, Status
 from bwlm.record.journal import NAME, Entry, entries_after, last_entry
-from bwlm.record.metrics import final_for_mlflow, for_mlflow
-from bwlm.record.mlflow_store import follow_storage, open_client, reason, refusal, sqlite_uri, tracking_uri
+from bwlm.record.metrics import STEP_METRICS, final_for_mlflow, for_mlflow
+from bwlm.record.mlflow_store import follow_storage, open_client, reason, refusal, sent_once, sqlite_uri, tracking_uri
 from bwlm.record.mlflow_view import (
     GridResult,
     GridSettings,
@@ -355,8 +355,10 @@ class Tracking:
             mark = uuid.uuid4().hex
             write_json(folder / "mlflow.json", {"run_id": None, "mark": mark, "resumed": noted.get("resumed", [])})
             push(folder)  # before the run is made: a launch on another machine looks for its mark
-        run = found or self._client.create_run(home, start, tags | {_MARK: mark}, name)
-        new = {"delivered_step": 0, "pending": None, "enlisted": False, "names": _NAMES, "store": self._store}
+        with sent_once():  # the server may have made it, and the next call looks for its mark
+            run = found or self._client.create_run(home, start, tags | {_MARK: mark}, name)
+        there = _last_step(run)  # of a run that is found, another machine may have delivered steps
+        new = {"delivered_step": there, "pending": None, "enlisted": False, "names": _NAMES, "store": self._store}
         _note(folder, run_id=run.info.run_id, **new)
         return run
 
@@ -472,9 +474,10 @@ def _note(folder: Path, **changes: Any) -> None:
 
 
 def _catch_up(folder: Path, run: Any) -> None:
-    """Note how far the store is, if it has less than it was given: a backup was restored, or the names are old.
+    """Note how far the store is, if that is not as noted.
 
-    Its run then gets the rest again, and its end.
+    If it has less, a backup was restored, or the names are old: its run then gets the rest again, and its end. If it
+    has more, another machine has delivered it, whose notes were lost with it.
     """
     noted = _noted(folder)
     delivered = noted.get("delivered_step", 0)
@@ -486,6 +489,13 @@ def _catch_up(folder: Path, run: Any) -> None:
     elif last < delivered:
         log.warning("tracking: the store was set back to step %d of %s: the rest is delivered again", last, folder)
         _note(folder, delivered_step=last, pending=None, closed=None)
+    elif (there := _last_step(run)) > delivered:
+        _note(folder, delivered_step=there, pending=None)
+
+
+def _last_step(run: Any) -> int:
+    """Return the last step whose metrics a run of MLflow has; others may have written metrics of their own there."""
+    return max((metric.step for metric in run.data.to_proto().metrics if metric.key in STEP_METRICS), default=0)
 
 
 def _delivered_states(folder: Path) -> tuple[FileState, ...]:

@@ -2,7 +2,7 @@
 
     <prefix>/.leases/<folder>/<name>/00000003.json
 
-Who creates the next number has the lease, and its number is the number of the attempt, which every later write of the
+Who creates the next number has the lease. Of a training it is the number of the attempt, which every later write of the
 run carries (`head.py`). The holder writes its object again every few seconds, as a sign of life; a lease that is
 released says so. Who waits and sees no change for as long as the lease lasts creates the next number. No object is
 ever deleted: a process that knows of old numbers only would find the place of the next one free.

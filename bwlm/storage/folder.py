@@ -21,7 +21,7 @@ from bwlm.paths import sha256_of
 from bwlm.remote import address_of
 from bwlm.storage.head import Head, LateWriter, Stored, read_head, swap_head
 from bwlm.storage.index import Index, IndexFile, Sign, sign_in, sign_of
-from bwlm.storage.objects import Bucket
+from bwlm.storage.objects import Bucket, Tag
 
 _LARGE = ("*.safetensors", "*.h5", "*.h5.tail", "*.h5.damaged", "*.arrow")
 _TRAINED = (
@@ -87,12 +87,16 @@ class SharedFolder:
     def pull(self, wanted: Choice = is_small) -> None:
         """Bring the files that are meant up to date; those that wait to be pushed stay, and those of a training here.
 
-        Files that the bucket has no more are deleted here.
+        Files that the bucket has no more are deleted here. If another place has ended the attempt of a training here,
+        nothing is done until that has ended too: its next push is refused.
         """
         for _ in range(_TRIES):
             with suppress(_Replaced), self._index.locked() as index:
+                head, tag = read_head(self.bucket, self.name)
                 stays = is_trained if self._index.is_training() else _nothing
-                self._learn_head(index, stays)
+                if stays is is_trained and head.attempt != index.head.attempt:
+                    return
+                self._learn(index, head, tag, stays)
                 self._bring(index, wanted, stays)
                 self._drop(index, stays)
                 return
@@ -129,11 +133,18 @@ class SharedFolder:
         files = self._index.read().head.files
         return {path.removeprefix(below): stored.size for path, stored in files.items() if path.startswith(below)}
 
-    def _learn_head(self, index: Index, stays: Choice) -> None:
-        """Read the head. If another place has begun an attempt since, what a training left here is out of date."""
-        head, tag = read_head(self.bucket, self.name)
-        if head.attempt not in (index.attempt, index.head.attempt):
-            self._forget_training(head, index, stays)
+    def _learn_head(self, index: Index) -> None:
+        self._learn(index, *read_head(self.bucket, self.name), _nothing)
+
+    def _learn(self, index: Index, head: Head, tag: Tag | None, stays: Choice) -> None:
+        """Take a head over. If another place has begun an attempt since, what a training left here is out of date.
+
+        If another place has deleted the run since, all is.
+        """
+        if head.attempt != index.head.attempt:
+            if index.head.files and head.is_deleted:
+                shutil.rmtree(self.path, ignore_errors=True)
+            self._forget_training(head, index)
         index.head, index.tag = head, tag
         for path in list(index.here):
             if not (self.path / path).exists() and not stays(path):
@@ -162,7 +173,7 @@ class SharedFolder:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            if not self.bucket.download(stored.key, temporary) or sha256_of(temporary) != stored.sha256:
+            if not self.bucket.download(stored.key, stored.size, temporary) or sha256_of(temporary) != stored.sha256:
                 raise _Replaced
             temporary.replace(target)
         finally:
@@ -176,8 +187,7 @@ class SharedFolder:
                 if not self._waits(path, sign):
                     (self.path / path).unlink(missing_ok=True)
                 del index.here[path]
-        is_deleted = index.head.number and not index.head.files
-        if is_deleted and not self._written(index, lambda path: not is_trained(path)):
+        if index.head.is_deleted and not self._written(index, lambda path: not is_trained(path)):
             shutil.rmtree(self.path, ignore_errors=True)
         for folder in sorted(self.path.glob("checkpoints/*"), reverse=True):
             with suppress(OSError):  # not empty
@@ -189,8 +199,9 @@ class SharedFolder:
         """Take to the bucket what was written here since the last push or pull.
 
         With the number of an `attempt`, also what was deleted. Without it, files of a run's training are pushed only
-        while the attempt is the newest that was pulled. Raises `LateWriter` if a newer one has begun, and `BucketAway`
-        if the bucket does not answer: then nothing of it shows, and the next push takes all of it.
+        while the attempt is the newest that was pulled. Raises `LateWriter` if a newer one has begun, or the folder was
+        deleted, and `BucketAway` if the bucket does not answer: then nothing of it shows, and the next push takes all
+        of it.
         """
         for _ in range(_TRIES):
             with suppress(_Replaced):
@@ -214,17 +225,17 @@ class SharedFolder:
             self.bucket, self.name, (index.head, index.tag), files, lambda path, _: path in gone, fence
         )
         with self._index.locked() as now:
-            if head.number > now.head.number:
-                now.head, now.tag = head, tag
+            now.keep(head, tag)
             for path in gone:
                 now.here.pop(path, None)
             now.here |= {path: (stored.key, sign) for path, (stored, sign) in uploaded.items()}
 
     def push_rest(self) -> bool:
-        """Push all that waits here; return False if some is forgotten, as a newer attempt has begun elsewhere."""
-        self.push(lambda path: not is_trained(path))
+        """Push all that waits here; return False if some is out of date: a newer attempt began, or it was deleted."""
         try:
-            self.push(is_trained, self.own_attempt() or None)
+            self.push(lambda path: not is_trained(path))
+            index = self._index.read()
+            self.push(is_trained, index.attempt if index.attempt == index.head.attempt > 0 else None)
         except LateWriter:
             self.pull()
             return False
@@ -276,22 +287,22 @@ class SharedFolder:
 
     # -- attempts --
 
-    def begin(self, attempt: int, trains: bool = True) -> None:
-        """Begin an attempt: end all older ones in the bucket, and bring what a run that trains needs to resume.
+    def begin(self, attempt: int) -> None:
+        """Begin an attempt: end all older ones in the bucket, and bring what the run needs to resume.
 
         What an attempt wrote here stays unless another place has begun one since. Raises `LateWriter` if a newer one
         has begun meanwhile.
         """
         with self._index.locked() as index:
-            self._learn_head(index, _nothing)
+            self._learn_head(index)
             known = index.head, index.tag
             index.head, index.tag = swap_head(self.bucket, self.name, known, {}, attempt=attempt, begins=True)
             index.attempt = attempt
         self._delete_unnamed(index.head, attempt)
         for _ in range(_TRIES):
             with suppress(_Replaced), self._index.locked() as index:
-                self._learn_head(index, _nothing)
-                self._bring(index, _for_resuming(index.head) if trains else is_small, _nothing)
+                self._learn_head(index)
+                self._bring(index, _for_resuming(index.head), _nothing)
                 self._drop(index, _nothing)
                 return
         raise LateWriter(f"{self.name}: written to by another process at each of {_TRIES} tries to begin")
@@ -303,8 +314,8 @@ class SharedFolder:
         numbers = {key: int(key.removeprefix(f"{self.name}/").partition(".")[0]) for key in listed}
         self.bucket.delete(key for key, number in numbers.items() if 0 < number < attempt)
 
-    def _forget_training(self, head: Head, index: Index, stays: Choice) -> None:
-        for path in [path for path in self._files() if is_trained(path) and not stays(path)]:
+    def _forget_training(self, head: Head, index: Index) -> None:
+        for path in [path for path in self._files() if is_trained(path)]:
             stored = head.files.get(path)
             key, sign = index.here.get(path, ("", None))
             if stored is None or key != stored.key or self._waits(path, sign):
@@ -315,46 +326,43 @@ class SharedFolder:
         """Say that this process trains in the folder."""
         return self._index.training()
 
-    def own_attempt(self) -> int:
-        """Return the number of the attempt that trained here last; 0: none."""
-        return self._index.read().attempt
-
     def remove(self, meant: Choice) -> None:
         """Delete files in the bucket and here, as they were pulled last; one that was replaced since stays."""
         with self._index.locked() as index:
             keys = {stored.key for path, stored in index.head.files.items() if meant(path)}
             if keys:
-                index.head, index.tag = swap_head(
-                    self.bucket, self.name, (index.head, index.tag), {}, lambda _, stored: stored.key in keys
-                )
+                known = index.head, index.tag
+                index.keep(*swap_head(self.bucket, self.name, known, {}, lambda _, stored: stored.key in keys))
                 self._drop(index, _nothing)
         self.bucket.delete(keys)
 
-    def delete(self) -> None:
+    def delete(self, attempt: int | None = None) -> None:
         """Delete the folder in the bucket. Its head stays, empty, so that no late writer brings it back.
 
-        What lies here the caller deletes, or the next pull. After a kill `finish_deletion` completes it.
+        `attempt` is the number of the lease under which a run is deleted: it ends all older attempts, and raises
+        `LateWriter` if a newer one has begun. What lies here the caller deletes, or the next pull. After a kill
+        `finish_deletion` completes it.
         """
         with self._index.locked() as index:
-            self._learn_head(index, _nothing)
+            self._learn_head(index)
             if index.head.files:
+                known, ends = (index.head, index.tag), attempt is not None
                 index.head, index.tag = swap_head(
-                    self.bucket, self.name, (index.head, index.tag), {}, lambda path, stored: True, index.head.attempt
+                    self.bucket, self.name, known, {}, lambda path, stored: True, attempt, begins=ends
                 )
             self.bucket.delete(one.key for one in self.bucket.list(f"{self.name}/"))
             self._finish_deletion(index)
-            index.attempt = index.head.attempt
 
     def finish_deletion(self) -> None:
         """Complete a deletion that was cut off, unless the folder has been made anew since."""
         with self._index.locked() as index:
-            self._learn_head(index, _nothing)
+            self._learn_head(index)
             self._finish_deletion(index)
 
     def _finish_deletion(self, index: Index) -> None:
         if index.head.is_half_deleted:
             self.bucket.delete(index.head.dropped)
-            index.head, index.tag = swap_head(self.bucket, self.name, (index.head, index.tag), {})
+            index.keep(*swap_head(self.bucket, self.name, (index.head, index.tag), {}))
 
 
 def _for_resuming(head: Head) -> Choice:

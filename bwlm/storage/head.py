@@ -24,7 +24,7 @@ HEADS = ".heads"
 
 
 class LateWriter(RunError):
-    """Write of an attempt after a newer one has begun: the bucket keeps what the newer one wrote."""
+    """Write after a newer attempt has begun, or after the folder was deleted: the bucket stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class Head:
     """Files by their path in the folder; none in the head of a folder that was deleted."""
     dropped: tuple[str, ...] = ()
     """Keys that the swap before made useless. They are deleted by the next one, since a reader may be at them still."""
+
+    @property
+    def is_deleted(self) -> bool:
+        """True if its folder was deleted."""
+        return self.number > 0 and not self.files
 
     @property
     def is_half_deleted(self) -> bool:
@@ -121,10 +126,13 @@ def swap_head(
     """Put files into a folder's head, and take others out; return the new head.
 
     With an `attempt`, raises `LateWriter` if the head has a newer one. `begins`: this is the attempt's first swap, and
-    it ends all older ones; without it, the head must have this very attempt. `known` is the head as it was read last.
+    it ends all older ones; without it, the head must have this very attempt. `known` is the head as it was read last:
+    also raises `LateWriter` if files are to be put into a folder that was deleted since.
     """
     before, tag = known
     while True:
+        if files and known[0].files and before.is_deleted:
+            raise LateWriter(f"{folder}: it was deleted while this process wrote to it")
         if attempt is not None and (before.attempt > attempt or (before.attempt != attempt and not begins)):
             raise LateWriter(f"{folder}: attempt {before.attempt} has written to it, and this is attempt {attempt}")
         head = before.changed(files, is_gone, attempt)

@@ -31,12 +31,17 @@ class Index:
     """Content of a folder's index."""
 
     head: Head = field(default_factory=Head)
-    """Head that the files here were compared with last."""
+    """Head that the files here were compared with last: of trainings, none wrote them before its attempt was begun."""
     tag: Tag | None = None
     here: dict[str, tuple[str, Sign]] = field(default_factory=dict)
     """Key and sign of each file that lies here, by its path."""
     attempt: int = 0
     """Attempt that trained here last; while it is the head's too, what lies here is newer than the bucket."""
+
+    def keep(self, head: Head, tag: Tag) -> None:
+        """Keep a head that this process has swapped in; a pull learns one of another attempt, and drops files then."""
+        if head.attempt == self.head.attempt and head.number > self.head.number:
+            self.head, self.tag = head, tag
 
 
 class IndexFile:
@@ -69,16 +74,20 @@ class IndexFile:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Say that this process trains in the folder: nobody on this machine pulls its files then."""
+        """Say that this process trains in the folder: nobody on this machine pulls its files then.
+
+        It is not alone if another process is frozen whose lease it took.
+        """
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(self._path.with_suffix(".trainer")):
+        with self._path.with_suffix(".trainer").open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
             yield
 
     def is_training(self) -> bool:
         """Return whether a process of this machine trains in the folder."""
         try:
-            with self._path.with_suffix(".trainer").open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            with self._path.with_suffix(".trainer").open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
         except BlockingIOError:

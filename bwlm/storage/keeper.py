@@ -32,8 +32,9 @@ _PATIENCE_SECONDS = 120.0
 def kept_in_bucket(path: Path, claim: Claim | None, trains: bool) -> Iterator[None]:
     """Push a run's folder while the block runs, and at its end; without a lease of the bucket, do nothing.
 
-    A run that `trains` gets what it needs to resume. Raises `RunError` if the rest cannot be pushed, unless the block
-    has raised an error of its own.
+    A run that `trains` begins an attempt and gets what it needs to resume. A block that only adds results to a run ends
+    no attempt: what waits of it on another machine is pushed later. Raises `RunError` if the rest cannot be pushed,
+    unless the block has raised an error of its own.
     """
     folder = shared(path)
     if folder is None or claim is None:
@@ -52,17 +53,21 @@ def kept_in_bucket(path: Path, claim: Claim | None, trains: bool) -> Iterator[No
 
 
 class Keeper:
-    """Thread that pushes what a training writes: each checkpoint with its logs, and between them the journal.
+    """Thread that pushes what the holder of a run's lease writes: checkpoints with logs, and between them the journal.
 
     A bucket that does not answer holds nothing up: the next push takes everything.
     """
 
     def __init__(self, folder: SharedFolder, claim: Claim, trains: bool) -> None:
-        """Begin the attempt of the claim in the folder. Raises as `SharedFolder.begin`."""
+        """Begin the attempt of the claim in the folder if that `trains`. Raises as `SharedFolder.begin`."""
         self._folder, self._claim = folder, claim
+        self._attempt = claim.number if trains else None
         self._until_end = ExitStack()
-        folder.begin(claim.number, trains)
-        self._until_end.enter_context(folder.training())
+        if trains:
+            folder.begin(claim.number)
+            self._until_end.enter_context(folder.training())
+        else:
+            folder.pull()
         self._pushed = self._checkpoints()
         self._is_away = False
         self._over = threading.Event()
@@ -102,7 +107,7 @@ class Keeper:
         checkpoints = "checkpoints/"
         self._folder.push(
             lambda path: is_trained(path) and not (only_small and (path.startswith(checkpoints) or not is_small(path))),
-            self._claim.number,
+            self._attempt,
         )
 
     def close(self) -> None:

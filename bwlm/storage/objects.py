@@ -10,6 +10,7 @@ Credentials, region and endpoint come from the environment (`AWS_ACCESS_KEY_ID`,
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import time
@@ -31,12 +32,15 @@ Tag = tuple[str, str | None]
 """ETag of an object's content, and the version that Google's store compares instead of it."""
 
 REQUEST_SECONDS = 30.0
-"""Seconds that one request may take."""
-RETRY_SECONDS = 30.0
-"""Seconds in which a request that failed is repeated."""
+"""Seconds that one request may take, with the content that it carries."""
+RETRY_SECONDS = 60.0
+"""Seconds in which a request that failed is repeated: longer than one may take, else no answer would be final."""
 _RETRIES = 12
-_CHUNK = 16 * 2**20
-"""Bytes of a part of an upload, and of a piece of a download."""
+_PIECE = 5 * 2**20
+"""Bytes that one request carries of a large file: the least that S3 takes as a part, so that a slow link is enough."""
+_PARTS = 10_000
+"""Parts of an upload, at most. Those of a file that would have more are larger."""
+_PARTS_AT_ONCE = 2
 _S3_VERBS = {"create": "Put"}
 """Words that S3 has in the names of its rights where Google has others."""
 _DELETED_AT_ONCE = 1000
@@ -83,14 +87,17 @@ class Bucket:
 
         return self._try(get)
 
-    def download(self, key: str, target: Path) -> bool:
-        """Write an object's content to a file; return False if there is no such object."""
+    def download(self, key: str, size: int, target: Path) -> bool:
+        """Write an object's content, of so many bytes, to a file; return False if there is no such object.
+
+        Of an empty one nothing is asked.
+        """
         import obstore
 
         def get() -> bool:
             with target.open("wb") as file:
-                for piece in obstore.get(self._store, key).stream(min_chunk_size=_CHUNK):
-                    file.write(piece)
+                for start in range(0, size, _PIECE):
+                    file.write(obstore.get_range(self._store, key, start=start, end=min(start + _PIECE, size)))
             return True
 
         return bool(self._try(get))
@@ -99,7 +106,9 @@ class Bucket:
         """Write an object; it appears whole, or not at all."""
         import obstore
 
-        self._try(lambda: obstore.put(self._store, key, content, chunk_size=_CHUNK, max_concurrency=4))
+        size = len(content) if isinstance(content, bytes) else os.fstat(content.fileno()).st_size
+        part = max(_PIECE, math.ceil(size / _PARTS))
+        self._try(lambda: obstore.put(self._store, key, content, chunk_size=part, max_concurrency=_PARTS_AT_ONCE))
 
     def create(self, key: str, content: bytes) -> bool:
         """Write an object that is not there yet; return False if it is there. Of several writers one succeeds."""

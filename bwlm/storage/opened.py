@@ -129,10 +129,13 @@ def push(path: Path, trained: bool = False) -> None:
         folder.push(lambda inner: is_below(inner) and (trained or not is_trained(inner)))
 
 
-def remove(path: Path) -> None:
-    """Delete a file or a folder in the bucket; a run's or a grid's whole folder the caller then deletes here."""
+def remove(path: Path, attempt: int | None = None) -> None:
+    """Delete a file or a folder in the bucket; a run's or a grid's whole folder the caller then deletes here.
+
+    A run is deleted with the number of its lease as `attempt`: raises `LateWriter` if a newer one has begun.
+    """
     if folder := shared(path):
-        folder.delete() if path == folder.path else folder.remove(_below(folder, path))
+        folder.delete(attempt) if path == folder.path else folder.remove(_below(folder, path))
 
 
 def delete_objects(path: Path, keys: Iterable[str]) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from bwlm.paths import read_json, write_json
 from bwlm.record import journal
 from bwlm.record.experiment import Status
 from bwlm.record.tracking import Tracking
 from tests.record.mlflow_runs import (
+    DATASET,
     RESULT,
     delivered,
     enlist,
@@ -26,6 +28,7 @@ from tests.record.mlflow_runs import (
     lost_on_the_way_back,
     lost_on_the_way_in,
     make,
+    open_grid,
 )
 
 # ---- delivery ----
@@ -103,6 +106,33 @@ def test_steps_that_are_trained_again_are_not_sent_again(store: Tracking, client
     log_steps(folder, 6, 8)
     store.deliver(folder)
     assert delivered(client, child) == expected(8)
+
+
+@pytest.mark.parametrize("has_run", [True, False])
+def test_another_machine_goes_on_where_the_store_is(
+    has_run: bool, store: Tracking, client: MlflowClient, tmp_path: Path
+) -> None:
+    """The first machine died with its notes: what others have of them is older than what it delivered."""
+    folder = make(tmp_path / "one")
+    grid = Tracking(store.uri, tmp_path)
+    parent = open_grid(grid, tmp_path)
+    grid.expect(folder, parent, DATASET)
+    log_steps(folder, 1, 3)
+    assert grid.deliver(folder)
+    notes = read_json(folder.path / "mlflow.json")
+    log_steps(folder, 4, 11)
+    assert grid.deliver(folder)
+    client.log_metric(notes["run_id"], "theirs", 1.0, step=1000)
+    there = make(tmp_path / "another")
+    write_json(there.path / "mlflow.json", notes if has_run else {"run_id": None, "mark": notes["mark"]})
+    log_steps(there, 1, 8)  # the checkpoint from which it resumes
+    time.sleep(0.002)
+    log_steps(there, 9, 12)
+    again = Tracking(store.uri, tmp_path)
+    again.expect(there, parent, DATASET)
+    assert again.deliver(there) == 2
+    assert read_json(there.path / "mlflow.json")["run_id"] == notes["run_id"]
+    assert delivered(client, notes["run_id"]) == expected(12)
 
 
 Break = Callable[[Callable[..., None]], Callable[..., None]]

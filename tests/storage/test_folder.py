@@ -151,14 +151,17 @@ def test_a_deleted_run_does_not_come_back(folder_on: FolderOn) -> None:
     here.begin(1)
     there = folder_on("there")
     there.pull()
-    there.delete()
-    save(here, 4)
+    there.delete(2)
     assert not list(there.bucket.list("run/"))
+    save(here, 4)
+    with pytest.raises(LateWriter):
+        here.push(attempt=1)
+    assert not read_head(there.bucket, "run")[0].files
     here.pull()
     assert not (here.path / "config.json").exists()
     again = folder_on("again")  # the id can be used anew
     again.pull()
-    made(again).begin(2)
+    made(again).begin(3)
     there.pull()
     assert (there.path / "config.json").exists()
 

@@ -96,7 +96,7 @@ def test_a_cut_upload_leaves_no_half_object(bucket: Bucket, proxy: FaultyProxy, 
     proxy.rule = first(1, CUT)
     with large.open("rb") as file:
         bucket.write("large", file)
-    assert bucket.download("large", tmp_path / "again")
+    assert bucket.download("large", large.stat().st_size, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == large.read_bytes()
 
 
@@ -115,6 +115,39 @@ def test_a_slow_server_is_waited_for(bucket: Bucket, proxy: FaultyProxy) -> None
     proxy.rule = first(1, SLOW)
     bucket.write("data", b"late")
     assert content_of(bucket, "data") == b"late"
+
+
+def impatient(address: str, monkeypatch: pytest.MonkeyPatch, seconds: float) -> Bucket:
+    """A client whose requests may take so many seconds."""
+    monkeypatch.setattr(objects, "RETRY_SECONDS", objects.RETRY_SECONDS / objects.REQUEST_SECONDS * seconds)
+    monkeypatch.setattr(objects, "REQUEST_SECONDS", seconds)
+    return Bucket(address)
+
+
+def test_a_request_without_an_answer_is_repeated(
+    address: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = impatient(address, monkeypatch, 2.0)
+    bucket.write("data", b"there")
+    proxy.slow_seconds = 8.0
+    proxy.rule = first(1, SLOW, "GET")
+    assert content_of(bucket, "data") == b"there"
+
+
+@pytest.mark.parametrize("size", [0, 14 * 2**20])
+def test_a_large_file_needs_no_fast_link(
+    size: int, address: str, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it takes longer than one request may, there and back."""
+    bucket = impatient(address, monkeypatch, 4.0)
+    content = os.urandom(size)
+    proxy.rate = 2.5 * 2**20
+    bucket.write("large", content)
+    began = time.monotonic()
+    assert bucket.download("large", size, tmp_path / "large")
+    assert size == 0 or time.monotonic() - began > 4.0
+    assert (tmp_path / "large").read_bytes() == content
+    assert not bucket.download("missing", 1, tmp_path / "missing")
 
 
 def test_a_bucket_that_is_not_there_is_named(proxy: FaultyProxy) -> None:

@@ -131,6 +131,7 @@ def test_a_frozen_machine_that_wakes_writes_nothing(
     in_bucket = shared(there.path)
     assert in_bucket is not None
     before = read_head(in_bucket.bucket, "run")
+    opened_on(machine, "one", address)  # as any command there does, while it is frozen
     frozen.send_signal(signal.SIGCONT)
     said, _ = frozen.communicate(timeout=60)
     assert re.match(r"LeaseLost: run: .* has begun attempt 2|LeaseLost: run: attempt 2 has written to it", said), said
@@ -206,14 +207,17 @@ def test_only_one_of_two_machines_trains_a_run(made_on: RunOn, machine: Machine,
 
 def hold_until_another_has_begun(folder: ExperimentFolder, proxy: FaultyProxy) -> None:
     with folder.lease(seconds=0.4):
-        proxy.rule = lambda request: REFUSE
-        time.sleep(1)  # as long as several signs of life
+        proxy.rule, before = lambda request: REFUSE, len(proxy.seen)
+        deadline = time.monotonic() + 60
+        while len([request for request in proxy.seen[before:] if "/.leases/" in request.path]) < 5:
+            assert time.monotonic() < deadline, "it shows no signs of life"
+            time.sleep(0.05)
         folder.check_lease()
         proxy.rule = lambda request: PASS
         in_bucket = shared(folder.path)
         assert in_bucket is not None
         assert in_bucket.bucket.create(".leases/run/lease/00000002.json", b'{"host": "other", "pid": 7}')
-        while True:
+        while time.monotonic() < deadline:
             folder.check_lease()
             time.sleep(0.01)
 
