@@ -75,28 +75,32 @@ class DirectionwiseASHA(CellScheduler):
     """ASHA (Li et al. 2020) among cells that differ only in the learning rate, on the tuning half of the windows.
 
     With one set of rungs for all cells, ASHA would stop the direction with the higher loss and leave nothing to
-    compare.
+    compare. At its last step a cell has nothing left to save, and finishes.
     """
 
     def __init__(
         self,
         settings: SchedulerSettings,
-        max_steps: int,
+        steps: dict[str, int],
         strata: dict[str, str],
         storage: Path,
         termination: Termination,
         grace_seconds: float,
     ) -> None:
-        """Make rungs for each group of cells; `strata` maps each cell's id to the group in which it competes."""
+        """Make rungs for each group of cells.
+
+        `steps` maps each cell's id to its number of steps, `strata` to the group in which it competes.
+        """
         super().__init__(storage, termination, grace_seconds)
-        self._strata = strata
+        self._steps, self._strata = steps, strata
+        longest = max(steps.values())
         self._rungs = {
             stratum: ASHAScheduler(
                 time_attr="step",
                 metric="val_bpb_tuning",
                 mode="min",
-                max_t=max_steps,
-                grace_period=min(settings.grace_steps, max_steps),
+                max_t=longest,
+                grace_period=min(settings.grace_steps, longest),
                 reduction_factor=settings.reduction_factor,
                 stop_last_trials=False,
             )
@@ -110,6 +114,8 @@ class DirectionwiseASHA(CellScheduler):
         self._of(trial).on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result.get("step", 0) >= self._steps[trial.config["cell"]]:
+            return str(self.CONTINUE)
         return str(self._of(trial).on_trial_result(tune_controller, trial, result))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -124,9 +130,9 @@ def build_scheduler(plan: Plan, cells: list[PlannedCell], storage: Path, termina
     grace_seconds = plan.launch.grace_seconds
     if not plan.scheduler.stops_early:
         return CellScheduler(storage, termination, grace_seconds)
+    steps = {planned.cell.id: planned.cell.steps for planned in cells}
     strata = {planned.cell.id: _stratum(planned) for planned in cells}
-    longest = max(planned.cell.steps for planned in cells)
-    return DirectionwiseASHA(plan.scheduler, longest, strata, storage, termination, grace_seconds)
+    return DirectionwiseASHA(plan.scheduler, steps, strata, storage, termination, grace_seconds)
 
 
 def _stratum(planned: PlannedCell) -> str:
