@@ -17,6 +17,7 @@ import yaml
 
 from bwlm.errors import Paused, UserError
 from bwlm.grid import watch
+from bwlm.grid.launch import run_plan
 from bwlm.grid.watch import LaunchWatch, watched
 from bwlm.plan.load import load_grid
 from bwlm.plan.spec import LaunchSettings, Plan
@@ -335,11 +336,6 @@ def test_a_frozen_worker_is_ended_and_a_busy_one_is_left(plan_of: Callable[..., 
 @pytest.mark.parametrize(
     ("launch", "message"),
     [
-        ({"limit": {"money": 5.0}}, "launch.limit.money: g_forward_d1_lr1_s0 has no price: set launch.price.cpu_hour"),
-        (
-            {"limit": {"money": 5.0}, "price": {"gpu_hour": 2.0}},
-            "launch.limit.money: g_forward_d1_lr1_s0 has no price: set launch.price.cpu_hour, the price of one CPU for",
-        ),
         ({"limit": {"hours": 0}}, "launch.limit.hours: input should be greater than 0"),
         ({"limit": {"hour": 1}}, "launch.limit.hour: unknown field (did you mean 'hours'?)"),
         ({"price": {"cpu_hour": -1}}, "launch.price.cpu_hour: input should be greater than or equal to 0"),
@@ -353,15 +349,28 @@ def test_what_cannot_be_meant_is_refused(launch: dict[str, Any], message: str, g
     assert message in str(caught.value)
 
 
-def test_cells_on_gpus_need_the_price_of_a_gpu(grid_file: GridFile) -> None:
-    path = grid_file(
-        launch={"limit": {"money": 5.0}, "price": {"cpu_hour": 1.0}},
-        resources={"gpus_per_worker": 1, "cpus_per_worker": 4},
-    )
+@pytest.mark.parametrize(
+    ("price", "gpus", "missing"),
+    [
+        ({}, 0, "launch.price.cpu_hour, the price of one CPU for an hour"),
+        ({"gpu_hour": 2.0}, 0, "launch.price.cpu_hour, the price of one CPU for an hour"),
+        ({"cpu_hour": 1.0}, 1, "launch.price.gpu_hour, the price of one GPU for an hour"),
+    ],
+)
+def test_a_launch_with_a_limit_of_money_needs_a_price_for_what_its_cells_use(
+    price: dict[str, float], gpus: int, missing: str, grid_file: GridFile, tmp_path: Path
+) -> None:
+    settings = {"limit": {"money": 5.0}, "price": price}
+    plan = load_grid(grid_file(launch=settings, resources={"gpus_per_worker": gpus, "cpus_per_worker": 4}), [])
     with pytest.raises(UserError) as caught:
-        load_grid(path, [])
-    assert "has no price: set launch.price.gpu_hour, the price of one GPU for an hour" in str(caught.value)
-    plan = load_grid(path, ["launch.price.gpu_hour=2.5"])
+        run_plan(plan, tmp_path / "runs", lambda _: None)
+    assert str(caught.value) == f"launch.limit.money: {CELL} has no price: set {missing}"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_price_of_a_cell_is_that_of_its_workers(grid_file: GridFile) -> None:
+    prices = {"price": {"cpu_hour": 1.0, "gpu_hour": 2.5}}
+    plan = load_grid(grid_file(launch=prices, resources={"gpus_per_worker": 1, "cpus_per_worker": 4}), [])
     assert plan.launch.price.per_hour(plan.cells[0].experiment.resources) == 2.5 + 4
     assert LaunchSettings.model_validate(yaml.safe_load("limit: {hours: 1}")).limit.hours == 1
 
