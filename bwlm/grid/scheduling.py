@@ -13,7 +13,7 @@ from ray.tune.experiment import Trial
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-from bwlm.cluster.signals import ask_to_end
+from bwlm.cluster.signals import ask_to_end, own_workers
 from bwlm.grid.cells import PlannedCell
 from bwlm.grid.continued import is_continued
 from bwlm.grid.gauges import CellGauges
@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 
 
 class CellScheduler(FIFOScheduler):  # type: ignore[misc]
-    """FIFO scheduler that ends a launch: when this process is asked to end, it asks the running cells to end too.
+    """FIFO scheduler that ends a launch: when this process is asked to end, it asks its running cells to end too.
 
-    No other cell begins then.
+    No other cell begins then. Cells that another launch trains are left to it.
     """
 
     def __init__(self, storage: Path, termination: Termination, grace_seconds: float) -> None:
@@ -48,27 +48,32 @@ class CellScheduler(FIFOScheduler):  # type: ignore[misc]
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Return the trial that Tune starts next, or None; Tune asks many times a second.
 
-        Raises `SystemExit` past the grace time: a cell that hangs loses only the steps since its last checkpoint.
+        Raises `SystemExit` past the grace time: a cell that hangs loses only the steps since its last checkpoint. And
+        if the cells that are left all wait for other launches: they have nothing to save.
         """
         if not self._termination.asked:
             return super().choose_trial_to_run(tune_controller)
         if self._deadline is None:
             self._deadline = time.monotonic() + self._grace_seconds
+        holders = []
         for trial in list(tune_controller.get_live_trials()):
             if trial.status == Trial.RUNNING:
-                self._tell(trial.config["cell"])
+                holders.append(ExperimentFolder(self._storage, trial.config["cell"]).lease_holder())
             else:
                 trial.init_local_path()  # Tune looks for the folder of every trial at the end
                 tune_controller.stop_trial(trial)
-        if time.monotonic() > self._deadline:
+        self._ask({holder for holder in holders if holder})
+        all_wait = bool(holders) and all(holder and holder not in self._told for holder in holders)
+        if all_wait or time.monotonic() > self._deadline:
             raise SystemExit(TERMINATED)
         return None
 
-    def _tell(self, cell: str) -> None:
-        holder = ExperimentFolder(self._storage, cell).lease_holder()
-        if holder is not None and holder not in self._told:
-            ask_to_end(holder)
-            self._told.add(holder)
+    def _ask(self, holders: set[str]) -> None:
+        """Ask those of the processes to end that this launch has started, each once."""
+        if untold := holders - self._told:
+            for holder in untold & own_workers():
+                ask_to_end(holder)
+                self._told.add(holder)
 
 
 class DirectionwiseASHA(CellScheduler):

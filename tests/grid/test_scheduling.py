@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from ray.tune.experiment import Trial
 
+from bwlm.grid import scheduling
 from bwlm.grid.cells import PlannedCell
-from bwlm.grid.scheduling import CellStates, build_scheduler
+from bwlm.grid.scheduling import CellScheduler, CellStates, build_scheduler
 from bwlm.grid.training import _in_order
 from bwlm.plan.spec import Cell, LaunchSettings, Plan, SchedulerSettings
 from bwlm.record.experiment import ExperimentFolder, Status
@@ -68,6 +72,34 @@ def test_asha_stops_no_cell_at_its_last_step(steps: int, every: int, tmp_path: P
     for step in range(every, steps, every):  # the later one is better, so that both go on
         assert [says(first, step, 2.0), says(second, step, 1.5)] == ["CONTINUE"] * 2
     assert [says(first, steps, 1.0), says(second, steps, 1.2)] == ["CONTINUE"] * 2
+
+
+@pytest.mark.parametrize(
+    ("holders", "is_left"),
+    [
+        (["own:1", "own:2"], False),
+        (["own:1", "other:2"], False),
+        (["other:1", "other:2"], True),
+        (["other:1", None], False),  # one has not begun
+    ],
+)
+def test_a_launch_asks_its_own_workers_alone_to_end(
+    holders: list[str | None], is_left: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cells that another launch trains are left to it, and once they are all that is left, not waited for."""
+    by_cell, asked = {f"g_{number}": holder for number, holder in enumerate(holders)}, list[str]()
+    monkeypatch.setattr(ExperimentFolder, "lease_holder", lambda folder: by_cell[folder.id])
+    monkeypatch.setattr(scheduling, "own_workers", lambda: {"own:1", "own:2", "own:3"})
+    monkeypatch.setattr(scheduling, "ask_to_end", asked.append)
+    trials = [SimpleNamespace(config={"cell": cell}, status=Trial.RUNNING) for cell in by_cell]
+    controller = SimpleNamespace(get_live_trials=lambda: trials)
+    with Termination() as termination:
+        scheduler = CellScheduler(tmp_path, termination, grace_seconds=60.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(2):
+            with pytest.raises(SystemExit) if is_left else contextlib.nullcontext():
+                assert scheduler.choose_trial_to_run(controller) is None
+    assert sorted(asked) == [holder for holder in holders if holder and holder.startswith("own")]
 
 
 class Heard:
