@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -90,12 +91,11 @@ def grid_continue(
 
     Example: `bwlm grid continue mine 'mine_backward_*'`
     """
-    from bwlm.grid.continued import choose_stopped, reopen
+    from bwlm.grid.continued import choose_stopped
 
     plan, root = load_plan(grid, set_, storage)
-    for chosen in choose_stopped(plan, root, cells):
-        reopen(chosen)
-    run_grid(plan, root, accept_code, as_json)
+    continued = frozenset(planned.cell.id for planned in choose_stopped(plan, root, cells))
+    run_grid(replace(plan, continued=continued), root, accept_code, as_json)
 
 
 def grid_delete(

@@ -52,13 +52,13 @@ def _may_continue(planned: PlannedCell) -> bool:
     return (planned.is_done and planned.status.state == "stopped") or is_continued(planned.folder)
 
 
-def reopen(planned: PlannedCell) -> None:
-    """Take back the early stop of a cell: the next launch resumes it, and no scheduler stops it again.
+def reopen(folder: ExperimentFolder) -> None:
+    """Take back the early stop of a cell: a launch resumes it, and no scheduler stops it again.
 
     Raises `LateWriter` if another machine has begun to train it in a bucket.
     """
-    folder = planned.folder
-    write_json(folder.path / _MARK, {"step": planned.status.step, "time": time.time()})
-    if folder.status().state == "stopped":
+    status = folder.status()
+    write_json(folder.path / _MARK, {"step": status.step, "time": time.time()})
+    if status.state == "stopped":
         folder.write_status(Status())
     push(folder.path, trained=True)

@@ -26,6 +26,7 @@ from bwlm.grid.cells import (
     waiting_cells,
     without_parent,
 )
+from bwlm.grid.continued import reopen
 from bwlm.grid.enlist import ResolvedCell, enlist_cells, enlist_grid, folder_of, resolved_cells
 from bwlm.grid.watch import LaunchWatch, watched
 from bwlm.paths import check_writable
@@ -291,6 +292,9 @@ def _train_generations(
         with exclusive(folder_of(plan, storage) / "lock"):
             refresh(storage)
             cells = resolved_cells(part, storage, prepared, accept_code)
+            for cell in cells:
+                if cell.planned.cell.id in plan.continued:
+                    reopen(cell.planned.folder)
             grid_run = grid_run or enlist_grid(plan, storage, tracking, cells)
             runs = enlist_cells(cells, storage, tracking, grid_run)
             _push_enlisted(cells)
