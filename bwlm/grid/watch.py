@@ -89,15 +89,15 @@ class LaunchWatch:
             self._running.setdefault(cell, _Running(self._cells[cell], step, step))
 
     def moved(self, cell: str, result: Mapping[str, Any]) -> None:
-        """Take up a cell's newest step."""
+        """Take up a cell's newest report: its step, if it has done one, its workers, and whether tasks are scored."""
         with self._lock:
             if running := self._running.get(cell):
-                running.step = max(running.step, int(result["step"]))
+                running.step = max(running.step, int(result.get("step", 0)))
                 if (workers := int(result.get("workers", running.workers))) != running.workers:
                     _add(self._usage, running)
                     running.first_step, running.began, running.workers = running.step, time.monotonic(), workers
                 running.is_scoring = bool(result.get("scoring"))
-        if self._paced_from is None:
+        if self._paced_from is None and "step" in result:
             self._paced_from = time.monotonic(), self._usage_now().flops
 
     def released(self, cell: str) -> None:

@@ -10,7 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -18,14 +20,16 @@ import yaml
 from bwlm.errors import Paused, UserError
 from bwlm.grid import watch
 from bwlm.grid.launch import run_plan
+from bwlm.grid.scheduling import CellStates
 from bwlm.grid.watch import LaunchWatch, watched
 from bwlm.plan.load import load_grid
 from bwlm.plan.spec import LaunchSettings, Plan
 from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.journal import Journal
 from bwlm.record.launches import Usage, ask_to_stop, launches_of
-from bwlm.train.termination import TERMINATED
+from bwlm.train.termination import TERMINATED, Termination
 from tests.grids import GridFile
+from tests.runs import NewRun
 
 CELL, OTHER = "g_forward_d1_lr1_s0", "g_backward_d1_lr1_s0"
 
@@ -170,6 +174,34 @@ def test_what_cells_use_is_counted_while_they_run(grid_file: GridFile, tmp_path:
     assert (usage.flops, usage.end) == (whole, "incomplete")
     assert usage.pace_flops == whole - (plan.cells[0].flops_until(6) - plan.cells[0].flops_until(4))
     assert 0 < usage.pace_seconds <= usage.seconds - 0.1
+
+
+@pytest.mark.parametrize("workers", [1, 2, {"min": 1, "max": 2}])
+def test_a_cell_that_waits_for_a_node_costs_nothing(
+    workers: int | dict[str, int], grid_file: GridFile, new_run: NewRun
+) -> None:
+    """A single worker is there with its trial, a group of workers at the first report; none once the trial is lost."""
+    plan = load_grid(grid_file(resources={"workers": workers}), [])
+    folder = new_run(CELL)
+    trial = SimpleNamespace(config={"cell": CELL, "resources": {"workers": workers}})
+
+    def is_paid(over: LaunchWatch) -> bool:
+        before = over._usage_now().worker_seconds
+        time.sleep(0.01)
+        return over._usage_now().worker_seconds > before
+
+    def trains(over: LaunchWatch) -> None:
+        states = CellStates(folder.path.parent, cast(Any, Mock()), Termination(), over)
+        for _ in range(2):
+            states.on_trial_start(0, [], trial)
+            assert is_paid(over) == (workers == 1)
+            states.on_trial_result(0, [], trial, {"workers": 2})
+            assert is_paid(over)
+            assert over._running[CELL].workers == 2
+            states.on_trial_recover(0, [], trial)  # its node is gone, and Tune waits for another
+            assert not is_paid(over)
+
+    assert launch(plan, folder.path.parent, trains) == ([], None)
 
 
 def test_a_launch_that_trains_nothing_is_not_watched(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
