@@ -48,7 +48,7 @@ class _Running:
     began: float = field(default_factory=time.monotonic)
     journal_bytes: int = -1
     moved: float = field(default_factory=time.monotonic)
-    """Time of the last look at which the journal had grown."""
+    """Time of the last report, or of the last look at which the journal had grown."""
     workers: int = 0
     """Workers that train it now."""
     is_scoring: bool = False
@@ -93,6 +93,7 @@ class LaunchWatch:
         with self._lock:
             if running := self._running.get(cell):
                 running.step = max(running.step, int(result.get("step", 0)))
+                running.moved = time.monotonic()
                 if (workers := int(result.get("workers", running.workers))) != running.workers:
                     _add(self._usage, running)
                     running.first_step, running.began, running.workers = running.step, time.monotonic(), workers
@@ -245,10 +246,10 @@ class LaunchWatch:
             if now - running.moved >= 60 * self._settings.stall_minutes:
                 fetch(path)  # its worker may run on another machine
             size = path.stat().st_size if path.exists() else 0
-            if size != running.journal_bytes or running.is_scoring:
+            if size != running.journal_bytes:
                 running.journal_bytes, running.moved, running.is_stalled = size, now, False
             elif now - running.moved >= 60 * self._settings.stall_minutes:
-                if not running.is_stalled:
+                if not running.is_stalled and not running.is_scoring:
                     running.is_stalled = True
                     words = f"{name} has done no step for {duration(now - running.moved)}"
                     self._show(f"stalled: {words}; bwlm grid status {self._plan.name} shows its worker and its log")

@@ -331,7 +331,11 @@ time.sleep(600)
 """A process that holds a lease of a second, under a name of Ray's workers."""
 
 
-def test_a_frozen_worker_is_ended_and_a_busy_one_is_left(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
+@pytest.mark.parametrize("scoring", [False, True])
+def test_a_frozen_worker_is_ended_and_a_busy_one_is_left(
+    scoring: bool, plan_of: Callable[..., Plan], tmp_path: Path
+) -> None:
+    """Also where it scores tasks, which no step tells of: a long scoring is no stall."""
     storage, workers = tmp_path / "runs", {}
     for cell in (CELL, OTHER):
         (storage / cell).mkdir(parents=True)
@@ -346,7 +350,8 @@ def test_a_frozen_worker_is_ended_and_a_busy_one_is_left(plan_of: Callable[..., 
         def stalls(over: LaunchWatch) -> None:
             for cell in workers:
                 over.began(cell, 0)
-            until(lambda: all(running.is_stalled for running in over._running.values()))
+                over.moved(cell, {"step": 1, "scoring": scoring})
+            until(lambda: scoring or all(running.is_stalled for running in over._running.values()))
             until(lambda: workers[CELL].poll() is not None)
 
         shown, error = launch(plan_of(stall_minutes=0.1 / 60), storage, stalls)
@@ -356,6 +361,7 @@ def test_a_frozen_worker_is_ended_and_a_busy_one_is_left(plan_of: Callable[..., 
         told = f":{workers[CELL].pid} is frozen, and is ended: the cell resumes from its last checkpoint"
         assert [line for line in shown if "frozen" in line and told in line]
         assert not any(line.startswith(f"{OTHER}: its worker") for line in shown)
+        assert sum(line.startswith("stalled: ") for line in shown) == (0 if scoring else 2)
     finally:
         for worker in workers.values():
             worker.kill()
