@@ -38,7 +38,7 @@ def grid_stop(
     Example: `bwlm grid stop demo`
     """
     from bwlm.grid.summary import summarize
-    from bwlm.record.grids import grid_folder
+    from bwlm.record.grids import grid_folder, run_command
     from bwlm.record.launches import ask_to_stop
     from bwlm.storage.opened import refresh
 
@@ -58,7 +58,7 @@ def grid_stop(
             show(f"{cell.planned.cell.id} is trained by {cell.planned.folder.lease_holder()}, which no launch leads")
     if asked and not wait:
         return
-    show(summary.left_words(), *([] if summary.is_complete else [f"to resume: bwlm grid run {grid}"]))
+    show(summary.left_words(), *([] if summary.is_complete else [f"to resume: {run_command(grid, root)}"]))
 
 
 def _wait_for_end(home: Path, asked: list[LaunchEntry]) -> None:

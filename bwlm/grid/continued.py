@@ -11,6 +11,7 @@ from bwlm.grid.cells import PlannedCell, find_cells
 from bwlm.paths import write_json
 from bwlm.plan.spec import Plan
 from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.record.grids import run_command
 from bwlm.storage.opened import push
 
 _MARK = "continued.json"
@@ -32,17 +33,17 @@ def choose_stopped(plan: Plan, storage: Path, names: list[str]) -> list[PlannedC
     for name in names:
         matching = [run for run in fnmatch.filter(planned, name) if _may_continue(planned[run])]
         if not matching:
-            _refuse(plan, planned, name)
+            _refuse(plan, storage, planned, name)
         chosen |= {run: planned[run] for run in matching}
     return list(chosen.values())
 
 
-def _refuse(plan: Plan, planned: dict[str, PlannedCell], name: str) -> None:
+def _refuse(plan: Plan, storage: Path, planned: dict[str, PlannedCell], name: str) -> None:
     if name not in planned:
         raise UserError(f"{name}: the scheduler has stopped no such cell of {plan.name}{nearest(name, planned)}")
     raise UserError(
         f"{name} is {planned[name].status.state}: only cells that the scheduler stopped early are continued; "
-        f"`bwlm grid run {plan.name}` trains the others"
+        f"`{run_command(plan.name, storage)}` trains the others"
     )
 
 

@@ -25,7 +25,7 @@ from bwlm.grid.notify import Notifier
 from bwlm.grid.summary import summarize
 from bwlm.plan.spec import Cell, LaunchSettings, Plan
 from bwlm.record.experiment import ExperimentFolder, Status
-from bwlm.record.grids import grid_folder
+from bwlm.record.grids import grid_folder, run_command
 from bwlm.record.journal import NAME
 from bwlm.record.launches import LaunchRecord, Usage, launches_of, recorded_launch, total_of
 from bwlm.storage.opened import fetch, refresh
@@ -146,7 +146,7 @@ class LaunchWatch:
             self._account()
             refresh(self._storage)
         words = summarize(self._plan, self._storage).left_words()
-        return f"{words}; to resume, run the same command, or: bwlm grid run {self._plan.name}"
+        return f"{words}; to resume, run the same command, or: {run_command(self._plan.name, self._storage)}"
 
     def _refuse_spent(self) -> None:
         """Raise `UserError` if earlier launches have cost as much as all of them may."""

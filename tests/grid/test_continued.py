@@ -50,7 +50,7 @@ def test_ids_and_globs_choose_the_stopped_ones(cells: list[ExperimentFolder], tm
 
     assert chosen(stopped) == chosen("g_forward_*") == chosen("*0.5*", stopped) == [stopped]
     for name, told in {
-        cells[0].id: "is finished: only cells that the scheduler stopped early are continued; `bwlm grid run g` trains",
+        cells[0].id: f"are continued; `bwlm grid run g --storage {tmp_path}` trains the others",
         cells[2].id: "is waiting: only cells that the scheduler stopped early are continued",
         "g_backward_*": "the scheduler has stopped no such cell of g",
         stopped[:-1] + "7": f"no such cell of g (did you mean '{stopped}'?)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from bwlm.plan import machine
 from bwlm.plan.load import load_grid
 from bwlm.plan.spec import Plan
 from bwlm.record.experiment import LEASE, WORKER, ExperimentFolder, Status
-from bwlm.record.grids import grid_folder
+from bwlm.record.grids import GRID_FILE, grid_folder, write_cells
 from bwlm.record.journal import Journal
 from bwlm.record.launches import Usage, recorded_launch
 from bwlm.record.starts import note_start
@@ -227,6 +228,17 @@ def test_a_finished_cell_is_read_once(plan: Plan, shell: Shell, monkeypatch: pyt
     assert set(read) == {ROWS[1], ROWS[2]}
     assert standings(second) == standings(first) == ["finished", "stopped", "failed", "waiting"]
     assert [cell.planned.status.step for cell in second.cells] == [5, 2, 1, 0]
+
+
+@pytest.mark.parametrize("storage", ["", "else where"])
+def test_stop_prints_a_command_that_finds_the_grid_again(storage: str, shell: Shell) -> None:
+    root = shell.folder / storage if storage else shell.storage
+    write_cells(root, "bars", ROWS)
+    (grid_folder(root, "bars") / GRID_FILE).write_text(GOOD)
+    told = shell("grid", "stop", "bars", *(["--storage", storage] if storage else [])).out
+    command = told.rpartition("to resume: bwlm grid run ")[2]
+    assert command == ("bars --storage 'else where'\n" if storage else "bars\n")
+    assert shell("grid", "status", *shlex.split(command)).code == 0
 
 
 def test_watching_and_json_are_not_both(shell: Shell) -> None:

@@ -90,7 +90,8 @@ def test_a_request_stops_a_launch_and_says_how_it_goes_on(plan_of: Callable[...,
     assert str(error).startswith(
         "g is stopped: `bwlm grid stop` asked for it (elsewhere:7): 0 of 2 cells finished, 2 waiting, "
     )
-    assert str(error).endswith("FLOPs left; to resume, run the same command, or: bwlm grid run g")
+    command = f"bwlm grid run g --storage {tmp_path}/runs"
+    assert str(error).endswith(f"FLOPs left; to resume, run the same command, or: {command}")
     assert shown == ["the launch stops: `bwlm grid stop` asked for it (elsewhere:7): each cell saves a checkpoint"]
 
 
