@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,7 +38,7 @@ def grid_stop(
     Example: `bwlm grid stop demo`
     """
     from bwlm.grid.summary import summarize
-    from bwlm.record.grids import grid_folder
+    from bwlm.record.grids import grid_folder, run_command
     from bwlm.record.launches import ask_to_stop
     from bwlm.storage.opened import refresh
 
@@ -57,7 +58,7 @@ def grid_stop(
             show(f"{cell.planned.cell.id} is trained by {cell.planned.folder.lease_holder()}, which no launch leads")
     if asked and not wait:
         return
-    show(summary.left_words(), *([] if summary.is_complete else [f"to resume: bwlm grid run {grid}"]))
+    show(summary.left_words(), *([] if summary.is_complete else [f"to resume: {run_command(grid, root)}"]))
 
 
 def _wait_for_end(home: Path, asked: list[LaunchEntry]) -> None:
@@ -90,12 +91,11 @@ def grid_continue(
 
     Example: `bwlm grid continue mine 'mine_backward_*'`
     """
-    from bwlm.grid.continued import choose_stopped, reopen
+    from bwlm.grid.continued import choose_stopped
 
     plan, root = load_plan(grid, set_, storage)
-    for chosen in choose_stopped(plan, root, cells):
-        reopen(chosen)
-    run_grid(plan, root, accept_code, as_json)
+    continued = frozenset(planned.cell.id for planned in choose_stopped(plan, root, cells))
+    run_grid(replace(plan, continued=continued), root, accept_code, as_json)
 
 
 def grid_delete(

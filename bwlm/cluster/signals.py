@@ -20,6 +20,14 @@ def process_termination() -> Termination:
     return Termination()
 
 
+def own_workers() -> set[str]:
+    """Return `host:pid` of the actors' processes that this driver has started, on all nodes of the cluster."""
+    hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    actors = ray._private.state.actors(job_id=job, actor_state_name="ALIVE").values()
+    return {f"{hosts.get(actor['Address']['NodeID'])}:{actor['Pid']}" for actor in actors}
+
+
 def ask_to_end(holder: str) -> None:
     """Send SIGTERM to the worker `host:pid`, on whatever node of the cluster it is."""
     _send(holder, signal.SIGTERM)

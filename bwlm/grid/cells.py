@@ -55,8 +55,11 @@ class PlannedCell:
 
 
 def find_cells(plan: Plan, storage: Path) -> list[PlannedCell]:
-    """Return the cells of a plan with what is in their folders; prepares and starts nothing."""
-    return [_find_cell(cell, ExperimentFolder(storage, cell.id)) for cell in plan.cells]
+    """Return the cells of a plan with what is in their folders; prepares and starts nothing.
+
+    A cell that the plan continues is one that was interrupted.
+    """
+    return [_find_cell(cell, ExperimentFolder(storage, cell.id), cell.id in plan.continued) for cell in plan.cells]
 
 
 def waiting_cells(planned: list[PlannedCell]) -> int:
@@ -76,9 +79,12 @@ def without_parent(planned: list[PlannedCell]) -> set[str]:
     return out
 
 
-def _find_cell(cell: Cell, folder: ExperimentFolder) -> PlannedCell:
+def _find_cell(cell: Cell, folder: ExperimentFolder, is_continued: bool) -> PlannedCell:
     if not folder.exists():
         return PlannedCell(cell, folder, Status(), [])
+    status = folder.status()
+    if is_continued and status.state == "stopped":
+        status = replace(status, reason="")
     known = folder.config().identity
     precision = cell.experiment.compute.precision
     planned = identity(
@@ -90,7 +96,7 @@ def _find_cell(cell: Cell, folder: ExperimentFolder) -> PlannedCell:
         parent={name: value for name, value in known.items() if name in INHERITED},
     )
     return PlannedCell(
-        cell, folder, folder.status(), other_settings(known, planned), folder.config().other_code(cell.experiment)
+        cell, folder, status, other_settings(known, planned), folder.config().other_code(cell.experiment)
     )
 
 

@@ -11,6 +11,7 @@ from bwlm.grid.cells import PlannedCell, find_cells
 from bwlm.paths import write_json
 from bwlm.plan.spec import Plan
 from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.record.grids import run_command
 from bwlm.storage.opened import push
 
 _MARK = "continued.json"
@@ -32,17 +33,17 @@ def choose_stopped(plan: Plan, storage: Path, names: list[str]) -> list[PlannedC
     for name in names:
         matching = [run for run in fnmatch.filter(planned, name) if _may_continue(planned[run])]
         if not matching:
-            _refuse(plan, planned, name)
+            _refuse(plan, storage, planned, name)
         chosen |= {run: planned[run] for run in matching}
     return list(chosen.values())
 
 
-def _refuse(plan: Plan, planned: dict[str, PlannedCell], name: str) -> None:
+def _refuse(plan: Plan, storage: Path, planned: dict[str, PlannedCell], name: str) -> None:
     if name not in planned:
         raise UserError(f"{name}: the scheduler has stopped no such cell of {plan.name}{nearest(name, planned)}")
     raise UserError(
         f"{name} is {planned[name].status.state}: only cells that the scheduler stopped early are continued; "
-        f"`bwlm grid run {plan.name}` trains the others"
+        f"`{run_command(plan.name, storage)}` trains the others"
     )
 
 
@@ -52,13 +53,13 @@ def _may_continue(planned: PlannedCell) -> bool:
     return (planned.is_done and planned.status.state == "stopped") or is_continued(planned.folder)
 
 
-def reopen(planned: PlannedCell) -> None:
-    """Take back the early stop of a cell: the next launch resumes it, and no scheduler stops it again.
+def reopen(folder: ExperimentFolder) -> None:
+    """Take back the early stop of a cell: a launch resumes it, and no scheduler stops it again.
 
     Raises `LateWriter` if another machine has begun to train it in a bucket.
     """
-    folder = planned.folder
-    write_json(folder.path / _MARK, {"step": planned.status.step, "time": time.time()})
-    if folder.status().state == "stopped":
+    status = folder.status()
+    write_json(folder.path / _MARK, {"step": status.step, "time": time.time()})
+    if status.state == "stopped":
         folder.write_status(Status())
     push(folder.path, trained=True)

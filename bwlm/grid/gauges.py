@@ -74,7 +74,7 @@ class CellGauges:
             self._figures[cell] = {"bwlm_step": step, LOSS_FINITE: 1}
 
     def moved(self, cell: str, result: Mapping[str, Any]) -> None:
-        """Take up the figures of a cell's newest step."""
+        """Take up the figures of a cell's newest report."""
         newest = {name: float(result[key]) for key, (name, _) in FIGURES.items() if key in result}
         with self._lock:
             figures = self._figures.setdefault(cell, {LOSS_FINITE: 1})

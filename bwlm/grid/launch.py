@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from bwlm.errors import BwlmError
+from bwlm.errors import BwlmError, UserError
 from bwlm.format import counted
 from bwlm.grid.announce import introduce, over_words, tell_capacity, tell_other_code, tell_unchecked_text
 from bwlm.grid.cells import (
@@ -26,6 +26,7 @@ from bwlm.grid.cells import (
     waiting_cells,
     without_parent,
 )
+from bwlm.grid.continued import reopen
 from bwlm.grid.enlist import ResolvedCell, enlist_cells, enlist_grid, folder_of, resolved_cells
 from bwlm.grid.watch import LaunchWatch, watched
 from bwlm.paths import check_writable
@@ -92,6 +93,7 @@ def run_plan(plan: Plan, storage: Path, show: Callable[[str], None], accept_code
     _check_tracking(uri, storage, plan.launch.experiment)
     home = folder_of(plan, storage)
     if not is_over:
+        _check_prices(plan)
         _check_room(plan)
     with (
         _only_launch(plan, storage),
@@ -139,6 +141,17 @@ def _is_over(planned_cells: list[PlannedCell]) -> bool:
     """Return true if no cell is left to train, so that a launch needs no Ray."""
     out = without_parent(planned_cells)
     return all(planned.is_done or planned.cell.id in out for planned in planned_cells)
+
+
+def _check_prices(plan: Plan) -> None:
+    """Raise `UserError` if a limit of money would stop nothing, since a cell costs nothing by the launch's prices."""
+    for cell in plan.cells if plan.launch.limit.money is not None else ():
+        missing = "gpu_hour" if cell.experiment.resources.gpus_per_worker else "cpu_hour"
+        if not getattr(plan.launch.price, missing):
+            raise UserError(
+                f"launch.limit.money: {cell.id} has no price: set launch.price.{missing}, the price of one "
+                f"{missing[:3].upper()} for an hour"
+            )
 
 
 def _check_room(plan: Plan) -> None:
@@ -279,6 +292,9 @@ def _train_generations(
         with exclusive(folder_of(plan, storage) / "lock"):
             refresh(storage)
             cells = resolved_cells(part, storage, prepared, accept_code)
+            for cell in cells:
+                if cell.planned.cell.id in plan.continued:
+                    reopen(cell.planned.folder)
             grid_run = grid_run or enlist_grid(plan, storage, tracking, cells)
             runs = enlist_cells(cells, storage, tracking, grid_run)
             _push_enlisted(cells)

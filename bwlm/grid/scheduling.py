@@ -13,7 +13,8 @@ from ray.tune.experiment import Trial
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-from bwlm.cluster.signals import ask_to_end
+from bwlm.cluster.signals import ask_to_end, own_workers
+from bwlm.config import ResourceSettings
 from bwlm.grid.cells import PlannedCell
 from bwlm.grid.continued import is_continued
 from bwlm.grid.gauges import CellGauges
@@ -32,9 +33,9 @@ log = logging.getLogger(__name__)
 
 
 class CellScheduler(FIFOScheduler):  # type: ignore[misc]
-    """FIFO scheduler that ends a launch: when this process is asked to end, it asks the running cells to end too.
+    """FIFO scheduler that ends a launch: when this process is asked to end, it asks its running cells to end too.
 
-    No other cell begins then.
+    No other cell begins then. Cells that another launch trains are left to it.
     """
 
     def __init__(self, storage: Path, termination: Termination, grace_seconds: float) -> None:
@@ -48,55 +49,64 @@ class CellScheduler(FIFOScheduler):  # type: ignore[misc]
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Return the trial that Tune starts next, or None; Tune asks many times a second.
 
-        Raises `SystemExit` past the grace time: a cell that hangs loses only the steps since its last checkpoint.
+        Raises `SystemExit` past the grace time: a cell that hangs loses only the steps since its last checkpoint. And
+        if the cells that are left all wait for other launches: they have nothing to save.
         """
         if not self._termination.asked:
             return super().choose_trial_to_run(tune_controller)
         if self._deadline is None:
             self._deadline = time.monotonic() + self._grace_seconds
+        holders = []
         for trial in list(tune_controller.get_live_trials()):
             if trial.status == Trial.RUNNING:
-                self._tell(trial.config["cell"])
+                holders.append(ExperimentFolder(self._storage, trial.config["cell"]).lease_holder())
             else:
                 trial.init_local_path()  # Tune looks for the folder of every trial at the end
                 tune_controller.stop_trial(trial)
-        if time.monotonic() > self._deadline:
+        self._ask({holder for holder in holders if holder})
+        all_wait = bool(holders) and all(holder and holder not in self._told for holder in holders)
+        if all_wait or time.monotonic() > self._deadline:
             raise SystemExit(TERMINATED)
         return None
 
-    def _tell(self, cell: str) -> None:
-        holder = ExperimentFolder(self._storage, cell).lease_holder()
-        if holder is not None and holder not in self._told:
-            ask_to_end(holder)
-            self._told.add(holder)
+    def _ask(self, holders: set[str]) -> None:
+        """Ask those of the processes to end that this launch has started, each once."""
+        if untold := holders - self._told:
+            for holder in untold & own_workers():
+                ask_to_end(holder)
+                self._told.add(holder)
 
 
 class DirectionwiseASHA(CellScheduler):
     """ASHA (Li et al. 2020) among cells that differ only in the learning rate, on the tuning half of the windows.
 
     With one set of rungs for all cells, ASHA would stop the direction with the higher loss and leave nothing to
-    compare.
+    compare. At its last step a cell has nothing left to save, and finishes.
     """
 
     def __init__(
         self,
         settings: SchedulerSettings,
-        max_steps: int,
+        steps: dict[str, int],
         strata: dict[str, str],
         storage: Path,
         termination: Termination,
         grace_seconds: float,
     ) -> None:
-        """Make rungs for each group of cells; `strata` maps each cell's id to the group in which it competes."""
+        """Make rungs for each group of cells.
+
+        `steps` maps each cell's id to its number of steps, `strata` to the group in which it competes.
+        """
         super().__init__(storage, termination, grace_seconds)
-        self._strata = strata
+        self._steps, self._strata = steps, strata
+        longest = max(steps.values())
         self._rungs = {
             stratum: ASHAScheduler(
                 time_attr="step",
                 metric="val_bpb_tuning",
                 mode="min",
-                max_t=max_steps,
-                grace_period=min(settings.grace_steps, max_steps),
+                max_t=longest,
+                grace_period=min(settings.grace_steps, longest),
                 reduction_factor=settings.reduction_factor,
                 stop_last_trials=False,
             )
@@ -110,6 +120,8 @@ class DirectionwiseASHA(CellScheduler):
         self._of(trial).on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result.get("step", 0) >= self._steps[trial.config["cell"]]:
+            return str(self.CONTINUE)
         return str(self._of(trial).on_trial_result(tune_controller, trial, result))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -124,9 +136,9 @@ def build_scheduler(plan: Plan, cells: list[PlannedCell], storage: Path, termina
     grace_seconds = plan.launch.grace_seconds
     if not plan.scheduler.stops_early:
         return CellScheduler(storage, termination, grace_seconds)
+    steps = {planned.cell.id: planned.cell.steps for planned in cells}
     strata = {planned.cell.id: _stratum(planned) for planned in cells}
-    longest = max(planned.cell.steps for planned in cells)
-    return DirectionwiseASHA(plan.scheduler, longest, strata, storage, termination, grace_seconds)
+    return DirectionwiseASHA(plan.scheduler, steps, strata, storage, termination, grace_seconds)
 
 
 def _stratum(planned: PlannedCell) -> str:
@@ -149,6 +161,8 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
         self._watches = watches
         self._observers: tuple[ProgressDisplay | LaunchWatch | CellGauges, ...] = (progress, *watches)
         self._termination = termination
+        self._begun: set[str] = set()
+        """Cells whose workers are there since their trial has started."""
         self._heard: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,22 +174,35 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
-        step = max(checkpoint_steps(folder.checkpoints), default=0)
-        for observer in self._observers:
-            observer.began(folder.id, step)
+        self._progress.began(folder.id, _saved_step(folder))
+        self._begun.discard(folder.id)
+        if not ResourceSettings(**trial.config["resources"]).drives_group:
+            self._begin(folder)
         self._heard.setdefault(folder.id, _size(folder.warnings))
+
+    def _begin(self, folder: ExperimentFolder) -> None:
+        """Count a cell's workers from now on: those of a group are there at the first report, and wait before that."""
+        if folder.id not in self._begun:
+            self._begun.add(folder.id)
+            for watch in self._watches:
+                watch.began(folder.id, _saved_step(folder))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self._tell_warnings(self._folder(trial))
+        folder = self._folder(trial)
+        self._tell_warnings(folder)
+        self._begin(folder)
+        for watch in self._watches:
+            watch.moved(folder.id, result)
         if "step" in result:
-            for observer in self._observers:
-                observer.moved(trial.config["cell"], result)
+            self._progress.moved(folder.id, result)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        folder = self._folder(trial)
+        for watch in self._watches:
+            watch.released(folder.id)
         if not self._termination.asked:
-            folder = self._folder(trial)
             self._progress.broke_off(folder.id, folder.status().step)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -237,6 +264,11 @@ def _learn(folder: ExperimentFolder) -> None:
     """Learn how a cell has ended on another machine."""
     with contextlib.suppress(BucketAway):
         pull(folder.path)
+
+
+def _saved_step(folder: ExperimentFolder) -> int:
+    """Return the step that a cell resumes from."""
+    return max(checkpoint_steps(folder.checkpoints), default=0)
 
 
 def _size(path: Path) -> int:

@@ -67,18 +67,17 @@ def train_cells(
     states = {planned.cell.id: planned.status for planned in shown}
     monitor = tracking.monitor_system(run)
     try:
-        with (
-            Termination() as termination,
-            _ctrl_c_saves(show) as interrupted,
-            ProgressDisplay(shown_cells, states, in_detail=not plan.is_grid) as progress,
-            CellGauges(plan.name, shown_cells, states) as gauges,
-            _delivery(tracking, folders),
-        ):
-            callbacks = CellStates(storage, progress, termination, watch, gauges)
-            _tune(plan, unfinished, concurrency, storage, callbacks, termination)
-        if termination.asked:
-            _deliver(tracking, folders)
-            raise KeyboardInterrupt if interrupted.is_set() else SystemExit(TERMINATED)
+        with Termination() as termination, _ctrl_c_saves(show):
+            with (
+                ProgressDisplay(shown_cells, states, in_detail=not plan.is_grid) as progress,
+                CellGauges(plan.name, shown_cells, states) as gauges,
+                _delivery(tracking, folders),
+            ):
+                callbacks = CellStates(storage, progress, termination, watch, gauges)
+                _tune(plan, unfinished, concurrency, storage, callbacks, termination)
+            if termination.asked:
+                _deliver(tracking, folders)
+                raise SystemExit(TERMINATED)
     except (KeyboardInterrupt, SystemExit):
         for line in _resume_lines(folders):
             show(line)
@@ -91,12 +90,15 @@ def train_cells(
 
 
 @contextlib.contextmanager
-def _ctrl_c_saves(show: Show) -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into SIGTERM and set the event, so that cells save; the second one ends the process."""
+def _ctrl_c_saves(show: Show) -> Iterator[None]:
+    """Turn the first Ctrl-C into SIGTERM, so that cells save; the second one ends the process.
+
+    The `SystemExit` that SIGTERM leads to is a `KeyboardInterrupt` then.
+    """
     interrupted = threading.Event()
     # only the main thread may set handlers, and gets Ctrl-C
     if threading.current_thread() is not threading.main_thread():
-        yield interrupted
+        yield
         return
 
     def ask(signum: int, frame: object) -> None:
@@ -107,7 +109,11 @@ def _ctrl_c_saves(show: Show) -> Iterator[threading.Event]:
 
     before = signal.signal(signal.SIGINT, ask)
     try:
-        yield interrupted
+        yield
+    except SystemExit:
+        if interrupted.is_set():
+            raise KeyboardInterrupt from None
+        raise
     finally:
         signal.signal(signal.SIGINT, before)
 

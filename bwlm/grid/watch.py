@@ -25,7 +25,7 @@ from bwlm.grid.notify import Notifier
 from bwlm.grid.summary import summarize
 from bwlm.plan.spec import Cell, LaunchSettings, Plan
 from bwlm.record.experiment import ExperimentFolder, Status
-from bwlm.record.grids import grid_folder
+from bwlm.record.grids import grid_folder, run_command
 from bwlm.record.journal import NAME
 from bwlm.record.launches import LaunchRecord, Usage, launches_of, recorded_launch, total_of
 from bwlm.storage.opened import fetch, refresh
@@ -48,7 +48,7 @@ class _Running:
     began: float = field(default_factory=time.monotonic)
     journal_bytes: int = -1
     moved: float = field(default_factory=time.monotonic)
-    """Time of the last look at which the journal had grown."""
+    """Time of the last report, or of the last look at which the journal had grown."""
     workers: int = 0
     """Workers that train it now."""
     is_scoring: bool = False
@@ -89,15 +89,16 @@ class LaunchWatch:
             self._running.setdefault(cell, _Running(self._cells[cell], step, step))
 
     def moved(self, cell: str, result: Mapping[str, Any]) -> None:
-        """Take up a cell's newest step."""
+        """Take up a cell's newest report: its step, if it has done one, its workers, and whether tasks are scored."""
         with self._lock:
             if running := self._running.get(cell):
-                running.step = max(running.step, int(result["step"]))
+                running.step = max(running.step, int(result.get("step", 0)))
+                running.moved = time.monotonic()
                 if (workers := int(result.get("workers", running.workers))) != running.workers:
                     _add(self._usage, running)
                     running.first_step, running.began, running.workers = running.step, time.monotonic(), workers
                 running.is_scoring = bool(result.get("scoring"))
-        if self._paced_from is None:
+        if self._paced_from is None and "step" in result:
             self._paced_from = time.monotonic(), self._usage_now().flops
 
     def released(self, cell: str) -> None:
@@ -145,7 +146,7 @@ class LaunchWatch:
             self._account()
             refresh(self._storage)
         words = summarize(self._plan, self._storage).left_words()
-        return f"{words}; to resume, run the same command, or: bwlm grid run {self._plan.name}"
+        return f"{words}; to resume, run the same command, or: {run_command(self._plan.name, self._storage)}"
 
     def _refuse_spent(self) -> None:
         """Raise `UserError` if earlier launches have cost as much as all of them may."""
@@ -245,10 +246,10 @@ class LaunchWatch:
             if now - running.moved >= 60 * self._settings.stall_minutes:
                 fetch(path)  # its worker may run on another machine
             size = path.stat().st_size if path.exists() else 0
-            if size != running.journal_bytes or running.is_scoring:
+            if size != running.journal_bytes:
                 running.journal_bytes, running.moved, running.is_stalled = size, now, False
             elif now - running.moved >= 60 * self._settings.stall_minutes:
-                if not running.is_stalled:
+                if not running.is_stalled and not running.is_scoring:
                     running.is_stalled = True
                     words = f"{name} has done no step for {duration(now - running.moved)}"
                     self._show(f"stalled: {words}; bwlm grid status {self._plan.name} shows its worker and its log")

@@ -62,6 +62,13 @@ class RaySession:
         self._lost_lease = lost_lease
         self._after_step = after_step
 
+    def begin(self) -> None:
+        """Report that the workers of this group are there; a single worker is there as soon as its trial."""
+        if self._in_group:
+            import ray.train
+
+            ray.train.report({"workers": self.world})
+
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """Report every validation, the step before it, and about 50 further steps, the same on all ranks.
 
@@ -213,6 +220,7 @@ def train_worker(config: dict[str, Any]) -> None:
     with process_termination(), contextlib.suppress(Interrupted, LeaseLost), _warnings_to(folder.warnings), writer:
         if session.world > 1:
             dist.barrier()
+        session.begin()
         if session.rank == 0:
             _note_worker(folder)
         fetch(folder.checkpoints)  # rank 0 has brought them, but maybe to another machine

@@ -15,7 +15,7 @@ from bwlm.plan.axes import blocks_of, family_size, following_phases, product_siz
 from bwlm.plan.descendants import CellBuilder, grid_cells
 from bwlm.plan.inherit import split_phases
 from bwlm.plan.machine import with_resources
-from bwlm.plan.spec import Cell, Grid, LaunchSettings, Plan, PriceSettings, SchedulerSettings
+from bwlm.plan.spec import Cell, Grid, LaunchSettings, Plan, SchedulerSettings
 from bwlm.settings_file import Document, dump_yaml, load_yaml, override, validate, with_whole_numbers
 from bwlm.storage.opened import open_storage
 
@@ -40,8 +40,6 @@ def load_grid(path: Path, settings: list[str], storage: str | None = None) -> Pl
     cells = with_resources(tuple(grid_cells(blocks, family)), document)
     if grid.scheduler.stops_early:
         _check_early_stops(grid.scheduler.kind, cells, document)
-    if grid.launch.limit.money is not None:
-        _check_prices(grid.launch.price, cells, document)
     text = dump_yaml(document.content) if settings else path.read_text("utf-8")
     return Plan(grid.name, cells, grid.launch, grid.scheduler, text)
 
@@ -74,17 +72,6 @@ def plan_experiment(
     run = check_id(chosen_id or usual, "--id")
     cells = tuple(family.cells(experiment, run, document.content, document))
     return Plan(run, with_resources(cells, document), LaunchSettings(), SchedulerSettings(), None)
-
-
-def _check_prices(price: PriceSettings, cells: tuple[Cell, ...], document: Document) -> None:
-    """Raise `UserError` if a cell costs nothing by these prices, so that a limit of money would stop nothing."""
-    for cell in cells:
-        missing = "gpu_hour" if cell.experiment.resources.gpus_per_worker else "cpu_hour"
-        if not getattr(price, missing):
-            raise UserError(
-                f"{document.where('launch.limit.money')}: {cell.id} has no price: set launch.price.{missing}, the "
-                f"price of one {missing[:3].upper()} for an hour"
-            )
 
 
 def _check_early_stops(kind: str, cells: tuple[Cell, ...], document: Document) -> None:

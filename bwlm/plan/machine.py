@@ -69,7 +69,7 @@ def with_resources(cells: tuple[Cell, ...], document: Document) -> tuple[Cell, .
     """
     if os.environ.get("RAY_ADDRESS"):
         return cells
-    if not _is_given(document, "gpus_per_worker") and (gpus := available_gpus()):
+    if not _is_given(document, "gpus_per_worker") and (gpus := installed_gpus()):
         cells = tuple(_resourced(cell, gpus_per_worker=int(gpus >= cell.experiment.resources.fewest)) for cell in cells)
     if not _is_given(document, "cpus_per_worker"):
         cores = available_cores()
@@ -83,16 +83,23 @@ def _is_given(document: Document, name: str) -> bool:
     return holds(document.content, field) or field in document.content.get("axes", {})
 
 
+def installed_gpus() -> int:
+    """Return the number of CUDA devices. torch is asked only if there is a driver: its import takes seconds."""
+    if not Path("/dev/nvidiactl").exists():
+        return 0
+    from bwlm.model.compute import count_gpus
+
+    return count_gpus()
+
+
 def available_gpus() -> int:
-    """Return the number of CUDA devices. torch is asked only if there is a driver: its import takes seconds.
+    """Return the number of CUDA devices that a launch can use.
 
     Raises `UserError` if torch cannot use them: the first sign of it should not be the speed.
     """
-    if not Path("/dev/nvidiactl").exists():
-        return 0
-    from bwlm.model.compute import can_use_gpus, count_gpus
+    from bwlm.model.compute import can_use_gpus
 
-    gpus = count_gpus()
+    gpus = installed_gpus()
     if gpus and not can_use_gpus():
         raise UserError(
             f"this machine has {gpus} GPUs that torch cannot use: update the driver, or install a torch that it "

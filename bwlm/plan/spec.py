@@ -154,6 +154,8 @@ class Plan:
     scheduler: SchedulerSettings
     grid_text: str | None
     """Grid file with the changes of `--set`, for the record; None for an experiment or a chain."""
+    continued: frozenset[str] = frozenset()
+    """Cells that the scheduler stopped early, and that this launch trains to their end."""
 
     @property
     def is_grid(self) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 import shutil
 import time
 from pathlib import Path
 
 from bwlm.errors import UserError
-from bwlm.paths import atomic_folder, check_id, read_json, write_json
+from bwlm.paths import atomic_folder, check_id, read_json, storage_root, write_json
+from bwlm.remote import address_of
 
 GRID_FILE = "grid.yaml"
 REPORT = "RESEARCH_REPORT.md"
@@ -26,6 +28,18 @@ def grid_folder(storage: Path, name: str) -> Path:
 def grid_names(storage: Path) -> list[str]:
     """Return the names of the grids in a storage, sorted."""
     return sorted(path.parent.name for path in (storage / "grids").glob("*/grid.json"))
+
+
+def run_command(grid: str | Path, storage: Path) -> str:
+    """Return the command that resumes a grid, by its file or its name; it names the storage, if that is not the usual.
+
+    The usual one is what a command takes that names none.
+    """
+    words = ["bwlm", "grid", "run", str(grid)]
+    with contextlib.suppress(UserError):  # BWLM_STORAGE cannot be used
+        if storage == storage_root(None):
+            return shlex.join(words)
+    return shlex.join([*words, "--storage", address_of(storage)])
 
 
 def write_cells(storage: Path, name: str, ids: list[str]) -> None:

@@ -1,7 +1,8 @@
 """Starts of a run, `starts.json`: from which step it was trained each time, by how many workers, and what was lost.
 
 A start is noted before the journal drops the steps that are lost, so that none of them is forgotten. A process that is
-killed between the two leaves them in the journal: they are older than the start that has counted them.
+killed between the two leaves them in the journal. So each start notes the journal's last entry: a next start that finds
+the same one knows that they have been counted.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Start:
     workers: int
     time: int
     """Milliseconds since the epoch."""
+    seen: int = 0
+    """Time of the journal's last entry before it, which tells that entry from all others; 0 if there was none."""
 
 
 def starts_of(folder: Path) -> list[Start]:
@@ -50,10 +53,11 @@ def starts_of(folder: Path) -> list[Start]:
 def note_start(folder: Path, step: int, workers: int, check: Check = unchecked) -> None:
     """Note that a run is trained on from a step. Raises `OSError` if that cannot be written."""
     starts, last, now = starts_of(folder), last_entry(folder), time.time_ns() // 1_000_000
-    lost = max(0, last.step - step) if last else 0
-    if last and starts and last.time <= starts[-1].time:  # the start before has counted them
-        lost = 0
-    write_json(folder / STARTS, [*map(asdict, starts), asdict(Start(step, lost, workers, now))], check)
+    seen, reached = (last.time, last.step) if last else (0, 0)
+    if starts and starts[-1].seen == seen:  # the start before has counted what lies beyond its own step
+        reached = min(reached, starts[-1].step)
+    start = Start(step, max(0, reached - step), workers, now, seen)
+    write_json(folder / STARTS, [*map(asdict, starts), asdict(start)], check)
 
 
 def steps_lost(starts: Sequence[Start]) -> int:

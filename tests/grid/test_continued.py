@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bwlm.analysis.runs.findings import find
 from bwlm.errors import UserError
-from bwlm.grid.cells import PlannedCell
+from bwlm.grid.cells import PlannedCell, find_cells
 from bwlm.grid.continued import choose_stopped, is_continued, reopen
 from bwlm.grid.launch import run_plan
 from bwlm.grid.scheduling import DirectionwiseASHA, build_scheduler
@@ -49,7 +50,7 @@ def test_ids_and_globs_choose_the_stopped_ones(cells: list[ExperimentFolder], tm
 
     assert chosen(stopped) == chosen("g_forward_*") == chosen("*0.5*", stopped) == [stopped]
     for name, told in {
-        cells[0].id: "is finished: only cells that the scheduler stopped early are continued; `bwlm grid run g` trains",
+        cells[0].id: f"are continued; `bwlm grid run g --storage {tmp_path}` trains the others",
         cells[2].id: "is waiting: only cells that the scheduler stopped early are continued",
         "g_backward_*": "the scheduler has stopped no such cell of g",
         stopped[:-1] + "7": f"no such cell of g (did you mean '{stopped}'?)",
@@ -63,8 +64,11 @@ def test_a_reopened_cell_goes_on_and_competes_with_nobody(cells: list[Experiment
     plan, folder = plan_of(cells), cells[1]
     [planned] = choose_stopped(plan, tmp_path, [folder.id])
     assert planned.is_done
-    reopen(planned)
-    reopen(planned)
+    [_, going_on, _] = find_cells(replace(plan, continued=frozenset({folder.id})), tmp_path)
+    assert not going_on.is_done, "a launch that continues it trains it"
+    assert folder.status() == EARLY
+    reopen(folder)
+    reopen(folder)
     [again] = choose_stopped(plan, tmp_path, [folder.id])
     assert not again.is_done
     assert is_continued(folder)
@@ -76,6 +80,32 @@ def test_a_reopened_cell_goes_on_and_competes_with_nobody(cells: list[Experiment
     folder.write_status(Status("finished", "", 20))
     with pytest.raises(UserError, match="is finished: only cells"):
         choose_stopped(plan, tmp_path, [folder.id])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ([], "launch.limit.money: g_forward_d1_lr1_s0 has no price"),
+        (["budget.steps=20"], "cell g_forward_d1_lr1_s0 and 1 more exist with other settings (steps: 12 -> 20)"),
+    ],
+    ids=["a fault of the launch", "other settings"],
+)
+def test_a_launch_that_is_refused_leaves_the_cell_stopped(
+    settings: list[str], told: str, cells: list[ExperimentFolder], grid_file: GridFile, shell: Shell
+) -> None:
+    path = grid_file(
+        axes={"direction": ["forward"], "depth": [1], "lr": [1.0, 0.5], "seed": [0]},
+        evaluation={"every": 5, "tokens": 1024},
+        launch={"limit": {"money": 5.0}},
+    )
+    stopped = cells[1]
+    storage = str(stopped.path.parent)
+    changes = [word for one in settings for word in ("--set", one)]
+    answer = shell("grid", "continue", str(path), stopped.id, "--storage", storage, *changes)
+    assert answer.code == 2
+    assert told in answer.err
+    assert stopped.status() == EARLY
+    assert not is_continued(stopped)
 
 
 def test_a_stopped_cell_takes_no_part_in_a_verdict(tmp_path: Path) -> None:

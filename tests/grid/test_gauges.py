@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
+from unittest.mock import Mock
 
 import pytest
 
 from bwlm.grid import gauges as module
 from bwlm.grid.gauges import CELLS, LOSS_FINITE, CellGauges
+from bwlm.grid.scheduling import CellStates
 from bwlm.plan.load import load_grid
 from bwlm.record.experiment import Status
+from bwlm.train.termination import Termination
 from tests.grids import GridFile
+from tests.runs import NewRun
 
 FORWARD, BACKWARD = "g_forward_d1_lr1_s0", "g_backward_d1_lr1_s0"
 WAIT = 60.0
@@ -80,6 +85,20 @@ def test_an_ended_cell_is_set_no_more(gauges: CellGauges) -> None:
     Recorder.values.clear()
     until(lambda values: states(values) == {"finished": 1, "waiting": 1})
     assert not any(of in (FORWARD, BACKWARD) for _, of in Recorder.values)
+
+
+def test_a_cell_whose_worker_is_lost_waits(gauges: CellGauges, new_run: NewRun) -> None:
+    folder = new_run(FORWARD)
+    trial = SimpleNamespace(config={"cell": FORWARD, "resources": {}})
+    states_of_cells = CellStates(folder.path.parent, cast(Any, Mock()), Termination(), gauges)
+    states_of_cells.on_trial_start(0, [], trial)
+    states_of_cells.on_trial_result(0, [], trial, {"step": 5, "train_loss_smooth": 3.5})
+    until(lambda values: values.get(("bwlm_loss", FORWARD)) == 3.5)
+    states_of_cells.on_trial_recover(0, [], trial)
+    until(lambda values: states(values) == {"waiting": 2})
+    Recorder.values.clear()
+    until(lambda values: states(values) == {"waiting": 2})
+    assert not any(of == FORWARD for _, of in Recorder.values)
 
 
 def test_a_cell_that_diverged_keeps_its_last_finite_loss(gauges: CellGauges) -> None:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from ray.tune.experiment import Trial
 
+from bwlm.grid import scheduling
 from bwlm.grid.cells import PlannedCell
-from bwlm.grid.scheduling import CellStates
+from bwlm.grid.scheduling import CellScheduler, CellStates, build_scheduler
 from bwlm.grid.training import _in_order
-from bwlm.plan.spec import Cell
+from bwlm.plan.spec import Cell, LaunchSettings, Plan, SchedulerSettings
 from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.train.termination import Termination
 from tests.analysis.storage import make_cell
 
 
-def planned(storage: Path, depth: int) -> PlannedCell:
-    folder = make_cell(storage, "forward", depth=depth)
+def planned(storage: Path, depth: int, lr: float = 1.0, steps: int | None = None) -> PlannedCell:
+    folder = make_cell(storage, "forward", depth=depth, lr=lr)
     config = folder.config()
-    return PlannedCell(Cell(folder.id, config.experiment, config.steps), folder, Status(), [])
+    return PlannedCell(Cell(folder.id, config.experiment, steps or config.steps), folder, Status(), [])
 
 
 def test_the_longest_come_first_but_beside_another_launch_the_shortest(tmp_path: Path) -> None:
@@ -36,6 +42,64 @@ def test_the_longest_come_first_but_beside_another_launch_the_shortest(tmp_path:
         assert order() == [1, 2, 3, 4]
     with cells[2].folder.lease():
         assert order() == [2, 3, 4, 1]
+
+
+def asha(storage: Path, *cells: PlannedCell) -> Callable[[PlannedCell, int, float], str]:
+    """What ASHA with usual settings says to a validation of a cell, after a step, with a loss."""
+    plan = Plan("g", (), LaunchSettings(), SchedulerSettings(kind="asha"), "name: g")
+    scheduler = build_scheduler(plan, list(cells), storage, Termination())
+    trials = {one.cell.id: SimpleNamespace(config={"cell": one.cell.id}, trial_id=one.cell.id) for one in cells}
+    for trial in trials.values():
+        scheduler.on_trial_add(None, trial)
+
+    def says(one: PlannedCell, step: int, loss: float) -> str:
+        return str(scheduler.on_trial_result(None, trials[one.cell.id], {"step": step, "val_bpb_tuning": loss}))
+
+    return says
+
+
+def test_asha_stops_the_worse_rate_of_one_size(tmp_path: Path) -> None:
+    better, worse, deeper = (planned(tmp_path, depth, lr, 1000) for depth, lr in ((1, 1.0), (1, 0.5), (2, 1.0)))
+    says = asha(tmp_path, better, worse, deeper)
+    assert [says(better, 250, 2.0), says(worse, 250, 3.0), says(deeper, 250, 3.0)] == ["CONTINUE", "STOP", "CONTINUE"]
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1000, 250), (400, 100)])
+def test_asha_stops_no_cell_at_its_last_step(steps: int, every: int, tmp_path: Path) -> None:
+    """Not at a rung of that step, nor at one that the cell has passed since its last validation."""
+    first, second = (planned(tmp_path, 1, lr, steps) for lr in (1.0, 0.5))
+    says = asha(tmp_path, first, second, planned(tmp_path, 2, 1.0, 10 * steps))
+    for step in range(every, steps, every):  # the later one is better, so that both go on
+        assert [says(first, step, 2.0), says(second, step, 1.5)] == ["CONTINUE"] * 2
+    assert [says(first, steps, 1.0), says(second, steps, 1.2)] == ["CONTINUE"] * 2
+
+
+@pytest.mark.parametrize(
+    ("holders", "is_left"),
+    [
+        (["own:1", "own:2"], False),
+        (["own:1", "other:2"], False),
+        (["other:1", "other:2"], True),
+        (["other:1", None], False),  # one has not begun
+    ],
+)
+def test_a_launch_asks_its_own_workers_alone_to_end(
+    holders: list[str | None], is_left: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cells that another launch trains are left to it, and once they are all that is left, not waited for."""
+    by_cell, asked = {f"g_{number}": holder for number, holder in enumerate(holders)}, list[str]()
+    monkeypatch.setattr(ExperimentFolder, "lease_holder", lambda folder: by_cell[folder.id])
+    monkeypatch.setattr(scheduling, "own_workers", lambda: {"own:1", "own:2", "own:3"})
+    monkeypatch.setattr(scheduling, "ask_to_end", asked.append)
+    trials = [SimpleNamespace(config={"cell": cell}, status=Trial.RUNNING) for cell in by_cell]
+    controller = SimpleNamespace(get_live_trials=lambda: trials)
+    with Termination() as termination:
+        scheduler = CellScheduler(tmp_path, termination, grace_seconds=60.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(2):
+            with pytest.raises(SystemExit) if is_left else contextlib.nullcontext():
+                assert scheduler.choose_trial_to_run(controller) is None
+    assert sorted(asked) == [holder for holder in holders if holder and holder.startswith("own")]
 
 
 class Heard:

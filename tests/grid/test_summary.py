@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +15,13 @@ import pytest
 
 from bwlm.cli.grid_status import Watcher
 from bwlm.grid.summary import GridSummary, summarize
+from bwlm.model import compute
 from bwlm.paths import write_json
+from bwlm.plan import machine
 from bwlm.plan.load import load_grid
 from bwlm.plan.spec import Plan
 from bwlm.record.experiment import LEASE, WORKER, ExperimentFolder, Status
-from bwlm.record.grids import grid_folder
+from bwlm.record.grids import GRID_FILE, grid_folder, write_cells
 from bwlm.record.journal import Journal
 from bwlm.record.launches import Usage, recorded_launch
 from bwlm.record.starts import note_start
@@ -103,6 +106,24 @@ def test_pace_time_and_cost_come_from_what_launches_recorded(plan: Plan, shell: 
         assert [entry["pid"] for entry in document["launches"]] == [os.getpid()]
     assert summarize(plan, shell.storage).flops_per_second == half / 100, "of the last launch, if none runs"
     assert " FLOPs at the last launch's 72 cells an hour\n" in shell("grid", "status", "g.yaml").out
+
+
+@pytest.mark.parametrize("gpus", [0, 1], ids=["no GPU", "a GPU that torch cannot use"])
+def test_any_machine_tells_of_a_launch_on_gpus_and_stops_it(
+    gpus: int, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who does not name GPUs trains on those of the launching machine, and gives their price alone."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(machine, "installed_gpus", lambda: gpus)
+    monkeypatch.setattr(compute, "can_use_gpus", lambda: False)
+    grid = shell.file(GOOD + "launch: {limit: {money: 200}, price: {gpu_hour: 2.5, cpu_hour: 0}}\n")
+    with recorded_launch(grid_folder(shell.storage, "bars")) as launch:
+        launch.write(Usage(1.0, gpu_seconds=7200))
+        assert shell.json("grid", "status", grid)["summary"]["money"] == 5.0
+        assert shell("grid", "stop", grid, "--no-wait").code == 0
+        assert launch.asked_to_stop()
+    if not gpus:
+        assert shell("grid", "plan", grid).code == 0
 
 
 def test_resumes_and_what_they_cost_are_told(plan: Plan, shell: Shell) -> None:
@@ -207,6 +228,17 @@ def test_a_finished_cell_is_read_once(plan: Plan, shell: Shell, monkeypatch: pyt
     assert set(read) == {ROWS[1], ROWS[2]}
     assert standings(second) == standings(first) == ["finished", "stopped", "failed", "waiting"]
     assert [cell.planned.status.step for cell in second.cells] == [5, 2, 1, 0]
+
+
+@pytest.mark.parametrize("storage", ["", "else where"])
+def test_stop_prints_a_command_that_finds_the_grid_again(storage: str, shell: Shell) -> None:
+    root = shell.folder / storage if storage else shell.storage
+    write_cells(root, "bars", ROWS)
+    (grid_folder(root, "bars") / GRID_FILE).write_text(GOOD)
+    told = shell("grid", "stop", "bars", *(["--storage", storage] if storage else [])).out
+    command = told.rpartition("to resume: bwlm grid run ")[2]
+    assert command == ("bars --storage 'else where'\n" if storage else "bars\n")
+    assert shell("grid", "status", *shlex.split(command)).code == 0
 
 
 def test_watching_and_json_are_not_both(shell: Shell) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -164,6 +165,41 @@ def test_a_worker_of_another_node_is_asked_there(monkeypatch: pytest.MonkeyPatch
     signals.ask_to_end(f"{host}:{pid}")  # nobody is there any more
     signals.ask_to_end("nowhere:1")
     signals.ask_to_end(f"{host}:?")
+
+
+_OTHER_DRIVER = """
+import os, ray, sys
+
+@ray.remote(num_cpus=0)
+class Worker:
+    def pid(self):
+        return os.getpid()
+
+ray.init(logging_level="error", log_to_driver=False)
+worker = Worker.remote()
+print(ray.get(worker.pid.remote()), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_of_another_driver_are_not_our_own(ray_cluster: str) -> None:
+    @ray.remote(num_cpus=0)
+    class Worker:
+        def pid(self) -> int:
+            return os.getpid()
+
+    actor = Worker.remote()
+    own, host = ray.get(actor.pid.remote()), signals.socket.gethostname()
+    command, pipes = [sys.executable, "-c", _OTHER_DRIVER], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": ray_cluster}, **pipes) as driver:
+        assert driver.stdout is not None
+        other = int(driver.stdout.readline())
+        found = signals.own_workers()
+        driver.communicate()
+    assert psutil.Process(own).name().startswith("ray::")
+    assert f"{host}:{own}" in found
+    assert f"{host}:{other}" not in found
 
 
 def test_no_other_process_is_ended() -> None:

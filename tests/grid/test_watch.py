@@ -10,21 +10,26 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
 from bwlm.errors import Paused, UserError
 from bwlm.grid import watch
+from bwlm.grid.launch import run_plan
+from bwlm.grid.scheduling import CellStates
 from bwlm.grid.watch import LaunchWatch, watched
 from bwlm.plan.load import load_grid
 from bwlm.plan.spec import LaunchSettings, Plan
 from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.journal import Journal
 from bwlm.record.launches import Usage, ask_to_stop, launches_of
-from bwlm.train.termination import TERMINATED
+from bwlm.train.termination import TERMINATED, Termination
 from tests.grids import GridFile
+from tests.runs import NewRun
 
 CELL, OTHER = "g_forward_d1_lr1_s0", "g_backward_d1_lr1_s0"
 
@@ -85,7 +90,8 @@ def test_a_request_stops_a_launch_and_says_how_it_goes_on(plan_of: Callable[...,
     assert str(error).startswith(
         "g is stopped: `bwlm grid stop` asked for it (elsewhere:7): 0 of 2 cells finished, 2 waiting, "
     )
-    assert str(error).endswith("FLOPs left; to resume, run the same command, or: bwlm grid run g")
+    command = f"bwlm grid run g --storage {tmp_path}/runs"
+    assert str(error).endswith(f"FLOPs left; to resume, run the same command, or: {command}")
     assert shown == ["the launch stops: `bwlm grid stop` asked for it (elsewhere:7): each cell saves a checkpoint"]
 
 
@@ -169,6 +175,34 @@ def test_what_cells_use_is_counted_while_they_run(grid_file: GridFile, tmp_path:
     assert (usage.flops, usage.end) == (whole, "incomplete")
     assert usage.pace_flops == whole - (plan.cells[0].flops_until(6) - plan.cells[0].flops_until(4))
     assert 0 < usage.pace_seconds <= usage.seconds - 0.1
+
+
+@pytest.mark.parametrize("workers", [1, 2, {"min": 1, "max": 2}])
+def test_a_cell_that_waits_for_a_node_costs_nothing(
+    workers: int | dict[str, int], grid_file: GridFile, new_run: NewRun
+) -> None:
+    """A single worker is there with its trial, a group of workers at the first report; none once the trial is lost."""
+    plan = load_grid(grid_file(resources={"workers": workers}), [])
+    folder = new_run(CELL)
+    trial = SimpleNamespace(config={"cell": CELL, "resources": {"workers": workers}})
+
+    def is_paid(over: LaunchWatch) -> bool:
+        before = over._usage_now().worker_seconds
+        time.sleep(0.01)
+        return over._usage_now().worker_seconds > before
+
+    def trains(over: LaunchWatch) -> None:
+        states = CellStates(folder.path.parent, cast(Any, Mock()), Termination(), over)
+        for _ in range(2):
+            states.on_trial_start(0, [], trial)
+            assert is_paid(over) == (workers == 1)
+            states.on_trial_result(0, [], trial, {"workers": 2})
+            assert is_paid(over)
+            assert over._running[CELL].workers == 2
+            states.on_trial_recover(0, [], trial)  # its node is gone, and Tune waits for another
+            assert not is_paid(over)
+
+    assert launch(plan, folder.path.parent, trains) == ([], None)
 
 
 def test_a_launch_that_trains_nothing_is_not_watched(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
@@ -298,7 +332,11 @@ time.sleep(600)
 """A process that holds a lease of a second, under a name of Ray's workers."""
 
 
-def test_a_frozen_worker_is_ended_and_a_busy_one_is_left(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
+@pytest.mark.parametrize("scoring", [False, True])
+def test_a_frozen_worker_is_ended_and_a_busy_one_is_left(
+    scoring: bool, plan_of: Callable[..., Plan], tmp_path: Path
+) -> None:
+    """Also where it scores tasks, which no step tells of: a long scoring is no stall."""
     storage, workers = tmp_path / "runs", {}
     for cell in (CELL, OTHER):
         (storage / cell).mkdir(parents=True)
@@ -313,7 +351,8 @@ def test_a_frozen_worker_is_ended_and_a_busy_one_is_left(plan_of: Callable[..., 
         def stalls(over: LaunchWatch) -> None:
             for cell in workers:
                 over.began(cell, 0)
-            until(lambda: all(running.is_stalled for running in over._running.values()))
+                over.moved(cell, {"step": 1, "scoring": scoring})
+            until(lambda: scoring or all(running.is_stalled for running in over._running.values()))
             until(lambda: workers[CELL].poll() is not None)
 
         shown, error = launch(plan_of(stall_minutes=0.1 / 60), storage, stalls)
@@ -323,6 +362,7 @@ def test_a_frozen_worker_is_ended_and_a_busy_one_is_left(plan_of: Callable[..., 
         told = f":{workers[CELL].pid} is frozen, and is ended: the cell resumes from its last checkpoint"
         assert [line for line in shown if "frozen" in line and told in line]
         assert not any(line.startswith(f"{OTHER}: its worker") for line in shown)
+        assert sum(line.startswith("stalled: ") for line in shown) == (0 if scoring else 2)
     finally:
         for worker in workers.values():
             worker.kill()
@@ -335,11 +375,6 @@ def test_a_frozen_worker_is_ended_and_a_busy_one_is_left(plan_of: Callable[..., 
 @pytest.mark.parametrize(
     ("launch", "message"),
     [
-        ({"limit": {"money": 5.0}}, "launch.limit.money: g_forward_d1_lr1_s0 has no price: set launch.price.cpu_hour"),
-        (
-            {"limit": {"money": 5.0}, "price": {"gpu_hour": 2.0}},
-            "launch.limit.money: g_forward_d1_lr1_s0 has no price: set launch.price.cpu_hour, the price of one CPU for",
-        ),
         ({"limit": {"hours": 0}}, "launch.limit.hours: input should be greater than 0"),
         ({"limit": {"hour": 1}}, "launch.limit.hour: unknown field (did you mean 'hours'?)"),
         ({"price": {"cpu_hour": -1}}, "launch.price.cpu_hour: input should be greater than or equal to 0"),
@@ -353,15 +388,28 @@ def test_what_cannot_be_meant_is_refused(launch: dict[str, Any], message: str, g
     assert message in str(caught.value)
 
 
-def test_cells_on_gpus_need_the_price_of_a_gpu(grid_file: GridFile) -> None:
-    path = grid_file(
-        launch={"limit": {"money": 5.0}, "price": {"cpu_hour": 1.0}},
-        resources={"gpus_per_worker": 1, "cpus_per_worker": 4},
-    )
+@pytest.mark.parametrize(
+    ("price", "gpus", "missing"),
+    [
+        ({}, 0, "launch.price.cpu_hour, the price of one CPU for an hour"),
+        ({"gpu_hour": 2.0}, 0, "launch.price.cpu_hour, the price of one CPU for an hour"),
+        ({"cpu_hour": 1.0}, 1, "launch.price.gpu_hour, the price of one GPU for an hour"),
+    ],
+)
+def test_a_launch_with_a_limit_of_money_needs_a_price_for_what_its_cells_use(
+    price: dict[str, float], gpus: int, missing: str, grid_file: GridFile, tmp_path: Path
+) -> None:
+    settings = {"limit": {"money": 5.0}, "price": price}
+    plan = load_grid(grid_file(launch=settings, resources={"gpus_per_worker": gpus, "cpus_per_worker": 4}), [])
     with pytest.raises(UserError) as caught:
-        load_grid(path, [])
-    assert "has no price: set launch.price.gpu_hour, the price of one GPU for an hour" in str(caught.value)
-    plan = load_grid(path, ["launch.price.gpu_hour=2.5"])
+        run_plan(plan, tmp_path / "runs", lambda _: None)
+    assert str(caught.value) == f"launch.limit.money: {CELL} has no price: set {missing}"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_price_of_a_cell_is_that_of_its_workers(grid_file: GridFile) -> None:
+    prices = {"price": {"cpu_hour": 1.0, "gpu_hour": 2.5}}
+    plan = load_grid(grid_file(launch=prices, resources={"gpus_per_worker": 1, "cpus_per_worker": 4}), [])
     assert plan.launch.price.per_hour(plan.cells[0].experiment.resources) == 2.5 + 4
     assert LaunchSettings.model_validate(yaml.safe_load("limit: {hours: 1}")).limit.hours == 1
 

@@ -446,7 +446,7 @@ def test_a_machines_gpus_are_used_unless_told_otherwise(
     grid_file: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, workers: int, each: int
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(machine, "available_gpus", lambda: gpus)
+    monkeypatch.setattr(machine, "installed_gpus", lambda: gpus)
 
     def asked(*settings: str) -> set[float]:
         cells = load_grid(grid_file, [f"resources.workers={workers}", *settings]).cells
@@ -474,6 +474,19 @@ def test_gpus_that_torch_cannot_use_are_told(monkeypatch: pytest.MonkeyPatch) ->
         machine.available_gpus()
     monkeypatch.setattr(compute, "count_gpus", lambda: 0)
     assert machine.available_gpus() == 0
+
+
+def test_a_grid_is_read_on_a_machine_whose_gpus_torch_cannot_use(
+    grid_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To look at it and to stop it; a launch there is refused."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(machine, "installed_gpus", lambda: 1)
+    monkeypatch.setattr(compute, "can_use_gpus", lambda: False)
+    plan = load_grid(grid_file, [])
+    with pytest.raises(UserError, match="1 GPUs that torch cannot use"):
+        machine.machine_of(plan.cells)
+    assert machine.machine_of(load_grid(grid_file, ["resources.gpus_per_worker=0"]).cells) is not None
 
 
 def test_a_warmup_that_does_not_fit_is_refused(grid_file: Path) -> None:

@@ -63,6 +63,40 @@ def test_steps_are_counted_once_if_the_process_dies_before_it_drops_them(tmp_pat
     assert told(tmp_path) == [(0, 0, 1), (4, 3, 1), (4, 0, 1), (4, 3, 1)]
 
 
+def test_a_start_from_before_the_last_one_loses_what_that_one_kept(tmp_path: Path) -> None:
+    """The checkpoint that it was made from turns out to be damaged; whether its process got to drop steps or not."""
+    for name, goes_on in (("dropped", True), ("killed before", False)):
+        folder = tmp_path / name
+        folder.mkdir()
+        note_start(folder, 0, 1)
+        train(folder, 0, 7)
+        note_start(folder, 6, 1)
+        if goes_on:
+            train(folder, 6, 6)
+        note_start(folder, 2, 1)
+        assert told(folder) == [(0, 0, 1), (6, 1, 1), (2, 4, 1)]
+
+
+def test_a_clock_that_is_set_back_hides_no_lost_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time_ns
+    with monkeypatch.context() as ahead:
+        ahead.setattr(time, "time_ns", lambda: now() + 3600 * 10**9)
+        note_start(tmp_path, 0, 1)
+    journal = Journal(tmp_path, 0)
+    for step in range(1, 8):
+        journal.append(step, {"train_loss": 1.0})
+    journal.close()
+    note_start(tmp_path, 4, 1)
+    assert told(tmp_path) == [(0, 0, 1), (4, 3, 1)]
+
+
+def test_starts_of_a_version_that_noted_no_entry_are_read(tmp_path: Path) -> None:
+    (tmp_path / STARTS).write_text('[{"step": 0, "lost": 0, "workers": 1, "time": 5}]')
+    train(tmp_path, 0, 7)
+    note_start(tmp_path, 4, 1)
+    assert told(tmp_path) == [(0, 0, 1), (4, 3, 1)]
+
+
 def test_starts_in_words() -> None:
     once = [Start(0, 0, 2, 0)]
     assert (worker_words(once), resume_words(once), has_changed_workers(once)) == ("2", "", False)
