@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from bwlm.grid import scheduling
 from bwlm.grid.cells import PlannedCell
 from bwlm.grid.scheduling import CellStates
 from bwlm.grid.training import _in_order
 from bwlm.plan.spec import Cell
 from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.storage.objects import BucketAway
 from bwlm.train.termination import Termination
 from tests.analysis.storage import make_cell
 
@@ -45,6 +48,13 @@ class Heard:
     def ended(self, cell: str, status: Status) -> None:
         self.ends.append((cell, status))
 
+    def released(self, cell: str) -> None:
+        pass
+
+
+def trial_of(folder: ExperimentFolder, error: Path | None = None) -> Any:
+    return SimpleNamespace(config={"cell": folder.id}, error_file=str(error))
+
 
 def test_an_end_that_cannot_be_noted_does_not_end_the_other_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -58,3 +68,30 @@ def test_an_end_that_cannot_be_noted_does_not_end_the_other_cells(
     states._close(folder, Status(), Status("failed", "crashed", 3))
     assert heard.ends == [(folder.id, Status("failed", "crashed", 3))]
     assert f"{folder.path}: cannot be written (No space left on device): free space or make it writable" in caplog.text
+
+
+def test_nothing_is_written_over_the_end_of_a_cell_that_the_bucket_cannot_tell_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its worker, on another machine, has finished it; the copy that lies here says that it still trains."""
+    folder, heard, finished = make_cell(tmp_path, "forward"), Heard(), Status("finished", "", 12, {"val_bpb": 2.0})
+    is_away = True
+
+    def pull(path: Path) -> None:
+        if is_away:
+            raise BucketAway("s3://b does not answer (timed out)")
+        folder.write_status(finished)
+
+    monkeypatch.setattr(scheduling, "pull", pull)
+    monkeypatch.setattr(scheduling, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(scheduling, "_PATIENCE_SECONDS", 0.1)
+    folder.write_status(Status())
+    states = CellStates(tmp_path, cast(Any, heard), Termination(), cast(Any, heard))
+    states.on_trial_complete(1, [], trial_of(folder))
+    states.on_step_end(1, [])
+    states.on_experiment_end([])  # which does not wait for ever
+    assert (folder.status(), heard.ends) == (Status(), [])
+    assert caplog.text.count("does not answer (timed out): how cells have ended is not known until it does") == 1
+    is_away = False
+    states.on_experiment_end([])
+    assert (folder.status(), heard.ends) == (finished, [(folder.id, finished)] * 2)

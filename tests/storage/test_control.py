@@ -8,11 +8,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
 from bwlm.errors import UserError
+from bwlm.grid import scheduling
 from bwlm.grid.continued import reopen
+from bwlm.grid.scheduling import CellStates
 from bwlm.grid.summary import summarize
 from bwlm.grid.watch import watched
 from bwlm.plan.load import load_grid
@@ -22,15 +27,16 @@ from bwlm.record.cleaning import find_unneeded, remove_all
 from bwlm.record.disk import StoredFiles
 from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.launches import STOP, ask_to_stop, launches_of, living_launches, recorded_launch
-from bwlm.storage.folder import SharedFolder
+from bwlm.storage.folder import SharedFolder, is_trained
 from bwlm.storage.objects import Bucket, BucketAway
-from bwlm.storage.opened import board_of, open_storage, push
+from bwlm.storage.opened import board_of, open_storage, push, refresh
 from bwlm.text.prepare import Prepared
+from bwlm.train.termination import Termination
 from tests.families import untrained_child
 from tests.faults.checkpoints import snapshot
 from tests.grids import GridFile
 from tests.runs import STEPS, make_run
-from tests.s3_server import CUT, DENY, PASS, FaultyProxy
+from tests.s3_server import CUT, DENY, PASS, REFUSE, FaultyProxy
 from tests.shell import Shell
 from tests.storage.conftest import Machine
 from tests.storage.launcher import CPU_SECONDS
@@ -111,6 +117,36 @@ def test_a_cell_is_reopened_for_all_machines(run: ExperimentFolder, address: str
     there = ExperimentFolder(open_storage(address), "run")
     assert (there.path / "continued.json").exists()
     assert not there.status().ended
+
+
+def test_the_end_of_a_cell_is_learnt_once_the_bucket_answers(
+    prepared: Prepared, address: str, machine: Machine, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker on another node has finished the cell and ends, while the bucket is away for the launch."""
+    monkeypatch.setattr(scheduling, "_LOOK_SECONDS", 0.1)
+    folder = make_run(prepared, machine("head"), "run")
+    push(folder.path, trained=True)
+    there = ExperimentFolder(machine("node"), "run")
+    open_storage(address)
+    shared_there = SharedFolder(there.path.parent, "run")
+    shared_there.begin(1)
+    machine("head")
+    refresh(folder.path.parent)  # the launch knows of the attempt
+    machine("node")
+    there.finish(Status("finished", "", STEPS, {"val_bpb": 2.0}))
+    shared_there.push(is_trained, 1)
+    machine("head")
+    heard = cast(Any, Mock())
+    states = CellStates(folder.path.parent, heard, Termination(), heard)
+    proxy.rule = lambda request: REFUSE
+    states.on_trial_complete(1, [], SimpleNamespace(config={"cell": "run"}))
+    states.on_step_end(1, [])
+    heard.ended.assert_not_called()
+    proxy.rule = lambda request: PASS
+    states.on_experiment_end([])
+    assert [call.args for call in heard.ended.call_args_list] == [("run", there.status())] * 2
+    machine("reader")
+    assert ExperimentFolder(open_storage(address), "run").status().state == "finished"
 
 
 # ---- space ----
