@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -216,27 +217,24 @@ def remove_all(items: Iterable[Item]) -> Iterator[tuple[Item, str]]:
     """
     for folder, some in groupby(items, key=lambda item: item.folder):
         with contextlib.ExitStack() as until_removed:
-            fault, began = "", set[str]()
+            fault = ""
             if folder is not None and folder.exists():
                 taken = take_at_once(folder.path / LEASE)
                 if isinstance(taken, Holder):
                     fault = f"{taken} trains {folder.id} now"
                 else:
                     until_removed.callback(taken.release)
-                    began = _begun_meanwhile(folder)
+            begun_from = cache(_begun_from)  # read anew for each run, as others begin meanwhile
             for item in some:
-                is_needed = item.kind == CHECKPOINT and item.path.name in began
+                is_needed = not fault and item.kind == CHECKPOINT and item.path in begun_from(item.path.parent)
                 yield item, fault or ("a run begins from it now" if is_needed else _removed(item))
 
 
-def _begun_meanwhile(folder: ExperimentFolder) -> set[str]:
-    """Return the checkpoints of a run from which others begin that a bucket has since it was looked at last."""
-    storage, steps = folder.path.parent, set[int]()
-    if changed := [name for name in refresh(storage) if is_id(name)]:
-        parents = parents_in(storage)
-        for child in (name for name in changed if parents.get(name) == folder.id):
-            steps.update(_steps_begun_from(ExperimentFolder(storage, child), folder.id))
-    return {step_folder(folder.checkpoints, step).name for step in steps}
+def _begun_from(checkpoints: Path) -> set[Path]:
+    """Return those of a run's checkpoints from which others begin now, on whatever machine."""
+    run = checkpoints.parent
+    refresh(run.parent)
+    return {step_folder(checkpoints, step) for step in _checkpoints_of_children(run.parent).get(run.name, ())}
 
 
 def _removed(item: Item) -> str:

@@ -100,6 +100,14 @@ def test_a_checkpoint_from_which_a_child_began_stays(run: ExperimentFolder) -> N
     assert checkpoint_steps(run.checkpoints) == [4, 8, STEPS]
 
 
+def test_a_checkpoint_from_which_a_child_begins_meanwhile_stays(run: ExperimentFolder) -> None:
+    aged(run.path)
+    items = find_unneeded(StoredFiles(run.path.parent), 30 * DAY, False).items
+    untrained_child(run, "child", "mid", step=4)
+    assert [remove(item) for item in items] == ["a run begins from it now", ""]
+    assert checkpoint_steps(run.checkpoints) == [4, STEPS]
+
+
 @pytest.mark.parametrize(
     "status",
     [
