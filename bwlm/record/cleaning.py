@@ -23,9 +23,10 @@ from pathlib import Path
 
 from bwlm.errors import BwlmError, UserError
 from bwlm.paths import is_id, sync
+from bwlm.record.bucket import source_folders
 from bwlm.record.checkpoint import OPTIMIZER, KeepPolicy, checkpoint_steps, read_meta, step_folder, steps_to_keep
 from bwlm.record.disk import StoredFiles
-from bwlm.record.experiment import LEASE, ExperimentFolder, list_experiments, parents_in
+from bwlm.record.experiment import LEASE, ExperimentFolder, list_experiments, list_starting, parents_in
 from bwlm.record.launches import living_launches
 from bwlm.record.lease import Holder, take_at_once
 from bwlm.record.removal import unfinished_deletions
@@ -76,8 +77,9 @@ def find_unneeded(files: StoredFiles, older: float, logs: bool) -> Unneeded:
     """Return what can go of what has not changed for `older` seconds; with `logs` also research logs of ended runs."""
     storage = files.storage
     found, runs = Unneeded(), list_experiments(storage)
-    needed, used = _checkpoints_of_children(storage), set[str]()
+    needed, corpora = _checkpoints_of_children(storage), set[Path]()
     busy = [str(entry.holder) for home in (storage / "grids").glob("*") for entry in living_launches(home)]
+    busy += [f"the launch of {run}" for run in list_starting(storage)]
     busy += [f"{seen.holder.get('host')}:{seen.holder.get('pid')}" for _, seen in living_leases(storage)]
     held = set[str]()
     for folder in runs:
@@ -87,7 +89,7 @@ def find_unneeded(files: StoredFiles, older: float, logs: bool) -> Unneeded:
             found.passed_over.append(f"{folder.id}: {error}")
             busy.append(f"the text of {folder.id}, which is not known")
             continue
-        used.add(Path(config.corpus).name)
+        corpora.add(Path(config.corpus))
         if holder is not None:
             held.add(folder.id)
             busy.append(str(holder))
@@ -99,6 +101,7 @@ def find_unneeded(files: StoredFiles, older: float, logs: bool) -> Unneeded:
     if busy:
         found.passed_over.append(f"cache: {busy[0]} may read it")
     else:
+        used = {text.name for corpus in corpora for text in (corpus, *source_folders(corpus))}
         found.items += _sized(files, _of_cache(files, used, older))
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from bwlm.grid.summary import summarize
 from bwlm.grid.watch import watched
 from bwlm.plan.load import load_grid
 from bwlm.record import cleaning
+from bwlm.record.bucket import push_text
 from bwlm.record.checkpoint import KeepPolicy, checkpoint_steps, write_checkpoint
 from bwlm.record.cleaning import find_unneeded, remove_all
 from bwlm.record.disk import StoredFiles
@@ -32,7 +34,7 @@ from bwlm.storage.objects import Bucket, BucketAway
 from bwlm.storage.opened import board_of, open_storage, push, refresh
 from bwlm.text.prepare import Prepared
 from bwlm.train.termination import Termination
-from tests.families import untrained_child
+from tests.families import rewrite_config, untrained_child
 from tests.faults.checkpoints import snapshot
 from tests.grids import GridFile
 from tests.runs import STEPS, make_run
@@ -209,6 +211,25 @@ def test_what_another_machine_holds_or_begins_from_is_not_touched(
     machine("two")  # which has not heard of the child
     assert [fault for _, fault in remove_all(items)] == ["a run begins from it now", ""]
     assert checkpoint_steps(run.checkpoints) == [4, STEPS]
+
+
+def test_the_rows_of_a_mixture_stay_while_a_run_was_trained_on_it(
+    run: ExperimentFolder, address: str, machine: Machine, mixture_for: Callable[[str], Prepared]
+) -> None:
+    """Also on a machine to which nothing of the text was brought."""
+    name, one = mixture_for("sft").folder.name, machine("one")
+    shutil.copytree(mixture_for("sft").folder.parent, one / "cache" / "packed")
+    push_text(one / "cache" / "packed" / name)
+
+    def packed(corpus: str) -> set[str]:
+        machine("one")
+        push(rewrite_config(ExperimentFolder(one, "run"), corpus=corpus).path)
+        machine("two")
+        items = find_unneeded(StoredFiles(open_storage(address)), 0, logs=False).items
+        return {item.path.name for item in items if item.kind == "packed text"}
+
+    assert len(packed("/elsewhere")) == 3
+    assert packed(f"cache/packed/{name}") == set()
 
 
 def test_objects_that_no_head_names_go_once_no_push_can_want_them(
