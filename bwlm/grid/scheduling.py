@@ -24,6 +24,7 @@ from bwlm.paths import write_text
 from bwlm.plan.spec import Plan, SchedulerSettings, asha_group
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.record.lease import LEASE_SECONDS
 from bwlm.storage.head import LateWriter
 from bwlm.storage.objects import BucketAway
 from bwlm.storage.opened import pull, push
@@ -33,10 +34,11 @@ log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 5.0
 """Least seconds between two looks at cells whose end is not known."""
-_PATIENCE_SECONDS = 60.0
-"""Seconds for which a launch whose trials are all over waits to learn how its cells ended."""
+_PATIENCE_SECONDS = LEASE_SECONDS + 15.0
+"""Seconds for which a launch whose trials are all over waits to learn how its cells ended: leases of processes that
+died on other machines have run out by then."""
 Ending = Callable[[Status], Status]
-"""(state of a cell whose worker has noted no end) -> the end to note for it, or that state if there is none"""
+"""(state of a cell whose worker has noted no end) -> the end to note for it, or that state if there is none yet"""
 
 
 class CellScheduler(FIFOScheduler):  # type: ignore[misc]
@@ -205,6 +207,8 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Wait for a minute to learn how cells ended, unless the launch is asked to end."""
+        for name in self._over:
+            self._progress.warned(name, "how it ended is not known yet: waits for a minute at most")
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while self._over and not self._termination.asked and time.monotonic() < deadline:
             time.sleep(max(0.0, self._next_look - time.monotonic()))
@@ -218,7 +222,9 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
     def _look(self) -> None:
         """Close the cells whose end is known by now, each after a look into the bucket.
 
-        If the bucket is away, nothing is written: the worker may have noted its end there from another machine.
+        If the bucket is away, nothing is written: the worker may have noted its end there from another machine. Nor for
+        a crashed cell that a process holds: another launch trains it, or its worker was killed on another machine, and
+        the lease will run out.
         """
         began = time.monotonic()
         try:
@@ -237,6 +243,8 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
         self._tell_warnings(folder)
         at = folder.status()
         end = at if at.ended else ending(at)
+        if end.state == "running":
+            return
         del self._over[folder.id]
         if end.ended:
             self._close(folder, at, end)
@@ -283,7 +291,7 @@ def _interrupted(at: Status) -> Status:
 
 
 def _crashed(error: str, at: Status) -> Status:
-    """Return the end of a cell that has crashed with an error, unless another launch trains it now."""
+    """Return the end of a cell that has crashed with an error; its state while a process holds it."""
     if at.state == "running":
         return at
     return Status("failed", f"crashed, see error.txt: {error}", at.step, at.metrics)

@@ -51,6 +51,9 @@ class Heard:
     def released(self, cell: str) -> None:
         pass
 
+    def warned(self, cell: str, warning: str) -> None:
+        pass
+
 
 def trial_of(folder: ExperimentFolder, error: Path | None = None) -> Any:
     return SimpleNamespace(config={"cell": folder.id}, error_file=str(error))
@@ -95,3 +98,23 @@ def test_nothing_is_written_over_the_end_of_a_cell_that_the_bucket_cannot_tell_n
     is_away = False
     states.on_experiment_end([])
     assert (folder.status(), heard.ends) == (finished, [(folder.id, finished)] * 2)
+
+
+def test_a_crashed_cell_is_failed_once_no_process_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was killed on another node holds its lease for a minute; another launch for longer."""
+    monkeypatch.setattr(scheduling, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(scheduling, "_PATIENCE_SECONDS", 0.1)
+    folder, heard, error = make_cell(tmp_path, "forward"), Heard(), tmp_path / "error"
+    folder.write_status(Status())
+    error.write_text("Traceback:\nActorDiedError: killed for memory\n")
+    states = CellStates(tmp_path, cast(Any, heard), Termination())
+    with ExperimentFolder(tmp_path, folder.id).lease():
+        states.on_trial_error(1, [], trial_of(folder, error))
+        states.on_step_end(1, [])
+        states.on_experiment_end([])  # which does not wait for ever
+        assert (folder.status().state, heard.ends) == ("running", [])
+    states.on_experiment_end([])
+    failed = folder.status()
+    assert (failed.state, failed.reason) == ("failed", "crashed, see error.txt: ActorDiedError: killed for memory")
+    assert heard.ends == [(folder.id, failed)]
+    assert (folder.path / "error.txt").read_text() == error.read_text()

@@ -29,6 +29,7 @@ from bwlm.record.cleaning import find_unneeded, remove_all
 from bwlm.record.disk import StoredFiles
 from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.launches import STOP, ask_to_stop, launches_of, living_launches, recorded_launch
+from bwlm.storage.claim import Claim, take_at_once
 from bwlm.storage.folder import SharedFolder, is_trained
 from bwlm.storage.objects import Bucket, BucketAway
 from bwlm.storage.opened import board_of, open_storage, push, refresh
@@ -149,6 +150,29 @@ def test_the_end_of_a_cell_is_learnt_once_the_bucket_answers(
     assert [call.args for call in heard.ended.call_args_list] == [("run", there.status())] * 2
     machine("reader")
     assert ExperimentFolder(open_storage(address), "run").status().state == "finished"
+
+
+def test_a_worker_that_is_killed_for_good_on_another_node_has_failed(
+    prepared: Prepared, address: str, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduling, "_LOOK_SECONDS", 0.1)
+    folder = make_run(prepared, machine("head"), "run")
+    push(folder.path, trained=True)
+    holder = {"host": "node", "pid": 7, "place": "node:x", "seconds": 3.0}
+    claim = take_at_once(Bucket(address), "run", "lease", holder)
+    assert isinstance(claim, Claim)
+    claim._over.set()  # killed: no sign of life follows, and it is never released
+    (tmp_path / "error").write_text("killed for memory")
+    heard = cast(Any, Mock())
+    states = CellStates(folder.path.parent, heard, Termination(), heard)
+    states.on_trial_error(1, [], SimpleNamespace(config={"cell": "run"}, error_file=str(tmp_path / "error")))
+    states.on_step_end(1, [])
+    assert folder.status().state == "running"
+    heard.ended.assert_not_called()
+    states.on_experiment_end([])
+    assert heard.ended.call_args.args == ("run", folder.status())
+    machine("reader")
+    assert ExperimentFolder(open_storage(address), "run").status().reason == "crashed, see error.txt: killed for memory"
 
 
 # ---- space ----
