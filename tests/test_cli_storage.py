@@ -144,6 +144,19 @@ def test_a_grid_is_deleted_with_its_runs(storage: Path, shell: Shell) -> None:
     check_mistake(shell("grid", "delete", "bars", "--yes"), "bars: no grid of this name in ")
 
 
+def test_a_grid_from_which_a_run_begins_while_a_person_thinks_stays(
+    storage: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def thinks(question: str) -> bool:
+        assert question.startswith("Delete bars (2 runs and its reports, ")
+        untrained_child(ExperimentFolder(storage, "bars_done"), "child", "mid")
+        return True
+
+    monkeypatch.setattr("bwlm.cli.grid_control.confirmed", thinks)
+    check_mistake(shell("grid", "delete", "bars"), "bars_done: child begins from it: delete that first")
+    assert len(shell.json("runs", "list")) == 3
+
+
 def test_a_name_that_is_a_path_deletes_nothing(storage: Path, shell: Shell) -> None:
     for name in ("..", "../bars_done", ".", ""):
         check_mistake(shell("grid", "delete", name, "--yes"), "no grid of this name in ")

@@ -261,12 +261,14 @@ def _time_of(plan: Plan, root: Path) -> dict[str, Any]:
 
 
 def _left(plan: Plan, root: Path) -> list[tuple[Cell, int]]:
-    """Return the cells that a launch would train, each with the step that it has reached."""
+    """Return the cells that a launch would train, each with the step that it trains from."""
     from bwlm.grid.cells import find_cells, without_parent
+    from bwlm.record.checkpoint import checkpoint_steps
 
     planned = find_cells(plan, root)
     out = without_parent(planned)
-    return [(p.cell, p.status.step) for p in planned if not (p.is_done or p.changed or p.cell.id in out)]
+    left = [p for p in planned if not (p.is_done or p.changed or p.cell.id in out)]
+    return [(p.cell, max(checkpoint_steps(p.folder.checkpoints), default=0)) for p in left]
 
 
 def _price_columns(priced: dict[str, Any] | None, id: str) -> list[str]:

@@ -123,7 +123,7 @@ def grid_delete(
         runs_of_grid,
         unfinished_deletions,
     )
-    from bwlm.storage.opened import finish_deletions, open_storage, refresh
+    from bwlm.storage.opened import finish_deletions, open_storage
 
     root = open_storage(storage)
     home = grid_folder(root, name)
@@ -134,8 +134,8 @@ def grid_delete(
         return show(f"{name} is deleted: what an earlier deletion had left of it is gone")
     if name not in known:
         raise UserError(f"{name}: no grid of this name in {address_of(root)}{nearest(name, known)}")
-    folders, lineage = runs_of_grid(root, name), lineage_of(root)
-    check_grid_deletable(root, name, folders, lineage)
+    folders = runs_of_grid(root, name)
+    check_grid_deletable(root, name, folders, lineage_of(root))
     size = file_size(bytes_in(home) + sum(bytes_in(folder.path) for folder in folders))
     runs = f": {first_of([folder.id for folder in folders])}" if folders else ""
     what = f"{counted(len(folders), 'run')} and its reports, {size}"
@@ -144,8 +144,6 @@ def grid_delete(
     if not yes and not confirmed(f"Delete {name} ({what}){runs}?"):
         say(f"{name} is left as it was")
         raise typer.Exit(1)
-    if refresh(root):  # a person may have thought for an hour
-        folders, lineage = runs_of_grid(root, name), lineage_of(root)
-    delete_grid(root, name, folders, lineage)
+    delete_grid(root, name)
     discard_deleted(root)
     return show(f"{name} is deleted ({what}); its MLflow runs stay")

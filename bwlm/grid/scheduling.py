@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,21 @@ from bwlm.paths import write_text
 from bwlm.plan.spec import Plan, SchedulerSettings, asha_group
 from bwlm.record.checkpoint import checkpoint_steps
 from bwlm.record.experiment import ExperimentFolder, Status
+from bwlm.record.lease import LEASE_SECONDS
 from bwlm.storage.head import LateWriter
 from bwlm.storage.objects import BucketAway
 from bwlm.storage.opened import pull, push
 from bwlm.train.termination import TERMINATED, Termination
 
 log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 5.0
+"""Least seconds between two looks at cells whose end is not known."""
+_PATIENCE_SECONDS = LEASE_SECONDS + 15.0
+"""Seconds for which a launch whose trials are all over waits to learn how its cells ended: leases of processes that
+died on other machines have run out by then."""
+Ending = Callable[[Status], Status]
+"""(state of a cell whose worker has noted no end) -> the end to note for it, or that state if there is none yet"""
 
 
 class CellScheduler(FIFOScheduler):  # type: ignore[misc]
@@ -164,6 +174,10 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
         self._begun: set[str] = set()
         """Cells whose workers are there since their trial has started."""
         self._heard: dict[str, int] = {}
+        self._over: dict[str, Ending] = {}
+        """Cells whose trials are over, until their ends are known."""
+        self._next_look = 0.0
+        self._is_away = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks into a state that we never restore, and a live display cannot be pickled
@@ -206,28 +220,61 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
             self._progress.broke_off(folder.id, folder.status().step)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        folder = self._folder(trial)
-        for watch in self._watches:
-            watch.released(folder.id)
-        _learn(folder)
-        self._tell_warnings(folder)
-        at = folder.status()
-        if at.ended or not self._termination.asked:
-            self._close(folder, at, Status("stopped", f"by the scheduler at step {at.step}", at.step, at.metrics))
+        self._note_over(self._folder(trial), _interrupted if self._termination.asked else _stopped)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        folder = self._folder(trial)
-        for watch in self._watches:
-            watch.released(folder.id)
-        _learn(folder)
-        self._tell_warnings(folder)
-        at, error = folder.status(), Path(trial.error_file).read_text("utf-8", "replace")
-        last = error.strip().splitlines()[-1].strip()
+        folder, error = self._folder(trial), Path(trial.error_file).read_text("utf-8", "replace")
         with _on_a_full_disk_too(folder):
             write_text(folder.path / "error.txt", error)
-        if folder.lease_holder() is not None:  # another launch trains the cell now
+        self._note_over(folder, partial(_crashed, error.strip().splitlines()[-1].strip()))
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._over and time.monotonic() >= self._next_look:
+            self._look()
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """Wait for a minute to learn how cells ended, unless the launch is asked to end."""
+        for name in self._over:
+            self._progress.warned(name, "how it ended is not known yet: waits for a minute at most")
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while self._over and not self._termination.asked and time.monotonic() < deadline:
+            time.sleep(max(0.0, self._next_look - time.monotonic()))
+            self._look()
+
+    def _note_over(self, folder: ExperimentFolder, ending: Ending) -> None:
+        for watch in self._watches:
+            watch.released(folder.id)
+        self._over[folder.id] = ending
+
+    def _look(self) -> None:
+        """Close the cells whose end is known by now, each after a look into the bucket.
+
+        If the bucket is away, nothing is written: the worker may have noted its end there from another machine. Nor for
+        a crashed cell that a process holds: another launch trains it, or its worker was killed on another machine, and
+        the lease will run out.
+        """
+        began = time.monotonic()
+        try:
+            for name, ending in list(self._over.items()):
+                self._look_at(ExperimentFolder(self._storage, name), ending)
+            self._is_away = False
+        except BucketAway as error:
+            if not self._is_away:
+                log.warning("%s: how cells have ended is not known until it does", error)
+            self._is_away = True
+        if self._over:
+            self._next_look = time.monotonic() + max(_LOOK_SECONDS, time.monotonic() - began)
+
+    def _look_at(self, folder: ExperimentFolder, ending: Ending) -> None:
+        pull(folder.path)
+        self._tell_warnings(folder)
+        at = folder.status()
+        end = at if at.ended else ending(at)
+        if end.state == "running":
             return
-        self._close(folder, at, Status("failed", f"crashed, see error.txt: {last}", at.step, at.metrics))
+        del self._over[folder.id]
+        if end.ended:
+            self._close(folder, at, end)
 
     def _close(self, folder: ExperimentFolder, at: Status, ending: Status) -> None:
         """Write and show the end of a cell: `ending`, unless its worker has already written another."""
@@ -260,10 +307,21 @@ def _on_a_full_disk_too(folder: ExperimentFolder) -> Iterator[None]:
         log.warning("%s: its end is not in the bucket (%s): the same command trains it on", folder.id, error)
 
 
-def _learn(folder: ExperimentFolder) -> None:
-    """Learn how a cell has ended on another machine."""
-    with contextlib.suppress(BucketAway):
-        pull(folder.path)
+def _stopped(at: Status) -> Status:
+    """Return the end of a cell that the scheduler has stopped."""
+    return Status("stopped", f"by the scheduler at step {at.step}", at.step, at.metrics)
+
+
+def _interrupted(at: Status) -> Status:
+    """Return the state of a cell whose launch was asked to end: it resumes."""
+    return at
+
+
+def _crashed(error: str, at: Status) -> Status:
+    """Return the end of a cell that has crashed with an error; its state while a process holds it."""
+    if at.state == "running":
+        return at
+    return Status("failed", f"crashed, see error.txt: {error}", at.step, at.metrics)
 
 
 def _saved_step(folder: ExperimentFolder) -> int:

@@ -19,11 +19,12 @@ from bwlm.config import ResourceSettings
 from bwlm.errors import UserError
 from bwlm.format import counted, duration, first_of
 from bwlm.model.shape import flops_per_token
+from bwlm.paths import read_json
 from bwlm.phases import PHASES
 from bwlm.plan.machine import Machine
 from bwlm.plan.spec import Cell, LaunchSettings
 from bwlm.progress import track
-from bwlm.record.experiment import ExperimentFolder, list_experiments
+from bwlm.record.experiment import WORKER, ExperimentFolder, list_experiments
 from bwlm.record.journal import entries_holding, last_entry
 
 
@@ -67,7 +68,7 @@ class _Speed:
 def estimate_time(
     left: Sequence[tuple[Cell, int]], launch: LaunchSettings, storage: Path, machine: Machine | None
 ) -> dict[str, Any]:
-    """Return the seconds that cells take, each from the step that it has reached, and the runs by whose speed.
+    """Return the seconds that cells take, each from the step that is given with it, and the runs by whose speed.
 
     Each cell is taken to be as fast as the finished runs that are most like it, the median of several; `rough` is true
     if these have another size or other resources. `unknown` cells have no such run; `seconds` is None if no cell has.
@@ -99,8 +100,16 @@ def _finished_runs(storage: Path, host: str | None) -> Iterator[_Finished]:
         with contextlib.suppress(UserError):  # damaged: other commands say so
             config, status, last = folder.config(), folder.status(), last_entry(folder.path)
             tokens, speed = (last.metrics.get("tokens") if last else None), status.metrics.get("tokens_per_second")
-            if status.state == "finished" and tokens and speed and host in (None, folder.last_host()):
+            if status.state == "finished" and tokens and speed and host in (None, _host_of(folder)):
                 yield _Finished(folder, Cell(folder.id, config.experiment, config.steps), tokens / speed)
+
+
+def _host_of(folder: ExperimentFolder) -> str:
+    """Return the name of the machine that trained a run; if the run does not say it, of the one that held it last."""
+    try:
+        return str(read_json(folder.path / WORKER)["host"])
+    except (UserError, OSError, KeyError, TypeError):
+        return folder.last_host()
 
 
 def _load(cell: Cell) -> _Load:

@@ -21,7 +21,7 @@ MFU = 0.4
 def price(
     left: Sequence[tuple[Cell, int]], device: str, mfu: float = MFU, per_hour: float | None = None
 ) -> dict[str, Any]:
-    """Return what it takes to train cells, each from the step that it has reached: in all, and by cell.
+    """Return what it takes to train cells, each from the step that is given with it: in all, and by cell.
 
     `mfu` is the share of the device's peak that training reaches, `per_hour` the price of one GPU for an hour. Figures:
     `gpu_hours` and, with a price, `cost`, in the same currency. Validations count, the samples of RL do not. Raises

@@ -20,7 +20,7 @@ from bwlm.record.checkpoint_name import CheckpointName
 from bwlm.record.experiment import ExperimentFolder
 from bwlm.storage.keeper import rest_words
 from bwlm.storage.objects import BucketAway
-from bwlm.storage.opened import all_here, all_there, fetch, in_bucket, pull, push, shared
+from bwlm.storage.opened import all_here, all_there, fetch, in_bucket, pull, push, shared, sizes_below
 
 _AT_ONCE = 16
 """Folders that are pushed at once."""
@@ -49,7 +49,7 @@ def fetch_text(packed: Path) -> None:
     """Bring a packed text here; the rows of a mixture lie in the folders of its sources."""
     if in_bucket(packed):
         _fetch_whole(packed)
-        for source in _sources(packed):
+        for source in source_folders(packed):
             _fetch_whole(source)
 
 
@@ -75,13 +75,15 @@ def bring_run(folder: ExperimentFolder) -> None:
 def push_text(packed: Path) -> None:
     """Take a packed text to the bucket, unless it lies elsewhere or is there already."""
     if in_bucket(packed):
-        for folder in (packed, *_sources(packed)):
+        for folder in (packed, *source_folders(packed)):
             fetch(folder)  # nothing, unless another machine has made the same text: then it need not be pushed
             push(folder)
 
 
-def _sources(packed: Path) -> list[Path]:
-    """Return the folders besides its own that hold rows of a packed text."""
+def source_folders(packed: Path) -> list[Path]:
+    """Return the folders besides its own that hold rows of a packed text: those of a mixture's sources."""
+    if not _manifest(packed).exists() and set(sizes_below(packed)) == {_manifest(packed).name}:
+        fetch(packed)  # a mixture, which has no rows of its own
     if not _manifest(packed).exists():
         return []
     splits = [split for split in read_json(_manifest(packed)).values() if isinstance(split, dict) and "shards" in split]

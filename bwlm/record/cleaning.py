@@ -17,14 +17,16 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
 from bwlm.errors import BwlmError, UserError
 from bwlm.paths import is_id, sync
+from bwlm.record.bucket import source_folders
 from bwlm.record.checkpoint import OPTIMIZER, KeepPolicy, checkpoint_steps, read_meta, step_folder, steps_to_keep
 from bwlm.record.disk import StoredFiles
-from bwlm.record.experiment import LEASE, ExperimentFolder, list_experiments, parents_in
+from bwlm.record.experiment import LEASE, ExperimentFolder, list_experiments, list_starting, parents_in
 from bwlm.record.launches import living_launches
 from bwlm.record.lease import Holder, take_at_once
 from bwlm.record.removal import unfinished_deletions
@@ -75,8 +77,9 @@ def find_unneeded(files: StoredFiles, older: float, logs: bool) -> Unneeded:
     """Return what can go of what has not changed for `older` seconds; with `logs` also research logs of ended runs."""
     storage = files.storage
     found, runs = Unneeded(), list_experiments(storage)
-    needed, used = _checkpoints_of_children(storage), set[str]()
+    needed, corpora = _checkpoints_of_children(storage), set[Path]()
     busy = [str(entry.holder) for home in (storage / "grids").glob("*") for entry in living_launches(home)]
+    busy += [f"the launch of {run}" for run in list_starting(storage)]
     busy += [f"{seen.holder.get('host')}:{seen.holder.get('pid')}" for _, seen in living_leases(storage)]
     held = set[str]()
     for folder in runs:
@@ -86,7 +89,7 @@ def find_unneeded(files: StoredFiles, older: float, logs: bool) -> Unneeded:
             found.passed_over.append(f"{folder.id}: {error}")
             busy.append(f"the text of {folder.id}, which is not known")
             continue
-        used.add(Path(config.corpus).name)
+        corpora.add(Path(config.corpus))
         if holder is not None:
             held.add(folder.id)
             busy.append(str(holder))
@@ -98,6 +101,7 @@ def find_unneeded(files: StoredFiles, older: float, logs: bool) -> Unneeded:
     if busy:
         found.passed_over.append(f"cache: {busy[0]} may read it")
     else:
+        used = {text.name for corpus in corpora for text in (corpus, *source_folders(corpus))}
         found.items += _sized(files, _of_cache(files, used, older))
     return found
 
@@ -216,27 +220,24 @@ def remove_all(items: Iterable[Item]) -> Iterator[tuple[Item, str]]:
     """
     for folder, some in groupby(items, key=lambda item: item.folder):
         with contextlib.ExitStack() as until_removed:
-            fault, began = "", set[str]()
+            fault = ""
             if folder is not None and folder.exists():
                 taken = take_at_once(folder.path / LEASE)
                 if isinstance(taken, Holder):
                     fault = f"{taken} trains {folder.id} now"
                 else:
                     until_removed.callback(taken.release)
-                    began = _begun_meanwhile(folder)
+            begun_from = cache(_begun_from)  # read anew for each run, as others begin meanwhile
             for item in some:
-                is_needed = item.kind == CHECKPOINT and item.path.name in began
+                is_needed = not fault and item.kind == CHECKPOINT and item.path in begun_from(item.path.parent)
                 yield item, fault or ("a run begins from it now" if is_needed else _removed(item))
 
 
-def _begun_meanwhile(folder: ExperimentFolder) -> set[str]:
-    """Return the checkpoints of a run from which others begin that a bucket has since it was looked at last."""
-    storage, steps = folder.path.parent, set[int]()
-    if changed := [name for name in refresh(storage) if is_id(name)]:
-        parents = parents_in(storage)
-        for child in (name for name in changed if parents.get(name) == folder.id):
-            steps.update(_steps_begun_from(ExperimentFolder(storage, child), folder.id))
-    return {step_folder(folder.checkpoints, step).name for step in steps}
+def _begun_from(checkpoints: Path) -> set[Path]:
+    """Return those of a run's checkpoints from which others begin now, on whatever machine."""
+    run = checkpoints.parent
+    refresh(run.parent)
+    return {step_folder(checkpoints, step) for step in _checkpoints_of_children(run.parent).get(run.name, ())}
 
 
 def _removed(item: Item) -> str:

@@ -22,7 +22,7 @@ from bwlm.record.grids import cells_of, grid_folder, grid_names
 from bwlm.record.launches import living_launches
 from bwlm.record.lease import Holder, Lease, take_at_once
 from bwlm.record.lineage import Lineage
-from bwlm.storage.opened import exclusive, in_bucket, remove
+from bwlm.storage.opened import exclusive, in_bucket, refresh, remove
 
 _NAMED = 3
 """Number of children that an error names."""
@@ -116,13 +116,16 @@ def check_grid_deletable(storage: Path, name: str, folders: list[ExperimentFolde
         check_deletable(folder, ids, lineage)
 
 
-def delete_grid(storage: Path, name: str, folders: list[ExperimentFolder], lineage: Lineage) -> None:
+def delete_grid(storage: Path, name: str) -> None:
     """Delete the runs of a grid, children first, then its folder: so that a deletion that is cut off can go on.
 
-    Raises `UserError` as `check_grid_deletable`, or if the disk refuses.
+    They are looked up here, so that runs that have begun from them since the caller looked are seen. Raises `UserError`
+    as `check_grid_deletable`, or if the disk refuses.
     """
     home = grid_folder(storage, name)
     with exclusive(home / "lock"):  # so that no launch makes its cells meanwhile
+        refresh(storage)
+        folders, lineage = runs_of_grid(storage, name), lineage_of(storage)
         check_grid_deletable(storage, name, folders, lineage)
         ids = {folder.id for folder in folders}
         for folder in track(children_first(folders, lineage), f"deleting {name}", "runs"):

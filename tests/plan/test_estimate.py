@@ -17,7 +17,7 @@ from bwlm.plan.estimate import estimate_time, time_words
 from bwlm.plan.load import plan_experiment
 from bwlm.plan.machine import Machine
 from bwlm.plan.spec import Cell, LaunchSettings
-from bwlm.record.experiment import LEASE, ExperimentFolder, Status
+from bwlm.record.experiment import LEASE, WORKER, ExperimentFolder, Status
 from bwlm.record.fingerprint import identity
 from bwlm.record.journal import Journal
 from bwlm.record.lineage import ParentLink
@@ -63,6 +63,13 @@ def finished(
 
 def estimated(storage: Path, *left: tuple[Cell, int], machine: Machine | None = TWO_CORES) -> dict[str, Any]:
     return estimate_time(left, LaunchSettings(), storage, machine)
+
+
+def plan_command(shell: Shell) -> list[str]:
+    """A grid of one cell."""
+    text = json.dumps({"name": "g", "axes": {"direction": ["forward"], "depth": [1], "lr": [1.0], "seed": [0]}})
+    sets = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
+    return ["grid", "plan", shell.file(text), *sets]
 
 
 def test_a_cell_takes_what_a_finished_run_of_its_size_took(tmp_path: Path) -> None:
@@ -132,10 +139,40 @@ def test_runs_of_other_machines_of_gpus_and_of_rewards_tell_nothing(tmp_path: Pa
     assert time_words(some).endswith("; without 1 cell of a kind that has not finished here yet")
 
 
+def test_a_run_is_of_the_machine_that_trained_it_whoever_held_it_since(tmp_path: Path) -> None:
+    """`bwlm eval --tasks` and `bwlm storage clean` hold a run too."""
+    trained_elsewhere, trained_here = finished(tmp_path, "elsewhere"), finished(tmp_path, "here", host="node7")
+    (tmp_path / trained_elsewhere / WORKER).write_text(json.dumps({"host": "node7", "pid": 1, "log": ""}))
+    (tmp_path / trained_here / WORKER).write_text(json.dumps({"host": HERE, "pid": 1, "log": ""}))
+    assert estimated(tmp_path, (cell(), 0))["runs"] == [trained_here]
+
+
+def test_a_plan_counts_from_the_checkpoint_that_a_cell_resumes_from(shell: Shell) -> None:
+    """A run that was killed at step 9 of 40 without a checkpoint begins again."""
+    finished(shell.storage, "one")
+    grid = [*plan_command(shell), "--on", "h100"]
+    [planned] = (new := shell.json(*grid))["cells"]
+    folder = ExperimentFolder(shell.storage, planned["id"])
+    experiment = cell().experiment
+    fields = identity(experiment, data="d", tokenizer="t", precision="float32", steps=40)
+    folder.create(RunConfig(folder.id, experiment, fields, 40, COMPUTE, "/corpus", "/tokenizer", "g"))
+    journal = Journal(folder.path)
+    for step in range(1, 10):
+        journal.append(step, {"train_loss": 3.0})
+    journal.close()
+    killed = shell.json(*grid)
+    assert [(one["action"], one["step"]) for one in killed["cells"]] == [("restart", 9)]
+    assert (killed["time"], killed["price"]) == (new["time"], new["price"])
+    checkpoint = folder.checkpoints / "step_000008"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "meta.json").write_text("{}")
+    saved = shell.json(*grid)
+    assert saved["time"]["seconds"] == pytest.approx(estimated(shell.storage, (cell(), 8))["seconds"])
+    assert saved["price"]["gpu_hours"] < killed["price"]["gpu_hours"]
+
+
 def test_a_plan_tells_the_time_in_words_and_in_json(shell: Shell) -> None:
-    text = json.dumps({"name": "g", "axes": {"direction": ["forward"], "depth": [1], "lr": [1.0], "seed": [0]}})
-    sets = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
-    grid = ["grid", "plan", shell.file(text), *sets]
+    grid = plan_command(shell)
     assert "\ntime: no estimate until a first cell has run here\n" in shell(*grid).out
     finished(shell.storage, "one")
     assert shell.json(*grid)["time"]["seconds"] == pytest.approx(21.0)

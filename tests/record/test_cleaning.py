@@ -7,18 +7,22 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bwlm.record.bucket import source_folders
 from bwlm.record.checkpoint import checkpoint_steps, load_weights
 from bwlm.record.cleaning import Item, find_unneeded, remove
 from bwlm.record.disk import KINDS, StoredFiles, bytes_in, disk_usage
 from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.health import readable
 from bwlm.record.launches import recorded_launch
+from bwlm.text.prepare import Prepared
 from tests.families import rewrite_config, untrained_child
-from tests.runs import STEPS, NewFamily
+from tests.runs import STEPS, NewFamily, make_child
 
 DAY = 86_400.0
 
@@ -100,6 +104,14 @@ def test_a_checkpoint_from_which_a_child_began_stays(run: ExperimentFolder) -> N
     assert checkpoint_steps(run.checkpoints) == [4, 8, STEPS]
 
 
+def test_a_checkpoint_from_which_a_child_begins_meanwhile_stays(run: ExperimentFolder) -> None:
+    aged(run.path)
+    items = find_unneeded(StoredFiles(run.path.parent), 30 * DAY, False).items
+    untrained_child(run, "child", "mid", step=4)
+    assert [remove(item) for item in items] == ["a run begins from it now", ""]
+    assert checkpoint_steps(run.checkpoints) == [4, STEPS]
+
+
 @pytest.mark.parametrize(
     "status",
     [
@@ -165,6 +177,8 @@ def test_texts_that_no_run_was_trained_on_go(run: ExperimentFolder) -> None:
     assert found() == {"cache/packed/unused": "packed text", "cache/summaries/s": "cache"}
     with recorded_launch(storage / "grids" / "g"):
         assert found() == {}, "a launch that prepares its text has no run yet"
+    with ExperimentFolder(storage, "starting").only_launch():
+        assert found() == {}, "nor has the launch of a single experiment"
     for item in find_unneeded(StoredFiles(storage), 30 * DAY, False).items:
         if "cache" in item.path.parts:
             assert remove(item) == ""
@@ -172,6 +186,26 @@ def test_texts_that_no_run_was_trained_on_go(run: ExperimentFolder) -> None:
     rewrite_config(run, corpus="cache/packed/elsewhere")
     shutil.rmtree(packed / "young")
     assert found() == {f"cache/packed/{own.name}": "packed text", "cache/tokenizers/t": "source of packed text"}
+
+
+def test_the_rows_of_a_mixture_stay_while_a_run_was_trained_on_it(
+    run: ExperimentFolder, mixture_for: Callable[[str], Prepared]
+) -> None:
+    """They lie in the folders of its sources, beside its own."""
+    mixture, packed = mixture_for("sft"), run.path.parent / "cache" / "packed"
+    shutil.copytree(mixture.folder.parent, packed)
+    chat = make_child(run, "sft", replace(mixture, folder=packed / mixture.folder.name), "chat")
+    aged(packed)
+
+    def found() -> set[Path]:
+        items = find_unneeded(StoredFiles(run.path.parent), 30 * DAY, False).items
+        return {item.path for item in items if item.kind == "packed text"}
+
+    own = {packed / mixture.folder.name, *source_folders(packed / mixture.folder.name)}
+    assert len(own) == 3
+    assert found() == set(packed.iterdir()) - own
+    shutil.rmtree(chat.path)
+    assert found() == set(packed.iterdir())
 
 
 def test_what_killed_processes_left_goes_once_nobody_can_want_it(run: ExperimentFolder) -> None:

@@ -20,7 +20,6 @@ from bwlm.record.removal import (
     delete,
     delete_grid,
     discard_deleted,
-    lineage_of,
     runs_of_grid,
     unfinished_deletions,
 )
@@ -125,13 +124,9 @@ def grid(new_run: NewRun, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def remove_grid(storage: Path) -> None:
-    delete_grid(storage, "bars", runs_of_grid(storage, "bars"), lineage_of(storage))
-
-
 def test_a_deleted_grid_leaves_no_run_and_no_folder(grid: Path) -> None:
     assert [folder.id for folder in runs_of_grid(grid, "bars")] == ["bars_base", "bars_left_out", "bars_mid"]
-    remove_grid(grid)
+    delete_grid(grid, "bars")
     assert sorted(path.name for path in grid.iterdir()) == ["alone", "grids"]
     assert list((grid / "grids").iterdir()) == []
 
@@ -139,14 +134,14 @@ def test_a_deleted_grid_leaves_no_run_and_no_folder(grid: Path) -> None:
 def test_a_grid_that_others_need_is_not_deleted(grid: Path) -> None:
     child = untrained_child(ExperimentFolder(grid, "bars_mid"), "mine", "sft")
     with pytest.raises(UserError, match=r"^bars_mid: mine begins from it: delete that first$"):
-        remove_grid(grid)
+        delete_grid(grid, "bars")
     delete(child)
     with recorded_launch(grid / "grids" / "bars"), pytest.raises(UserError) as caught:
-        remove_grid(grid)
+        delete_grid(grid, "bars")
     assert f":{os.getpid()} runs it since " in str(caught.value)
     assert str(caught.value).endswith("ago): bwlm grid stop bars first")
     with ExperimentFolder(grid, "bars_left_out").lease(), pytest.raises(UserError, match="trains it since"):
-        remove_grid(grid)
+        delete_grid(grid, "bars")
     assert len(list_experiments(grid)) == 4, "all of it or nothing"
 
 
@@ -162,10 +157,10 @@ def test_the_deletion_of_a_grid_goes_on_where_it_was_cut_off(grid: Path, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr("bwlm.record.removal.delete", cut_off)
         with pytest.raises(KeyboardInterrupt):
-            remove_grid(grid)
+            delete_grid(grid, "bars")
     assert gone == ["bars_mid"], "children go first"
     assert cells_of(grid, "bars") == ["bars_base", "bars_mid", "bars_never"]
-    remove_grid(grid)
+    delete_grid(grid, "bars")
     assert [folder.id for folder in list_experiments(grid)] == ["alone"]
     (grid / "grids" / ".bars.0123abcd.deleted").mkdir()
     assert [path.name for path in unfinished_deletions(grid)] == [".bars.0123abcd.deleted"]

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
 from bwlm.errors import UserError
+from bwlm.grid import scheduling
 from bwlm.grid.continued import reopen
+from bwlm.grid.scheduling import CellStates
 from bwlm.grid.summary import summarize
 from bwlm.grid.watch import watched
 from bwlm.plan.load import load_grid
 from bwlm.record import cleaning
+from bwlm.record.bucket import push_text
 from bwlm.record.checkpoint import KeepPolicy, checkpoint_steps, write_checkpoint
 from bwlm.record.cleaning import find_unneeded, remove_all
 from bwlm.record.disk import StoredFiles
 from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.launches import STOP, ask_to_stop, launches_of, living_launches, recorded_launch
-from bwlm.storage.folder import SharedFolder
+from bwlm.storage.claim import Claim, take_at_once
+from bwlm.storage.folder import SharedFolder, is_trained
 from bwlm.storage.objects import Bucket, BucketAway
-from bwlm.storage.opened import board_of, open_storage, push
+from bwlm.storage.opened import board_of, open_storage, push, refresh
 from bwlm.text.prepare import Prepared
-from tests.families import untrained_child
+from bwlm.train.termination import Termination
+from tests.families import rewrite_config, untrained_child
 from tests.faults.checkpoints import snapshot
 from tests.grids import GridFile
 from tests.runs import STEPS, make_run
-from tests.s3_server import CUT, DENY, PASS, FaultyProxy
+from tests.s3_server import CUT, DENY, PASS, REFUSE, FaultyProxy
 from tests.shell import Shell
 from tests.storage.conftest import Machine
 from tests.storage.launcher import CPU_SECONDS
@@ -112,6 +121,59 @@ def test_a_cell_is_reopened_for_all_machines(run: ExperimentFolder, address: str
     assert not there.status().ended
 
 
+def test_the_end_of_a_cell_is_learnt_once_the_bucket_answers(
+    prepared: Prepared, address: str, machine: Machine, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker on another node has finished the cell and ends, while the bucket is away for the launch."""
+    monkeypatch.setattr(scheduling, "_LOOK_SECONDS", 0.1)
+    folder = make_run(prepared, machine("head"), "run")
+    push(folder.path, trained=True)
+    there = ExperimentFolder(machine("node"), "run")
+    open_storage(address)
+    shared_there = SharedFolder(there.path.parent, "run")
+    shared_there.begin(1)
+    machine("head")
+    refresh(folder.path.parent)  # the launch knows of the attempt
+    machine("node")
+    there.finish(Status("finished", "", STEPS, {"val_bpb": 2.0}))
+    shared_there.push(is_trained, 1)
+    machine("head")
+    heard = cast(Any, Mock())
+    states = CellStates(folder.path.parent, heard, Termination(), heard)
+    proxy.rule = lambda request: REFUSE
+    states.on_trial_complete(1, [], SimpleNamespace(config={"cell": "run"}))
+    states.on_step_end(1, [])
+    heard.ended.assert_not_called()
+    proxy.rule = lambda request: PASS
+    states.on_experiment_end([])
+    assert [call.args for call in heard.ended.call_args_list] == [("run", there.status())] * 2
+    machine("reader")
+    assert ExperimentFolder(open_storage(address), "run").status().state == "finished"
+
+
+def test_a_worker_that_is_killed_for_good_on_another_node_has_failed(
+    prepared: Prepared, address: str, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduling, "_LOOK_SECONDS", 0.1)
+    folder = make_run(prepared, machine("head"), "run")
+    push(folder.path, trained=True)
+    holder = {"host": "node", "pid": 7, "place": "node:x", "seconds": 3.0}
+    claim = take_at_once(Bucket(address), "run", "lease", holder)
+    assert isinstance(claim, Claim)
+    claim._over.set()  # killed: no sign of life follows, and it is never released
+    (tmp_path / "error").write_text("killed for memory")
+    heard = cast(Any, Mock())
+    states = CellStates(folder.path.parent, heard, Termination(), heard)
+    states.on_trial_error(1, [], SimpleNamespace(config={"cell": "run"}, error_file=str(tmp_path / "error")))
+    states.on_step_end(1, [])
+    assert folder.status().state == "running"
+    heard.ended.assert_not_called()
+    states.on_experiment_end([])
+    assert heard.ended.call_args.args == ("run", folder.status())
+    machine("reader")
+    assert ExperimentFolder(open_storage(address), "run").status().reason == "crashed, see error.txt: killed for memory"
+
+
 # ---- space ----
 
 
@@ -172,6 +234,25 @@ def test_what_another_machine_holds_or_begins_from_is_not_touched(
     machine("two")  # which has not heard of the child
     assert [fault for _, fault in remove_all(items)] == ["a run begins from it now", ""]
     assert checkpoint_steps(run.checkpoints) == [4, STEPS]
+
+
+def test_the_rows_of_a_mixture_stay_while_a_run_was_trained_on_it(
+    run: ExperimentFolder, address: str, machine: Machine, mixture_for: Callable[[str], Prepared]
+) -> None:
+    """Also on a machine to which nothing of the text was brought."""
+    name, one = mixture_for("sft").folder.name, machine("one")
+    shutil.copytree(mixture_for("sft").folder.parent, one / "cache" / "packed")
+    push_text(one / "cache" / "packed" / name)
+
+    def packed(corpus: str) -> set[str]:
+        machine("one")
+        push(rewrite_config(ExperimentFolder(one, "run"), corpus=corpus).path)
+        machine("two")
+        items = find_unneeded(StoredFiles(open_storage(address)), 0, logs=False).items
+        return {item.path.name for item in items if item.kind == "packed text"}
+
+    assert len(packed("/elsewhere")) == 3
+    assert packed(f"cache/packed/{name}") == set()
 
 
 def test_objects_that_no_head_names_go_once_no_push_can_want_them(
