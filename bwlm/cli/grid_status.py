@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bwlm.cli.terminal import say, show, show_sentences, show_table
 from bwlm.format import duration, first_of, short_number
+from bwlm.paths import FileState, file_state
 from bwlm.remote import address_of, working_root
 
 if TYPE_CHECKING:
@@ -212,11 +213,12 @@ def _failed(cell: CellStanding) -> dict[str, str]:
 
 
 class Watcher:
-    """Repeated reader of a grid's files. A cell that has finished does not change, so it is read once."""
+    """Repeated reader of a grid's files. A cell that has finished is read once, unless its status.json changes."""
 
     def __init__(self, plan: Plan, root: Path) -> None:
         self._plan, self._root = plan, root
-        self._finished: dict[str, PlannedCell] = {}
+        self._finished: dict[str, tuple[FileState | None, PlannedCell]] = {}
+        """Cells that have finished, each with the state in which its status.json was then."""
         self._seconds = 0.0
 
     def look(self) -> GridSummary:
@@ -227,9 +229,11 @@ class Watcher:
 
         began = time.monotonic()
         refresh(self._root)
-        rest = replace(self._plan, cells=tuple(c for c in self._plan.cells if c.id not in self._finished))
-        known = self._finished | {one.cell.id: one for one in find_cells(rest, self._root)}
-        self._finished = {name: one for name, one in known.items() if one.status.state == "finished"}
+        states = {cell.id: _file_state(self._root / cell.id / "status.json") for cell in self._plan.cells}
+        known = {name: one for name, (state, one) in self._finished.items() if state == states[name]}
+        rest = replace(self._plan, cells=tuple(cell for cell in self._plan.cells if cell.id not in known))
+        known |= {one.cell.id: one for one in find_cells(rest, self._root)}
+        self._finished = {name: (states[name], one) for name, one in known.items() if one.status.state == "finished"}
         summary = summarize(self._plan, self._root, [known[cell.id] for cell in self._plan.cells])
         self._seconds = time.monotonic() - began
         return summary
@@ -238,6 +242,12 @@ class Watcher:
         """Wait so many seconds, or longer if a look takes long, or asks a bucket."""
         least = _BUCKET_SECONDS if working_root(self._root) else seconds
         time.sleep(max(least, self._seconds / _SHARE))
+
+
+def _file_state(path: Path) -> FileState | None:
+    with contextlib.suppress(OSError):
+        return file_state(path)
+    return None
 
 
 def watch_status(plan: Plan, root: Path, everything: bool) -> None:

@@ -24,6 +24,7 @@ from bwlm.record.experiment import LEASE, WORKER, ExperimentFolder, Status
 from bwlm.record.grids import GRID_FILE, grid_folder, write_cells
 from bwlm.record.journal import Journal
 from bwlm.record.launches import Usage, recorded_launch
+from bwlm.record.removal import delete
 from bwlm.record.starts import note_start
 from tests.shell import Shell
 from tests.test_cli import GOOD, make_run
@@ -239,6 +240,17 @@ def test_stop_prints_a_command_that_finds_the_grid_again(storage: str, shell: Sh
     command = told.rpartition("to resume: bwlm grid run ")[2]
     assert command == ("bars --storage 'else where'\n" if storage else "bars\n")
     assert shell("grid", "status", *shlex.split(command)).code == 0
+
+
+def test_a_finished_cell_that_is_deleted_meanwhile_is_seen(plan: Plan, shell: Shell) -> None:
+    for cell in ROWS:
+        run(shell.storage, cell, Status("finished", "", 5))
+    watcher = Watcher(plan, shell.storage)
+    assert watcher.look().is_complete
+    delete(ExperimentFolder(shell.storage, ROWS[0]))
+    assert standings(watcher.look()) == ["waiting", *["finished"] * 3]
+    run(shell.storage, ROWS[0], steps=2)
+    assert standings(watcher.look()) == ["stopped", *["finished"] * 3]
 
 
 def test_watching_and_json_are_not_both(shell: Shell) -> None:
