@@ -47,7 +47,10 @@ class CellGauges:
     def __init__(self, grid: str, cells: Iterable[Cell], states: Mapping[str, Status]) -> None:
         """Begin with the cells of all phases, and the states in which they were found."""
         self._grid = grid
-        self._labels = {cell.id: _labels(grid, cell) for cell in cells}
+        by_id = {cell.id: cell for cell in cells}
+        self._labels = {name: _labels(grid, cell) for name, cell in by_id.items()}
+        self._groups = {name for name, cell in by_id.items() if cell.experiment.resources.drives_group}
+        """Cells with a group of workers, which may wait for a node until its first report."""
         self._states = {name: states[name].state if states[name].ended else "waiting" for name in self._labels}
         self._figures: dict[str, dict[str, float]] = {}
         """Values to set, by cell and gauge."""
@@ -68,15 +71,16 @@ class CellGauges:
         self._thread.join()
 
     def began(self, cell: str, step: int) -> None:
-        """Count a cell as running; `step` is the step that it resumes from."""
+        """Count a cell as running, with a group of workers from its first report; `step` is what it resumes from."""
         with self._lock:
-            self._states[cell] = "running"
+            self._states[cell] = "waiting" if cell in self._groups else "running"
             self._figures[cell] = {"bwlm_step": step, LOSS_FINITE: 1}
 
     def moved(self, cell: str, result: Mapping[str, Any]) -> None:
         """Take up the figures of a cell's newest report."""
         newest = {name: float(result[key]) for key, (name, _) in FIGURES.items() if key in result}
         with self._lock:
+            self._states[cell] = "running"
             figures = self._figures.setdefault(cell, {LOSS_FINITE: 1})
             figures.update((name, value) for name, value in newest.items() if math.isfinite(value))
 

@@ -15,7 +15,6 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from bwlm.cluster.signals import ask_to_end, own_workers
-from bwlm.config import ResourceSettings
 from bwlm.grid.cells import PlannedCell
 from bwlm.grid.continued import is_continued
 from bwlm.grid.gauges import CellGauges
@@ -171,8 +170,6 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
         self._watches = watches
         self._observers: tuple[ProgressDisplay | LaunchWatch | CellGauges, ...] = (progress, *watches)
         self._termination = termination
-        self._begun: set[str] = set()
-        """Cells whose workers are there since their trial has started."""
         self._heard: dict[str, int] = {}
         self._over: dict[str, Ending] = {}
         """Cells whose trials are over, until their ends are known."""
@@ -188,25 +185,16 @@ class CellStates(TrialProgressCallback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         folder = self._folder(trial)
-        self._progress.began(folder.id, _saved_step(folder))
-        self._begun.discard(folder.id)
-        if not ResourceSettings(**trial.config["resources"]).drives_group:
-            self._begin(folder)
+        step = max(checkpoint_steps(folder.checkpoints), default=0)
+        for observer in self._observers:
+            observer.began(folder.id, step)
         self._heard.setdefault(folder.id, _size(folder.warnings))
-
-    def _begin(self, folder: ExperimentFolder) -> None:
-        """Count a cell's workers from now on: those of a group are there at the first report, and wait before that."""
-        if folder.id not in self._begun:
-            self._begun.add(folder.id)
-            for watch in self._watches:
-                watch.began(folder.id, _saved_step(folder))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         folder = self._folder(trial)
         self._tell_warnings(folder)
-        self._begin(folder)
         for watch in self._watches:
             watch.moved(folder.id, result)
         if "step" in result:
@@ -322,11 +310,6 @@ def _crashed(error: str, at: Status) -> Status:
     if at.state == "running":
         return at
     return Status("failed", f"crashed, see error.txt: {error}", at.step, at.metrics)
-
-
-def _saved_step(folder: ExperimentFolder) -> int:
-    """Return the step that a cell resumes from."""
-    return max(checkpoint_steps(folder.checkpoints), default=0)
 
 
 def _size(path: Path) -> int:

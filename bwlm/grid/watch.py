@@ -50,12 +50,13 @@ class _Running:
     moved: float = field(default_factory=time.monotonic)
     """Time of the last report, or of the last look at which the journal had grown."""
     workers: int = 0
-    """Workers that train it now."""
+    """Workers that train it now: of a group none until its first report, since it may wait for a node."""
     is_scoring: bool = False
     is_stalled: bool = False
 
     def __post_init__(self) -> None:
-        self.workers = self.cell.experiment.resources.fewest
+        resources = self.cell.experiment.resources
+        self.workers = 0 if resources.drives_group else resources.fewest
 
 
 class LaunchWatch:
@@ -84,7 +85,7 @@ class LaunchWatch:
     # ---- what the callbacks of cells tell ----
 
     def began(self, cell: str, step: int) -> None:
-        """Count a cell's workers from now on; `step` is the step that it resumes from."""
+        """Count a cell's workers from now on, those of a group from when they are there; it resumes from `step`."""
         with self._lock:
             self._running.setdefault(cell, _Running(self._cells[cell], step, step))
 

@@ -220,9 +220,9 @@ def train_worker(config: dict[str, Any]) -> None:
     with process_termination(), contextlib.suppress(Interrupted, LeaseLost), _warnings_to(folder.warnings), writer:
         if session.world > 1:
             dist.barrier()
-        session.begin()
         if session.rank == 0:
             _note_worker(folder)
+        session.begin()
         fetch(folder.checkpoints)  # rank 0 has brought them, but maybe to another machine
         scorer.resumed()
         end = run_phase(folder, session, stream_batches)

@@ -42,11 +42,16 @@ class Recorder:
 
 
 @pytest.fixture
-def gauges(monkeypatch: pytest.MonkeyPatch, grid_file: GridFile) -> Iterator[CellGauges]:
+def workers() -> int:
+    return 1
+
+
+@pytest.fixture
+def gauges(workers: int, monkeypatch: pytest.MonkeyPatch, grid_file: GridFile) -> Iterator[CellGauges]:
     monkeypatch.setattr(module, "Gauge", Recorder)
     monkeypatch.setattr(module, "_SET_SECONDS", 0.001)
     monkeypatch.setattr(Recorder, "values", {})
-    plan = load_grid(grid_file(), [], None)
+    plan = load_grid(grid_file(resources={"workers": workers}), [], None)
     with CellGauges("g", plan.cells, {cell.id: Status() for cell in plan.cells}) as found:
         yield found
 
@@ -85,6 +90,15 @@ def test_an_ended_cell_is_set_no_more(gauges: CellGauges) -> None:
     Recorder.values.clear()
     until(lambda values: states(values) == {"finished": 1, "waiting": 1})
     assert not any(of in (FORWARD, BACKWARD) for _, of in Recorder.values)
+
+
+@pytest.mark.parametrize("workers", [2])
+def test_a_group_of_workers_waits_for_nodes_until_its_first_report(gauges: CellGauges) -> None:
+    gauges.began(FORWARD, 0)
+    Recorder.values.clear()
+    until(lambda values: states(values) == {"waiting": 2})
+    gauges.moved(FORWARD, {"workers": 2})
+    until(lambda values: states(values) == {"waiting": 1, "running": 1})
 
 
 def test_a_cell_whose_worker_is_lost_waits(gauges: CellGauges, new_run: NewRun) -> None:

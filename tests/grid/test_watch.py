@@ -131,10 +131,12 @@ def test_money_is_that_of_all_launches(grid_file: GridFile, tmp_path: Path) -> N
 
     def half_a_second(over: LaunchWatch) -> None:
         over.began(CELL, 0)
+        over.moved(CELL, {"workers": 2})
         until(lambda: over._usage_now().cost(0.0, 3600.0) >= 0.6)
 
     def goes_on(over: LaunchWatch) -> None:
         over.began(OTHER, 0)
+        over.moved(OTHER, {"workers": 2})
         never_ends(over)
 
     assert launch(plan, tmp_path / "runs", half_a_second)[1] is None
@@ -156,6 +158,8 @@ def test_what_cells_use_is_counted_while_they_run(grid_file: GridFile, tmp_path:
     def trains(over: LaunchWatch) -> None:
         over.began(CELL, 4)
         over.began(OTHER, 0)
+        for cell in (CELL, OTHER):
+            over.moved(cell, {"workers": 2})
         time.sleep(0.1)
         over.moved(CELL, {"step": 6})
         over.moved(CELL, {"step": 12})
@@ -198,7 +202,6 @@ def test_a_cell_that_waits_for_a_node_costs_nothing(
             assert is_paid(over) == (workers == 1)
             states.on_trial_result(0, [], trial, {"workers": 2})
             assert is_paid(over)
-            assert over._running[CELL].workers == 2
             states.on_trial_recover(0, [], trial)  # its node is gone, and Tune waits for another
             assert not is_paid(over)
 
@@ -419,13 +422,14 @@ def test_a_usage_without_time_costs_nothing() -> None:
 
 
 def test_workers_that_come_are_counted_from_then_on(grid_file: GridFile, tmp_path: Path) -> None:
-    """A cell of one to four workers: it counts as one until a report says otherwise."""
+    """A cell of one to four workers: its reports say how many."""
     plan = load_grid(grid_file(resources={"workers": {"min": 1, "max": 4}, "cpus_per_worker": 3}), [])
     whole = plan.cells[0].flops_until(12)
     seconds: list[float] = []
 
     def trains(over: LaunchWatch) -> None:
         over.began(CELL, 0)
+        over.moved(CELL, {"workers": 1})
         time.sleep(0.1)
         over.moved(CELL, {"step": 6, "workers": 1})
         seconds.append(over._usage_now().worker_seconds)
