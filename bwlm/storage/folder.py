@@ -92,10 +92,10 @@ class SharedFolder:
         """
         for _ in range(_TRIES):
             with suppress(_Replaced), self._index.locked() as index:
-                head, tag = read_head(self.bucket, self.name)
-                stays = is_trained if self._index.is_training() else _nothing
-                if stays is is_trained and head.attempt != index.head.attempt:
+                (head, tag), is_training = read_head(self.bucket, self.name), self._index.is_training()
+                if is_training and head.attempt != index.head.attempt:
                     return
+                stays = is_trained if is_training else _nothing
                 self._learn(index, head, tag, stays)
                 self._bring(index, wanted, stays)
                 self._drop(index, stays)

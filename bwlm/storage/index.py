@@ -31,7 +31,7 @@ class Index:
     """Content of a folder's index."""
 
     head: Head = field(default_factory=Head)
-    """Head that the files here were compared with last: of trainings, none wrote them before its attempt was begun."""
+    """Head that the files here were compared with last. What older attempts than its own left here is dropped."""
     tag: Tag | None = None
     here: dict[str, tuple[str, Sign]] = field(default_factory=dict)
     """Key and sign of each file that lies here, by its path."""

@@ -34,7 +34,7 @@ Tag = tuple[str, str | None]
 REQUEST_SECONDS = 30.0
 """Seconds that one request may take, with the content that it carries."""
 RETRY_SECONDS = 60.0
-"""Seconds in which a request that failed is repeated: longer than one may take, else no answer would be final."""
+"""Seconds in which a request that failed is repeated; more than one may take, so one without an answer is too."""
 _RETRIES = 12
 _PIECE = 5 * 2**20
 """Bytes that one request carries of a large file: the least that S3 takes as a part, so that a slow link is enough."""
