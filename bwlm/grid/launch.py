@@ -145,7 +145,9 @@ def _is_over(planned_cells: list[PlannedCell]) -> bool:
 
 def _check_prices(plan: Plan) -> None:
     """Raise `UserError` if a limit of money would stop nothing, since a cell costs nothing by the launch's prices."""
-    for cell in plan.cells if plan.launch.limit.money is not None else ():
+    if plan.launch.limit.money is None:
+        return
+    for cell in plan.cells:
         missing = "gpu_hour" if cell.experiment.resources.gpus_per_worker else "cpu_hour"
         if not getattr(plan.launch.price, missing):
             raise UserError(

@@ -46,7 +46,7 @@ def test_the_longest_come_first_but_beside_another_launch_the_shortest(tmp_path:
 
 
 def asha(storage: Path, *cells: PlannedCell) -> Callable[[PlannedCell, int, float], str]:
-    """What ASHA with usual settings says to a validation of a cell, after a step, with a loss."""
+    """Return a function that tells ASHA's decision on a validation of a cell, after a step, with a loss."""
     plan = Plan("g", (), LaunchSettings(), SchedulerSettings(kind="asha"), "name: g")
     scheduler = build_scheduler(plan, list(cells), storage, Termination())
     trials = {one.cell.id: SimpleNamespace(config={"cell": one.cell.id}, trial_id=one.cell.id) for one in cells}

@@ -113,7 +113,7 @@ def test_pace_time_and_cost_come_from_what_launches_recorded(plan: Plan, shell: 
 def test_any_machine_tells_of_a_launch_on_gpus_and_stops_it(
     gpus: int, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who does not name GPUs trains on those of the launching machine, and gives their price alone."""
+    """A grid that names no GPUs trains on those of the launching machine, and gives their price alone."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(machine, "installed_gpus", lambda: gpus)
     monkeypatch.setattr(compute, "can_use_gpus", lambda: False)

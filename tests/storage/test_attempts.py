@@ -76,7 +76,7 @@ def test_what_waits_elsewhere_does_not_bring_a_deleted_run_back(folder_on: Folde
 
 @pytest.mark.parametrize("path", ["evaluations/base/forward/documents.json", "mlflow.json"])
 def test_what_was_written_during_a_deletion_does_not_bring_a_run_back(path: str, folder_on: FolderOn) -> None:
-    """As by `bwlm eval`, which holds no lease while it reads, or by a launch's notes."""
+    """`bwlm eval` pushes them, which holds no lease while it reads, and so do a launch's notes."""
     evaluating = made(folder_on("evaluating"))
     folder_on("deleting").delete(1)
     write(evaluating, path, "{}")
@@ -87,7 +87,7 @@ def test_what_was_written_during_a_deletion_does_not_bring_a_run_back(path: str,
 
 
 def test_a_late_deletion_deletes_nothing(folder_on: FolderOn) -> None:
-    """Of a process that was frozen while it held the lease, which another one has taken to train."""
+    """The process was frozen while it held the lease, and another one has taken that to train."""
     training = made(folder_on("training"))
     training.begin(2)
     with pytest.raises(LateWriter, match="attempt 2 has written to it, and this is attempt 1"):
@@ -99,14 +99,14 @@ def test_a_late_deletion_deletes_nothing(folder_on: FolderOn) -> None:
 
 
 def look_while_it_lives(late: SharedFolder) -> None:
-    """As any command on its machine does."""
+    """Any command on its machine pulls so."""
     with late.training():
         late.pull()
     late.pull()
 
 
 def push_other_files(late: SharedFolder) -> None:
-    """As a launch on its machine does, and then `bwlm storage push`."""
+    """A launch on its machine does so, and then `bwlm storage push`."""
     write(late, "mlflow.json", "{}")
     late.push(lambda path: not is_trained(path))
     assert push_all(late.root) == ([], ["run"])
@@ -186,7 +186,7 @@ def test_a_run_goes_on_beside_its_frozen_process_on_the_same_machine(folder_on: 
 
 
 def test_results_on_a_machine_whose_own_attempt_is_old_are_pushed(folder_on: FolderOn) -> None:
-    """As those of `bwlm eval` that waited because the bucket was away."""
+    """Results of `bwlm eval` waited because the bucket was away."""
     here = made(folder_on("here"))
     here.begin(1)
     folder_on("there").begin(2)

@@ -91,7 +91,7 @@ def test_conversations_are_packed_as_in_process(mixture_for: Callable[[str], Pre
 
 
 def test_rows_come_where_cells_hold_all_cpus(prepared: Prepared) -> None:
-    """As those of two launches that counted the same room, or a group that grows."""
+    """Cells of two launches that counted the same room do, and so does a group that grows."""
     import ray
 
     plan, held = plan_of(prepared, "forward"), holder(6)
