@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bwlm.model.attention import attend
 from bwlm.model.decoder import CachedAttention, Decoder
 from bwlm.model.gpt import GPT
 from bwlm.model.observe import evaluating
@@ -65,9 +64,9 @@ def score(model: GPT, rows: Sequence[Row], progress: Callable[[int], object] = l
     if longest > model.config.sequence_length:
         raise ValueError(f"a row has {longest} ids to read, but sequence_length is {model.config.sequence_length}")
     with evaluating(model):
-        decoder = _Reader(model)
-        for trunk, members in _by_trunk(rows).items():
-            prefix = _Prefix.read(decoder, trunk[:-1])
+        decoder, prefix = _Reader(model), _Prefix((), [])
+        for trunk, members in sorted(_by_trunk(rows).items()):  # neighbours have the longest beginnings in common
+            prefix = prefix.replaced(decoder, trunk[:-1])
             trees = [tree for n in members for tree in _trees(rows[n], n, model.config.sequence_length)]
             done: dict[int, dict[Ids, Scored]] = {n: {} for n in members}
             for batch in _batches(trees):
@@ -165,28 +164,31 @@ class _Reader(Decoder):
 class _Prefix(NamedTuple):
     """Keys and values [1, K, P, D] of each layer for ids that all rows of a group begin with."""
 
-    length: int
+    ids: Ids
     kept: list[KeysValues]
 
-    @classmethod
-    def read(cls, decoder: _Reader, ids: Ids) -> _Prefix:
-        """Return the keys and values of `ids`; of none where there are no ids."""
-        kept: list[KeysValues] = []
+    def replaced(self, decoder: _Reader, ids: Ids) -> _Prefix:
+        """Return the prefix of other ids. What both begin with is not read again."""
+        start = _common(self.ids, ids)
+        begun = _Prefix(ids[:start], [(k[:, :, :start], v[:, :, :start]) for k, v in self.kept])
+        if start == len(ids):
+            return begun
+        causal = torch.ones(len(ids) - start, len(ids) - start, dtype=torch.bool, device=decoder.device).tril()
+        attention, own = begun.attention(causal[None, None]), []
 
         def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            kept.append((k, v))
-            return attend(q, k, v, None, decoder.kernel)
+            own.append((k, v))
+            return attention(layer, q, k, v)
 
-        if ids:
-            row = torch.tensor([ids], device=decoder.device)
-            decoder.states(row, torch.arange(len(ids), device=decoder.device)[None], keep)
-        return cls(len(ids), kept)
+        places = torch.arange(start, len(ids), device=decoder.device)
+        decoder.states(torch.tensor([ids[start:]], device=decoder.device), places[None], keep)
+        return _Prefix(ids, [_joined(*of) for of in zip(begun.kept, own, strict=True)] if start else own)
 
     def attention(self, may_see: Tensor) -> CachedAttention:
         """Return the attention of nodes over the prefix, and over those nodes that `may_see` [B, 1, N, N] tells."""
 
         def attending(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            before = self.kept[layer] if self.kept else None
+            before = self.kept[layer] if self.ids else None
             return (_attend_plainly if q.device.type == "cpu" else _attend)(q, k, v, before, may_see)
 
         return attending
@@ -195,7 +197,7 @@ class _Prefix(NamedTuple):
 def _attend(q: Tensor, k: Tensor, v: Tensor, before: KeysValues | None, may_see: Tensor) -> Tensor:
     """Return the attention [B, H, N, D] of nodes over those that they may see, and over all `before`."""
     if before is not None:
-        k, v = (torch.cat((part.expand(len(q), -1, -1, -1), own), 2) for part, own in zip(before, (k, v), strict=True))
+        k, v = _joined(before, (k, v))
         may_see = F.pad(may_see, (before[0].size(2), 0), value=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=may_see, enable_gqa=k.size(1) < q.size(1))
 
@@ -215,6 +217,12 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, before: KeysValues | None, 
         out += (weights @ values).view(shape[1], shape[0], shape[2], -1).transpose(0, 1)
         total += weights.sum(-1).view(shape[1], shape[0], shape[2], 1).transpose(0, 1)
     return out.div_(total)
+
+
+def _joined(before: KeysValues, own: KeysValues) -> KeysValues:
+    """Return keys and values [B, K, P + N, D] of those that all rows share, [1, K, P, D], and [B, K, N, D]."""
+    k, v = (torch.cat((part.expand(len(of), -1, -1, -1), of), 2) for part, of in zip(before, own, strict=True))
+    return k, v
 
 
 def _of_heads(part: Tensor, q: Tensor) -> Tensor:
@@ -248,7 +256,7 @@ def _read_trees(decoder: _Reader, prefix: _Prefix, trees: Sequence[_Tree], read:
     end = np.tile(np.arange(1, size + 1), (len(trees), 1))  # padding sees itself alone
     for n, (tree, nodes) in enumerate(zip(trees, read, strict=True)):
         ids[n, : len(nodes)] = np.array(tree.tokens)[nodes]
-        position[n, : len(nodes)] = np.array(tree.depths)[nodes] + prefix.length
+        position[n, : len(nodes)] = np.array(tree.depths)[nodes] + len(prefix.ids)
         end[n, : len(nodes)] = _ends(np.searchsorted(nodes, np.array(tree.parents)[nodes]))
     place = np.arange(size)
     may_see = (place <= place[:, None]) & (place[:, None] < end[:, None, :])  # j is an ancestor of i: j <= i < end[j]

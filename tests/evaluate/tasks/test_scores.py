@@ -121,6 +121,20 @@ def test_a_trunk_that_rows_share_is_read_once(model: GPT, monkeypatch: pytest.Mo
     assert sizes == [(1, 29), (5, 2)]  # the trunk; five trees of the trunk's last id and the id that both choices share
 
 
+def test_what_two_trunks_begin_with_is_read_once(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trunks 20 and 30 long, read 19 and 29 ids of them: the second one's first 19 are known."""
+    lengths: list[int] = []
+    states = Decoder.states
+    monkeypatch.setattr(
+        Decoder, "states", lambda self, ids, *rest: (lengths.append(ids.size(1)), states(self, ids, *rest))[1]
+    )
+    long, short = tuple(range(30)), tuple(range(20))
+    both = score(model, [Row(long, ((5, 1),)), Row(short, ((6, 2),))])
+    assert lengths == [19, 2, 10, 2]
+    for trunk, branch, ((got),) in ((long, (5, 1), both[0]), (short, (6, 2), both[1])):
+        np.testing.assert_allclose(got.log_p, alone(model, trunk, branch)[0], atol=1e-4)
+
+
 def test_the_model_keeps_its_mode(model: GPT) -> None:
     model.train()
     score(model, [Row((1,), ((2,),))])
