@@ -97,7 +97,7 @@ def main() -> NoReturn:
 
 
 def _main() -> NoReturn:
-    logging.basicConfig(level=logging.WARNING, handlers=[LogLines()])
+    logging.basicConfig(level=logging.WARNING, handlers=[LogLines()], format="%(message)s")
     logging.getLogger("bwlm").setLevel(logging.INFO)
     for chatty in ("mlflow", "alembic", "ray"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -27,6 +27,8 @@ class Capacity:
     dashboard: str | None
     cluster: str
     """`this machine`, or the address of a cluster, with a hint if no cell asks for its GPUs."""
+    grows: bool = False
+    """True for a cluster: its other work may end, or it may get nodes."""
 
 
 def capacity_of_cluster(
@@ -42,7 +44,7 @@ def capacity_of_cluster(
     gpus = int(sum(node.get("GPU", 0) for node in resources_of_nodes()))
     unused = gpus and not any(resources.gpus_per_worker for resources in needs)
     hint = f", whose {gpus} GPUs no cell asks for (resources.gpus_per_worker)" if unused else ""
-    return Capacity(chosen, dashboard, f"{ray.get_runtime_context().gcs_address}{hint}")
+    return Capacity(chosen, dashboard, f"{ray.get_runtime_context().gcs_address}{hint}", grows=True)
 
 
 def most_at_once(needs: Collection[ResourceSettings], concurrency: int | None, cells: int) -> int:

@@ -158,3 +158,32 @@ class _Wait:
         for group in self._others:
             remove_placement_group(group)
         self._others = []
+
+
+class FurtherPlaces:
+    """Room asked for, for further cells of a launch whose first ones train."""
+
+    def __init__(self, resources: ResourceSettings) -> None:
+        self._cell = bundles_of(resources)
+        self._groups: list[PlacementGroup] = []
+        """The first one has the spare CPU too."""
+
+    def take(self, wanted: int) -> int:
+        """Return how many further cells, `wanted` at most, have room by now. It is given back, for them to take.
+
+        If none has, room for `wanted` is asked for. Without a spare CPU none has.
+        """
+        placed = [placement_group_table(group)["state"] == "CREATED" for group in self._groups]
+        taken = min(sum(placed), wanted) if placed[:1] == [True] else 0
+        if any(placed) or len(placed) != wanted:
+            self.forget()
+        if not taken and not self._groups:
+            bundles = [[*self._cell, {"CPU": SPARE_CPUS}], *[self._cell] * (wanted - 1)][:wanted]
+            self._groups = [placement_group(cell) for cell in bundles]
+        return taken
+
+    def forget(self) -> None:
+        """Give back all room that was asked for."""
+        for group in self._groups:
+            remove_placement_group(group)
+        self._groups = []

@@ -331,7 +331,7 @@ def _train(
     everything = find_cells(plan, storage)
     out = without_parent(everything)
     shown = [one for one in everything if one.cell.id not in out]
-    train_cells(part, planned, shown, capacity.concurrency, storage, tracking, run, watch, show)
+    train_cells(part, planned, shown, capacity, storage, tracking, run, watch, show)
 
 
 def _check_tasks(plan: Plan) -> None:

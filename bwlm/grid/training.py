@@ -14,11 +14,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ray.tune
+from ray.tune.search import BasicVariantGenerator
 from ray.tune.tune_config import TuneConfig
 
 from bwlm.background import in_background
+from bwlm.cluster.capacity import Capacity
+from bwlm.config import ResourceSettings
 from bwlm.grid.cells import PlannedCell
 from bwlm.grid.gauges import CellGauges
+from bwlm.grid.growth import MoreAtOnce
 from bwlm.grid.progress import ProgressDisplay
 from bwlm.grid.scheduling import CellStates, build_scheduler
 from bwlm.grid.watch import LaunchWatch
@@ -44,7 +48,7 @@ def train_cells(
     plan: Plan,
     cells: list[PlannedCell],
     shown: list[PlannedCell],
-    concurrency: int,
+    capacity: Capacity,
     storage: Path,
     tracking: Tracking,
     run: str,
@@ -74,7 +78,7 @@ def train_cells(
                 _delivery(tracking, folders),
             ):
                 callbacks = CellStates(storage, progress, termination, watch, gauges)
-                _tune(plan, unfinished, concurrency, storage, callbacks, termination)
+                _tune(plan, unfinished, capacity, storage, callbacks, termination)
             if termination.asked:
                 _deliver(tracking, folders)
                 raise SystemExit(TERMINATED)
@@ -150,14 +154,18 @@ def _in_order(cells: list[PlannedCell]) -> list[PlannedCell]:
 def _tune(
     plan: Plan,
     cells: list[PlannedCell],
-    concurrency: int,
+    capacity: Capacity,
     storage: Path,
     states: CellStates,
     termination: Termination,
 ) -> None:
     resources = {planned.cell.id: planned.cell.experiment.resources for planned in cells}
     sizes = {planned.cell.id: worker_counts(planned.cell.experiment) for planned in cells}
-    with tempfile.TemporaryDirectory(prefix="bwlm-tune-", ignore_cleanup_errors=True) as scratch:
+    in_turn = BasicVariantGenerator(max_concurrent=capacity.concurrency)
+    with (
+        tempfile.TemporaryDirectory(prefix="bwlm-tune-", ignore_cleanup_errors=True) as scratch,
+        _more_at_once(plan, set(resources.values()), capacity, in_turn) as more,
+    ):
         stall_seconds = max(1, round(60 * plan.launch.stall_minutes))
         shared = {"storage": address_of(storage), "scratch": scratch, "stall_seconds": stall_seconds}
         tuner = ray.tune.Tuner(
@@ -168,10 +176,10 @@ def _tune(
                 # workers use what is reserved here, even if another launch writes other settings to the cell's folder
                 "resources": ray.tune.sample_from(lambda config: resources[config["cell"]].model_dump()),
                 "sizes": ray.tune.sample_from(lambda config: sizes[config["cell"]]),
-                "at_once": concurrency,
+                "at_once": capacity.concurrency,
             },
             tune_config=TuneConfig(
-                max_concurrent_trials=concurrency,
+                search_alg=in_turn,
                 # a group of workers is not told that its trial was stopped: it ends only with the trial's process
                 reuse_actors=not any(one.drives_group for one in resources.values()),
                 scheduler=build_scheduler(plan, cells, storage, termination),
@@ -180,11 +188,26 @@ def _tune(
                 name=plan.name,
                 storage_path=scratch,
                 failure_config=ray.tune.FailureConfig(max_failures=plan.launch.retries),
-                callbacks=[states],
+                callbacks=[states, *more],
                 verbose=0,
             ),
         )
         tuner.fit()
+
+
+@contextlib.contextmanager
+def _more_at_once(
+    plan: Plan, needs: set[ResourceSettings], capacity: Capacity, cells: BasicVariantGenerator
+) -> Iterator[list[MoreAtOnce]]:
+    """Yield the callback that lets further cells begin where the cluster may get room for them."""
+    if not capacity.grows or any(one.is_elastic for one in needs):
+        yield []
+        return
+    more = MoreAtOnce(cells, needs, plan.launch.concurrency)
+    try:
+        yield [more]
+    finally:
+        more.forget()
 
 
 @contextlib.contextmanager

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bwlm.cluster.placement import bundles_of, count_places, need_words
+from bwlm.cluster.placement import FurtherPlaces, bundles_of, count_places, need_words
 from bwlm.config import ResourceSettings
 from tests.cluster.heads import Head, second_node
 
@@ -74,6 +75,36 @@ def test_a_launch_waits_until_other_work_has_gone_and_says_so(ray_cluster: str) 
     assert released.lines == [
         "waiting for room for 2 cells of 2 CPUs and a spare CPU: the cluster is busy with other work"
     ]
+
+
+def taken(places: FurtherPlaces, wanted: int) -> int:
+    """What has room once Ray has decided."""
+    deadline = time.monotonic() + 30
+    while not (count := places.take(wanted)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return count
+
+
+def test_further_cells_get_the_room_that_comes_free_and_a_spare_cpu_stays(ray_cluster: str) -> None:
+    """Cells of two CPUs: where others hold four of six there is room for one, but then for no spare CPU."""
+    import ray
+
+    places, others = FurtherPlaces(ResourceSettings(cpus_per_worker=2)), [holder(2), holder(2)]
+    try:
+        looks = [(time.sleep(0.1), places.take(2))[1] for _ in range(30)]
+        assert looks == [0] * 30, "the cell has room, but the spare CPU has none"
+        ray.kill(others.pop())
+        assert taken(places, 2) == 1
+        others.append(holder(2))  # it has the room at once: nothing was asked for again
+        assert places.take(2) == 0
+        ray.kill(others.pop())
+        assert taken(places, 2) == 1
+    finally:
+        places.forget()
+        for other in others:
+            ray.kill(other)
+    assert count_places(ResourceSettings(cpus_per_worker=5), 1) == 1, "all room was given back"
 
 
 _WITH_GPUS = """

@@ -46,12 +46,13 @@ def bwlm(environment: dict[str, str], *arguments: str | Path) -> subprocess.Comp
 
 
 def wait_for_step(process: subprocess.Popen[str], storage: Path, step: int, cells: list[str] = CELLS) -> None:
-    while process.poll() is None:
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
         entries = [last_entry(storage / cell) for cell in cells]
         if all(entry is not None and entry.step >= step for entry in entries):
             return
         time.sleep(0.05)
-    pytest.fail(f"the grid ended before it could be stopped: {(storage.parent / 'launch.log').read_text()[-2000:]}")
+    pytest.fail(f"the grid ended too early, or did not get there: {(storage.parent / 'launch.log').read_text()[-2000:]}")
 
 
 def losses(storage: Path, cell: str) -> list[float]:
