@@ -52,7 +52,9 @@ def wait_for_step(process: subprocess.Popen[str], storage: Path, step: int, cell
         if all(entry is not None and entry.step >= step for entry in entries):
             return
         time.sleep(0.05)
-    pytest.fail(f"the grid ended too early, or did not get there: {(storage.parent / 'launch.log').read_text()[-2000:]}")
+    pytest.fail(
+        f"the grid ended too early, or did not get there: {(storage.parent / 'launch.log').read_text()[-2000:]}"
+    )
 
 
 def losses(storage: Path, cell: str) -> list[float]:
