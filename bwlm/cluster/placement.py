@@ -31,8 +31,10 @@ TRIAL_CPUS = 0.1
 """Logical CPUs of a trial that drives a group of workers."""
 
 _LOOK_SECONDS = 0.5
-_PATIENCE_SECONDS = 300.0
-"""Longest wait for a further cell's nodes, once another cell has room."""
+_PATIENCE_SECONDS = 30.0
+"""Longest wait for a further cell's nodes, once another cell has room: it can begin later too."""
+_ELASTIC_PATIENCE_SECONDS = 300.0
+"""The same for cells whose workers follow the nodes: no further ones begin later."""
 UNDECIDED = ("QUEUED", "SCHEDULING_STARTED", "FAILED_TO_COMMIT_RESOURCES")
 """States in which Ray has not said yet whether a group has room now."""
 
@@ -94,6 +96,7 @@ class _Wait:
         self.placed = 0
         """Number of cells that have room."""
         self._cell, self._wanted = bundles_of(resources), wanted
+        self._patience = _ELASTIC_PATIENCE_SECONDS if resources.is_elastic else _PATIENCE_SECONDS
         self._first = placement_group([*self._cell, {"CPU": SPARE_CPUS}])
         self._others: list[PlacementGroup] = []
         self._since = time.monotonic()
@@ -111,7 +114,7 @@ class _Wait:
         if len(self._others) < self._wanted - 1:
             self._ask_for_others()
             return False
-        return not waiting or not self._comes(waiting) or time.monotonic() - self._since > _PATIENCE_SECONDS
+        return not waiting or not self._comes(waiting) or time.monotonic() - self._since > self._patience
 
     def forget(self) -> None:
         """Give back all room that was asked for."""
