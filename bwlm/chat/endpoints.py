@@ -10,9 +10,11 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -34,6 +36,8 @@ from bwlm.errors import BwlmError, UserError
 log = logging.getLogger(__name__)
 router = APIRouter()
 _T = TypeVar("_T")
+Events = Mapping[str, list[Event]]
+"""What the engine brought, by request."""
 FAILED = "the model failed: see the server's log"
 
 
@@ -208,10 +212,7 @@ async def infill(request: Request, body: InfillRequest) -> Response:
     """Write the middle of a text from both sides, and return the text that makes the whole likeliest."""
     model, _ = find(_hub(request).models, body.model, None)
     task = Infill(model, body)
-    written = await _all_events(request, model, task.writing)
-    candidates = task.candidates({id: [e.token.id for e in events if e.token] for id, events in written.items()})
-    scored = await _all_events(request, model, [r for one in candidates for r in one.requests], at_once=1)
-    middles = task.ranked(candidates, {id: events[-1] for id, events in scored.items()})
+    middles = task.ranked(await _all_events(request, model, task.writing, then=task.scoring))
     return as_json(
         {
             "content": middles[0]["content"],
@@ -226,28 +227,38 @@ async def infill(request: Request, body: InfillRequest) -> Response:
 
 
 async def _all_events(
-    request: Request, model: ServedModel, requests: Sequence[EngineRequest], at_once: int | None = None
-) -> dict[str, list[Event]]:
-    """Return all that the engine brought, by request."""
-    events: dict[str, list[Event]] = {one.id: [] for one in requests}
+    request: Request,
+    model: ServedModel,
+    requests: Sequence[EngineRequest],
+    at_once: int | None = None,
+    then: Callable[[Events], Sequence[EngineRequest]] | None = None,
+) -> Events:
+    """Return all that the engine brought, by request. `then` returns what follows, from what was brought before."""
+    events: Events = defaultdict(list)
 
     async def collect(stream: AsyncGenerator[Event]) -> None:
         async with aclosing(stream):
             async for event in stream:
                 events[event.request].append(event)
 
-    await while_connected(request, collect(_begin(request, model, requests, at_once)))
+    after = None if then is None else partial(then, events)
+    await while_connected(request, collect(_begin(request, model, requests, at_once, after)))
     return events
 
 
 def _begin(
-    request: Request, model: ServedModel, requests: Sequence[EngineRequest], at_once: int | None = None
+    request: Request,
+    model: ServedModel,
+    requests: Sequence[EngineRequest],
+    at_once: int | None = None,
+    then: Callable[[], Sequence[EngineRequest]] | None = None,
 ) -> AsyncGenerator[Event]:
     """Return what the engine will bring. Raises `Stopping` if no requests are taken any more."""
     hub = _hub(request)
     if hub.stopping:
         raise Stopping("the server stops")
-    return hub.metrics.timed(model, model.running().stream(*requests, at_once=at_once, seconds=hub.seconds))
+    stream = model.running().stream(*requests, at_once=at_once, seconds=hub.seconds, then=then)
+    return hub.metrics.timed(model, stream)
 
 
 async def _write(request: Request, model: ServedModel, wire: Wire, streamed: bool) -> Response:

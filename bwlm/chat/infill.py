@@ -34,11 +34,6 @@ class Candidate(NamedTuple):
     scoring: dict[str, Request]
     """Requests that score the whole text, by reading."""
 
-    @property
-    def requests(self) -> list[Request]:
-        """Requests that score it."""
-        return list(self.scoring.values())
-
 
 class Infill:
     """Prefix and suffix, cut to what fits the context: the ids farthest from the middle are left out."""
@@ -63,6 +58,7 @@ class Infill:
         seed = secrets.randbits(63) if body.seed is None else body.seed
         self._forward = self._writing(FORWARD, self.prefix, seed)
         self._backward = self._writing(BACKWARD, self.suffix, seed)
+        self._candidates: list[Candidate] = []
 
     def _writing(self, reading: str, text: str, seed: int) -> list[Request]:
         ids = self.model.document(text, reading).prompt.ids
@@ -77,35 +73,44 @@ class Infill:
         """Requests that write from both sides."""
         return self._forward + self._backward
 
-    def candidates(self, ids: Mapping[str, Sequence[int]]) -> list[Candidate]:
-        """Return the candidates that differ, from the ids that each request brought."""
-        forward = [list(ids[request.id]) for request in self._forward]
-        backward = [list(ids[request.id])[::-1] for request in self._backward]
+    def scoring(self, events: Mapping[str, Sequence[Event]]) -> list[Request]:
+        """Return requests that score the candidates, from what the requests that write brought."""
+        self._candidates = self._found(events)
+        return [request for one in self._candidates for request in one.scoring.values()]
+
+    def _found(self, events: Mapping[str, Sequence[Event]]) -> list[Candidate]:
+        """Return the candidates that differ."""
+        forward = [_ids(events[request.id]) for request in self._forward]
+        backward = [_ids(events[request.id])[::-1] for request in self._backward]
         half = self.body.n_predict // 2
         both = [before[:half] + after[half:] for before, after in zip(forward, backward, strict=True)]
         found: dict[str, Candidate] = {}
         for written, texts in ((FORWARD, forward), (BACKWARD, backward), ("both", both)):
             for text in texts:
                 content = _text(self.model, text)
-                scoring = {reading: self._scoring(content, reading) for reading in TEXT_READINGS}
+                scoring = {reading: self._scoring_in(reading, content) for reading in TEXT_READINGS}
                 found.setdefault(content, Candidate(content, written, scoring))
         return list(found.values())
 
-    def _scoring(self, middle: str, reading: str) -> Request:
+    def _scoring_in(self, reading: str, middle: str) -> Request:
         ids = self.model.document(self.prefix + middle + self.suffix, reading).prompt.ids
         return Request(uuid.uuid4().hex, ids, max_tokens=0, prompt_logprobs=0)
 
-    def ranked(self, candidates: Sequence[Candidate], events: Mapping[str, Event]) -> list[dict[str, Any]]:
+    def ranked(self, events: Mapping[str, Sequence[Event]]) -> list[dict[str, Any]]:
         """Return the candidates with their scores, the best first, from what their requests brought."""
         middles = []
-        for one in candidates:
+        for one in self._candidates:
             by_reading = {
-                reading: math.fsum(token.logprob or 0.0 for token in events[request.id].prompt[self.model.head :])
+                reading: math.fsum(token.logprob or 0.0 for token in events[request.id][-1].prompt[self.model.head :])
                 for reading, request in one.scoring.items()
             }
             score = sum(by_reading.values()) / len(by_reading)
             middles.append({"content": one.content, "written": one.written, "log_likelihood": score} | by_reading)
         return sorted(middles, key=lambda middle: -middle["log_likelihood"])
+
+
+def _ids(events: Sequence[Event]) -> list[int]:
+    return [event.token.id for event in events if event.token]
 
 
 def _text(model: ServedModel, ids: list[int]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from bwlm.chat.engine import Busy, Engine, Event, Request
@@ -34,6 +34,8 @@ class _Stream:
     places: int
     unfinished: set[str]
     later: list[Request]
+    least: int = 0
+    """Places that are kept for requests which come after these."""
     queue: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
 
 
@@ -68,13 +70,18 @@ class EngineService:
         return self.engine.slots + self.engine.waiting
 
     async def stream(
-        self, *requests: Request, at_once: int | None = None, seconds: float | None = None
+        self,
+        *requests: Request,
+        at_once: int | None = None,
+        seconds: float | None = None,
+        then: Callable[[], Sequence[Request]] | None = None,
     ) -> AsyncGenerator[Event]:
         """Yield what the steps bring to requests, up to the end of all. A stream that is closed early frees its slots.
 
-        At most `at_once` of them take a place of the engine at a time. Raises, before any work, `ValueError` for a
-        request that the model cannot serve, `UserError` for more requests than there are places at all, and `Busy` if
-        not enough of them are free; `OutOfTime` after `seconds`.
+        At most `at_once` of them take a place of the engine at a time. `then` is called after the last event, and its
+        requests follow, one after the other, in a place that is kept for them. Raises, before any work, `ValueError`
+        for a request that the model cannot serve, `UserError` for more requests than there are places at all, and
+        `Busy` if not enough of them are free; `OutOfTime` after `seconds`.
         """
         for request in requests:
             self.engine.check(request)
@@ -83,7 +90,9 @@ class EngineService:
             raise UserError(f"n: {places} texts at once, and the server has places for {self.places}: ask for fewer")
         if self.live + places > self.places:
             raise Busy("too many requests wait: try again in a second")
-        stream = _Stream(places, {request.id for request in requests}, list(requests[places:]))
+        stream = _Stream(
+            places, {request.id for request in requests}, list(requests[places:]), least=int(then is not None)
+        )
         self._live.append(stream)
         self._begin(stream, requests[:places])
         late = OutOfTime(f"the model did not finish within {seconds} s: ask for fewer tokens")
@@ -96,6 +105,8 @@ class EngineService:
                     raise event
                 left -= event.finish is not None
                 yield event
+                if not left and then is not None:
+                    left, then = self._follow(stream, then()), None
         finally:
             if timer:
                 timer.cancel()
@@ -125,13 +136,23 @@ class EngineService:
             self._streams[request.id] = stream
             self._tell(request)
 
+    def _follow(self, stream: _Stream, requests: Sequence[Request]) -> int:
+        """Let requests take the place that was kept for them, one after the other; return their number."""
+        for request in requests:
+            self.engine.check(request)
+        stream.unfinished = {request.id for request in requests}
+        stream.later = list(requests[1:])
+        stream.least = 0
+        self._begin(stream, requests[:1])
+        return len(requests)
+
     def _end(self, stream: _Stream, request: str) -> None:
         """Give the place of a request that has ended to the next one of the stream, or free it.
 
         That does not wait for the client to read what came.
         """
         stream.unfinished.discard(request)
-        stream.places = min(stream.places, len(stream.unfinished))
+        stream.places = max(stream.least, min(stream.places, len(stream.unfinished)))
         del self._streams[request]
         self._begin(stream, stream.later[:1])
         del stream.later[:1]

@@ -68,6 +68,35 @@ def test_places_are_taken_at_once_or_not_at_all(run: Callable[[Work], Any]) -> N
     run(work)
 
 
+def test_requests_that_follow_have_a_place(run: Callable[[Work], Any]) -> None:
+    """Others take what is free, and not the place that a stream keeps for requests it does not know yet."""
+
+    async def work(service: EngineService, engine: GatedEngine) -> None:
+        seen: list[str] = []
+        async with aclosing(service.stream(*requests("a", "b"), then=lambda: requests(*seen[-2:], "e"))) as events:
+            async for event in events:
+                seen += [f"{event.request}2"] if event.finish else []
+                if len(seen) == 2 and event.finish:
+                    assert service.live == 1
+                    with pytest.raises(Busy):
+                        await anext(service.stream(*requests("x", "y", "z")))
+                    assert len([other async for other in service.stream(*requests("x", "y"))]) == 6
+        assert seen == ["a2", "b2", "a22", "b22", "e2"]
+        assert service.live == 0
+
+    run(work)
+
+
+def test_what_follows_is_checked_too(run: Callable[[Work], Any]) -> None:
+    async def work(service: EngineService, engine: GatedEngine) -> None:
+        with pytest.raises(ValueError, match="ids"):
+            [event async for event in service.stream(*requests("a"), then=lambda: [Request("b", [], 3)])]
+        assert service.live == 0
+        assert len([event async for event in service.stream(*requests("c"), then=list)]) == 3, "nothing need follow"
+
+    run(work)
+
+
 def test_a_place_is_free_before_the_client_has_read(run: Callable[[Work], Any]) -> None:
     """A client that does not read keeps no other one out."""
 
