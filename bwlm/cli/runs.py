@@ -250,7 +250,7 @@ def _what_goes(folder: ExperimentFolder) -> str:
 
 
 def _what_stays(folder: ExperimentFolder) -> list[str]:
-    from bwlm.record.tracking import noted_run
+    from bwlm.record.mlflow_note import noted_run
 
     stays = []
     with contextlib.suppress(UserError):

@@ -36,10 +36,11 @@ from bwlm.record.bucket import fetch_named_weights, fetch_text, push_rest, push_
 from bwlm.record.catalog.rows import CellRow, load_cells
 from bwlm.record.experiment import SAMPLES, ExperimentFolder
 from bwlm.record.grids import EARLIER, GRID_FILE, REPORT
+from bwlm.record.mlflow_note import is_closed
 from bwlm.record.mlflow_store import tracking_uri
 from bwlm.record.mlflow_view import GridResult
 from bwlm.record.parent import link_to
-from bwlm.record.tracking import Tracking, is_closed
+from bwlm.record.tracking import Tracking
 from bwlm.remote import address_of
 from bwlm.storage.opened import check_bucket, exclusive, in_bucket, refresh
 from bwlm.text.packing import Job, PackResult, RunJobs

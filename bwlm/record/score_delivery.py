@@ -11,9 +11,9 @@ from bwlm.errors import UserError
 from bwlm.format import counted, first_of
 from bwlm.record.database import database_of, prepare_database
 from bwlm.record.experiment import ExperimentFolder
+from bwlm.record.mlflow_note import noted_run, noted_store
 from bwlm.record.mlflow_store import active_run, open_client, reason, refusal
 from bwlm.record.task_metrics import send_scores, unsent
-from bwlm.record.tracking import noted_run, noted_store
 
 
 def deliver_scores(storage: Path, folders: Sequence[ExperimentFolder]) -> list[str]:

@@ -8,7 +8,6 @@ noted before it is made, and a launch that finds a mark without a run asks the s
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -22,12 +21,23 @@ from typing import Any
 
 from bwlm.credentials import masked
 from bwlm.errors import UserError
-from bwlm.paths import FileState, file_state, read_json, write_json
+from bwlm.paths import FileState, read_json, write_json
 from bwlm.record.database import database_of, prepare_database
 from bwlm.record.experiment import ExperimentFolder, State, Status
-from bwlm.record.journal import NAME, Entry, entries_after, last_entry
-from bwlm.record.metrics import STEP_METRICS, final_for_mlflow, for_mlflow
-from bwlm.record.mlflow_store import follow_storage, open_client, reason, refusal, sent_once, sqlite_uri, tracking_uri
+from bwlm.record.journal import Entry, entries_after, last_entry
+from bwlm.record.metrics import final_for_mlflow, for_mlflow
+from bwlm.record.mlflow_note import (
+    NAMES,
+    catch_up,
+    delivered_states,
+    is_closed,
+    is_enlisted,
+    last_step,
+    read_note,
+    scores_digest,
+    write_note,
+)
+from bwlm.record.mlflow_store import follow_storage, open_client, reason, refusal, sent_once, sqlite_uri
 from bwlm.record.mlflow_view import (
     GridResult,
     GridSettings,
@@ -41,8 +51,7 @@ from bwlm.record.mlflow_view import (
     start_tags,
 )
 from bwlm.record.provenance import provenance
-from bwlm.record.task_metrics import forget_scores, is_score, send_scores
-from bwlm.record.task_results import results_digest
+from bwlm.record.task_metrics import send_scores
 from bwlm.remote import address_of
 from bwlm.storage.objects import BucketAway
 from bwlm.storage.opened import exclusive, push
@@ -55,8 +64,6 @@ _LONGEST_DIGEST = 36  # of a dataset, in MLflow's database
 _MARK = "bwlm.mark"
 _LOCK = ".mlflow.lock"
 _NOTE = "mlflow.note.content"
-_NAMES = 3
-"""Version of the metrics' names; a run that has others gets its whole journal again under these."""
 _DIVERGED = "bwlm.diverged"
 _STATES: dict[State, str] = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
@@ -121,9 +128,9 @@ class Tracking:
             run = known or self._make_run(grid_folder, name, tags | provenance())
             self._client.update_run(run.info.run_id, status="RUNNING")
             self._enlist_grid(run, settings)
-            if not _is_enlisted(grid_folder):
+            if not is_enlisted(grid_folder):
                 self._client.log_text(run.info.run_id, text, "grid.yaml")
-        _note(grid_folder, enlisted=True)
+        write_note(grid_folder, enlisted=True)
         return str(run.info.run_id)
 
     def _enlist_grid(self, run: Any, settings: GridSettings) -> None:
@@ -137,13 +144,13 @@ class Tracking:
 
     def child_run(self, folder: ExperimentFolder, parent: str | None, dataset: Mapping[str, str]) -> str:
         """Return an experiment's run, with parameters, tags, data and config; below its grid's run if it is a cell."""
-        seen = _noted(folder.path).get("run_id")
+        seen = read_note(folder.path).get("run_id")
         known = self._known_run(folder.path)
         self._delivered.pop(folder.id, None)  # the store may have been set back
         if known is not None:
-            _catch_up(folder.path, known)
-            if _noted(folder.path).get("store") != self._store:
-                _note(folder.path, store=self._store)
+            catch_up(folder.path, known)
+            if read_note(folder.path).get("store") != self._store:
+                write_note(folder.path, store=self._store)
         with self._answering():
             return self._child_run(folder, parent, dataset, known, seen)
 
@@ -154,20 +161,20 @@ class Tracking:
         to train meanwhile.
         """
         self._expected[folder.id] = (parent, dataset)
-        if _noted(folder.path).get("run_id") is not None:
+        if read_note(folder.path).get("run_id") is not None:
             self.child_run(folder, parent, dataset)
 
     def _child_run(
         self, folder: ExperimentFolder, parent: str | None, dataset: Mapping[str, str], known: Any, seen: str | None
     ) -> str:
-        tags = run_tags(folder, parent, _noted(folder.path).get("resumed", []))
+        tags = run_tags(folder, parent, read_note(folder.path).get("resumed", []))
         for name, value in tags.items() if known is not None else ():
             if known.data.tags.get(name) != value:  # another grid's run above, or other code that goes on
                 self._client.set_tag(known.info.run_id, name, value)
         run = known or self._make_child(folder, parent, tags, seen)
-        if not _is_enlisted(folder.path):
+        if not is_enlisted(folder.path):
             self._describe(run, folder, dataset)
-            _note(folder.path, enlisted=True)
+            write_note(folder.path, enlisted=True)
         return str(run.info.run_id)
 
     def _make_child(self, folder: ExperimentFolder, parent: str | None, tags: dict[str, str], seen: str | None) -> Any:
@@ -176,14 +183,14 @@ class Tracking:
         new = {_NOTE: f"`{folder.id}`: `bwlm runs show {folder.id}` prints all that is known of it."}
         name = run_name(folder.config())
         with exclusive(folder.path / _LOCK):  # two launches of a grid deliver the same cells
-            made = _noted(folder.path).get("run_id")
+            made = read_note(folder.path).get("run_id")
             if made is not None and made != seen:
                 return self._client.get_run(made)
             return self._make_run(folder.path, name, tags | new | provenance(), experiment, began(folder.path))
 
     def resumed(self, folder: ExperimentFolder, step: int) -> None:
         """Note that a run which had begun resumes from the checkpoint of a step; 0 if it begins again."""
-        _note(folder.path, resumed=[*_noted(folder.path).get("resumed", []), step])
+        write_note(folder.path, resumed=[*read_note(folder.path).get("resumed", []), step])
 
     def run_of(self, folder: ExperimentFolder) -> str | None:
         """Return the run of an experiment; makes it if it is expected. None if this store does not have it."""
@@ -211,7 +218,7 @@ class Tracking:
 
         Nothing is lost if the server is away.
         """
-        states = _delivered_states(folder.path)
+        states = delivered_states(folder.path)
         if self._delivered.get(folder.id) == states or not self._has_run(folder):
             return 0
         sent = self._deliver(folder)
@@ -221,24 +228,24 @@ class Tracking:
     def _deliver(self, folder: ExperimentFolder) -> int:
         run, delivered = self._settle(folder.path)
         new = [entry for entry in entries_after(folder.path, delivered) if entry.metrics]
-        if new and _noted(folder.path).get("status") != "RUNNING":
+        if new and read_note(folder.path).get("status") != "RUNNING":
             self._client.update_run(run, status="RUNNING")
             self._tag_divergence(folder.path, run, None)
-            _note(folder.path, status="RUNNING", closed=None)
+            write_note(folder.path, status="RUNNING", closed=None)
         count = 0
         for entries in _batches(new):
             sent = points(entries, for_mlflow)
             step, name = entries[-1].step, next(iter(for_mlflow(entries[-1].metrics)))
-            _note(folder.path, pending={"step": step, "metric": name})
+            write_note(folder.path, pending={"step": step, "metric": name})
             self._client.log_batch(run, metrics=sent)
-            _note(folder.path, delivered_step=step, pending=None)
+            write_note(folder.path, delivered_step=step, pending=None)
             count += len(sent)
         return count + send_scores(self._client, folder, run)
 
     def _has_run(self, folder: ExperimentFolder, ended: bool = False) -> bool:
         """Return whether a run has its MLflow run; makes it if it is expected and has trained a step or ended."""
-        run, expected = _noted(folder.path).get("run_id"), self._expected.get(folder.id)
-        if run is not None and (expected is None or _is_enlisted(folder.path)):
+        run, expected = read_note(folder.path).get("run_id"), self._expected.get(folder.id)
+        if run is not None and (expected is None or is_enlisted(folder.path)):
             return True
         if expected is None or not (ended or last_entry(folder.path)):
             return False
@@ -265,7 +272,7 @@ class Tracking:
         if not self._has_run(folder, ended=True):
             return
         self.deliver(folder)
-        run, last = _noted(folder.path)["run_id"], last_entry(folder.path)
+        run, last = read_note(folder.path)["run_id"], last_entry(folder.path)
         if last and status.diverged is None:
             # with the entry's time stamp, so that MLflow drops them where they were sent before
             final = Entry(last.step, last.time, status.metrics)
@@ -275,7 +282,7 @@ class Tracking:
         self._tag_divergence(folder.path, run, status.diverged)
         shown = _STATES.get(status.state, "KILLED")
         self._close(run, artifacts, shown, last.time if last else None)
-        _note(folder.path, status=shown, closed=asdict(status), results=_results(folder))
+        write_note(folder.path, status=shown, closed=asdict(status), results=scores_digest(folder))
 
     def _set_tags(self, run: str, tags: Mapping[str, str]) -> None:
         """Set tags; an empty value removes the tag of an earlier end."""
@@ -290,25 +297,25 @@ class Tracking:
         """Mark a diverged run, so that a search finds it; remove the mark when the run is tried again."""
         if step is not None:
             self._client.set_tag(run, _DIVERGED, f"step {step}")
-        elif _noted(folder).get("diverged") is not None:
+        elif read_note(folder).get("diverged") is not None:
             self._client.delete_tag(run, _DIVERGED)
-        _note(folder, diverged=step)
+        write_note(folder, diverged=step)
 
     def close_parent(self, grid_folder: Path, artifacts: list[Path], complete: bool, result: GridResult) -> bool:
         """Attach report and verdict, set the grid's final state. Warns and returns False if the server is away."""
         return self._attempt_end(lambda: self._close_parent(grid_folder, artifacts, complete, result))
 
     def _close_parent(self, grid_folder: Path, artifacts: list[Path], complete: bool, result: GridResult) -> None:
-        run = self._client.get_run(_noted(grid_folder)["run_id"])
+        run = self._client.get_run(read_note(grid_folder)["run_id"])
         run_id, before = run.info.run_id, run.data.metrics
         changed = {name: value for name, value in result.metrics.items() if before.get(name) != value}
         now = Entry(0, time.time_ns() // 1_000_000, changed)
         self._client.log_batch(run_id, metrics=points([now], dict))
         self._client.set_tag(run_id, "bwlm.verdict", shortened(result.verdict))
-        text, written = shortened(result.text), _noted(grid_folder).get("description")
+        text, written = shortened(result.text), read_note(grid_folder).get("description")
         if run.data.tags.get(_NOTE, "") in ("", written):  # else a person wrote there
             self._client.set_tag(run_id, _NOTE, text)
-            _note(grid_folder, description=text)
+            write_note(grid_folder, description=text)
         self._close(run_id, artifacts, "FINISHED" if complete else "KILLED")
 
     def interrupted(self, folders: list[ExperimentFolder], parent: str) -> None:
@@ -321,13 +328,13 @@ class Tracking:
     def _kill(self, folders: list[ExperimentFolder], parent: str) -> None:
         self._client.set_terminated(parent, "KILLED")
         for folder in folders:
-            noted = _noted(folder.path)
+            noted = read_note(folder.path)
             # an earlier version noted no status, and its runs were RUNNING from the beginning
             if noted.get("delivered_step", 0) > 0 and noted.get("status", "RUNNING") == "RUNNING":
                 # a run that has ended was not killed, also if its end is not delivered yet
                 shown = _STATES.get(folder.status().state, "KILLED")
                 self._client.set_terminated(noted["run_id"], shown, ended(folder.path))
-                _note(folder.path, status=shown)
+                write_note(folder.path, status=shown)
 
     def monitor_system(self, run: str) -> Any:
         """Start to log CPU, memory, disk, network and GPU of this machine as system metrics of a run.
@@ -347,7 +354,7 @@ class Tracking:
 
         The mark identifies it, not the names: another storage, or an emptied one, may use the same names.
         """
-        noted, found, home = _noted(folder), None, experiment or self._experiment
+        noted, found, home = read_note(folder), None, experiment or self._experiment
         mark = noted.get("mark") if noted.get("run_id") is None else None
         if mark is not None:
             found = next(iter(self._client.search_runs([home], f"tags.`{_MARK}` = '{mark}'")), None)
@@ -357,9 +364,9 @@ class Tracking:
             push(folder)  # before the run is made: a launch on another machine looks for its mark
         with sent_once():  # the server may have made it, and the next call looks for its mark
             run = found or self._client.create_run(home, start, tags | {_MARK: mark}, name)
-        there = _last_step(run)  # of a run that is found, another machine may have delivered steps
-        new = {"delivered_step": there, "pending": None, "enlisted": False, "names": _NAMES, "store": self._store}
-        _note(folder, run_id=run.info.run_id, **new)
+        there = last_step(run)  # of a run that is found, another machine may have delivered steps
+        new = {"delivered_step": there, "pending": None, "enlisted": False, "names": NAMES, "store": self._store}
+        write_note(folder, run_id=run.info.run_id, **new)
         return run
 
     def _close(self, run: str, artifacts: list[Path], state: str, end: int | None = None) -> None:
@@ -414,7 +421,7 @@ class Tracking:
         """Return the run that an earlier launch made for this folder; None if this store does not have it."""
         from mlflow.exceptions import MlflowException
 
-        run_id = _noted(folder).get("run_id")
+        run_id = read_note(folder).get("run_id")
         if run_id is None:
             return None
         with self._answering():
@@ -438,78 +445,8 @@ class Tracking:
             arrived = self._client.get_metric_history(run, pending["metric"])
             if any(point.step == pending["step"] for point in arrived):
                 delivered = pending["step"]
-            _note(folder, delivered_step=delivered, pending=None)
+            write_note(folder, delivered_step=delivered, pending=None)
         return run, delivered
-
-
-def _noted(folder: Path) -> dict[str, Any]:
-    """Return the content of mlflow.json: what the store has, as far as we know."""
-    path = folder / "mlflow.json"
-    return dict(read_json(path)) if path.exists() else {}
-
-
-def is_closed(folder: ExperimentFolder, status: Status) -> bool:
-    """Return whether the run was closed in MLflow with this end and these scores, its artifacts attached."""
-    noted = _noted(folder.path)
-    return bool(noted.get("closed") == asdict(status) and noted.get("results", "") == _results(folder))
-
-
-def _results(folder: ExperimentFolder) -> str:
-    return results_digest(folder.path / "evaluations" / folder.config().experiment.phase)
-
-
-def noted_run(folder: Path) -> str | None:
-    """Return the id of the MLflow run of an experiment, which may be gone by now; None if it got none."""
-    found = _noted(folder).get("run_id")
-    return str(found) if found else None
-
-
-def noted_store(folder: Path, storage: Path) -> str:
-    """Return the address of the store that has the run of an experiment."""
-    return tracking_uri(storage, _noted(folder).get("store"))
-
-
-def _note(folder: Path, **changes: Any) -> None:
-    write_json(folder / "mlflow.json", _noted(folder) | changes)
-
-
-def _catch_up(folder: Path, run: Any) -> None:
-    """Note how far the store is, if that is not as noted.
-
-    If it has less, a backup was restored, or the names are old: its run then gets the rest again, and its end. If it
-    has more, another machine has delivered it, whose notes were lost with it.
-    """
-    noted = _noted(folder)
-    delivered = noted.get("delivered_step", 0)
-    last = max((metric.step for metric in run.data.to_proto().metrics if not is_score(metric.key)), default=0)
-    if forget_scores(folder, run):
-        _note(folder, closed=None)
-    if noted.get("names") != _NAMES:
-        _note(folder, delivered_step=0, pending=None, closed=None, names=_NAMES)
-    elif last < delivered:
-        log.warning("tracking: the store was set back to step %d of %s: the rest is delivered again", last, folder)
-        _note(folder, delivered_step=last, pending=None, closed=None)
-    elif (there := _last_step(run)) > delivered:
-        _note(folder, delivered_step=there, pending=None)
-
-
-def _last_step(run: Any) -> int:
-    """Return the last step whose metrics a run of MLflow has; others may have written metrics of their own there."""
-    return max((metric.step for metric in run.data.to_proto().metrics if metric.key in STEP_METRICS), default=0)
-
-
-def _delivered_states(folder: Path) -> tuple[FileState, ...]:
-    """Return the states of what is delivered of a run: its journal, and the folders of its results."""
-    states = []
-    for path in (folder / NAME, *sorted(folder.glob("evaluations/*/*"))):
-        with contextlib.suppress(OSError):
-            states.append(file_state(path))
-    return tuple(states)
-
-
-def _is_enlisted(folder: Path) -> bool:
-    """Return whether the run has all that it gets before training; an earlier version noted a run only when it had."""
-    return bool(_noted(folder).get("enlisted", True))
 
 
 def _batches(entries: list[Entry]) -> Iterator[list[Entry]]:

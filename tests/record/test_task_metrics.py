@@ -16,12 +16,13 @@ from bwlm.config import Experiment
 from bwlm.paths import read_json, write_json
 from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.metrics import TASK_METRICS, task_metric
+from bwlm.record.mlflow_note import is_closed
 from bwlm.record.mlflow_store import tracking_uri
 from bwlm.record.run_config import RunConfig
 from bwlm.record.score_delivery import deliver_scores
 from bwlm.record.task_metrics import score_points
 from bwlm.record.task_results import TaskResult, write_result
-from bwlm.record.tracking import Tracking, is_closed
+from bwlm.record.tracking import Tracking
 from tests.record.mlflow_runs import (
     COMPUTE,
     delivered,

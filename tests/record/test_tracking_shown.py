@@ -13,9 +13,10 @@ from bwlm.paths import read_json, write_json
 from bwlm.record.experiment import ExperimentFolder, Status
 from bwlm.record.journal import Entry
 from bwlm.record.metrics import METRICS, final_for_mlflow, for_mlflow
+from bwlm.record.mlflow_note import noted_run
 from bwlm.record.mlflow_view import LONGEST_TAG, GridSettings, run_name, shortened
 from bwlm.record.provenance import provenance
-from bwlm.record.tracking import Tracking, noted_run
+from bwlm.record.tracking import Tracking
 from tests.record.metric_table import MARK, PAGE, table
 from tests.record.mlflow_runs import (
     DATASET,

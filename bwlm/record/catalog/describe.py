@@ -20,9 +20,9 @@ from bwlm.record.experiment import ExperimentFolder, parents_in
 from bwlm.record.health import damage_of_weights
 from bwlm.record.journal import entries_holding, last_entry
 from bwlm.record.lineage import Lineage, LineageNode, ParentLink, skipped
+from bwlm.record.mlflow_note import noted_run
 from bwlm.record.run_config import RunConfig
 from bwlm.record.starts import starts_of, steps_lost
-from bwlm.record.tracking import noted_run
 from bwlm.storage.opened import sizes_below
 
 _OF_THE_PHASE = {"phase", "parent"}
