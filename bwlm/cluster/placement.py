@@ -176,7 +176,8 @@ class FurtherPlaces:
 
         If none has, room for `wanted` is asked for. Without a spare CPU none has.
         """
-        placed = [placement_group_table(group)["state"] == "CREATED" for group in self._groups]
+        table = placement_group_table() if self._groups else {}
+        placed = [table[group.id.hex()]["state"] == "CREATED" for group in self._groups]
         taken = min(sum(placed), wanted) if placed[:1] == [True] else 0
         if any(placed) or len(placed) != wanted:
             self.forget()
