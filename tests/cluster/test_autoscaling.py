@@ -174,7 +174,10 @@ def test_what_no_node_type_can_hold_is_refused_at_once(
     assert growing.nodes() == before, "no node was started for it"
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGTERM))],
+)
 def test_nodes_that_were_asked_for_go_with_the_launch(
     growing: Growing, corpus: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
