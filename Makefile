@@ -31,15 +31,18 @@ chat: install
 # small matrices wait longer for a second thread than it saves, the more so beside other work
 test test-faults test-slow: export OMP_NUM_THREADS := 1
 
-# tests that start processes mostly wait for them, so they run beside the rest; each half is printed when it is done
+# two halves of about the same length run side by side; each part is printed when it is done
 test: install
 	$(MAKE) --jobs 2 --keep-going --output-sync=target test-processes test-rest
 
 test-processes:
 	$(BIN)/pytest -m "processes and not faults and not slow" -o cache_dir=.pytest_cache/processes
+	$(BIN)/pytest -m "not processes and not faults and not slow" -o cache_dir=.pytest_cache/records \
+		tests/record tests/plan tests/storage
 
 test-rest:
-	$(BIN)/pytest -m "not processes and not faults and not slow" -o cache_dir=.pytest_cache/rest
+	$(BIN)/pytest -m "not processes and not faults and not slow" -o cache_dir=.pytest_cache/rest tests \
+		--ignore tests/record --ignore tests/plan --ignore tests/storage
 
 # real kills, Ray heads of their own, jobs, servers: they mostly wait for processes, so two parts run side by side
 test-faults: install
