@@ -63,18 +63,23 @@ class Node:
     """The processes of a node."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path, is_up: Callable[[], bool]) -> None:
-        """Start it, and wait until it is up."""
-        with log.open("wb") as file:
-            self._node = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+        """Start it, and wait until it is up; again if Ray gives up, as it does on a busy machine."""
+        deadline = time.monotonic() + 300
+        self._start(command, environment, log)
         try:
-            deadline = time.monotonic() + 180
             while not is_up():
                 assert time.monotonic() < deadline, log.read_text()[-2000:]
-                assert self._node.poll() is None, log.read_text()[-2000:]
+                if self._node.poll() is not None:
+                    assert "timed out during startup" in log.read_text(), log.read_text()[-2000:]
+                    self._start(command, environment, log)
                 time.sleep(0.2)
         except BaseException:
             self.stop()
             raise
+
+    def _start(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        with log.open("wb") as file:
+            self._node = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
 
     @property
     def pid(self) -> int:

@@ -177,6 +177,7 @@ def test_each_entry_point_is_plain_python_too() -> None:
         assert f"Usage: {Path(script).name} {words}" in help.stdout
 
 
+@pytest.mark.slow
 def test_cells_of_several_workers_are_found_by_their_ids(head: Head, corpus: Path, tmp_path: Path) -> None:
     """Ray's state names the actor that drives a cell, and its run; each worker's log has a line of it."""
     settings = ("axes.direction=[forward]", "budget.steps=2000", "resources.workers=2", "checkpoint.every=0")
@@ -196,7 +197,8 @@ def test_cells_of_several_workers_are_found_by_their_ids(head: Head, corpus: Pat
     listed = subprocess.run([BIN / "ray", *words], env=head.environment, capture_output=True, text=True, check=True)
     assert [actor["repr_name"] for actor in json.loads(listed.stdout)] == [cell]
     token = (Path(head.environment["HOME"]) / ".ray" / "auth_token").read_text()
-    runs = httpx.get(f"{head.dashboard}/api/train/v2/runs/v1", headers={"Authorization": f"Bearer {token}"}).json()
+    bearer = {"Authorization": f"Bearer {token}"}
+    runs = httpx.get(f"{head.dashboard}/api/train/v2/runs/v1", headers=bearer, timeout=60).json()
     assert cell in {run["name"] for run in runs["train_runs"]}
     assert logs_of_the_cell() == before + 2
     ray_job(head, "stop", "workers")
@@ -242,7 +244,7 @@ def test_a_submitted_server_answers_until_it_is_stopped(head: Head, trained_base
     job.submit("server")
     job.wait_for(job.answers, "server")
     asked = {"model": "backward:backward", "prompt": "river", "max_tokens": 8}
-    written = httpx.post(f"{job.url}/v1/completions", json=asked).json()["usage"]["completion_tokens"]
+    written = httpx.post(f"{job.url}/v1/completions", json=asked, timeout=60).json()["usage"]["completion_tokens"]
     assert 1 <= written <= 8, "it may end the text before"
 
     job.submit("second")

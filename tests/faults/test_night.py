@@ -56,7 +56,11 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("calm")
 
 
-@pytest.mark.parametrize("kind", ["worker", "notice", "data_task", "clock", "node", "driver", "head"])
+@pytest.mark.parametrize(
+    "kind",
+    # leases have tests of their own with clocks that jump
+    ["worker", "notice", "data_task", pytest.param("clock", marks=pytest.mark.slow), "node", "driver", "head"],
+)
 def test_what_was_hit_goes_on_as_if_nothing_had_been(kind: str, night: Night, calm: Path) -> None:
     fault = night.hit(kind, cells=2 if kind == "node" else 1, before=700)
     for cell, seconds in night.recovered(fault).items():
