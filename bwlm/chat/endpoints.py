@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 router = APIRouter()
 _T = TypeVar("_T")
 Events = Mapping[str, list[Event]]
-"""What the engine brought, by request."""
+"""Events that the engine brought, by request."""
 FAILED = "the model failed: see the server's log"
 
 
