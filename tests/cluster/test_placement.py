@@ -78,7 +78,7 @@ def test_a_launch_waits_until_other_work_has_gone_and_says_so(ray_cluster: str) 
 
 
 def taken(places: FurtherPlaces, wanted: int) -> int:
-    """What has room once Ray has decided."""
+    """Return the number of cells that have room, once Ray has given some."""
     deadline = time.monotonic() + 30
     while not (count := places.take(wanted)):
         assert time.monotonic() < deadline

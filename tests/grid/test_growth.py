@@ -19,7 +19,7 @@ ENDLESS = {"steps": 1_000_000, "batch_tokens": 512}
 
 
 def test_a_second_cell_begins_once_there_is_room(grid_file: GridFile, tmp_path: Path, ray_cluster: str) -> None:
-    """Of six CPUs others hold 2.5: a cell of two and a spare CPU have room, and the second cell has none."""
+    """Other work holds 2.5 of six CPUs: a cell of two and a spare CPU have room, and the second cell has none."""
     import ray
 
     path = grid_file(**SETTINGS | {"budget": ENDLESS, "resources": {"cpus_per_worker": 2}})
